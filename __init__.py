@@ -1,0 +1,62 @@
+"""tightfit: Stable Diffusion that fits the card you have.
+
+    import tightfit
+
+    pipe = tightfit.load("emoji", precision="fp32")
+    image = pipe("a red heart", seed=7)
+    tightfit.save(image, "heart.png")
+
+Importing this loads no engine; torch and the rest come with the first call that needs them.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .runtime.errors import TightfitError
+    from .runtime.events import Event, Result
+    from .runtime.hardware import Hardware
+    from .runtime.parameters import save
+    from .runtime.pipeline import Pipeline, load
+    from .runtime.plan import Plan, plan
+    from .runtime.request import Request
+    from .runtime.spec import ModelSpec, inspect
+
+__version__ = "0.1.0"
+__all__ = [
+    "Event",
+    "Hardware",
+    "ModelSpec",
+    "Pipeline",
+    "Plan",
+    "Request",
+    "Result",
+    "TightfitError",
+    "inspect",
+    "load",
+    "plan",
+    "save",
+]
+
+_HOMES = {
+    "errors": ("TightfitError",),
+    "events": ("Event", "Result"),
+    "hardware": ("Hardware",),
+    "parameters": ("save",),
+    "pipeline": ("Pipeline", "load"),
+    "plan": ("Plan", "plan"),
+    "request": ("Request",),
+    "spec": ("ModelSpec", "inspect"),
+}
+
+
+def __getattr__(name: str):
+    from importlib import import_module
+
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f".runtime.{home}", __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,252 @@
+"""The command line: arguments become a Request, events become a progress bar and one closing line. No logic of its own."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from .. import __version__
+from .errors import TightfitError
+from .events import Event, Result
+from .memory import shown
+from .plan import PRECISIONS, Plan
+from .request import SCHEDULERS, Request
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
+
+_Model = Annotated[str | None, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")]
+_Precision = Annotated[str | None, typer.Option(help=f"{', '.join(PRECISIONS)}.", metavar="NAME")]
+_Device = Annotated[str, typer.Option(help="auto, cuda, mps, cpu.", metavar="NAME")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Stable Diffusion that fits the card you have.  [bold]tightfit "a red heart"[/bold] is short for generate."""
+    if version:
+        typer.echo(f"tightfit {__version__}")
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to paint; - reads standard input.", show_default=False)] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Prompt from a file.", metavar="FILE")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="Repeat that picture.", metavar="PNG")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.", metavar="TEXT")] = None,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", "--steps", help="Default 20.", metavar="N")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default 7.5; SDXL 5.", metavar="X")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default random.", metavar="N")] = None,
+    scheduler: Annotated[str | None, typer.Option(help=f"{', '.join(SCHEDULERS)}.", metavar="NAME")] = None,
+    num_images: Annotated[int | None, typer.Option(help="From seed, seed + 1 …", metavar="N")] = None,
+    model: _Model = None,
+    precision: _Precision = None,
+    device: _Device = "auto",
+    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG file or folder.", metavar="PATH")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Paint a picture from a prompt."""
+    given = {
+        "prompt": _prompt(prompt, prompt_file),
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": num_inference_steps,
+        "guidance_scale": guidance_scale,
+        "width": width,
+        "height": height,
+        "seed": seed,
+        "scheduler": scheduler,
+        "num_images": num_images,
+        "model": model,
+        "precision": precision,
+    }
+    asked = _asked(source, given)
+    where, how = asked.pop("model", "emoji"), asked.pop("precision", "auto")
+    if not asked.get("prompt"):
+        raise TightfitError('the prompt is empty: say what to paint, for example: tightfit "a red heart"')
+    request = Request(**asked)
+    folder, stem = _target(output, request.prompt)
+    result = _run(request, where, how, device)
+    paths = _save(result, folder, stem, overwrite=output is not None and output.suffix.lower() == ".png")
+    typer.echo(json.dumps(_report(result, paths), ensure_ascii=False) if as_json else _closing_line(result, paths))
+
+
+@app.command("plan")
+def show_plan(
+    model: _Model = "emoji",
+    precision: _Precision = "auto",
+    device: _Device = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Say how a model would run here, and why; no weight is read."""
+    from rich.console import Console
+
+    plan = _load(str(model), str(precision), device).plan
+    if as_json:
+        typer.echo(json.dumps(plan.to_json(), ensure_ascii=False))
+    else:
+        Console().print(_table(plan), *(f"• {reason}" for reason in plan.reasons), sep="\n", highlight=False)
+
+
+def _table(plan: Plan):
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    style = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
+    table = Table(title=f"{plan.model}: {plan.summary()}", **style)
+    table.add_column("component", no_wrap=True, min_width=14)
+    for column in ("backend", "precision", "residency", "attention", "tiling"):
+        table.add_column(column)
+    table.add_column("weights", justify="right")
+    for name, p in plan.placements.items():
+        table.add_row(name, p.backend, p.precision, p.residency, p.attention, p.tiling, shown(p.weight_bytes))
+    table.add_section()
+    table.add_row("most at once", "", "", "", "", "", shown(plan.weight_bytes))
+    return table
+
+
+def _prompt(prompt: str | None, file: Path | None) -> str | None:
+    if prompt is not None and file is not None:
+        raise TightfitError("give the prompt as an argument or with --prompt-file, not both")
+    try:
+        if prompt == "-":
+            return sys.stdin.read().strip()
+        return prompt if file is None else file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError:
+        raise TightfitError(f"{file or 'standard input'} is not UTF-8 text") from None
+    except OSError as error:
+        raise TightfitError(f"{file} cannot be read: {error.strerror}") from None
+
+
+def _asked(source: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, over those the picture `source` carries."""
+    from . import parameters
+
+    given = {name: value for name, value in given.items() if value is not None}
+    if source is None:
+        return given
+    asked = parameters.read(source, given)
+    if asked.get("model", "") is None and "model" not in given:
+        raise TightfitError(f"{source} does not say where its model is: name it with --model")
+    return asked | given
+
+
+def _target(output: Path | None, prompt: str) -> tuple[Path, str]:
+    """Folder and stem to write to, checked before anything is computed."""
+    stem = "-".join(re.findall(r"\w+", prompt.lower()))[:60].strip("-") or "picture"
+    folder = Path()
+    if output is not None and output.is_dir():
+        folder = output
+    elif output is not None:
+        if output.suffix.lower() != ".png":
+            raise TightfitError(f"--output {output} is neither a folder that exists nor a name ending in .png")
+        folder, stem = output.parent, output.stem
+    if not folder.is_dir():
+        raise TightfitError(f"the folder {folder} does not exist: make it first, or name another with --output")
+    from tempfile import TemporaryFile
+
+    try:
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise TightfitError(
+            f"nothing can be written into {folder.resolve()} ({error.strerror}): name another place with --output"
+        ) from None
+    return folder, stem
+
+
+def _load(model: str, precision: str, device: str):
+    """A pipeline that keeps nothing: one run of the command needs each component once."""
+    from .pipeline import load
+
+    return load(model, precision=precision, device=device, residency="staged")
+
+
+def _run(request: Request, model: str, precision: str, device: str) -> Result:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("loading", total=1)
+
+        def show(event: Event) -> None:
+            bar.update(task, description=event.stage, completed=event.step, total=event.steps)
+
+        with _load(model, precision, device) as pipeline:
+            result = pipeline.generate(request, show)
+    for notice in result.notices:
+        typer.echo(f"note: {notice}", err=True)
+    return result
+
+
+def _save(result: Result, folder: Path, stem: str, overwrite: bool) -> list[Path]:
+    """Write every picture; a name that was not asked for never replaces a file."""
+    from .parameters import save
+
+    paths = []
+    for i, image in enumerate(result.images):
+        numbered = f"{stem}-{i + 1}" if len(result.images) > 1 else stem
+        path, more = folder / f"{numbered}.png", 1
+        while path.exists() and not overwrite:
+            more += 1
+            path = folder / f"{numbered}-{more}.png"
+        paths.append(save(image, path))
+    return paths
+
+
+def _closing_line(result: Result, paths: list[Path]) -> str:
+    where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
+    stages = ", ".join(f"{name} {m.seconds:.1f} s {shown(m.peak_bytes)}" for name, m in result.stages.items())
+    return f"{where} · seed {result.request.seed} · {result.plan.summary()} · {stages} · peak {shown(result.peak_bytes)}"
+
+
+def _report(result: Result, paths: list[Path]) -> dict[str, Any]:
+    return {
+        "request": asdict(result.request),
+        "plan": result.plan.to_json(),
+        "predicted": {"weight_bytes": result.plan.weight_bytes},
+        "measured": {
+            "seconds": result.seconds,
+            "peak_bytes": result.peak_bytes,
+            "stages": {name: asdict(stage) for name, stage in result.stages.items()},
+        },
+        "notices": list(result.notices),
+        "image": str(paths[0]),
+        "images": [str(path) for path in paths],
+    }
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"tightfit: {' '.join(message.split())}", err=True)
+    sys.exit(2)
+
+
+def main() -> None:
+    """Entry point: exit code 0, 2 for bad input with one line on standard error, 130 when interrupted."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] not in {"generate", "plan", "-h", "--help", "--version"}:
+        arguments.insert(0, "generate")
+    usage_error: Any = typer.BadParameter.__mro__[1]  # click's UsageError, which newer typers keep inside themselves
+    try:
+        code = app(arguments, standalone_mode=False)
+    except TightfitError as error:
+        _fail(str(error))
+    except usage_error as error:
+        _fail(error.format_message())
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:
+        typer.echo("tightfit: stopped; nothing was written", err=True)
+    sys.exit(code if isinstance(code, int) else 0)

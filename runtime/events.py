@@ -1,0 +1,56 @@
+"""What a running pipeline tells, and what it hands over at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from .plan import Plan
+from .request import Request
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One stage: its seconds, loading included, and the most bytes held during it (on the CPU by the whole process)."""
+
+    seconds: float
+    load_seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished request: as it was resolved, the plan that ran, the pictures, what was measured, what to know about it."""
+
+    request: Request
+    plan: Plan
+    images: tuple[Image.Image, ...]
+    stages: Mapping[str, Measured]
+    notices: tuple[str, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(stage.peak_bytes for stage in self.stages.values())
+
+    @property
+    def seconds(self) -> float:
+        return sum(stage.seconds for stage in self.stages.values())
+
+
+@dataclass(frozen=True)
+class Event:
+    """`stage` is encode, denoise, decode or done; `step` of `steps` are finished; the last event carries the result.
+
+    Steps count on over all pictures of a request; `image` says which picture (from 0) the step belongs to.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    image: int = 0
+    preview: Image.Image | None = None
+    result: Result | None = None

@@ -1,0 +1,219 @@
+"""encode → denoise → decode: holds a plan and runs requests through it as a generator of events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+from PIL import Image
+
+from . import hub, parameters, schedulers
+from .backends import Session, backend
+from .errors import TightfitError
+from .events import Event, Measured, Result
+from .hardware import Hardware
+from .plan import Plan, plan
+from .prompt import tokenize
+from .request import Request
+from .spec import ModelSpec, inspect
+
+
+def load(model: str = "emoji", *, precision: str = "auto", device: str = "auto", residency: str = "auto") -> Pipeline:
+    """A pipeline for a built-in model, a diffusers folder or a hub id. No weight is read before the first request.
+
+    precision: auto, fp32, bf16 or fp16. device: auto, cuda, mps or cpu. residency: resident keeps every component
+    loaded between requests, staged loads each for its stage and frees it after. Raises TightfitError.
+    """
+    spec = inspect(hub.locate(model), model)
+    return Pipeline(spec, plan(Hardware.detect(device), spec, precision, residency)[0])
+
+
+class Pipeline:
+    """Runs requests for one model by one plan. Use as a context manager, or `close` it, to free what stays loaded."""
+
+    def __init__(self, spec: ModelSpec, plan: Plan) -> None:
+        self.spec, self.plan = spec, plan
+        self._backends = {p.backend: backend(p.backend, plan.device) for p in plan.placements.values()}
+        self._peak = self._backends[plan.placements["unet"].backend].peak()
+        self._loaded: dict[str, Session] = {}
+
+    def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
+        """Paint `prompt`: a picture, or a list of them with num_images above one.
+
+        Options are those of Request, named as in diffusers: negative_prompt, num_inference_steps, guidance_scale,
+        width, height, seed, scheduler, num_images.
+        """
+        fields = Request.__dataclass_fields__
+        if unknown := [name for name in options if name not in fields]:
+            raise TightfitError(f"unknown option '{unknown[0]}': choose {', '.join(name for name in fields if name != 'prompt')}")
+        images = self.generate(Request(prompt, **options)).images
+        return images[0] if len(images) == 1 else list(images)
+
+    def generate(self, request: Request, on_event: Callable[[Event], object] | None = None) -> Result:
+        """Run to the end and return everything known about the run; `on_event` is told of each step."""
+        result = None
+        for event in self.run(request):
+            result = event.result
+            if on_event:
+                on_event(event)
+        assert result is not None  # the last event has it
+        return result
+
+    def run(self, request: Request, preview_every: int = 0) -> Iterator[Event]:
+        """Events while `request` runs; the last has stage "done" and the result. Closing the generator stops the run.
+
+        With `preview_every` every n-th step's event has a picture of the latents as they are then, which costs a
+        decode each time.
+        """
+        request = request.resolve(self.spec)
+        stages: dict[str, Measured] = {}
+        with self._stage("encode", stages):
+            conditioning, notices = self._encode(request)
+        yield Event("encode", 1, 1)
+        with self._stage("denoise", stages):
+            latents = yield from self._denoise(request, conditioning, preview_every)
+        images = []
+        with self._stage("decode", stages), self._session("vae_decoder") as decoder:
+            for i, one in enumerate(latents):
+                images.append(self._picture(decoder, one, request, i))
+                yield Event("decode", i + 1, request.num_images, i)
+        result = Result(request, self.plan, tuple(images), stages, notices)
+        yield Event("done", request.num_images, request.num_images, result=result)
+
+    def close(self) -> None:
+        """Free every component that is still loaded. The pipeline can be used again; it then loads them again."""
+        while self._loaded:
+            self._loaded.popitem()[1].close()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @contextmanager
+    def _stage(self, name: str, stages: dict[str, Measured]):
+        self._peak.reset()
+        self._load_seconds, start = 0.0, time.perf_counter()
+        yield
+        stages[name] = Measured(time.perf_counter() - start, self._load_seconds, self._peak.bytes())
+
+    @contextmanager
+    def _session(self, name: str):
+        placement = self.plan.placements[name]
+        if name not in self._loaded:
+            start = time.perf_counter()
+            self._loaded[name] = self._backends[placement.backend].load(self.spec, self.spec.components[name], placement)
+            self._load_seconds += time.perf_counter() - start
+        try:
+            yield self._loaded[name]
+        finally:
+            if placement.residency == "staged":
+                self._loaded.pop(name).close()
+
+    def _encode(self, request: Request) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+        """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first; and notices."""
+        guided = self._guided(request)
+        texts = [request.negative_prompt, request.prompt] if guided else [request.prompt]
+        hidden, pooled, notices = [], None, []
+        for encoder in self.spec.text_encoders:
+            tokens = tokenize(self.spec, encoder, texts)
+            names = ("negative prompt", "prompt")[-len(texts) :]
+            notices += [
+                f"the {name} is too long; this end of it was cut: {end}" for name, end in zip(names, tokens.cut, strict=True) if end
+            ]
+            with self._session(encoder.name) as session:
+                out, *rest = session(tokens=tokens.ids)
+            hidden.append(out)
+            pooled = rest[0] if rest else pooled
+        conditioning = {"hidden": np.concatenate(hidden, axis=-1)}
+        if self.spec.family == "sdxl":
+            if pooled is None:
+                raise TightfitError("text_encoder_2 has no projection, which SDXL needs: copy or download the model again")
+            conditioning["text_embeds"] = pooled
+            size = (request.height, request.width)
+            conditioning["time_ids"] = np.array([[*size, 0, 0, *size]] * len(texts), np.float32)
+            if guided and not request.negative_prompt and self.spec.force_zeros:
+                conditioning["hidden"][0] = conditioning["text_embeds"][0] = 0
+        if width := self.spec.unet.get("time_cond_proj_dim"):
+            conditioning["time_condition"] = guidance_embedding(float(request.guidance_scale or 0), width)
+        return conditioning, tuple(dict.fromkeys(notices))
+
+    def _guided(self, request: Request) -> bool:
+        """Guidance-distilled models (LCM) take the scale as an input instead."""
+        return request.guided and not self.spec.unet.get("time_cond_proj_dim")
+
+    def _denoise(
+        self, request: Request, conditioning: dict[str, np.ndarray], preview_every: int
+    ) -> Generator[Event, None, list[np.ndarray]]:
+        finished = []
+        with self._session("unet") as unet:
+            for i in range(request.num_images):
+                finished.append((yield from self._denoise_one(unet, request, conditioning, i, preview_every)))
+        return finished
+
+    def _denoise_one(
+        self, unet: Session, request: Request, conditioning: dict[str, np.ndarray], index: int, preview_every: int
+    ) -> Generator[Event, None, np.ndarray]:
+        """Latents (1, channels, h, w) of picture `index`; noise and scheduler live on the CPU in fp32 for any backend."""
+        import torch
+
+        assert request.seed is not None and request.width is not None and request.height is not None
+        generator = torch.Generator("cpu").manual_seed(request.seed + index)
+        scheduler = schedulers.make(str(request.scheduler), self.spec.scheduler, request.num_inference_steps)
+        factor = self.spec.downsampling
+        shape = (1, self.spec.unet["in_channels"], request.height // factor, request.width // factor)
+        latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
+        steps = len(scheduler.timesteps)
+        for step, timestep in enumerate(scheduler.timesteps):
+            sample = scheduler.scale_model_input(latents, timestep).numpy()
+            noise = torch.from_numpy(self._predict(unet, request, sample, float(timestep), conditioning))
+            latents = scheduler.step(noise, timestep, latents, **schedulers.step_options(scheduler, generator)).prev_sample
+            preview = None
+            if preview_every and (step + 1) % preview_every == 0:
+                with self._session("vae_decoder") as decoder:
+                    preview = self._picture(decoder, latents.numpy(), request, index)
+            yield Event("denoise", index * steps + step + 1, request.num_images * steps, index, preview)
+        return latents.numpy()
+
+    def _predict(
+        self, unet: Session, request: Request, sample: np.ndarray, timestep: float, conditioning: dict[str, np.ndarray]
+    ) -> np.ndarray:
+        """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each half."""
+        time_step = np.array(timestep, np.float32)
+        if not self._guided(request):
+            return unet(sample=sample, timestep=time_step, **conditioning)[0]
+        if self.plan.cfg == "batched":
+            both = unet(sample=np.concatenate([sample, sample]), timestep=time_step, **conditioning)[0]
+        else:
+            halves = [{name: array[i : i + 1] for name, array in conditioning.items()} for i in range(2)]
+            both = np.concatenate([unet(sample=sample, timestep=time_step, **half)[0] for half in halves])
+        without, given = both[:1], both[1:]
+        return without + np.float32(request.guidance_scale) * (given - without)
+
+    def _picture(self, decoder: Session, latents: np.ndarray, request: Request, index: int) -> Image.Image:
+        """One PIL picture with its own request in `info["parameters"]`."""
+        vae = self.spec.vae
+        if vae.get("latents_mean") and vae.get("latents_std"):
+            mean, std = (np.array(vae[name], np.float32).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
+            latents = latents * std / np.float32(vae.get("scaling_factor", 0.18215)) + mean
+        else:
+            latents = latents / np.float32(vae.get("scaling_factor", 0.18215))
+        values = decoder(latents=latents)[0][0].transpose(1, 2, 0)
+        if not np.isfinite(values).all():
+            raise TightfitError(f"the picture overflowed in {self.plan.precision}: run it with --precision bf16 or fp32")
+        image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
+        own = replace(request, seed=(request.seed or 0) + index, num_images=1)
+        image.info["parameters"] = parameters.write(own, self.spec.name, self.plan.precision)
+        return image
+
+
+def guidance_embedding(scale: float, width: int) -> np.ndarray:
+    """(1, width): the sinusoids by which guidance-distilled U-Nets read w = scale - 1 (arXiv 2310.04378, appendix)."""
+    half = width // 2
+    frequencies = np.exp(np.arange(half) * -(np.log(10000.0) / (half - 1)))
+    angles = (scale - 1) * 1000.0 * frequencies
+    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, width % 2))[None].astype(np.float32)

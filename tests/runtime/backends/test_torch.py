@@ -1,0 +1,95 @@
+"""Weights find their places under old and new names; wrong ones are refused before anything runs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tightfit
+from safetensors.torch import load_file, save_file
+from tightfit.runtime.errors import TightfitError
+
+OPTIONS = {"seed": 1, "num_inference_steps": 1, "scheduler": "euler"}
+UNET = "unet/diffusion_pytorch_model.safetensors"
+VAE = "vae/diffusion_pytorch_model.safetensors"
+TEXT = "text_encoder/model.safetensors"
+
+
+def paint(folder) -> bytes:
+    with tightfit.load(str(folder), precision="fp32", device="cpu") as pipe:
+        return pipe("a cat", **OPTIONS).tobytes()
+
+
+def rewrite(file, change) -> None:
+    save_file(change(load_file(file)), file)
+
+
+def test_old_names(sd1, sd1_copy):
+    """SD 1.5 as published: VAE attention called query, key, value, proj_attn, and position ids among the text weights."""
+    import torch
+
+    def older(name):
+        for new, old in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+            name = name.replace(new, old)
+        return name
+
+    rewrite(sd1_copy / VAE, lambda weights: {older(n): w for n, w in weights.items()})
+    rewrite(sd1_copy / TEXT, lambda weights: weights | {"text_model.embeddings.position_ids": torch.arange(77)[None]})
+    assert paint(sd1_copy) == paint(sd1)
+
+
+def test_names_without_the_text_prefix(sd1, sd1_copy):
+    rewrite(sd1_copy / TEXT, lambda weights: {n.removeprefix("text_model."): w for n, w in weights.items()})
+    assert paint(sd1_copy) == paint(sd1)
+
+
+def test_shards(sd1, sd1_copy):
+    weights = load_file(sd1_copy / UNET)
+    (sd1_copy / UNET).unlink()
+    names = sorted(weights)
+    places = {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        file = f"diffusion_pytorch_model-{i + 1:05}-of-00002.safetensors"
+        save_file({n: weights[n] for n in part}, sd1_copy / "unet" / file)
+        places |= dict.fromkeys(part, file)
+    (sd1_copy / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    assert paint(sd1_copy) == paint(sd1)
+
+
+def fails(folder, *words) -> None:
+    with pytest.raises(TightfitError) as caught:
+        paint(folder)
+    assert "\n" not in str(caught.value)
+    for word in words:
+        assert word in str(caught.value), str(caught.value)
+
+
+def test_missing_and_foreign_tensors(sd1_copy):
+    rewrite(sd1_copy / UNET, lambda w: {("conv_first.weight" if n == "conv_in.weight" else n): t for n, t in w.items()})
+    fails(sd1_copy, "unet", "lack 1, such as conv_in.weight", "conv_first.weight", "renamed")
+
+
+def test_other_shapes(sd1_copy):
+    rewrite(sd1_copy / UNET, lambda w: w | {"conv_in.weight": w["conv_in.weight"][:16].contiguous()})
+    fails(sd1_copy, "conv_in.weight", "[16, 4, 3, 3]", "[32, 4, 3, 3]")
+
+
+def test_config_that_cannot_be_built(sd1_copy):
+    config = json.loads((sd1_copy / "unet/config.json").read_text())
+    (sd1_copy / "unet/config.json").write_text(json.dumps(config | {"down_block_types": ["NoSuchBlock2D"] * 4}))
+    fails(sd1_copy, "unet/config.json", "NoSuchBlock2D")
+
+
+def test_broken_tokenizers(sd1_copy):
+    (sd1_copy / "tokenizer/merges.txt").unlink()
+    fails(sd1_copy, "lacks vocab.json and merges.txt")
+    (sd1_copy / "tokenizer/merges.txt").write_text("#version: 0.2\n")
+    (sd1_copy / "tokenizer/vocab.json").write_text("{")
+    fails(sd1_copy, "tokenizer", "cannot be read")
+
+
+def test_overflow_is_said(sd1_copy):
+    import torch
+
+    rewrite(sd1_copy / VAE, lambda w: w | {"decoder.conv_out.bias": torch.full((3,), torch.inf)})
+    fails(sd1_copy, "overflowed", "--precision")

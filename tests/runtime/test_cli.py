@@ -1,0 +1,186 @@
+"""The command line as a user meets it: a picture and one line, or one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from tightfit.runtime import cli
+
+FAST = ("--steps", "1")
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder; answers (exit code, standard output, standard error)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, stdin: str | None = None):
+        import io
+
+        monkeypatch.setattr(sys, "argv", ["tightfit", *arguments])
+        if stdin is not None:
+            monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        return done.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_picture_and_one_line(call, sd1, tmp_path):
+    code, out, err = call("A red heart!", "--model", str(sd1), "--seed", "7", *FAST)
+    assert (code, err) == (0, "")
+    assert out.count("\n") == 1
+    for word in ("a-red-heart.png", "seed 7", "torch", "staged", "encode", "denoise", "decode", "MiB", "peak"):
+        assert word in out
+    with Image.open(tmp_path / "a-red-heart.png") as image:
+        assert image.size == (64, 64)
+        assert image.text["parameters"].startswith("A red heart!\n")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_generate_is_what_a_bare_prompt_means(call, sd1, tmp_path):
+    for words in (["generate", "a"], ["a"], ["--seed", "7", "a"]):
+        assert call(*words, "--model", str(sd1), *FAST, "--seed", "7", "-o", f"{len(words)}.png")[0] == 0
+    assert len({(tmp_path / f"{n}.png").read_bytes() for n in (1, 2, 3)}) == 1
+
+
+def test_json(call, sd1):
+    code, out, _ = call("a", "--model", str(sd1), *FAST, "--num-images", "2", "--json", "--precision", "fp32")
+    report = json.loads(out)
+    assert code == 0
+    assert report["plan"]["placements"]["unet"]["precision"] == "fp32"
+    assert report["predicted"]["weight_bytes"] > 0
+    assert set(report["measured"]["stages"]) == {"encode", "denoise", "decode"}
+    assert report["image"] == "a-1.png"
+    assert report["images"] == ["a-1.png", "a-2.png"]
+
+
+def test_repeated_from_a_picture(call, sd1, tmp_path):
+    assert call("two\nlines", "--model", str(sd1), *FAST, "--negative-prompt", "blue", "-o", "one.png")[0] == 0
+    assert call("--from", "one.png", "-o", "two.png")[0] == 0
+    assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
+    assert call("--from", "one.png", "--guidance-scale", "2", "-o", "three.png")[0] == 0
+    assert (tmp_path / "one.png").read_bytes() != (tmp_path / "three.png").read_bytes()
+
+
+def test_a_picture_of_a1111_needs_its_model_named(call, sd1, tmp_path):
+    from PIL.PngImagePlugin import PngInfo
+
+    text = PngInfo()
+    text.add_text("parameters", "a cat\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Model: v1-5")
+    Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=text)
+    code, _, err = call("--from", "theirs.png")
+    assert code == 2
+    assert "--model" in err
+    assert call("--from", "theirs.png", "--model", str(sd1), "-o", "a.png")[0] == 0
+    assert (
+        call("a cat", "--model", str(sd1), *FAST, "--scheduler", "euler_a", "--guidance-scale", "7", "--seed", "5", "-o", "b.png")[
+            0
+        ]
+        == 0
+    )
+    assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
+
+
+def test_prompt_from_a_file_and_from_standard_input(call, sd1, tmp_path):
+    (tmp_path / "prompt.txt").write_text("a red heart\n")
+    assert "a-red-heart.png" in call("--prompt-file", "prompt.txt", "--model", str(sd1), *FAST)[1]
+    assert "a-cat.png" in call("-", "--model", str(sd1), *FAST, stdin="a cat\n")[1]
+
+
+def test_nothing_is_replaced_unasked(call, sd1, tmp_path):
+    names = [call("a", "--model", str(sd1), *FAST)[1].split(" ·")[0] for _ in range(3)]
+    assert names == ["a.png", "a-2.png", "a-3.png"]
+    (tmp_path / "there").mkdir()
+    assert call("a", "--model", str(sd1), *FAST, "-o", "there")[1].startswith("there/a.png ")
+    before = (tmp_path / "a.png").read_bytes()
+    assert call("b", "--model", str(sd1), *FAST, "-o", "a.png")[0] == 0
+    assert (tmp_path / "a.png").read_bytes() != before
+
+
+def test_what_was_cut_is_said(call, sd1):
+    code, _, err = call("heart " * 90, "--model", str(sd1), *FAST)
+    assert code == 0
+    assert err.startswith("note: the prompt is too long; this end of it was cut: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([""], ["prompt is empty"]),
+        (["  "], ["prompt is empty"]),
+        (["--steps", "3"], ["prompt is empty", 'tightfit "a red heart"']),
+        (["a", "--bogus", "3"], ["No such option", "--bogus"]),
+        (["a", "b"], ["unexpected extra argument"]),
+        (["a", "--steps", "many"], ["--steps", "integer"]),
+        (["a", "--steps", "0"], ["num_inference_steps"]),
+        (["a", "--width", "70"], ["width 70", "64 or 72"]),
+        (["a", "--scheduler", "heun"], ["unknown scheduler 'heun'", "euler_a", "unipc"]),
+        (["a", "--precision", "int3"], ["unknown precision", "bf16"]),
+        (["a", "--device", "tpu"], ["unknown device", "cuda"]),
+        (["a", "--model", "nowhere"], ["nowhere does not exist"]),
+        (["a", "--model", "model.ckpt"], ["pickle"]),
+        (["a", "-o", "no/such/x.png"], ["no/such does not exist"]),
+        (["a", "-o", "x.jpg"], ["x.jpg", ".png"]),
+        (["a", "--prompt-file", "p.txt"], ["not both"]),
+        (["--prompt-file", "p.txt"], ["p.txt cannot be read"]),
+        (["--from", "p.png"], ["p.png does not exist"]),
+    ],
+)
+def test_bad_input(call, sd1, tmp_path, arguments, words):
+    model = [] if "--model" in arguments else ["--model", str(sd1)]
+    code, out, err = call(*arguments, *model)
+    assert (code, out) == (2, "")
+    assert err.startswith("tightfit: ")
+    assert err.count("\n") == 1
+    for word in words:
+        assert word in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_cannot_be_written(call, sd1, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    code, _, err = call("a", "--model", str(sd1), *FAST)
+    assert code == 2
+    assert "Permission denied" in err
+    assert "--output" in err
+
+
+def test_plan(call, tiny_models):
+    code, out, _ = call("plan", "--model", str(tiny_models["sdxl"]), "--precision", "fp16")
+    assert code == 0
+    for word in ("text_encoder_2", "vae_decoder", "overflows", "most at once"):
+        assert word in out
+    code, out, _ = call("plan", "--model", str(tiny_models["sdxl"]), "--json")
+    assert json.loads(out)["version"] == 1
+
+
+def test_help_fits_a_screen(call):
+    for arguments in (["--help"], ["generate", "--help"], ["plan", "--help"]):
+        code, out, _ = call(*arguments)
+        assert code == 0
+        assert out.count("\n") <= 40
+    assert "0.1.0" in call("--version")[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals work otherwise there")
+def test_interrupted(sd1, tmp_path):
+    """Ctrl-C in the middle: exit 130, one line, nothing left behind."""
+    code = "from tightfit.runtime.cli import main; main()"
+    command = [sys.executable, "-c", code, "a", "--model", str(sd1), "--steps", "1000", "--scheduler", "euler"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)  # well inside the thousand steps
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, "", "tightfit: stopped; nothing was written\n")
+    assert list(tmp_path.iterdir()) == []

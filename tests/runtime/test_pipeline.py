@@ -1,0 +1,211 @@
+"""The same picture as diffusers makes, and the same again however the plan runs it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import tightfit
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.pipeline import Pipeline, guidance_embedding
+
+SCHEDULERS = {
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "ddim": ("DDIMScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+}
+
+
+def psnr(a, b) -> float:
+    error = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
+
+
+@pytest.fixture(scope="module")
+def references(tiny_models):
+    """diffusers' own pipelines on the same folders."""
+    import torch
+    from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+    made = {}
+    for family, folder in tiny_models.items():
+        kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
+        made[family] = kind.from_pretrained(folder, torch_dtype=torch.float32)
+        made[family].set_progress_bar_config(disable=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def pipes(tiny_models):
+    made = {family: tightfit.load(str(folder), precision="fp32", device="cpu") for family, folder in tiny_models.items()}
+    yield made
+    for pipe in made.values():
+        pipe.close()
+
+
+def reference(pipeline, scheduler: str, prompt: str, seed: int, **options):
+    import diffusers
+    import torch
+
+    kind, changes = SCHEDULERS[scheduler]
+    before = pipeline.scheduler
+    pipeline.scheduler = getattr(diffusers, kind).from_config(before.config, **changes)
+    try:
+        return pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), **options).images[0]
+    finally:
+        pipeline.scheduler = before
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_as_diffusers(references, pipes, family, scheduler):
+    options = {"num_inference_steps": 4, "guidance_scale": 6.0}
+    theirs = reference(references[family], scheduler, "a red heart", 7, **options)
+    ours = pipes[family]("a red heart", scheduler=scheduler, seed=7, **options)
+    assert psnr(ours, theirs) >= 60
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_as_diffusers_in_other_sizes_with_a_negative_prompt_and_without_guidance(references, pipes, family):
+    options = {"num_inference_steps": 3, "width": 72, "height": 104}
+    for more in ({"guidance_scale": 4.0, "negative_prompt": "blue"}, {"guidance_scale": 1.0}):
+        theirs = reference(references[family], "euler", "a heart", 3, **options, **more)
+        ours = pipes[family]("a heart", scheduler="euler", seed=3, **options, **more)
+        assert ours.size == (72, 104)
+        assert psnr(ours, theirs) >= 60
+
+
+def test_the_comparison_can_fail(pipes):
+    """Every input matters in these tiny models: change one and the 60 dB are missed by far."""
+    base = {"seed": 7, "num_inference_steps": 4, "guidance_scale": 6.0, "scheduler": "euler"}
+    for pipe in pipes.values():
+        image = pipe("a red heart", **base)
+        assert psnr(image, pipe("a green cat on a mat", **base)) < 55
+        for change in (
+            {"seed": 8},
+            {"num_inference_steps": 5},
+            {"guidance_scale": 7.5},
+            {"scheduler": "euler_a"},
+            {"negative_prompt": "red"},
+        ):
+            assert psnr(image, pipe("a red heart", **base | change)) < 55, change
+
+
+def test_same_request_same_bytes(pipes, tiny_models):
+    options = {"seed": 7, "num_inference_steps": 3, "scheduler": "euler_a"}
+    first = pipes["sd1"]("a red heart", **options)
+    assert first.tobytes() == pipes["sd1"]("a red heart", **options).tobytes()
+    with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu", residency="staged") as staged:
+        assert first.tobytes() == staged("a red heart", **options).tobytes()
+
+
+def test_sequential_guidance_is_batched_guidance(pipes):
+    for pipe in pipes.values():
+        with Pipeline(pipe.spec, dataclasses.replace(pipe.plan, cfg="sequential")) as other:
+            options = {"seed": 1, "num_inference_steps": 3}
+            assert psnr(pipe("a cat", **options), other("a cat", **options)) >= 60
+
+
+def test_several_pictures_are_those_of_the_following_seeds(pipes):
+    images = pipes["sd1"]("a cat", seed=5, num_images=2, num_inference_steps=2)
+    for seed, image in zip((5, 6), images, strict=True):
+        assert image.tobytes() == pipes["sd1"]("a cat", seed=seed, num_inference_steps=2).tobytes()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_half_precisions_stay_close(pipes, tiny_models, family, precision):
+    with tightfit.load(str(tiny_models[family]), precision=precision, device="cpu") as pipe:
+        options = {"seed": 1, "num_inference_steps": 3, "scheduler": "euler"}
+        assert psnr(pipe("a cat", **options), pipes[family]("a cat", **options)) > (30 if precision == "bf16" else 40)
+
+
+def test_events(pipes):
+    request = tightfit.Request("a cat", seed=1, num_inference_steps=3, num_images=2, scheduler="ddim")
+    events = list(pipes["sd1"].run(request, preview_every=2))
+    assert [(e.stage, e.step, e.steps, e.image) for e in events] == [
+        ("encode", 1, 1, 0),
+        *(("denoise", i + 1, 6, i // 3) for i in range(6)),
+        ("decode", 1, 2, 0),
+        ("decode", 2, 2, 1),
+        ("done", 2, 2, 0),
+    ]
+    assert [e.preview is not None for e in events[1:7]] == [False, True, False] * 2
+    result = events[-1].result
+    assert result.request == request.resolve(pipes["sd1"].spec)
+    assert set(result.stages) == {"encode", "denoise", "decode"}
+    assert all(stage.peak_bytes > 0 and stage.seconds > 0 for stage in result.stages.values())
+
+
+def test_stages_are_freed(tiny_models):
+    """Staged: when a component is loaded, the one before it is gone. Resident: all stay until close."""
+    import gc
+    import weakref
+
+    for residency, most in (("staged", 1), ("resident", 3)):
+        with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu", residency=residency) as pipe:
+            alive = weakref.WeakSet()
+            counts = []
+            engine = pipe._backends["torch"]
+            load = engine.load
+
+            def counted(*args, load=load, alive=alive, counts=counts):
+                session = load(*args)
+                alive.add(session.module)
+                gc.collect()
+                counts.append(len(alive))
+                return session
+
+            engine.load = counted
+            pipe("a cat", num_inference_steps=1)
+            assert max(counts) == most
+        gc.collect()
+        assert len(alive) == 0
+
+
+def test_a_run_can_be_abandoned(pipes):
+    running = pipes["sd1"].run(tightfit.Request("a cat", num_inference_steps=4))
+    next(running), next(running)
+    running.close()
+    assert pipes["sd1"]("a cat", seed=1, num_inference_steps=1)
+
+
+def test_what_was_cut_is_said(pipes):
+    long = " ".join(["heart"] * 20) + " and a cat"
+    assert pipes["sd1"].generate(tightfit.Request("a cat", num_inference_steps=1)).notices == ()
+    (notice,) = pipes["sdxl"].generate(tightfit.Request(long, num_inference_steps=1)).notices
+    assert notice.startswith("the prompt is too long")
+    assert notice.endswith("heart and a cat")
+
+
+def test_guidance_distilled_models(sd1_copy):
+    """LCM's U-Nets take the scale as an input; the embedding is diffusers'."""
+    import json
+
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(sd1_copy / "unet")
+    torch.manual_seed(0)
+    UNet2DConditionModel.from_config(dict(unet.config) | {"time_cond_proj_dim": 16}).save_pretrained(sd1_copy / "unet")
+    assert json.loads((sd1_copy / "unet/config.json").read_text())["time_cond_proj_dim"] == 16
+    theirs = StableDiffusionPipeline.from_pretrained(sd1_copy, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    expected = theirs.get_guidance_scale_embedding(torch.tensor([7.0]), 16)
+    assert np.allclose(guidance_embedding(8.0, 16), expected.numpy(), atol=1e-4)
+    with tightfit.load(str(sd1_copy), precision="fp32", device="cpu") as pipe:
+        options = {"num_inference_steps": 3, "guidance_scale": 8.0}
+        ours = pipe("a cat", seed=2, scheduler="lcm", **options)
+        assert psnr(ours, reference(theirs, "lcm", "a cat", 2, **options)) >= 60
+
+
+def test_unknown_options(pipes):
+    with pytest.raises(TightfitError, match="unknown option 'stepz'"):
+        pipes["sd1"]("a cat", stepz=3)
+    with pytest.raises(TightfitError, match="lcm cannot take 200 steps"):
+        pipes["sd1"]("a cat", scheduler="lcm", num_inference_steps=200)
