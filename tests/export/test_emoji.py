@@ -1,0 +1,100 @@
+"""The parts of the emoji training that carry its figures: the optimiser, the schedule, the prompt match, the data."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tightfit.export.emoji import caption, data, diffusion, optim
+
+
+@pytest.mark.parametrize("shape", [(16, 48), (48, 16), (32, 32)])
+def test_orthogonal_against_svd(shape):
+    """Muon's iteration keeps the singular vectors and brings the values near one."""
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    result = optim.orthogonal(matrix).float()
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = left.T @ result @ right.T
+    assert torch.linalg.svdvals(result).min() > 0.5
+    assert torch.linalg.svdvals(result).max() < 1.4
+    assert (values - torch.diag(values.diag())).abs().max() < 0.1
+
+
+def test_optimizer_covers_every_parameter_once():
+    module = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 16, 3), torch.nn.GroupNorm(4, 16))
+    optimizer = optim.Optimizer([module], 1e-2, 1e-2)
+    held = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    assert sorted(map(id, held)) == sorted(map(id, module.parameters()))
+    before = [p.clone() for p in module.parameters()]
+    module(torch.randn(2, 3, 8, 8)).square().mean().backward()
+    optimizer.step(1.0)
+    assert all(not torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+
+
+def test_average_is_the_mean_of_recent_weights():
+    module = torch.nn.Linear(1, 1, bias=False)
+    average = optim.Average(module, decay=0.9)
+    for value in np.linspace(0, 1, 200):
+        module.weight.data.fill_(float(value))
+        average.update(module)
+    assert average.module.weight.item() == pytest.approx(1 - 9 / 199, abs=1e-3)  # a ramp lags by decay / (1 - decay) steps
+
+
+def test_schedule():
+    assert optim.schedule(0.0) < 0.02
+    assert optim.schedule(0.3) == 1.0
+    assert optim.schedule(0.75) == pytest.approx(0.5)
+    assert optim.schedule(1.0) == 0.0
+
+
+def test_prompt_match_counts_nearest_pictures():
+    pictures = torch.stack([torch.full((3, 64, 64), float(v)) for v in (0, 20, 40, 60, 80, 100, 200)])
+    drawn = torch.stack([pictures[0] + 3, pictures[6] - 5, pictures[5] + 40, pictures[1]])
+    assert diffusion.match(drawn, pictures, [0, 6, 5, 6]) == (0.75, 0.75)
+    assert diffusion.match(drawn, pictures, [2, 0, 5, 0]) == (0.25, 0.75)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A miniature of the two npm packages."""
+    text = tmp_path / "emojibase-data/package/en"
+    pictures = tmp_path / "lobehub-fluent-emoji-3d/package/assets"
+    text.mkdir(parents=True)
+    pictures.mkdir(parents=True)
+    groups = [{"order": 0, "key": "smileys-emotion"}, {"order": 1, "key": "flags"}]
+    subgroups = [{"order": 0, "key": "heart"}, {"order": 1, "key": "country-flag"}]
+    (text / "messages.json").write_text(json.dumps({"groups": groups, "subgroups": subgroups}))
+    rows = [
+        {"label": "Red Heart", "hexcode": "2764-FE0F", "tags": ["Love"], "group": 0, "subgroup": 0, "order": 2},
+        {"label": "no picture", "hexcode": "0001", "tags": [], "group": 0, "subgroup": 0, "order": 3},
+        {"label": "a flag", "hexcode": "1F1EB", "tags": [], "group": 1, "subgroup": 1, "order": 1},
+        {"label": "regional", "hexcode": "1F1EC"},
+    ]
+    (text / "data.json").write_text(json.dumps(rows))
+    Image.new("RGBA", (256, 256), (255, 0, 0, 0)).save(pictures / "2764.webp", lossless=True)
+    Image.new("RGBA", (256, 256)).save(pictures / "1f1eb.webp", lossless=True)
+    return tmp_path
+
+
+def test_chosen_emoji(folder):
+    (heart,) = data.emoji(folder)
+    assert (heart.label, heart.tags, heart.picture.name) == ("red heart", ("love",), "2764.webp")
+    assert (data.pixels([heart], 32) == 255).all()  # transparent is white
+
+
+def test_captions(folder):
+    import random
+
+    (heart,) = data.emoji(folder)
+    texts = [caption.caption(heart, random.Random(seed)) for seed in range(400)]
+    assert 0.05 < texts.count("") / 400 < 0.15
+    assert all("red heart" in text for text in texts if text)
+
+
+def test_tokenizer_is_learned_from_the_labels(folder):
+    loaded = caption.tokenizer(data.emoji(folder), folder / "tokenizer", size=540)
+    assert loaded.model_max_length == caption.LENGTH
+    assert len(loaded("heart").input_ids) == 3  # one token between start and end
