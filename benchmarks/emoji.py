@@ -1,0 +1,81 @@
+"""The figures of the emoji model's card, and its contact sheets: what is in the box, run as a user runs it.
+
+    python -m tightfit.benchmarks.emoji WORK
+
+WORK is the folder of the training (`python -m tightfit.export.emoji.autoencoder` fetches the pictures into it).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageDraw
+
+from .. import Pipeline, Request, load
+from ..export.emoji import data
+from ..export.emoji.autoencoder import psnr
+from ..export.emoji.diffusion import match
+from ..runtime.hub import locate
+from .record import record
+
+SHEET = (
+    "red heart", "broken heart", "green heart", "grinning face", "smiling face with sunglasses", "robot", "ghost", "alien",
+    "cat", "dog face", "panda", "fox", "penguin", "frog", "butterfly", "octopus",
+    "pizza", "hamburger", "strawberry", "banana", "doughnut", "birthday cake", "hot beverage", "ice cream",
+    "rocket", "airplane", "automobile", "sailboat", "sunflower", "cactus", "rainbow", "snowman",
+)  # fmt: skip
+
+
+def contact_sheet(pipe: Pipeline, prompts: tuple[str, ...], columns: int, seed: int) -> Image.Image:
+    """A grid of pictures with their prompts beneath."""
+    side, below = pipe.spec.native_size, 14
+    rows = -(-len(prompts) // columns)
+    sheet = Image.new("RGB", (columns * side, rows * (side + below)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, prompt in enumerate(prompts):
+        x, y = i % columns * side, i // columns * (side + below)
+        sheet.paste(pipe.generate(Request(prompt, seed=seed)).images[0], (x, y))
+        draw.text((x + side / 2, y + side), prompt, "black", anchor="ma")
+    return sheet
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("work", type=Path)
+    parse.add_argument("--model", default="emoji")
+    parse.add_argument("--precision", default="fp32")
+    parse.add_argument("--labels", type=int, default=200)
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument("--guidance-scale", type=float)
+    parse.add_argument("--scheduler")
+    parse.add_argument("--sheet", type=Path, help="write the contact sheet here and measure nothing")
+    args = parse.parse_args()
+    with load(args.model, precision=args.precision, device="cpu") as pipe:
+        if args.sheet:
+            contact_sheet(pipe, SHEET, 8, args.seed).save(args.sheet)
+            return
+        data.fetch(args.work)
+        chosen = data.emoji(args.work)
+        pictures = torch.from_numpy(data.pixels(chosen, pipe.spec.native_size)).permute(0, 3, 1, 2)
+        vae = AutoencoderKL.from_pretrained(locate(args.model) / "vae", torch_dtype=torch.float32)
+        right = np.linspace(0, len(chosen) - 1, args.labels).round().astype(int).tolist()
+        start = time.perf_counter()
+        options = {"guidance_scale": args.guidance_scale, "scheduler": args.scheduler}
+        drawn = [np.array(pipe(chosen[i].label, seed=args.seed, num_inference_steps=20, **options)) for i in right]
+        seconds = (time.perf_counter() - start) / len(drawn)
+        top1, top5 = match(torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2), pictures, right)
+        results = {
+            "pictures": len(chosen), "labels": len(right), "top1": top1, "top5": top5, "seconds_per_picture": round(seconds, 2),
+            "autoencoder_psnr": round(psnr(vae, pictures), 2), "precision": args.precision, "plan": pipe.plan.summary(),
+        }  # fmt: skip
+    print(*(f"{name}: {value}" for name, value in results.items()), sep="\n")
+    record("emoji", results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""One line of JSON per measurement, with all that is needed to repeat it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..runtime.hardware import Hardware
+
+PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+
+
+def record(name: str, results: Any) -> Path:
+    """Append `results` to `name`.jsonl under $OUT, else in benchmarks/results/, and return that file."""
+    hardware = Hardware.detect()
+    module = Path(sys.argv[0]).stem
+    line = {
+        "date": date.today().isoformat(),
+        "command": shlex.join(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]]),
+        "hardware": {"device": hardware.device, "name": hardware.name, "cores": os.cpu_count(), "bytes": hardware.total_bytes},
+        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
+        "results": results,
+    }
+    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}.jsonl"
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
+    return file
