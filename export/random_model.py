@@ -11,6 +11,7 @@ import gzip
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from . import tokenizer
 
+Merges = Sequence[tuple[str, str]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _DOWN, _UP = "DownBlock2D", "UpBlock2D"
@@ -126,8 +128,13 @@ def random_weights(module: torch.nn.Module, dtype: torch.dtype, generator: torch
     return weights
 
 
-def write(family: str, folder: Path, *, tiny: bool = False, precision: str = "fp16", seed: int = 0) -> dict[str, int]:
-    """Write the model into `folder`, which must not exist yet, and return the parameters of each network."""
+def write(
+    family: str, folder: Path, *, tiny: bool = False, precision: str = "fp16", seed: int = 0, merges: Merges = ()
+) -> dict[str, int]:
+    """Write the model into `folder`, which must not exist yet, and return the parameters of each network.
+
+    `merges` are the tokenizer's (`clip_merges()` for SD's own); without any, each letter is a token.
+    """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: name another folder")
     partial = folder.with_name(f".{folder.name}.partial")
@@ -135,7 +142,6 @@ def write(family: str, folder: Path, *, tiny: bool = False, precision: str = "fp
     model = MODELS[family]
     generator, counts = torch.Generator().manual_seed(seed), {}
     index: dict[str, Any] = {"_class_name": model["pipeline"], "scheduler": ["diffusers", model["scheduler"]["_class_name"]]}
-    merges = [] if tiny else clip_merges()
     for name in ("text_encoder", "text_encoder_2", "unet", "vae"):
         if name not in model:
             continue
@@ -189,7 +195,8 @@ def main() -> None:
     parse.add_argument("--seed", type=int, default=0)
     args = parse.parse_args()
     try:
-        counts = write(args.family, args.folder, tiny=args.tiny, precision=args.precision, seed=args.seed)
+        merges = () if args.tiny else clip_merges()
+        counts = write(args.family, args.folder, tiny=args.tiny, precision=args.precision, seed=args.seed, merges=merges)
     except OSError as error:
         raise SystemExit(str(error)) from None
     print(args.folder, *(f"{name} {count:,} parameters" for name, count in counts.items()), sep="\n  ")

@@ -14,6 +14,7 @@ from typing import Any
 from .errors import TightfitError
 
 PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 CONVERT = (
     "a pickle can run any code when it is opened, so tightfit never does; convert it once, in a place you trust: "
@@ -25,11 +26,13 @@ _HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer hea
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a safetensors file: its dtype in that format's spelling, its shape, and where it lies."""
+    """One tensor of a safetensors file: its dtype in that format's spelling, its shape, and its bytes' place there."""
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
+    offset: int
+    stored_bytes: int
 
     @property
     def count(self) -> int:
@@ -218,16 +221,23 @@ def read_header(file: Path) -> dict[str, Tensor]:
             if length > min(size - 8, _HEADER_LIMIT):
                 raise TightfitError(f"{file} is not a whole safetensors file ({size} bytes): copy or download it again")
             header = json.loads(stream.read(length))
-        tensors = {
-            name: (Tensor(entry["dtype"], tuple(entry["shape"]), file), entry["data_offsets"])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        promised = 8 + length + max((end for _, (_, end) in tensors.values()), default=0)
+        tensors = {name: _tensor(entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"}
+        promised = max((tensor.offset + tensor.stored_bytes for tensor in tensors.values()), default=8 + length)
     except OSError as error:
         raise TightfitError(f"{file} cannot be read: {error.strerror}; copy or download it again") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise TightfitError(f"{file} has a broken safetensors header: copy or download it again") from None
     if promised != size:
         raise TightfitError(f"{file} is truncated or overwritten: it has {size} bytes of {promised}; copy or download it again")
-    return {name: tensor for name, (tensor, _) in tensors.items()}
+    return tensors
+
+
+def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:
+    """One entry of a header whose tensors' bytes begin at `data`; ValueError if its numbers contradict each other."""
+    begin, end = entry["data_offsets"]
+    tensor = Tensor(entry["dtype"], tuple(entry["shape"]), file, data + begin, end - begin)
+    if begin < 0 or any(side < 0 for side in tensor.shape):
+        raise ValueError("a negative size")
+    if tensor.dtype in STORED_BYTES and tensor.count * STORED_BYTES[tensor.dtype] != tensor.stored_bytes:
+        raise ValueError("a tensor of another size than its shape")
+    return tensor

@@ -209,3 +209,14 @@ def test_unknown_options(pipes):
         pipes["sd1"]("a cat", stepz=3)
     with pytest.raises(TightfitError, match="lcm cannot take 200 steps"):
         pipes["sd1"]("a cat", scheduler="lcm", num_inference_steps=200)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "decibels"), [("fp32", 50), ("bf16", 25), ("fp16", 35)])
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_cuda_paints_the_same(pipes, tiny_models, family, precision, decibels):
+    options = {"seed": 1, "num_inference_steps": 3, "scheduler": "euler_a"}
+    with tightfit.load(str(tiny_models[family]), precision=precision, device="cuda", residency="staged") as pipe:
+        result = pipe.generate(tightfit.Request("a cat", **options))
+    assert psnr(result.images[0], pipes[family]("a cat", **options)) > decibels
+    assert 0 < result.peak_bytes < 2**30

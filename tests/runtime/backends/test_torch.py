@@ -93,3 +93,20 @@ def test_overflow_is_said(sd1_copy):
 
     rewrite(sd1_copy / VAE, lambda w: w | {"decoder.conv_out.bias": torch.full((3,), torch.inf)})
     fails(sd1_copy, "overflowed", "--precision")
+
+
+def test_loading_never_holds_the_file_beside_the_weights(tmp_path):
+    """fp16 on disk, bf16 in memory: the peak is the converted weights and little more."""
+    import torch
+    from tightfit.runtime.backends.torch import _read
+    from tightfit.runtime.memory import ProcessPeak
+    from tightfit.runtime.spec import read_header
+
+    save_file({f"t{i}": torch.full((4 * 2**20,), i, dtype=torch.float16) for i in range(16)}, tmp_path / "x.safetensors")
+    peak = ProcessPeak()
+    if not peak.resets:
+        pytest.skip("this system cannot reset the peak")
+    before = peak.bytes()
+    held = [_read(t, torch.bfloat16, torch.device("cpu")) for t in read_header(tmp_path / "x.safetensors").values()]
+    assert sorted(float(t[-1]) for t in held) == list(range(16))
+    assert peak.bytes() - before < 1.4 * 16 * 8 * 2**20
