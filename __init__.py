@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from .runtime.errors import TightfitError
     from .runtime.events import Event, Result
     from .runtime.hardware import Hardware
+    from .runtime.hub import inspect
     from .runtime.parameters import save
     from .runtime.pipeline import Pipeline, load
     from .runtime.plan import Plan, plan
     from .runtime.request import Request
-    from .runtime.spec import ModelSpec, inspect
+    from .runtime.spec import ModelSpec
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,11 +42,12 @@ _HOMES = {
     "errors": ("TightfitError",),
     "events": ("Event", "Result"),
     "hardware": ("Hardware",),
+    "hub": ("inspect",),
     "parameters": ("save",),
     "pipeline": ("Pipeline", "load"),
     "plan": ("Plan", "plan"),
     "request": ("Request",),
-    "spec": ("ModelSpec", "inspect"),
+    "spec": ("ModelSpec",),
 }
 
 

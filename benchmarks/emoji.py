@@ -20,7 +20,6 @@ from .. import Pipeline, Request, load
 from ..export.emoji import data
 from ..export.emoji.autoencoder import psnr
 from ..export.emoji.diffusion import match
-from ..runtime.hub import locate
 from .record import record
 
 SHEET = (
@@ -33,7 +32,7 @@ SHEET = (
 
 def contact_sheet(pipe: Pipeline, prompts: tuple[str, ...], columns: int, seed: int) -> Image.Image:
     """A grid of pictures with their prompts beneath."""
-    side, below = pipe.spec.native_size, 14
+    side, below = pipe.spec.native_size[0], 14
     rows = -(-len(prompts) // columns)
     sheet = Image.new("RGB", (columns * side, rows * (side + below)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -61,8 +60,8 @@ def main() -> None:
             return
         data.fetch(args.work)
         chosen = data.emoji(args.work)
-        pictures = torch.from_numpy(data.pixels(chosen, pipe.spec.native_size)).permute(0, 3, 1, 2)
-        vae = AutoencoderKL.from_pretrained(locate(args.model) / "vae", torch_dtype=torch.float32)
+        pictures = torch.from_numpy(data.pixels(chosen, pipe.spec.native_size[0])).permute(0, 3, 1, 2)
+        vae = AutoencoderKL.from_pretrained(pipe.spec.folder / "vae", torch_dtype=torch.float32)
         right = np.linspace(0, len(chosen) - 1, args.labels).round().astype(int).tolist()
         start = time.perf_counter()
         options = {"guidance_scale": args.guidance_scale, "scheduler": args.scheduler}

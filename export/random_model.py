@@ -49,7 +49,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "unet": _UNET1 | {"cross_attention_dim": 768, "attention_head_dim": 8, "sample_size": 64},
         "vae": _VAE | {"scaling_factor": 0.18215},
         "text_encoder": _CLIP_L,
-        "scheduler": _SCHEDULE | {"_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True},
+        "scheduler": _SCHEDULE | {
+            "_class_name": "PNDMScheduler", "set_alpha_to_one": False, "skip_prk_steps": True, "clip_sample": False,
+        },
     },
     "sd2": {
         "pipeline": "StableDiffusionPipeline",

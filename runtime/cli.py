@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from tempfile import TemporaryFile
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -16,7 +19,12 @@ from .errors import TightfitError
 from .events import Event, Result
 from .memory import shown
 from .plan import PRECISIONS, Plan
-from .request import SCHEDULERS, Request
+from .request import Request
+from .schedulers import SCHEDULERS
+
+if TYPE_CHECKING:
+    from .parameters import Carried
+    from .pipeline import Pipeline
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
@@ -46,7 +54,7 @@ def generate(
     num_inference_steps: Annotated[
         int | None, typer.Option("--num-inference-steps", "--steps", help="Default 20.", metavar="N")
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Default 7.5; SDXL 5.", metavar="X")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: model's.", metavar="X")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
     seed: Annotated[int | None, typer.Option(help="Default random.", metavar="N")] = None,
@@ -69,18 +77,17 @@ def generate(
         "seed": seed,
         "scheduler": scheduler,
         "num_images": num_images,
-        "model": model,
-        "precision": precision,
     }
-    asked = _asked(source, given)
-    where, how = asked.pop("model", "emoji"), asked.pop("precision", "auto")
-    if not asked.get("prompt"):
-        raise TightfitError('the prompt is empty: say what to paint, for example: tightfit "a red heart"')
-    request = Request(**asked)
-    folder, stem = _target(output, request.prompt)
-    result = _run(request, where, how, device)
-    paths = _save(result, folder, stem, overwrite=output is not None and output.suffix.lower() == ".png")
-    typer.echo(json.dumps(_report(result, paths), ensure_ascii=False) if as_json else _closing_line(result, paths))
+    given = {name: value for name, value in given.items() if value is not None}
+    carried = _carried(source)
+    request = Request(**{"prompt": "", **carried.request, **given}).checked()
+    target = _target(output, request.prompt)
+    where = model or carried.model or "emoji"
+    fetch = source is None or model is not None  # a picture alone never starts a download
+    with _load(where, precision or carried.precision or "auto", device, local_files_only=not fetch) as pipeline:
+        result = _run(pipeline, request)
+    paths = _save(result, *target, overwrite=output is not None and not output.is_dir())
+    typer.echo(json.dumps(_report(result, paths)) if as_json else _closing_line(result, paths))
 
 
 @app.command("plan")
@@ -93,7 +100,7 @@ def show_plan(
     """Say how a model would run here, and why; no weight is read."""
     from rich.console import Console
 
-    plan = _load(str(model), str(precision), device).plan
+    plan = _load(model or "emoji", precision or "auto", device).plan
     if as_json:
         typer.echo(json.dumps(plan.to_json(), ensure_ascii=False))
     else:
@@ -122,86 +129,83 @@ def _prompt(prompt: str | None, file: Path | None) -> str | None:
         raise TightfitError("give the prompt as an argument or with --prompt-file, not both")
     try:
         if prompt == "-":
-            return sys.stdin.read().strip()
-        return prompt if file is None else file.read_text(encoding="utf-8").strip()
+            return sys.stdin.read().strip() if sys.stdin else ""
+        return prompt if file is None else file.read_text(encoding="utf-8-sig").strip()
     except UnicodeDecodeError:
         raise TightfitError(f"{file or 'standard input'} is not UTF-8 text") from None
     except OSError as error:
         raise TightfitError(f"{file} cannot be read: {error.strerror}") from None
 
 
-def _asked(source: Path | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, over those the picture `source` carries."""
-    from . import parameters
+def _carried(source: Path | None) -> Carried:
+    """What the picture `source` asks for, nothing without one."""
+    from .parameters import Carried, read
 
-    given = {name: value for name, value in given.items() if value is not None}
-    if source is None:
-        return given
-    asked = parameters.read(source, given)
-    if asked.get("model", "") is None and "model" not in given:
-        raise TightfitError(f"{source} does not say where its model is: name it with --model")
-    return asked | given
+    carried = read(source) if source else Carried({})
+    for notice in carried.notices:
+        typer.echo(f"note: {notice}", err=True)
+    return carried
 
 
 def _target(output: Path | None, prompt: str) -> tuple[Path, str]:
-    """Folder and stem to write to, checked before anything is computed."""
-    stem = "-".join(re.findall(r"\w+", prompt.lower()))[:60].strip("-") or "picture"
-    folder = Path()
-    if output is not None and output.is_dir():
-        folder = output
-    elif output is not None:
-        if output.suffix.lower() != ".png":
-            raise TightfitError(f"--output {output} is neither a folder that exists nor a name ending in .png")
-        folder, stem = output.parent, output.stem
-    if not folder.is_dir():
-        raise TightfitError(f"the folder {folder} does not exist: make it first, or name another with --output")
-    from tempfile import TemporaryFile
-
+    """Folder and file name to write to, checked before anything is computed."""
+    words = "-".join(re.findall(r"\w+", prompt.lower())).encode()[:60].decode(errors="ignore").strip("-")
+    folder, name = Path(), f"{words or 'picture'}.png"
     try:
+        if output is not None and output.is_dir():
+            folder = output
+        elif output is not None:
+            if output.suffix.lower() != ".png":
+                raise TightfitError(f"--output {output} is neither a folder that exists nor a name ending in .png")
+            folder, name = output.parent, output.name
+        if not folder.is_dir():
+            raise TightfitError(f"the folder {folder} does not exist: make it first, or name another with --output")
+        with suppress(FileNotFoundError):
+            (folder / name).lstat()  # a name too long for the file system fails here, not after the work
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise TightfitError(
-            f"nothing can be written into {folder.resolve()} ({error.strerror}): name another place with --output"
+            f"nothing can be written to {folder / name} ({error.strerror}): name another place with --output"
         ) from None
-    return folder, stem
+    return folder, name
 
 
-def _load(model: str, precision: str, device: str):
+def _load(model: str, precision: str, device: str, *, local_files_only: bool = False) -> Pipeline:
     """A pipeline that keeps nothing: one run of the command needs each component once."""
     from .pipeline import load
 
-    return load(model, precision=precision, device=device, residency="staged")
+    return load(model, precision=precision, device=device, residency="staged", local_files_only=local_files_only)
 
 
-def _run(request: Request, model: str, precision: str, device: str) -> Result:
+def _run(pipeline: Pipeline, request: Request) -> Result:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
         task = bar.add_task("loading", total=1)
 
         def show(event: Event) -> None:
+            for notice in event.notices:
+                console.print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
             bar.update(task, description=event.stage, completed=event.step, total=event.steps)
 
-        with _load(model, precision, device) as pipeline:
-            result = pipeline.generate(request, show)
-    for notice in result.notices:
-        typer.echo(f"note: {notice}", err=True)
-    return result
+        return pipeline.generate(request, show)
 
 
-def _save(result: Result, folder: Path, stem: str, overwrite: bool) -> list[Path]:
+def _save(result: Result, folder: Path, name: str, overwrite: bool) -> list[Path]:
     """Write every picture; a name that was not asked for never replaces a file."""
     from .parameters import save
 
+    stem, suffix = Path(name).stem, Path(name).suffix
     paths = []
     for i, image in enumerate(result.images):
         numbered = f"{stem}-{i + 1}" if len(result.images) > 1 else stem
-        path, more = folder / f"{numbered}.png", 1
+        path, more = folder / f"{numbered}{suffix}", 1
         while path.exists() and not overwrite:
             more += 1
-            path = folder / f"{numbered}-{more}.png"
+            path = folder / f"{numbered}-{more}{suffix}"
         paths.append(save(image, path))
     return paths
 
@@ -235,6 +239,9 @@ def _fail(message: str) -> NoReturn:
 
 def main() -> None:
     """Entry point: exit code 0, 2 for bad input with one line on standard error, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks is no reason to fail
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in {"generate", "plan", "-h", "--help", "--version"}:
         arguments.insert(0, "generate")
@@ -248,5 +255,5 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:
-        typer.echo("tightfit: stopped; nothing was written", err=True)
+        typer.echo("tightfit: stopped", err=True)
     sys.exit(code if isinstance(code, int) else 0)

@@ -45,7 +45,8 @@ class Result:
 class Event:
     """`stage` is encode, denoise, decode or done; `step` of `steps` are finished; the last event carries the result.
 
-    Steps count on over all pictures of a request; `image` says which picture (from 0) the step belongs to.
+    Steps count on over all pictures of a request; `image` says which picture (from 0) the step belongs to. The notices,
+    such as the end of a prompt that was cut, come with the first event.
     """
 
     stage: str
@@ -53,4 +54,5 @@ class Event:
     steps: int
     image: int = 0
     preview: Image.Image | None = None
+    notices: tuple[str, ...] = ()
     result: Result | None = None

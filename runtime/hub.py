@@ -1,4 +1,4 @@
-"""From what a person calls a model to the folder it lies in."""
+"""From what a person calls a model to what it is: built in, a folder, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -6,22 +6,32 @@ import fnmatch
 import re
 from pathlib import Path
 
-from .errors import TightfitError
-from .spec import PICKLES
+from .errors import TightfitError, first_line
+from .spec import PICKLES, ModelSpec, read_model
 
 BUILT_IN = {"emoji": Path(__file__).parent / "models" / "emoji"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _SMALL = ("*.json", "*.txt")
 
 
-def locate(model: str) -> Path:
-    """The folder of a built-in model, of a local path, or of a hub id such as `owner/name` (fetched once, then cached)."""
-    if model in BUILT_IN:
-        return BUILT_IN[model]
-    path = Path(model).expanduser()
-    if path.exists() or not _HUB_ID.fullmatch(model) or path.suffix in {p[1:] for p in PICKLES} | {".safetensors"}:
-        return path
-    return _fetch(model)
+def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
+    """What `model` is: a built-in name, a diffusers folder or a hub id. Only configs and headers are read.
+
+    A repository on the hub is fetched first, whole, into the hub's own cache, unless `local_files_only`. Raises
+    TightfitError.
+    """
+    name = str(model)
+    if name in BUILT_IN:
+        return read_model(BUILT_IN[name], name)
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a null character
+        raise TightfitError(f"no model can be called '{name[:60]}' ({first_line(error)})") from None
+    single_file = path.suffix in {pattern[1:] for pattern in PICKLES} | {".safetensors"}
+    if exists or single_file or not _HUB_ID.fullmatch(name):
+        return read_model(path)
+    return _fetch(name, local_files_only)
 
 
 def wanted(files: list[str]) -> list[str]:
@@ -37,19 +47,23 @@ def wanted(files: list[str]) -> list[str]:
     return chosen
 
 
-def _fetch(repository: str) -> Path:
-    """Bring what `wanted` names up to date in the hub's own cache; with no connection, use what is there."""
+def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
+    """Bring what `wanted` names up to date in the hub's cache; with no connection, use a complete copy that is there."""
     from huggingface_hub import HfApi, snapshot_download
 
-    try:
-        files = [entry.rfilename for entry in HfApi().model_info(repository).siblings or []]
-        return Path(snapshot_download(repository, allow_patterns=wanted(files)))
-    except Exception as error:  # the hub's HTTP library has changed before, and any failure has the same cure
+    problem = "fetching was not asked for"
+    if not local_files_only:
         try:
-            return Path(snapshot_download(repository, local_files_only=True))
-        except (OSError, ValueError):
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise TightfitError(
-                f"'{repository}' is no folder here, is not in the hub's cache and cannot be fetched ({reason}): "
-                "check the name and the connection, or give --model a diffusers folder on this machine"
-            ) from None
+            files = [entry.rfilename for entry in HfApi().model_info(repository).siblings or []]
+            return read_model(Path(snapshot_download(repository, allow_patterns=wanted(files))), repository)
+        except TightfitError:
+            raise
+        except Exception as error:  # the hub's HTTP library has changed before, and any failure has the same cure
+            problem = " ".join(str(error).split())[:300] or type(error).__name__
+    try:
+        return read_model(Path(snapshot_download(repository, local_files_only=True)), repository)
+    except (OSError, ValueError, TightfitError):  # nothing there, or not all of it
+        raise TightfitError(
+            f"'{repository}' is no folder here, is not whole in the hub's cache and was not fetched ({problem}): "
+            "check the name and the connection, or give --model a diffusers folder on this machine"
+        ) from None

@@ -10,25 +10,36 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from . import hub, parameters, schedulers
+from . import parameters, schedulers
 from .backends import Session, backend
 from .errors import TightfitError
 from .events import Event, Measured, Result
 from .hardware import Hardware
-from .plan import Plan, plan
-from .prompt import tokenize
+from .hub import inspect
+from .plan import Plan, check_choices, plan
+from .prompt import Tokens, tokenize
 from .request import Request
-from .spec import ModelSpec, inspect
+from .spec import ModelSpec
 
 
-def load(model: str = "emoji", *, precision: str = "auto", device: str = "auto", residency: str = "auto") -> Pipeline:
+def load(
+    model: str = "emoji",
+    *,
+    precision: str = "auto",
+    device: str = "auto",
+    residency: str = "auto",
+    local_files_only: bool = False,
+) -> Pipeline:
     """A pipeline for a built-in model, a diffusers folder or a hub id. No weight is read before the first request.
 
     precision: auto, fp32, bf16 or fp16. device: auto, cuda, mps or cpu. residency: resident keeps every component
-    loaded between requests, staged loads each for its stage and frees it after. Raises TightfitError.
+    loaded between requests, staged loads each for its stage and frees it after. With local_files_only nothing is
+    fetched. Raises TightfitError.
     """
-    spec = inspect(hub.locate(model), model)
-    return Pipeline(spec, plan(Hardware.detect(device), spec, precision, residency)[0])
+    check_choices(precision, residency)
+    hardware = Hardware.detect(device)
+    spec = inspect(model, local_files_only=local_files_only)
+    return Pipeline(spec, plan(hardware, spec, precision, residency)[0])
 
 
 class Pipeline:
@@ -39,6 +50,8 @@ class Pipeline:
         self._backends = {p.backend: backend(p.backend, plan.device) for p in plan.placements.values()}
         self._peak = self._backends[plan.placements["unet"].backend].peak()
         self._loaded: dict[str, Session] = {}
+        self._load_seconds = 0.0
+        self._checked = self._running = False
 
     def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
@@ -66,22 +79,16 @@ class Pipeline:
         """Events while `request` runs; the last has stage "done" and the result. Closing the generator stops the run.
 
         With `preview_every` every n-th step's event has a picture of the latents as they are then, which costs a
-        decode each time.
+        decode each time. A pipeline runs one request at a time.
         """
         request = request.resolve(self.spec)
-        stages: dict[str, Measured] = {}
-        with self._stage("encode", stages):
-            conditioning, notices = self._encode(request)
-        yield Event("encode", 1, 1)
-        with self._stage("denoise", stages):
-            latents = yield from self._denoise(request, conditioning, preview_every)
-        images = []
-        with self._stage("decode", stages), self._session("vae_decoder") as decoder:
-            for i, one in enumerate(latents):
-                images.append(self._picture(decoder, one, request, i))
-                yield Event("decode", i + 1, request.num_images, i)
-        result = Result(request, self.plan, tuple(images), stages, notices)
-        yield Event("done", request.num_images, request.num_images, result=result)
+        if self._running:
+            raise TightfitError("this pipeline is painting already: finish or close that run first, or load another")
+        self._running = True
+        try:
+            yield from self._run(request, preview_every)
+        finally:
+            self._running = False
 
     def close(self) -> None:
         """Free every component that is still loaded. The pipeline can be used again; it then loads them again."""
@@ -93,6 +100,23 @@ class Pipeline:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def _run(self, request: Request, preview_every: int) -> Iterator[Event]:
+        stages: dict[str, Measured] = {}
+        tokens = self._prepare(request)
+        notices = _cut(tokens)
+        with self._stage("encode", stages):
+            conditioning = self._encode(request, tokens)
+        yield Event("encode", 1, 1, notices=notices)
+        with self._stage("denoise", stages):
+            latents = yield from self._denoise(request, conditioning, preview_every)
+        images = []
+        with self._stage("decode", stages), self._session("vae_decoder") as decoder:
+            for i, one in enumerate(latents):
+                images.append(self._picture(decoder, one, request, i))
+                yield Event("decode", i + 1, request.num_images, i)
+        result = Result(request, self.plan, tuple(images), stages, notices)
+        yield Event("done", request.num_images, request.num_images, result=result)
 
     @contextmanager
     def _stage(self, name: str, stages: dict[str, Measured]):
@@ -111,22 +135,26 @@ class Pipeline:
         try:
             yield self._loaded[name]
         finally:
-            if placement.residency == "staged":
-                self._loaded.pop(name).close()
+            if placement.residency == "staged" and (session := self._loaded.pop(name, None)):  # None after close()
+                session.close()
 
-    def _encode(self, request: Request) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-        """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first; and notices."""
-        guided = self._guided(request)
-        texts = [request.negative_prompt, request.prompt] if guided else [request.prompt]
-        hidden, pooled, notices = [], None, []
-        for encoder in self.spec.text_encoders:
-            tokens = tokenize(self.spec, encoder, texts)
-            names = ("negative prompt", "prompt")[-len(texts) :]
-            notices += [
-                f"the {name} is too long; this end of it was cut: {end}" for name, end in zip(names, tokens.cut, strict=True) if end
-            ]
-            with self._session(encoder.name) as session:
-                out, *rest = session(tokens=tokens.ids)
+    def _prepare(self, request: Request) -> dict[str, Tokens]:
+        """Find out whatever can fail before any weight is read; the tokens, by text encoder, are kept."""
+        if not self._checked:
+            for name, component in self.spec.components.items():
+                self._backends[self.plan.placements[name].backend].check(component)
+            self._checked = True
+        schedulers.make(str(request.scheduler), self.spec, request.num_inference_steps)
+        texts = {"negative prompt": request.negative_prompt or ""} if self._guided(request) else {}
+        texts["prompt"] = request.prompt
+        return {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
+
+    def _encode(self, request: Request, tokens: dict[str, Tokens]) -> dict[str, np.ndarray]:
+        """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first."""
+        hidden, pooled = [], None
+        for name, each in tokens.items():
+            with self._session(name) as session:
+                out, *rest = session(tokens=each.ids)
             hidden.append(out)
             pooled = rest[0] if rest else pooled
         conditioning = {"hidden": np.concatenate(hidden, axis=-1)}
@@ -135,35 +163,42 @@ class Pipeline:
                 raise TightfitError("text_encoder_2 has no projection, which SDXL needs: copy or download the model again")
             conditioning["text_embeds"] = pooled
             size = (request.height, request.width)
-            conditioning["time_ids"] = np.array([[*size, 0, 0, *size]] * len(texts), np.float32)
-            if guided and not request.negative_prompt and self.spec.force_zeros:
+            conditioning["time_ids"] = np.array([[*size, 0, 0, *size]] * len(pooled), np.float32)
+            if self._guided(request) and request.negative_prompt is None and self.spec.force_zeros:
                 conditioning["hidden"][0] = conditioning["text_embeds"][0] = 0
-        if width := self.spec.unet.get("time_cond_proj_dim"):
+        if width := self.spec.guidance_width:
             conditioning["time_condition"] = guidance_embedding(float(request.guidance_scale or 0), width)
-        return conditioning, tuple(dict.fromkeys(notices))
+        return conditioning
 
     def _guided(self, request: Request) -> bool:
-        """Guidance-distilled models (LCM) take the scale as an input instead."""
-        return request.guided and not self.spec.unet.get("time_cond_proj_dim")
+        """Classifier-free guidance: asked for above one, as in diffusers, but not of models distilled for it."""
+        return (request.guidance_scale or 0) > 1 and not self.spec.guidance_width
 
     def _denoise(
         self, request: Request, conditioning: dict[str, np.ndarray], preview_every: int
     ) -> Generator[Event, None, list[np.ndarray]]:
-        finished = []
+        """The latents of every picture, one after another."""
+        finished: list[np.ndarray] = []
         with self._session("unet") as unet:
             for i in range(request.num_images):
-                finished.append((yield from self._denoise_one(unet, request, conditioning, i, preview_every)))
+                for number, (event, latents) in enumerate(self._steps(unet, request, conditioning, i), 1):
+                    if preview_every and number % preview_every == 0:
+                        with self._session("vae_decoder") as decoder:
+                            event = replace(event, preview=self._picture(decoder, latents, request, i))
+                    yield event
+                    finished[i:] = [latents]
         return finished
 
-    def _denoise_one(
-        self, unet: Session, request: Request, conditioning: dict[str, np.ndarray], index: int, preview_every: int
-    ) -> Generator[Event, None, np.ndarray]:
-        """Latents (1, channels, h, w) of picture `index`; noise and scheduler live on the CPU in fp32 for any backend."""
+    def _steps(
+        self, unet: Session, request: Request, conditioning: dict[str, np.ndarray], index: int
+    ) -> Iterator[tuple[Event, np.ndarray]]:
+        """The steps of picture `index` with its latents (1, channels, h, w); noise and scheduler stay on the CPU in fp32."""
         import torch
 
         assert request.seed is not None and request.width is not None and request.height is not None
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        scheduler = schedulers.make(str(request.scheduler), self.spec.scheduler, request.num_inference_steps)
+        scheduler = schedulers.make(str(request.scheduler), self.spec, request.num_inference_steps)
+        options = schedulers.step_options(scheduler, generator)
         factor = self.spec.downsampling
         shape = (1, self.spec.unet["in_channels"], request.height // factor, request.width // factor)
         latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
@@ -171,13 +206,8 @@ class Pipeline:
         for step, timestep in enumerate(scheduler.timesteps):
             sample = scheduler.scale_model_input(latents, timestep).numpy()
             noise = torch.from_numpy(self._predict(unet, request, sample, float(timestep), conditioning))
-            latents = scheduler.step(noise, timestep, latents, **schedulers.step_options(scheduler, generator)).prev_sample
-            preview = None
-            if preview_every and (step + 1) % preview_every == 0:
-                with self._session("vae_decoder") as decoder:
-                    preview = self._picture(decoder, latents.numpy(), request, index)
-            yield Event("denoise", index * steps + step + 1, request.num_images * steps, index, preview)
-        return latents.numpy()
+            latents = scheduler.step(noise, timestep, latents, **options).prev_sample
+            yield Event("denoise", index * steps + step + 1, request.num_images * steps, index), latents.numpy()
 
     def _predict(
         self, unet: Session, request: Request, sample: np.ndarray, timestep: float, conditioning: dict[str, np.ndarray]
@@ -199,16 +229,24 @@ class Pipeline:
         vae = self.spec.vae
         if vae.get("latents_mean") and vae.get("latents_std"):
             mean, std = (np.array(vae[name], np.float32).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-            latents = latents * std / np.float32(vae.get("scaling_factor", 0.18215)) + mean
+            latents = latents * std / self.spec.latent_scale + mean
         else:
-            latents = latents / np.float32(vae.get("scaling_factor", 0.18215))
+            latents = latents / self.spec.latent_scale
         values = decoder(latents=latents)[0][0].transpose(1, 2, 0)
         if not np.isfinite(values).all():
-            raise TightfitError(f"the picture overflowed in {self.plan.precision}: run it with --precision bf16 or fp32")
+            raise TightfitError(
+                f"the picture overflowed in {self.plan.precision}: try --precision fp32, or a smaller guidance scale"
+            )
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
         own = replace(request, seed=(request.seed or 0) + index, num_images=1)
         image.info["parameters"] = parameters.write(own, self.spec.name, self.plan.precision)
         return image
+
+
+def _cut(tokens: dict[str, Tokens]) -> tuple[str, ...]:
+    """A notice for each text whose end did not fit a text encoder."""
+    ends = [(name, end) for each in tokens.values() for name, end in each.cut.items()]
+    return tuple(dict.fromkeys(f"the {name} is too long; this end of it was cut: {end}" for name, end in ends))
 
 
 def guidance_embedding(scale: float, width: int) -> np.ndarray:

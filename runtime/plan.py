@@ -8,12 +8,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .errors import TightfitError
-from .hardware import Hardware
+from .hardware import DEVICES, Hardware
 from .spec import PRECISION_BYTES, ModelSpec
 
 VERSION = 1
 PRECISIONS = ("auto", *PRECISION_BYTES)
 RESIDENCIES = ("auto", "resident", "staged")
+CFG = ("batched", "sequential")
 
 
 @dataclass(frozen=True)
@@ -69,17 +70,31 @@ class Plan:
             if data.pop("version") != VERSION:
                 raise TightfitError(f"this plan is not of version {VERSION}: make it again with 'tightfit plan'")
             placements = {name: Placement(**fields) for name, fields in data.pop("placements").items()}
-            return cls(placements=placements, reasons=tuple(data.pop("reasons")), **data)
+            plan = cls(placements=placements, reasons=tuple(data.pop("reasons")), **data)
+            if (
+                plan.cfg not in CFG
+                or plan.device not in DEVICES
+                or not {"unet", "vae_decoder", "text_encoder"} <= placements.keys()
+            ):
+                raise ValueError("it leaves open how something runs")
+            for placement in placements.values():
+                check_choices(placement.precision, placement.residency)
+            return plan
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise TightfitError(f"this is not a tightfit plan ({error}): make it again with 'tightfit plan'") from None
 
 
-def plan(hardware: Hardware, spec: ModelSpec, precision: str = "auto", residency: str = "auto") -> list[Plan]:
-    """Ways to run `spec` on `hardware`, best first. For now that is one: a fixed choice, which the caller can steer."""
+def check_choices(precision: str, residency: str) -> None:
+    """Raise TightfitError for a name that no plan knows."""
     if precision not in PRECISIONS:
         raise TightfitError(f"unknown precision '{precision}': choose {', '.join(PRECISIONS)}")
     if residency not in RESIDENCIES:
         raise TightfitError(f"unknown residency '{residency}': choose {', '.join(RESIDENCIES)}")
+
+
+def plan(hardware: Hardware, spec: ModelSpec, precision: str = "auto", residency: str = "auto") -> list[Plan]:
+    """Ways to run `spec` on `hardware`, best first. For now that is one: a fixed choice, which the caller can steer."""
+    check_choices(precision, residency)
     reasons = []
     chosen, why = _precision(hardware, precision)
     reasons.append(f"{chosen}: {why}")

@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import operator
 import random
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any, SupportsIndex
 
+from . import schedulers
 from .errors import TightfitError
 from .spec import ModelSpec
 
-SCHEDULERS = ("euler", "euler_a", "ddim", "dpmpp_2m_karras", "unipc", "lcm")
-_CLASSES = {
-    "EulerDiscreteScheduler": "euler",
-    "EulerAncestralDiscreteScheduler": "euler_a",
-    "DDIMScheduler": "ddim",
-    "DPMSolverMultistepScheduler": "dpmpp_2m_karras",
-    "UniPCMultistepScheduler": "unipc",
-    "LCMScheduler": "lcm",
+_WHOLE = {
+    "width": (1, 2**16),
+    "height": (1, 2**16),
+    "num_inference_steps": (1, 1000),
+    "num_images": (1, 10_000),
+    "seed": (0, 2**63 - 1),
 }
+_TEXT = ("prompt", "negative_prompt", "scheduler")
 
 
 @dataclass(frozen=True)
 class Request:
     """One text-to-image request, in diffusers' words; None means "as the model likes it" until `resolve` decides.
 
-    Sizes are pixels. Picture i of `num_images` is made from seed + i, so each can be made again alone.
+    Sizes are pixels. Picture i of `num_images` is made from seed + i, so each can be made again alone. A negative
+    prompt of None is no negative prompt, which SDXL treats differently from an empty one, as diffusers does.
     """
 
     prompt: str
-    negative_prompt: str = ""
+    negative_prompt: str | None = None
     width: int | None = None
     height: int | None = None
     num_inference_steps: int = 20
@@ -39,65 +41,73 @@ class Request:
     scheduler: str | None = None
     num_images: int = 1
 
-    def resolve(self, spec: ModelSpec) -> Request:
-        """The same request with every None decided for `spec`; raises TightfitError for what cannot be done."""
-        whole = dataclasses.replace(
-            self,
-            width=spec.native_size if self.width is None else self.width,
-            height=spec.native_size if self.height is None else self.height,
-            guidance_scale=default_guidance(spec) if self.guidance_scale is None else self.guidance_scale,
-            seed=random.SystemRandom().randrange(2**32) if self.seed is None else self.seed,
-            scheduler=default_scheduler(spec) if self.scheduler is None else self.scheduler,
-        )
-        whole._check(spec)
-        return whole
-
-    def _check(self, spec: ModelSpec) -> None:
-        for name, kind in (("prompt", str), ("negative_prompt", str), ("scheduler", str)):
-            if not isinstance(getattr(self, name), kind):
-                raise TightfitError(f"{name} must be text, not {type(getattr(self, name)).__name__}")
+    def checked(self) -> Request:
+        """The same request with plain Python numbers; raises TightfitError for what no model could do."""
+        for name in _TEXT:
+            _check_text(name, getattr(self, name))
         if not self.prompt.strip():
             raise TightfitError('the prompt is empty: say what to paint, for example "a red heart"')
-        whole_numbers = {"width": 2**16, "height": 2**16, "num_inference_steps": 1000, "num_images": 10_000}
-        for name, most in whole_numbers.items():
-            if not _between(getattr(self, name), 1, most):
-                raise TightfitError(f"{name} must be a whole number from 1 to {most}, not {getattr(self, name)!r}")
-        if not _between(self.seed, 0, 2**63 - 1):
-            raise TightfitError(
-                f"seed must be a whole number from 0 to 2**63 - 1, not {self.seed!r}; leave it out for a random one"
-            )
-        scale = self.guidance_scale
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
-            raise TightfitError(f"guidance_scale must be a number of 0 or more, not {scale!r}")
-        for name in ("width", "height"):
-            if getattr(self, name) % spec.downsampling:
-                raise TightfitError(_size_error(name, getattr(self, name), spec.downsampling))
-        if self.scheduler not in SCHEDULERS:
-            close = get_close_matches(str(self.scheduler).lower(), SCHEDULERS, 1)
+        whole = {name: _whole(name, getattr(self, name), *limits) for name, limits in _WHOLE.items()}
+        if (whole["seed"] or 0) + (whole["num_images"] or 1) > _WHOLE["seed"][1] + 1:
+            raise TightfitError(f"seed {whole['seed']} leaves no seeds for {whole['num_images']} pictures: choose a smaller one")
+        if self.scheduler is not None and self.scheduler not in schedulers.SCHEDULERS:
+            close = get_close_matches(self.scheduler.lower(), schedulers.SCHEDULERS, 1)
             meant = f" (did you mean {close[0]}?)" if close else ""
-            raise TightfitError(f"unknown scheduler '{self.scheduler}'{meant}: choose {', '.join(SCHEDULERS)}")
+            raise TightfitError(f"unknown scheduler '{self.scheduler}'{meant}: choose {', '.join(schedulers.SCHEDULERS)}")
+        return dataclasses.replace(self, guidance_scale=_scale(self.guidance_scale), **whole)
 
-    @property
-    def guided(self) -> bool:
-        """Whether classifier-free guidance is asked for: above one, as in diffusers."""
-        return self.guidance_scale is not None and self.guidance_scale > 1
+    def resolve(self, spec: ModelSpec) -> Request:
+        """The same request with everything decided for `spec`; raises TightfitError for what cannot be done."""
+        request = self.checked()
+        height, width = spec.native_size
+        whole = dataclasses.replace(
+            request,
+            width=request.width or width,
+            height=request.height or height,
+            guidance_scale=_scale(spec.default_guidance) if request.guidance_scale is None else request.guidance_scale,
+            seed=random.SystemRandom().randrange(2**32) if request.seed is None else request.seed,
+            scheduler=request.scheduler or schedulers.default(spec),
+        )
+        for name in ("width", "height"):
+            if getattr(whole, name) % spec.downsampling:
+                raise TightfitError(_size_error(name, getattr(whole, name), spec.downsampling))
+        return whole
 
 
-def _between(value: object, least: int, most: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+def _check_text(name: str, value: object) -> None:
+    if value is None and name != "prompt":
+        return
+    if not isinstance(value, str):
+        raise TightfitError(f"{name} must be text, not {type(value).__name__}")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise TightfitError(f"{name} is not valid UTF-8 text") from None
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int | None:
+    if value is None and name not in ("num_inference_steps", "num_images"):
+        return None
+    number = operator.index(value) if isinstance(value, SupportsIndex) else None  # numpy's integers too
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        random_one = "; leave it out for a random one" if name == "seed" else ""
+        raise TightfitError(f"{name} must be a whole number from {least} to {most}, not {value!r}{random_one}")
+    return number
+
+
+def _scale(value: Any) -> float | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = -1.0
+    if isinstance(value, bool | str) or not 0 <= number <= 1000:
+        raise TightfitError(f"guidance_scale must be a number from 0 to 1000, not {value!r}")
+    return number
 
 
 def _size_error(name: str, value: int, factor: int) -> str:
     below, above = value // factor * factor, (value // factor + 1) * factor
     near = f"{below} or {above}" if below else str(above)
     return f"{name} {value} is not a multiple of {factor}, by which this model shrinks a picture: the nearest are {near}"
-
-
-def default_scheduler(spec: ModelSpec) -> str:
-    """The model's own where it is one of SCHEDULERS, else DPM++ 2M Karras."""
-    return _CLASSES.get(spec.scheduler.get("_class_name", ""), "dpmpp_2m_karras")
-
-
-def default_guidance(spec: ModelSpec) -> float:
-    """diffusers' defaults: 7.5, and 5.0 for SDXL."""
-    return 5.0 if spec.family == "sdxl" else 7.5

@@ -2,36 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from dataclasses import dataclass, field
 from typing import Any
 
-from .errors import TightfitError
+from .errors import explained
+from .spec import ModelSpec
 
-_CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
+
+@dataclass(frozen=True)
+class Scheduler:
+    """A name of ours, what A1111 calls it, diffusers' class, and the options that make the name mean one algorithm."""
+
+    name: str
+    a1111: str
+    kind: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
+_DPMPP_2M = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+SCHEDULERS = {
+    scheduler.name: scheduler
+    for scheduler in (
+        Scheduler("euler", "Euler", "EulerDiscreteScheduler", _PLAIN),
+        Scheduler("euler_a", "Euler a", "EulerAncestralDiscreteScheduler"),
+        Scheduler("ddim", "DDIM", "DDIMScheduler"),
+        Scheduler(
+            "dpmpp_2m_karras", "DPM++ 2M Karras", "DPMSolverMultistepScheduler", _DPMPP_2M | _PLAIN | {"use_karras_sigmas": True}
+        ),
+        Scheduler("unipc", "UniPC", "UniPCMultistepScheduler", _PLAIN),
+        Scheduler("lcm", "LCM", "LCMScheduler"),
+    )
 }
+FALLBACK = "dpmpp_2m_karras"
 
 
-def make(name: str, config: Mapping[str, Any], steps: int):
-    """A diffusers scheduler made from the model's scheduler config, with its `steps` timesteps set, on the CPU."""
+def default(spec: ModelSpec) -> str:
+    """The model's own scheduler where it is of one of our six classes, else DPM++ 2M Karras."""
+    own = spec.scheduler.get("_class_name")
+    return next((s.name for s in SCHEDULERS.values() if s.kind == own), FALLBACK)
+
+
+def make(name: str, spec: ModelSpec, steps: int):
+    """A diffusers scheduler made from the model's scheduler config, with its `steps` timesteps set, on the CPU.
+
+    Raises TightfitError if the config is broken or the scheduler cannot take so many steps.
+    """
     import diffusers
 
-    kind, changes = _CLASSES[name]
-    scheduler = getattr(diffusers, kind).from_config(dict(config), **changes)
-    try:
+    chosen = SCHEDULERS[name]
+    config = dict(spec.scheduler)
+    if spec.family != "sdxl":  # StableDiffusionPipeline corrects older configs in the same way
+        config |= {"steps_offset": 1, "clip_sample": False}
+    where = spec.folder / "scheduler" / "scheduler_config.json"
+    with explained(f"{where} describes no scheduler", "copy or download it again"):
+        scheduler = getattr(diffusers, chosen.kind).from_config(config, **chosen.options)
+    with explained(f"{name} cannot take {steps} steps with this model", "choose another number or another --scheduler"):
         scheduler.set_timesteps(steps)
-    except ValueError as error:
-        raise TightfitError(f"{name} cannot take {steps} steps with this model ({str(error).splitlines()[0]})") from None
+        if max(scheduler.timesteps) >= scheduler.config.num_train_timesteps:
+            raise ValueError(f"its noise levels end at {scheduler.config.num_train_timesteps - 1}")
     return scheduler
 
 
 def step_options(scheduler, generator) -> dict[str, Any]:
     """What `scheduler.step` wants beside the tensors: the generator, where the scheduler adds noise."""
-    import inspect
-
     return {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}

@@ -62,6 +62,7 @@ class ModelSpec:
     """A Stable Diffusion model in a diffusers folder. `family` is sd1, sd2 or sdxl; `scheduler` is its scheduler config.
 
     `components` are text_encoder, text_encoder_2 (sdxl), unet and vae_decoder, in the order a picture needs them.
+    `defaults` are what the folder's tightfit.json, if it has one, says of requests that leave something open.
     """
 
     name: str
@@ -70,6 +71,7 @@ class ModelSpec:
     components: Mapping[str, Component]
     scheduler: Mapping[str, Any]
     force_zeros: bool
+    defaults: Mapping[str, Any]
 
     @property
     def unet(self) -> Mapping[str, Any]:
@@ -85,17 +87,33 @@ class ModelSpec:
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
 
     @property
-    def native_size(self) -> int:
-        """Side in pixels of the pictures the model was trained on."""
+    def native_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the pictures the model was trained on."""
         size = self.unet["sample_size"]
-        return (size if isinstance(size, int) else size[0]) * self.downsampling
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * self.downsampling, width * self.downsampling
+
+    @property
+    def default_guidance(self) -> float:
+        """What the model's own manifest says, else diffusers' defaults: 7.5, and 5.0 for SDXL."""
+        return self.defaults.get("guidance_scale", 5.0 if self.family == "sdxl" else 7.5)
+
+    @property
+    def latent_scale(self) -> float:
+        """By which latents are larger in the U-Net than in the VAE."""
+        return self.vae.get("scaling_factor", _DEFAULTS["scaling_factor"])
+
+    @property
+    def guidance_width(self) -> int | None:
+        """Channels of the guidance embedding that distilled U-Nets (LCM) take in place of classifier-free guidance."""
+        return self.unet.get("time_cond_proj_dim")
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:
         return tuple(c for name, c in self.components.items() if name.startswith("text_encoder"))
 
 
-def inspect(folder: Path, name: str | None = None) -> ModelSpec:
+def read_model(folder: Path, name: str | None = None) -> ModelSpec:
     """Read the diffusers folder `folder`. Raises TightfitError for whatever is missing, broken or not supported."""
     index = _json(_index_file(folder))
     pipeline = index.get("_class_name", "unknown")
@@ -110,24 +128,54 @@ def inspect(folder: Path, name: str | None = None) -> ModelSpec:
         components["text_encoder_2"] = _component("text_encoder_2", folder / "text_encoder_2")
     components |= {"unet": unet, "vae_decoder": vae}
     for component in components.values():
-        for field in _NEEDED_FIELDS.get(component.name.removesuffix("_2"), ()):
-            if field not in component.config:
-                raise TightfitError(f"{component.folder / 'config.json'} does not name {field}: copy or download it again")
+        _check_config(component)
+    manifest = folder / "tightfit.json"
+    defaults = _json(manifest).get("defaults", {}) if manifest.exists() else {}
+    if not isinstance(defaults, dict) or not isinstance(defaults.get("guidance_scale", 1.0), int | float):
+        raise TightfitError(f"{manifest} has defaults that cannot be understood: delete it, or export the model again")
     return ModelSpec(
-        name=name or str(folder),
+        name=name or str(folder.absolute()),
         folder=folder,
         family=_family(folder, pipeline, components),
         components=components,
         scheduler=_json(folder / "scheduler" / "scheduler_config.json"),
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed)),
+        defaults=defaults,
     )
 
 
-_NEEDED_FIELDS = {
-    "unet": ("in_channels", "block_out_channels", "cross_attention_dim", "sample_size"),
-    "vae_decoder": ("latent_channels", "block_out_channels"),
-    "text_encoder": ("hidden_size", "num_hidden_layers"),
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(isinstance(v, int) and v > 0 for v in value)
+
+
+def _count(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
+
+
+def _side(value: Any) -> bool:
+    return _count(value) or (_counts(value) and len(value) == 2)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+# What is read here, before the libraries that own the configs see them, and what it must be; the rest is theirs to check.
+_FIELDS = {
+    "unet": {"in_channels": _count, "block_out_channels": _counts, "sample_size": _side},
+    "vae_decoder": {"latent_channels": _count, "block_out_channels": _counts, "scaling_factor": _number},
+    "text_encoder": {"max_position_embeddings": _count},
 }
+_DEFAULTS = {"scaling_factor": 0.18215, "max_position_embeddings": 77}  # the libraries' own
+
+
+def _check_config(component: Component) -> None:
+    for field, fits in _FIELDS[component.name.removesuffix("_2")].items():
+        value = component.config.get(field, _DEFAULTS.get(field))
+        if not fits(value):
+            raise TightfitError(
+                f"{component.folder / 'config.json'} has {field} {value!r}, which cannot be: copy or download it again"
+            )
 
 
 def _family(folder: Path, pipeline: str, components: Mapping[str, Component]) -> str:

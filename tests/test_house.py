@@ -11,26 +11,41 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ENGINES = {"torch", "onnxruntime", "diffusers", "transformers", "safetensors", "bitsandbytes"}
-LIGHT = {"hardware", "spec", "request", "memory", "latency", "plan", "errors", "parameters", "hub", "events"}
+ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
+RUNTIME = {
+    1: {
+        "errors",
+        "spec",
+        "hardware",
+        "memory",
+        "latency",
+        "schedulers",
+        "request",
+        "parameters",
+        "plan",
+        "hub",
+        "events",
+        "models",
+    },
+    3: {"prompt", "pipeline"},
+    4: {"cli", "server"},
+}
 
 
 def floor(module: str) -> int:
-    """0 kernels and profiles, 1 what knows no engine, 2 backends, 3 pipeline and export, 4 the ways in."""
-    parts = module.split(".")
-    if parts[0] in ("kernels", "profiles"):
-        return 0
-    if parts[0] == "runtime":
-        if parts[1:2] == ["backends"]:
-            return 2
-        if parts[1:2] in (["cli"], ["server"]):
-            return 4
-        return 1 if not parts[1:] or parts[1] in LIGHT else 3
-    return {"export": 3, "benchmarks": 4}.get(parts[0], 4)
+    """0 kernels and profiles, 1 what knows no engine, 2 backends, 3 pipeline and export, 4 the ways in and the root."""
+    room, *rest = module.split(".")
+    if room != "runtime":
+        return {"kernels": 0, "profiles": 0, "export": 3, "benchmarks": 4, "tightfit": 4}[room]
+    if not rest:
+        return 1
+    if rest[0] == "backends":
+        return 2
+    return next(number for number, names in RUNTIME.items() if rest[0] in names)
 
 
 def sources() -> dict[str, Path]:
-    rooms = ("runtime", "export", "kernels", "benchmarks", "profiles")
-    files = [file for room in rooms for file in sorted((ROOT / room).rglob("*.py"))]
+    files = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
 
 
@@ -48,7 +63,10 @@ def imports(name: str, file: Path, top_level_only: bool = False) -> set[str]:
                 if node.level > len(package) + 1:
                     raise AssertionError(f"{name} imports from above the package")
                 base = [*base, *(node.module or "").split(".")] if node.module else base
-                found.add(".".join(base))
+                if base:
+                    found.add(".".join(base))
+                elif {alias.name for alias in node.names} - {"__version__", *ROOMS}:
+                    found.add("tightfit")  # a public name, by way of the root
                 found.update(".".join([*base, alias.name]) for alias in node.names)
             elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
                 visit(node.orelse)
@@ -62,12 +80,12 @@ def imports(name: str, file: Path, top_level_only: bool = False) -> set[str]:
 @pytest.mark.parametrize("name", sources())
 def test_imports_point_down_only(name):
     modules = sources()
-    for imported in imports(name, modules[name]) & modules.keys():
+    for imported in imports(name, modules[name]) & {*modules, "tightfit"}:
         assert floor(imported) <= floor(name), f"{name} (floor {floor(name)}) imports {imported} (floor {floor(imported)})"
         assert {imported.split(".")[0], name.split(".")[0]} != {"runtime", "export"}, "runtime and export meet only on disk"
 
 
-@pytest.mark.parametrize("name", [n for n in sources() if n.startswith("runtime") and floor(n) != 2])
+@pytest.mark.parametrize("name", [n for n in sources() if n.startswith("runtime") and n != "runtime.backends.torch"])
 def test_only_backends_import_an_engine_when_imported(name):
     heavy = {module.split(".")[0] for module in imports(name, sources()[name], top_level_only=True)} & ENGINES
     assert not heavy, f"{name} imports {heavy} at its top"
@@ -83,6 +101,11 @@ def test_direction_test_can_fail(tmp_path):
     bad.write_text("def f():\n    from .pipeline import load\n")
     assert "runtime.pipeline" in imports("runtime.plan", bad)
     assert floor("runtime.pipeline") > floor("runtime.plan")
+    for line in ("from .. import load", "from .. import Pipeline, load", "import tightfit"):
+        bad.write_text(line)
+        assert "tightfit" in imports("runtime.plan", bad), line
+    bad.write_text("from .. import __version__")
+    assert "tightfit" not in imports("runtime.plan", bad)
 
 
 def test_kernels_is_no_regular_package():

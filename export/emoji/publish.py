@@ -14,6 +14,8 @@ from transformers import CLIPTokenizer
 
 from . import autoencoder, diffusion
 
+GUIDANCE = 3.0  # SD's 7.5 oversaturates a model this small
+
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__)
@@ -51,6 +53,8 @@ def main() -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    manifest = {"version": 1, "source": "tightfit.export.emoji", "defaults": {"guidance_scale": GUIDANCE}}
+    (partial / "tightfit.json").write_text(json.dumps(manifest, indent=2) + "\n")
     if (args.folder / "README.md").exists():
         shutil.copy(args.folder / "README.md", partial)
     shutil.rmtree(args.folder, ignore_errors=True)

@@ -38,6 +38,10 @@ class Peak(Protocol):
 class Backend(Protocol):
     """One engine on one device."""
 
+    def check(self, component: Component) -> None:
+        """Raise TightfitError if the component's config and tensors do not fit together; no weight is read."""
+        ...
+
     def load(self, spec: ModelSpec, component: Component, placement: Placement) -> Session: ...
 
     def peak(self) -> Peak: ...

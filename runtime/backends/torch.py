@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import TightfitError
-from ..memory import ProcessPeak
+from ..errors import TightfitError, explained, first_line
+from ..memory import ProcessPeak, release
 from ..plan import Placement
 from ..spec import Component, ModelSpec, Tensor
 
@@ -22,6 +22,7 @@ class CudaPeak:
     """Most bytes the caching allocator has reserved on the current CUDA device."""
 
     def reset(self) -> None:
+        torch.cuda.empty_cache()  # what an earlier stage left in the cache is not this stage's
         torch.cuda.reset_peak_memory_stats()
 
     def bytes(self) -> int:
@@ -35,19 +36,15 @@ class TorchBackend:
     def peak(self) -> CudaPeak | ProcessPeak:
         return CudaPeak() if self.device.type == "cuda" else ProcessPeak()
 
+    def check(self, component: Component) -> None:
+        _names(component, _build(component))
+
     def load(self, spec: ModelSpec, component: Component, placement: Placement) -> TorchSession:
         """Build the module without memory, then fill it: beside the weights only one converted tensor is alive."""
         dtype = DTYPES[placement.precision]
-        build, forward = _kind(spec, component)
-        try:
-            with torch.device("meta"):
-                module = build(component)
-        except (ValueError, TypeError, KeyError, NotImplementedError) as error:
-            raise TightfitError(
-                f"{component.folder / 'config.json'} describes no model that can be built: {_first_line(error)}"
-            ) from None
+        module = _build(component)
         _fill(module, component, dtype, self.device)
-        return TorchSession(module.eval().requires_grad_(False), forward, dtype, self.device)
+        return TorchSession(module.eval().requires_grad_(False), _forward(spec, component), dtype, self.device)
 
 
 class TorchSession:
@@ -59,18 +56,34 @@ class TorchSession:
 
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        tensors = {name: self._tensor(array) for name, array in arrays.items()}
-        return tuple(out.float().cpu().numpy() for out in self.forward(self.module, **tensors))
+        try:
+            tensors = {name: self._tensor(array) for name, array in arrays.items()}
+            return tuple(out.float().cpu().numpy() for out in self.forward(self.module, **tensors))
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+                raise TightfitError(
+                    f"out of memory ({first_line(error)}): make the picture smaller or choose fp16 or bf16"
+                ) from error
+            raise
 
     def close(self) -> None:
         self.module = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _empty_cache(self.device)
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         """Floating-point arrays in the session's precision; the timestep, a scalar, and token ids as they are."""
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return tensor.to(self.dtype) if array.ndim and tensor.is_floating_point() else tensor
+
+
+def _empty_cache(device: torch.device) -> None:
+    """Give memory that was freed back to the system."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
+    else:
+        release()
 
 
 def _encode(module: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -92,6 +105,22 @@ def _decode(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (module["decoder"](module["post_quant_conv"](latents)),)
 
 
+def _forward(spec: ModelSpec, component: Component) -> Forward:
+    if component.name == "unet":
+        return _predict
+    if component.name == "vae_decoder":
+        return _decode
+    return _encode_sdxl if spec.family == "sdxl" else _encode
+
+
+def _build(component: Component) -> torch.nn.Module:
+    """The component's module on the meta device: shapes and no memory."""
+    build = {"unet": _build_unet, "vae_decoder": _build_decoder}.get(component.name, _build_text_encoder)
+    config = component.folder / "config.json"
+    with explained(f"{config} describes no model that can be built", "copy or download it again"), torch.device("meta"):
+        return build(component)
+
+
 def _build_text_encoder(component: Component) -> torch.nn.Module:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -105,6 +134,8 @@ def _build_text_encoder(component: Component) -> torch.nn.Module:
 def _build_unet(component: Component) -> torch.nn.Module:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
+    if component.config.get("class_embed_type") is not None:
+        raise TightfitError(f"{component.folder} wants class embeddings (unCLIP): tightfit runs text-to-image models")
     unet: Any = UNet2DConditionModel.from_config(dict(component.config))
     return unet
 
@@ -116,21 +147,13 @@ def _build_decoder(component: Component) -> torch.nn.Module:
     return torch.nn.ModuleDict({"decoder": whole.decoder, "post_quant_conv": whole.post_quant_conv or torch.nn.Identity()})
 
 
-def _kind(spec: ModelSpec, component: Component) -> tuple[Callable[[Component], torch.nn.Module], Forward]:
-    if component.name == "unet":
-        return _build_unet, _predict
-    if component.name == "vae_decoder":
-        return _build_decoder, _decode
-    return _build_text_encoder, _encode_sdxl if spec.family == "sdxl" else _encode
-
-
 def _fill(module: torch.nn.Module, component: Component, dtype: torch.dtype, device: torch.device) -> None:
     """Replace the meta tensors of `module` by the file's, converted one at a time."""
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    names = {_current_name(name, expected): name for name in component.tensors}
-    _check(component, expected, names)
-    loaded = {name: _read(component.tensors[names[name]], dtype, device).reshape(shape) for name, shape in expected.items()}
-    module.load_state_dict(loaded, assign=True)
+    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    names = _names(component, module)
+    module.load_state_dict(
+        {n: _read(component.tensors[names[n]], dtype, device).reshape(s) for n, s in shapes.items()}, assign=True
+    )
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             owner, _, leaf = name.rpartition(".")
@@ -142,8 +165,6 @@ def _fill(module: torch.nn.Module, component: Component, dtype: torch.dtype, dev
 def _read(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """One tensor, flat, converted. Read, not mapped: a mapped file stays in memory beside the converted weights, which
     took 1002 MB for 500 MB of fp16 as bf16."""
-    if tensor.dtype not in STORED:
-        raise TightfitError(f"{tensor.file} holds {tensor.dtype} weights, which plain models have not: use the original model")
     stored = torch.empty(tensor.stored_bytes, dtype=torch.uint8)
     try:
         with tensor.file.open("rb") as stream:
@@ -167,20 +188,23 @@ def _current_name(stored: str, expected: Mapping[str, torch.Size]) -> str:
     return stored
 
 
-def _check(component: Component, expected: Mapping[str, torch.Size], names: Mapping[str, str]) -> None:
+def _names(component: Component, module: torch.nn.Module) -> dict[str, str]:
+    """For each tensor of `module` the name under which the component's files hold it, all there and of the right shape.
+
+    Tensors that the module does not know are left alone, as diffusers and transformers leave them.
+    """
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    names = {_current_name(stored, expected): stored for stored in component.tensors}
     where = f"the weights of {component.folder.name} in {component.folder.parent}"
     cure = "files of different models were mixed, or one was renamed; copy or download the model again"
-    missing = [name for name in expected if name not in names]
-    unknown = [name for name in names if name not in expected and not name.endswith("position_ids")]
-    if missing or unknown:
-        parts = [f"lack {len(missing)}, such as {missing[0]}"] * bool(missing)
-        parts += [f"have {len(unknown)} that its config does not know, such as {unknown[0]}"] * bool(unknown)
-        raise TightfitError(f"{where} {' and '.join(parts)}: {cure}")
+    if missing := [name for name in expected if name not in names]:
+        unknown = [name for name in names if name not in expected]
+        instead = f", but have {unknown[0]}" if unknown else ""
+        raise TightfitError(f"{where} lack {len(missing)}, such as {missing[0]}{instead}: {cure}")
     for name, shape in expected.items():
-        if component.tensors[names[name]].count != shape.numel():
-            got = list(component.tensors[names[name]].shape)
-            raise TightfitError(f"{where} have {name} of shape {got}, its config says {list(shape)}: {cure}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        stored = component.tensors[names[name]]
+        if [side for side in stored.shape if side != 1] != [side for side in shape if side != 1]:  # (C, C, 1, 1) is (C, C)
+            raise TightfitError(f"{where} have {name} of shape {list(stored.shape)}, its config says {list(shape)}: {cure}")
+        if stored.dtype not in STORED:
+            raise TightfitError(f"{where} have {name} as {stored.dtype}, which plain models have not: use the original model")
+    return names

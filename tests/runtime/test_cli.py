@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import subprocess
 import sys
@@ -69,22 +70,31 @@ def test_repeated_from_a_picture(call, sd1, tmp_path):
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "three.png").read_bytes()
 
 
-def test_a_picture_of_a1111_needs_its_model_named(call, sd1, tmp_path):
+def test_a_picture_that_names_a_repository_downloads_nothing(call, tmp_path, monkeypatch):
+    from tightfit.runtime import parameters
+    from tightfit.runtime.request import Request
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: pytest.fail("the hub was asked"))
+    image = Image.new("RGB", (8, 8))
+    image.info["parameters"] = parameters.write(Request("a", None, 64, 64, 1, 1.0, 1, "euler"), "someone/no-such-model", "fp32")
+    parameters.save(image, tmp_path / "theirs.png")
+    code, _, err = call("--from", "theirs.png")
+    assert code == 2
+    assert "someone/no-such-model" in err
+    assert "--model" in err
+
+
+def test_a_picture_of_a1111(call, sd1, tmp_path):
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
     text.add_text("parameters", "a cat\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Model: v1-5")
     Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=text)
-    code, _, err = call("--from", "theirs.png")
-    assert code == 2
-    assert "--model" in err
-    assert call("--from", "theirs.png", "--model", str(sd1), "-o", "a.png")[0] == 0
-    assert (
-        call("a cat", "--model", str(sd1), *FAST, "--scheduler", "euler_a", "--guidance-scale", "7", "--seed", "5", "-o", "b.png")[
-            0
-        ]
-        == 0
-    )
+    code, _, err = call("--from", "theirs.png", "--model", str(sd1), "-o", "a.png")
+    assert (code, err.count("\n")) == (0, 1)
+    assert "noise" in err
+    same = ("--scheduler", "euler_a", "--guidance-scale", "7", "--seed", "5")
+    assert call("a cat", "--model", str(sd1), *FAST, *same, "-o", "b.png")[0] == 0
     assert Image.open(tmp_path / "a.png").tobytes() == Image.open(tmp_path / "b.png").tobytes()
 
 
@@ -108,6 +118,7 @@ def test_what_was_cut_is_said(call, sd1):
     code, _, err = call("heart " * 90, "--model", str(sd1), *FAST)
     assert code == 0
     assert err.startswith("note: the prompt is too long; this end of it was cut: ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -115,7 +126,12 @@ def test_what_was_cut_is_said(call, sd1):
     [
         ([""], ["prompt is empty"]),
         (["  "], ["prompt is empty"]),
-        (["--steps", "3"], ["prompt is empty", 'tightfit "a red heart"']),
+        (["--steps", "3"], ["prompt is empty", '"a red heart"']),
+        (["a \udcff"], ["prompt", "UTF-8"]),
+        (["a", "--model", "x" * 300], ["no model can be called"]),
+        (["a", "--model", "~nosuchuser/x"], ["no model can be called"]),
+        (["a", "-o", "x" * 300 + ".png"], ["nothing can be written", "--output"]),
+        (["a", "--guidance-scale", "1e38"], ["guidance_scale"]),
         (["a", "--bogus", "3"], ["No such option", "--bogus"]),
         (["a", "b"], ["unexpected extra argument"]),
         (["a", "--steps", "many"], ["--steps", "integer"]),
@@ -148,7 +164,7 @@ def test_folder_that_cannot_be_written(call, sd1, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    monkeypatch.setattr(cli, "TemporaryFile", refuse)
     code, _, err = call("a", "--model", str(sd1), *FAST)
     assert code == 2
     assert "Permission denied" in err
@@ -172,15 +188,42 @@ def test_help_fits_a_screen(call):
     assert "0.1.0" in call("--version")[1]
 
 
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from tightfit.runtime.cli import main; main()", *arguments]
+
+
+def test_letters_of_four_bytes(call, sd1, tmp_path):
+    """A file name has at most 255 bytes, whatever it has in letters."""
+    assert call("𝔞" * 60, "--model", str(sd1), *FAST)[0] == 0
+    (picture,) = tmp_path.iterdir()
+    assert len(picture.name.encode()) < 100
+
+
+def test_streams_as_a_process_has_them(sd1, tmp_path):
+    """No warning of a library beside our line; a terminal without the letters of a path is no failure."""
+    import os
+
+    words = command("心 " + "heart " * 90, "--model", str(sd1), *FAST)
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(b"\\u5fc3-heart")
+    assert done.stdout.count(b"\n") == 1
+    assert done.stderr.startswith(b"note: ")
+    assert done.stderr.count(b"\n") == 1
+    closed = subprocess.run(
+        f"{shlex.join(command('-'))} <&-", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (closed.returncode, closed.stderr.count("\n")) == (2, 1)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals work otherwise there")
 def test_interrupted(sd1, tmp_path):
     """Ctrl-C in the middle: exit 130, one line, nothing left behind."""
-    code = "from tightfit.runtime.cli import main; main()"
-    command = [sys.executable, "-c", code, "a", "--model", str(sd1), "--steps", "1000", "--scheduler", "euler"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    time.sleep(8)  # well inside the thousand steps
+    endless = command("a", "--model", str(sd1), "--steps", "900", "--num-images", "1000", "--scheduler", "euler")
+    process = subprocess.Popen(endless, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)  # well inside the steps
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, "", "tightfit: stopped; nothing was written\n")
+    assert (process.returncode, out, err) == (130, "", "tightfit: stopped\n")
     assert list(tmp_path.iterdir()) == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tightfit.runtime import hub
@@ -52,32 +54,73 @@ def test_wanted_shards_and_variants():
     assert set(hub.wanted(files)) == set(files)
 
 
-def test_places(tmp_path):
-    assert hub.locate("emoji") == hub.BUILT_IN["emoji"]
-    assert hub.locate(str(tmp_path)) == tmp_path
-    assert hub.locate("some/where/else") == Path("some/where/else")
-    assert hub.locate("models/old.ckpt") == Path("models/old.ckpt")
+def test_places(sd1, monkeypatch):
+    assert hub.inspect(sd1).folder == sd1
+    monkeypatch.chdir(sd1.parent)
+    assert hub.inspect("sd1").name == str(sd1)  # absolute, so that a picture can be repeated from anywhere
+    for model in ("some/where/else", "models/old.ckpt", "x" * 300, "~no-such-user/x", "a\0b"):
+        with pytest.raises(TightfitError):
+            hub.inspect(model)
 
 
-def test_offline(monkeypatch, tmp_path):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def cache(monkeypatch, tmp_path):
+    """An empty hub cache; `fill` puts a model there in the hub's own layout: models--owner--name/snapshots/<commit>."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    def fill(folder: Path) -> Path:
+        snapshot = tmp_path / "models--someone--model" / "snapshots" / COMMIT
+        shutil.copytree(folder, snapshot)
+        (snapshot.parents[1] / "refs").mkdir()
+        (snapshot.parents[1] / "refs" / "main").write_text(COMMIT)
+        return snapshot
+
+    return fill
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+def test_offline_and_not_cached(cache, offline):
     with pytest.raises(TightfitError) as caught:
-        hub.locate("someone/no-such-model")
-    assert "someone/no-such-model" in str(caught.value)
-    assert "connection" in str(caught.value)
+        hub.inspect("someone/model")
+    for word in ("someone/model", "offline", "check the name and the connection"):
+        assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_cached_models_run_offline(monkeypatch, tmp_path):
-    """The cache's own layout: models--owner--name/snapshots/<commit>, named by refs/main."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    snapshot = tmp_path / "models--someone--model" / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (snapshot / "model_index.json").write_text("{}")
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text(commit)
-    assert hub.locate("someone/model") == snapshot
+def test_offline_and_cached(cache, offline, sd1):
+    snapshot = cache(sd1)
+    spec = hub.inspect("someone/model")
+    assert (spec.name, spec.folder) == ("someone/model", snapshot)
+
+
+def test_half_a_download_is_not_taken_for_a_model(cache, sd1, monkeypatch):
+    """The disk was full: that is what the error says, not that a file is missing."""
+    (cache(sd1) / "unet/diffusion_pytorch_model.safetensors").unlink()
+    monkeypatch.setattr(
+        "huggingface_hub.HfApi.model_info", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    with pytest.raises(TightfitError, match="No space left on device"):
+        hub.inspect("someone/model")
+
+
+def test_fetching(cache, sd1, monkeypatch):
+    """What is asked of the hub: the list of files, then those that are wanted, and nothing with local_files_only."""
+    asked = []
+    files = [SimpleNamespace(rfilename=name) for name in SD15]
+
+    def download(repository, *, allow_patterns=None, local_files_only=False):
+        asked.append((repository, allow_patterns, local_files_only))
+        return str(sd1)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: SimpleNamespace(siblings=files))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert hub.inspect("someone/model").name == "someone/model"
+    assert hub.inspect("someone/model", local_files_only=True).name == "someone/model"
+    assert asked == [("someone/model", hub.wanted(SD15), False), ("someone/model", None, True)]

@@ -7,8 +7,8 @@ import json
 import pytest
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.hardware import Hardware
+from tightfit.runtime.hub import inspect
 from tightfit.runtime.plan import Plan, plan
-from tightfit.runtime.spec import inspect
 
 GIB = 2**30
 GTX_1650 = Hardware("cuda", "GTX 1650", 4 * GIB, 3 * GIB, ("fp16", "fp32"), (7, 5))
@@ -24,10 +24,27 @@ def test_total_and_saved(tiny_models):
         assert Plan.from_json(text) == made
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 99}', '{"version": 1, "placements": {"unet": {"x": 1}}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": 99}',
+        '{"version": 1, "placements": {"unet": {"x": 1}}}',
+        '{"version": 1, "model": "m", "device": "cpu", "cfg": "batched", "placements": {}, "reasons": []}',
+    ],
+)
 def test_damaged_plans(text):
     with pytest.raises(TightfitError, match="plan"):
         Plan.from_json(text)
+
+
+@pytest.mark.parametrize(("old", "new"), [("batched", "sequentail"), ("cuda", "tpu"), ("fp16", "fp17"), ("resident", "floating")])
+def test_plans_that_leave_something_open(sd1, old, new):
+    text = json.dumps(plan(RTX_3060, inspect(sd1))[0].to_json())
+    with pytest.raises(TightfitError):
+        Plan.from_json(text.replace(f'"{old}"', f'"{new}"'))
 
 
 def test_precision_follows_the_hardware(sd1):

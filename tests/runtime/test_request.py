@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.hub import inspect
 from tightfit.runtime.request import Request
-from tightfit.runtime.spec import inspect
 
 
 @pytest.fixture
@@ -18,9 +18,17 @@ def spec(sd1):
 def test_resolves_to_total(tiny_models):
     for family, guidance, scheduler in (("sd1", 7.5, "dpmpp_2m_karras"), ("sd2", 7.5, "ddim"), ("sdxl", 5.0, "euler")):
         whole = Request("a heart").resolve(inspect(tiny_models[family]))
-        assert None not in dataclasses.asdict(whole).values()
+        assert None not in {n: v for n, v in dataclasses.asdict(whole).items() if n != "negative_prompt"}.values()
         assert (whole.guidance_scale, whole.scheduler, whole.width, whole.height) == (guidance, scheduler, 64, 64)
         assert whole.resolve(inspect(tiny_models[family])) == whole
+
+
+def test_numbers_of_numpy(spec):
+    import numpy as np
+
+    whole = Request("a", width=np.int64(64), seed=np.uint32(7), guidance_scale=np.float32(2)).resolve(spec)
+    assert (whole.width, whole.seed, whole.guidance_scale) == (64, 7, 2.0)
+    assert type(whole.seed) is int
 
 
 def test_random_seeds_differ(spec):
@@ -43,6 +51,11 @@ def test_random_seeds_differ(spec):
         ({"seed": "7"}, ["seed"]),
         ({"guidance_scale": float("nan")}, ["guidance_scale"]),
         ({"guidance_scale": -1}, ["guidance_scale"]),
+        ({"guidance_scale": 10**400}, ["guidance_scale"]),
+        ({"guidance_scale": "7"}, ["guidance_scale"]),
+        ({"prompt": "a \udcff b"}, ["prompt", "UTF-8"]),
+        ({"negative_prompt": 3}, ["negative_prompt must be text"]),
+        ({"seed": 2**63 - 1, "num_images": 2}, ["leaves no seeds"]),
         ({"scheduler": "eulr"}, ["did you mean euler", "unipc"]),
         ({"scheduler": "zzz"}, ["choose euler, euler_a, ddim"]),
     ],
@@ -53,3 +66,9 @@ def test_bad_requests(spec, changes, words):
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_models_own_defaults(sd1_copy):
+    (sd1_copy / "tightfit.json").write_text('{"version": 1, "defaults": {"guidance_scale": 3.0}}')
+    assert Request("a").resolve(inspect(sd1_copy)).guidance_scale == 3.0
+    assert Request("a", guidance_scale=4.0).resolve(inspect(sd1_copy)).guidance_scale == 4.0

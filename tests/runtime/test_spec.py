@@ -9,7 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.spec import inspect, read_header, weight_files
+from tightfit.runtime.hub import inspect
+from tightfit.runtime.spec import read_header, weight_files
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -21,7 +22,7 @@ def edit(file, **changes):
 @pytest.mark.parametrize(("family", "size"), [("sd1", 64), ("sd2", 64), ("sdxl", 64)])
 def test_families(tiny_models, family, size):
     spec = inspect(tiny_models[family])
-    assert (spec.family, spec.native_size, spec.downsampling) == (family, size, 8)
+    assert (spec.family, spec.native_size, spec.downsampling) == (family, (size, size), 8)
     assert ("text_encoder_2" in spec.components) == (family == "sdxl")
     assert spec.force_zeros == (family == "sdxl")
 
@@ -121,7 +122,7 @@ def test_broken_configs(sd1_copy):
     (sd1_copy / "unet/config.json").write_text("[]")
     refused(sd1_copy, "not a JSON object")
     (sd1_copy / "unet/config.json").write_text("{}")
-    refused(sd1_copy, "does not name")
+    refused(sd1_copy, "in_channels None", "cannot be")
 
 
 def test_shards_and_variants(sd1_copy):
@@ -135,3 +136,30 @@ def test_shards_and_variants(sd1_copy):
     index.write_text(json.dumps({"weight_map": {"a": "../../../etc/passwd"}}))
     with pytest.raises(TightfitError, match="plain file names"):
         weight_files(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet", {"sample_size": None}),
+        ("unet", {"sample_size": [8, 8, 8]}),
+        ("unet", {"block_out_channels": "x"}),
+        ("vae", {"scaling_factor": "x"}),
+        ("vae", {"block_out_channels": []}),
+        ("text_encoder", {"max_position_embeddings": None}),
+    ],
+)
+def test_impossible_numbers(sd1_copy, file, changes):
+    edit(sd1_copy / file / "config.json", **changes)
+    refused(sd1_copy, next(iter(changes)), "cannot be")
+
+
+@pytest.mark.parametrize("defaults", [[], {"guidance_scale": "x"}])
+def test_broken_manifest(sd1_copy, defaults):
+    (sd1_copy / "tightfit.json").write_text(json.dumps({"defaults": defaults}))
+    refused(sd1_copy, "tightfit.json")
+
+
+def test_oblong_models(sd1_copy):
+    edit(sd1_copy / "unet/config.json", sample_size=[8, 12])
+    assert inspect(sd1_copy).native_size == (64, 96)

@@ -67,11 +67,57 @@ def fails(folder, *words) -> None:
 def test_missing_and_foreign_tensors(sd1_copy):
     rewrite(sd1_copy / UNET, lambda w: {("conv_first.weight" if n == "conv_in.weight" else n): t for n, t in w.items()})
     fails(sd1_copy, "unet", "lack 1, such as conv_in.weight", "conv_first.weight", "renamed")
+    rewrite(sd1_copy / VAE, lambda w: {n: t for n, t in w.items() if n != "decoder.conv_in.weight"})
+    rewrite(sd1_copy / UNET, lambda w: {("conv_in.weight" if n == "conv_first.weight" else n): t for n, t in w.items()})
+    fails(sd1_copy, "vae", "lack 1, such as decoder.conv_in.weight", "renamed")
+
+
+def test_tensors_nobody_knows_are_left_alone(sd1, sd1_copy):
+    """As diffusers and transformers do: published folders hold some."""
+    rewrite(sd1_copy / UNET, lambda w: w | {"ema.decay": w["conv_in.bias"].clone()})
+    assert paint(sd1_copy) == paint(sd1)
 
 
 def test_other_shapes(sd1_copy):
     rewrite(sd1_copy / UNET, lambda w: w | {"conv_in.weight": w["conv_in.weight"][:16].contiguous()})
     fails(sd1_copy, "conv_in.weight", "[16, 4, 3, 3]", "[32, 4, 3, 3]")
+    rewrite(sd1_copy / UNET, lambda w: w | {"conv_in.weight": w["time_embedding.linear_1.weight"].new_zeros(4, 32, 3, 3)})
+    fails(sd1_copy, "conv_in.weight", "[4, 32, 3, 3]")
+
+
+def test_attention_as_1x1_convolutions(sd1, sd1_copy):
+    """(C, C, 1, 1), as the first Stable Diffusion files have it, is (C, C)."""
+    name = "decoder.mid_block.attentions.0.to_q.weight"
+    rewrite(sd1_copy / VAE, lambda w: w | {name: w[name][:, :, None, None].contiguous()})
+    assert paint(sd1_copy) == paint(sd1)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes"),
+    [
+        ("unet/config.json", {"attention_head_dim": "x"}),
+        ("unet/config.json", {"class_embed_type": "projection"}),
+        ("text_encoder/config.json", {"hidden_size": "x"}),
+        ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}),
+        ("scheduler/scheduler_config.json", {"beta_schedule": "x"}),
+        ("scheduler/scheduler_config.json", {"num_train_timesteps": None}),
+        ("tokenizer/tokenizer_config.json", {"model_max_length": "x"}),
+        ("text_encoder/config.json", {"vocab_size": 300}),
+    ],
+)
+def test_broken_configs_are_named(sd1_copy, file, changes):
+    config = json.loads((sd1_copy / file).read_text())
+    (sd1_copy / file).write_text(json.dumps(config | changes))
+    fails(sd1_copy, file.split("/")[0])
+
+
+def test_everything_is_checked_before_a_weight_is_read(sd1_copy, monkeypatch):
+    """A broken VAE is found at once, not after all steps."""
+    from tightfit.runtime.backends import torch as engine
+
+    monkeypatch.setattr(engine, "_read", lambda *_: pytest.fail("a weight was read"))
+    rewrite(sd1_copy / VAE, lambda w: {n: t for n, t in w.items() if n != "decoder.conv_in.weight"})
+    fails(sd1_copy, "decoder.conv_in.weight")
 
 
 def test_config_that_cannot_be_built(sd1_copy):
