@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
 from . import autoencoder, diffusion
-
-GUIDANCE = 3.0  # SD's 7.5 oversaturates a model this small
+from .run import load_checkpoint
 
 
 def main() -> None:
@@ -23,10 +22,12 @@ def main() -> None:
     parse.add_argument("folder", type=Path, help="replaced, but for a README.md in it")
     args = parse.parse_args()
 
+    if args.folder.exists() and any(args.folder.iterdir()) and not (args.folder / "model_index.json").exists():
+        raise SystemExit(f"{args.folder} is not empty and holds no model: name another folder")
     vae = autoencoder.build()
     best = next(args.work / name for name in ("decoder.pt", "autoencoder.pt") if (args.work / name).exists())
-    vae.load_state_dict(torch.load(best, weights_only=True)["average"])
-    trained = torch.load(args.work / "diffusion.pt", weights_only=True)
+    vae.load_state_dict(load_checkpoint(best)["average"])
+    trained = load_checkpoint(args.work / "diffusion.pt")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
     model = diffusion.Conditional(diffusion.build_unet(), diffusion.build_text_encoder(tokenizer))
     model.load_state_dict(trained["average"])
@@ -53,7 +54,7 @@ def main() -> None:
         "vae": ["diffusers", "AutoencoderKL"],
     }
     (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
-    manifest = {"version": 1, "source": "tightfit.export.emoji", "defaults": {"guidance_scale": GUIDANCE}}
+    manifest = {"version": 1, "source": "tightfit.export.emoji", "defaults": {"guidance_scale": diffusion.GUIDANCE}}
     (partial / "tightfit.json").write_text(json.dumps(manifest, indent=2) + "\n")
     if (args.folder / "README.md").exists():
         shutil.copy(args.folder / "README.md", partial)

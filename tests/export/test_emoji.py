@@ -98,3 +98,45 @@ def test_tokenizer_is_learned_from_the_labels(folder):
     loaded = caption.tokenizer(data.emoji(folder), folder / "tokenizer", size=540)
     assert loaded.model_max_length == caption.LENGTH
     assert len(loaded("heart").input_ids) == 3  # one token between start and end
+
+
+def test_a_run_resumes_where_its_checkpoint_was(tmp_path):
+    import argparse
+
+    from tightfit.export.emoji.run import Run
+
+    def run():
+        module = torch.nn.Linear(16, 16)
+        args = argparse.Namespace(work=tmp_path, minutes=1, device="cpu")
+        return module, Run("test", args, module, optim.Optimizer([module], 1e-2, 1e-2), optim.Average(module, 0.9))
+
+    module, first = run()
+    for _ in range(3):
+        first.step(module(torch.ones(2, 16)).square().mean())
+    first.report("so far", scaling=2.0)
+    again, second = run()
+    assert (second.steps, second.average.steps) == (3, 3)
+    assert second.spent == first.spent > 0
+    assert torch.equal(again.weight, module.weight)
+    assert "3 steps, so far" in (tmp_path / "test.log").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["test.log", "test.pt"]
+
+
+def test_published_folder_runs_in_diffusers(folder, monkeypatch):
+    """From untrained checkpoints, so that publishing is tested without a training."""
+    from diffusers import StableDiffusionPipeline
+    from tightfit.export.emoji import autoencoder, publish
+
+    tokenizer = caption.tokenizer(data.emoji(folder), folder / "tokenizer", size=540)
+    model = diffusion.Conditional(diffusion.build_unet(), diffusion.build_text_encoder(tokenizer))
+    torch.save({"average": autoencoder.build().state_dict()}, folder / "autoencoder.pt")
+    torch.save({"average": model.state_dict(), "scaling": 0.25}, folder / "diffusion.pt")
+    monkeypatch.setattr("sys.argv", ["publish", str(folder), str(folder / "model")])
+    publish.main()
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
+    assert pipe("a heart", num_inference_steps=1).images[0].size == (128, 128)
+    assert pipe.vae.config.scaling_factor == 0.25
+    assert torch.equal(pipe.unet.conv_in.weight, model.unet.conv_in.weight.half().float())
+    monkeypatch.setattr("sys.argv", ["publish", str(folder), str(folder / "emojibase-data")])
+    with pytest.raises(SystemExit, match="holds no model"):
+        publish.main()
