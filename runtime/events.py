@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """One stage: its seconds, loading included, and the most bytes held during it (on the CPU by the whole process)."""
+    """One stage: its seconds, loading included, and the most bytes held during it (on the CPU by the whole process).
+
+    The stages are prepare (libraries, checks, tokens), encode, denoise and decode.
+    """
 
     seconds: float
     load_seconds: float

@@ -103,7 +103,8 @@ class Pipeline:
 
     def _run(self, request: Request, preview_every: int) -> Iterator[Event]:
         stages: dict[str, Measured] = {}
-        tokens = self._prepare(request)
+        with self._stage("prepare", stages):
+            tokens = self._prepare(request)
         notices = _cut(tokens)
         with self._stage("encode", stages):
             conditioning = self._encode(request, tokens)
@@ -153,8 +154,8 @@ class Pipeline:
         """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first."""
         hidden, pooled = [], None
         for name, each in tokens.items():
-            with self._session(name) as session:
-                out, *rest = session(tokens=each.ids)
+            with self._session(name) as session:  # one text at a time, as diffusers, for the same last bits
+                out, *rest = (np.concatenate(parts) for parts in zip(*(session(tokens=ids[None]) for ids in each.ids), strict=True))
             hidden.append(out)
             pooled = rest[0] if rest else pooled
         conditioning = {"hidden": np.concatenate(hidden, axis=-1)}

@@ -22,7 +22,8 @@ def main() -> None:
     parse.add_argument("folder", type=Path, help="replaced, but for a README.md in it")
     args = parse.parse_args()
 
-    if args.folder.exists() and any(args.folder.iterdir()) and not (args.folder / "model_index.json").exists():
+    there = {path.name for path in args.folder.iterdir()} if args.folder.exists() else set()
+    if there - {"README.md"} and "model_index.json" not in there:
         raise SystemExit(f"{args.folder} is not empty and holds no model: name another folder")
     vae = autoencoder.build()
     best = next(args.work / name for name in ("decoder.pt", "autoencoder.pt") if (args.work / name).exists())

@@ -57,7 +57,7 @@ def test_json(call, sd1):
     assert code == 0
     assert report["plan"]["placements"]["unet"]["precision"] == "fp32"
     assert report["predicted"]["weight_bytes"] > 0
-    assert set(report["measured"]["stages"]) == {"encode", "denoise", "decode"}
+    assert set(report["measured"]["stages"]) == {"prepare", "encode", "denoise", "decode"}
     assert report["image"] == "a-1.png"
     assert report["images"] == ["a-1.png", "a-2.png"]
 

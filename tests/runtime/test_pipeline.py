@@ -183,7 +183,7 @@ def test_events(pipes):
     assert [e.preview is not None for e in events[1:7]] == [False, True, False] * 2
     result = events[-1].result
     assert result.request == request.resolve(pipes["sd1"].spec)
-    assert set(result.stages) == {"encode", "denoise", "decode"}
+    assert list(result.stages) == ["prepare", "encode", "denoise", "decode"]
     assert all(stage.peak_bytes > 0 and stage.seconds > 0 for stage in result.stages.values())
 
 
