@@ -81,7 +81,7 @@ def speed(model: str, device: str, request: Request) -> list[Row]:
     from diffusers import DiffusionPipeline
 
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
-    theirs: Any = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype).to(device)
+    theirs: Any = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
     theirs.set_progress_bar_config(disable=True)
     with load(model, device=device, residency="resident") as pipe:
         runs = {

@@ -25,7 +25,7 @@ def diffusers_run(args: argparse.Namespace) -> int:
 
     peak = ProcessPeak()
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    pipe: Any = DiffusionPipeline.from_pretrained(args.model, torch_dtype=dtype)
+    pipe: Any = DiffusionPipeline.from_pretrained(args.model, dtype=dtype)
     pipe("a red heart", num_inference_steps=args.steps, width=args.size, height=args.size)
     return peak.bytes()
 

@@ -15,6 +15,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from PIL import Image
 
 from .. import load
 from .record import record
@@ -35,27 +36,42 @@ def psnr(a, b) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
+def reference(pipeline: Any, scheduler: str, prompt: str, seed: int, **options: Any) -> Image.Image:
+    """The picture of diffusers' own `pipeline` with one of SCHEDULERS, as its documentation swaps them."""
+    kind, changes = SCHEDULERS[scheduler]
+    before = pipeline.scheduler
+    pipeline.scheduler = getattr(diffusers, kind).from_config(before.config, **changes)
+    try:
+        return pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), **options).images[0]
+    finally:
+        pipeline.scheduler = before
+
+
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("folders", nargs="+", type=Path)
     parse.add_argument("--steps", type=int, default=8)
     args = parse.parse_args()
+    options = {"num_inference_steps": args.steps, "guidance_scale": 6.0}
     table: dict[str, dict[str, float]] = {}
     for folder in args.folders:
-        theirs: Any = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+        theirs: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
         theirs.set_progress_bar_config(disable=True)
-        own, row = theirs.scheduler.config, {}
         with load(str(folder), precision="fp32", device="cpu") as pipe:
-            for name, (kind, changes) in SCHEDULERS.items():
-                theirs.scheduler = getattr(diffusers, kind).from_config(own, **changes)
-                options = {"num_inference_steps": args.steps, "guidance_scale": 6.0}
-                reference = theirs("a red heart", generator=torch.Generator().manual_seed(7), **options).images[0]
-                row[name] = psnr(reference, pipe("a red heart", seed=7, scheduler=name, **options))
-        table[folder.name] = row
+            table[folder.name] = {
+                name: psnr(
+                    reference(theirs, name, "a red heart", 7, **options), pipe("a red heart", seed=7, scheduler=name, **options)
+                )
+                for name in SCHEDULERS
+            }
     print(f"{'dB':<10}", *(f"{name:>16}" for name in SCHEDULERS))
     for model, row in table.items():
-        print(f"{model:<10}", *(f"{'identical' if math.isinf(v) else f'{v:.1f}':>16}" for v in row.values()))
-    record("parity", {m: {n: "identical" if math.isinf(v) else round(v, 2) for n, v in row.items()} for m, row in table.items()})
+        print(f"{model:<10}", *(f"{shown(value):>16}" for value in row.values()))
+    record("parity", {model: {name: shown(value) for name, value in row.items()} for model, row in table.items()})
+
+
+def shown(decibels: float) -> str:
+    return "identical" if math.isinf(decibels) else f"{decibels:.1f}"
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_published_folder_runs_in_diffusers(folder, monkeypatch):
     torch.save({"average": model.state_dict(), "scaling": 0.25}, folder / "diffusion.pt")
     monkeypatch.setattr("sys.argv", ["publish", str(folder), str(folder / "model")])
     publish.main()
-    pipe = StableDiffusionPipeline.from_pretrained(folder / "model", torch_dtype=torch.float32)
+    pipe = StableDiffusionPipeline.from_pretrained(folder / "model", dtype=torch.float32)
     assert pipe("a heart", num_inference_steps=1).images[0].size == (128, 128)
     assert pipe.vae.config.scaling_factor == 0.25
     assert torch.equal(pipe.unet.conv_in.weight, model.unet.conv_in.weight.half().float())

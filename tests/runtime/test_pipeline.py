@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 
 import numpy as np
 import pytest
 import tightfit
+from tightfit.benchmarks.parity import SCHEDULERS, psnr, reference
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.pipeline import Pipeline, guidance_embedding
-
-SCHEDULERS = {
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
-
-
-def psnr(a, b) -> float:
-    error = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +22,7 @@ def references(tiny_models):
     made = {}
     for family, folder in tiny_models.items():
         kind = StableDiffusionXLPipeline if family == "sdxl" else StableDiffusionPipeline
-        made[family] = kind.from_pretrained(folder, torch_dtype=torch.float32)
+        made[family] = kind.from_pretrained(folder, dtype=torch.float32)
         made[family].set_progress_bar_config(disable=True)
     return made
 
@@ -47,19 +33,6 @@ def pipes(tiny_models):
     yield made
     for pipe in made.values():
         pipe.close()
-
-
-def reference(pipeline, scheduler: str, prompt: str, seed: int, **options):
-    import diffusers
-    import torch
-
-    kind, changes = SCHEDULERS[scheduler]
-    before = pipeline.scheduler
-    pipeline.scheduler = getattr(diffusers, kind).from_config(before.config, **changes)
-    try:
-        return pipeline(prompt, generator=torch.Generator("cpu").manual_seed(seed), **options).images[0]
-    finally:
-        pipeline.scheduler = before
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -99,7 +72,7 @@ def test_schedulers_as_old_models_publish_them(sd1_copy, config):
     (sd1_copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler", **beta, **config}))
     index = json.loads((sd1_copy / "model_index.json").read_text())
     (sd1_copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DDIMScheduler"]}))
-    theirs = StableDiffusionPipeline.from_pretrained(sd1_copy, torch_dtype=torch.float32)
+    theirs = StableDiffusionPipeline.from_pretrained(sd1_copy, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     image = theirs("a cat", num_inference_steps=4, generator=torch.Generator().manual_seed(2)).images[0]
     with tightfit.load(str(sd1_copy), precision="fp32", device="cpu") as pipe:
@@ -248,7 +221,7 @@ def test_guidance_distilled_models(sd1_copy):
     torch.manual_seed(0)
     UNet2DConditionModel.from_config(dict(unet.config) | {"time_cond_proj_dim": 16}).save_pretrained(sd1_copy / "unet")
     assert json.loads((sd1_copy / "unet/config.json").read_text())["time_cond_proj_dim"] == 16
-    theirs = StableDiffusionPipeline.from_pretrained(sd1_copy, torch_dtype=torch.float32)
+    theirs = StableDiffusionPipeline.from_pretrained(sd1_copy, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     expected = theirs.get_guidance_scale_embedding(torch.tensor([7.0]), 16)
     assert np.allclose(guidance_embedding(8.0, 16), expected.numpy(), atol=1e-4)
