@@ -81,12 +81,15 @@ def generate(
     given = {name: value for name, value in given.items() if value is not None}
     carried = _carried(source)
     request = Request(**{"prompt": "", **carried.request, **given}).checked()
-    target = _target(output, request.prompt)
+    target = _target(output, request.prompt, request.num_images)
+    if source and not (model or carried.model):
+        raise TightfitError(f"{source} does not say where its model is: name it with --model")
     where = model or carried.model or "emoji"
     fetch = source is None or model is not None  # a picture alone never starts a download
     with _load(where, precision or carried.precision or "auto", device, local_files_only=not fetch) as pipeline:
         result = _run(pipeline, request)
-    paths = _save(result, *target, overwrite=output is not None and not output.is_dir())
+    named = output is not None and not output.is_dir() and request.num_images == 1
+    paths = _save(result, *target, overwrite=named)
     typer.echo(json.dumps(_report(result, paths)) if as_json else _closing_line(result, paths))
 
 
@@ -147,7 +150,7 @@ def _carried(source: Path | None) -> Carried:
     return carried
 
 
-def _target(output: Path | None, prompt: str) -> tuple[Path, str]:
+def _target(output: Path | None, prompt: str, num_images: int) -> tuple[Path, str]:
     """Folder and file name to write to, checked before anything is computed."""
     words = "-".join(re.findall(r"\w+", prompt.lower())).encode()[:60].decode(errors="ignore").strip("-")
     folder, name = Path(), f"{words or 'picture'}.png"
@@ -161,7 +164,7 @@ def _target(output: Path | None, prompt: str) -> tuple[Path, str]:
         if not folder.is_dir():
             raise TightfitError(f"the folder {folder} does not exist: make it first, or name another with --output")
         with suppress(FileNotFoundError):
-            (folder / name).lstat()  # a name too long for the file system fails here, not after the work
+            (folder / f"{num_images}-{name}").lstat()  # too long a name for the file system fails here, not after the work
         TemporaryFile(dir=folder).close()
     except OSError as error:
         raise TightfitError(

@@ -51,19 +51,20 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
     """Bring what `wanted` names up to date in the hub's cache; with no connection, use a complete copy that is there."""
     from huggingface_hub import HfApi, snapshot_download
 
-    problem = "fetching was not asked for"
+    problem, cure = "a picture alone starts no download", f"name it with --model {repository}"
     if not local_files_only:
         try:
             files = [entry.rfilename for entry in HfApi().model_info(repository).siblings or []]
-            return read_model(Path(snapshot_download(repository, allow_patterns=wanted(files))), repository)
-        except TightfitError:
-            raise
+            folder = Path(snapshot_download(repository, allow_patterns=wanted(files)))
         except Exception as error:  # the hub's HTTP library has changed before, and any failure has the same cure
             problem = " ".join(str(error).split())[:300] or type(error).__name__
+            cure = "check the name and the connection, or give --model a diffusers folder on this machine"
+        else:
+            return read_model(folder, repository)
     try:
         return read_model(Path(snapshot_download(repository, local_files_only=True)), repository)
-    except (OSError, ValueError, TightfitError):  # nothing there, or not all of it
-        raise TightfitError(
-            f"'{repository}' is no folder here, is not whole in the hub's cache and was not fetched ({problem}): "
-            "check the name and the connection, or give --model a diffusers folder on this machine"
-        ) from None
+    except (OSError, ValueError):  # nothing of it is here
+        found = "is not in the hub's cache"
+    except TightfitError as error:
+        found = f"is in the hub's cache but cannot be used as it is there ({error})"
+    raise TightfitError(f"'{repository}' {found}, and was not fetched ({problem}): {cure}")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from .errors import TightfitError, first_line
 from .request import Request
@@ -75,7 +75,7 @@ def read(picture: Path) -> Carried:
 
 def parse(text: str, source: str) -> Carried:
     """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and the fields of the last line."""
-    *prompt, last = text.strip().split("\n")
+    *prompt, last = text.rstrip().split("\n")
     fields = {name: _unquoted(value.strip()) for name, value in _PAIR.findall(last)}
     if "tightfit" in fields:
         try:
@@ -88,7 +88,7 @@ def parse(text: str, source: str) -> Carried:
         return carried
     if "Steps" not in fields:
         raise TightfitError(f"the 'parameters' text of {source} has no line of settings: it cannot be repeated")
-    positive, _, negative = "\n".join(prompt).partition("\nNegative prompt:")
+    positive, _, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
     request = {"prompt": positive.strip(), "negative_prompt": negative.strip(), **_a1111(fields, source)}
     return Carried(request, notices=_differences(positive + negative, fields))
 
@@ -145,13 +145,13 @@ def save(image: Image.Image, path: str | Path) -> Path:
     text = PngInfo()
     if "parameters" in image.info:
         text.add_text("parameters", image.info["parameters"])
-    partial = path.with_name(f".tightfit-{os.getpid()}.partial")
+    partial = path.with_name(f".tightfit-{uuid4().hex}.partial")
     try:
         try:
             image.save(partial, format="PNG", pnginfo=text)
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise TightfitError(f"{path} cannot be written: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise TightfitError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return path

@@ -46,6 +46,8 @@ class Pipeline:
     """Runs requests for one model by one plan. Use as a context manager, or `close` it, to free what stays loaded."""
 
     def __init__(self, spec: ModelSpec, plan: Plan) -> None:
+        if plan.placements.keys() != spec.components.keys():
+            raise TightfitError(f"this plan is for another kind of model than {spec.name}: make it again with 'tightfit plan'")
         self.spec, self.plan = spec, plan
         self._backends = {p.backend: backend(p.backend, plan.device) for p in plan.placements.values()}
         self._peak = self._backends[plan.placements["unet"].backend].peak()
@@ -227,12 +229,7 @@ class Pipeline:
 
     def _picture(self, decoder: Session, latents: np.ndarray, request: Request, index: int) -> Image.Image:
         """One PIL picture with its own request in `info["parameters"]`."""
-        vae = self.spec.vae
-        if vae.get("latents_mean") and vae.get("latents_std"):
-            mean, std = (np.array(vae[name], np.float32).reshape(1, -1, 1, 1) for name in ("latents_mean", "latents_std"))
-            latents = latents * std / self.spec.latent_scale + mean
-        else:
-            latents = latents / self.spec.latent_scale
+        latents = latents / np.float32(self.spec.latent_scale)
         values = decoder(latents=latents)[0][0].transpose(1, 2, 0)
         if not np.isfinite(values).all():
             raise TightfitError(

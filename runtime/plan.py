@@ -78,7 +78,8 @@ class Plan:
             ):
                 raise ValueError("it leaves open how something runs")
             for placement in placements.values():
-                check_choices(placement.precision, placement.residency)
+                if placement.precision not in PRECISION_BYTES or placement.residency not in RESIDENCIES[1:]:
+                    raise ValueError(f"it has {placement.precision} and {placement.residency}")
             return plan
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise TightfitError(f"this is not a tightfit plan ({error}): make it again with 'tightfit plan'") from None

@@ -31,7 +31,7 @@ SCHEDULERS = {
         Scheduler(
             "dpmpp_2m_karras", "DPM++ 2M Karras", "DPMSolverMultistepScheduler", _DPMPP_2M | _PLAIN | {"use_karras_sigmas": True}
         ),
-        Scheduler("unipc", "UniPC", "UniPCMultistepScheduler", _PLAIN),
+        Scheduler("unipc", "UniPC", "UniPCMultistepScheduler", _PLAIN | {"solver_order": 2, "solver_type": "bh2"}),
         Scheduler("lcm", "LCM", "LCMScheduler"),
     )
 }
@@ -39,7 +39,7 @@ FALLBACK = "dpmpp_2m_karras"
 
 
 def default(spec: ModelSpec) -> str:
-    """The model's own scheduler where it is of one of our six classes, else DPM++ 2M Karras."""
+    """The nearest of our six to the model's own: that of the same class, else DPM++ 2M Karras."""
     own = spec.scheduler.get("_class_name")
     return next((s.name for s in SCHEDULERS.values() if s.kind == own), FALLBACK)
 
@@ -60,8 +60,9 @@ def make(name: str, spec: ModelSpec, steps: int):
         scheduler = getattr(diffusers, chosen.kind).from_config(config, **chosen.options)
     with explained(f"{name} cannot take {steps} steps with this model", "choose another number or another --scheduler"):
         scheduler.set_timesteps(steps)
-        if max(scheduler.timesteps) >= scheduler.config.num_train_timesteps:
-            raise ValueError(f"its noise levels end at {scheduler.config.num_train_timesteps - 1}")
+        levels = scheduler.timesteps.tolist()
+        if max(levels) >= scheduler.config.num_train_timesteps or len(set(levels)) == 1 < len(levels):
+            raise ValueError("it has not so many noise levels")
     return scheduler
 
 

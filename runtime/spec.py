@@ -129,6 +129,11 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
     components |= {"unet": unet, "vae_decoder": vae}
     for component in components.values():
         _check_config(component)
+    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    if str(scheduler.get("_class_name")).startswith(("EDM", "FlowMatch")):
+        raise TightfitError(
+            f"{folder} was trained for {scheduler['_class_name']}, whose noise is not that of SD: it cannot run here"
+        )
     manifest = folder / "tightfit.json"
     defaults = _json(manifest).get("defaults", {}) if manifest.exists() else {}
     if not isinstance(defaults, dict) or not isinstance(defaults.get("guidance_scale", 1.0), int | float):
@@ -138,7 +143,7 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
         folder=folder,
         family=_family(folder, pipeline, components),
         components=components,
-        scheduler=_json(folder / "scheduler" / "scheduler_config.json"),
+        scheduler=scheduler,
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed)),
         defaults=defaults,
     )
@@ -190,6 +195,8 @@ def _family(folder: Path, pipeline: str, components: Mapping[str, Component]) ->
             f"{folder} expects {unet['in_channels']} input channels, not the VAE's {vae['latent_channels']}: "
             "it is an inpainting or editing model; use its text-to-image counterpart"
         )
+    if vae.get("out_channels", 3) != 3 or unet.get("out_channels", 4) != vae["latent_channels"]:
+        raise TightfitError(f"{folder} paints more than red, green and blue, or predicts more than noise: use a plain model")
     embedding = unet.get("addition_embed_type")
     if embedding == "text_time" and "text_encoder_2" in components:
         return "sdxl"
@@ -221,7 +228,7 @@ def _json(path: Path) -> dict[str, Any]:
         raise TightfitError(f"{path} is missing: copy or download the model again") from None
     except OSError as error:
         raise TightfitError(f"{path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TightfitError(f"{path} is not valid JSON ({error}): copy or download it again") from None
     if not isinstance(value, dict):
         raise TightfitError(f"{path} is not a JSON object: copy or download it again")
@@ -244,10 +251,11 @@ def weight_files(folder: Path) -> list[Path]:
         for variant in ("", ".fp16"):
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.exists():
-                names = sorted(set(_json(index).get("weight_map", {}).values()))
+                places = _json(index).get("weight_map")
+                names = set(map(str, places.values())) if isinstance(places, dict) else set()
                 if not names or any(Path(shard).name != shard for shard in names):
                     raise TightfitError(f"{index} does not list plain file names: copy or download it again")
-                return [folder / shard for shard in names]
+                return [folder / shard for shard in sorted(names)]
             single = folder / f"{stem}{variant}.safetensors"
             if single.exists():
                 return [single]
@@ -273,7 +281,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
         promised = max((tensor.offset + tensor.stored_bytes for tensor in tensors.values()), default=8 + length)
     except OSError as error:
         raise TightfitError(f"{file} cannot be read: {error.strerror}; copy or download it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise TightfitError(f"{file} has a broken safetensors header: copy or download it again") from None
     if promised != size:
         raise TightfitError(f"{file} is truncated or overwritten: it has {size} bytes of {promised}; copy or download it again")

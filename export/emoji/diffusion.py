@@ -155,7 +155,7 @@ def main() -> None:
             top1, top5 = prompt_match(run.average.module)
             mean = sum(losses) / len(losses)
             losses.clear()
-            run.report(f"loss {mean:.4f}, prompt match {top1:.0%} top-1, {top5:.0%} top-5", scaling=scaling)
+            run.report(f"loss {mean:.4f}, prompt match {top1:.0%} top-1, {top5:.0%} top-5", scaling=scaling, side=latents.shape[-1])
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ def main() -> None:
     vae.load_state_dict(load_checkpoint(best)["average"])
     trained = load_checkpoint(args.work / "diffusion.pt")
     tokenizer = CLIPTokenizer.from_pretrained(args.work / "tokenizer")
-    model = diffusion.Conditional(diffusion.build_unet(), diffusion.build_text_encoder(tokenizer))
+    model = diffusion.Conditional(diffusion.build_unet(trained.get("side", 16)), diffusion.build_text_encoder(tokenizer))
     model.load_state_dict(trained["average"])
     vae.register_to_config(scaling_factor=trained["scaling"], sample_size=model.unet.config["sample_size"] * 8, force_upcast=False)
 

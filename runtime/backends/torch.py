@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,7 +24,6 @@ class CudaPeak:
     """Most bytes the caching allocator has reserved on the current CUDA device."""
 
     def reset(self) -> None:
-        torch.cuda.empty_cache()  # what an earlier stage left in the cache is not this stage's
         torch.cuda.reset_peak_memory_stats()
 
     def bytes(self) -> int:
@@ -43,7 +44,8 @@ class TorchBackend:
         """Build the module without memory, then fill it: beside the weights only one converted tensor is alive."""
         dtype = DTYPES[placement.precision]
         module = _build(component)
-        _fill(module, component, dtype, self.device)
+        with _memory_errors_explained():
+            _fill(module, component, dtype, self.device)
         return TorchSession(module.eval().requires_grad_(False), _forward(spec, component), dtype, self.device)
 
 
@@ -56,15 +58,11 @@ class TorchSession:
 
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        try:
+        if self.module is None:
+            raise TightfitError("the pipeline was closed while it was painting")
+        with _memory_errors_explained():
             tensors = {name: self._tensor(array) for name, array in arrays.items()}
             return tuple(out.float().cpu().numpy() for out in self.forward(self.module, **tensors))
-        except RuntimeError as error:
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
-                raise TightfitError(
-                    f"out of memory ({first_line(error)}): make the picture smaller or choose fp16 or bf16"
-                ) from error
-            raise
 
     def close(self) -> None:
         self.module = None
@@ -74,6 +72,18 @@ class TorchSession:
         """Floating-point arrays in the session's precision; the timestep, a scalar, and token ids as they are."""
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
         return tensor.to(self.dtype) if array.ndim and tensor.is_floating_point() else tensor
+
+
+@contextmanager
+def _memory_errors_explained() -> Iterator[None]:
+    """torch has a class for CUDA's own; MPS, cuBLAS and the CPU only say so in their text."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            raise
+        cure = "make the picture smaller, choose fp16 or bf16, or close what else uses the memory"
+        raise TightfitError(f"out of memory ({first_line(error)}): {cure}") from error
 
 
 def _empty_cache(device: torch.device) -> None:

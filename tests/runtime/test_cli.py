@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -90,6 +91,9 @@ def test_a_picture_of_a1111(call, sd1, tmp_path):
     text = PngInfo()
     text.add_text("parameters", "a cat\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Model: v1-5")
     Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=text)
+    code, _, err = call("--from", "theirs.png")
+    assert code == 2
+    assert "name it with --model" in err
     code, _, err = call("--from", "theirs.png", "--model", str(sd1), "-o", "a.png")
     assert (code, err.count("\n")) == (0, 1)
     assert "noise" in err
@@ -109,6 +113,9 @@ def test_nothing_is_replaced_unasked(call, sd1, tmp_path):
     assert names == ["a.png", "a-2.png", "a-3.png"]
     (tmp_path / "there").mkdir()
     assert call("a", "--model", str(sd1), *FAST, "-o", "there")[1].startswith("there/a.png ")
+    (tmp_path / "a-1.png").write_text("mine")
+    assert "a-1-2.png" in call("a", "--model", str(sd1), *FAST, "--num-images", "2", "-o", "a.png", "--json")[1]
+    assert (tmp_path / "a-1.png").read_text() == "mine"
     before = (tmp_path / "a.png").read_bytes()
     assert call("b", "--model", str(sd1), *FAST, "-o", "a.png")[0] == 0
     assert (tmp_path / "a.png").read_bytes() != before
@@ -214,6 +221,20 @@ def test_streams_as_a_process_has_them(sd1, tmp_path):
         f"{shlex.join(command('-'))} <&-", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert (closed.returncode, closed.stderr.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("where", ["tightfit.runtime.schedulers.step_options", "PIL.Image.Image.save"])
+def test_interrupted_anywhere(call, sd1, tmp_path, monkeypatch, where):
+    """While painting, and with a half-written picture on the disk."""
+
+    def interrupt(*arguments, **_):
+        if isinstance(arguments[1], Path):
+            arguments[1].write_bytes(b"half a pict")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupt)
+    assert call("a", "--model", str(sd1), *FAST) == (130, "", "tightfit: stopped\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals work otherwise there")

@@ -89,7 +89,7 @@ def offline(monkeypatch):
 def test_offline_and_not_cached(cache, offline):
     with pytest.raises(TightfitError) as caught:
         hub.inspect("someone/model")
-    for word in ("someone/model", "offline", "check the name and the connection"):
+    for word in ("someone/model", "not in the hub's cache", "offline", "check the name and the connection"):
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -44,6 +44,12 @@ def test_through_a_file(tmp_path, prompt):
     assert Request(**parameters.read(path).request) == request
 
 
+def test_an_empty_prompt_of_a1111_stays_empty():
+    text = "\nNegative prompt: ugly\nSteps: 1, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64"
+    request = parameters.parse(text, "x.png").request
+    assert (request["prompt"], request["negative_prompt"]) == ("", "ugly")
+
+
 def test_fields_that_other_tools_look_for():
     """The shape that A1111's infotext regular expression and its readers expect."""
     text = parameters.write(Request("a heart", "blue", 512, 768, 20, 7.5, 7, "dpmpp_2m_karras"), "a,b", "fp32")
@@ -128,6 +134,8 @@ def test_save_leaves_nothing_half_written(tmp_path):
         parameters.save(image, tmp_path / "x.jpg")
     with pytest.raises(TightfitError, match="cannot be written"):
         parameters.save(image, tmp_path / "no" / "x.png")
+    with pytest.raises(TightfitError, match="cannot be written"):
+        parameters.save(image, tmp_path / "a\0b.png")
     (tmp_path / "x.png").mkdir()
     with pytest.raises(TightfitError, match="cannot be written"):
         parameters.save(image, tmp_path / "x.png")

@@ -89,8 +89,8 @@ def test_a_schedulers_name_means_one_algorithm(sd1, sd1_copy):
         "use_karras_sigmas": True,
     }
     file.write_text(json.dumps(json.loads(file.read_text()) | sde))
-    for scheduler in ("dpmpp_2m_karras", "euler"):
-        options = {"seed": 2, "num_inference_steps": 4, "scheduler": scheduler}
+    for scheduler in SCHEDULERS:
+        options = {"seed": 2, "num_inference_steps": 6, "scheduler": scheduler}
         images = []
         for folder in (sd1, sd1_copy):
             with tightfit.load(str(folder), precision="fp32", device="cpu") as pipe:
@@ -200,6 +200,34 @@ def test_a_run_can_be_abandoned(tiny_models, residency):
         left = pipe.run(tightfit.Request("a cat", **options))
         next(left), next(left)
     left.close()  # after the pipeline was
+
+
+def test_closed_while_painting(sd1):
+    with tightfit.load(str(sd1), precision="fp32", device="cpu", residency="resident") as pipe:
+        running = pipe.run(tightfit.Request("a cat", num_inference_steps=3))
+        next(running), next(running)
+        pipe.close()
+        with pytest.raises(TightfitError, match="closed while it was painting"):
+            next(running)
+        assert pipe("a cat", num_inference_steps=1)
+
+
+def test_a_plan_for_another_model(tiny_models, pipes):
+    with pytest.raises(TightfitError, match="another kind of model"):
+        Pipeline(pipes["sdxl"].spec, pipes["sd1"].plan)
+
+
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+@pytest.mark.parametrize("place", ["_read", "_predict"])
+def test_out_of_memory_is_one_line(sd1, monkeypatch, place, text):
+    from tightfit.runtime.backends import torch as engine
+
+    def fail(*_, **__):
+        raise RuntimeError(f"{text}\nmore")
+
+    monkeypatch.setattr(engine, place, fail)
+    with tightfit.load(str(sd1), device="cpu") as pipe, pytest.raises(TightfitError, match="out of memory"):
+        pipe("a cat", num_inference_steps=1)
 
 
 def test_what_was_cut_is_said(pipes):

@@ -40,7 +40,17 @@ def test_damaged_plans(text):
         Plan.from_json(text)
 
 
-@pytest.mark.parametrize(("old", "new"), [("batched", "sequentail"), ("cuda", "tpu"), ("fp16", "fp17"), ("resident", "floating")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("batched", "sequentail"),
+        ("cuda", "tpu"),
+        ("fp16", "fp17"),
+        ("fp16", "auto"),
+        ("resident", "floating"),
+        ("resident", "auto"),
+    ],
+)
 def test_plans_that_leave_something_open(sd1, old, new):
     text = json.dumps(plan(RTX_3060, inspect(sd1))[0].to_json())
     with pytest.raises(TightfitError):

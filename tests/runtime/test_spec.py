@@ -112,12 +112,20 @@ def test_other_models_are_refused(sd1_copy):
     refused(sd1_copy, "inpainting")
     edit(sd1_copy / "unet/config.json", in_channels=4, _class_name="FluxTransformer2DModel")
     refused(sd1_copy, "FluxTransformer2DModel", "SDXL")
+    edit(sd1_copy / "unet/config.json", _class_name="UNet2DConditionModel")
+    edit(sd1_copy / "vae/config.json", out_channels=6)
+    refused(sd1_copy, "red, green and blue")
+    edit(sd1_copy / "vae/config.json", out_channels=3)
+    edit(sd1_copy / "scheduler/scheduler_config.json", _class_name="EDMDPMSolverMultistepScheduler")
+    refused(sd1_copy, "EDMDPMSolverMultistepScheduler")
     edit(sd1_copy / "model_index.json", unet=[None, None])
     refused(sd1_copy, "without a unet")
 
 
 def test_broken_configs(sd1_copy):
     (sd1_copy / "unet/config.json").write_text("{")
+    refused(sd1_copy, "not valid JSON")
+    (sd1_copy / "unet/config.json").write_text("[" * 100_000)
     refused(sd1_copy, "not valid JSON")
     (sd1_copy / "unet/config.json").write_text("[]")
     refused(sd1_copy, "not a JSON object")
@@ -133,9 +141,10 @@ def test_shards_and_variants(sd1_copy):
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}}))
     assert [f.name for f in weight_files(folder)] == ["one.safetensors", "two.safetensors"]
-    index.write_text(json.dumps({"weight_map": {"a": "../../../etc/passwd"}}))
-    with pytest.raises(TightfitError, match="plain file names"):
-        weight_files(folder)
+    for places in ({"a": "../../../etc/passwd"}, ["x"], {}, None):
+        index.write_text(json.dumps({"weight_map": places}))
+        with pytest.raises(TightfitError, match="plain file names"):
+            weight_files(folder)
 
 
 @pytest.mark.parametrize(
