@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import sys
 from contextlib import suppress
@@ -159,7 +160,7 @@ def _target(output: Path | None, prompt: str, num_images: int) -> tuple[Path, st
             folder = output
         elif output is not None:
             if output.suffix.lower() != ".png":
-                raise TightfitError(f"--output {output} is neither a folder that exists nor a name ending in .png")
+                raise TightfitError(f"--output {output} is no folder that exists (make it first) and does not end in .png")
             folder, name = output.parent, output.name
         if not folder.is_dir():
             raise TightfitError(f"the folder {folder} does not exist: make it first, or name another with --output")
@@ -245,6 +246,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks is no reason to fail
+    # With one of two cores busy a picture took 1.1 s while OpenMP's threads spun and 0.5 s while they slept (docs/decisions.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in {"generate", "plan", "-h", "--help", "--version"}:
         arguments.insert(0, "generate")
@@ -254,7 +257,8 @@ def main() -> None:
     except TightfitError as error:
         _fail(str(error))
     except usage_error as error:
-        _fail(error.format_message())
+        message = error.format_message()
+        _fail(f"{message}: put the prompt in quotes" if "extra argument" in message else message)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     if code == 130:

@@ -139,6 +139,8 @@ def save(image: Image.Image, path: str | Path) -> Path:
     """
     from PIL.PngImagePlugin import PngInfo
 
+    if not hasattr(image, "save"):
+        raise TightfitError(f"save takes one picture, not a {type(image).__name__}: call it for each")
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise TightfitError(f"{path} does not end in .png: pictures are written as PNG, which carries their request")

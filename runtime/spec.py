@@ -210,9 +210,9 @@ def _index_file(folder: Path) -> Path:
         raise TightfitError(f"{folder} is not opened: {CONVERT}")
     if folder.is_file():
         how = "convert it once with diffusers' from_single_file(...).save_pretrained('folder')"
-        raise TightfitError(f"{folder} is a single file; --model takes a diffusers folder or a hub id: {how}")
+        raise TightfitError(f"{folder} is a single file; a model is a diffusers folder or a hub id: {how}")
     if not folder.is_dir():
-        raise TightfitError(f"{folder} does not exist: --model takes 'emoji', a diffusers folder or a hub id such as owner/name")
+        raise TightfitError(f"{folder} does not exist: a model is 'emoji', a diffusers folder or a hub id such as owner/name")
     index = folder / "model_index.json"
     if not index.exists():
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):

@@ -40,6 +40,7 @@ def main() -> None:
     write(partial / "vae", vae, vae.state_dict(), "diffusion_pytorch_model")
     text = {n if n.startswith("text_model.") else f"text_model.{n}": w for n, w in model.text_encoder.state_dict().items()}
     model.text_encoder.config.architectures = ["CLIPTextModel"]
+    model.text_encoder.config.dtype = torch.float32  # what transformers loads it as unless told; diffusers loads the rest so
     write(partial / "text_encoder", model.text_encoder.config, text, "model")
     shutil.copytree(args.work / "tokenizer", partial / "tokenizer")
     diffusion.noise_schedule().save_config(partial / "scheduler")

@@ -140,7 +140,7 @@ def test_what_was_cut_is_said(call, sd1):
         (["a", "-o", "x" * 300 + ".png"], ["nothing can be written", "--output"]),
         (["a", "--guidance-scale", "1e38"], ["guidance_scale"]),
         (["a", "--bogus", "3"], ["No such option", "--bogus"]),
-        (["a", "b"], ["unexpected extra argument"]),
+        (["a", "b"], ["unexpected extra argument", "quotes"]),
         (["a", "--steps", "many"], ["--steps", "integer"]),
         (["a", "--steps", "0"], ["num_inference_steps"]),
         (["a", "--width", "70"], ["width 70", "64 or 72"]),

@@ -77,7 +77,7 @@ def test_as_diffusers(pipe):
     import torch
     from diffusers import StableDiffusionPipeline
 
-    theirs = StableDiffusionPipeline.from_pretrained(BUILT_IN["emoji"], dtype=torch.float32)
+    theirs = StableDiffusionPipeline.from_pretrained(BUILT_IN["emoji"])  # as the model's card says
     theirs.set_progress_bar_config(disable=True)
     image = theirs("a rocket", num_inference_steps=8, guidance_scale=3.0, generator=torch.Generator().manual_seed(4)).images[0]
     error = np.square(pixels(image) - pixels(pipe("a rocket", num_inference_steps=8, seed=4))).mean()
