@@ -7,7 +7,8 @@ import re
 from pathlib import Path
 
 from .errors import TightfitError, first_line
-from .spec import PICKLES, ModelSpec, read_model
+from .files import PICKLES
+from .spec import ModelSpec, read_model
 
 BUILT_IN = {"emoji": Path(__file__).parent / "models" / "emoji"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,31 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TightfitError
+from .files import CONVERT, PICKLES, Tensor, read_header, read_json, weight_files
 
 PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-CONVERT = (
-    "a pickle can run any code when it is opened, so tightfit never does; convert it once, in a place you trust: "
-    'python -c "from diffusers import StableDiffusionPipeline as P; '
-    "P.from_single_file('model.ckpt').save_pretrained('folder')\""
-)
-_HEADER_LIMIT = 100_000_000  # bytes; the safetensors library refuses longer headers too
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a safetensors file: its dtype in that format's spelling, its shape, and its bytes' place there."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    stored_bytes: int
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -115,7 +90,7 @@ class ModelSpec:
 
 def read_model(folder: Path, name: str | None = None) -> ModelSpec:
     """Read the diffusers folder `folder`. Raises TightfitError for whatever is missing, broken or not supported."""
-    index = _json(_index_file(folder))
+    index = read_json(_index_file(folder))
     pipeline = index.get("_class_name", "unknown")
     listed = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -129,13 +104,13 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
     components |= {"unet": unet, "vae_decoder": vae}
     for component in components.values():
         _check_config(component)
-    scheduler = _json(folder / "scheduler" / "scheduler_config.json")
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     if str(scheduler.get("_class_name")).startswith(("EDM", "FlowMatch")):
         raise TightfitError(
             f"{folder} was trained for {scheduler['_class_name']}, whose noise is not that of SD: it cannot run here"
         )
     manifest = folder / "tightfit.json"
-    defaults = _json(manifest).get("defaults", {}) if manifest.exists() else {}
+    defaults = read_json(manifest).get("defaults", {}) if manifest.exists() else {}
     if not isinstance(defaults, dict) or not isinstance(defaults.get("guidance_scale", 1.0), int | float):
         raise TightfitError(f"{manifest} has defaults that cannot be understood: delete it, or export the model again")
     return ModelSpec(
@@ -221,79 +196,11 @@ def _index_file(folder: Path) -> Path:
     return index
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise TightfitError(f"{path} is missing: copy or download the model again") from None
-    except OSError as error:
-        raise TightfitError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise TightfitError(f"{path} is not valid JSON ({error}): copy or download it again") from None
-    if not isinstance(value, dict):
-        raise TightfitError(f"{path} is not a JSON object: copy or download it again")
-    return value
-
-
 def _component(name: str, folder: Path, prefixes: tuple[str, ...] = ("",)) -> Component:
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json")
     tensors: dict[str, Tensor] = {}
     for file in weight_files(folder):
         tensors |= {key: tensor for key, tensor in read_header(file).items() if key.startswith(prefixes)}
     if not tensors:
         raise TightfitError(f"the weight files in {folder} hold nothing of a {name}: copy or download them again")
     return Component(name, folder, config, tensors)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component: the plain file or shards, else the fp16 variant."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.exists():
-                places = _json(index).get("weight_map")
-                names = set(map(str, places.values())) if isinstance(places, dict) else set()
-                if not names or any(Path(shard).name != shard for shard in names):
-                    raise TightfitError(f"{index} does not list plain file names: copy or download it again")
-                return [folder / shard for shard in sorted(names)]
-            single = folder / f"{stem}{variant}.safetensors"
-            if single.exists():
-                return [single]
-    if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
-        raise TightfitError(f"{folder} has its weights only as {pickles[0]}: {CONVERT}")
-    found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
-    raise TightfitError(
-        f"{folder} has no diffusion_pytorch_model.safetensors or model.safetensors (there: {found}): "
-        "rename it back, or copy or download the model again"
-    )
-
-
-def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors that a safetensors file promises, checked against its length. Format: the safetensors README."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
-            if length > min(size - 8, _HEADER_LIMIT):
-                raise TightfitError(f"{file} is not a whole safetensors file ({size} bytes): copy or download it again")
-            header = json.loads(stream.read(length))
-        tensors = {name: _tensor(entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"}
-        promised = max((tensor.offset + tensor.stored_bytes for tensor in tensors.values()), default=8 + length)
-    except OSError as error:
-        raise TightfitError(f"{file} cannot be read: {error.strerror}; copy or download it again") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise TightfitError(f"{file} has a broken safetensors header: copy or download it again") from None
-    if promised != size:
-        raise TightfitError(f"{file} is truncated or overwritten: it has {size} bytes of {promised}; copy or download it again")
-    return tensors
-
-
-def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:
-    """One entry of a header whose tensors' bytes begin at `data`; ValueError if its numbers contradict each other."""
-    begin, end = entry["data_offsets"]
-    tensor = Tensor(entry["dtype"], tuple(entry["shape"]), file, data + begin, end - begin)
-    if begin < 0 or any(side < 0 for side in tensor.shape):
-        raise ValueError("a negative size")
-    if tensor.dtype in STORED_BYTES and tensor.count * STORED_BYTES[tensor.dtype] != tensor.stored_bytes:
-        raise ValueError("a tensor of another size than its shape")
-    return tensor

@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from ..errors import TightfitError, explained, first_line
+from ..files import Tensor
 from ..memory import ProcessPeak, release
 from ..plan import Placement
-from ..spec import Component, ModelSpec, Tensor
+from ..spec import Component, ModelSpec
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.files import read_header, weight_files
 from tightfit.runtime.hub import inspect
-from tightfit.runtime.spec import read_header, weight_files
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 

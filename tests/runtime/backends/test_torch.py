@@ -148,7 +148,7 @@ import sys, torch
 from pathlib import Path
 from tightfit.runtime.backends.torch import _read
 from tightfit.runtime.memory import ProcessPeak
-from tightfit.runtime.spec import read_header
+from tightfit.runtime.files import read_header
 
 peak = ProcessPeak()
 before = peak.bytes()
