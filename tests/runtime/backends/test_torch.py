@@ -152,7 +152,8 @@ from tightfit.runtime.files import read_header
 
 peak = ProcessPeak()
 before = peak.bytes()
-held = [_read(t, torch.bfloat16, torch.device("cpu")) for t in read_header(Path(sys.argv[1])).values()]
+scratch = torch.empty(8 * 2**20, dtype=torch.uint8)
+held = [_read(t, scratch, torch.bfloat16, torch.device("cpu")) for t in read_header(Path(sys.argv[1])).values()]
 assert sorted(float(t[-1]) for t in held) == list(range(16))
 print(peak.bytes() - before if peak.resets else -1)
 """
@@ -166,4 +167,4 @@ def test_loading_never_holds_the_file_beside_the_weights(tmp_path):
     grown = int(subprocess.check_output([sys.executable, "-c", MEASURE, str(tmp_path / "x.safetensors")]))
     if grown < 0:
         pytest.skip("this system cannot reset the peak")
-    assert 16 * 8 * 2**20 <= grown < 1.5 * 16 * 8 * 2**20
+    assert 15 * 8 * 2**20 < grown < 1.2 * 16 * 8 * 2**20
