@@ -40,8 +40,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "sd1"
-        vocabulary = random_model.clip_merges() if _has_clip() and not args.tiny else []
-        random_model.write("sd1", model, tiny=args.tiny, precision="fp16", merges=vocabulary)
+        random_model.write("sd1", model, tiny=args.tiny, precision="fp16")
         request = Request("a red heart", seed=0, num_inference_steps=args.steps, scheduler="euler")
         rows = capped(str(model), args.device, request)
         rows += speed(str(model), args.device, request)
@@ -49,12 +48,6 @@ def main() -> None:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     print(f"GPU tests: {'passed' if tests.returncode == 0 else f'exit code {tests.returncode}'}")
     print(record("gpu_check", {"tests_exit_code": tests.returncode, "rows": rows}))
-
-
-def _has_clip() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("clip") is not None
 
 
 def capped(model: str, device: str, request: Request) -> list[Row]:

@@ -20,12 +20,12 @@ from .record import record
 
 def diffusers_run(args: argparse.Namespace) -> int:
     """diffusers as its documentation starts: load, call; with Euler, as ours. The peak resident bytes of the whole process."""
-    import torch
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
+    from ..runtime.backends.torch import DTYPES
+
     peak = ProcessPeak()
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
-    pipe: Any = DiffusionPipeline.from_pretrained(args.model, dtype=dtype)
+    pipe: Any = DiffusionPipeline.from_pretrained(args.model, dtype=DTYPES[args.precision])
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe("a red heart", num_inference_steps=args.steps, width=args.size, height=args.size)
     return peak.bytes()

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from . import tokenizer
+from .folder import write_component
 
 Merges = Sequence[tuple[str, str]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -148,22 +148,11 @@ def write(
         if name not in model:
             continue
         module = build(name, model[name] | (TINY[family].get(name, {}) if tiny else {}), projected=name == "text_encoder_2")
-        target = partial / name
-        target.mkdir(parents=True)
-        is_text = name.startswith("text_encoder")
-        weights = random_weights(module, DTYPES[precision], generator)
-        if is_text:  # the names that published models have, whatever today's transformers calls them
-            weights = {n if n.startswith("text_") else f"text_model.{n}": w for n, w in weights.items()}
-        save_file(weights, target / f"{'model' if is_text else 'diffusion_pytorch_model'}.safetensors", {"format": "pt"})
-        module.save_config(target) if not is_text else module.config.save_pretrained(target)
-        if is_text:
-            config = json.loads((target / "config.json").read_text())
-            (target / "config.json").write_text(json.dumps(config | {"architectures": [type(module).__name__]}, indent=2))
-            tokenizer.write(
-                partial / name.replace("text_encoder", "tokenizer"), merges, 77, "!" if name.endswith("2") else tokenizer.END
-            )
-            index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
-        index[name] = ["transformers" if is_text else "diffusers", type(module).__name__]
+        index[name] = write_component(partial / name, module, random_weights(module, DTYPES[precision], generator))
+        if name.startswith("text_encoder"):
+            vocabulary = name.replace("text_encoder", "tokenizer")
+            tokenizer.write(partial / vocabulary, merges, 77, "!" if name.endswith("2") else tokenizer.END)
+            index[vocabulary] = ["transformers", "CLIPTokenizer"]
         counts[name] = sum(p.numel() for p in module.parameters())
     (partial / "scheduler").mkdir()
     (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model["scheduler"], indent=2))

@@ -31,12 +31,12 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
         raise TightfitError(f"{folder} lacks vocab.json and merges.txt: copy or download the model again")
     with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
         tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-        length = min(tokenizer.model_max_length, encoder.config.get("max_position_embeddings", 77))
+        length = min(tokenizer.model_max_length, encoder.setting("max_position_embeddings"))
         rows = np.array(
             tokenizer(list(texts.values()), padding="max_length", max_length=length, truncation=True).input_ids, np.int64
         )
         whole = tokenizer(list(texts.values()), verbose=False).input_ids
-    if rows.max() >= encoder.config.get("vocab_size", 49408):
+    if rows.max() >= encoder.setting("vocab_size"):
         raise TightfitError(f"{folder} has more tokens than {encoder.folder} knows: they belong to different models")
     cut = {name: tokenizer.decode(row[length - 1 : -1]) for name, row in zip(texts, whole, strict=True) if len(row) > length}
     return Tokens(rows, cut)

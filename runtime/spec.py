@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,10 @@ class Component:
     @property
     def parameters(self) -> int:
         return sum(tensor.count for tensor in self.tensors.values())
+
+    def setting(self, field: str) -> Any:
+        """A field of the config, or what the libraries take where it is missing."""
+        return self.config.get(field, _DEFAULTS.get(field))
 
     def weight_bytes(self, precision: str) -> int:
         """Bytes of all weights when held in `precision`."""
@@ -56,7 +59,7 @@ class ModelSpec:
     def vae(self) -> Mapping[str, Any]:
         return self.components["vae_decoder"].config
 
-    @cached_property
+    @property
     def downsampling(self) -> int:
         """Pixels along one side of a latent."""
         return 2 ** (len(self.vae["block_out_channels"]) - 1)
@@ -76,7 +79,7 @@ class ModelSpec:
     @property
     def latent_scale(self) -> float:
         """By which latents are larger in the U-Net than in the VAE."""
-        return self.vae.get("scaling_factor", _DEFAULTS["scaling_factor"])
+        return self.components["vae_decoder"].setting("scaling_factor")
 
     @property
     def guidance_width(self) -> int | None:
@@ -146,12 +149,12 @@ _FIELDS = {
     "vae_decoder": {"latent_channels": _count, "block_out_channels": _counts, "scaling_factor": _number},
     "text_encoder": {"max_position_embeddings": _count},
 }
-_DEFAULTS = {"scaling_factor": 0.18215, "max_position_embeddings": 77}  # the libraries' own
+_DEFAULTS = {"scaling_factor": 0.18215, "max_position_embeddings": 77, "vocab_size": 49408}  # the libraries' own
 
 
 def _check_config(component: Component) -> None:
     for field, fits in _FIELDS[component.name.removesuffix("_2")].items():
-        value = component.config.get(field, _DEFAULTS.get(field))
+        value = component.setting(field)
         if not fits(value):
             raise TightfitError(
                 f"{component.folder / 'config.json'} has {field} {value!r}, which cannot be: copy or download it again"

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from transformers import CLIPTokenizer
 
+from ..folder import write_component
 from . import autoencoder, diffusion
 from .run import load_checkpoint
 
@@ -36,26 +36,23 @@ def main() -> None:
 
     partial = args.folder.with_name(f".{args.folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    write(partial / "unet", model.unet, model.unet.state_dict(), "diffusion_pytorch_model")
-    write(partial / "vae", vae, vae.state_dict(), "diffusion_pytorch_model")
-    text = {n if n.startswith("text_model.") else f"text_model.{n}": w for n, w in model.text_encoder.state_dict().items()}
-    model.text_encoder.config.architectures = ["CLIPTextModel"]
     model.text_encoder.config.dtype = torch.float32  # what transformers loads it as unless told; diffusers loads the rest so
-    write(partial / "text_encoder", model.text_encoder.config, text, "model")
+    networks = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": vae}
+    index: dict[str, Any] = {
+        name: write_component(partial / name, network, {n: w.half().contiguous() for n, w in network.state_dict().items()})
+        for name, network in networks.items()
+    }
     shutil.copytree(args.work / "tokenizer", partial / "tokenizer")
     diffusion.noise_schedule().save_config(partial / "scheduler")
-    index = {
+    index |= {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
         "safety_checker": [None, None],
         "requires_safety_checker": False,
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
     }
-    (partial / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (partial / "model_index.json").write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")
     manifest = {"version": 1, "source": "tightfit.export.emoji", "defaults": {"guidance_scale": diffusion.GUIDANCE}}
     (partial / "tightfit.json").write_text(json.dumps(manifest, indent=2) + "\n")
     if (args.folder / "README.md").exists():
@@ -64,14 +61,6 @@ def main() -> None:
     partial.rename(args.folder)
     size = sum(file.stat().st_size for file in args.folder.rglob("*") if file.is_file())
     print(f"{args.folder}: {size / 1e6:.1f} MB, scaling factor {trained['scaling']:.4f}, from {best.name} and diffusion.pt")
-
-
-def write(folder: Path, config: Any, weights: dict[str, torch.Tensor], stem: str) -> None:
-    """Config and fp16 weights of one component."""
-    folder.mkdir(parents=True)
-    save = config.save_pretrained if stem == "model" else config.save_config
-    save(folder)
-    save_file({n: w.half().contiguous() for n, w in weights.items()}, folder / f"{stem}.safetensors", {"format": "pt"})
 
 
 if __name__ == "__main__":

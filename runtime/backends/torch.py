@@ -39,7 +39,7 @@ class TorchBackend:
         return CudaPeak() if self.device.type == "cuda" else ProcessPeak()
 
     def check(self, component: Component) -> None:
-        _names(component, _build(component))
+        _stored(component, _build(component))
 
     def load(self, spec: ModelSpec, component: Component, placement: Placement) -> TorchSession:
         """Build the module without memory, then fill it: beside the weights one buffer for the largest tensor is alive."""
@@ -160,10 +160,9 @@ def _build_decoder(component: Component) -> torch.nn.Module:
 
 def _fill(module: torch.nn.Module, component: Component, dtype: torch.dtype, device: torch.device) -> None:
     """Replace the meta tensors of `module` by the files', converted one at a time."""
-    shapes = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    names = _names(component, module)
-    scratch = torch.empty(max(component.tensors[stored].stored_bytes for stored in names.values()), dtype=torch.uint8)
-    weights = {n: _read(component.tensors[names[n]], scratch, dtype, device).reshape(shape) for n, shape in shapes.items()}
+    stored = _stored(component, module)
+    scratch = torch.empty(max(tensor.stored_bytes for tensor in stored.values()), dtype=torch.uint8)
+    weights = {n: _read(stored[n], scratch, dtype, device).reshape(t.shape) for n, t in module.state_dict().items()}
     module.load_state_dict(weights, assign=True)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
@@ -202,23 +201,23 @@ def _current_name(stored: str, expected: Mapping[str, torch.Size]) -> str:
     return stored
 
 
-def _names(component: Component, module: torch.nn.Module) -> dict[str, str]:
-    """For each tensor of `module` the name under which the component's files hold it, all there and of the right shape.
+def _stored(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
+    """For each tensor of `module` the one in the component's files; they are all there and of the right shape.
 
     Tensors that the module does not know are left alone, as diffusers and transformers leave them.
     """
     expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    names = {_current_name(stored, expected): stored for stored in component.tensors}
+    stored = {_current_name(name, expected): tensor for name, tensor in component.tensors.items()}
     where = f"the weights of {component.folder.name} in {component.folder.parent}"
     cure = "files of different models were mixed, or one was renamed; copy or download the model again"
-    if missing := [name for name in expected if name not in names]:
-        unknown = [name for name in names if name not in expected]
+    if missing := [name for name in expected if name not in stored]:
+        unknown = [name for name in stored if name not in expected]
         instead = f", but have {unknown[0]}" if unknown else ""
         raise TightfitError(f"{where} lack {len(missing)}, such as {missing[0]}{instead}: {cure}")
     for name, shape in expected.items():
-        stored = component.tensors[names[name]]
-        if [side for side in stored.shape if side != 1] != [side for side in shape if side != 1]:  # (C, C, 1, 1) is (C, C)
-            raise TightfitError(f"{where} have {name} of shape {list(stored.shape)}, its config says {list(shape)}: {cure}")
-        if stored.dtype not in STORED:
-            raise TightfitError(f"{where} have {name} as {stored.dtype}, which plain models have not: use the original model")
-    return names
+        tensor = stored[name]
+        if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:  # (C, C, 1, 1) is (C, C)
+            raise TightfitError(f"{where} have {name} of shape {list(tensor.shape)}, its config says {list(shape)}: {cure}")
+        if tensor.dtype not in STORED:
+            raise TightfitError(f"{where} have {name} as {tensor.dtype}, which plain models have not: use the original model")
+    return stored

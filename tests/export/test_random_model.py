@@ -54,7 +54,7 @@ def test_half_a_folder_is_never_seen(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(random_model, "save_file", fail)
+    monkeypatch.setattr("tightfit.export.folder.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         random_model.write("sd1", tmp_path / "model", tiny=True)
     assert not (tmp_path / "model").exists()
