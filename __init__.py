@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from .runtime.hub import inspect
     from .runtime.parameters import save
     from .runtime.pipeline import Pipeline, load
-    from .runtime.plan import Plan, plan
+    from .runtime.plan import Plan, Wishes
+    from .runtime.planner import plan
     from .runtime.request import Request
     from .runtime.spec import ModelSpec
 
@@ -32,6 +33,7 @@ __all__ = [
     "Request",
     "Result",
     "TightfitError",
+    "Wishes",
     "inspect",
     "load",
     "plan",
@@ -45,7 +47,8 @@ _HOMES = {
     "hub": ("inspect",),
     "parameters": ("save",),
     "pipeline": ("Pipeline", "load"),
-    "plan": ("Plan", "plan"),
+    "plan": ("Plan", "Wishes"),
+    "planner": ("plan",),
     "request": ("Request",),
     "spec": ("ModelSpec",),
 }

@@ -65,12 +65,13 @@ def main() -> None:
         right = np.linspace(0, len(chosen) - 1, args.labels).round().astype(int).tolist()
         start = time.perf_counter()
         options = {"guidance_scale": args.guidance_scale, "scheduler": args.scheduler}
-        drawn = [np.array(pipe(chosen[i].label, seed=args.seed, num_inference_steps=20, **options)) for i in right]
+        results_of = [pipe.generate(Request(chosen[i].label, seed=args.seed, num_inference_steps=20, **options)) for i in right]
+        drawn = [np.array(result.images[0]) for result in results_of]
         seconds = (time.perf_counter() - start) / len(drawn)
         top1, top5 = match(torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2), pictures, right)
         results = {
             "pictures": len(chosen), "labels": len(right), "top1": top1, "top5": top5, "seconds_per_picture": round(seconds, 2),
-            "autoencoder_psnr": round(psnr(vae, pictures), 2), "precision": args.precision, "plan": pipe.plan.summary(),
+            "autoencoder_psnr": round(psnr(vae, pictures), 2), "precision": args.precision, "plan": results_of[0].plan.summary(),
         }  # fmt: skip
     print(*(f"{name}: {value}" for name, value in results.items()), sep="\n")
     record("emoji", results)

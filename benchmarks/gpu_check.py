@@ -2,9 +2,9 @@
 
     pip install --no-deps --no-build-isolation -e . && python -m tightfit.benchmarks.gpu_check
 
-It runs the GPU tests; measures every plan's peak in a full-size random SD 1.5, with the allocator capped at 2, 4, 6 and
-8 GB; and times our plans beside diffusers' own pipeline in the same process. Writes gpu_check.jsonl under $OUT, else in
-benchmarks/results. `--tiny --device cpu` rehearses it without a GPU.
+It runs the GPU tests; measures every plan's peak beside its prediction in a full-size random SD 1.5, with the allocator
+capped at 2, 4, 6 and 8 GB; and times our plans beside diffusers' own pipeline in the same process. Writes gpu_check.jsonl
+under $OUT, else in benchmarks/results. `--tiny --device cpu` rehearses it without a GPU.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import Request, TightfitError, load
+from .. import Hardware, Pipeline, Request, TightfitError, Wishes, inspect, load, plan
 from ..export import random_model
-from ..runtime.memory import shown
-from ..runtime.plan import RESIDENCIES
 from .record import record
 
 CAPS = (2, 4, 6, 8)  # decimal gigabytes, as cards are sold
@@ -42,30 +41,35 @@ def main() -> None:
         model = Path(folder) / "sd1"
         random_model.write("sd1", model, tiny=args.tiny, precision="fp16")
         request = Request("a red heart", seed=0, num_inference_steps=args.steps, scheduler="euler")
-        rows = capped(str(model), args.device, request)
+        rows = capped(str(model), args.device, replace(request, num_inference_steps=2))
         rows += speed(str(model), args.device, request)
     for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+        print("  ".join(f"{name} {value}" for name, value in row.items() if name not in ("stages", "notices")))
     print(f"GPU tests: {'passed' if tests.returncode == 0 else f'exit code {tests.returncode}'}")
     print(record("gpu_check", {"tests_exit_code": tests.returncode, "rows": rows}))
 
 
 def capped(model: str, device: str, request: Request) -> list[Row]:
-    """Each residency under each cap: the peak, or that it ran out of memory."""
+    """Every fp16 plan that fits under each cap: predicted and measured peak. A cap that no plan fits says so."""
     rows = []
+    spec, hardware = inspect(model), Hardware.detect(device)
+    precision = "fp16" if device == "cuda" else "bf16"
     for gigabytes in CAPS:
-        if device == "cuda":
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / torch.cuda.mem_get_info()[1]))
-        for residency in RESIDENCIES[1:]:
-            row: Row = {"cap": f"{gigabytes} GB", "residency": residency}
+        wishes = Wishes(precision=precision, budget=int(gigabytes * 1e9))
+        for one in (p for p in plan(hardware, spec, request, wishes) if p.fits):
+            row: Row = {"cap": f"{gigabytes} GB", "plan": one.summary(), "predicted": one.predicted.peak_bytes}
             try:
-                with load(model, device=device, residency=residency) as pipe:
+                with Pipeline(spec, hardware, wishes, one) as pipe:
                     result = pipe.generate(request)
-                rows.append(row | {"weights": shown(pipe.plan.weight_bytes), "peak": shown(result.peak_bytes)})
             except TightfitError as error:
                 rows.append(row | {"failed": str(error)})
-    if device == "cuda":
-        torch.cuda.set_per_process_memory_fraction(1.0)
+                continue
+            error = one.predicted.peak_bytes / result.peak_bytes - 1
+            stages = {name: (one.predicted.stages[name], result.stages[name].peak_bytes) for name in one.predicted.stages}
+            held = result.peak_bytes <= gigabytes * 1e9
+            rows.append(row | {"measured": result.peak_bytes, "error": f"{error:+.1%}", "held": held, "stages": stages})
+            rows[-1] |= {"seconds": (round(one.predicted.seconds, 3), round(result.seconds, 3)), "notices": result.notices}
+        print(f"{gigabytes} GB: {sum(row['cap'] == f'{gigabytes} GB' for row in rows)} plans", flush=True)
     return rows
 
 

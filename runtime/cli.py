@@ -18,8 +18,9 @@ import typer
 from .. import __version__
 from .errors import TightfitError
 from .events import Event, Result
-from .memory import shown
-from .plan import PRECISIONS, Plan
+from .hardware import Hardware
+from .memory import parse_bytes, shown
+from .plan import ATTENTIONS, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
 from .request import Request
 from .schedulers import SCHEDULERS
 
@@ -30,8 +31,13 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 _Model = Annotated[str | None, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")]
-_Precision = Annotated[str | None, typer.Option(help=f"{', '.join(PRECISIONS)}.", metavar="NAME")]
-_Device = Annotated[str, typer.Option(help="auto, cuda, mps, cpu.", metavar="NAME")]
+_Precision = Annotated[str | None, typer.Option(help=f"auto, {', '.join(PRECISIONS)}.", metavar="NAME")]
+_Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")]
+_Budget = Annotated[str | None, typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")]
+_Residency = Annotated[str, typer.Option(help=f"auto, {', '.join(RESIDENCIES)}.", metavar="NAME")]
+_Attention = Annotated[str, typer.Option(help=f"auto, {', '.join(ATTENTIONS)}.", metavar="NAME")]
+_Tiling = Annotated[str, typer.Option(help=f"VAE: auto, {', '.join(TILINGS)}.", metavar="NAME")]
+_MinPsnr = Annotated[float | None, typer.Option(help="Least dB against fp32.", metavar="DB")]
 
 
 @app.callback(invoke_without_command=True)
@@ -64,10 +70,18 @@ def generate(
     model: _Model = None,
     precision: _Precision = None,
     device: _Device = "auto",
+    vram: _Budget = None,
+    residency: _Residency = "auto",
+    attention: _Attention = "auto",
+    tiling: _Tiling = "auto",
+    min_psnr: _MinPsnr = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Run by a saved plan.", metavar="FILE")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG file or folder.", metavar="PATH")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Paint a picture from a prompt."""
+    from .pipeline import load
+
     given = {
         "prompt": _prompt(prompt, prompt_file),
         "negative_prompt": negative_prompt,
@@ -87,7 +101,9 @@ def generate(
         raise TightfitError(f"{source} does not say where its model is: name it with --model")
     where = model or carried.model or "emoji"
     fetch = source is None or model is not None  # a picture alone never starts a download
-    with _load(where, precision or carried.precision or "auto", device, local_files_only=not fetch) as pipeline:
+    wishes = _wishes(precision or carried.precision, vram, residency, attention, tiling, min_psnr)
+    plan = Plan.from_json(_text(plan_file)) if plan_file else None
+    with load(where, device=device, plan=plan, local_files_only=not fetch, **wishes) as pipeline:
         result = _run(pipeline, request)
     named = output is not None and not output.is_dir() and request.num_images == 1
     paths = _save(result, *target, overwrite=named)
@@ -97,35 +113,153 @@ def generate(
 @app.command("plan")
 def show_plan(
     model: _Model = "emoji",
-    precision: _Precision = "auto",
+    width: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
+    num_inference_steps: Annotated[int, typer.Option("--num-inference-steps", "--steps", help="Default 20.", metavar="N")] = 20,
+    guidance_scale: Annotated[float | None, typer.Option(help="Default: model's.", metavar="X")] = None,
+    hardware: Annotated[str | None, typer.Option(help="A card that is not here: rtx-2060.", metavar="NAME")] = None,
     device: _Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    vram: _Budget = None,
+    precision: _Precision = None,
+    residency: _Residency = "auto",
+    attention: _Attention = "auto",
+    tiling: _Tiling = "auto",
+    min_psnr: _MinPsnr = None,
+    every: Annotated[bool, typer.Option("--all", help="Also what others beat in all respects.")] = False,
+    save: Annotated[Path | None, typer.Option(help="Write the chosen plan.", metavar="FILE")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False,
 ) -> None:
-    """Say how a model would run here, and why; no weight is read."""
+    """Say what each way of running a model would take here, or on a card of profiles/, and which is best; no weight is read."""
+    from . import planner
+    from .hardware import profile
+    from .hub import inspect
+
+    if hardware and device != "auto":
+        raise TightfitError("--hardware names a machine that is not here, --device a part of this one: give one of them")
+    machine = profile(hardware) if hardware else Hardware.detect(device)
+    wishes = Wishes(**_wishes(precision, vram, residency, attention, tiling, min_psnr))
+    spec = inspect(model or "emoji")
+    request = Request("a", None, width, height, num_inference_steps, guidance_scale, scheduler="euler").resolve(spec)
+    plans = planner.plan(machine, spec, request, wishes)
+    if as_json:
+        typer.echo(json.dumps({"plans": [each.to_json() for each in plans]}, ensure_ascii=False))
+    else:
+        _print_plans(plans, machine, request, every)
+    if not plans[0].fits:
+        raise planner.none_fits(plans, machine, spec, request, wishes)
+    if save:
+        _write(save, json.dumps(plans[0].to_json(), indent=1, ensure_ascii=False))
+
+
+@app.command()
+def info(device: _Device = "auto") -> None:
+    """Say what this machine is, what is free on it now, and what could not be found out."""
     from rich.console import Console
 
-    plan = _load(model or "emoji", precision or "auto", device).plan
-    if as_json:
-        typer.echo(json.dumps(plan.to_json(), ensure_ascii=False))
-    else:
-        Console().print(_table(plan), *(f"• {reason}" for reason in plan.reasons), sep="\n", highlight=False)
+    from .hardware import providers
+
+    found = Hardware.detect(device)
+    capability = ", capability {}.{}".format(*found.capability) if found.capability else ""
+    rows = [f"{found.name} ({found.device}{capability})"]
+    beside = f"{shown(found.context_bytes)} of it for the process itself"
+    if found.device != "cpu":
+        beside = f"{shown(found.host_bytes)} free in the host"
+    rows.append(f"memory: {shown(found.free_bytes)} free of {shown(found.total_bytes)}; {beside}")
+    rates = ", ".join(f"{precision} {found.rate(precision) / 1e12:.2f}" for precision in found.precisions)
+    rows.append(
+        f"computes in: {rates} TFLOP/s, {found.bandwidth / 1e9:.0f} GB/s ({'measured here' if found.calibrated else 'estimated'})"
+    )
+    rows.append(f"ONNX Runtime: {', '.join(providers()) or 'not installed'}")
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(*rows, *(f"note: {note}" for note in found.notes), sep="\n")
 
 
-def _table(plan: Plan):
+@app.command()
+def calibrate(device: _Device = "auto") -> None:
+    """Measure this machine once (half a minute), so that predicted seconds are its own."""
+    from . import calibration
+
+    found = calibration.calibrate(Hardware.detect(device))
+    rates = ", ".join(f"{precision} {rate / 1e12:.3f}" for precision, rate in found["rates"].items())
+    attention = ", ".join(f"{kind} {rate / 1e12:.3f}" for kind, rate in found["attention_rates"].items())
+    typer.echo(f"TFLOP/s: {rates}; attention: {attention}")
+    speeds = ", ".join(f"{name} {found[name] / 1e9:.1f}" for name in ("bandwidth", "bus", "read"))
+    typer.echo(f"GB/s: {speeds}; {found['call_seconds'] * 1e6:.1f} µs a call")
+    typer.echo(f"kept in {calibration.save(Hardware.detect(device), found)}")
+
+
+def _wishes(
+    precision: str | None, budget: str | None, residency: str, attention: str, tiling: str, min_psnr: float | None
+) -> dict[str, Any]:
+    """Fields of Wishes. One run of the command needs each component once, so loading is counted for each."""
+    return {
+        "precision": precision or "auto",
+        "budget": None if budget is None else parse_bytes(budget, "--vram or --ram"),
+        "residency": residency,
+        "attention": attention,
+        "tiling": tiling,
+        "min_psnr": min_psnr,
+        "requests": 1,
+    }
+
+
+def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: bool) -> None:
     from rich.box import SIMPLE_HEAD
+    from rich.console import Console
     from rich.table import Table
 
-    style = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD, "padding": (0, 1, 0, 0)}
-    table = Table(title=f"{plan.model}: {plan.summary()}", **style)
-    table.add_column("component", no_wrap=True, min_width=14)
-    for column in ("backend", "precision", "residency", "attention", "tiling"):
-        table.add_column(column)
-    table.add_column("weights", justify="right")
-    for name, p in plan.placements.items():
-        table.add_row(name, p.backend, p.precision, p.residency, p.attention, p.tiling, shown(p.weight_bytes))
-    table.add_section()
-    table.add_row("most at once", "", "", "", "", "", shown(plan.weight_bytes))
-    return table
+    first = plans[0]
+    title = f"{first.model}, {request.width}x{request.height}, {request.num_inference_steps} steps, on {machine.name}"
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("precision", "residency", "CFG", "attention", "VAE"):
+        table.add_column(column, no_wrap=True)
+    for column in ("encode", "denoise", "decode", "seconds", "dB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", min_width=24)
+    listed = plans if every else [p for p in plans if p.chosen or not any(_beats(q, p) for q in plans)]
+    for p in listed:
+        unet, vae = p.placements["unet"], p.placements["vae_decoder"]
+        precision = unet.precision if unet.precision == vae.precision else f"{unet.precision}, VAE {vae.precision}"
+        stages = (shown(count) for count in p.predicted.stages.values())
+        names = (precision, unet.residency, p.cfg, unet.attention, vae.tiling)
+        style = "bold" if p.chosen else None if p.fits else "dim"
+        seconds = f"{p.predicted.seconds:.1f}"
+        reason = f"✓ {p.reason}" if p.chosen else p.reason
+        table.add_row(*names, *stages, seconds, f"{p.predicted.psnr:.0f}", reason, style=style)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=180)
+    console.print(table)
+    room = f"{shown(first.budget_bytes)} to fit in, {shown(first.predicted.context_bytes)} of it "
+    notes = [room + ("for the process itself" if first.device == "cpu" else "for the device's context")]
+    if hidden := len(plans) - len(listed):
+        notes.append(f"{hidden} more candidates are beaten in memory, seconds and quality alike: --all lists them")
+    console.print(*(f"• {note}" for note in (*notes, *machine.notes)), sep="\n", markup=False)
+
+
+def _beats(one: Plan, other: Plan) -> bool:
+    """Better in something and worse in nothing."""
+    a, b = one.predicted, other.predicted
+    pairs = ((a.seconds, b.seconds), (a.peak_bytes, b.peak_bytes), (-a.psnr, -b.psnr))
+    usable = one.fits or not other.fits
+    return usable and all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TightfitError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): name another") from None
+
+
+def _write(file: Path, text: str) -> None:
+    """Into a neighbour first, which then takes the place: a full disk leaves what was there."""
+    part = file.with_name(f".{file.name}.partial")
+    try:
+        part.write_text(text + "\n", encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise TightfitError(f"{file} cannot be written ({error.strerror}): name another place") from None
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
@@ -174,13 +308,6 @@ def _target(output: Path | None, prompt: str, num_images: int) -> tuple[Path, st
     return folder, name
 
 
-def _load(model: str, precision: str, device: str, *, local_files_only: bool = False) -> Pipeline:
-    """A pipeline that keeps nothing: one run of the command needs each component once."""
-    from .pipeline import load
-
-    return load(model, precision=precision, device=device, residency="staged", local_files_only=local_files_only)
-
-
 def _run(pipeline: Pipeline, request: Request) -> Result:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -217,18 +344,23 @@ def _save(result: Result, folder: Path, name: str, overwrite: bool) -> list[Path
 def _closing_line(result: Result, paths: list[Path]) -> str:
     where = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
     stages = ", ".join(f"{name} {m.seconds:.1f} s {shown(m.peak_bytes)}" for name, m in result.stages.items())
-    return f"{where} · seed {result.request.seed} · {result.plan.summary()} · {stages} · peak {shown(result.peak_bytes)}"
+    peak = f"peak {shown(result.peak_bytes)} of {shown(result.plan.predicted.peak_bytes)} predicted"
+    return (
+        f"{where} · seed {result.request.seed} · {result.plan.summary()} · {stages} · {peak}, process {shown(result.process_bytes)}"
+    )
 
 
 def _report(result: Result, paths: list[Path]) -> dict[str, Any]:
     return {
         "request": asdict(result.request),
         "plan": result.plan.to_json(),
-        "predicted": {"weight_bytes": result.plan.weight_bytes},
+        "predicted": asdict(result.plan.predicted),
         "measured": {
-            "seconds": result.seconds,
             "peak_bytes": result.peak_bytes,
-            "stages": {name: asdict(stage) for name, stage in result.stages.items()},
+            "stages": {name: stage.peak_bytes for name, stage in result.stages.items()},
+            "seconds": result.seconds,
+            "process_bytes": result.process_bytes,
+            "details": {name: asdict(stage) for name, stage in result.stages.items()},
         },
         "notices": list(result.notices),
         "image": str(paths[0]),
@@ -249,7 +381,7 @@ def main() -> None:
     # With one of two cores busy a picture took 1.1 s while OpenMP's threads spun and 0.5 s while they slept (docs/decisions.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
-    if arguments and arguments[0] not in {"generate", "plan", "-h", "--help", "--version"}:
+    if arguments and arguments[0] not in {"generate", "plan", "info", "calibrate", "-h", "--help", "--version"}:
         arguments.insert(0, "generate")
     usage_error: Any = typer.BadParameter.__mro__[1]  # click's UsageError, which newer typers keep inside themselves
     try:

@@ -10,6 +10,10 @@ class TightfitError(Exception):
     """Bad input or a bad file. Its text is one line a user can act on; the command line prints it and exits with 2."""
 
 
+class OutOfMemoryError(TightfitError):
+    """The device, or the budget, has no room for what is needed now; a plan that takes less may still run."""
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's text, or its type's name if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

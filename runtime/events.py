@@ -15,14 +15,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """One stage: its seconds, loading included, and the most bytes held during it (on the CPU by the whole process).
+    """One stage: its seconds, loading included; the most bytes held at once for its tensors, as a plan predicts them; and the
+    most memory the whole process held.
 
-    The stages are prepare (libraries, checks, tokens), encode, denoise and decode.
+    The stages are prepare (libraries, plan, tokens), encode, denoise and decode.
     """
 
     seconds: float
     load_seconds: float
     peak_bytes: int
+    process_bytes: int
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,10 @@ class Result:
     @property
     def peak_bytes(self) -> int:
         return max(stage.peak_bytes for stage in self.stages.values())
+
+    @property
+    def process_bytes(self) -> int:
+        return max(stage.process_bytes for stage in self.stages.values())
 
     @property
     def seconds(self) -> float:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,3 +105,13 @@ def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:
     if tensor.dtype in STORED_BYTES and tensor.count * STORED_BYTES[tensor.dtype] != tensor.stored_bytes:
         raise ValueError("a tensor of another size than its shape")
     return tensor
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again: XDG_CACHE_HOME, or what the system uses for it."""
+    if sys.platform == "win32":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        default = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
+        root = Path(os.environ.get("XDG_CACHE_HOME") or default)
+    return root / "tightfit"

@@ -2,23 +2,50 @@
 
 from __future__ import annotations
 
+import json
 import platform
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from .errors import TightfitError
+from .errors import TightfitError, first_line
+from .files import cache_folder
 
-DEVICES = ("cuda", "mps", "cpu")
+DEVICES = ("cuda", "xpu", "mps", "cpu")
+PROFILES = Path(__file__).parents[1] / "profiles"
+GIB = 2**30
+
+# A CUDA context with torch's lazily loaded kernels: 287,047,680 bytes measured in pytorch#86509 (636 MiB without lazy loading).
+CUDA_CONTEXT = 274 * 2**20
+# Held by an idle desktop: 400 to 600 MB after a fresh boot of Windows 11 with three displays (techtactician.com, "hidden VRAM
+# hogs"); 74 to 141 MiB under X.Org (nvidia-docker#1264, #1663). A card that is not here is taken to drive a desktop.
+DESKTOP = 500 * 10**6
+# Metal's recommendedMaxWorkingSetSize: two thirds of the memory, 5461.34 MB of 8 GiB (chatglm.cpp#76, magicoder#19).
+METAL_SHARE = 2 / 3
+# What the system and a desktop hold of a memory that they share with the model: an assumption, printed with every such plan.
+SYSTEM = 2 * GIB
+# Python with torch, diffusers and transformers, and the holes in its heap: what the process held beyond its tensors was 399 to
+# 502 MiB in first runs of emoji and of SD 1.5 at 256 and 512 (`tightfit … --json`, process_bytes less peak_bytes; 2 cores,
+# torch 2.13).
+PROCESS = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """A device that can run a model: detected here, or built by hand in a test.
+    """A device that can run a model: detected, read from a profile, or built by hand in a test.
 
-    `precisions` are those the device computes in natively, the one to prefer first; bytes are those of the memory the
-    weights would live in.
+    `precisions` are those the device computes in natively, the one to prefer first; `total_bytes` and `free_bytes` are of the
+    memory the weights would live in, `host_bytes` what is free of the host's for weights that wait there. `context_bytes` is
+    what running at all takes, before any tensor: the CUDA context, or Python and its libraries. Rates are FLOP/s by
+    precision (a multiplication and an addition are two), `bandwidth` and `bus` bytes/s of the memory and from the host,
+    `read` bytes/s from files that
+    the system has in its cache; `call_seconds` is what starting one operator takes. `attention_rates` are FLOP/s by
+    'precision/kind', where they were measured. `fused_attention`: torch has a kernel here that never stores the scores.
+    `calibrated` says that the rates were measured here, not read; `notes` what could not be found out.
     """
 
     device: str
@@ -27,34 +54,276 @@ class Hardware:
     free_bytes: int
     precisions: tuple[str, ...]
     capability: tuple[int, int] | None = None
+    rates: Mapping[str, float] = field(default_factory=dict)
+    bandwidth: float = 50e9
+    bus: float = 12e9
+    host_bytes: int = 8 * GIB
+    context_bytes: int = 0
+    fused_attention: bool = True
+    unified: bool = False
+    read: float = 2e9
+    call_seconds: float = 1e-5
+    attention_rates: Mapping[str, float] = field(default_factory=dict)
+    calibrated: bool = False
+    notes: tuple[str, ...] = ()
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s in `precision`; one that is not native runs in fp32."""
+        return self.rates.get(precision, self.rates.get("fp32", 1e12))
 
     @classmethod
     def detect(cls, device: str = "auto") -> Hardware:
         """The named device, or with "auto" the first of DEVICES that is there. Raises TightfitError if it is not."""
         if device not in ("auto", *DEVICES):
             raise TightfitError(f"unknown device '{device}': choose auto, {', '.join(DEVICES)}")
-        import torch
+        notes: list[str] = []
+        for name in DEVICES if device == "auto" else (device,):
+            if name == "cpu" or _is_there(name, notes):
+                found = {"cpu": _cpu, "mps": _mps}.get(name, _gpu)(name)
+                return _calibrated(replace(found, notes=(*found.notes, *notes)))
+        why = f" ({notes[0]})" if notes else ""
+        raise TightfitError(f"no {device} device can be used here{why}: choose --device cpu, or install a build of torch for it")
 
-        if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-            if not torch.cuda.is_available():
-                raise TightfitError("no CUDA device can be used here: choose --device cpu, or install a CUDA build of torch")
-            return cls._cuda()
-        memory = psutil.virtual_memory()
-        if device == "mps" or (device == "auto" and torch.backends.mps.is_available()):
-            if not torch.backends.mps.is_available():
-                raise TightfitError("there is no Apple GPU (MPS) here: choose --device cpu")
-            return cls("mps", platform.processor(), memory.total, memory.available, ("fp16", "fp32"))
-        precisions = ("bf16", "fp32") if {"amx_bf16", "avx512_bf16"} & cpu_flags() else ("fp32",)
-        return cls("cpu", cpu_name(), memory.total, memory.available, precisions)
 
-    @classmethod
-    def _cuda(cls) -> Hardware:
-        import torch
+def profile(name: str) -> Hardware:
+    """The card or machine of `profiles/NAME.toml`, with a desktop running on it. Raises TightfitError for an unknown one."""
+    known = sorted(file.stem for file in PROFILES.glob("*.toml"))
+    if name.lower() not in known:
+        raise TightfitError(f"unknown hardware '{name}': choose {', '.join(known)}")
+    data = read_profile(PROFILES / f"{name.lower()}.toml")
+    total, unified, device = int(data["memory_gib"] * GIB), data["unified"], data["device"]
+    context = PROCESS if device == "cpu" else 0 if unified and device == "mps" else CUDA_CONTEXT
+    taken = SYSTEM if unified else DESKTOP
+    rates = {precision: teraflops * 1e12 for precision, teraflops in data["tflops"].items()}
+    gpu = device != "cpu"
+    return Hardware(
+        device=device,
+        name=data["name"],
+        total_bytes=total,
+        free_bytes=int(total * METAL_SHARE) if device == "mps" else total - taken,
+        precisions=(*(p for p in ("fp16", "bf16") if p in rates and gpu), "fp32"),
+        capability=tuple(data["capability"]) if "capability" in data else None,
+        rates=rates,
+        bandwidth=data["bandwidth_gb_s"] * 1e9,
+        bus=data["bus_gb_s"] * 1e9,
+        host_bytes=total - taken if unified else 12 * GIB,
+        context_bytes=context,
+        fused_attention=data["fused_attention"],
+        unified=unified,
+        notes=(
+            "rates are the maker's, so seconds are what is possible at best",
+            f"the system is taken to hold {SYSTEM / GIB:.0f} GiB of the memory"
+            if unified
+            else "a desktop is taken to hold 0.5 GB of the card, and 12 GiB of the host's memory to be free",
+        ),
+    )
 
-        free, total = torch.cuda.mem_get_info()
-        capability = torch.cuda.get_device_capability()
-        precisions = ("fp16", "bf16", "fp32") if capability >= (8, 0) else ("fp16", "fp32")  # bf16 came with Ampere
-        return cls("cuda", torch.cuda.get_device_name(), total, free, precisions, capability)
+
+def read_profile(file: Path) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    with file.open("rb") as stream:
+        return tomllib.load(stream)
+
+
+def _is_there(device: str, notes: list[str]) -> bool:
+    """Whether torch can use it; a driver that fails is noted, not raised."""
+    import torch
+
+    try:
+        here = torch.backends.mps.is_available() if device == "mps" else getattr(torch, device).is_available()
+        if here and device != "mps":
+            getattr(torch, device).mem_get_info()
+    except (RuntimeError, AssertionError, AttributeError) as error:
+        notes.append(f"torch could not use {device}: {first_line(error)}")
+        return False
+    return here
+
+
+def _gpu(device: str) -> Hardware:
+    """The current CUDA, ROCm or Intel GPU; its context exists from here on, so what it holds is not free any more."""
+    import torch
+
+    module: Any = getattr(torch, device)
+    free, total = module.mem_get_info()
+    name = module.get_device_name()
+    rocm = device == "cuda" and torch.version.hip is not None
+    capability = module.get_device_capability() if device == "cuda" and not rocm else None
+    like: dict[str, Any] | None = _like(name, total)
+    rates = {p: value * 1e12 for p, value in like["tflops"].items()} if like else _estimated_rates(module, capability)
+    notes = [] if like else [f"{name} has no profile: its rates are estimated, run 'tightfit calibrate'"]
+    bf16 = capability >= (8, 0) if capability else True  # it came with Ampere
+    return Hardware(
+        device=device,
+        name=name,
+        total_bytes=total,
+        free_bytes=free,
+        precisions=("fp16", *(["bf16"] if bf16 else []), "fp32"),
+        capability=capability,
+        rates=rates,
+        bandwidth=like["bandwidth_gb_s"] * 1e9 if like else 300e9,
+        bus=like["bus_gb_s"] * 1e9 if like else 12e9,
+        host_bytes=_cpu_memory()[1],
+        fused_attention=like["fused_attention"] if like else not rocm,
+        notes=(*notes, *_other_processes(device, total, free)),
+    )
+
+
+def _estimated_rates(module: Any, capability: tuple[int, int] | None) -> dict[str, float]:
+    """From multiprocessors and clock: 128 fp32 lanes each (64 on Turing); tensor cores do four times as much in fp16."""
+    properties = module.get_device_properties(module.current_device())
+    lanes = 64 if capability and capability[0] == 7 else 128
+    clock = getattr(properties, "clock_rate", 1_500_000) * 1e3
+    fp32 = 2.0 * lanes * getattr(properties, "multi_processor_count", 20) * clock
+    return {"fp32": fp32, "fp16": 4 * fp32 if capability and capability >= (7, 0) else fp32, "bf16": 4 * fp32}
+
+
+def _like(name: str, total: int) -> dict[str, Any] | None:
+    """The profile of the card that calls itself so and has about as much memory."""
+    profiles = (read_profile(file) for file in sorted(PROFILES.glob("*.toml")))
+    return next((p for p in profiles if p["name"] == name and abs(p["memory_gib"] * GIB - total) < 0.6 * GIB), None)
+
+
+def _other_processes(device: str, total: int, free: int) -> list[str]:
+    """What others hold of the card, named where nvidia-ml-py can."""
+    import torch
+
+    held = [f"{(total - free - torch.cuda.memory_reserved()) / GIB:.2f} GiB of it are held by the context and by others"]
+    if device != "cuda" or torch.version.hip:
+        return held
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return [*held, "nvidia-ml-py is not installed: who holds the card's memory cannot be named"]
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        count = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
+        return [*held, f"{count} processes compute on it, this one included"]
+    except pynvml.NVMLError as error:
+        return [*held, f"the driver could not be asked who holds its memory: {first_line(error)}"]
+
+
+def _mps(_: str) -> Hardware:
+    import torch
+
+    most = torch.mps.recommended_max_memory()
+    free = _cpu_memory()[1]
+    like = _like("Apple M1", 8 * GIB) or {"tflops": {"fp32": 2.6, "fp16": 2.6}, "bandwidth_gb_s": 68.25}
+    return Hardware(
+        device="mps",
+        name=platform.processor() or "Apple GPU",
+        total_bytes=psutil.virtual_memory().total,
+        free_bytes=min(most, free),
+        precisions=("fp16", "fp32"),
+        rates={p: value * 1e12 for p, value in like["tflops"].items()},
+        bandwidth=like["bandwidth_gb_s"] * 1e9,
+        bus=like["bandwidth_gb_s"] * 1e9,
+        host_bytes=free,
+        fused_attention=False,
+        unified=True,
+        notes=("its rates are those of an M1: run 'tightfit calibrate'",),
+    )
+
+
+def _cpu(_: str) -> Hardware:
+    total, free = _cpu_memory()
+    flags, cores = cpu_flags(), psutil.cpu_count(logical=False) or 1
+    wide = "avx512f" in flags
+    fp32 = cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)  # two units of 16, 8 or 4 lanes, 2.5 GHz
+    half = bool({"amx_bf16", "avx512_bf16"} & flags)
+    own = psutil.Process().memory_info().rss
+    return Hardware(
+        device="cpu",
+        name=cpu_name(),
+        total_bytes=total,
+        free_bytes=min(total, free + own),
+        precisions=("bf16", "fp32") if half else ("fp32",),
+        rates={"fp32": fp32, **({"bf16": 2 * fp32} if half else {})},
+        bandwidth=20e9,  # one channel of DDR4-2400
+        bus=20e9,
+        host_bytes=free,
+        context_bytes=max(PROCESS, own + 100 * 2**20),  # of which 100 MiB for the holes
+        unified=True,
+        notes=("its rates are estimated from its cores and instructions: run 'tightfit calibrate'",),
+    )
+
+
+def _cpu_memory() -> tuple[int, int]:
+    """Total and available bytes of RAM, as far as the container may use them."""
+    memory = psutil.virtual_memory()
+    limit, used = cgroup_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    if limit is None or limit >= memory.total:
+        return memory.total, memory.available
+    return limit, max(0, min(memory.available, limit - used))
+
+
+def cgroup_memory(root: Path, own: Path) -> tuple[int | None, int]:
+    """The memory limit of this process's control group (version 1 or 2), None without one, and what it uses of that.
+
+    Pages of files that can be dropped do not count as used.
+    """
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return None, 0
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds in _CGROUP:
+            folder = root / kinds
+            own_group = folder / path.strip("/")
+            groups = [own_group, *(p for p in own_group.parents if p == folder or folder in p.parents)]
+            found = [limits for group in groups if (limits := _read_cgroup(group, *_CGROUP[kinds]))]
+            if found:  # the tightest of the group and those it is in; inside a container its own folder is the root
+                return min(found, key=lambda limits: limits[0] - limits[1])
+    return None, 0
+
+
+# The files that tell limit, use and pages that can be dropped: of version 2 and version 1, by the controllers' name.
+_CGROUP = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+def _read_cgroup(place: Path, limit_file: str, used_file: str, inactive_name: str) -> tuple[int, int] | None:
+    try:
+        limit = (place / limit_file).read_text().strip()
+        used = int((place / used_file).read_text())
+        rows = dict(row.split() for row in (place / "memory.stat").read_text().splitlines())
+        return None if limit == "max" else (int(limit), max(0, used - int(rows[inactive_name])))
+    except (OSError, ValueError, KeyError):  # another version's files, or none here
+        return None
+
+
+def providers() -> tuple[str, ...]:
+    """ONNX Runtime's execution providers; none if it is not installed or cannot be imported. Asked apart, as that takes time."""
+    try:
+        import onnxruntime  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return ()
+    return tuple(onnxruntime.get_available_providers())
+
+
+def calibration_file() -> Path:
+    return cache_folder() / "calibration.json"
+
+
+def _calibrated(found: Hardware) -> Hardware:
+    """With the rates that `tightfit calibrate` measured here, if it did."""
+    try:
+        known = json.loads(calibration_file().read_text()).get(f"{found.device} {found.name}")
+        if not known:
+            return found
+        notes = tuple(note for note in found.notes if "tightfit calibrate" not in note)
+        return replace(found, **known, calibrated=True, notes=notes)
+    except FileNotFoundError:
+        return found
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        note = f"{calibration_file()} cannot be read ({first_line(error)}): run 'tightfit calibrate' again"
+        return replace(found, notes=(*found.notes, note))
 
 
 def cpu_name() -> str:

@@ -1,60 +1,97 @@
-"""How much memory this process holds, and held at most since it was last asked."""
+"""Predicted bytes: what is alive, or reserved, at most while a component runs, before any weight exists."""
 
 from __future__ import annotations
 
-import ctypes
 import re
-import sys
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-import psutil
+from .allocator import allocator
+from .errors import TightfitError
 
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+END, ATTENTION, MOMENT = -1, -2, -3
+Shape = tuple[int, int, int, int, int]  # of an attention: batch, heads, queries, keys, width of a head
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {unit: 2**bits for bits, units in ((10, ("k", "kib")), (20, ("m", "mib")), (30, ("g", "gib"))) for unit in units}
 
 
-class ProcessPeak:
-    """Peak resident bytes of this process, exact per stage on Linux (VmHWM, which writing 5 to clear_refs resets).
+# What libraries allocate through torch's allocator once and keep: cuBLAS's default workspace, ":4096:2:16:8" KiB (NVIDIA's
+# cuBLAS manual; seen as one allocation of 8519680 bytes in discuss.pytorch.org/t/178671). cuDNN's come and go, and it takes
+# another algorithm where there is no room for one.
+WORKSPACES = {"cuda": (8_519_680,)}
 
-    Elsewhere the operating system only tells the peak since the process began, so a later stage reports at least what
-    an earlier one took; `resets` says which of the two holds.
+
+@dataclass(frozen=True)
+class Operation:
+    """One arithmetic operator of a dry run: its floating-point operations (multiply and add are two) and bytes moved."""
+
+    flops: float
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One call of a component as a dry run saw it.
+
+    `events` are (storage, bytes) where one is made, (storage, END) where it ends, (i, ATTENTION) where `attentions[i]` runs,
+    its answer being there, and (bytes, MOMENT) where a kernel takes and frees some for itself.
     """
 
-    def __init__(self) -> None:
-        self.resets = self._clear()
-
-    def reset(self) -> None:
-        self._clear()
-
-    def bytes(self) -> int:
-        if _STATUS.exists():
-            found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())
-            if found:
-                return int(found[1]) * 1024
-        if sys.platform == "win32":
-            return psutil.Process().memory_info().peak_wset
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-
-    @staticmethod
-    def _clear() -> bool:
-        try:
-            _CLEAR.write_text("5")
-        except OSError:  # not Linux, or a sandbox that forbids it: the peak then covers the whole process
-            return False
-        return True
+    events: tuple[tuple[int, int], ...]
+    attentions: tuple[Shape, ...]
+    operations: tuple[Operation, ...]
 
 
-def release() -> None:
-    """Give freed heap memory back to the system, where the C library (glibc) would keep it.
+@dataclass(frozen=True)
+class Footprint:
+    """What a component takes on its device: `held`, the bytes of each allocation that stays while it is loaded;
+    `loading`, bytes of host memory while it is read; `trace`, one call; `scratch`, what each attention takes for itself;
+    `streamed`, bytes of weights that flow through in each call."""
 
-    Of 469 MiB of a text encoder 174 stayed resident after it was freed, and 16 after this.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim:
-            trim(0)
+    held: tuple[int, ...]
+    loading: int
+    trace: Trace
+    scratch: tuple[int, ...]
+    streamed: int
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(self.held)
+
+
+def peak(device: str, held: Iterable[int], own: Footprint) -> int:
+    """Most bytes that torch's allocator on `device` has reserved (on the CPU: are alive) while `own` is loaded and called
+    beside the allocations `held`, which were there before."""
+    memory = allocator(device)
+    names = iter(range(-1, -(10**9), -1))  # those of storages in a trace are positive
+    for count in (*WORKSPACES.get(device, ()), *held, *own.held):
+        memory.allocate(next(names), count)
+    if device == "cpu" and own.loading:
+        loading = next(names)
+        memory.allocate(loading, own.loading)
+        memory.free(loading)
+    _replay(memory, own.trace.events, own.scratch, names)
+    return memory.peak
+
+
+def _replay(memory, events: Sequence[tuple[int, int]], scratch: Sequence[int], names) -> None:
+    for name, count in events:
+        if count == END:
+            memory.free(name)
+        elif count in (ATTENTION, MOMENT):
+            temporary = next(names)
+            memory.allocate(temporary, scratch[name] if count == ATTENTION else name)
+            memory.free(temporary)
+        else:
+            memory.allocate(name, count)
+
+
+def parse_bytes(text: str | float, option: str) -> int:
+    """Bytes from '4GiB', '3.5GB', '800 MiB' or a number of bytes; raises TightfitError naming `option`."""
+    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", str(text).lower())
+    if not found or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
+        raise TightfitError(f"{option} must be an amount such as 4GiB or 3500MB, not {str(text)!r}")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def shown(count: float) -> str:

@@ -1,4 +1,4 @@
-"""encode → denoise → decode: holds a plan and runs requests through it as a generator of events."""
+"""encode → denoise → decode: plans each request and runs it as a generator of events, within the budget."""
 
 from __future__ import annotations
 
@@ -6,54 +6,85 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from . import parameters, schedulers
-from .backends import Session, backend
-from .errors import TightfitError
+from . import parameters, planner, schedulers
+from .backends import Backend, Session, backend
+from .errors import OutOfMemoryError, TightfitError
 from .events import Event, Measured, Result
 from .hardware import Hardware
 from .hub import inspect
-from .plan import Plan, check_choices, plan
+from .memory import parse_bytes, shown
+from .plan import Placement, Plan, Wishes
+from .planner import guided
+from .process import ProcessPeak
 from .prompt import Tokens, tokenize
 from .request import Request
 from .spec import ModelSpec
+
+T = TypeVar("T")
+MANY = 100  # requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them
 
 
 def load(
     model: str = "emoji",
     *,
-    precision: str = "auto",
     device: str = "auto",
-    residency: str = "auto",
+    plan: Plan | None = None,
     local_files_only: bool = False,
+    **wishes: Any,
 ) -> Pipeline:
     """A pipeline for a built-in model, a diffusers folder or a hub id. No weight is read before the first request.
 
-    precision: auto, fp32, bf16 or fp16. device: auto, cuda, mps or cpu. residency: resident keeps every component
-    loaded between requests, staged loads each for its stage and frees it after. With local_files_only nothing is
-    fetched. Raises TightfitError.
+    device: auto, cuda, xpu, mps or cpu. Each request is planned for what is free now, by `wishes`, the fields of Wishes:
+    precision, residency, attention, tiling and cfg (auto unless named), budget (bytes, or text such as "4GiB"; of the GPU's
+    memory, or of the process's on a CPU), min_psnr (decibels). Or else all run by `plan`, if it fits. With
+    local_files_only nothing is fetched. Raises TightfitError.
     """
-    check_choices(precision, residency)
+    known = Wishes.__dataclass_fields__
+    if unknown := [name for name in wishes if name not in known]:
+        raise TightfitError(f"unknown option '{unknown[0]}': choose {', '.join(known)}")
+    if wishes.get("budget") is not None:
+        wishes["budget"] = parse_bytes(wishes["budget"], "budget")
+    wishes.setdefault("requests", MANY)
     hardware = Hardware.detect(device)
-    spec = inspect(model, local_files_only=local_files_only)
-    return Pipeline(spec, plan(hardware, spec, precision, residency)[0])
+    return Pipeline(inspect(model, local_files_only=local_files_only), hardware, Wishes(**wishes), plan)
 
 
 class Pipeline:
-    """Runs requests for one model by one plan. Use as a context manager, or `close` it, to free what stays loaded."""
+    """Runs requests for one model on one machine, each by the best plan for it, within the budget.
 
-    def __init__(self, spec: ModelSpec, plan: Plan) -> None:
-        if plan.placements.keys() != spec.components.keys():
-            raise TightfitError(f"this plan is for another kind of model than {spec.name}: make it again with 'tightfit plan'")
-        self.spec, self.plan = spec, plan
-        self._backends = {p.backend: backend(p.backend, plan.device) for p in plan.placements.values()}
-        self._peak = self._backends[plan.placements["unet"].backend].peak()
-        self._loaded: dict[str, Session] = {}
-        self._load_seconds = 0.0
-        self._checked = self._running = False
+    When memory runs out all the same, it goes on from where it was by a plan that takes less. Use as a context manager, or
+    `close` it, to free what stays loaded.
+    """
+
+    def __init__(self, spec: ModelSpec, hardware: Hardware, wishes: Wishes | None = None, plan: Plan | None = None) -> None:
+        self.spec, self.hardware, self.wishes = spec, hardware, wishes or Wishes()
+        self._saved, self._planned = plan, ([], [])
+        self._plan: Plan | None = None
+        self._backends: dict[str, Backend] = {}
+        self._loaded: dict[str, tuple[Placement, Session]] = {}
+        self._process = ProcessPeak()
+        self._stage, self._load_seconds = "prepare", 0.0
+        self._notices: list[str] = []
+        self._told = 0
+        self._running = self._closed = False
+
+    def plans(self, request: Request) -> list[Plan]:
+        """Every way to run `request` here, the one that will be taken first. Raises TightfitError if none fits."""
+        request = request.resolve(self.spec)
+        key = [request.width, request.height, request.num_inference_steps, request.num_images, guided(self.spec, request)]
+        if key != self._planned[0]:
+            plans = planner.plan(self.hardware, self.spec, request, self.wishes)
+            if self._saved:
+                plans = [planner.checked(self._saved, self.hardware, self.spec, request, self.wishes), *plans]
+            elif not plans[0].fits:
+                raise planner.none_fits(plans, self.hardware, self.spec, request, self.wishes)
+            self._planned = key, plans
+        return list(self._planned[1])
 
     def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
@@ -94,8 +125,11 @@ class Pipeline:
 
     def close(self) -> None:
         """Free every component that is still loaded. The pipeline can be used again; it then loads them again."""
-        while self._loaded:
-            self._loaded.popitem()[1].close()
+        self._closed = True
+        for name in list(self._loaded):
+            self._drop(name)
+        for each in self._backends.values():
+            each.meter.limit(None)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -105,59 +139,119 @@ class Pipeline:
 
     def _run(self, request: Request, preview_every: int) -> Iterator[Event]:
         stages: dict[str, Measured] = {}
-        with self._stage("prepare", stages):
+        self._notices, self._told, self._closed = [], 0, False
+        with self._measured("prepare", stages):
+            self._take(self.plans(request)[0])
             tokens = self._prepare(request)
-        notices = _cut(tokens)
-        with self._stage("encode", stages):
+        with self._measured("encode", stages):
             conditioning = self._encode(request, tokens)
-        yield Event("encode", 1, 1, notices=notices)
-        with self._stage("denoise", stages):
+        yield Event("encode", 1, 1, notices=self._news())
+        with self._measured("denoise", stages):
             latents = yield from self._denoise(request, conditioning, preview_every)
         images = []
-        with self._stage("decode", stages), self._session("vae_decoder") as decoder:
+        with self._measured("decode", stages):
             for i, one in enumerate(latents):
-                images.append(self._picture(decoder, one, request, i))
-                yield Event("decode", i + 1, request.num_images, i)
-        result = Result(request, self.plan, tuple(images), stages, notices)
-        yield Event("done", request.num_images, request.num_images, result=result)
+                images.append(self._picture(one, request, i))
+                yield Event("decode", i + 1, request.num_images, i, notices=self._news())
+        assert self._plan
+        result = Result(request, self._plan, tuple(images), stages, tuple(self._notices))
+        yield Event("done", request.num_images, request.num_images, notices=self._news(), result=result)
+
+    def _news(self) -> tuple[str, ...]:
+        """The notices that no event has told yet."""
+        news, self._told = self._notices[self._told :], len(self._notices)
+        return tuple(news)
+
+    def _take(self, plan: Plan) -> None:
+        """Run by `plan` from now on, under its budget; what was loaded by another is freed when it is needed again."""
+        self._plan = plan
+        for engine in {placement.backend for placement in plan.placements.values()} - self._backends.keys():
+            self._backends[engine] = backend(engine, plan.device)
+        for name, (placement, _) in list(self._loaded.items()):
+            if placement != plan.placements[name]:
+                self._drop(name)
+        for each in self._backends.values():
+            each.meter.limit(plan.budget_bytes - plan.predicted.context_bytes)
 
     @contextmanager
-    def _stage(self, name: str, stages: dict[str, Measured]):
-        self._peak.reset()
-        self._load_seconds, start = 0.0, time.perf_counter()
-        yield
-        stages[name] = Measured(time.perf_counter() - start, self._load_seconds, self._peak.bytes())
-
-    @contextmanager
-    def _session(self, name: str):
-        placement = self.plan.placements[name]
-        if name not in self._loaded:
-            start = time.perf_counter()
-            self._loaded[name] = self._backends[placement.backend].load(self.spec, self.spec.components[name], placement)
-            self._load_seconds += time.perf_counter() - start
+    def _measured(self, name: str, stages: dict[str, Measured]) -> Iterator[None]:
+        """One stage: measured, compared with the budget, and what was loaded for it alone freed at its end."""
+        self._stage, self._load_seconds, start = name, 0.0, time.perf_counter()
+        self._process.reset()
+        for each in self._backends.values():
+            each.meter.reset()
         try:
-            yield self._loaded[name]
+            yield
         finally:
-            if placement.residency == "staged" and (session := self._loaded.pop(name, None)):  # None after close()
-                session.close()
+            held = [each.meter.bytes() for each in self._backends.values()]
+            for component in list(self._loaded):
+                if not self._plan or self._plan.placements[component].residency != "resident":
+                    self._drop(component)
+        process = self._process.bytes()
+        stages[name] = Measured(time.perf_counter() - start, self._load_seconds, max(held, default=0), process)
+        if self.hardware.device == "cpu" and self._plan and process > self._plan.budget_bytes:
+            over = f"to {name}, the process held {shown(process)}, more than the {shown(self._plan.budget_bytes)} it was to keep to"
+            self._notices.append(over)
+
+    def _session(self, name: str) -> Session:
+        assert self._plan
+        if self._closed:
+            raise TightfitError("the pipeline was closed while it was painting")
+        if name not in self._loaded:
+            placement, start = self._plan.placements[name], time.perf_counter()
+            engine = self._backends[placement.backend]
+            self._loaded[name] = placement, engine.load(self.spec, self.spec.components[name], placement)
+            self._load_seconds += time.perf_counter() - start
+        return self._loaded[name][1]
+
+    def _drop(self, name: str) -> None:
+        if name in self._loaded:
+            self._loaded.pop(name)[1].close()
+
+    def _surviving(self, work: Callable[[], T]) -> T:
+        """What `work` answers; when it runs out of memory it is done again by a plan that takes less.
+
+        `work` must change nothing before it is done.
+        """
+        while True:
+            try:
+                return work()
+            except OutOfMemoryError as error:
+                failure = str(error)  # the error itself holds on to frames, and these to tensors
+            self._step_down(failure)
+
+    def _step_down(self, failure: str) -> None:
+        """Take the fastest plan that needs less in this stage, of the same precision if there is one."""
+        now = self._plan
+        assert now
+        needs = now.predicted.stages[self._stage]
+        lower = [p for p in self._planned[1] if p.fits and p.predicted.stages[self._stage] < needs]
+        for name in list(self._loaded):
+            self._drop(name)
+        if not lower:
+            cure = "make the picture smaller, or close what else uses the memory"
+            raise TightfitError(f"out of memory to {self._stage} ({failure}), and no plan takes less: {cure}")
+        self._take(min(lower, key=lambda plan: plan.precision != now.precision))
+        assert self._plan
+        self._notices.append(f"out of memory to {self._stage} ({failure}); went on with {self._plan.summary()}")
 
     def _prepare(self, request: Request) -> dict[str, Tokens]:
-        """Find out whatever can fail before any weight is read; the tokens, by text encoder, are kept."""
-        if not self._checked:
-            for name, component in self.spec.components.items():
-                self._backends[self.plan.placements[name].backend].check(component)
-            self._checked = True
+        """Find out whatever else can fail before any weight is read; the tokens, by text encoder, are kept."""
         schedulers.make(str(request.scheduler), self.spec, request.num_inference_steps)
-        texts = {"negative prompt": request.negative_prompt or ""} if self._guided(request) else {}
+        texts = {"negative prompt": request.negative_prompt or ""} if guided(self.spec, request) else {}
         texts["prompt"] = request.prompt
-        return {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
+        tokens = {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
+        self._notices += _cut(tokens)
+        return tokens
 
     def _encode(self, request: Request, tokens: dict[str, Tokens]) -> dict[str, np.ndarray]:
         """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first."""
         hidden, pooled = [], None
         for name, each in tokens.items():
-            with self._session(name) as session:  # one text at a time, as diffusers, for the same last bits
-                out, *rest = (np.concatenate(parts) for parts in zip(*(session(tokens=ids[None]) for ids in each.ids), strict=True))
+            rows = [self._encoded(name, ids) for ids in each.ids]  # one text at a time, as diffusers, for the same last bits
+            out, *rest = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+            if self._plan and self._plan.placements[name].residency != "resident":
+                self._drop(name)
             hidden.append(out)
             pooled = rest[0] if rest else pooled
         conditioning = {"hidden": np.concatenate(hidden, axis=-1)}
@@ -167,34 +261,29 @@ class Pipeline:
             conditioning["text_embeds"] = pooled
             size = (request.height, request.width)
             conditioning["time_ids"] = np.array([[*size, 0, 0, *size]] * len(pooled), np.float32)
-            if self._guided(request) and request.negative_prompt is None and self.spec.force_zeros:
+            if guided(self.spec, request) and request.negative_prompt is None and self.spec.force_zeros:
                 conditioning["hidden"][0] = conditioning["text_embeds"][0] = 0
         if width := self.spec.guidance_width:
             conditioning["time_condition"] = guidance_embedding(float(request.guidance_scale or 0), width)
         return conditioning
 
-    def _guided(self, request: Request) -> bool:
-        """Classifier-free guidance: asked for above one, as in diffusers, but not of models distilled for it."""
-        return (request.guidance_scale or 0) > 1 and not self.spec.guidance_width
+    def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        return self._surviving(lambda: self._session(name)(tokens=ids[None]))
 
     def _denoise(
         self, request: Request, conditioning: dict[str, np.ndarray], preview_every: int
     ) -> Generator[Event, None, list[np.ndarray]]:
         """The latents of every picture, one after another."""
         finished: list[np.ndarray] = []
-        with self._session("unet") as unet:
-            for i in range(request.num_images):
-                for number, (event, latents) in enumerate(self._steps(unet, request, conditioning, i), 1):
-                    if preview_every and number % preview_every == 0:
-                        with self._session("vae_decoder") as decoder:
-                            event = replace(event, preview=self._picture(decoder, latents, request, i))
-                    yield event
-                    finished[i:] = [latents]
+        for i in range(request.num_images):
+            for number, (event, latents) in enumerate(self._steps(request, conditioning, i), 1):
+                if preview_every and number % preview_every == 0:
+                    event = replace(event, preview=self._picture(latents, request, i))
+                yield event
+                finished[i:] = [latents]
         return finished
 
-    def _steps(
-        self, unet: Session, request: Request, conditioning: dict[str, np.ndarray], index: int
-    ) -> Iterator[tuple[Event, np.ndarray]]:
+    def _steps(self, request: Request, conditioning: dict[str, np.ndarray], index: int) -> Iterator[tuple[Event, np.ndarray]]:
         """The steps of picture `index` with its latents (1, channels, h, w); noise and scheduler stay on the CPU in fp32."""
         import torch
 
@@ -208,18 +297,18 @@ class Pipeline:
         steps = len(scheduler.timesteps)
         for step, timestep in enumerate(scheduler.timesteps):
             sample = scheduler.scale_model_input(latents, timestep).numpy()
-            noise = torch.from_numpy(self._predict(unet, request, sample, float(timestep), conditioning))
+            noise = torch.from_numpy(self._surviving(lambda: self._predict(request, sample, float(timestep), conditioning)))  # noqa: B023
             latents = scheduler.step(noise, timestep, latents, **options).prev_sample
-            yield Event("denoise", index * steps + step + 1, request.num_images * steps, index), latents.numpy()
+            done = index * steps + step + 1
+            yield Event("denoise", done, request.num_images * steps, index, notices=self._news()), latents.numpy()
 
-    def _predict(
-        self, unet: Session, request: Request, sample: np.ndarray, timestep: float, conditioning: dict[str, np.ndarray]
-    ) -> np.ndarray:
+    def _predict(self, request: Request, sample: np.ndarray, timestep: float, conditioning: dict[str, np.ndarray]) -> np.ndarray:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each half."""
-        time_step = np.array(timestep, np.float32)
-        if not self._guided(request):
+        assert self._plan
+        unet, time_step = self._session("unet"), np.array(timestep, np.float32)
+        if not guided(self.spec, request):
             return unet(sample=sample, timestep=time_step, **conditioning)[0]
-        if self.plan.cfg == "batched":
+        if self._plan.cfg == "batched":
             both = unet(sample=np.concatenate([sample, sample]), timestep=time_step, **conditioning)[0]
         else:
             halves = [{name: array[i : i + 1] for name, array in conditioning.items()} for i in range(2)]
@@ -227,17 +316,20 @@ class Pipeline:
         without, given = both[:1], both[1:]
         return without + np.float32(request.guidance_scale) * (given - without)
 
-    def _picture(self, decoder: Session, latents: np.ndarray, request: Request, index: int) -> Image.Image:
+    def _picture(self, latents: np.ndarray, request: Request, index: int) -> Image.Image:
         """One PIL picture with its own request in `info["parameters"]`."""
         latents = latents / np.float32(self.spec.latent_scale)
-        values = decoder(latents=latents)[0][0].transpose(1, 2, 0)
+        values = self._surviving(lambda: self._session("vae_decoder")(latents=latents)[0])[0].transpose(1, 2, 0)
+        assert self._plan
+        if self._stage != "decode" and self._plan.placements["vae_decoder"].residency != "resident":
+            self._drop("vae_decoder")  # a preview: the U-Net goes on
         if not np.isfinite(values).all():
             raise TightfitError(
-                f"the picture overflowed in {self.plan.precision}: try --precision fp32, or a smaller guidance scale"
+                f"the picture overflowed in {self._plan.precision}: try --precision fp32, or a smaller guidance scale"
             )
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
         own = replace(request, seed=(request.seed or 0) + index, num_images=1)
-        image.info["parameters"] = parameters.write(own, self.spec.name, self.plan.precision)
+        image.info["parameters"] = parameters.write(own, self.spec.name, self._plan.precision)
         return image
 
 

@@ -1,27 +1,32 @@
-"""Which way to run a model. Pure choice: no device is touched and no weight is read."""
+"""What a plan is: every decision about a run, what it will take, and whether and why it was chosen. Saved and read as JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import TightfitError
-from .hardware import DEVICES, Hardware
-from .spec import PRECISION_BYTES, ModelSpec
+from .hardware import DEVICES
+from .spec import PRECISION_BYTES
 
-VERSION = 1
-PRECISIONS = ("auto", *PRECISION_BYTES)
-RESIDENCIES = ("auto", "resident", "staged")
+VERSION = 2
+PRECISIONS = tuple(PRECISION_BYTES)
+RESIDENCIES = ("resident", "staged", "streamed")
+ATTENTIONS = ("sdpa", "sliced", "chunked")
+TILINGS = ("whole", "tiled")
 CFG = ("batched", "sequential")
+STAGES = ("encode", "denoise", "decode")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How one component runs, and the bytes its weights take there.
+    """How one component runs.
 
-    residency: `resident` (stays loaded) or `staged` (loaded for its stage, freed after it).
+    residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its weights flow
+    through it block by block). attention: torch's `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or
+    `tiled`, in strips of rows (kernels/strips.py).
     """
 
     backend: str
@@ -29,25 +34,38 @@ class Placement:
     residency: str
     attention: str
     tiling: str
-    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a plan will take: bytes that torch's allocator reserves on a GPU, or bytes of tensors alive on a CPU, at most in
+    each of STAGES and in all; `context_bytes` of the same memory before any tensor (the CUDA context, or the process);
+    `host_bytes` that wait in the host's memory; seconds of one request; decibels of PSNR against fp32 (99 is the same)."""
+
+    peak_bytes: int
+    stages: Mapping[str, int]
+    context_bytes: int
+    host_bytes: int
+    seconds: float
+    psnr: float
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every decision about one run of one model on one device, with the reasons. `cfg` is batched or sequential."""
+    """One way to run a request for one model on one machine. `cfg` is batched or sequential; `budget_bytes` what it had to
+    fit in, context included; `chosen` marks the best of those it was planned with."""
 
     model: str
+    hardware: str
     device: str
+    budget_bytes: int
     cfg: str
     placements: Mapping[str, Placement]
-    reasons: tuple[str, ...]
+    predicted: Predicted
+    fits: bool
+    chosen: bool
+    reason: str
     version: int = VERSION
-
-    @property
-    def weight_bytes(self) -> int:
-        """Most bytes of weights that are loaded at one time."""
-        resident = sum(p.weight_bytes for p in self.placements.values() if p.residency == "resident")
-        return resident + max((p.weight_bytes for p in self.placements.values() if p.residency == "staged"), default=0)
 
     @property
     def precision(self) -> str:
@@ -55,72 +73,69 @@ class Plan:
         return self.placements["unet"].precision
 
     def summary(self) -> str:
-        """One phrase: 'torch bf16 on cpu, staged, batched CFG'."""
-        unet = self.placements["unet"]
-        return f"{unet.backend} {unet.precision} on {self.device}, {unet.residency}, {self.cfg} CFG"
+        """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa attention, VAE whole'."""
+        unet, vae = self.placements["unet"], self.placements["vae_decoder"]
+        how = f"{unet.backend} {unet.precision} on {self.device}, {unet.residency}, {self.cfg} CFG, {unet.attention}"
+        return f"{how}, VAE {vae.tiling}"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `json.dumps(plan.to_json())` saved. Raises TightfitError for anything else."""
+        """The plan that `json.dumps(plan.to_json())` saved, or the chosen one of what `tightfit plan --json` printed.
+
+        Raises TightfitError for anything else.
+        """
         try:
             data = json.loads(text)
-            if data.pop("version") != VERSION:
-                raise TightfitError(f"this plan is not of version {VERSION}: make it again with 'tightfit plan'")
-            placements = {name: Placement(**fields) for name, fields in data.pop("placements").items()}
-            plan = cls(placements=placements, reasons=tuple(data.pop("reasons")), **data)
-            if (
-                plan.cfg not in CFG
-                or plan.device not in DEVICES
-                or not {"unet", "vae_decoder", "text_encoder"} <= placements.keys()
-            ):
-                raise ValueError("it leaves open how something runs")
-            for placement in placements.values():
-                if placement.precision not in PRECISION_BYTES or placement.residency not in RESIDENCIES[1:]:
-                    raise ValueError(f"it has {placement.precision} and {placement.residency}")
+            if "plans" in data:
+                data = next((each for each in data["plans"] if each["chosen"]), data["plans"][0])
+            if data["version"] != VERSION:
+                raise TightfitError(f"this plan is of version {data['version']}, not {VERSION}: make it again with 'tightfit plan'")
+            placements = {name: Placement(**each) for name, each in data["placements"].items()}
+            plan = cls(**data | {"placements": placements, "predicted": Predicted(**data["predicted"])})
+            if problem := _problem(plan):
+                raise ValueError(problem)
             return plan
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise TightfitError(f"this is not a tightfit plan ({error}): make it again with 'tightfit plan'") from None
 
 
-def check_choices(precision: str, residency: str) -> None:
-    """Raise TightfitError for a name that no plan knows."""
-    if precision not in PRECISIONS:
-        raise TightfitError(f"unknown precision '{precision}': choose {', '.join(PRECISIONS)}")
-    if residency not in RESIDENCIES:
-        raise TightfitError(f"unknown residency '{residency}': choose {', '.join(RESIDENCIES)}")
+def _problem(plan: Plan) -> str | None:
+    """What a plan read from a file leaves open or cannot mean."""
+    if plan.cfg not in CFG or plan.device not in DEVICES or not {"unet", "vae_decoder", "text_encoder"} <= plan.placements.keys():
+        return "it leaves open how something runs"
+    allowed = {"precision": PRECISIONS, "residency": RESIDENCIES, "attention": ATTENTIONS, "tiling": TILINGS}
+    for placement in plan.placements.values():
+        for field, names in allowed.items():
+            if getattr(placement, field) not in names:
+                return f"it has the {field} {getattr(placement, field)!r}"
+    numbers = (plan.budget_bytes, plan.predicted.peak_bytes, plan.predicted.seconds, *plan.predicted.stages.values())
+    return None if all(isinstance(number, int | float) for number in numbers) else "it has no figures"
 
 
-def plan(hardware: Hardware, spec: ModelSpec, precision: str = "auto", residency: str = "auto") -> list[Plan]:
-    """Ways to run `spec` on `hardware`, best first. For now that is one: a fixed choice, which the caller can steer."""
-    check_choices(precision, residency)
-    reasons = []
-    chosen, why = _precision(hardware, precision)
-    reasons.append(f"{chosen}: {why}")
-    precisions = dict.fromkeys(spec.components, chosen)
-    if chosen == "fp16" and spec.family == "sdxl" and spec.vae.get("force_upcast", True):
-        precisions["vae_decoder"] = "bf16" if "bf16" in hardware.precisions else "fp32"
-        reasons.append(f"vae_decoder {precisions['vae_decoder']}: this SDXL VAE overflows in fp16")
-    sizes = {name: c.weight_bytes(precisions[name]) for name, c in spec.components.items()}
-    stay, why = _residency(hardware, sum(sizes.values()), residency)
-    reasons.append(f"{stay}: {why}")
-    placements = {name: Placement("torch", precisions[name], stay, "sdpa", "whole", sizes[name]) for name in spec.components}
-    return [Plan(spec.name, hardware.device, "batched", placements, tuple(reasons))]
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller decides; "auto" and None leave it to the planner.
 
+    `budget` is bytes, context included; `min_psnr` decibels against fp32. `requests` says how many will run with the
+    components that stay loaded, which share the time of loading them.
+    """
 
-def _precision(hardware: Hardware, asked: str) -> tuple[str, str]:
-    if asked == "auto":
-        return hardware.precisions[0], f"{hardware.name} computes in it natively and it is the fastest of those"
-    if asked not in hardware.precisions:
-        return asked, f"asked for, although {hardware.name} has no arithmetic for it: expect it to be slow"
-    return asked, "asked for"
+    precision: str = "auto"
+    residency: str = "auto"
+    attention: str = "auto"
+    tiling: str = "auto"
+    cfg: str = "auto"
+    budget: int | None = None
+    min_psnr: float | None = None
+    requests: int = 1
 
-
-def _residency(hardware: Hardware, total: int, asked: str) -> tuple[str, str]:
-    if asked != "auto":
-        return asked, "asked for" if asked == "resident" else "each part is loaded for its stage and freed after it"
-    if total <= hardware.free_bytes // 4:
-        return "resident", "all weights together take less than a quarter of the free memory"
-    return "staged", "all weights together take more than a quarter of the free memory"
+    def __post_init__(self) -> None:
+        """Raise TightfitError for a name that no plan knows."""
+        known = {"precision": PRECISIONS, "residency": RESIDENCIES, "attention": ATTENTIONS, "tiling": TILINGS, "cfg": CFG}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in known and value not in ("auto", *known[field.name]):
+                raise TightfitError(f"unknown {field.name} '{value}': choose auto, {', '.join(known[field.name])}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import TightfitError
+from ..hardware import Hardware
+from ..memory import Footprint
 from ..plan import Placement
 from ..spec import Component, ModelSpec
 
@@ -27,30 +29,57 @@ class Session(Protocol):
         ...
 
 
-class Peak(Protocol):
-    """Measures the most bytes held since `reset`."""
+class Meter(Protocol):
+    """Measures the bytes that a backend's device holds, and keeps them under a limit."""
+
+    def limit(self, count: int | None) -> None:
+        """From now on raise OutOfMemoryError rather than hold more than `count` bytes."""
+        ...
 
     def reset(self) -> None: ...
 
-    def bytes(self) -> int: ...
+    def bytes(self) -> int:
+        """The most held at once since `reset`."""
+        ...
 
 
 class Backend(Protocol):
     """One engine on one device."""
 
-    def check(self, component: Component) -> None:
-        """Raise TightfitError if the component's config and tensors do not fit together; no weight is read."""
+    @property
+    def meter(self) -> Meter: ...
+
+    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> Session:
+        """Raises OutOfMemoryError if there is no room for it, and leaves nothing behind then."""
         ...
 
-    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> Session: ...
 
-    def peak(self) -> Peak: ...
+class Engine(Protocol):
+    """What an engine knows of a machine that need not be here."""
+
+    @staticmethod
+    def refuses(hardware: Hardware, component: str, placement: Placement) -> str | None:
+        """Why it cannot run a component so on that hardware, or None if it can."""
+        ...
+
+    @staticmethod
+    def footprint(
+        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+    ) -> Footprint:
+        """What a component takes when called for `size`: a batch, and the picture's height and width in pixels."""
+        ...
 
 
-def backend(name: str, device: str) -> Backend:
+def engine(name: str) -> type[Engine]:
     """The engine called `name`, imported now. Raises TightfitError for an unknown one."""
     if name == "torch":
         from .torch import TorchBackend
 
-        return TorchBackend(device)
+        return TorchBackend
     raise TightfitError(f"unknown backend '{name}': this version has torch")
+
+
+def backend(name: str, device: str) -> Backend:
+    """The engine called `name` on a device that is here."""
+    make: type = engine(name)
+    return make(device)

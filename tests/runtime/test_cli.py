@@ -57,7 +57,8 @@ def test_json(call, sd1):
     report = json.loads(out)
     assert code == 0
     assert report["plan"]["placements"]["unet"]["precision"] == "fp32"
-    assert report["predicted"]["weight_bytes"] > 0
+    assert report["predicted"].keys() >= {"peak_bytes", "stages", "seconds"}
+    assert report["predicted"]["peak_bytes"] == pytest.approx(report["measured"]["peak_bytes"], rel=0.05)
     assert set(report["measured"]["stages"]) == {"prepare", "encode", "denoise", "decode"}
     assert report["image"] == "a-1.png"
     assert report["images"] == ["a-1.png", "a-2.png"]
@@ -179,12 +180,65 @@ def test_folder_that_cannot_be_written(call, sd1, monkeypatch):
 
 
 def test_plan(call, tiny_models):
-    code, out, _ = call("plan", "--model", str(tiny_models["sdxl"]), "--precision", "fp16")
+    model = ("--model", str(tiny_models["sdxl"]))
+    code, out, _ = call("plan", *model, "--hardware", "rtx-2060", "--all")
     assert code == 0
-    for word in ("text_encoder_2", "vae_decoder", "overflows", "most at once"):
+    for word in ("fp16, VAE fp32", "✓ the fastest that fits", "times as slow", "RTX 2060", "streamed", "chunked", "tiled"):
         assert word in out
-    code, out, _ = call("plan", "--model", str(tiny_models["sdxl"]), "--json")
-    assert json.loads(out)["version"] == 1
+    code, out, _ = call("plan", *model, "--hardware", "rtx-2060", "--json")
+    plans = json.loads(out)["plans"]
+    assert [p["chosen"] for p in plans].count(True) == 1
+    for each in plans:
+        assert each.keys() >= {"chosen", "fits", "reason", "predicted", "placements"}
+        assert each["predicted"]["stages"].keys() == {"encode", "denoise", "decode"}
+        assert each["placements"]["unet"].keys() == {"backend", "precision", "residency", "attention", "tiling"}
+
+
+def test_a_plan_is_saved_and_run(call, sd1, tmp_path):
+    wishes = ("--attention", "chunked", "--residency", "streamed", "--tiling", "tiled", "--precision", "fp32")
+    assert call("plan", "--model", str(sd1), "--device", "cpu", *wishes, "--save", "p.json")[0] == 0
+    code, out, _ = call("a", "--model", str(sd1), "--device", "cpu", *FAST, "--plan", "p.json", "--json")
+    assert code == 0
+    ran = json.loads(out)["plan"]["placements"]
+    assert ran == json.loads((tmp_path / "p.json").read_text())["placements"]
+    assert ran["unet"]["attention"] == "chunked"
+    (tmp_path / "p.json").write_text("{}")
+    assert call("a", "--model", str(sd1), "--plan", "p.json")[0] == 2
+    assert call("a", "--model", str(sd1), "--plan", "none.json")[0] == 2
+
+
+def test_budgets(call, sd1):
+    from tightfit.runtime.hardware import Hardware
+
+    for words in (("a", "--model", str(sd1)), ("plan", "--model", str(sd1))):
+        little = Hardware.detect("cpu").context_bytes + 10 * 2**20
+        code, _, err = call(*words, "--device", "cpu", "--ram", str(little), "--width", "1024", "--height", "1024")
+        assert code == 2
+        assert "MiB: the largest of this shape that fits is" in err
+        assert "--ram" in err.split("1024x1024 needs")[1]
+    for wrong in ("many", "-1GiB", "0", "4 elephants"):
+        code, _, err = call("plan", "--vram", wrong)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "4GiB" in err
+    assert call("plan", "--hardware", "rtx-2060", "--device", "cpu")[0] == 2
+    assert "choose" in call("plan", "--hardware", "rtx-9")[2]
+
+
+def test_info(call):
+    code, out, _ = call("info")
+    assert code == 0
+    for word in ("free of", "TFLOP/s", "ONNX Runtime"):
+        assert word in out
+
+
+def test_calibrate(call, monkeypatch):
+    from tightfit.runtime import calibration
+
+    monkeypatch.setattr(calibration, "_LEAST_SECONDS", 0)
+    assert call("calibrate", "--device", "cpu")[0] == 0
+    assert "measured here" in call("info", "--device", "cpu")[1]
+    calibration.calibration_file().write_text("[")
+    assert "run 'tightfit calibrate' again" in call("info", "--device", "cpu")[1]
 
 
 def test_help_fits_a_screen(call):

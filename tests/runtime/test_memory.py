@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tightfit.runtime.memory import ProcessPeak, shown
+from tightfit.runtime.memory import shown
+from tightfit.runtime.process import ProcessPeak
 
 
 def test_peak_sees_an_allocation_and_forgets_it():

@@ -115,9 +115,9 @@ def test_broken_configs_are_named(sd1_copy, file, changes):
 
 def test_everything_is_checked_before_a_weight_is_read(sd1_copy, monkeypatch):
     """A broken VAE is found at once, not after all steps."""
-    from tightfit.runtime.backends import torch as engine
+    from tightfit.runtime.backends import weights
 
-    monkeypatch.setattr(engine, "_read", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(weights, "read_into", lambda *_: pytest.fail("a weight was read"))
     rewrite(sd1_copy / VAE, lambda w: {n: t for n, t in w.items() if n != "decoder.conv_in.weight"})
     fails(sd1_copy, "decoder.conv_in.weight")
 
@@ -146,14 +146,17 @@ def test_overflow_is_said(sd1_copy):
 MEASURE = """
 import sys, torch
 from pathlib import Path
-from tightfit.runtime.backends.torch import _read
-from tightfit.runtime.memory import ProcessPeak
+from tightfit.runtime.backends.weights import read_into
+from tightfit.runtime.process import ProcessPeak
 from tightfit.runtime.files import read_header
 
 peak = ProcessPeak()
 before = peak.bytes()
 scratch = torch.empty(8 * 2**20, dtype=torch.uint8)
-held = [_read(t, scratch, torch.bfloat16, torch.device("cpu")) for t in read_header(Path(sys.argv[1])).values()]
+held = []
+for tensor in read_header(Path(sys.argv[1])).values():
+    held.append(torch.empty(tensor.shape, dtype=torch.bfloat16))
+    read_into(held[-1], tensor, scratch)
 assert sorted(float(t[-1]) for t in held) == list(range(16))
 print(peak.bytes() - before if peak.resets else -1)
 """

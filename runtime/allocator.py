@@ -1,0 +1,123 @@
+"""What torch's caching allocator reserves for a sequence of allocations. Pure arithmetic: no device is touched.
+
+Sizes and rules are those of c10/cuda/CUDACachingAllocator.cpp (torch 2.8 to 2.13, default settings), which ROCm and Intel's
+XPU share: requests are rounded up to 512 bytes; up to 1 MiB they are cut from segments of 2 MiB, below 10 MiB from
+segments of 20 MiB, above that each segment is the request rounded up to 2 MiB. The best fitting free block is taken and
+split, neighbours that are free are joined again, and segments are given back only when the cache is emptied.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from dataclasses import dataclass
+from typing import Protocol
+
+MIB = 2**20
+_ROUND, _SMALL, _SMALL_SEGMENT, _LARGE, _LARGE_SEGMENT = 512, MIB, 2 * MIB, 10 * MIB, 20 * MIB
+
+
+class Allocator(Protocol):
+    """Answers what is reserved while allocations come and go by their names; `peak` is the most so far."""
+
+    peak: int
+
+    def allocate(self, name: int, count: int) -> None: ...
+
+    def free(self, name: int) -> None: ...
+
+
+class ExactAllocator:
+    """The CPU's and MPS's: what is asked for is what is taken."""
+
+    def __init__(self) -> None:
+        self.peak = self._now = 0
+        self._sizes: dict[int, int] = {}
+
+    def allocate(self, name: int, count: int) -> None:
+        self._sizes[name] = count
+        self._now += count
+        self.peak = max(self.peak, self._now)
+
+    def free(self, name: int) -> None:
+        self._now -= self._sizes.pop(name)
+
+
+@dataclass(eq=False)
+class _Block:
+    size: int
+    small: bool
+    order: int
+    used: bool = True
+    before: _Block | None = None
+    after: _Block | None = None
+
+
+class CachingAllocator:
+    """torch's for CUDA, with one stream."""
+
+    def __init__(self) -> None:
+        self.peak = self._reserved = self._count = 0
+        self._blocks: dict[int, _Block] = {}
+        self._free: dict[bool, list[tuple[int, int, _Block]]] = {True: [], False: []}
+
+    def allocate(self, name: int, count: int) -> None:
+        if count == 0:
+            return
+        size = -(-count // _ROUND) * _ROUND
+        small = size <= _SMALL
+        block = self._best(size, small) or self._segment(size, small)
+        left = block.size - size
+        if left >= _ROUND if small else left > _SMALL:
+            rest = self._block(left, small)
+            rest.before, rest.after = block, block.after
+            if block.after:
+                block.after.before = rest
+            block.after, block.size = rest, size
+            self._release(rest)
+        block.used = True
+        self._blocks[name] = block
+
+    def free(self, name: int) -> None:
+        if block := self._blocks.pop(name, None):
+            for other in (block.before, block.after):
+                if other and not other.used:
+                    self._join(block, other)
+            self._release(block)
+
+    def _best(self, size: int, small: bool) -> _Block | None:
+        free = self._free[small]
+        place = bisect_left(free, (size, -1))  # the smallest that is large enough
+        return free.pop(place)[2] if place < len(free) else None
+
+    def _segment(self, size: int, small: bool) -> _Block:
+        large = _LARGE_SEGMENT if size < _LARGE else -(-size // (2 * MIB)) * 2 * MIB
+        block = self._block(_SMALL_SEGMENT if small else large, small)
+        self._reserved += block.size
+        self.peak = max(self.peak, self._reserved)
+        return block
+
+    def _block(self, size: int, small: bool) -> _Block:
+        self._count += 1
+        return _Block(size, small, self._count)
+
+    def _join(self, block: _Block, other: _Block) -> None:
+        """`other`, a free neighbour, becomes part of `block`."""
+        self._free[other.small].remove((other.size, other.order, other))
+        block.size += other.size
+        if other is block.before:
+            block.before = other.before
+            if other.before:
+                other.before.after = block
+        else:
+            block.after = other.after
+            if other.after:
+                other.after.before = block
+
+    def _release(self, block: _Block) -> None:
+        block.used = False
+        insort(self._free[block.small], (block.size, block.order, block))
+
+
+def allocator(device: str) -> Allocator:
+    """An empty one of the kind that torch uses on `device`."""
+    return CachingAllocator() if device in ("cuda", "xpu") else ExactAllocator()

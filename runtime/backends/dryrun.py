@@ -1,0 +1,196 @@
+"""One call of a component on `meta` tensors: every storage that comes and goes, every attention, every operation."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ...kernels import attention
+from ..files import Tensor
+from ..hardware import Hardware
+from ..memory import ATTENTION, END, MOMENT, Footprint, Operation, Shape, Trace
+from ..plan import Placement
+from ..spec import Component, ModelSpec
+from . import networks, weights
+from .cpu_kernels import SDPA
+from .meter import LiveBytes, tensors_in
+
+_KEPT = 16
+_modules: dict[
+    int, tuple[Component, torch.nn.Module, Mapping[str, Tensor], str]
+] = {}  # the component, so that its id stays its own
+_sizes_of: dict[Any, tuple[list[int], list[int], list[int]]] = {}
+_traces: dict[Any, Trace] = {}
+
+
+class Recorder(LiveBytes):
+    """A LiveBytes that keeps what it sees. Attention is not looked into: its answer is made, its shape is noted."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__(device)
+        self.events: list[tuple[int, int]] = []
+        self.attentions: list[Shape] = []
+        self.operations: list[Operation] = []
+        self._names: dict[int, int] = {}
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if func is SDPA:
+            batch, heads, n, d = args[0].shape
+            return args[0].new_empty(batch, n, heads, d).transpose(1, 2)
+        out = func(*args, **kwargs)
+        sources = {tensor.untyped_storage()._cdata for tensor in tensors_in(args)}
+        made = [tensor for tensor in tensors_in((out,)) if tensor.untyped_storage()._cdata not in sources]
+        if made or func._schema.is_mutable:
+            moved = sum(tensor.nbytes for tensor in (*tensors_in(args), *made))
+            self.operations.append(Operation(_flops(func, args, out), moved))
+        return out
+
+    def own(self, func: Any, args: Any, out: Any) -> int:
+        if func is SDPA:
+            batch, heads, n, d = out.shape
+            self.events.append((len(self.attentions), ATTENTION))
+            self.attentions.append((batch, heads, n, args[1].shape[2], d))
+        elif own := super().own(func, args, out):
+            self.events.append((own, MOMENT))
+        return 0
+
+    def _made(self, key: int, count: int, tensor: torch.Tensor) -> None:
+        if count:
+            self._names[key] = len(self._names) + len(self.events) + 1
+            self.events.append((self._names[key], count))
+        super()._made(key, count, tensor)
+
+    def _freed(self, key: int) -> None:
+        if key in self._names:
+            self.events.append((self._names.pop(key), END))
+        super()._freed(key)
+
+
+def _flops(func: Any, args: Any, out: Any) -> float:
+    if func is torch.ops.aten.linear.default:
+        return 2.0 * out.numel() * args[1].shape[1]
+    if func is torch.ops.aten.conv2d.default:
+        return 2.0 * out.numel() * args[1][0].numel()
+    if func in (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default):
+        return 2.0 * out.numel() * args[0].shape[-1]
+    return 0.0
+
+
+def footprint(
+    spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+) -> Footprint:
+    """What the component takes when called for `size`: a batch of it, and the picture's height and width in pixels.
+
+    Weights from headers, the call from a dry run on `meta`, which is kept for the next time.
+    """
+    dtype, device = weights.DTYPES[placement.precision], torch.device(hardware.device)
+    inputs = _inputs(spec, component, *size)
+    module, stored, config = _module(component)
+    half = dtype.itemsize == 2  # fp16 and bf16 take the same
+    key = (component.name, config, spec.family, half, placement.tiling, device.type, tuple(inputs.items()))
+    if key not in _traces:
+        torch.nn.Module.to(module, dtype)  # past diffusers' own `to`, which warns
+        _traces[key] = _trace(module, networks.forward(spec, component, placement), inputs, dtype, device.type)
+    trace = _traces[key]
+    kind, fused = placement.attention, hardware.fused_attention
+    scratch = tuple(attention_bytes(kind, shape, dtype, device.type, fused) for shape in trace.attentions)
+    sizes, streams, buffers = _sizes(module, stored, dtype, device)
+    loading = weights.scratch_bytes(stored, dtype, device)
+    if placement.residency == "streamed":
+        own, flow = [], sum(sizes)
+        if device.type != "cuda":  # from the files each time
+            own, flow = [loading] if device.type == "cpu" else [], sum(tensor.stored_bytes for tensor in stored.values())
+        return Footprint((*streams, *own, *buffers), 0, trace, scratch, flow)
+    return Footprint((*sizes, *buffers), loading, trace, scratch, 0)
+
+
+def _sizes(
+    module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> tuple[list[int], list[int], list[int]]:
+    """Bytes of each weight, of the buffers through which they would stream, and of what is in no file."""
+    key = (id(module), dtype, device.type)
+    if key not in _sizes_of:
+        parts = weights.units(module, stored, dtype.itemsize)
+        sizes = [parameter.numel() * dtype.itemsize for parameter in module.parameters()]
+        _sizes_of[key] = sizes, weights.stream_bytes(parts, device), [buffer.nbytes for buffer in module.buffers()]
+    return _sizes_of[key]
+
+
+def _module(component: Component) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
+    """The component's module on `meta`, its tensors in the files, checked, and its config; kept, as every candidate asks."""
+    if id(component) not in _modules:
+        if len(_modules) >= _KEPT:
+            _modules.clear()
+            _sizes_of.clear()
+        module, config = networks.build(component), json.dumps(dict(component.config), sort_keys=True, default=str)
+        _modules[id(component)] = component, module, weights.match(component, module), config
+    return _modules[id(component)][1:]
+
+
+def _inputs(spec: ModelSpec, component: Component, batch: int, height: int, width: int) -> Mapping[str, tuple[int, ...]]:
+    """Shapes of what a session is called with, by their names there."""
+    latents = (batch, spec.vae["latent_channels"], height // spec.downsampling, width // spec.downsampling)
+    length = min(encoder.setting("max_position_embeddings") for encoder in spec.text_encoders)
+    if component.name == "vae_decoder":
+        return {"latents": (1, *latents[1:])}
+    if component.name != "unet":
+        return {"tokens": (1, length)}
+    shapes = {"sample": latents, "timestep": (), "hidden": (batch, length, spec.unet["cross_attention_dim"])}
+    if spec.guidance_width:
+        shapes["time_condition"] = (1, spec.guidance_width)
+    if spec.family == "sdxl":
+        pooled = spec.components["text_encoder_2"].setting("projection_dim")
+        shapes |= {"text_embeds": (batch, pooled), "time_ids": (batch, 6)}
+    return shapes
+
+
+def _trace(
+    module: torch.nn.Module, call: networks.Forward, inputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str
+) -> Trace:
+    kinds = {"tokens": torch.int64}
+    tensors = {name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta") for name, shape in inputs.items()}
+    with torch.inference_mode(), Recorder(device) as recorder:
+        run(module, call, tensors, dtype, torch.device("meta"))
+    return Trace(tuple(recorder.events), tuple(recorder.attentions), tuple(recorder.operations))
+
+
+def run(
+    module: Any, call: networks.Forward, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+) -> list[torch.Tensor]:
+    """Call the module with fp32 or int64 tensors and have fp32 ones back, all on `device`.
+
+    Floating-point ones go in in the session's precision; the timestep, a scalar, and token ids as they are.
+    """
+    there = {
+        name: tensor.to(device, dtype if tensor.ndim and tensor.is_floating_point() else None) for name, tensor in tensors.items()
+    }
+    return [out.float() for out in call(module, **there)]
+
+
+@functools.lru_cache(maxsize=1000)
+def attention_bytes(kind: str, shape: Shape, dtype: torch.dtype, device: str, fused: bool) -> int:
+    """Bytes that an attention allocates beside its answer, at most at one time.
+
+    Our own are run on `meta`, as far as they do not repeat themselves; torch's CPU kernel is computed by its formula, and its
+    fused kernels for GPUs keep one fp32 number for each query (the log-sum, which flash attention always writes); without
+    one torch stores the scores.
+    """
+    batch, heads, n, m, d = shape
+    if kind == "sdpa" and device == "cpu":
+        return attention.sdpa_cpu_bytes(batch * heads, n, m, d, dtype.itemsize, torch.get_num_threads())
+    if kind == "sdpa" and fused:
+        return 4 * batch * heads * n
+    attend = attention.plain if kind == "sdpa" else attention.VARIANTS[kind]
+    if kind == "sliced":
+        batch, heads, n = 1, 1, min(n, attention.slice_rows(m, dtype.itemsize))
+    elif kind == "chunked":
+        rows, columns = attention.block(batch * heads, m, d)
+        n, m = min(n, rows), min(m, 2 * columns)
+    q, k = (torch.empty(batch, length, heads, d, dtype=dtype, device="meta").transpose(1, 2) for length in (n, m))
+    with torch.inference_mode(), LiveBytes(device) as live:
+        attend(q, k, k)
+    return max(0, live.peak - batch * heads * n * d * dtype.itemsize)

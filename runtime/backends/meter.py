@@ -1,0 +1,193 @@
+"""How many bytes of tensors are alive: counted operator by operator, on real tensors and on `meta` ones alike."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Hashable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import OutOfMemoryError
+from ..memory import shown
+from .cpu_kernels import own_bytes
+
+T = TypeVar("T")
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages that operators make while it is on, from their making to their end; `peak` is the most at once.
+
+    Storages that were there before count nothing. What a kernel takes for itself and gives back before it returns is known
+    for the CPU's. Above `limit` bytes OutOfMemoryError is raised. `device` is the one whose kernels run, or will.
+    """
+
+    def __init__(self, device: str, limit: float = float("inf")) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self.device, self.limit = device, limit
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tensors_in(args):
+            if (key := tensor.untyped_storage()._cdata) not in self._alive:
+                self._made(key, 0, tensor)
+        out = self.call(func, args, kwargs or {})
+        for tensor in tensors_in((out,)):
+            if (key := tensor.untyped_storage()._cdata) not in self._alive:
+                self._made(key, tensor.untyped_storage().nbytes(), tensor)
+        if own := self.own(func, args, out):
+            self.reach(self.now + own)
+        return out
+
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def own(self, func: Any, args: Any, out: Any) -> int:
+        """Bytes the kernel takes beside its answer."""
+        return own_bytes(func, args, out) if self.device == "cpu" else 0
+
+    def reach(self, count: int) -> None:
+        """Note that `count` bytes are alive together, for a moment."""
+        self.peak = max(self.peak, count)
+        if count > self.limit:
+            raise OutOfMemoryError(f"{shown(count)} of tensors where {shown(self.limit)} are allowed")
+
+    def _made(self, key: int, count: int, tensor: torch.Tensor) -> None:
+        self._alive[key] = count
+        weakref.finalize(tensor.untyped_storage(), self._freed, key).atexit = False
+        self.now += count
+        self.reach(self.now)
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._alive.pop(key, 0)
+
+
+def tensors_in(values: Any) -> list[torch.Tensor]:
+    """The tensors among `values`, one level of lists and tuples deep, as operators take and return them."""
+    found = []
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(each for each in value if isinstance(each, torch.Tensor))
+    return found
+
+
+class Meter(Protocol):
+    """Measures the bytes a device holds for us, and keeps them under a limit."""
+
+    def limit(self, count: int | None) -> None:
+        """From now on raise OutOfMemoryError rather than hold more than `count` bytes."""
+        ...
+
+    def reset(self) -> None: ...
+
+    def bytes(self) -> int:
+        """The most held at once since `reset`."""
+        ...
+
+    def hold(self, count: int) -> None:
+        """`count` more bytes of weights or buffers are held from now on; fewer, if it is negative."""
+        ...
+
+    def during(self, key: Hashable, call: Callable[[], T]) -> T:
+        """The answer of `call`, whose tensors count; calls of one key take the same."""
+        ...
+
+
+class CountingMeter:
+    """For the CPU and Apple's GPU, whose allocators can neither be asked nor capped: weights are added up as they are held,
+    and the first call of each kind is counted operator by operator; the next ones take the same."""
+
+    def __init__(self, device: str) -> None:
+        self._device = device
+        self._held = self._peak = 0
+        self._limit = float("inf")
+        self._calls: dict[Hashable, int] = {}
+
+    def limit(self, count: int | None) -> None:
+        self._limit = float("inf") if count is None else count
+
+    def reset(self) -> None:
+        self._peak = self._held
+
+    def bytes(self) -> int:
+        return self._peak
+
+    def hold(self, count: int) -> None:
+        if count > 0:
+            self._reach(self._held + count)
+        self._held += count
+
+    def during(self, key: Hashable, call: Callable[[], T]) -> T:
+        if key in self._calls:
+            self._reach(self._held + self._calls[key])
+            return call()
+        live = LiveBytes(self._device, self._limit - self._held)
+        try:
+            with live:
+                out = call()
+        finally:
+            self._peak = max(self._peak, self._held + live.peak)
+        self._calls[key] = live.peak
+        return out
+
+    def _reach(self, count: int) -> None:
+        if count > self._limit:
+            raise OutOfMemoryError(f"{shown(count)} of tensors where {shown(self._limit)} are allowed")
+        self._peak = max(self._peak, count)
+
+
+class AllocatorMeter:
+    """For CUDA, ROCm and Intel GPUs: what torch's caching allocator has reserved, capped by that allocator itself.
+
+    On Windows the driver (WDDM) moves what does not fit the card into the host's memory and says nothing; that is taken for
+    out of memory too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._torch: Any = getattr(torch, device.type)
+        self._start = self._state()
+
+    def limit(self, count: int | None) -> None:
+        total = self._torch.get_device_properties(self._torch.current_device()).total_memory
+        self._torch.set_per_process_memory_fraction(1.0 if count is None else min(1.0, max(0, count) / total))
+        self._start = self._state()
+
+    def reset(self) -> None:
+        self._torch.reset_peak_memory_stats()
+
+    def bytes(self) -> int:
+        return self._torch.max_memory_reserved()
+
+    def hold(self, count: int) -> None:
+        pass
+
+    def during(self, key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002
+        out = call()
+        if sys.platform == "win32":
+            (reserved, used, _), (now_reserved, now_used, free) = self._start, self._state()
+            if gone := spilled(now_reserved - reserved, now_used - used, free):
+                raise OutOfMemoryError(f"Windows moved {shown(gone)} of the card's memory into the host's")
+        return out
+
+    def _state(self) -> tuple[int, int, int]:
+        free, total = self._torch.mem_get_info()
+        return self._torch.memory_reserved(), total - free, free
+
+
+SPILL_NOISE = 128 * 2**20  # what others on the card may take or give meanwhile; a guess, no Windows machine was at hand
+
+
+def spilled(reserved: int, used: int, free: int) -> int:
+    """Bytes of ours that are not on the card, from how much we reserved and how much the card's use grew since the start, and
+    what is free on it now: only a full card spills."""
+    missing = reserved - used
+    return missing if missing > SPILL_NOISE and free < SPILL_NOISE else 0
+
+
+def meter(device: torch.device) -> Meter:
+    return CountingMeter(device.type) if device.type in ("cpu", "mps") else AllocatorMeter(device)

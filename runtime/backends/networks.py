@@ -1,0 +1,142 @@
+"""The networks of a model as torch modules, and how each is called: diffusers' and transformers', with our attention and strips."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...kernels import attention, strips
+from ..errors import TightfitError, explained
+from ..plan import Placement
+from ..spec import Component, ModelSpec
+
+Forward = Callable[..., tuple[torch.Tensor, ...]]
+
+
+def build(component: Component, kind: str = "sdpa") -> torch.nn.Module:
+    """The component's module on the meta device, shapes and no memory, with attention of that kind."""
+    make = {"unet": _unet, "vae_decoder": _decoder}.get(component.name, _text_encoder)
+    config = component.folder / "config.json"
+    with explained(f"{config} describes no model that can be built", "copy or download it again"), torch.device("meta"):
+        module = make(component).eval().requires_grad_(False)
+    processor = Processor(attention.VARIANTS[kind])
+    for part in module.modules():
+        if hasattr(part, "set_processor"):
+            part.set_processor(processor)  # pyright: ignore[reportCallIssue]
+    return module
+
+
+def forward(spec: ModelSpec, component: Component, placement: Placement) -> Forward:
+    """How to call the component's module with the tensors that `Session` names."""
+    if component.name == "unet":
+        return _predict
+    if component.name == "vae_decoder":
+        return _decode_in_strips if placement.tiling == "tiled" else _decode
+    return _encode_sdxl if spec.family == "sdxl" else _encode
+
+
+class Processor:
+    """diffusers' attention block around one of our attentions; tensors and their order as in its AttnProcessor2_0."""
+
+    def __init__(self, attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        self.attend = attend
+
+    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, temb=None):  # noqa: ARG002
+        """(batch, n, width), or (batch, width, h, w) in a VAE, attends to (batch, m, …) or to itself."""
+        if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross or attn.norm_q or attn.norm_k:
+            raise TightfitError("this model's attention has masks or norms that tightfit does not run: use a plain SD model")
+        shape, x = hidden_states.shape, hidden_states
+        if len(shape) == 4:
+            x = x.view(shape[0], shape[1], shape[2] * shape[3]).transpose(1, 2)
+        if attn.group_norm is not None:
+            x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
+        text = x if encoder_hidden_states is None else encoder_hidden_states
+        heads = (linear(each) for linear, each in ((attn.to_q, x), (attn.to_k, text), (attn.to_v, text)))
+        q, k, v = (each.view(shape[0], -1, attn.heads, each.shape[-1] // attn.heads).transpose(1, 2) for each in heads)
+        x = self.attend(q, k, v).transpose(1, 2).flatten(2)
+        del q, k, v
+        x = attn.to_out[1](attn.to_out[0](x))
+        if len(shape) == 4:
+            x = x.transpose(-1, -2).reshape(shape)
+        if attn.residual_connection:
+            x = x + hidden_states
+        return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+
+
+def _encode(module: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """SD 1.x and 2.x: the last layer, normalised."""
+    return (module(tokens).last_hidden_state,)
+
+
+def _encode_sdxl(module: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """SDXL: the layer before the last, without the final norm, and the projection where the model has one."""
+    out = module(tokens, output_hidden_states=True)
+    return (out.hidden_states[-2], out.text_embeds) if "text_embeds" in out else (out.hidden_states[-2],)
+
+
+def _predict(module: Any, sample, timestep, hidden, time_condition=None, **added: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return module(sample, timestep, hidden, timestep_cond=time_condition, added_cond_kwargs=added or None, return_dict=False)[:1]
+
+
+def _decode(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (module["decoder"](module["post_quant_conv"](latents)),)
+
+
+def _decode_in_strips(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (decode_in_strips(module["decoder"], module["post_quant_conv"](latents)),)
+
+
+def decode_in_strips(decoder: Any, latents: torch.Tensor) -> torch.Tensor:
+    """diffusers' `Decoder`: the middle block whole, for its attention sees all, and what is larger in strips."""
+    source: strips.Rows = strips.Stored(decoder.mid_block(decoder.conv_in(latents)))
+    for block in decoder.up_blocks:
+        source = strips.Stored(_residuals(source, block.resnets))
+        for upsampler in block.upsamplers or ():
+            source = strips.Upsampled(source.x, upsampler.conv)
+    return strips.convolved(source, decoder.conv_out, decoder.conv_norm_out)
+
+
+def encode_in_strips(encoder: Any, pixels: torch.Tensor) -> torch.Tensor:
+    """diffusers' `Encoder`, the same way."""
+    x = strips.convolved(strips.Stored(pixels), encoder.conv_in)
+    for block in encoder.down_blocks:
+        x = _residuals(strips.Stored(x), block.resnets)
+        for downsampler in block.downsamplers or ():
+            x = strips.downsampled(x, downsampler.conv)
+    return strips.convolved(strips.Stored(encoder.mid_block(x)), encoder.conv_out, encoder.conv_norm_out)
+
+
+def _residuals(source: strips.Rows, resnets: Any) -> torch.Tensor:
+    for resnet in resnets:
+        convs = (resnet.conv1, resnet.conv2, *([] if resnet.conv_shortcut is None else [resnet.conv_shortcut]))
+        source = strips.Stored(strips.residual(source, (resnet.norm1, resnet.norm2), convs))
+    assert isinstance(source, strips.Stored)
+    return source.x
+
+
+def _text_encoder(component: Component) -> torch.nn.Module:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+    names = component.config.get("architectures") or ["CLIPTextModel"]
+    if names[0] not in kinds:
+        raise TightfitError(f"{component.folder} holds a {names[0]}: tightfit runs {' and '.join(kinds)}")
+    return kinds[names[0]](CLIPTextConfig.from_dict(dict(component.config)))
+
+
+def _unet(component: Component) -> torch.nn.Module:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    if component.config.get("class_embed_type") is not None:
+        raise TightfitError(f"{component.folder} wants class embeddings (unCLIP): tightfit runs text-to-image models")
+    unet: Any = UNet2DConditionModel.from_config(dict(component.config))
+    return unet
+
+
+def _decoder(component: Component) -> torch.nn.Module:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    whole: Any = AutoencoderKL.from_config(dict(component.config))
+    return torch.nn.ModuleDict({"decoder": whole.decoder, "post_quant_conv": whole.post_quant_conv or torch.nn.Identity()})

@@ -1,0 +1,229 @@
+"""From safetensors files into modules: all at once, or block by block while the module runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import TightfitError
+from ..files import Tensor
+from ..spec import Component
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_ALIGNED = 256  # bytes between tensors in a streaming buffer, which suits every kernel
+
+
+def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
+    """For each tensor of `module` the one in the component's files; they are all there and of the right shape.
+
+    Tensors that the module does not know are left alone, as diffusers and transformers leave them.
+    """
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    stored = {_current_name(name, expected): tensor for name, tensor in component.tensors.items()}
+    where = f"the weights of {component.folder.name} in {component.folder.parent}"
+    cure = "files of different models were mixed, or one was renamed; copy or download the model again"
+    if missing := [name for name in expected if name not in stored]:
+        unknown = [name for name in stored if name not in expected]
+        instead = f", but have {unknown[0]}" if unknown else ""
+        raise TightfitError(f"{where} lack {len(missing)}, such as {missing[0]}{instead}: {cure}")
+    for name, shape in expected.items():
+        tensor = stored[name]
+        if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:  # (C, C, 1, 1) is (C, C)
+            raise TightfitError(f"{where} have {name} of shape {list(tensor.shape)}, its config says {list(shape)}: {cure}")
+        if tensor.dtype not in STORED:
+            raise TightfitError(f"{where} have {name} as {tensor.dtype}, which plain models have not: use the original model")
+    return {name: stored[name] for name in expected}
+
+
+def _current_name(stored: str, expected: Mapping[str, torch.Size]) -> str:
+    """A tensor's name as today's libraries spell it: text models lost a prefix, VAE attention got new words."""
+    for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
+        if ".attentions." in stored and old in stored:
+            stored = stored.replace(old, new)
+    if stored not in expected:
+        for other in (stored.removeprefix("text_model."), f"text_model.{stored}"):
+            if other in expected:
+                return other
+    return stored
+
+
+def fill(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Replace the meta tensors of `module` by the files', converted one at a time by way of one buffer."""
+    scratch = torch.empty(scratch_bytes(stored, dtype, device), dtype=torch.uint8)
+    weights = {}
+    for name, expected in module.state_dict().items():
+        # empty, then filled: on a device the conversion then happens before the copy, and nothing else is allocated there
+        weights[name] = torch.empty(expected.shape, dtype=dtype, device=device)
+        read_into(weights[name], stored[name], scratch)
+    module.load_state_dict(weights, assign=True)
+    fill_buffers(module, device)
+
+
+def scratch_bytes(stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of host memory that reading needs beside the weights: the largest tensor that cannot be read into its place."""
+    return max((t.stored_bytes for t in stored.values() if device.type != "cpu" or STORED[t.dtype] != dtype), default=0)
+
+
+def fill_buffers(module: torch.nn.Module, device: torch.device) -> None:
+    """The one kind of buffer that is in no file: 0, 1, 2 … for the positions of a text."""
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            owner, _, leaf = name.rpartition(".")
+            if leaf != "position_ids":
+                raise TightfitError(f"the model needs the buffer {name}, which this version cannot fill")
+            module.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.shape[-1], device=device)[None], persistent=False)
+
+
+def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
+    """Fill `out` with one stored tensor, converted by way of `scratch` (uint8, at least its stored bytes).
+
+    Read, not mapped: a mapped file stays in memory beside the converted weights, 1002 MB for 500 MB of fp16 as bf16. And
+    by way of one buffer, as freeing one for each tensor left holes in the heap that came to the same in every other run.
+    """
+    direct = out.device.type == "cpu" and out.dtype == STORED[tensor.dtype]
+    target = out.view(-1).view(torch.uint8) if direct else scratch[: tensor.stored_bytes]
+    try:
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.offset)
+            if stream.readinto(target.numpy().data) != tensor.stored_bytes:
+                raise TightfitError(f"{tensor.file} was cut short while it was read: copy or download it again")
+    except OSError as error:
+        raise TightfitError(f"{tensor.file} cannot be read ({error.strerror}): copy or download it again") from None
+    if not direct:
+        out.copy_(target.view(STORED[tensor.dtype]).view(out.shape))
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A part of a module whose weights come and go together: (submodule, name, stored tensor, place in a buffer) of each."""
+
+    weights: tuple[tuple[torch.nn.Module, str, Tensor, int], ...]
+    bytes: int
+
+
+def units(module: torch.nn.Module, stored: Mapping[str, Tensor], itemsize: int) -> dict[torch.nn.Module, Unit]:
+    """`module` in parts, each as large as can be without taking more bytes than the largest single layer does."""
+    paths = {part: path for path, part in module.named_modules()}
+    leaves = [part for part in module.modules() if part._parameters]
+    limit = max(_unit(leaf, paths[leaf], stored, itemsize).bytes for leaf in leaves)
+    found: dict[torch.nn.Module, Unit] = {}
+
+    def divide(part: torch.nn.Module) -> None:
+        unit = _unit(part, paths[part], stored, itemsize)
+        callable_here = not isinstance(part, torch.nn.ModuleList | torch.nn.ModuleDict)
+        if callable_here and (part._parameters or 0 < unit.bytes <= limit):
+            found[part] = unit
+        else:
+            for child in part.children():
+                divide(child)
+
+    divide(module)
+    return found
+
+
+def _unit(part: torch.nn.Module, path: str, stored: Mapping[str, Tensor], itemsize: int) -> Unit:
+    weights, end = [], 0
+    for inner, owner in part.named_modules():
+        for leaf, parameter in owner._parameters.items():
+            if parameter is not None:
+                weights.append((owner, leaf, stored[".".join(filter(None, (path, inner, leaf)))], end))
+                end += -(-parameter.numel() * itemsize // _ALIGNED) * _ALIGNED
+    return Unit(tuple(weights), end)
+
+
+class Streamer:
+    """Brings each unit's weights into a buffer when the unit is called, and takes them away after.
+
+    On CUDA the weights wait in pinned host memory and there are two buffers: while one unit computes, the next one, known
+    from the call before, is copied into the other. Elsewhere there is one buffer, filled from the files each time, so that
+    a model larger than all memory runs.
+    """
+
+    def __init__(self, module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.units = units(module, stored, dtype.itemsize)
+        self.scratch = torch.empty(scratch_bytes(stored, dtype, device), dtype=torch.uint8)
+        self.slots = [torch.empty(n, dtype=torch.uint8, device=device) for n in stream_bytes(self.units, device)]
+        self._next: dict[torch.nn.Module, torch.nn.Module] = {}
+        self._last: torch.nn.Module | None = None
+        self._meta = {part: [owner._parameters[name] for owner, name, _, _ in unit.weights] for part, unit in self.units.items()}
+        self._pinned: dict[torch.nn.Module, torch.Tensor] = {}
+        if device.type == "cuda":
+            self._pinned = {part: self._pin(unit) for part, unit in self.units.items()}
+            self.scratch = torch.empty(0, dtype=torch.uint8)
+            self._copies: Any = torch.cuda.Stream()
+            self._copied: list[Any] = [torch.cuda.Event() for _ in self.slots]
+            self._used: list[Any] = [torch.cuda.Event() for _ in self.slots]
+            self._holds: list[torch.nn.Module | None] = [None] * len(self.slots)
+        fill_buffers(module, device)
+        self._hooks = [part.register_forward_pre_hook(self._bring) for part in self.units]
+        self._hooks += [part.register_forward_hook(self._take) for part in self.units]
+
+    def close(self) -> None:
+        """Let go of the module, which holds on to this by its hooks, once the copy that may be under way is done."""
+        if self._pinned:
+            self._copies.synchronize()
+        for hook in self._hooks:
+            hook.remove()
+
+    def _views(self, unit: Unit, buffer: torch.Tensor, shapes: list[Any]) -> list[torch.Tensor]:
+        parts = []
+        for (_, _, _, start), like in zip(unit.weights, shapes, strict=True):
+            parts.append(buffer[start : start + like.numel() * self.dtype.itemsize].view(self.dtype).view(like.shape))
+        return parts
+
+    def _pin(self, unit: Unit) -> torch.Tensor:
+        pinned = torch.empty(unit.bytes, dtype=torch.uint8, pin_memory=True)
+        shapes = [owner._parameters[name] for owner, name, _, _ in unit.weights]
+        for (_, _, tensor, _), view in zip(unit.weights, self._views(unit, pinned, shapes), strict=True):
+            read_into(view, tensor, self.scratch)
+        return pinned
+
+    def _bring(self, part: torch.nn.Module, _: Any) -> None:
+        unit, slot = self.units[part], 0
+        if self._pinned:
+            slot = self._arrived(part)
+        views = self._views(unit, self.slots[slot], self._meta[part])
+        for (owner, name, tensor, _), view in zip(unit.weights, views, strict=True):
+            if not self._pinned:
+                read_into(view, tensor, self.scratch)
+            owner._parameters[name] = torch.nn.Parameter(view, requires_grad=False)
+        if self._last is not None:
+            self._next[self._last] = part
+        self._last = part
+        if self._pinned and part in self._next:
+            self._copy(self._next[part], 1 - slot)
+
+    def _take(self, part: torch.nn.Module, _: Any, __: Any) -> None:
+        if self._pinned:
+            self._used[self._holds.index(part)].record()
+        for (owner, name, _, _), meta in zip(self.units[part].weights, self._meta[part], strict=True):
+            owner._parameters[name] = meta
+
+    def _arrived(self, part: torch.nn.Module) -> int:
+        """The slot that has the unit's weights, after the computing stream was told to wait for them."""
+        if part not in self._holds:
+            last = self._holds.index(self._last) if self._last in self._holds else 1
+            self._copy(part, 1 - last)
+        slot = self._holds.index(part)
+        torch.cuda.current_stream().wait_event(self._copied[slot])
+        return slot
+
+    def _copy(self, part: torch.nn.Module, slot: int) -> None:
+        if self._holds[slot] is part:
+            return
+        self._copies.wait_event(self._used[slot])
+        with torch.cuda.stream(self._copies):
+            pinned = self._pinned[part]
+            self.slots[slot][: pinned.numel()].copy_(pinned, non_blocking=True)
+            self._copied[slot].record()
+        self._holds[slot] = part
+
+
+def stream_bytes(parts: Mapping[torch.nn.Module, Unit], device: torch.device) -> list[int]:
+    """The buffers that a Streamer keeps on the device."""
+    return [max(unit.bytes for unit in parts.values())] * (2 if device.type == "cuda" else 1)

@@ -1,0 +1,121 @@
+"""This machine's own rates, measured once and kept: what the roofline in latency.py needs to know."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .errors import TightfitError
+from .hardware import Hardware, calibration_file
+from .plan import ATTENTIONS
+
+_LEAST_SECONDS = 0.3  # of repeating one measurement; its fastest turn counts
+
+
+def calibrate(hardware: Hardware) -> dict[str, Any]:
+    """Rates of `hardware`'s device, as fields of Hardware. About half a minute; nothing else should run meanwhile."""
+    import torch
+
+    from ..kernels import attention
+
+    device = torch.device(hardware.device)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    rates, attentions = {}, {}
+    with torch.inference_mode():
+        for precision in hardware.precisions:
+            dtype = dtypes[precision]
+            rates[precision] = _mixed_rate(device, dtype)
+            # half of SD 1.5's largest attention at 512x512
+            q, k, v = (torch.randn(1, 4096, 8, 40, device=device).to(dtype).transpose(1, 2) for _ in range(3))
+            for kind in ATTENTIONS:
+                seconds = _fastest(lambda attend=attention.VARIANTS[kind], q=q, k=k, v=v: attend(q, k, v), device)
+                attentions[f"{precision}/{kind}"] = 4.0 * 8 * 4096 * 4096 * 40 / seconds
+        block = torch.ones(2**26, device=device)
+        target = torch.empty_like(block)
+        copy = _fastest(lambda: target.copy_(block), device)
+        host = torch.ones(2**26)
+        if device.type == "cuda":
+            host = host.pin_memory()
+        bus = _fastest(lambda: target.copy_(host, non_blocking=True), device)
+        tiny = torch.ones(8, device=device)
+        start = _fastest(lambda: [tiny.add(1) for _ in range(1000)], device) / 1000
+    return {
+        "rates": rates,
+        "attention_rates": attentions,
+        "bandwidth": 2.0 * block.nbytes / copy,
+        "bus": host.nbytes / bus,
+        "call_seconds": start,
+        "read": _read_rate(),
+    }
+
+
+def save(hardware: Hardware, found: dict[str, Any]) -> Path:
+    """Keep it for the next `Hardware.detect`; answers where."""
+    file = calibration_file()
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            known = json.loads(file.read_text())
+        except (FileNotFoundError, ValueError):
+            known = {}
+        part = file.with_suffix(".partial")
+        part.write_text(json.dumps(known | {f"{hardware.device} {hardware.name}": found}, indent=1))
+        part.replace(file)
+    except OSError as error:
+        raise TightfitError(f"{file} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can") from None
+    return file
+
+
+def _read_rate() -> float:
+    """Bytes/s from a file that the system has in its cache, as the weights' are after the first time, into memory."""
+    from tempfile import TemporaryFile
+
+    target = bytearray(2**27)
+    with TemporaryFile() as stream:
+        stream.write(target)
+
+        def read() -> None:
+            stream.seek(0)
+            stream.readinto(target)
+
+        return len(target) / _fastest(read, None)
+
+
+def _mixed_rate(device: Any, dtype: Any) -> float:
+    """FLOP/s over a linear layer and two convolutions of SD 1.5's U-Net at 512x512, as the time of all three says."""
+    import torch
+
+    def tensor(*shape: int):
+        return torch.randn(*shape, device=device).to(dtype)
+
+    def layers(x, linear, large, conv, small, deep):
+        torch.nn.functional.linear(x, linear)
+        torch.nn.functional.conv2d(large, conv, padding=1)
+        torch.nn.functional.conv2d(small, deep, padding=1)
+
+    tensors = (tensor(4096, 640), tensor(2560, 640), tensor(2, 320, 64, 64), tensor(320, 320, 3, 3), tensor(2, 1280, 16, 16))
+    tensors = (*tensors, tensor(1280, 1280, 3, 3))
+    flops = 2.0 * (4096 * 640 * 2560 + 9 * (2 * 64 * 64 * 320 * 320 + 2 * 16 * 16 * 1280 * 1280))
+    return flops / _fastest(lambda: layers(*tensors), device)
+
+
+def _fastest(work: Callable[[], Any], device: Any) -> float:
+    """Seconds of the fastest of several turns."""
+    import torch
+
+    def wait() -> None:
+        if device is not None and device.type != "cpu":
+            getattr(torch, device.type).synchronize()
+
+    work()
+    wait()
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < _LEAST_SECONDS:
+        start = time.perf_counter()
+        work()
+        wait()
+        best = min(best, time.perf_counter() - start)
+    return best

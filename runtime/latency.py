@@ -1,0 +1,39 @@
+"""Predicted seconds: a roofline. Each operator takes as long as its arithmetic, its memory traffic or its start, whichever is
+most (Williams, Waterman and Patterson, "Roofline", CACM 2009)."""
+
+from __future__ import annotations
+
+from .hardware import Hardware
+from .memory import Footprint, Shape
+from .plan import Placement
+
+SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, read
+BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
+
+
+def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
+    """One call of a component whose weights are loaded, or stream in."""
+    rate, least = hardware.rate(placement.precision), hardware.call_seconds
+    seconds = sum(max(o.flops / rate, o.bytes / hardware.bandwidth, least) for o in footprint.trace.operations)
+    seconds += sum(attention_seconds(hardware, placement, shape) for shape in footprint.trace.attentions)
+    if not footprint.streamed:
+        return seconds
+    if hardware.device == "cuda":  # the next block is copied while this one computes
+        return max(seconds, footprint.streamed / hardware.bus)
+    return seconds + footprint.streamed / hardware.read
+
+
+def attention_seconds(hardware: Hardware, placement: Placement, shape: Shape) -> float:
+    batch, heads, n, m, d = shape
+    size = 4 if placement.precision == "fp32" else 2
+    flops, scores = 4.0 * batch * heads * n * m * d, float(batch * heads * n * m)
+    moved = 2.0 * batch * heads * (n + m) * d * size
+    kind, rate = placement.attention, hardware.rate(placement.precision)
+    measured = hardware.attention_rates.get(f"{placement.precision}/{kind}")
+    if measured:
+        return max(flops / measured, moved / hardware.bandwidth, hardware.call_seconds)
+    if kind == "chunked":
+        return flops / hardware.rate("fp32") + BLOCK_PASSES * 4 * scores / hardware.bandwidth
+    if kind == "sliced" or not hardware.fused_attention:
+        return flops / rate + SCORE_PASSES * size * scores / hardware.bandwidth
+    return max(flops / rate, moved / hardware.bandwidth, hardware.call_seconds)

@@ -1,0 +1,264 @@
+"""Which way to run a request: every candidate is costed, the fastest that fits is taken. No device is touched, no weight read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, TypeVar
+
+from .backends import engine
+from .errors import TightfitError
+from .hardware import Hardware
+from .latency import call_seconds
+from .memory import Footprint, peak, shown
+from .plan import ATTENTIONS, CFG, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
+from .request import Request
+from .spec import PRECISION_BYTES, ModelSpec
+
+# Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m tightfit.benchmarks.quality).
+PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0}
+T = TypeVar("T")
+_SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
+
+
+def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wishes: Wishes | None = None) -> list[Plan]:
+    """Every way to run `request` (the model's native size by default) on `hardware`, best first: those that fit, fastest
+    first, then the others by what they lack. The first is marked as chosen, if any fits."""
+    wishes = wishes or Wishes()
+    request = (request or Request("a")).resolve(spec)
+    job = _job(hardware, spec, request, wishes)
+    budget = hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
+    found = [job.plan(cfg, placements, budget) for cfg, placements in _candidates(hardware, spec, request, wishes)]
+    if not found:
+        raise TightfitError(f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto")
+    fitting = sorted((p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes, p.predicted.seconds))
+    if fitting:
+        fastest = fitting[0].predicted.seconds
+        equal = [p for p in fitting if p.predicted.seconds <= fastest * (1 + _SAME)]
+        best = min(equal, key=_burden)
+        rest = [_beaten(p, best) for p in fitting if p is not best]
+        fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
+    return fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+
+
+def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Plan:
+    """A plan from a file, predicted anew for this machine and request. Raises TightfitError if it cannot run here."""
+    again = "make one for it with 'tightfit plan'"
+    if saved.placements.keys() != spec.components.keys():
+        raise TightfitError(f"this plan is for another kind of model than {spec.name}: {again}")
+    if saved.device != hardware.device:
+        raise TightfitError(f"this plan is for {saved.hardware} ({saved.device}), this machine runs on {hardware.device}: {again}")
+    budget = hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
+    new = _job(hardware, spec, request.resolve(spec), wishes).plan(saved.cfg, saved.placements, budget)
+    if not new.fits:
+        raise TightfitError(f"this plan, made for {saved.hardware}, does not run here: it {new.reason}; {again}")
+    return replace(new, chosen=True, reason=f"read from a file; made for {saved.hardware}")
+
+
+def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> TightfitError:
+    """The error that says what would fit: a smaller picture, or a larger budget."""
+    least = min(plans, key=lambda p: p.predicted.peak_bytes)
+    option = "--ram" if hardware.device == "cpu" else "--vram"
+    needed = least.predicted.peak_bytes + least.predicted.context_bytes
+    asked = f"{request.width}x{request.height}"
+    if needed <= least.budget_bytes:  # it is not the memory
+        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {least.reason}")
+    cures = []
+    if smaller := _largest_that_fits(hardware, spec, request, wishes):
+        cures.append(f"the largest of this shape that fits is {smaller}")
+    enough = f"{-(-needed // 2**20)}MiB"
+    cures.append(
+        f"{asked} needs {option} {enough}"
+        if needed <= hardware.free_bytes
+        else f"{asked} needs {enough} free, {shown(hardware.free_bytes)} are"
+    )
+    return TightfitError(f"{spec.name} does not fit {shown(least.budget_bytes)}: {', or '.join(cures)} (with {least.summary()})")
+
+
+def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> str | None:
+    step, most = spec.downsampling * 8, min(int(request.width or 0), int(request.height or 0))
+    sizes = [(round(w / step) * step, round(h / step) * step) for w, h in _shrunk(request, most, step)]
+    low, high, best = 0, len(sizes) - 1, None
+    while low <= high:  # the sizes grow
+        middle = (low + high) // 2
+        smaller = replace(request, width=sizes[middle][0], height=sizes[middle][1])
+        if plan(hardware, spec, smaller, wishes)[0].fits:
+            best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _shrunk(request: Request, most: int, step: int) -> Iterator[tuple[float, float]]:
+    for side in range(step, most, step):
+        yield max(step, request.width * side / most), max(step, request.height * side / most)  # pyright: ignore[reportOptionalOperand]
+
+
+def _candidates(
+    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes
+) -> Iterator[tuple[str, dict[str, Placement]]]:
+    def options(asked: str, known: Sequence[str]) -> Sequence[str]:
+        return known if asked == "auto" else (asked,)
+
+    modes = options(wishes.cfg, CFG) if guided(spec, request) else ("batched",)
+    axes = (
+        options(wishes.precision, hardware.precisions),
+        options(wishes.residency, RESIDENCIES),
+        options(wishes.attention, ATTENTIONS),
+        options(wishes.tiling, TILINGS),
+        modes,
+    )
+    for precision, residency, attention, tiling, cfg in product(*axes):
+        placements = {}
+        for name in spec.components:
+            vae = name == "vae_decoder"
+            placements[name] = Placement(
+                "torch",
+                _vae_precision(hardware, spec, precision) if vae else precision,
+                "staged" if vae and residency == "streamed" else residency,  # a hundredth of a U-Net: nothing to gain
+                attention if name in ("unet", "vae_decoder") else "sdpa",
+                tiling if vae else "whole",
+            )
+        yield cfg, placements
+
+
+def _vae_precision(hardware: Hardware, spec: ModelSpec, precision: str) -> str:
+    """SDXL's VAE overflows in fp16, unless it is one that was published with force_upcast off."""
+    if precision == "fp16" and spec.family == "sdxl" and spec.vae.get("force_upcast", True):
+        return "bf16" if "bf16" in hardware.precisions else "fp32"
+    return precision
+
+
+def guided(spec: ModelSpec, request: Request) -> bool:
+    """Classifier-free guidance: asked for above one, as in diffusers, but not of models distilled for it."""
+    return (request.guidance_scale or 0) > 1 and not spec.guidance_width
+
+
+_KEPT = 64
+_jobs: dict[tuple[Any, ...], _Job] = {}
+
+
+def _job(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> _Job:
+    """One that remembers what an earlier one of the same machine, model and size computed."""
+    key = (id(hardware), id(spec), request.width, request.height, guided(spec, request))
+    if key not in _jobs:
+        if len(_jobs) >= _KEPT:
+            _jobs.clear()
+        _jobs[key] = _Job(hardware, spec, request, wishes)  # which keeps both, so that their ids stay their own
+    return replace(_jobs[key], request=request, wishes=wishes)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One request on one machine, and what it costs to run it in one way or another."""
+
+    hardware: Hardware
+    spec: ModelSpec
+    request: Request
+    wishes: Wishes
+    _known: dict[Any, Any] = field(default_factory=dict)
+
+    def plan(self, cfg: str, placements: Mapping[str, Placement], budget: int) -> Plan:
+        predicted = self._predict(cfg, placements)
+        problem = self._problem(placements, predicted, budget)
+        reason = problem or "fits"
+        return Plan(
+            self.spec.name, self.hardware.name, self.hardware.device, budget, cfg, placements, predicted, not problem, False, reason
+        )
+
+    def _once(self, key: Any, compute: Callable[[], T]) -> T:
+        """Candidates share most of what they are made of."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def _footprint(self, name: str, placement: Placement, cfg: str) -> Footprint:
+        both = 2 if name == "unet" and guided(self.spec, self.request) and cfg == "batched" else 1
+        size = (both, int(self.request.height or 0), int(self.request.width or 0))
+        run = engine(placement.backend).footprint
+        return self._once(
+            (name, placement, both), lambda: run(self.spec, self.spec.components[name], placement, self.hardware, size)
+        )
+
+    def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
+        footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
+        stages: dict[str, int] = dict.fromkeys(STAGES, 0)
+        for name, footprint in footprints.items():
+            others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
+            held = tuple(count for other in others for count in footprints[other].held)
+            stage = "denoise" if name == "unet" else "decode" if name == "vae_decoder" else "encode"
+            sizes = tuple((n, PRECISION_BYTES[placements[n].precision]) for n in (name, *others))
+            own = placements[name]
+            alone = ("peak", sizes, own.residency, own.attention, own.tiling, cfg)
+            most = self._once(alone, lambda held=held, own=footprint: peak(self.hardware.device, held, own))
+            stages[stage] = max(stages[stage], most)
+        host = max(f.streamed for f in footprints.values()) if self.hardware.device == "cuda" else 0
+        seconds = self._seconds(cfg, placements, footprints)
+        psnr = min(PSNR[placement.precision] for placement in placements.values())
+        return Predicted(max(stages.values()), stages, self.hardware.context_bytes, host, seconds, psnr)
+
+    def _seconds(self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> float:
+        both = 2 if guided(self.spec, self.request) else 1
+        total = 0.0
+        for name, placement in placements.items():
+            calls = both  # texts are encoded one by one
+            if name == "unet":
+                calls = self.request.num_inference_steps * (both if cfg == "sequential" else 1) * self.request.num_images
+            elif name == "vae_decoder":
+                calls = self.request.num_images
+            one = ("seconds", name, placement, cfg)
+            total += calls * self._once(one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n]))
+            if placement.residency != "streamed" or self.hardware.device == "cuda":
+                stored = sum(tensor.stored_bytes for tensor in self.spec.components[name].tensors.values())
+                shared = self.wishes.requests if placement.residency == "resident" else 1
+                total += stored / self.hardware.read / shared
+        return total
+
+    def _problem(self, placements: Mapping[str, Placement], predicted: Predicted, budget: int) -> str | None:
+        """Why this plan cannot be taken, or None."""
+        for name, placement in placements.items():
+            if refusal := engine(placement.backend).refuses(self.hardware, name, placement):
+                return f"is refused: {refusal}"
+        if self.wishes.min_psnr is not None and predicted.psnr < self.wishes.min_psnr:
+            return f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}"
+        room = budget - predicted.context_bytes
+        if predicted.peak_bytes > room:
+            stage = max(predicted.stages, key=lambda name: predicted.stages[name])
+            return f"needs {shown(predicted.stages[stage])} to {stage}, {shown(predicted.stages[stage] - room)} too much"
+        if predicted.host_bytes > self.hardware.host_bytes:
+            return f"needs {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
+        return None
+
+
+def _burden(plan: Plan) -> tuple[float, ...]:
+    """By what to choose among plans that are as fast: quality, then doing nothing that need not be, then memory."""
+    streamed = any(placement.residency == "streamed" for placement in plan.placements.values())
+    return -plan.predicted.psnr, streamed, plan.cfg == "sequential", plan.predicted.peak_bytes, plan.predicted.seconds
+
+
+def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
+    forced = [getattr(wishes, name) for name in ("precision", "residency", "attention", "tiling", "cfg")]
+    asked = [choice for choice in forced if choice != "auto"]
+    left = best.budget_bytes - best.predicted.context_bytes - best.predicted.peak_bytes
+    slow = (
+        ""
+        if best.precision in hardware.precisions
+        else f"; {hardware.name} has no arithmetic for {best.precision}, expect it to be slow"
+    )
+    return f"the fastest that fits, with {shown(left)} to spare{f' ({chr(44).join(asked)} asked for)' if asked else ''}{slow}"
+
+
+def _beaten(plan: Plan, best: Plan) -> Plan:
+    """With the reason why it was not taken though it fits."""
+    ratio = plan.predicted.seconds / best.predicted.seconds
+    more = plan.predicted.peak_bytes - best.predicted.peak_bytes
+    if 1 + _SAME < ratio < 1.005:
+        reason = "fits, hardly slower"
+    elif ratio > 1 + _SAME:
+        reason = f"fits, but is {ratio:.2f} times as slow"
+    elif more > 0:
+        reason = f"fits, as fast, but takes {shown(more)} more"
+    else:
+        reason = "fits, no better"
+    return replace(plan, reason=reason)

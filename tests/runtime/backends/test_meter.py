@@ -1,0 +1,136 @@
+"""What is counted, and predicted, is what torch's own profiler sees allocated."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tightfit.runtime.backends import dryrun, networks, weights
+from tightfit.runtime.backends.cpu_kernels import own_bytes
+from tightfit.runtime.backends.meter import CountingMeter, LiveBytes, spilled
+from tightfit.runtime.errors import OutOfMemoryError
+from tightfit.runtime.hardware import Hardware
+from tightfit.runtime.hub import inspect
+from tightfit.runtime.memory import Footprint, peak
+from tightfit.runtime.plan import Placement
+from torch.profiler import ProfilerActivity, profile
+
+CPU = Hardware("cpu", "here", 2**34, 2**34, ("fp32",))
+
+
+def profiled(call) -> int:
+    """Most bytes that torch's allocator had handed out at once during `call`, beyond those before it."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = call()
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    del kept
+    return most
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("component", "attention", "tiling", "batch"),
+    [
+        ("text_encoder", "sdpa", "whole", 1),
+        ("unet", "sdpa", "whole", 1),
+        ("unet", "sliced", "whole", 2),
+        ("unet", "chunked", "whole", 2),
+        ("vae_decoder", "sdpa", "whole", 1),
+        ("vae_decoder", "sdpa", "tiled", 1),
+    ],
+)
+@pytest.mark.parametrize("model", ["emoji", "sd2", "sdxl"])
+def test_against_the_profiler(tiny_models, model, component, attention, tiling, batch, precision):
+    spec = inspect(tiny_models.get(model, model))
+    part, placement = spec.components[component], Placement("torch", precision, "staged", attention, tiling)
+    size = (batch, 128, 192)
+    footprint = dryrun.footprint(spec, part, placement, CPU, size)
+    call, dtype, cpu = networks.forward(spec, part, placement), weights.DTYPES[precision], torch.device("cpu")
+    module = networks.build(part, attention)
+    weights.fill(module, weights.match(part, module), dtype, cpu)
+    shapes = dryrun._inputs(spec, part, *size)
+    tensors = {n: torch.zeros(s, dtype=torch.int64 if n == "tokens" else torch.float32) for n, s in shapes.items()}
+    run = lambda: dryrun.run(module, call, tensors, dtype, cpu)  # noqa: E731
+    seen = profiled(run)
+    with torch.inference_mode(), LiveBytes("cpu") as live:
+        run()
+    held = sum(p.nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
+    assert footprint.held_bytes == held
+    predicted = peak("cpu", (), Footprint((), 0, footprint.trace, footprint.scratch, 0))
+    for count in (live.peak, predicted):
+        assert count + held == pytest.approx(seen + held, rel=0.05)
+
+
+def answer_and_own(func, *args):
+    """Bytes by the profiler beside the answer, and by our formula."""
+    with torch.inference_mode():
+        out = func(*args)
+    return profiled(lambda: func(*args)) - out.nbytes, own_bytes(func, args, out)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("x", "weight"),
+    [((1, 64, 64, 64), (32, 64, 3, 3)), ((2, 320, 16, 16), (640, 320, 3, 3)), ((1, 16, 64, 64), (3, 16, 3, 3))],
+)
+def test_convolutions(x, weight, dtype):
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the formula was found on AVX-512")
+    seen, formula = answer_and_own(
+        torch.ops.aten.conv2d.default, torch.randn(x).to(dtype), torch.randn(weight).to(dtype), None, [1, 1], [1, 1]
+    )
+    assert seen == pytest.approx(formula, rel=0.02)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (32, 33), (64, 64), (16, 8), (8, 64)])
+def test_upsampling(size):
+    x = torch.randn(1, 32, *size)
+    seen, formula = answer_and_own(torch.ops.aten.upsample_nearest2d.vec, x, None, [2.0, 2.0])
+    assert seen == pytest.approx(formula, abs=0.01 * x.nbytes * 5)
+
+
+def test_views_and_what_was_there_count_nothing():
+    before = torch.ones(1000)
+    with LiveBytes("cpu") as live:
+        views = before[10:].view(-1, 10).T
+        assert (live.now, live.peak) == (0, 0)
+        twice = before * 2
+        del twice
+        assert (live.now, live.peak) == (0, 4000)
+        kept = views + 1
+    assert live.now == kept.nbytes
+
+
+def test_limits():
+    meter = CountingMeter("cpu")
+    meter.limit(10_000)
+    meter.hold(6000)
+    assert meter.during("a", lambda: torch.ones(500).sum().item()) == 500
+    assert 8000 <= meter.bytes() < 8100
+    with pytest.raises(OutOfMemoryError, match="are allowed"):
+        meter.during("b", lambda: torch.ones(2000))
+    with pytest.raises(OutOfMemoryError):
+        meter.hold(5000)
+    meter.hold(-6000)
+    meter.hold(9000)
+    with pytest.raises(OutOfMemoryError):
+        meter.during("a", lambda: pytest.fail("known to take too much"))
+    meter.limit(None)
+    meter.during("a", lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("reserved", "used", "free", "expected"),
+    [
+        (3 << 30, 3 << 30, 2 << 30, 0),
+        (3 << 30, 2 << 30, 2 << 30, 0),  # others gave some back; the card has room
+        (3 << 30, 2 << 30, 1 << 20, 1 << 30),  # the card is full, and a gibibyte of ours is not on it
+        (3 << 30, (3 << 30) - (64 << 20), 1 << 20, 0),
+    ],
+)
+def test_spill(reserved, used, free, expected):
+    """Bytes since the start: what we reserved, what the driver says is used, and what is free now."""
+    assert spilled(reserved, used, free) == expected

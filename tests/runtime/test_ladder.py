@@ -1,0 +1,163 @@
+"""Out of memory at every stage and step: the run goes on with less, and paints the same picture; the budget is held."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tightfit
+from tightfit.benchmarks.parity import psnr
+from tightfit.runtime.backends.torch import TorchBackend, TorchSession
+from tightfit.runtime.errors import OutOfMemoryError, TightfitError
+from tightfit.runtime.plan import ATTENTIONS, CFG, TILINGS, Wishes
+from tightfit.runtime.process import ProcessPeak
+
+STEPS = 3
+REQUEST = tightfit.Request("a cat", seed=1, num_inference_steps=STEPS, scheduler="euler_a", width=128, height=128)
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_models):
+    """The picture that nothing interrupted, by family."""
+    pictures = {}
+    for family in ("sd1", "sdxl"):
+        with tightfit.load(str(tiny_models[family]), precision="fp32", device="cpu") as pipe:
+            pictures[family] = pipe.generate(REQUEST).images[0]
+    return pictures
+
+
+def failing(monkeypatch, numbers, method="__call__"):
+    """The calls of sessions (or loads of components) with these numbers, from 0, run out of memory; answers how many there were."""
+    kind = TorchSession if method == "__call__" else TorchBackend
+    count, original = [0], getattr(kind, method)
+
+    def call(*args, **kwargs):
+        count[0] += 1
+        if count[0] - 1 in numbers:
+            raise OutOfMemoryError("injected")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(kind, method, call)
+    return count
+
+
+@pytest.mark.parametrize("number", range(2 + STEPS + 1))
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_at_every_call(tiny_models, whole, monkeypatch, family, number):
+    """Two texts (SDXL: four), each step, the decoding: the picture stays the same, and it is said once."""
+    failing(monkeypatch, {number})
+    with tightfit.load(str(tiny_models[family]), precision="fp32", device="cpu") as pipe:
+        events = list(pipe.run(REQUEST))
+    result = events[-1].result
+    assert psnr(result.images[0], whole[family]) > 75
+    (notice,) = result.notices
+    assert notice.startswith("out of memory to ")
+    assert [notice] == [each for event in events for each in event.notices]
+    assert [e.step for e in events if e.stage == "denoise"] == [1, 2, 3]
+
+
+def test_on_every_rung(tiny_models, whole, monkeypatch):
+    """Every call fails until the last rung: each plan takes less than the one before, and then it is said that none does."""
+    taken = []
+    original = tightfit.Pipeline._take
+    monkeypatch.setattr(tightfit.Pipeline, "_take", lambda self, plan: (taken.append(plan), original(self, plan))[1])
+    with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu") as pipe:
+        for stage, first in (("denoise", 2), ("decode", 2 + STEPS)):
+            taken.clear()
+            with monkeypatch.context() as patch:
+                count = failing(patch, range(first, 10_000))
+                with pytest.raises(TightfitError, match=f"out of memory to {stage} .injected., and no plan takes less"):
+                    pipe.generate(REQUEST)
+            needs = [plan.predicted.stages[stage] for plan in taken]
+            assert len(needs) > 2
+            assert needs == sorted(set(needs), reverse=True)
+            rungs = count[0] - first
+            for fails in range(1, rungs):
+                with monkeypatch.context() as patch:
+                    failing(patch, range(first, first + fails))
+                    result = pipe.generate(REQUEST)
+                assert psnr(result.images[0], whole["sd1"]) > 75
+                assert len(result.notices) == fails
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_while_loading(tiny_models, whole, monkeypatch, number):
+    failing(monkeypatch, {number}, "load")
+    with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu") as pipe:
+        result = pipe.generate(REQUEST)
+    assert psnr(result.images[0], whole["sd1"]) > 75
+    assert len(result.notices) == 1
+
+
+def test_a_prediction_that_is_too_low(tiny_models, whole, monkeypatch):
+    """The meter stops what takes more than the budget, though the plan said it would fit."""
+    with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu") as pipe:
+        best, *others = pipe.plans(REQUEST)
+        tight = best.predicted.context_bytes + best.predicted.peak_bytes - 1
+        pipe._planned = pipe._planned[0], [dataclasses.replace(p, budget_bytes=tight) for p in (best, *others)]
+        result = pipe.generate(REQUEST)
+    assert result.plan.placements != best.placements
+    assert result.peak_bytes <= best.predicted.peak_bytes
+    assert "are allowed" in result.notices[0]
+    assert psnr(result.images[0], whole["sd1"]) > 75
+
+
+@pytest.mark.parametrize("residency", ["resident", "staged", "streamed"])
+@pytest.mark.parametrize("attention", ATTENTIONS)
+@pytest.mark.parametrize("cfg", CFG)
+@pytest.mark.parametrize("tiling", TILINGS)
+def test_every_combination_paints_the_same_and_takes_what_was_predicted(tiny_models, whole, residency, attention, cfg, tiling):
+    choices = {"residency": residency, "attention": attention, "cfg": cfg, "tiling": tiling}
+    with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu", **choices) as pipe:
+        pipe.generate(REQUEST)
+        result = pipe.generate(REQUEST)  # in the second run all that stays is loaded
+    assert psnr(result.images[0], whole["sd1"]) > 75
+    for stage, predicted in result.plan.predicted.stages.items():
+        assert result.stages[stage].peak_bytes == pytest.approx(predicted, rel=0.05), stage
+
+
+def test_budgets_are_held(tiny_models, whole):
+    """From what the slowest needs to what the fastest wants."""
+    spec = str(tiny_models["sdxl"])
+    with tightfit.load(spec, precision="fp32", device="cpu", requests=1) as pipe:
+        plans = pipe.plans(REQUEST)
+    context = plans[0].predicted.context_bytes
+    needs = sorted({p.predicted.peak_bytes for p in plans})
+    for needed in needs[:: len(needs) // 6]:
+        wishes = Wishes(precision="fp32", requests=1, budget=context + needed)
+        with tightfit.Pipeline(pipe.spec, pipe.hardware, wishes) as other:
+            result = other.generate(REQUEST)
+        assert result.peak_bytes <= needed
+        assert psnr(result.images[0], whole["sdxl"]) > 75
+    with pytest.raises(TightfitError, match="does not fit"):
+        tightfit.Pipeline(pipe.spec, pipe.hardware, Wishes(precision="fp32", budget=context + needs[0] - 1)).generate(REQUEST)
+
+
+def test_a_budget_as_text(sd1):
+    with tightfit.load(str(sd1), device="cpu", budget="2 GiB") as pipe:
+        assert pipe.plans(REQUEST)[0].budget_bytes == 2 * 2**30
+    with pytest.raises(TightfitError, match="amount such as 4GiB"):
+        tightfit.load(str(sd1), device="cpu", budget="much")
+    with pytest.raises(TightfitError, match="unknown option 'vrm'"):
+        tightfit.load(str(sd1), device="cpu", vrm="2GiB")
+
+
+def test_a_process_over_its_budget_is_said(sd1, monkeypatch):
+    monkeypatch.setattr(ProcessPeak, "bytes", lambda _: 10**15)
+    with tightfit.load(str(sd1), device="cpu") as pipe:
+        assert any("the process held" in notice for notice in pipe.generate(REQUEST).notices)
+
+
+@pytest.mark.gpu
+def test_cuda_budgets_are_held(tiny_models, whole):
+    import torch
+
+    for residency in ("resident", "staged", "streamed"):
+        choices = {"precision": "fp32", "residency": residency, "requests": 1}
+        with tightfit.load(str(tiny_models["sd1"]), device="cuda", budget="256MiB", **choices) as pipe:
+            result = pipe.generate(REQUEST)
+            assert result.peak_bytes <= 256 * MIB
+            assert result.peak_bytes == pytest.approx(result.plan.predicted.peak_bytes, rel=0.25)
+        assert psnr(result.images[0], whole["sd1"]) > 50
+    assert torch.cuda.memory_reserved() < 64 * MIB
