@@ -1,0 +1,46 @@
+"""What tightfit would do on each card of profiles/: `python -m tightfit.benchmarks.plans sd15:512 sdxl:1024 > docs/plans.md`.
+
+Nothing is measured and no weight is read: MODEL:SIZE needs only configs and file headers.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from .. import Request, inspect, plan
+from ..runtime.hardware import PROFILES, profile
+from ..runtime.memory import shown
+from ..runtime.plan import Wishes
+from ..runtime.planner import none_fits
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("models", nargs="+", metavar="MODEL:SIZE")
+    parse.add_argument("--steps", type=int, default=20)
+    args = parse.parse_args()
+    print("# What runs on which card\n")
+    print("Chosen plans, predicted. The fp16 files of each model, seconds by the makers' rates, so at best; a desktop on the card.")
+    print(f"Made by `python -m tightfit.benchmarks.plans {' '.join(args.models)}`.")
+    for each in args.models:
+        name, _, side = each.rpartition(":")
+        spec = inspect(name)
+        request = Request("a", None, int(side), int(side), args.steps, scheduler="euler").resolve(spec)
+        print(f"\n## {spec.folder.name}, {side}x{side}, {args.steps} steps\n")
+        print("| card | to fit in | precision | residency | CFG | attention | VAE | encode | denoise | decode | seconds |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
+        for file in sorted(PROFILES.glob("*.toml")):
+            hardware = profile(file.stem)
+            plans = plan(hardware, spec, request)
+            best, room = plans[0], shown(hardware.free_bytes - hardware.context_bytes)
+            if not best.fits:
+                print(f"| {file.stem} | {room} | {none_fits(plans, hardware, spec, request, Wishes())} |")
+                continue
+            unet, vae = best.placements["unet"], best.placements["vae_decoder"]
+            how = (unet.precision, unet.residency, best.cfg, unet.attention, f"{vae.precision} {vae.tiling}")
+            stages = (shown(count) for count in best.predicted.stages.values())
+            print(f"| {file.stem} | {room} | {' | '.join((*how, *stages, f'{best.predicted.seconds:.1f}'))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
