@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .runtime.errors import TightfitError
     from .runtime.events import Event, Result
-    from .runtime.hardware import Hardware
+    from .runtime.hardware import Hardware, profile
     from .runtime.hub import inspect
     from .runtime.parameters import save
     from .runtime.pipeline import Pipeline, load
@@ -37,13 +37,14 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "profile",
     "save",
 ]
 
 _HOMES = {
     "errors": ("TightfitError",),
     "events": ("Event", "Result"),
-    "hardware": ("Hardware",),
+    "hardware": ("Hardware", "profile"),
     "hub": ("inspect",),
     "parameters": ("save",),
     "pipeline": ("Pipeline", "load"),

@@ -99,10 +99,10 @@ def generate(
     target = _target(output, request.prompt, request.num_images)
     if source and not (model or carried.model):
         raise TightfitError(f"{source} does not say where its model is: name it with --model")
-    where = model or carried.model or "emoji"
     fetch = source is None or model is not None  # a picture alone never starts a download
     wishes = _wishes(precision or carried.precision, vram, residency, attention, tiling, min_psnr)
-    plan = Plan.from_json(_text(plan_file)) if plan_file else None
+    plan = _plan(plan_file) if plan_file else None
+    where = model or carried.model or (plan.model if plan else "emoji")
     with load(where, device=device, plan=plan, local_files_only=not fetch, **wishes) as pipeline:
         result = _run(pipeline, request)
     named = output is not None and not output.is_dir() and request.num_images == 1
@@ -203,6 +203,9 @@ def _wishes(
     }
 
 
+_WIDE = 130  # columns of a terminal that has room for the table
+
+
 def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -227,9 +230,20 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
         reason = f"✓ {p.reason}" if p.chosen else p.reason
         table.add_row(*names, *stages, seconds, f"{p.predicted.psnr:.0f}", reason, style=style)
     console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=180)
-    console.print(table)
+    if console.is_terminal and console.width >= _WIDE:
+        console.print(table)
+    elif console.is_terminal:
+        for p in listed:
+            stages = ", ".join(f"{name} {shown(count)}" for name, count in p.predicted.stages.items())
+            line = f"{p.summary()}: {stages}, {p.predicted.seconds:.1f} s, {p.predicted.psnr:.0f} dB"
+            console.print(
+                line, f"  {'✓ ' if p.chosen else ''}{p.reason}", sep="\n", markup=False, style="bold" if p.chosen else None
+            )
+    else:
+        wide = Console(highlight=False, width=180)
+        with wide.capture() as text:
+            wide.print(table)
+        typer.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
     room = f"{shown(first.budget_bytes)} to fit in, {shown(first.predicted.context_bytes)} of it "
     notes = [room + ("for the process itself" if first.device == "cpu" else "for the device's context")]
     if hidden := len(plans) - len(listed):
@@ -245,9 +259,11 @@ def _beats(one: Plan, other: Plan) -> bool:
     return usable and all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
 
-def _text(file: Path) -> str:
+def _plan(file: Path) -> Plan:
     try:
-        return file.read_text(encoding="utf-8")
+        return Plan.from_json(file.read_text(encoding="utf-8"))
+    except TightfitError as error:
+        raise TightfitError(f"{file}: {error}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TightfitError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): name another") from None
 

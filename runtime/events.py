@@ -55,7 +55,7 @@ class Event:
     """`stage` is encode, denoise, decode or done; `step` of `steps` are finished; the last event carries the result.
 
     Steps count on over all pictures of a request; `image` says which picture (from 0) the step belongs to. The notices,
-    such as the end of a prompt that was cut, come with the first event.
+    such as the end of a prompt that was cut, come with the first event after what they tell of.
     """
 
     stage: str

@@ -143,7 +143,8 @@ def _is_there(device: str, notes: list[str]) -> bool:
 
 
 def _gpu(device: str) -> Hardware:
-    """The current CUDA, ROCm or Intel GPU; its context exists from here on, so what it holds is not free any more."""
+    """The current CUDA, ROCm or Intel GPU. Its context exists from here on, so what that takes is not among the free bytes any
+    more and is added to them again: it has its own line."""
     import torch
 
     module: Any = getattr(torch, device)
@@ -159,7 +160,9 @@ def _gpu(device: str) -> Hardware:
         device=device,
         name=name,
         total_bytes=total,
-        free_bytes=free,
+        free_bytes=min(total, free + CUDA_CONTEXT),
+        context_bytes=CUDA_CONTEXT,
+        unified=like["unified"] if like else bool(getattr(module.get_device_properties(0), "is_integrated", False)),
         precisions=("fp16", *(["bf16"] if bf16 else []), "fp32"),
         capability=capability,
         rates=rates,
@@ -167,7 +170,7 @@ def _gpu(device: str) -> Hardware:
         bus=like["bus_gb_s"] * 1e9 if like else 12e9,
         host_bytes=_cpu_memory()[1],
         fused_attention=like["fused_attention"] if like else not rocm,
-        notes=(*notes, *_other_processes(device, total, free)),
+        notes=(*notes, *_other_processes(device, total - free - module.memory_reserved())),
     )
 
 
@@ -186,20 +189,21 @@ def _like(name: str, total: int) -> dict[str, Any] | None:
     return next((p for p in profiles if p["name"] == name and abs(p["memory_gib"] * GIB - total) < 0.6 * GIB), None)
 
 
-def _other_processes(device: str, total: int, free: int) -> list[str]:
-    """What others hold of the card, named where nvidia-ml-py can."""
+def _other_processes(device: str, others: int) -> list[str]:
+    """What others hold of the card, and where nvidia-ml-py can tell, how many they are."""
     import torch
 
-    held = [f"{(total - free - torch.cuda.memory_reserved()) / GIB:.2f} GiB of it are held by the context and by others"]
+    held = [f"{others / GIB:.2f} GiB of it are held by the context and by others"]
     if device != "cuda" or torch.version.hip:
         return held
     try:
         import pynvml  # pyright: ignore[reportMissingImports]
     except ImportError:
-        return [*held, "nvidia-ml-py is not installed: who holds the card's memory cannot be named"]
+        return [*held, "nvidia-ml-py is not installed: how many programs share the card cannot be told"]
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(torch.cuda.current_device())
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid  # indices differ by CUDA_VISIBLE_DEVICES
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         count = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
         return [*held, f"{count} processes compute on it, this one included"]
     except pynvml.NVMLError as error:

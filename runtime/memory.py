@@ -46,13 +46,14 @@ class Trace:
 class Footprint:
     """What a component takes on its device: `held`, the bytes of each allocation that stays while it is loaded;
     `loading`, bytes of host memory while it is read; `trace`, one call; `scratch`, what each attention takes for itself;
-    `streamed`, bytes of weights that flow through in each call."""
+    `streamed`, bytes of weights that flow through in each call; `host`, pinned memory from which they do."""
 
     held: tuple[int, ...]
     loading: int
     trace: Trace
     scratch: tuple[int, ...]
     streamed: int
+    host: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -96,6 +97,8 @@ def parse_bytes(text: str | float, option: str) -> int:
 
 def shown(count: float) -> str:
     """Bytes for people: '212 MiB', '3.65 GiB'."""
+    if count < 2**15:
+        return f"{count:.0f} bytes"
     mebibytes = count / 2**20
     return (
         f"{mebibytes / 1024:.2f} GiB"

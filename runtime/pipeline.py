@@ -17,7 +17,7 @@ from .errors import OutOfMemoryError, TightfitError
 from .events import Event, Measured, Result
 from .hardware import Hardware
 from .hub import inspect
-from .memory import parse_bytes, shown
+from .memory import shown
 from .plan import Placement, Plan, Wishes
 from .planner import guided
 from .process import ProcessPeak
@@ -39,7 +39,7 @@ def load(
 ) -> Pipeline:
     """A pipeline for a built-in model, a diffusers folder or a hub id. No weight is read before the first request.
 
-    device: auto, cuda, xpu, mps or cpu. Each request is planned for what is free now, by `wishes`, the fields of Wishes:
+    device: auto, cuda, xpu, mps or cpu. Each request is planned for what was free here, by `wishes`, the fields of Wishes:
     precision, residency, attention, tiling and cfg (auto unless named), budget (bytes, or text such as "4GiB"; of the GPU's
     memory, or of the process's on a CPU), min_psnr (decibels). Or else all run by `plan`, if it fits. With
     local_files_only nothing is fetched. Raises TightfitError.
@@ -47,8 +47,6 @@ def load(
     known = Wishes.__dataclass_fields__
     if unknown := [name for name in wishes if name not in known]:
         raise TightfitError(f"unknown option '{unknown[0]}': choose {', '.join(known)}")
-    if wishes.get("budget") is not None:
-        wishes["budget"] = parse_bytes(wishes["budget"], "budget")
     wishes.setdefault("requests", MANY)
     hardware = Hardware.detect(device)
     return Pipeline(inspect(model, local_files_only=local_files_only), hardware, Wishes(**wishes), plan)
@@ -80,7 +78,8 @@ class Pipeline:
         if key != self._planned[0]:
             plans = planner.plan(self.hardware, self.spec, request, self.wishes)
             if self._saved:
-                plans = [planner.checked(self._saved, self.hardware, self.spec, request, self.wishes), *plans]
+                saved = planner.checked(self._saved, self.hardware, self.spec, request, self.wishes)
+                plans = [saved, *(replace(each, chosen=False) for each in plans)]
             elif not plans[0].fits:
                 raise planner.none_fits(plans, self.hardware, self.spec, request, self.wishes)
             self._planned = key, plans
@@ -112,7 +111,8 @@ class Pipeline:
         """Events while `request` runs; the last has stage "done" and the result. Closing the generator stops the run.
 
         With `preview_every` every n-th step's event has a picture of the latents as they are then, which costs a
-        decode each time. A pipeline runs one request at a time.
+        decode each time, and its memory on top of what is predicted; without room for that there is none. A pipeline runs
+        one request at a time.
         """
         request = request.resolve(self.spec)
         if self._running:
@@ -151,7 +151,7 @@ class Pipeline:
         images = []
         with self._measured("decode", stages):
             for i, one in enumerate(latents):
-                images.append(self._picture(one, request, i))
+                images.append(self._picture(self._surviving(lambda one=one: self._decoded(one)), request, i))
                 yield Event("decode", i + 1, request.num_images, i, notices=self._news())
         assert self._plan
         result = Result(request, self._plan, tuple(images), stages, tuple(self._notices))
@@ -278,7 +278,7 @@ class Pipeline:
         for i in range(request.num_images):
             for number, (event, latents) in enumerate(self._steps(request, conditioning, i), 1):
                 if preview_every and number % preview_every == 0:
-                    event = replace(event, preview=self._picture(latents, request, i))
+                    event = replace(event, preview=self._preview(latents, request, i))
                 yield event
                 finished[i:] = [latents]
         return finished
@@ -316,13 +316,26 @@ class Pipeline:
         without, given = both[:1], both[1:]
         return without + np.float32(request.guidance_scale) * (given - without)
 
-    def _picture(self, latents: np.ndarray, request: Request, index: int) -> Image.Image:
-        """One PIL picture with its own request in `info["parameters"]`."""
-        latents = latents / np.float32(self.spec.latent_scale)
-        values = self._surviving(lambda: self._session("vae_decoder")(latents=latents)[0])[0].transpose(1, 2, 0)
+    def _preview(self, latents: np.ndarray, request: Request, index: int) -> Image.Image | None:
+        """The picture as it is now, if there is room for the VAE beside the U-Net, which goes on after."""
         assert self._plan
-        if self._stage != "decode" and self._plan.placements["vae_decoder"].residency != "resident":
-            self._drop("vae_decoder")  # a preview: the U-Net goes on
+        try:
+            return self._picture(self._decoded(latents), request, index)
+        except OutOfMemoryError:
+            if (notice := "there is no room for previews beside the U-Net") not in self._notices:
+                self._notices.append(notice)
+            return None
+        finally:
+            if self._plan.placements["vae_decoder"].residency != "resident":
+                self._drop("vae_decoder")
+
+    def _decoded(self, latents: np.ndarray) -> np.ndarray:
+        """(height, width, 3) in -1..1."""
+        return self._session("vae_decoder")(latents=latents / np.float32(self.spec.latent_scale))[0][0].transpose(1, 2, 0)
+
+    def _picture(self, values: np.ndarray, request: Request, index: int) -> Image.Image:
+        """One PIL picture with its own request in `info["parameters"]`."""
+        assert self._plan
         if not np.isfinite(values).all():
             raise TightfitError(
                 f"the picture overflowed in {self._plan.precision}: try --precision fp32, or a smaller guidance scale"

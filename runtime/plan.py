@@ -9,6 +9,7 @@ from typing import Any
 
 from .errors import TightfitError
 from .hardware import DEVICES
+from .memory import parse_bytes
 from .spec import PRECISION_BYTES
 
 VERSION = 2
@@ -119,8 +120,8 @@ def _problem(plan: Plan) -> str | None:
 class Wishes:
     """What the caller decides; "auto" and None leave it to the planner.
 
-    `budget` is bytes, context included; `min_psnr` decibels against fp32. `requests` says how many will run with the
-    components that stay loaded, which share the time of loading them.
+    `budget` is bytes or text such as "4GiB", context included; `min_psnr` decibels against fp32. `requests` says how many
+    will run with the components that stay loaded, which share the time of loading them.
     """
 
     precision: str = "auto"
@@ -128,12 +129,16 @@ class Wishes:
     attention: str = "auto"
     tiling: str = "auto"
     cfg: str = "auto"
-    budget: int | None = None
+    budget: Any = None
     min_psnr: float | None = None
     requests: int = 1
 
     def __post_init__(self) -> None:
-        """Raise TightfitError for a name that no plan knows."""
+        """Raise TightfitError for what no plan knows; a budget may be text, such as "4GiB"."""
+        if self.budget is not None:
+            object.__setattr__(self, "budget", parse_bytes(self.budget, "budget"))
+        if self.min_psnr is not None and not 0 <= self.min_psnr <= 99:
+            raise TightfitError(f"min_psnr must be decibels from 0 to 99, which is fp32 itself, not {self.min_psnr:g}")
         known = {"precision": PRECISIONS, "residency": RESIDENCIES, "attention": ATTENTIONS, "tiling": TILINGS, "cfg": CFG}
         for field in fields(self):
             value = getattr(self, field.name)

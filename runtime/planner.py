@@ -14,11 +14,12 @@ from .latency import call_seconds
 from .memory import Footprint, peak, shown
 from .plan import ATTENTIONS, CFG, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
 from .request import Request
-from .spec import PRECISION_BYTES, ModelSpec
+from .spec import ModelSpec
 
 # Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m tightfit.benchmarks.quality).
 PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0}
 T = TypeVar("T")
+_NEEDS = "needs"
 _SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
 
 
@@ -32,7 +33,7 @@ def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wi
     found = [job.plan(cfg, placements, budget) for cfg, placements in _candidates(hardware, spec, request, wishes)]
     if not found:
         raise TightfitError(f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto")
-    fitting = sorted((p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes, p.predicted.seconds))
+    fitting = sorted((p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes))
     if fitting:
         fastest = fitting[0].predicted.seconds
         equal = [p for p in fitting if p.predicted.seconds <= fastest * (1 + _SAME)]
@@ -47,9 +48,18 @@ def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, 
     again = "make one for it with 'tightfit plan'"
     if saved.placements.keys() != spec.components.keys():
         raise TightfitError(f"this plan is for another kind of model than {spec.name}: {again}")
+    unet, vae = saved.placements["unet"], saved.placements["vae_decoder"]
+    has = {name: getattr(unet, name) for name in ("precision", "residency", "attention")}
+    for name, value in (has | {"tiling": vae.tiling, "cfg": saved.cfg}).items():
+        if getattr(wishes, name) not in ("auto", value):
+            raise TightfitError(f"{name} {getattr(wishes, name)} is asked for, the plan says {value}: leave out one of them")
+    if vae.precision == "fp16" != _vae_precision(hardware, spec, "fp16"):
+        raise TightfitError(f"this plan runs {spec.name}'s VAE in fp16, in which it overflows: {again}")
     if saved.device != hardware.device:
         raise TightfitError(f"this plan is for {saved.hardware} ({saved.device}), this machine runs on {hardware.device}: {again}")
-    budget = hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
+    if saved.model != spec.name:
+        raise TightfitError(f"this plan is for {saved.model}, not for {spec.name}: {again}")
+    budget = min(saved.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
     new = _job(hardware, spec, request.resolve(spec), wishes).plan(saved.cfg, saved.placements, budget)
     if not new.fits:
         raise TightfitError(f"this plan, made for {saved.hardware}, does not run here: it {new.reason}; {again}")
@@ -58,7 +68,7 @@ def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, 
 
 def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> TightfitError:
     """The error that says what would fit: a smaller picture, or a larger budget."""
-    least = min(plans, key=lambda p: p.predicted.peak_bytes)
+    least = min((p for p in plans if p.reason.startswith(_NEEDS)), key=lambda p: p.predicted.peak_bytes, default=plans[0])
     option = "--ram" if hardware.device == "cpu" else "--vram"
     needed = least.predicted.peak_bytes + least.predicted.context_bytes
     asked = f"{request.width}x{request.height}"
@@ -71,7 +81,7 @@ def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, reques
     cures.append(
         f"{asked} needs {option} {enough}"
         if needed <= hardware.free_bytes
-        else f"{asked} needs {enough} free, {shown(hardware.free_bytes)} are"
+        else f"{asked} needs {shown(needed)} free, {shown(hardware.free_bytes)} are"
     )
     return TightfitError(f"{spec.name} does not fit {shown(least.budget_bytes)}: {', or '.join(cures)} (with {least.summary()})")
 
@@ -188,12 +198,12 @@ class _Job:
             others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
             held = tuple(count for other in others for count in footprints[other].held)
             stage = "denoise" if name == "unet" else "decode" if name == "vae_decoder" else "encode"
-            sizes = tuple((n, PRECISION_BYTES[placements[n].precision]) for n in (name, *others))
+            sizes = tuple((n, placements[n].precision) for n in (name, *others))
             own = placements[name]
             alone = ("peak", sizes, own.residency, own.attention, own.tiling, cfg)
             most = self._once(alone, lambda held=held, own=footprint: peak(self.hardware.device, held, own))
             stages[stage] = max(stages[stage], most)
-        host = max(f.streamed for f in footprints.values()) if self.hardware.device == "cuda" else 0
+        host = max(footprint.host for footprint in footprints.values())
         seconds = self._seconds(cfg, placements, footprints)
         psnr = min(PSNR[placement.precision] for placement in placements.values())
         return Predicted(max(stages.values()), stages, self.hardware.context_bytes, host, seconds, psnr)
@@ -225,9 +235,9 @@ class _Job:
         room = budget - predicted.context_bytes
         if predicted.peak_bytes > room:
             stage = max(predicted.stages, key=lambda name: predicted.stages[name])
-            return f"needs {shown(predicted.stages[stage])} to {stage}, {shown(predicted.stages[stage] - room)} too much"
+            return f"{_NEEDS} {shown(predicted.stages[stage])} to {stage}, {shown(predicted.stages[stage] - room)} too much"
         if predicted.host_bytes > self.hardware.host_bytes:
-            return f"needs {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
+            return f"{_NEEDS} {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
         return None
 
 
@@ -246,7 +256,8 @@ def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
         if best.precision in hardware.precisions
         else f"; {hardware.name} has no arithmetic for {best.precision}, expect it to be slow"
     )
-    return f"the fastest that fits, with {shown(left)} to spare{f' ({chr(44).join(asked)} asked for)' if asked else ''}{slow}"
+    by = f" ({', '.join(asked)} asked for)" if asked else ""
+    return f"the fastest that fits, with {shown(left)} to spare{by}{slow}"
 
 
 def _beaten(plan: Plan, best: Plan) -> Plan:

@@ -149,7 +149,12 @@ _FIELDS = {
     "vae_decoder": {"latent_channels": _count, "block_out_channels": _counts, "scaling_factor": _number},
     "text_encoder": {"max_position_embeddings": _count},
 }
-_DEFAULTS = {"scaling_factor": 0.18215, "max_position_embeddings": 77, "vocab_size": 49408}  # the libraries' own
+_DEFAULTS = {
+    "scaling_factor": 0.18215,
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "cross_attention_dim": 1280,
+}  # the libraries' own
 
 
 def _check_config(component: Component) -> None:

@@ -23,7 +23,7 @@ _KEPT = 16
 _modules: dict[
     int, tuple[Component, torch.nn.Module, Mapping[str, Tensor], str]
 ] = {}  # the component, so that its id stays its own
-_sizes_of: dict[Any, tuple[list[int], list[int], list[int]]] = {}
+_sizes_of: dict[Any, tuple[list[int], list[int], list[int], int]] = {}
 _traces: dict[Any, Trace] = {}
 
 
@@ -93,30 +93,34 @@ def footprint(
     half = dtype.itemsize == 2  # fp16 and bf16 take the same
     key = (component.name, config, spec.family, half, placement.tiling, device.type, tuple(inputs.items()))
     if key not in _traces:
+        if len(_traces) >= 8 * _KEPT:
+            _traces.clear()
         torch.nn.Module.to(module, dtype)  # past diffusers' own `to`, which warns
         _traces[key] = _trace(module, networks.forward(spec, component, placement), inputs, dtype, device.type)
     trace = _traces[key]
     kind, fused = placement.attention, hardware.fused_attention
     scratch = tuple(attention_bytes(kind, shape, dtype, device.type, fused) for shape in trace.attentions)
-    sizes, streams, buffers = _sizes(module, stored, dtype, device)
+    sizes, streams, buffers, pinned = _sizes(module, stored, dtype, device)
     loading = weights.scratch_bytes(stored, dtype, device)
     if placement.residency == "streamed":
         own, flow = [], sum(sizes)
         if device.type != "cuda":  # from the files each time
             own, flow = [loading] if device.type == "cpu" else [], sum(tensor.stored_bytes for tensor in stored.values())
-        return Footprint((*streams, *own, *buffers), 0, trace, scratch, flow)
+        return Footprint((*streams, *own, *buffers), 0, trace, scratch, flow, pinned)
     return Footprint((*sizes, *buffers), loading, trace, scratch, 0)
 
 
 def _sizes(
     module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> tuple[list[int], list[int], list[int]]:
-    """Bytes of each weight, of the buffers through which they would stream, and of what is in no file."""
+) -> tuple[list[int], list[int], list[int], int]:
+    """Bytes of each weight, of the buffers through which they would stream, of what is in no file, and of pinned memory."""
     key = (id(module), dtype, device.type)
     if key not in _sizes_of:
         parts = weights.units(module, stored, dtype.itemsize)
         sizes = [parameter.numel() * dtype.itemsize for parameter in module.parameters()]
-        _sizes_of[key] = sizes, weights.stream_bytes(parts, device), [buffer.nbytes for buffer in module.buffers()]
+        # torch's allocator of pinned memory rounds up to a power of two
+        pinned = sum(1 << (unit.bytes - 1).bit_length() for unit in parts.values()) if device.type == "cuda" else 0
+        _sizes_of[key] = sizes, weights.stream_bytes(parts, device), [buffer.nbytes for buffer in module.buffers()], pinned
     return _sizes_of[key]
 
 
@@ -139,7 +143,7 @@ def _inputs(spec: ModelSpec, component: Component, batch: int, height: int, widt
         return {"latents": (1, *latents[1:])}
     if component.name != "unet":
         return {"tokens": (1, length)}
-    shapes = {"sample": latents, "timestep": (), "hidden": (batch, length, spec.unet["cross_attention_dim"])}
+    shapes = {"sample": latents, "timestep": (), "hidden": (batch, length, component.setting("cross_attention_dim"))}
     if spec.guidance_width:
         shapes["time_condition"] = (1, spec.guidance_width)
     if spec.family == "sdxl":
@@ -171,6 +175,11 @@ def run(
     return [out.float() for out in call(module, **there)]
 
 
+def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """torch's `_scaled_dot_product_attention_math`, which computes halves in fp32."""
+    return attention.plain(q.float(), k.float(), v.float()).to(q.dtype)
+
+
 @functools.lru_cache(maxsize=1000)
 def attention_bytes(kind: str, shape: Shape, dtype: torch.dtype, device: str, fused: bool) -> int:
     """Bytes that an attention allocates beside its answer, at most at one time.
@@ -184,7 +193,7 @@ def attention_bytes(kind: str, shape: Shape, dtype: torch.dtype, device: str, fu
         return attention.sdpa_cpu_bytes(batch * heads, n, m, d, dtype.itemsize, torch.get_num_threads())
     if kind == "sdpa" and fused:
         return 4 * batch * heads * n
-    attend = attention.plain if kind == "sdpa" else attention.VARIANTS[kind]
+    attend = _unfused if kind == "sdpa" else attention.VARIANTS[kind]
     if kind == "sliced":
         batch, heads, n = 1, 1, min(n, attention.slice_rows(m, dtype.itemsize))
     elif kind == "chunked":

@@ -93,20 +93,19 @@ class Meter(Protocol):
         """`count` more bytes of weights or buffers are held from now on; fewer, if it is negative."""
         ...
 
-    def during(self, key: Hashable, call: Callable[[], T]) -> T:
-        """The answer of `call`, whose tensors count; calls of one key take the same."""
+    def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:
+        """The answer of `call`, whose tensors count. Calls of one key take the same: the caller keeps `known` for that."""
         ...
 
 
 class CountingMeter:
-    """For the CPU and Apple's GPU, whose allocators can neither be asked nor capped: weights are added up as they are held,
-    and the first call of each kind is counted operator by operator; the next ones take the same."""
+    """For the CPU, whose allocator can neither be asked nor capped, and for Apple's GPU, which shares its memory: weights are
+    added up as they are held, and the first call of each kind is counted operator by operator; the next take the same."""
 
     def __init__(self, device: str) -> None:
         self._device = device
         self._held = self._peak = 0
         self._limit = float("inf")
-        self._calls: dict[Hashable, int] = {}
 
     def limit(self, count: int | None) -> None:
         self._limit = float("inf") if count is None else count
@@ -122,9 +121,9 @@ class CountingMeter:
             self._reach(self._held + count)
         self._held += count
 
-    def during(self, key: Hashable, call: Callable[[], T]) -> T:
-        if key in self._calls:
-            self._reach(self._held + self._calls[key])
+    def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:
+        if key in known:
+            self._reach(self._held + known[key])
             return call()
         live = LiveBytes(self._device, self._limit - self._held)
         try:
@@ -132,7 +131,7 @@ class CountingMeter:
                 out = call()
         finally:
             self._peak = max(self._peak, self._held + live.peak)
-        self._calls[key] = live.peak
+        known[key] = live.peak
         return out
 
     def _reach(self, count: int) -> None:
@@ -150,23 +149,28 @@ class AllocatorMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._torch: Any = getattr(torch, device.type)
+        self._others = self._torch.memory_reserved()  # of this process, before anything of ours
         self._start = self._state()
 
     def limit(self, count: int | None) -> None:
         total = self._torch.get_device_properties(self._torch.current_device()).total_memory
-        self._torch.set_per_process_memory_fraction(1.0 if count is None else min(1.0, max(0, count) / total))
+        # torch cuts the product off, so a byte more; Intel GPUs can be capped from torch 2.9 on
+        share = 1.0 if count is None else min(1.0, (max(0, count) + self._others + 1) / total)
+        if cap := getattr(self._torch, "set_per_process_memory_fraction", None):
+            cap(share)
         self._start = self._state()
 
     def reset(self) -> None:
+        self._torch.empty_cache()  # each stage is predicted from what is held, not from what the last one left
         self._torch.reset_peak_memory_stats()
 
     def bytes(self) -> int:
-        return self._torch.max_memory_reserved()
+        return max(0, self._torch.max_memory_reserved() - self._others)
 
     def hold(self, count: int) -> None:
         pass
 
-    def during(self, key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002
+    def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002
         out = call()
         if sys.platform == "win32":
             (reserved, used, _), (now_reserved, now_used, free) = self._start, self._state()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,8 +24,10 @@ class TorchBackend:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.meter = meter(self.device)
-        if device == "cuda" and torch.version.cuda and torch.cuda.get_device_capability() == (7, 5):
-            torch.backends.cudnn.benchmark = True  # without it, cuDNN's fp16 convolutions answer NaN on the GTX 16 series
+        if device == "cuda" and "GTX 16" in torch.cuda.get_device_name():
+            # Without it cuDNN's fp16 convolutions answer NaN on these cards, as AUTOMATIC1111's modules/devices.py found. The
+            # workspaces that it tries come on top of what is predicted.
+            torch.backends.cudnn.benchmark = True
 
     @staticmethod
     def refuses(hardware: Hardware, component: str, placement: Placement) -> str | None:
@@ -66,6 +69,7 @@ class TorchSession:
         self.forward, self.dtype, self.device, self.meter = forward, dtype, device, meter
         self.streamer: weights.Streamer | None = None
         self._held = 0
+        self._calls: dict[Any, int] = {}
 
     def load(self, stored, streamed: bool) -> None:
         """Bring the weights in, or prepare to stream them; OutOfMemoryError leaves nothing behind."""
@@ -95,10 +99,10 @@ class TorchSession:
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         if self.module is None:
             raise TightfitError("the pipeline was closed while it was painting")
-        module, key = self.module, (id(self), *((name, array.shape) for name, array in arrays.items()))
+        module, key = self.module, tuple((name, array.shape) for name, array in arrays.items())
         with _memory_errors_explained():
             tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            outs = self.meter.during(key, lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device))
+            outs = self.meter.during(self._calls, key, lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device))
             return tuple(out.cpu().numpy() for out in outs)
 
     def close(self) -> None:
@@ -115,13 +119,17 @@ class TorchSession:
         self._held += count
 
 
+# CUDA, MPS and CPU; cuBLAS; Windows' CPU; cuDNN when none of its algorithms finds room for its workspace
+_NO_MEMORY = "out of memory|allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|not enough memory|unable to find an engine"
+
+
 @contextmanager
 def _memory_errors_explained() -> Iterator[None]:
     """torch has a class for CUDA's own; MPS, cuBLAS and the CPU only say so in their text."""
     try:
         yield
     except RuntimeError as error:
-        if not re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if not re.search(_NO_MEMORY, str(error)):
             raise
         raise OutOfMemoryError(first_line(error)) from error
 
@@ -132,3 +140,5 @@ def _empty_cache(device: torch.device) -> None:
         release()
     else:
         getattr(torch, device.type).empty_cache()
+        if device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()  # pinned memory that weights were streamed from

@@ -156,6 +156,7 @@ class Streamer:
             self._pinned = {part: self._pin(unit) for part, unit in self.units.items()}
             self.scratch = torch.empty(0, dtype=torch.uint8)
             self._copies: Any = torch.cuda.Stream()
+            self._copies.wait_stream(torch.cuda.current_stream())  # the buffers may have been another tensor's
             self._copied: list[Any] = [torch.cuda.Event() for _ in self.slots]
             self._used: list[Any] = [torch.cuda.Event() for _ in self.slots]
             self._holds: list[torch.nn.Module | None] = [None] * len(self.slots)

@@ -240,12 +240,10 @@ def check(memory: CachingAllocator, alive: dict[int, int], before: int) -> None:
     assert all(block.used for block in memory._blocks.values())
 
 
-@settings(deadline=None, max_examples=150)
-@given(steps)
-def test_the_books_stay_in_order(steps):
-    memory, alive = CachingAllocator(), {}
+def played(memory, steps):
+    """The names and sizes that are alive after each of the steps; a step to free takes one of those."""
+    alive: dict[int, int] = {}
     for name, (step, number) in enumerate(steps):
-        before = memory.peak
         if step == "allocate":
             memory.allocate(name, number)
             alive[name] = number
@@ -253,7 +251,16 @@ def test_the_books_stay_in_order(steps):
             gone = sorted(alive)[number % len(alive)]
             memory.free(gone)
             del alive[gone]
+        yield alive
+
+
+@settings(deadline=None, max_examples=150)
+@given(steps)
+def test_the_books_stay_in_order(steps):
+    memory, alive, before = CachingAllocator(), {}, 0
+    for alive in played(memory, steps):
         check(memory, alive, before)
+        before = memory.peak
     for name in alive:
         memory.free(name)
     assert all(len(segment) == 1 for segment in walk(memory))
@@ -261,14 +268,7 @@ def test_the_books_stay_in_order(steps):
 
 @given(steps)
 def test_exact_is_a_running_sum(steps):
-    memory, alive, sums = ExactAllocator(), {}, [0]
-    for name, (step, number) in enumerate(steps):
-        if step == "allocate":
-            memory.allocate(name, number)
-            alive[name] = number
-        elif alive:
-            gone = sorted(alive)[number % len(alive)]
-            memory.free(gone)
-            del alive[gone]
-        sums.append(sum(alive.values()))
-        assert memory.peak == max(sums)
+    memory, most = ExactAllocator(), 0
+    for alive in played(memory, steps):
+        most = max(most, sum(alive.values()))
+        assert memory.peak == most

@@ -149,6 +149,28 @@ def test_a_process_over_its_budget_is_said(sd1, monkeypatch):
         assert any("the process held" in notice for notice in pipe.generate(REQUEST).notices)
 
 
+def test_no_room_for_previews(sd1, whole):
+    """They are left out, said once, and the run keeps its plan."""
+    with tightfit.load(str(sd1), precision="fp32", device="cpu") as pipe:
+        least = min(pipe.plans(REQUEST), key=lambda p: p.predicted.peak_bytes)
+        pipe._planned = (
+            pipe._planned[0],
+            [dataclasses.replace(least, budget_bytes=least.predicted.context_bytes + least.predicted.peak_bytes)],
+        )
+        events = list(pipe.run(REQUEST, preview_every=1))
+    result = events[-1].result
+    assert result.plan.placements == least.placements
+    assert result.notices == ("there is no room for previews beside the U-Net",)
+    assert psnr(result.images[0], whole["sd1"]) > 75
+
+
+def test_every_run_is_measured_alike(tiny_models):
+    """What one session took is never taken for another's, whose place in memory it may have had."""
+    with tightfit.load(str(tiny_models["sdxl"]), precision="fp32", device="cpu", residency="staged") as pipe:
+        peaks = {tuple(s.peak_bytes for s in pipe.generate(REQUEST).stages.values()) for _ in range(12)}
+    assert len(peaks) == 1
+
+
 @pytest.mark.gpu
 def test_cuda_budgets_are_held(tiny_models, whole):
     import torch

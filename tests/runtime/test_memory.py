@@ -21,4 +21,4 @@ def test_peak_sees_an_allocation_and_forgets_it():
 
 
 def test_shown():
-    assert [shown(n) for n in (1536, 5 * 2**20, 212 * 2**20, 3.65 * 2**30)] == ["0.0 MiB", "5.0 MiB", "212 MiB", "3.65 GiB"]
+    assert [shown(n) for n in (1536, 5 * 2**20, 212 * 2**20, 3.65 * 2**30)] == ["1536 bytes", "5.0 MiB", "212 MiB", "3.65 GiB"]

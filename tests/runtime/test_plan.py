@@ -139,6 +139,32 @@ def test_random_requests_and_budgets(tiny_models):
     assert 20 < refused < 280
 
 
+def test_the_cure_keeps_the_quality_floor(sd1):
+    """What is named as enough must itself be allowed."""
+    spec, request = inspect(sd1), Request("a", width=256, height=256).resolve(inspect(sd1))
+    wishes = Wishes(budget=2 * MIB, min_psnr=90)
+    text = str(none_fits(plan(RTX_3060, spec, request, wishes), RTX_3060, spec, request, wishes))
+    enough = text.split("--vram ")[1].split()[0]
+    best = plan(RTX_3060, spec, request, Wishes(budget=enough, min_psnr=90))[0]
+    assert best.fits
+    assert best.precision == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_planning_one_precision_does_not_change_another(sd1_copy, precision):
+    """Reading fp16 files as bf16 takes a buffer that reading them as fp16 does not."""
+    from tightfit.export import random_model
+
+    random_model.write("sd1", sd1_copy.parent / "halves", tiny=True, precision="fp16")
+    peaks = []
+    for first in ((), ("bf16", "fp16")):
+        spec, hardware = inspect(sd1_copy.parent / "halves"), dataclasses.replace(OLD_CPU, precisions=("bf16", "fp16", "fp32"))
+        for each in (*first, precision):
+            found = plan(hardware, spec, wishes=Wishes(precision=each))
+        peaks.append(sorted(p.predicted.peak_bytes for p in found))
+    assert peaks[0] == peaks[1]
+
+
 def test_nothing_fits_says_what_would(sd1):
     spec = inspect(sd1)
     wishes = Wishes(budget=32 * MIB)
@@ -217,6 +243,11 @@ def test_a_saved_plan_is_checked(tiny_models):
     elsewhere = checked(saved, dataclasses.replace(GTX_1650, precisions=("fp16", "fp32")), spec, request, Wishes())
     assert "RTX 3060" in elsewhere.reason
     assert elsewhere.budget_bytes == GTX_1650.free_bytes
+    with pytest.raises(TightfitError, match="precision fp32 is asked for, the plan says fp16"):
+        checked(saved, RTX_3060, spec, request, Wishes(precision="fp32"))
+    with pytest.raises(TightfitError, match="not for emoji"):
+        checked(saved, RTX_3060, inspect("emoji"), request, Wishes())
+    assert checked(dataclasses.replace(saved, budget_bytes=GIB), RTX_3060, spec, request, Wishes()).budget_bytes == GIB
     with pytest.raises(TightfitError, match="another kind of model"):
         checked(saved, RTX_3060, inspect(tiny_models["sdxl"]), request, Wishes())
     with pytest.raises(TightfitError, match="runs on cpu"):

@@ -108,18 +108,19 @@ def test_limits():
     meter = CountingMeter("cpu")
     meter.limit(10_000)
     meter.hold(6000)
-    assert meter.during("a", lambda: torch.ones(500).sum().item()) == 500
+    known = {}
+    assert meter.during(known, "a", lambda: torch.ones(500).sum().item()) == 500
     assert 8000 <= meter.bytes() < 8100
     with pytest.raises(OutOfMemoryError, match="are allowed"):
-        meter.during("b", lambda: torch.ones(2000))
+        meter.during(known, "b", lambda: torch.ones(2000))
     with pytest.raises(OutOfMemoryError):
         meter.hold(5000)
     meter.hold(-6000)
     meter.hold(9000)
     with pytest.raises(OutOfMemoryError):
-        meter.during("a", lambda: pytest.fail("known to take too much"))
+        meter.during(known, "a", lambda: pytest.fail("known to take too much"))
     meter.limit(None)
-    meter.during("a", lambda: None)
+    meter.during(known, "a", lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -134,3 +135,53 @@ def test_limits():
 def test_spill(reserved, used, free, expected):
     """Bytes since the start: what we reserved, what the driver says is used, and what is free now."""
     assert spilled(reserved, used, free) == expected
+
+
+class FakeCuda:
+    """As much of torch.cuda as the meter asks, on a card of 6 GiB of which another program took one."""
+
+    def __init__(self) -> None:
+        self.reserved, self.peak, self.share, self.emptied = 100, 100, 1.0, 0
+
+    def memory_reserved(self):
+        return self.reserved
+
+    def max_memory_reserved(self):
+        return self.peak
+
+    def reset_peak_memory_stats(self):
+        self.peak = self.reserved
+
+    def empty_cache(self):
+        self.emptied += 1
+
+    def mem_get_info(self):
+        return 5 * 2**30 - self.reserved, 6 * 2**30
+
+    def current_device(self):
+        return 0
+
+    def get_device_properties(self, _):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(total_memory=6 * 2**30)
+
+    def set_per_process_memory_fraction(self, share):
+        self.share = share
+
+
+def test_the_allocators_cap_and_peak_are_ours_alone(monkeypatch):
+    from tightfit.runtime.backends.meter import AllocatorMeter
+
+    fake = FakeCuda()
+    monkeypatch.setattr(torch, "cuda", fake)
+    meter = AllocatorMeter(torch.device("cuda"))
+    for count in (10**9, 2 * 2**30, 4 * 10**9 + 1):
+        meter.limit(count)
+        assert count + 100 <= int(fake.share * 6 * 2**30) <= count + 102
+    meter.reset()
+    assert (fake.emptied, meter.bytes()) == (1, 0)
+    fake.peak = 5100
+    assert meter.bytes() == 5000
+    meter.limit(None)
+    assert fake.share == 1.0
