@@ -248,7 +248,7 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
     notes = [room + ("for the process itself" if first.device == "cpu" else "for the device's context")]
     if hidden := len(plans) - len(listed):
         notes.append(f"{hidden} more candidates are beaten in memory, seconds and quality alike: --all lists them")
-    console.print(*(f"• {note}" for note in (*notes, *machine.notes)), sep="\n", markup=False)
+    console.print(*(f"• {note}" for note in (*notes, *machine.notes)), sep="\n", markup=False, soft_wrap=True)
 
 
 def _beats(one: Plan, other: Plan) -> bool:

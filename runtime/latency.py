@@ -29,11 +29,26 @@ def attention_seconds(hardware: Hardware, placement: Placement, shape: Shape) ->
     flops, scores = 4.0 * batch * heads * n * m * d, float(batch * heads * n * m)
     moved = 2.0 * batch * heads * (n + m) * d * size
     kind, rate = placement.attention, hardware.rate(placement.precision)
-    measured = hardware.attention_rates.get(f"{placement.precision}/{kind}")
-    if measured:
-        return max(flops / measured, moved / hardware.bandwidth, hardware.call_seconds)
+    least = max(moved / hardware.bandwidth, _starts(kind, shape, size) * hardware.call_seconds)
+    if measured := hardware.attention_rates.get(f"{placement.precision}/{kind}"):
+        return max(flops / measured, least)
     if kind == "chunked":
-        return flops / hardware.rate("fp32") + BLOCK_PASSES * 4 * scores / hardware.bandwidth
-    if kind == "sliced" or not hardware.fused_attention:
-        return flops / rate + SCORE_PASSES * size * scores / hardware.bandwidth
-    return max(flops / rate, moved / hardware.bandwidth, hardware.call_seconds)
+        return max(flops / hardware.rate("fp32") + BLOCK_PASSES * 4 * scores / hardware.bandwidth, least)
+    if kind == "sliced":
+        return max(flops / rate + SCORE_PASSES * size * scores / hardware.bandwidth, least)
+    if not hardware.fused_attention:  # torch then stores the scores, in fp32
+        return max(flops / hardware.rate("fp32") + SCORE_PASSES * 4 * scores / hardware.bandwidth, least)
+    return max(flops / rate, least)
+
+
+def _starts(kind: str, shape: Shape, size: int) -> int:
+    """Operators that an attention starts: four for each slice, twelve for each block."""
+    from ..kernels.attention import block, slice_rows
+
+    batch, heads, n, m, d = shape
+    if kind == "sliced":
+        return 4 * batch * heads * -(-n // slice_rows(m, size))
+    if kind == "chunked":
+        rows, columns = block(batch * heads, m, d)
+        return 12 * -(-n // rows) * -(-m // columns)
+    return 1

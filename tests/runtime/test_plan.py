@@ -87,6 +87,13 @@ def test_what_an_engine_refuses_says_why(sd1):
     assert "refused" in str(error)
 
 
+def test_starting_operators_counts():
+    """Slices of a small picture are many small operators: on a card with a fused kernel they never win."""
+    for name in ("gtx-1650", "rtx-3060-12gb"):
+        assert plan(profile(name), inspect("emoji"))[0].placements["unet"].attention == "sdpa"
+    assert plan(profile("rx-6600"), inspect("emoji"), Request("a", width=1024, height=1024))[0].fits
+
+
 def test_quality_floor(sd1):
     spec = inspect(sd1)
     assert plan(RTX_3060, spec)[0].precision == "fp16"
