@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TightfitError
+from .files import replacing
 from .hardware import Hardware, calibration_file
 from .plan import ATTENTIONS
 
@@ -61,9 +62,8 @@ def save(hardware: Hardware, found: dict[str, Any]) -> Path:
             known = json.loads(file.read_text())
         except (FileNotFoundError, ValueError):
             known = {}
-        part = file.with_suffix(".partial")
-        part.write_text(json.dumps(known | {f"{hardware.device} {hardware.name}": found}, indent=1))
-        part.replace(file)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(known | {f"{hardware.device} {hardware.name}": found}, indent=1))
     except OSError as error:
         raise TightfitError(f"{file} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can") from None
     return file

@@ -18,6 +18,7 @@ import typer
 from .. import __version__
 from .errors import TightfitError
 from .events import Event, Result
+from .files import replacing
 from .hardware import Hardware
 from .memory import parse_bytes, shown
 from .plan import ATTENTIONS, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
@@ -179,13 +180,14 @@ def calibrate(device: _Device = "auto") -> None:
     """Measure this machine once (half a minute), so that predicted seconds are its own."""
     from . import calibration
 
-    found = calibration.calibrate(Hardware.detect(device))
+    hardware = Hardware.detect(device)
+    found = calibration.calibrate(hardware)
     rates = ", ".join(f"{precision} {rate / 1e12:.3f}" for precision, rate in found["rates"].items())
     attention = ", ".join(f"{kind} {rate / 1e12:.3f}" for kind, rate in found["attention_rates"].items())
     typer.echo(f"TFLOP/s: {rates}; attention: {attention}")
     speeds = ", ".join(f"{name} {found[name] / 1e9:.1f}" for name in ("bandwidth", "bus", "read"))
     typer.echo(f"GB/s: {speeds}; {found['call_seconds'] * 1e6:.1f} µs a call")
-    typer.echo(f"kept in {calibration.save(Hardware.detect(device), found)}")
+    typer.echo(f"kept in {calibration.save(hardware, found)}")
 
 
 def _wishes(
@@ -269,11 +271,9 @@ def _plan(file: Path) -> Plan:
 
 
 def _write(file: Path, text: str) -> None:
-    """Into a neighbour first, which then takes the place: a full disk leaves what was there."""
-    part = file.with_name(f".{file.name}.partial")
     try:
-        part.write_text(text + "\n", encoding="utf-8")
-        part.replace(file)
+        with replacing(file) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
     except OSError as error:
         raise TightfitError(f"{file} cannot be written ({error.strerror}): name another place") from None
 

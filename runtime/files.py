@@ -7,10 +7,12 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from .errors import TightfitError
 
@@ -105,6 +107,17 @@ def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:
     if tensor.dtype in STORED_BYTES and tensor.count * STORED_BYTES[tensor.dtype] != tensor.stored_bytes:
         raise ValueError("a tensor of another size than its shape")
     return tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling to write to: it takes the place of `path` at the end, or is removed, so half a file is never seen."""
+    partial = path.with_name(f".tightfit-{uuid4().hex}.partial")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

@@ -41,10 +41,10 @@ class Hardware:
     `precisions` are those the device computes in natively, the one to prefer first; `total_bytes` and `free_bytes` are of the
     memory the weights would live in, `host_bytes` what is free of the host's for weights that wait there. `context_bytes` is
     what running at all takes, before any tensor: the CUDA context, or Python and its libraries. Rates are FLOP/s by
-    precision (a multiplication and an addition are two), `bandwidth` and `bus` bytes/s of the memory and from the host,
-    `read` bytes/s from files that
-    the system has in its cache; `call_seconds` is what starting one operator takes. `attention_rates` are FLOP/s by
-    'precision/kind', where they were measured. `fused_attention`: torch has a kernel here that never stores the scores.
+    precision (a multiplication and an addition are two); `bandwidth` and `bus` bytes/s of the memory and from the host; `read`
+    bytes/s from files that the system has in its cache; `call_seconds` is what starting one operator takes.
+    `attention_rates` are FLOP/s by 'precision/kind', where they were measured. `fused_attention`: torch has a kernel here that
+    never stores the scores.
     `calibrated` says that the rates were measured here, not read; `notes` what could not be found out.
     """
 

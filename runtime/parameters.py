@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from .errors import TightfitError, first_line
+from .files import replacing
 from .request import Request
 from .schedulers import SCHEDULERS
 
@@ -147,13 +147,9 @@ def save(image: Image.Image, path: str | Path) -> Path:
     text = PngInfo()
     if "parameters" in image.info:
         text.add_text("parameters", image.info["parameters"])
-    partial = path.with_name(f".tightfit-{uuid4().hex}.partial")
     try:
-        try:
+        with replacing(path) as partial:
             image.save(partial, format="PNG", pnginfo=text)
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise TightfitError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
     return path

@@ -163,7 +163,7 @@ class Pipeline:
         return tuple(news)
 
     def _take(self, plan: Plan) -> None:
-        """Run by `plan` from now on, under its budget; what was loaded by another is freed when it is needed again."""
+        """Run by `plan` from now on, under its budget; what another placed otherwise is freed."""
         self._plan = plan
         for engine in {placement.backend for placement in plan.placements.values()} - self._backends.keys():
             self._backends[engine] = backend(engine, plan.device)

@@ -87,8 +87,9 @@ def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, reques
 
 
 def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> str | None:
-    step, most = spec.downsampling * 8, min(int(request.width or 0), int(request.height or 0))
-    sizes = [(round(w / step) * step, round(h / step) * step) for w, h in _shrunk(request, most, step)]
+    width, height, step = int(request.width or 0), int(request.height or 0), spec.downsampling * 8
+    shorter = min(width, height)
+    sizes = [tuple(round(each * side / shorter / step) * step for each in (width, height)) for side in range(step, shorter, step)]
     low, high, best = 0, len(sizes) - 1, None
     while low <= high:  # the sizes grow
         middle = (low + high) // 2
@@ -98,11 +99,6 @@ def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wi
         else:
             high = middle - 1
     return best
-
-
-def _shrunk(request: Request, most: int, step: int) -> Iterator[tuple[float, float]]:
-    for side in range(step, most, step):
-        yield max(step, request.width * side / most), max(step, request.height * side / most)  # pyright: ignore[reportOptionalOperand]
 
 
 def _candidates(

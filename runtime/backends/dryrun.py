@@ -20,9 +20,8 @@ from .cpu_kernels import SDPA
 from .meter import LiveBytes, tensors_in
 
 _KEPT = 16
-_modules: dict[
-    int, tuple[Component, torch.nn.Module, Mapping[str, Tensor], str]
-] = {}  # the component, so that its id stays its own
+# By the component's id; it is kept too, so that its id stays its own.
+_modules: dict[int, tuple[Component, torch.nn.Module, Mapping[str, Tensor], str]] = {}
 _sizes_of: dict[Any, tuple[list[int], list[int], list[int], int]] = {}
 _traces: dict[Any, Trace] = {}
 
@@ -103,9 +102,9 @@ def footprint(
     sizes, streams, buffers, pinned = _sizes(module, stored, dtype, device)
     loading = weights.scratch_bytes(stored, dtype, device)
     if placement.residency == "streamed":
-        own, flow = [], sum(sizes)
-        if device.type != "cuda":  # from the files each time
-            own, flow = [loading] if device.type == "cpu" else [], sum(tensor.stored_bytes for tensor in stored.values())
+        own = [loading] if device.type == "cpu" else []
+        # from pinned memory as it is used, else from the files as it is stored
+        flow = sum(sizes) if device.type == "cuda" else sum(tensor.stored_bytes for tensor in stored.values())
         return Footprint((*streams, *own, *buffers), 0, trace, scratch, flow, pinned)
     return Footprint((*sizes, *buffers), loading, trace, scratch, 0)
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import OutOfMemoryError
 from ..memory import shown
+from . import Meter as Measuring
 from .cpu_kernels import own_bytes
 
 T = TypeVar("T")
@@ -76,18 +77,8 @@ def tensors_in(values: Any) -> list[torch.Tensor]:
     return found
 
 
-class Meter(Protocol):
-    """Measures the bytes a device holds for us, and keeps them under a limit."""
-
-    def limit(self, count: int | None) -> None:
-        """From now on raise OutOfMemoryError rather than hold more than `count` bytes."""
-        ...
-
-    def reset(self) -> None: ...
-
-    def bytes(self) -> int:
-        """The most held at once since `reset`."""
-        ...
+class Meter(Measuring, Protocol):
+    """What sessions tell their backend's meter."""
 
     def hold(self, count: int) -> None:
         """`count` more bytes of weights or buffers are held from now on; fewer, if it is negative."""

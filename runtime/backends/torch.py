@@ -74,23 +74,19 @@ class TorchSession:
     def load(self, stored, streamed: bool) -> None:
         """Bring the weights in, or prepare to stream them; OutOfMemoryError leaves nothing behind."""
         assert self.module is not None
-        scratch = weights.scratch_bytes(stored, self.dtype, self.device) if self.device.type == "cpu" else 0
-        if streamed:
-            parts = weights.units(self.module, stored, self.dtype.itemsize)
-            held = sum(weights.stream_bytes(parts, self.device)) + scratch
-        else:
-            held = sum(parameter.numel() for parameter in self.module.parameters()) * self.dtype.itemsize
-        held += sum(buffer.nbytes for buffer in self.module.buffers())
+        scratch = weights.scratch_bytes(stored, self.dtype, self.device)
+        here = scratch if self.device.type == "cpu" else 0  # a GPU's weights are read by way of the host's memory
+        self._hold(sum(buffer.nbytes for buffer in self.module.buffers()))
         try:
-            self._hold(held)
             if streamed:
-                self.streamer = weights.Streamer(self.module, stored, self.dtype, self.device)
-                return
-            self.meter.hold(scratch)
-            try:
+                parts = weights.units(self.module, stored, self.dtype.itemsize)
+                self._hold(sum(weights.stream_bytes(parts, self.device)) + here)
+                self.streamer = weights.Streamer(self.module, parts, scratch, self.dtype, self.device)
+            else:
+                self._hold(sum(parameter.numel() for parameter in self.module.parameters()) * self.dtype.itemsize)
+                self._hold(here)
                 weights.fill(self.module, stored, self.dtype, self.device)
-            finally:
-                self.meter.hold(-scratch)
+                self._hold(-here)
         except BaseException:
             self.close()
             raise

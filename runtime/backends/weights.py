@@ -143,10 +143,12 @@ class Streamer:
     a model larger than all memory runs.
     """
 
-    def __init__(self, module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self.units = units(module, stored, dtype.itemsize)
-        self.scratch = torch.empty(scratch_bytes(stored, dtype, device), dtype=torch.uint8)
+    def __init__(
+        self, module: torch.nn.Module, parts: Mapping[torch.nn.Module, Unit], scratch: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """`parts` are the module's units, `scratch` the bytes that reading one of their tensors needs."""
+        self.dtype, self.device, self.units = dtype, device, parts
+        self.scratch = torch.empty(scratch, dtype=torch.uint8)
         self.slots = [torch.empty(n, dtype=torch.uint8, device=device) for n in stream_bytes(self.units, device)]
         self._next: dict[torch.nn.Module, torch.nn.Module] = {}
         self._last: torch.nn.Module | None = None
