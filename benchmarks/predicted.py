@@ -20,6 +20,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .. import Pipeline, Request, Wishes, inspect
+from ..runtime.backends.quantised import workspace
 from ..runtime.hardware import Hardware
 from ..runtime.memory import shown
 from ..runtime.plan import ATTENTIONS, CFG, RESIDENCIES, STAGES, TILINGS
@@ -92,7 +93,7 @@ def combination(pipe: Pipeline, request: Request, names: Row) -> Iterator[Row]:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers(), workspace(module).buffer))
 
 
 def _by_stage(seen: profile, held: int) -> dict[str, int]:

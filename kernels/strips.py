@@ -49,7 +49,7 @@ class Upsampled:
         first = above // 2
         large = functional.interpolate(self.x[:, :, first : -(-below // 2)], scale_factor=2.0, mode="nearest")
         large = large[:, :, above - 2 * first : below - 2 * first]
-        return _convolve(large, self.conv, above - start + 1, end + 1 - below)
+        return _convolve(large, self.conv, _weight(self.conv), above - start + 1, end + 1 - below)
 
 
 def convolved(source: Rows, conv: nn.Conv2d, norm: nn.GroupNorm | None = None) -> Tensor:
@@ -84,7 +84,7 @@ def downsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
     for start, end in _ranges(height):
         part = x[:, :, 2 * start : 2 * end + 1]
         padded = functional.pad(part, (0, 1, 0, 2 * end + 1 - 2 * start - part.shape[2]))
-        out[:, :, start:end] = functional.conv2d(padded, conv.weight, conv.bias, stride=2)
+        out[:, :, start:end] = functional.conv2d(padded, _weight(conv), conv.bias, stride=2)
         del part, padded
     return out
 
@@ -109,20 +109,28 @@ def statistics(source: Rows, groups: int) -> tuple[Tensor, Tensor]:
 
 def _strips(source: Rows, conv: nn.Conv2d, norm: nn.GroupNorm | None) -> Iterator[tuple[int, int, Tensor]]:
     prepare = _normalised(norm, *statistics(source, norm.num_groups)) if norm else _as_is
-    height, halo = source.shape[2], conv.kernel_size[0] // 2
+    height, halo, weight = source.shape[2], conv.kernel_size[0] // 2, _weight(conv)
     for start, end in _ranges(height):
         above, below = max(start - halo, 0), min(end + halo, height)
         part = prepare(source.rows(above, below))
-        part = _convolve(part, conv, above - start + halo, end + halo - below)
+        if not isinstance(source, Stored):
+            weight = _weight(conv)  # the source's own was unpacked in its place
+        part = _convolve(part, conv, weight, above - start + halo, end + halo - below)
         yield start, end, part
         del part
 
 
-def _convolve(x: Tensor, conv: nn.Conv2d, above: int, below: int) -> Tensor:
+def _weight(conv: nn.Conv2d) -> Tensor:
+    """The weight; where it is in parts, unpacked into a buffer that others use in between (a layer with `dense`)."""
+    dense = getattr(conv, "dense", None)
+    return dense() if dense else conv.weight
+
+
+def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, above: int, below: int) -> Tensor:
     """`conv` with `above` and `below` rows of zeros where the picture ends, and its own padding left and right."""
     if above or below:
         x = functional.pad(x, (0, 0, above, below))
-    return functional.conv2d(x, conv.weight, conv.bias, padding=(0, conv.kernel_size[1] // 2))
+    return functional.conv2d(x, weight, conv.bias, padding=(0, conv.kernel_size[1] // 2))
 
 
 def _normalised(norm: nn.GroupNorm, variance: Tensor, mean: Tensor) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ import re
 import sys
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,12 +17,12 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .. import __version__
-from .errors import TightfitError
+from .errors import TightfitError, first_line
 from .events import Event, Result
 from .files import replacing
 from .hardware import Hardware
 from .memory import parse_bytes, shown
-from .plan import ATTENTIONS, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
+from .plan import ATTENTIONS, PRECISIONS, QUANTISED, RESIDENCIES, TILINGS, Plan, Wishes
 from .request import Request
 from .schedulers import SCHEDULERS
 
@@ -33,11 +34,12 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_
 
 _Model = Annotated[str | None, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")]
 _Precision = Annotated[str | None, typer.Option(help=f"auto, {', '.join(PRECISIONS)}.", metavar="NAME")]
+_Compute = Annotated[str, typer.Option(help="What int8 and int4 compute in.", metavar="NAME")]
 _Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")]
 _Budget = Annotated[str | None, typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")]
-_Residency = Annotated[str, typer.Option(help=f"auto, {', '.join(RESIDENCIES)}.", metavar="NAME")]
-_Attention = Annotated[str, typer.Option(help=f"auto, {', '.join(ATTENTIONS)}.", metavar="NAME")]
-_Tiling = Annotated[str, typer.Option(help=f"VAE: auto, {', '.join(TILINGS)}.", metavar="NAME")]
+_Residency = Annotated[str, typer.Option(help=f"auto, {', '.join(RESIDENCIES)}.", metavar="NAME", show_default=False)]
+_Attention = Annotated[str, typer.Option(help=f"auto, {', '.join(ATTENTIONS)}.", metavar="NAME", show_default=False)]
+_Tiling = Annotated[str, typer.Option(help=f"VAE: auto, {', '.join(TILINGS)}.", metavar="NAME", show_default=False)]
 _MinPsnr = Annotated[float | None, typer.Option(help="Least dB against fp32.", metavar="DB")]
 
 
@@ -70,6 +72,7 @@ def generate(
     num_images: Annotated[int | None, typer.Option(help="From seed, seed + 1 …", metavar="N")] = None,
     model: _Model = None,
     precision: _Precision = None,
+    compute: _Compute = "auto",
     device: _Device = "auto",
     vram: _Budget = None,
     residency: _Residency = "auto",
@@ -101,7 +104,8 @@ def generate(
     if source and not (model or carried.model):
         raise TightfitError(f"{source} does not say where its model is: name it with --model")
     fetch = source is None or model is not None  # a picture alone never starts a download
-    wishes = _wishes(precision or carried.precision, vram, residency, attention, tiling, min_psnr)
+    chosen = {"compute": compute, "residency": residency, "attention": attention, "tiling": tiling, "min_psnr": min_psnr}
+    wishes = _wishes(precision or carried.precision, vram, chosen)
     plan = _plan(plan_file) if plan_file else None
     where = model or carried.model or (plan.model if plan else "emoji")
     with load(where, device=device, plan=plan, local_files_only=not fetch, **wishes) as pipeline:
@@ -122,6 +126,7 @@ def show_plan(
     device: _Device = "auto",
     vram: _Budget = None,
     precision: _Precision = None,
+    compute: _Compute = "auto",
     residency: _Residency = "auto",
     attention: _Attention = "auto",
     tiling: _Tiling = "auto",
@@ -138,7 +143,8 @@ def show_plan(
     if hardware and device != "auto":
         raise TightfitError("--hardware names a machine that is not here, --device a part of this one: give one of them")
     machine = profile(hardware) if hardware else Hardware.detect(device)
-    wishes = Wishes(**_wishes(precision, vram, residency, attention, tiling, min_psnr))
+    chosen = {"compute": compute, "residency": residency, "attention": attention, "tiling": tiling, "min_psnr": min_psnr}
+    wishes = Wishes(**_wishes(precision, vram, chosen))
     spec = inspect(model or "emoji")
     request = Request("a", None, width, height, num_inference_steps, guidance_scale, scheduler="euler").resolve(spec)
     plans = planner.plan(machine, spec, request, wishes)
@@ -190,19 +196,55 @@ def calibrate(device: _Device = "auto") -> None:
     typer.echo(f"kept in {calibration.save(hardware, found)}")
 
 
-def _wishes(
-    precision: str | None, budget: str | None, residency: str, attention: str, tiling: str, min_psnr: float | None
-) -> dict[str, Any]:
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="emoji, a folder or a hub id.", metavar="MODEL")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A folder that is not there yet.", metavar="DIR")],
+    precision: Annotated[str, typer.Option(help=f"{' or '.join(QUANTISED)}.", metavar="NAME")],
+    to: Annotated[str, typer.Option(help="torch.", metavar="ENGINE")] = "torch",
+    calibrate: Annotated[int, typer.Option(help="Paint N prompts to find which layers need more bits.", metavar="N")] = 0,
+    bits: Annotated[float | None, typer.Option(help="With --calibrate: bits a U-Net weight may take on average.")] = None,
+    steps: Annotated[int, typer.Option(help="With --calibrate: steps of each picture.", metavar="N")] = 20,
+    size: Annotated[int | None, typer.Option(help="With --calibrate: pixels; default: model's.", metavar="N")] = None,
+) -> None:
+    """Write a model with its weights in 8 or 4 bits, to be run from then on with --model DIR."""
+    from .hub import inspect
+    from .spec import all_tensors
+
+    if to != "torch" or precision not in QUANTISED:
+        raise TightfitError(f"this version exports --to torch in --precision {' or '.join(QUANTISED)}, not {to} {precision}")
+    if bits is not None and not calibrate:
+        raise TightfitError("--bits shares bits out by what a calibration measures: add --calibrate 8")
+    if calibrate < 0 or steps < 1 or (bits is not None and not 4.4 <= bits <= 16):
+        raise TightfitError("--calibrate and --steps count from 0 and 1 up, --bits is from 4.4 to 16")
+    if output.exists():
+        raise TightfitError(f"{output} is there already: name a folder that is not")
+    spec = inspect(model)
+    if spec.precision:
+        raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
+    from ..export import calibrate as calibration
+    from ..export import quantised
+
+    tensors = {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
+    schemes = {name: quantised.default_scheme(name, each, precision) for name, each in tensors.items()}
+    say = partial(typer.echo, err=True)
+    if calibrate:
+        guidance = spec.default_guidance
+        effort = calibration.Effort(calibrate, steps, size, guidance, bits or calibration.BITS[precision])
+        schemes["unet"] = calibration.calibrated(spec.folder, precision, effort, say)
+    manifest = {"source": spec.name, "tightfit": __version__, "precision": precision, "defaults": dict(spec.defaults)}
+    try:
+        quantised.write(spec.folder, output, tensors, schemes, manifest, say)
+    except (OSError, ValueError) as error:
+        raise TightfitError(f"{output} was not written: {first_line(error)}") from None
+    total = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
+    typer.echo(f"{output} · {precision} · {shown(total)}")
+
+
+def _wishes(precision: str | None, budget: str | None, chosen: dict[str, Any]) -> dict[str, Any]:
     """Fields of Wishes. One run of the command needs each component once, so loading is counted for each."""
-    return {
-        "precision": precision or "auto",
-        "budget": None if budget is None else parse_bytes(budget, "--vram or --ram"),
-        "residency": residency,
-        "attention": attention,
-        "tiling": tiling,
-        "min_psnr": min_psnr,
-        "requests": 1,
-    }
+    room = None if budget is None else parse_bytes(budget, "--vram or --ram")
+    return chosen | {"precision": precision or "auto", "budget": room, "requests": 1}
 
 
 _WIDE = 130  # columns of a terminal that has room for the table
@@ -224,7 +266,7 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
     listed = plans if every else [p for p in plans if p.chosen or not any(_beats(q, p) for q in plans)]
     for p in listed:
         unet, vae = p.placements["unet"], p.placements["vae_decoder"]
-        precision = unet.precision if unet.precision == vae.precision else f"{unet.precision}, VAE {vae.precision}"
+        precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
         stages = (shown(count) for count in p.predicted.stages.values())
         names = (precision, unet.residency, p.cfg, unet.attention, vae.tiling)
         style = "bold" if p.chosen else None if p.fits else "dim"
@@ -397,7 +439,7 @@ def main() -> None:
     # With one of two cores busy a picture took 1.1 s while OpenMP's threads spun and 0.5 s while they slept (docs/decisions.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = sys.argv[1:]
-    if arguments and arguments[0] not in {"generate", "plan", "info", "calibrate", "-h", "--help", "--version"}:
+    if arguments and arguments[0] not in {"generate", "plan", "info", "calibrate", "export", "-h", "--help", "--version"}:
         arguments.insert(0, "generate")
     usage_error: Any = typer.BadParameter.__mro__[1]  # click's UsageError, which newer typers keep inside themselves
     try:

@@ -16,7 +16,7 @@ from uuid import uuid4
 
 from .errors import TightfitError
 
-STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 CONVERT = (
     "a pickle can run any code when it is opened, so tightfit never does; convert it once, in a place you trust: "

@@ -8,12 +8,13 @@ from .memory import Footprint, Shape
 from .plan import Placement
 
 SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, read
+QUANTISE_SECONDS = {"int8": 3e-9, "int4": 12e-9}  # a weight, while it is loaded, on two cores (kernels/formats.py)
 BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
 
 
 def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
     """One call of a component whose weights are loaded, or stream in."""
-    rate, least = hardware.rate(placement.precision), hardware.call_seconds
+    rate, least = hardware.rate(placement.compute), hardware.call_seconds
     seconds = sum(max(o.flops / rate, o.bytes / hardware.bandwidth, least) for o in footprint.trace.operations)
     seconds += sum(attention_seconds(hardware, placement, shape) for shape in footprint.trace.attentions)
     if not footprint.streamed:
@@ -25,12 +26,12 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
 
 def attention_seconds(hardware: Hardware, placement: Placement, shape: Shape) -> float:
     batch, heads, n, m, d = shape
-    size = 4 if placement.precision == "fp32" else 2
+    size = 4 if placement.compute == "fp32" else 2
     flops, scores = 4.0 * batch * heads * n * m * d, float(batch * heads * n * m)
     moved = 2.0 * batch * heads * (n + m) * d * size
-    kind, rate = placement.attention, hardware.rate(placement.precision)
+    kind, rate = placement.attention, hardware.rate(placement.compute)
     least = max(moved / hardware.bandwidth, _starts(kind, shape, size) * hardware.call_seconds)
-    if measured := hardware.attention_rates.get(f"{placement.precision}/{kind}"):
+    if measured := hardware.attention_rates.get(f"{placement.compute}/{kind}"):
         return max(flops / measured, least)
     if kind == "chunked":
         return max(flops / hardware.rate("fp32") + BLOCK_PASSES * 4 * scores / hardware.bandwidth, least)

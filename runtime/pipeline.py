@@ -40,8 +40,8 @@ def load(
     """A pipeline for a built-in model, a diffusers folder or a hub id. No weight is read before the first request.
 
     device: auto, cuda, xpu, mps or cpu. Each request is planned for what was free here, by `wishes`, the fields of Wishes:
-    precision, residency, attention, tiling and cfg (auto unless named), budget (bytes, or text such as "4GiB"; of the GPU's
-    memory, or of the process's on a CPU), min_psnr (decibels). Or else all run by `plan`, if it fits. With
+    precision, compute, residency, attention, tiling and cfg (auto unless named), budget (bytes, or text such as "4GiB"; of the
+    GPU's memory, or of the process's on a CPU), min_psnr (decibels). Or else all run by `plan`, if it fits. With
     local_files_only nothing is fetched. Raises TightfitError.
     """
     known = Wishes.__dataclass_fields__
@@ -337,9 +337,8 @@ class Pipeline:
         """One PIL picture with its own request in `info["parameters"]`."""
         assert self._plan
         if not np.isfinite(values).all():
-            raise TightfitError(
-                f"the picture overflowed in {self._plan.precision}: try --precision fp32, or a smaller guidance scale"
-            )
+            compute = self._plan.placements["unet"].compute
+            raise TightfitError(f"the picture overflowed in {compute}: try --precision fp32, or a smaller guidance scale")
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
         own = replace(request, seed=(request.seed or 0) + index, num_images=1)
         image.info["parameters"] = parameters.write(own, self.spec.name, self._plan.precision)

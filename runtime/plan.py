@@ -10,10 +10,11 @@ from typing import Any
 from .errors import TightfitError
 from .hardware import DEVICES
 from .memory import parse_bytes
-from .spec import PRECISION_BYTES
 
-VERSION = 2
-PRECISIONS = tuple(PRECISION_BYTES)
+VERSION = 3
+COMPUTES = ("fp32", "bf16", "fp16")
+QUANTISED = ("int8", "int4")
+PRECISIONS = (*COMPUTES, *QUANTISED)
 RESIDENCIES = ("resident", "staged", "streamed")
 ATTENTIONS = ("sdpa", "sliced", "chunked")
 TILINGS = ("whole", "tiled")
@@ -25,6 +26,7 @@ STAGES = ("encode", "denoise", "decode")
 class Placement:
     """How one component runs.
 
+    precision: of the weights. compute: what it computes in, the same unless the weights are quantised.
     residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its weights flow
     through it block by block). attention: torch's `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or
     `tiled`, in strips of rows (kernels/strips.py).
@@ -32,6 +34,7 @@ class Placement:
 
     backend: str
     precision: str
+    compute: str
     residency: str
     attention: str
     tiling: str
@@ -76,7 +79,8 @@ class Plan:
     def summary(self) -> str:
         """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa attention, VAE whole'."""
         unet, vae = self.placements["unet"], self.placements["vae_decoder"]
-        how = f"{unet.backend} {unet.precision} on {self.device}, {unet.residency}, {self.cfg} CFG, {unet.attention}"
+        precision = unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
+        how = f"{unet.backend} {precision} on {self.device}, {unet.residency}, {self.cfg} CFG, {unet.attention}"
         return f"{how}, VAE {vae.tiling}"
 
     def to_json(self) -> dict[str, Any]:
@@ -107,8 +111,10 @@ def _problem(plan: Plan) -> str | None:
     """What a plan read from a file leaves open or cannot mean."""
     if plan.cfg not in CFG or plan.device not in DEVICES or not {"unet", "vae_decoder", "text_encoder"} <= plan.placements.keys():
         return "it leaves open how something runs"
-    allowed = {"precision": PRECISIONS, "residency": RESIDENCIES, "attention": ATTENTIONS, "tiling": TILINGS}
+    allowed = {"precision": PRECISIONS, "compute": COMPUTES, "residency": RESIDENCIES, "attention": ATTENTIONS, "tiling": TILINGS}
     for placement in plan.placements.values():
+        if placement.precision not in (*QUANTISED, placement.compute):
+            return f"it computes in {placement.compute!r} with weights in {placement.precision!r}"
         for field, names in allowed.items():
             if getattr(placement, field) not in names:
                 return f"it has the {field} {getattr(placement, field)!r}"
@@ -125,6 +131,7 @@ class Wishes:
     """
 
     precision: str = "auto"
+    compute: str = "auto"
     residency: str = "auto"
     attention: str = "auto"
     tiling: str = "auto"
@@ -139,7 +146,14 @@ class Wishes:
             object.__setattr__(self, "budget", parse_bytes(self.budget, "budget"))
         if self.min_psnr is not None and not 0 <= self.min_psnr <= 99:
             raise TightfitError(f"min_psnr must be decibels from 0 to 99, which is fp32 itself, not {self.min_psnr:g}")
-        known = {"precision": PRECISIONS, "residency": RESIDENCIES, "attention": ATTENTIONS, "tiling": TILINGS, "cfg": CFG}
+        known = {
+            "precision": PRECISIONS,
+            "compute": COMPUTES,
+            "residency": RESIDENCIES,
+            "attention": ATTENTIONS,
+            "tiling": TILINGS,
+            "cfg": CFG,
+        }
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in known and value not in ("auto", *known[field.name]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -10,14 +11,15 @@ from typing import Any, TypeVar
 from .backends import engine
 from .errors import TightfitError
 from .hardware import Hardware
-from .latency import call_seconds
+from .latency import QUANTISE_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
-from .plan import ATTENTIONS, CFG, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
+from .plan import ATTENTIONS, CFG, QUANTISED, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
 from .request import Request
 from .spec import ModelSpec
 
 # Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m tightfit.benchmarks.quality).
-PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0}
+# Of int8 and int4, what rounding the weights costs; what they compute in comes on top.
+PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0, "int8": 51.0, "int4": 31.0}
 T = TypeVar("T")
 _NEEDS = "needs"
 _SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
@@ -49,11 +51,11 @@ def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, 
     if saved.placements.keys() != spec.components.keys():
         raise TightfitError(f"this plan is for another kind of model than {spec.name}: {again}")
     unet, vae = saved.placements["unet"], saved.placements["vae_decoder"]
-    has = {name: getattr(unet, name) for name in ("precision", "residency", "attention")}
+    has = {name: getattr(unet, name) for name in ("precision", "compute", "residency", "attention")}
     for name, value in (has | {"tiling": vae.tiling, "cfg": saved.cfg}).items():
         if getattr(wishes, name) not in ("auto", value):
             raise TightfitError(f"{name} {getattr(wishes, name)} is asked for, the plan says {value}: leave out one of them")
-    if vae.precision == "fp16" != _vae_precision(hardware, spec, "fp16"):
+    if vae.compute == "fp16" != _vae_compute(hardware, spec, "fp16"):
         raise TightfitError(f"this plan runs {spec.name}'s VAE in fp16, in which it overflows: {again}")
     if saved.device != hardware.device:
         raise TightfitError(f"this plan is for {saved.hardware} ({saved.device}), this machine runs on {hardware.device}: {again}")
@@ -109,19 +111,21 @@ def _candidates(
 
     modes = options(wishes.cfg, CFG) if guided(spec, request) else ("batched",)
     axes = (
-        options(wishes.precision, hardware.precisions),
+        _precisions(hardware, spec, wishes),
         options(wishes.residency, RESIDENCIES),
         options(wishes.attention, ATTENTIONS),
         options(wishes.tiling, TILINGS),
         modes,
     )
-    for precision, residency, attention, tiling, cfg in product(*axes):
+    for (precision, compute), residency, attention, tiling, cfg in product(*axes):
         placements = {}
         for name in spec.components:
             vae = name == "vae_decoder"
+            computes = _vae_compute(hardware, spec, compute) if vae else compute
             placements[name] = Placement(
                 "torch",
-                _vae_precision(hardware, spec, precision) if vae else precision,
+                precision if precision in QUANTISED else computes,
+                computes,
                 "staged" if vae and residency == "streamed" else residency,  # a hundredth of a U-Net: nothing to gain
                 attention if name in ("unet", "vae_decoder") else "sdpa",
                 tiling if vae else "whole",
@@ -129,7 +133,23 @@ def _candidates(
         yield cfg, placements
 
 
-def _vae_precision(hardware: Hardware, spec: ModelSpec, precision: str) -> str:
+def _precisions(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
+    """What weights may be held in, and what is computed in: quantised ones in what the device prefers, unless told."""
+    known = (spec.precision,) if spec.precision else (*hardware.precisions, *QUANTISED)
+    if spec.precision and wishes.precision not in ("auto", spec.precision):
+        raise TightfitError(
+            f"{spec.name} is stored in {spec.precision}: leave out --precision {wishes.precision}, or use the original"
+        )
+    found = []
+    for precision in known if wishes.precision == "auto" else (wishes.precision,):
+        own = hardware.precisions[0] if precision in QUANTISED else precision
+        compute = own if wishes.compute == "auto" else wishes.compute
+        if precision in (*QUANTISED, compute):
+            found.append((precision, compute))
+    return found
+
+
+def _vae_compute(hardware: Hardware, spec: ModelSpec, precision: str) -> str:
     """SDXL's VAE overflows in fp16, unless it is one that was published with force_upcast off."""
     if precision == "fp16" and spec.family == "sdxl" and spec.vae.get("force_upcast", True):
         return "bf16" if "bf16" in hardware.precisions else "fp32"
@@ -194,14 +214,14 @@ class _Job:
             others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
             held = tuple(count for other in others for count in footprints[other].held)
             stage = "denoise" if name == "unet" else "decode" if name == "vae_decoder" else "encode"
-            sizes = tuple((n, placements[n].precision) for n in (name, *others))
+            sizes = tuple((n, placements[n].precision, placements[n].compute) for n in (name, *others))
             own = placements[name]
             alone = ("peak", sizes, own.residency, own.attention, own.tiling, cfg)
             most = self._once(alone, lambda held=held, own=footprint: peak(self.hardware.device, held, own))
             stages[stage] = max(stages[stage], most)
         host = max(footprint.host for footprint in footprints.values())
         seconds = self._seconds(cfg, placements, footprints)
-        psnr = min(PSNR[placement.precision] for placement in placements.values())
+        psnr = min(_psnr(placement) for placement in placements.values())
         return Predicted(max(stages.values()), stages, self.hardware.context_bytes, host, seconds, psnr)
 
     def _seconds(self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> float:
@@ -216,15 +236,17 @@ class _Job:
             one = ("seconds", name, placement, cfg)
             total += calls * self._once(one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n]))
             if placement.residency != "streamed" or self.hardware.device == "cuda":
-                stored = sum(tensor.stored_bytes for tensor in self.spec.components[name].tensors.values())
-                shared = self.wishes.requests if placement.residency == "resident" else 1
-                total += stored / self.hardware.read / shared
+                component = self.spec.components[name]
+                loading = component.stored_bytes / self.hardware.read
+                if placement.precision in QUANTISED and component.formats is None:
+                    loading += sum(t.count for t in component.tensors.values()) * QUANTISE_SECONDS[placement.precision]
+                total += loading / (self.wishes.requests if placement.residency == "resident" else 1)
         return total
 
     def _problem(self, placements: Mapping[str, Placement], predicted: Predicted, budget: int) -> str | None:
         """Why this plan cannot be taken, or None."""
         for name, placement in placements.items():
-            if refusal := engine(placement.backend).refuses(self.hardware, name, placement):
+            if refusal := engine(placement.backend).refuses(self.hardware, self.spec.components[name], placement):
                 return f"is refused: {refusal}"
         if self.wishes.min_psnr is not None and predicted.psnr < self.wishes.min_psnr:
             return f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}"
@@ -237,6 +259,13 @@ class _Job:
         return None
 
 
+def _psnr(placement: Placement) -> float:
+    """Errors of weights and of arithmetic add up, as independent noise does."""
+    if placement.precision == placement.compute:
+        return PSNR[placement.precision]
+    return -10 * math.log10(sum(10 ** (-PSNR[each] / 10) for each in (placement.precision, placement.compute)))
+
+
 def _burden(plan: Plan) -> tuple[float, ...]:
     """By what to choose among plans that are as fast: quality, then doing nothing that need not be, then memory."""
     streamed = any(placement.residency == "streamed" for placement in plan.placements.values())
@@ -244,13 +273,13 @@ def _burden(plan: Plan) -> tuple[float, ...]:
 
 
 def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
-    forced = [getattr(wishes, name) for name in ("precision", "residency", "attention", "tiling", "cfg")]
+    forced = [getattr(wishes, name) for name in ("precision", "compute", "residency", "attention", "tiling", "cfg")]
     asked = [choice for choice in forced if choice != "auto"]
     left = best.budget_bytes - best.predicted.context_bytes - best.predicted.peak_bytes
     slow = (
         ""
-        if best.precision in hardware.precisions
-        else f"; {hardware.name} has no arithmetic for {best.precision}, expect it to be slow"
+        if best.placements["unet"].compute in hardware.precisions
+        else f"; {hardware.name} has no arithmetic for {best.placements['unet'].compute}, expect it to be slow"
     )
     by = f" ({', '.join(asked)} asked for)" if asked else ""
     return f"the fastest that fits, with {shown(left)} to spare{by}{slow}"

@@ -10,29 +10,27 @@ from typing import Any
 from .errors import TightfitError
 from .files import CONVERT, PICKLES, Tensor, read_header, read_json, weight_files
 
-PRECISION_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-
 
 @dataclass(frozen=True)
 class Component:
-    """One network of the model: the folder it lives in, its config and its tensors by their names in the files."""
+    """One network of the model: the folder it lives in, its config and its tensors by their names in the files.
+
+    `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is not quantised.
+    """
 
     name: str
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
+    formats: Mapping[str, str] | None = None
 
     @property
-    def parameters(self) -> int:
-        return sum(tensor.count for tensor in self.tensors.values())
+    def stored_bytes(self) -> int:
+        return sum(tensor.stored_bytes for tensor in self.tensors.values())
 
     def setting(self, field: str) -> Any:
         """A field of the config, or what the libraries take where it is missing."""
         return self.config.get(field, _DEFAULTS.get(field))
-
-    def weight_bytes(self, precision: str) -> int:
-        """Bytes of all weights when held in `precision`."""
-        return self.parameters * PRECISION_BYTES[precision]
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,8 @@ class ModelSpec:
     """A Stable Diffusion model in a diffusers folder. `family` is sd1, sd2 or sdxl; `scheduler` is its scheduler config.
 
     `components` are text_encoder, text_encoder_2 (sdxl), unet and vae_decoder, in the order a picture needs them.
-    `defaults` are what the folder's tightfit.json, if it has one, says of requests that leave something open.
+    `defaults` are what the folder's tightfit.json, if it has one, says of requests that leave something open, and `precision`
+    (int8 or int4) what it says the weights are stored in.
     """
 
     name: str
@@ -50,6 +49,7 @@ class ModelSpec:
     scheduler: Mapping[str, Any]
     force_zeros: bool
     defaults: Mapping[str, Any]
+    precision: str | None = None
 
     @property
     def unet(self) -> Mapping[str, Any]:
@@ -99,12 +99,11 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
         if needed not in listed:
             raise TightfitError(f"{folder} is a {pipeline} without a {needed}: tightfit runs SD 1.x, SD 2.x and SDXL base models")
-    unet = _component("unet", folder / "unet")
-    vae = _component("vae_decoder", folder / "vae", ("decoder.", "post_quant_conv."))
-    components = {"text_encoder": _component("text_encoder", folder / "text_encoder")}
-    if "text_encoder_2" in listed:
-        components["text_encoder_2"] = _component("text_encoder_2", folder / "text_encoder_2")
-    components |= {"unet": unet, "vae_decoder": vae}
+    manifest = _manifest(folder)
+    components = {}
+    for part in ("text_encoder", "text_encoder_2", "unet", "vae_decoder"):
+        if part != "text_encoder_2" or part in listed:
+            components[part] = _component(part, folder, manifest)
     for component in components.values():
         _check_config(component)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
@@ -112,10 +111,6 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
         raise TightfitError(
             f"{folder} was trained for {scheduler['_class_name']}, whose noise is not that of SD: it cannot run here"
         )
-    manifest = folder / "tightfit.json"
-    defaults = read_json(manifest).get("defaults", {}) if manifest.exists() else {}
-    if not isinstance(defaults, dict) or not isinstance(defaults.get("guidance_scale", 1.0), int | float):
-        raise TightfitError(f"{manifest} has defaults that cannot be understood: delete it, or export the model again")
     return ModelSpec(
         name=name or str(folder.absolute()),
         folder=folder,
@@ -123,8 +118,28 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
         components=components,
         scheduler=scheduler,
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed)),
-        defaults=defaults,
+        defaults=manifest.get("defaults", {}),
+        precision=manifest.get("precision"),
     )
+
+
+def _manifest(folder: Path) -> Mapping[str, Any]:
+    """The folder's tightfit.json, if there is one, as `tightfit export` writes it: defaults, precision, components."""
+    file = folder / "tightfit.json"
+    data = read_json(file) if file.exists() else {}
+    if not _understood(data):
+        raise TightfitError(f"{file} cannot be understood: delete it if the model is not quantised, or export the model again")
+    return data
+
+
+def _understood(manifest: Mapping[str, Any]) -> bool:
+    defaults, components = manifest.get("defaults", {}), manifest.get("components", {})
+    if not isinstance(defaults, dict) or not isinstance(defaults.get("guidance_scale", 1.0), int | float):
+        return False
+    if manifest.get("precision") not in (None, "int8", "int4") or not isinstance(components, dict):
+        return False
+    formats = [each.get("formats", {}) if isinstance(each, dict) else None for each in components.values()]
+    return all(isinstance(each, dict) and all(isinstance(name, str) for name in each.values()) for each in formats)
 
 
 def _counts(value: Any) -> bool:
@@ -204,11 +219,19 @@ def _index_file(folder: Path) -> Path:
     return index
 
 
-def _component(name: str, folder: Path, prefixes: tuple[str, ...] = ("",)) -> Component:
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    """What the safetensors files of one component's folder hold, by name."""
+    return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
+
+
+def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component:
+    folder = model / name.removesuffix("_decoder")
+    prefixes = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("",)
     config = read_json(folder / "config.json")
-    tensors: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        tensors |= {key: tensor for key, tensor in read_header(file).items() if key.startswith(prefixes)}
+    tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(prefixes)}
     if not tensors:
         raise TightfitError(f"the weight files in {folder} hold nothing of a {name}: copy or download them again")
-    return Component(name, folder, config, tensors)
+    if manifest.get("precision") is None:
+        return Component(name, folder, config, tensors)
+    formats = manifest.get("components", {}).get(folder.name, {}).get("formats", {})
+    return Component(name, folder, config, tensors, {layer: form for layer, form in formats.items() if layer.startswith(prefixes)})

@@ -86,7 +86,8 @@ def test_imports_point_down_only(name):
     modules = sources()
     for imported in imports(name, modules[name]) & {*modules, "tightfit"}:
         assert floor(imported) <= floor(name), f"{name} (floor {floor(name)}) imports {imported} (floor {floor(imported)})"
-        assert {imported.split(".")[0], name.split(".")[0]} != {"runtime", "export"}, "runtime and export meet only on disk"
+        together = {imported.split(".")[0], name.split(".")[0]} == {"runtime", "export"}
+        assert not together or floor(name) == 4, "runtime and export meet only on disk, and in the command line"
 
 
 @pytest.mark.parametrize("name", [n for n in sources() if n.startswith("runtime") and not n.startswith("runtime.backends.")])

@@ -58,7 +58,7 @@ class Engine(Protocol):
     """What an engine knows of a machine that need not be here."""
 
     @staticmethod
-    def refuses(hardware: Hardware, component: str, placement: Placement) -> str | None:
+    def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
         """Why it cannot run a component so on that hardware, or None if it can."""
         ...
 

@@ -11,10 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._prims_common import suggest_memory_format
 
 from ...kernels.attention import sdpa_cpu_bytes
+from . import quantised  # noqa: F401  its operator
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
+CONVOLUTION = torch.ops.aten.conv2d.default
+GROUP_NORM = torch.ops.aten.group_norm.default
 
 
 def own_bytes(func: Any, args: Any, out: Any) -> int:
@@ -34,6 +38,11 @@ def _convolution(args: Any, out: torch.Tensor) -> int:
     x, weight = args[:2]
     if x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480:  # torch's own, by way of columns (use_mkldnn)
         return 0 if weight.shape[2] == 1 else 4 * weight[0].numel() * out.shape[2] * out.shape[3]
+    if channels_last(weight) or (
+        channels_last(x) and weight.shape[2:] == (1, 1)
+    ):  # torch makes the picture so too; oneDNN then copies the weights alone
+        copied = 0 if x.is_contiguous(memory_format=torch.channels_last) else x.nbytes
+        return copied + _up(weight.shape[0], 16) * weight[0].numel() * weight.element_size()
     size, block = x.element_size(), _block()
     answer = out.numel() // out.shape[1] * _up(out.shape[1], block) * size
     weights = weight[0, 0].numel() * _up(weight.shape[0], block) * _up(weight.shape[1], block) * size
@@ -42,15 +51,27 @@ def _convolution(args: Any, out: torch.Tensor) -> int:
     return max(picture + weights + answer + sums - out.nbytes, answer)
 
 
+def channels_last(x: torch.Tensor) -> bool:
+    """Whether torch would compute a convolution of it so."""
+    return x.ndim == 4 and suggest_memory_format(x) is torch.channels_last
+
+
 def _upsampling(args: Any, out: torch.Tensor) -> int:
     """Copies of picture and answer with channels last, where the answer is small."""
     return args[0].nbytes + out.nbytes if max(out.shape[2:]) <= 64 else 0
 
 
+def _dequantising(args: Any, _: Any) -> int:
+    """Scales and zeros as numbers of the weight's own kind, the zeros twice."""
+    out, _, scale, zero = args[:4]
+    return scale.numel() * out.element_size() * (1 if zero is None else 3)
+
+
 _FORMULAS: dict[Any, Callable[[Any, Any], int]] = {
     SDPA: _attention,
-    torch.ops.aten.conv2d.default: _convolution,
+    CONVOLUTION: _convolution,
     torch.ops.aten.upsample_nearest2d.vec: _upsampling,
+    torch.ops.tightfit.dequantise.default: _dequantising,
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,34 +14,39 @@ from ...kernels import attention
 from ..files import Tensor
 from ..hardware import Hardware
 from ..memory import ATTENTION, END, MOMENT, Footprint, Operation, Shape, Trace
-from ..plan import Placement
+from ..plan import QUANTISED, Placement
 from ..spec import Component, ModelSpec
 from . import networks, weights
-from .cpu_kernels import SDPA
+from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .meter import LiveBytes, tensors_in
+from .quantised import workspace
 
-_KEPT = 16
+_KEPT = 32
 # By the component's id; it is kept too, so that its id stays its own.
-_modules: dict[int, tuple[Component, torch.nn.Module, Mapping[str, Tensor], str]] = {}
-_sizes_of: dict[Any, tuple[list[int], list[int], list[int], int]] = {}
+_modules: dict[Any, tuple[Component, torch.nn.Module, Mapping[str, Tensor], str]] = {}
+_sizes_of: dict[Any, tuple[list[int], list[int], int, tuple[list[int], int]]] = {}
 _traces: dict[Any, Trace] = {}
 
 
 class Recorder(LiveBytes):
     """A LiveBytes that keeps what it sees. Attention is not looked into: its answer is made, its shape is noted."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, channels_last: bool) -> None:
+        """`channels_last`: convolutions are given maps whose channels are last in memory, as quantised ones on a CPU."""
         super().__init__(device)
         self.events: list[tuple[int, int]] = []
         self.attentions: list[Shape] = []
         self.operations: list[Operation] = []
         self._names: dict[int, int] = {}
+        self._channels_last = channels_last
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is SDPA:
             batch, heads, n, d = args[0].shape
             return args[0].new_empty(batch, n, heads, d).transpose(1, 2)
         out = func(*args, **kwargs)
+        if self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0]):  # on a CPU, but not on meta
+            out = out.contiguous(memory_format=torch.channels_last)
         sources = {tensor.untyped_storage()._cdata for tensor in tensors_in(args)}
         made = [tensor for tensor in tensors_in((out,)) if tensor.untyped_storage()._cdata not in sources]
         if made or func._schema.is_mutable:
@@ -72,7 +78,7 @@ class Recorder(LiveBytes):
 def _flops(func: Any, args: Any, out: Any) -> float:
     if func is torch.ops.aten.linear.default:
         return 2.0 * out.numel() * args[1].shape[1]
-    if func is torch.ops.aten.conv2d.default:
+    if func is CONVOLUTION:
         return 2.0 * out.numel() * args[1][0].numel()
     if func in (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default):
         return 2.0 * out.numel() * args[0].shape[-1]
@@ -86,52 +92,68 @@ def footprint(
 
     Weights from headers, the call from a dry run on `meta`, which is kept for the next time.
     """
-    dtype, device = weights.DTYPES[placement.precision], torch.device(hardware.device)
+    dtype, device = weights.DTYPES[placement.compute], torch.device(hardware.device)
     inputs = _inputs(spec, component, *size)
-    module, stored, config = _module(component)
+    module, stored, what = _module(component, placement, device.type)
     half = dtype.itemsize == 2  # fp16 and bf16 take the same
-    key = (component.name, config, spec.family, half, placement.tiling, device.type, tuple(inputs.items()))
+    key = (component.name, what, spec.family, half, placement.tiling, device.type, tuple(inputs.items()))
     if key not in _traces:
         if len(_traces) >= 8 * _KEPT:
             _traces.clear()
         torch.nn.Module.to(module, dtype)  # past diffusers' own `to`, which warns
+        workspace(module).allocate(dtype, torch.device("meta"))
         _traces[key] = _trace(module, networks.forward(spec, component, placement), inputs, dtype, device.type)
     trace = _traces[key]
     kind, fused = placement.attention, hardware.fused_attention
     scratch = tuple(attention_bytes(kind, shape, dtype, device.type, fused) for shape in trace.attentions)
-    sizes, streams, buffers, pinned = _sizes(module, stored, dtype, device)
-    loading = weights.scratch_bytes(stored, dtype, device)
-    if placement.residency == "streamed":
+    sizes, beside, loading, (streams, pinned) = _sizes(module, stored, dtype, device)
+    if placement.residency == "streamed" and streams:
         own = [loading] if device.type == "cpu" else []
         # from pinned memory as it is used, else from the files as it is stored
         flow = sum(sizes) if device.type == "cuda" else sum(tensor.stored_bytes for tensor in stored.values())
-        return Footprint((*streams, *own, *buffers), 0, trace, scratch, flow, pinned)
-    return Footprint((*sizes, *buffers), loading, trace, scratch, 0)
+        return Footprint((*streams, *own, *beside), 0, trace, scratch, flow, pinned)
+    return Footprint((*sizes, *beside), loading, trace, scratch, 0)
 
 
 def _sizes(
     module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> tuple[list[int], list[int], list[int], int]:
-    """Bytes of each weight, of the buffers through which they would stream, of what is in no file, and of pinned memory."""
+) -> tuple[list[int], list[int], int, tuple[list[int], int]]:
+    """Bytes of each weight, of what is allocated beside them, of loading them, and of streaming them."""
     key = (id(module), dtype, device.type)
     if key not in _sizes_of:
-        parts = weights.units(module, stored, dtype.itemsize)
-        sizes = [parameter.numel() * dtype.itemsize for parameter in module.parameters()]
-        # torch's allocator of pinned memory rounds up to a power of two
-        pinned = sum(1 << (unit.bytes - 1).bit_length() for unit in parts.values()) if device.type == "cuda" else 0
-        _sizes_of[key] = sizes, weights.stream_bytes(parts, device), [buffer.nbytes for buffer in module.buffers()], pinned
+        loading = weights.loading_bytes(module, stored, dtype, device)
+        streams = _streams(module, stored, dtype, device)
+        _sizes_of[key] = weights.held(module, dtype), weights.beside(module, dtype), loading, streams
     return _sizes_of[key]
 
 
-def _module(component: Component) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
-    """The component's module on `meta`, its tensors in the files, checked, and its config; kept, as every candidate asks."""
-    if id(component) not in _modules:
+def _streams(
+    module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> tuple[list[int], int]:
+    """Bytes of the buffers through which the weights would stream, and of pinned memory that they would wait in; none of
+    weights that are quantised while they load, as they do not stream."""
+    if not weights.as_stored(module, stored):
+        return [], 0
+    parts = weights.units(module, stored, dtype)
+    # torch's allocator of pinned memory rounds up to a power of two
+    pinned = sum(1 << (unit.bytes - 1).bit_length() for unit in parts.values()) if device.type == "cuda" else 0
+    return weights.stream_bytes(parts, device), pinned
+
+
+def _module(component: Component, placement: Placement, device: str) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
+    """The component's module on `meta`, its tensors in the files, checked, and what it is, in words; kept, as every candidate
+    asks."""
+    precision = placement.precision if placement.precision in QUANTISED else ""
+    key = (id(component), precision, device)
+    if key not in _modules:
         if len(_modules) >= _KEPT:
             _modules.clear()
             _sizes_of.clear()
-        module, config = networks.build(component), json.dumps(dict(component.config), sort_keys=True, default=str)
-        _modules[id(component)] = component, module, weights.match(component, module), config
-    return _modules[id(component)][1:]
+        module = networks.build(component, replace(placement, attention="sdpa"), device)  # which a Recorder notes, not runs
+        formats = None if component.formats is None else dict(component.formats)
+        what = json.dumps([dict(component.config), precision, formats], sort_keys=True, default=str)
+        _modules[key] = component, module, weights.match(component, module), what
+    return _modules[key][1:]
 
 
 def _inputs(spec: ModelSpec, component: Component, batch: int, height: int, width: int) -> Mapping[str, tuple[int, ...]]:
@@ -156,7 +178,7 @@ def _trace(
 ) -> Trace:
     kinds = {"tokens": torch.int64}
     tensors = {name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta") for name, shape in inputs.items()}
-    with torch.inference_mode(), Recorder(device) as recorder:
+    with torch.inference_mode(), Recorder(device, device == "cpu" and bool(workspace(module).layers)) as recorder:
         run(module, call, tensors, dtype, torch.device("meta"))
     return Trace(tuple(recorder.events), tuple(recorder.attentions), tuple(recorder.operations))
 

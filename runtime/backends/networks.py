@@ -2,30 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 
 from ...kernels import attention, strips
+from ...kernels.recipe import recipe
 from ..errors import TightfitError, explained
-from ..plan import Placement
+from ..plan import QUANTISED, Placement
 from ..spec import Component, ModelSpec
+from . import quantised
 
 Forward = Callable[..., tuple[torch.Tensor, ...]]
 
 
-def build(component: Component, kind: str = "sdpa") -> torch.nn.Module:
-    """The component's module on the meta device, shapes and no memory, with attention of that kind."""
+def build(component: Component, placement: Placement, device: str) -> torch.nn.Module:
+    """The component's module on the meta device, shapes and no memory, as the placement has it computed on `device`."""
     make = {"unet": _unet, "vae_decoder": _decoder}.get(component.name, _text_encoder)
     config = component.folder / "config.json"
     with explained(f"{config} describes no model that can be built", "copy or download it again"), torch.device("meta"):
         module = make(component).eval().requires_grad_(False)
-    processor = Processor(attention.VARIANTS[kind])
+    strips_use_it_often = component.name == "vae_decoder"
+    with torch.device("meta"):
+        quantised.quantise_layers(module, _formats(component, module, placement.precision), device, strips_use_it_often)
+    processor = Processor(attention.VARIANTS[placement.attention])
     for part in module.modules():
         if hasattr(part, "set_processor"):
             part.set_processor(processor)  # pyright: ignore[reportCallIssue]
     return module
+
+
+def _formats(component: Component, module: torch.nn.Module, precision: str) -> dict[str, str]:
+    """The format of each layer that is quantised, by its path: as stored in the files, or as it will be while it is loaded."""
+    paths: dict[str, Any] = {path: part for path, part in module.named_modules() if type(part) in quantised.KINDS}
+    if component.formats is not None:
+        renamed = (current_name(path, paths) for path in component.formats)
+        return dict(zip(renamed, component.formats.values(), strict=True))
+    if precision not in QUANTISED:
+        return {}
+    chosen = {path: recipe(precision, component.name, path, layer.weight.shape) for path, layer in paths.items()}
+    return {path: name for path, name in chosen.items() if name}
+
+
+def current_name(stored: str, expected: Container[str]) -> str:
+    """A tensor's or a layer's name as today's libraries spell it: text models lost a prefix, VAE attention got new words."""
+    for old, new in ((".query", ".to_q"), (".key", ".to_k"), (".value", ".to_v"), (".proj_attn", ".to_out.0")):
+        if ".attentions." in stored and f"{old}." in f"{stored}.":
+            stored = f"{stored}.".replace(f"{old}.", f"{new}.")[:-1]
+    if stored not in expected:
+        for other in (stored.removeprefix("text_model."), f"text_model.{stored}"):
+            if other in expected:
+                return other
+    return stored
 
 
 def forward(spec: ModelSpec, component: Component, placement: Placement) -> Forward:

@@ -13,10 +13,10 @@ import torch
 from ..errors import OutOfMemoryError, TightfitError, first_line
 from ..hardware import Hardware
 from ..memory import Footprint
-from ..plan import Placement
+from ..plan import QUANTISED, Placement
 from ..process import release
 from ..spec import Component, ModelSpec
-from . import dryrun, networks, weights
+from . import dryrun, networks, quantised, weights
 from .meter import Meter, meter
 
 
@@ -30,15 +30,15 @@ class TorchBackend:
             torch.backends.cudnn.benchmark = True
 
     @staticmethod
-    def refuses(hardware: Hardware, component: str, placement: Placement) -> str | None:
+    def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
         """Why this engine cannot run a component so on that hardware, or None if it can."""
-        if placement.precision not in weights.DTYPES:
-            return f"torch runs {', '.join(weights.DTYPES)} here"
-        if placement.residency == "streamed" and component == "vae_decoder" and placement.tiling == "tiled":
+        if placement.residency == "streamed" and placement.precision in QUANTISED and component.formats is None:
+            return "weights that are quantised while they load cannot stream: export the model first"
+        if placement.residency == "streamed" and component.name == "vae_decoder" and placement.tiling == "tiled":
             return "strips read a convolution's weights many times: they must stay loaded"
         if placement.residency == "streamed" and hardware.unified and hardware.device == "cuda":
             return "GPU and host share one memory: the weights would be in it twice"
-        if hardware.device == "cpu" and placement.precision == "fp16" and placement.attention == "sliced":
+        if hardware.device == "cpu" and placement.compute == "fp16" and placement.attention == "sliced":
             return "torch multiplies fp16 matrices 30 times slower than fp32 ones on a CPU"
         return None
 
@@ -50,8 +50,8 @@ class TorchBackend:
 
     def load(self, spec: ModelSpec, component: Component, placement: Placement) -> TorchSession:
         """Build the module without memory, then fill it, or have it filled as it runs."""
-        dtype = weights.DTYPES[placement.precision]
-        module = networks.build(component, placement.attention)
+        dtype = weights.DTYPES[placement.compute]
+        module = networks.build(component, placement, self.device.type)
         stored = weights.match(component, module)
         session = TorchSession(module, networks.forward(spec, component, placement), dtype, self.device, self.meter)
         with _memory_errors_explained():
@@ -74,16 +74,18 @@ class TorchSession:
     def load(self, stored, streamed: bool) -> None:
         """Bring the weights in, or prepare to stream them; OutOfMemoryError leaves nothing behind."""
         assert self.module is not None
-        scratch = weights.scratch_bytes(stored, self.dtype, self.device)
-        here = scratch if self.device.type == "cpu" else 0  # a GPU's weights are read by way of the host's memory
-        self._hold(sum(buffer.nbytes for buffer in self.module.buffers()))
+        here = 0  # a GPU's weights are read by way of the host's memory
+        if self.device.type == "cpu":
+            here = weights.loading_bytes(self.module, stored, self.dtype, self.device)
+        self._hold(sum(weights.beside(self.module, self.dtype)))
         try:
             if streamed:
-                parts = weights.units(self.module, stored, self.dtype.itemsize)
+                parts = weights.units(self.module, stored, self.dtype)
+                scratch = weights.scratch_bytes(self.module, stored, self.dtype, self.device)
                 self._hold(sum(weights.stream_bytes(parts, self.device)) + here)
                 self.streamer = weights.Streamer(self.module, parts, scratch, self.dtype, self.device)
             else:
-                self._hold(sum(parameter.numel() for parameter in self.module.parameters()) * self.dtype.itemsize)
+                self._hold(sum(weights.held(self.module, self.dtype)))
                 self._hold(here)
                 weights.fill(self.module, stored, self.dtype, self.device)
                 self._hold(-here)
@@ -104,6 +106,8 @@ class TorchSession:
     def close(self) -> None:
         if self.streamer:
             self.streamer.close()
+        if self.module:
+            quantised.workspace(self.module).free()
         for part in self.module.modules() if self.module else ():
             part._parameters.clear()  # modules of diffusers refer to themselves, so they go when Python's collector comes by
         self.module = self.streamer = None

@@ -8,74 +8,139 @@ from typing import Any
 
 import torch
 
+from ...kernels.formats import BLOCK, quantise
 from ..errors import TightfitError
 from ..files import Tensor
 from ..spec import Component
+from .networks import current_name
+from .quantised import Quantised, quantised_layers, workspace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-STORED = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
+# Bytes that quantising takes for each weight of a block, and to make it fp32; torch's profiler saw 8.0 to 10.4 and 12.0 to 14.4.
+_QUANTISING, _CONVERTING = 9, 4
 _ALIGNED = 256  # bytes between tensors in a streaming buffer, which suits every kernel
 
 
 def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
     """For each tensor of `module` the one in the component's files; they are all there and of the right shape.
 
-    Tensors that the module does not know are left alone, as diffusers and transformers leave them.
+    A quantised layer has its stored parts, or the plain weight that they will be made of. Tensors that the module does not know
+    are left alone, as diffusers and transformers leave them.
     """
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    stored = {_current_name(name, expected): tensor for name, tensor in component.tensors.items()}
+    expected = {name: (tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()}
+    parts = {f"{path}.{part}" for path, layer in quantised_layers(module).items() for part in layer.form.parts(layer.shape)}
+    if component.formats is None:  # parts are yet to be made
+        plain = {f"{path}.weight": (torch.Size(layer.shape), torch.float32) for path, layer in quantised_layers(module).items()}
+        expected, parts = {name: each for name, each in (expected | plain).items() if name not in parts}, set()
+    stored = {current_name(name, expected): tensor for name, tensor in component.tensors.items()}
     where = f"the weights of {component.folder.name} in {component.folder.parent}"
     cure = "files of different models were mixed, or one was renamed; copy or download the model again"
     if missing := [name for name in expected if name not in stored]:
         unknown = [name for name in stored if name not in expected]
         instead = f", but have {unknown[0]}" if unknown else ""
         raise TightfitError(f"{where} lack {len(missing)}, such as {missing[0]}{instead}: {cure}")
-    for name, shape in expected.items():
+    for name, (shape, dtype) in expected.items():
         tensor = stored[name]
         if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:  # (C, C, 1, 1) is (C, C)
             raise TightfitError(f"{where} have {name} of shape {list(tensor.shape)}, its config says {list(shape)}: {cure}")
-        if tensor.dtype not in STORED:
+        if STORED.get(tensor.dtype) != dtype if name in parts else tensor.dtype not in FLOATS:
             raise TightfitError(f"{where} have {name} as {tensor.dtype}, which plain models have not: use the original model")
     return {name: stored[name] for name in expected}
 
 
-def _current_name(stored: str, expected: Mapping[str, torch.Size]) -> str:
-    """A tensor's name as today's libraries spell it: text models lost a prefix, VAE attention got new words."""
-    for old, new in ((".query.", ".to_q."), (".key.", ".to_k."), (".value.", ".to_v."), (".proj_attn.", ".to_out.0.")):
-        if ".attentions." in stored and old in stored:
-            stored = stored.replace(old, new)
-    if stored not in expected:
-        for other in (stored.removeprefix("text_model."), f"text_model.{stored}"):
-            if other in expected:
-                return other
-    return stored
-
-
 def fill(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the meta tensors of `module` by the files', converted one at a time by way of one buffer."""
-    scratch = torch.empty(scratch_bytes(stored, dtype, device), dtype=torch.uint8)
-    weights = {}
-    for name, expected in module.state_dict().items():
+    """Replace the meta tensors of `module` by the files', converted or quantised one at a time by way of one buffer."""
+    scratch = torch.empty(scratch_bytes(module, stored, dtype, device), dtype=torch.uint8)
+    filled = {}
+    for name, tensor in stored.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if leaf not in owner._parameters:
+            assert isinstance(owner, Quantised)
+            filled |= {f"{path}.{part}": made.to(device) for part, made in _quantised(owner, tensor, scratch).items()}
+            continue
         # empty, then filled: on a device the conversion then happens before the copy, and nothing else is allocated there
-        weights[name] = torch.empty(expected.shape, dtype=dtype, device=device)
-        read_into(weights[name], stored[name], scratch)
-    module.load_state_dict(weights, assign=True)
-    fill_buffers(module, device)
+        filled[name] = torch.empty(module.get_parameter(name).shape, dtype=own_dtype(owner, leaf, dtype), device=device)
+        read_into(filled[name], tensor, scratch)
+    module.load_state_dict(filled, assign=True)
+    prepare(module, dtype, device)
 
 
-def scratch_bytes(stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of host memory that reading needs beside the weights: the largest tensor that cannot be read into its place."""
-    return max((t.stored_bytes for t in stored.values() if device.type != "cpu" or STORED[t.dtype] != dtype), default=0)
-
-
-def fill_buffers(module: torch.nn.Module, device: torch.device) -> None:
-    """The one kind of buffer that is in no file: 0, 1, 2 … for the positions of a text."""
+def prepare(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """What a module needs beside its weights: the workspace of quantised layers, and the one kind of buffer that is in no file,
+    0, 1, 2 … for the positions of a text."""
+    workspace(module).allocate(dtype, device)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             owner, _, leaf = name.rpartition(".")
             if leaf != "position_ids":
                 raise TightfitError(f"the model needs the buffer {name}, which this version cannot fill")
             module.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.shape[-1], device=device)[None], persistent=False)
+
+
+def own_dtype(owner: torch.nn.Module, leaf: str, dtype: torch.dtype) -> torch.dtype:
+    """What a parameter is held in when its network computes in `dtype`: parts of quantised weights are as stored."""
+    parameter = owner._parameters.get(leaf)
+    return parameter.dtype if parameter is not None and isinstance(owner, Quantised) and leaf != "bias" else dtype
+
+
+def held(module: torch.nn.Module, dtype: torch.dtype) -> list[int]:
+    """Bytes of each parameter when the network computes in `dtype`."""
+    return [
+        parameter.numel() * own_dtype(owner, leaf, dtype).itemsize
+        for owner in module.modules()
+        for leaf, parameter in owner._parameters.items()
+        if parameter is not None
+    ]
+
+
+def beside(module: torch.nn.Module, dtype: torch.dtype) -> list[int]:
+    """Bytes of what is allocated beside the weights when the network computes in `dtype`."""
+    shared = workspace(module).bytes(dtype)
+    return [*([shared] if shared else []), *(buffer.nbytes for buffer in module.buffers())]
+
+
+def _quantised(layer: Quantised, tensor: Tensor, scratch: torch.Tensor) -> dict[str, torch.Tensor]:
+    raw = scratch[: tensor.stored_bytes]
+    _read(tensor, raw)
+    try:
+        return quantise(raw.view(STORED[tensor.dtype]).view(layer.shape), layer.form)
+    except ValueError as error:
+        raise TightfitError(f"{tensor.file}: {error}; copy or download the model again") from None
+
+
+def scratch_bytes(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of host memory that reading needs beside the weights: the largest tensor that cannot be read into its place."""
+    most = 0
+    for name, tensor in stored.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        there = leaf in owner._parameters and STORED[tensor.dtype] == own_dtype(owner, leaf, dtype) and device.type == "cpu"
+        most = max(most, 0 if there else tensor.stored_bytes)
+    return most
+
+
+def as_stored(module: torch.nn.Module, stored: Mapping[str, Tensor]) -> bool:
+    """Whether every parameter has a stored tensor, so that none is made while the module is loaded."""
+    return all(name in stored for name, _ in module.named_parameters())
+
+
+def loading_bytes(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> int:
+    """Most bytes of host memory that are taken at once while a module is loaded, beyond what it holds in the end on a CPU."""
+    scratch, layers = scratch_bytes(module, stored, dtype, device), quantised_layers(module)
+    now = most = 0
+    for name, tensor in stored.items():
+        path, _, leaf = name.rpartition(".")
+        if path in layers and leaf == "weight":
+            now += layers[path].form.bytes(tensor.shape)
+            row = tensor.count // tensor.shape[0]
+            each = _QUANTISING + (0 if tensor.dtype == "F32" else _CONVERTING)
+            most = max(most, now + each * min(tensor.count, max(row, BLOCK // row * row)))
+        else:
+            now += tensor.count * own_dtype(module.get_submodule(path), leaf, dtype).itemsize
+    return max(scratch, scratch + most - sum(held(module, dtype)) - sum(beside(module, dtype)))
 
 
 def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
@@ -86,6 +151,12 @@ def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
     """
     direct = out.device.type == "cpu" and out.dtype == STORED[tensor.dtype]
     target = out.view(-1).view(torch.uint8) if direct else scratch[: tensor.stored_bytes]
+    _read(tensor, target)
+    if not direct:
+        out.copy_(target.view(STORED[tensor.dtype]).view(out.shape))
+
+
+def _read(tensor: Tensor, target: torch.Tensor) -> None:
     try:
         with tensor.file.open("rb") as stream:
             stream.seek(tensor.offset)
@@ -93,8 +164,6 @@ def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
                 raise TightfitError(f"{tensor.file} was cut short while it was read: copy or download it again")
     except OSError as error:
         raise TightfitError(f"{tensor.file} cannot be read ({error.strerror}): copy or download it again") from None
-    if not direct:
-        out.copy_(target.view(STORED[tensor.dtype]).view(out.shape))
 
 
 @dataclass(frozen=True)
@@ -105,15 +174,15 @@ class Unit:
     bytes: int
 
 
-def units(module: torch.nn.Module, stored: Mapping[str, Tensor], itemsize: int) -> dict[torch.nn.Module, Unit]:
+def units(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[torch.nn.Module, Unit]:
     """`module` in parts, each as large as can be without taking more bytes than the largest single layer does."""
     paths = {part: path for path, part in module.named_modules()}
     leaves = [part for part in module.modules() if part._parameters]
-    limit = max(_unit(leaf, paths[leaf], stored, itemsize).bytes for leaf in leaves)
+    limit = max(_unit(leaf, paths[leaf], stored, dtype).bytes for leaf in leaves)
     found: dict[torch.nn.Module, Unit] = {}
 
     def divide(part: torch.nn.Module) -> None:
-        unit = _unit(part, paths[part], stored, itemsize)
+        unit = _unit(part, paths[part], stored, dtype)
         callable_here = not isinstance(part, torch.nn.ModuleList | torch.nn.ModuleDict)
         if callable_here and (part._parameters or 0 < unit.bytes <= limit):
             found[part] = unit
@@ -125,13 +194,14 @@ def units(module: torch.nn.Module, stored: Mapping[str, Tensor], itemsize: int) 
     return found
 
 
-def _unit(part: torch.nn.Module, path: str, stored: Mapping[str, Tensor], itemsize: int) -> Unit:
+def _unit(part: torch.nn.Module, path: str, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Unit:
     weights, end = [], 0
     for inner, owner in part.named_modules():
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
                 weights.append((owner, leaf, stored[".".join(filter(None, (path, inner, leaf)))], end))
-                end += -(-parameter.numel() * itemsize // _ALIGNED) * _ALIGNED
+                count = parameter.numel() * own_dtype(owner, leaf, dtype).itemsize
+                end += -(-count // _ALIGNED) * _ALIGNED
     return Unit(tuple(weights), end)
 
 
@@ -162,7 +232,7 @@ class Streamer:
             self._copied: list[Any] = [torch.cuda.Event() for _ in self.slots]
             self._used: list[Any] = [torch.cuda.Event() for _ in self.slots]
             self._holds: list[torch.nn.Module | None] = [None] * len(self.slots)
-        fill_buffers(module, device)
+        prepare(module, dtype, device)
         self._hooks = [part.register_forward_pre_hook(self._bring) for part in self.units]
         self._hooks += [part.register_forward_hook(self._take) for part in self.units]
 
@@ -175,8 +245,9 @@ class Streamer:
 
     def _views(self, unit: Unit, buffer: torch.Tensor, shapes: list[Any]) -> list[torch.Tensor]:
         parts = []
-        for (_, _, _, start), like in zip(unit.weights, shapes, strict=True):
-            parts.append(buffer[start : start + like.numel() * self.dtype.itemsize].view(self.dtype).view(like.shape))
+        for (owner, leaf, _, start), like in zip(unit.weights, shapes, strict=True):
+            dtype = own_dtype(owner, leaf, self.dtype)
+            parts.append(buffer[start : start + like.numel() * dtype.itemsize].view(dtype).view(like.shape))
         return parts
 
     def _pin(self, unit: Unit) -> torch.Tensor:

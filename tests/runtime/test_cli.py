@@ -191,7 +191,7 @@ def test_plan(call, tiny_models):
     for each in plans:
         assert each.keys() >= {"chosen", "fits", "reason", "predicted", "placements"}
         assert each["predicted"]["stages"].keys() == {"encode", "denoise", "decode"}
-        assert each["placements"]["unet"].keys() == {"backend", "precision", "residency", "attention", "tiling"}
+        assert each["placements"]["unet"].keys() == {"backend", "precision", "compute", "residency", "attention", "tiling"}
 
 
 def test_a_plan_is_saved_and_run(call, sd1, tmp_path):
@@ -302,3 +302,29 @@ def test_interrupted(sd1, tmp_path):
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "tightfit: stopped\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_export(call, sd1, tmp_path):
+    code, out, err = call("export", str(sd1), "--precision", "int4", "-o", "small")
+    assert code == 0
+    assert out.startswith("small · int4 · ")
+    assert "unet: " in err
+    code, out, _ = call("a cat", "--model", "small", "--device", "cpu", *FAST, "--json")
+    assert code == 0
+    assert json.loads(out)["plan"]["placements"]["unet"]["precision"] == "int4"
+    assert call("a cat", "--model", str(sd1), "--device", "cpu", *FAST, "--precision", "int8")[0] == 0
+    for arguments, words in (
+        ((str(sd1), "--precision", "int4", "-o", "small"), "there already"),
+        (("small", "--precision", "int8", "-o", "smaller"), "stored in int4 already"),
+        ((str(sd1), "--precision", "fp16", "-o", "x"), "int8 or int4"),
+        ((str(sd1), "--precision", "int8", "--to", "tensorrt", "-o", "x"), "--to torch"),
+        ((str(sd1), "--precision", "int8", "--bits", "9", "-o", "x"), "--calibrate"),
+        ((str(sd1), "--precision", "int8", "--bits", "3", "--calibrate", "1", "-o", "x"), "--bits is from"),
+        (("nowhere", "--precision", "int8", "-o", "x"), "does not exist"),
+    ):
+        code, _, err = call("export", *arguments)
+        assert (code, len(err.strip().splitlines())) == (2, 1)
+        assert words in err
+    code, _, err = call("a cat", "--model", "small", "--precision", "fp16", *FAST)
+    assert code == 2
+    assert "stored in int4" in err

@@ -66,7 +66,7 @@ def test_every_candidate_has_its_reason(sd1):
     plans = plan(RTX_3060, inspect(sd1))
     assert [p.chosen for p in plans] == [True] + [False] * (len(plans) - 1)
     assert all(p.reason for p in plans)
-    assert len({(p.cfg, tuple(p.placements.values())) for p in plans}) == len(plans) == 3 * 3 * 3 * 2 * 2
+    assert len({(p.cfg, tuple(p.placements.values())) for p in plans}) == len(plans) == 5 * 3 * 3 * 2 * 2
 
 
 def test_what_is_asked_for_is_taken(sd1):
@@ -215,7 +215,7 @@ def test_what_the_plan_command_prints_is_read_too(sd1):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"version": 99}', '{"plans": []}', '{"version": 2, "placements": {"unet": {"x": 1}}}', "[" * 100_000],
+    ["", "[]", "{}", '{"version": 99}', '{"plans": []}', '{"version": 3, "placements": {"unet": {"x": 1}}}', "[" * 100_000],
 )
 def test_damaged_plans(text):
     with pytest.raises(TightfitError, match="plan"):
@@ -232,7 +232,7 @@ def test_damaged_plans(text):
         ('"resident"', '"floating"'),
         ('"sdpa"', '"flash3"'),
         ('"whole"', "null"),
-        ('"version": 2', '"version": 1'),
+        ('"version": 3', '"version": 1'),
         ('"seconds": ', '"seconds": "soon", "x": '),
     ],
 )

@@ -36,8 +36,8 @@ def test_weights_counted_as_torch_counts_them(tiny_models):
         unet = UNet2DConditionModel.from_config(dict(spec.unet))
         vae = AutoencoderKL.from_config(dict(spec.vae))
     decoder = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
-    assert spec.components["unet"].parameters == sum(p.numel() for p in unet.parameters())
-    assert spec.components["vae_decoder"].weight_bytes("fp16") == 2 * sum(p.numel() for p in decoder)
+    assert spec.components["unet"].stored_bytes == 4 * sum(p.numel() for p in unet.parameters())
+    assert spec.components["vae_decoder"].stored_bytes == 4 * sum(p.numel() for p in decoder)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=30, deadline=None)

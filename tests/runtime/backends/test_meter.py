@@ -7,6 +7,7 @@ import torch
 from tightfit.runtime.backends import dryrun, networks, weights
 from tightfit.runtime.backends.cpu_kernels import own_bytes
 from tightfit.runtime.backends.meter import CountingMeter, LiveBytes, spilled
+from tightfit.runtime.backends.quantised import workspace
 from tightfit.runtime.errors import OutOfMemoryError
 from tightfit.runtime.hardware import Hardware
 from tightfit.runtime.hub import inspect
@@ -30,7 +31,7 @@ def profiled(call) -> int:
     return most
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("precision", "compute"), [("fp32", "fp32"), ("bf16", "bf16"), ("int8", "bf16"), ("int4", "fp32")])
 @pytest.mark.parametrize(
     ("component", "attention", "tiling", "batch"),
     [
@@ -43,13 +44,13 @@ def profiled(call) -> int:
     ],
 )
 @pytest.mark.parametrize("model", ["emoji", "sd2", "sdxl"])
-def test_against_the_profiler(tiny_models, model, component, attention, tiling, batch, precision):
+def test_against_the_profiler(tiny_models, model, component, attention, tiling, batch, precision, compute):
     spec = inspect(tiny_models.get(model, model))
-    part, placement = spec.components[component], Placement("torch", precision, "staged", attention, tiling)
+    part, placement = spec.components[component], Placement("torch", precision, compute, "staged", attention, tiling)
     size = (batch, 128, 192)
     footprint = dryrun.footprint(spec, part, placement, CPU, size)
-    call, dtype, cpu = networks.forward(spec, part, placement), weights.DTYPES[precision], torch.device("cpu")
-    module = networks.build(part, attention)
+    call, dtype, cpu = networks.forward(spec, part, placement), weights.DTYPES[compute], torch.device("cpu")
+    module = networks.build(part, placement, "cpu")
     weights.fill(module, weights.match(part, module), dtype, cpu)
     shapes = dryrun._inputs(spec, part, *size)
     tensors = {n: torch.zeros(s, dtype=torch.int64 if n == "tokens" else torch.float32) for n, s in shapes.items()}
@@ -57,7 +58,7 @@ def test_against_the_profiler(tiny_models, model, component, attention, tiling, 
     seen = profiled(run)
     with torch.inference_mode(), LiveBytes("cpu") as live:
         run()
-    held = sum(p.nbytes for p in module.parameters()) + sum(b.nbytes for b in module.buffers())
+    held = sum(each.nbytes for each in (*module.parameters(), *module.buffers(), workspace(module).buffer))
     assert footprint.held_bytes == held
     predicted = peak("cpu", (), Footprint((), 0, footprint.trace, footprint.scratch, 0))
     for count in (live.peak, predicted):

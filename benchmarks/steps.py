@@ -1,0 +1,62 @@
+"""Seconds of one U-Net call with weights in 16, 8 and 4 bits, taken in turns in one process, and what each holds.
+
+    python -m tightfit.benchmarks.steps sd15 sd15-int8 sd15-int4 --size 512
+
+Models are diffusers folders, plain or from `tightfit export`; the first is what the others are compared with. Each round calls
+every one of them once, so that a machine that slows down slows all; the least of the rounds counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+import numpy as np
+
+from .. import inspect
+from ..runtime.backends.dryrun import _inputs
+from ..runtime.backends.torch import TorchBackend
+from ..runtime.hardware import Hardware
+from ..runtime.memory import shown
+from ..runtime.plan import Placement
+from .record import record
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("models", nargs="+")
+    parse.add_argument("--size", type=int, default=512)
+    parse.add_argument("--rounds", type=int, default=4)
+    parse.add_argument("--device", default="auto")
+    parse.add_argument("--attention", default="sliced")
+    args = parse.parse_args()
+    hardware = Hardware.detect(args.device)
+    compute, random = hardware.precisions[0], np.random.default_rng(0)
+    runs, rows = {}, {}
+    for model in args.models:
+        spec = inspect(model)
+        unet, backend = spec.components["unet"], TorchBackend(hardware.device)
+        placement = Placement("torch", spec.precision or compute, compute, "resident", args.attention, "whole")
+        session = backend.load(spec, unet, placement)
+        held = backend.meter.bytes()
+        shapes = _inputs(spec, unet, 2, args.size, args.size)
+        arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
+        arrays["timestep"] = np.array(500, np.float32)
+        session(**arrays)
+        rows[model] = {"stored_bytes": unet.stored_bytes, "held_bytes": held, "peak_bytes": backend.meter.bytes()}
+        runs[model] = lambda session=session, arrays=arrays: session(**arrays)
+    best = dict.fromkeys(runs, float("inf"))
+    for _ in range(args.rounds):
+        for model, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[model] = min(best[model], time.perf_counter() - start)
+    for model, row in rows.items():
+        row |= {"seconds": round(best[model], 3), "ratio": round(best[model] / best[args.models[0]], 3)}
+        sizes = ", ".join(f"{name.removesuffix('_bytes')} {shown(row[name])}" for name in row if name.endswith("_bytes"))
+        print(f"{model}: {sizes}; {row['seconds']} s, {row['ratio']} of {args.models[0]}'s")
+    record("steps", {"compute": compute, "attention": args.attention, "size": args.size, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""Which layers hurt most when they are quantised, measured by running the model; and more bits for these, within a budget.
+
+The U-Net paints a few pictures with diffusers' own pipeline. Of each layer's inputs x the mean of x xᵀ is kept: by it codes are
+chosen whose errors cancel (kernels/gptq.py), and every format's error in the layer's answers is known. Of some steps the U-Net's
+inputs and answer are kept: by them each layer, quantised alone, shows what it does to the predicted noise.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.formats import FORMATS, dequantise, quantise
+from ..kernels.recipe import LEAST, recipe
+from .quantised import Scheme
+
+# One for each kind of picture that people ask for; none is of emoji's training, which have one or two words.
+PROMPTS = (
+    "a portrait photo of an old fisherman, natural light", "a red heart", "a lighthouse on a cliff at dusk, oil painting",
+    "a bowl of ramen, studio photo", "an astronaut riding a horse", "a cosy kitchen with plants, watercolour",
+    "a city street at night in the rain", "a golden retriever puppy in the grass", "a castle in the clouds, fantasy art",
+    "a smiling woman in a yellow raincoat", "a vintage car, black and white photograph", "an owl, pencil sketch",
+    "a mountain lake at sunrise", "a robot reading a book", "a bouquet of sunflowers", "a pizza",
+)  # fmt: skip
+LADDER = {"int8": ("int8", "int8-g64", None), "int4": ("int4-g64", "int4-g32", "int8", "int8-g64", None)}  # None: 16 bits
+BITS = {"int8": 8.15, "int4": 4.5}  # a value of the U-Net, on average
+_ROWS = 4096  # of a layer's inputs that a call adds to its moment, at most
+_STATES = 8  # calls of the U-Net by which layers are judged
+
+
+@dataclass(frozen=True)
+class State:
+    """One call of the U-Net, and what it answered."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    answer: Tensor
+
+
+class Calibration:
+    """A U-Net (diffusers' module) with the moments of its layers' inputs, and states to judge it by."""
+
+    def __init__(self, unet: nn.Module, paint: Callable[[str], object], prompts: int, tell: Callable[[str], object]) -> None:
+        """`paint` paints a prompt with `unet`. Half of the states are kept aside, to measure the result on."""
+        self.unet, self.tell = unet, tell
+        self.layers: dict[str, Any] = {
+            path: part
+            for path, part in unet.named_modules()
+            if isinstance(part, nn.Linear | nn.Conv2d) and part.weight.numel() >= LEAST
+        }
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._calls: list[State] = []
+        hooks = [part.register_forward_pre_hook(self._watch(path)) for path, part in self.layers.items()]
+        hooks.append(unet.register_forward_hook(self._keep, with_kwargs=True))
+        for prompt in PROMPTS[:prompts]:
+            paint(prompt)
+            tell(f"calibrating: painted '{prompt}'")
+        for hook in hooks:
+            hook.remove()
+        self.moments = {path: total / count for path, (total, count) in self._sums.items()}
+        stride = max(1, len(self._calls) // (2 * _STATES))
+        self.states, self.held_out = self._calls[::stride][0::2], self._calls[::stride][1::2]
+
+    def _watch(self, path: str) -> Callable[[nn.Module, Any], None]:
+        def add(layer: nn.Module, args: Any) -> None:
+            x = args[0].detach()
+            x = (x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
+            if isinstance(layer, nn.Conv2d) and layer.groups > 1:
+                return
+            x = x[:: -(-len(x) // _ROWS)].float()
+            total, count = self._sums.get(path, (torch.zeros(()), 0))
+            self._sums[path] = total + (x.T @ x).cpu(), count + len(x)
+
+        return add
+
+    def _keep(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        self._calls.append(State(args, kwargs, out[0]))
+
+    def snr(self, states: list[State]) -> float:
+        """Decibels of the answers that were kept against how far the U-Net's answers are from them now."""
+        signal = noise = 0.0
+        for state in states:
+            wrong = self.unet(*state.args, **state.kwargs)[0] - state.answer
+            signal, noise = signal + _energy(state.answer), noise + _energy(wrong)
+        return 10 * math.log10(signal / noise) if noise else math.inf
+
+    def rounded(self, path: str, form: str | None) -> Tensor:
+        """A layer's weight as it will be when stored in a format, or in 16 bits."""
+        weight = self.layers[path].weight.detach()
+        if form is None:
+            return weight.half().to(weight.dtype)
+        parts = quantise(weight.cpu(), FORMATS[form], self.moments.get(path))
+        return dequantise(parts, FORMATS[form], weight.shape).to(weight)
+
+    def damage(self, precision: str) -> dict[str, dict[str | None, float]]:
+        """For each layer and format what it adds to the share of the predicted noise that is wrong.
+
+        Measured with the lowest format; for the others in proportion to the errors of the layer's answers.
+        """
+        found: dict[str, dict[str | None, float]] = {}
+        for i, (path, layer) in enumerate(self.layers.items()):
+            weight, forms = layer.weight.data, LADDER[precision]
+            versions = {form: self.rounded(path, form) for form in forms}
+            errors = {form: self._answer_error(path, version - weight) for form, version in versions.items()}
+            layer.weight.data = versions[forms[0]]
+            share = 10 ** (-self.snr(self.states) / 10)
+            layer.weight.data = weight
+            found[path] = {form: share * error / max(errors[forms[0]], 1e-30) for form, error in errors.items()}
+            if i % 50 == 49:
+                self.tell(f"calibrating: {i + 1} of {len(self.layers)} layers measured")
+        return found
+
+    def _answer_error(self, path: str, wrong: Tensor) -> float:
+        """E|ΔW x|²: each tap's weights times the moment of the inputs."""
+        rows = wrong.float().cpu() if wrong.ndim == 2 else wrong.float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
+        moment = self.moments.get(path)
+        return _energy(rows) if moment is None else ((rows @ moment) * rows).sum(dtype=torch.float64).item()
+
+    def scheme(self, precision: str, bits: float) -> Scheme:
+        """More bits for the layers that need them most, up to `bits` a value on average; measured on states kept aside."""
+        damage = self.damage(precision)
+        shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
+        values = sum(parameter.numel() for parameter in self.unet.parameters())
+        rest = values - sum(math.prod(shape) for shape in shapes.values())
+        chosen = allocate(damage, shapes, LADDER[precision], bits * values / 8 - 2 * rest)
+        formats = {path: form for path, form in chosen.items() if form}
+        default = {path: recipe(precision, "unet", path, shape) for path, shape in shapes.items()}
+        measured = {"snr": {"calibrated": self._snr_of(chosen), "recipe": self._snr_of(default)}}
+        lowest = {path: each[LADDER[precision][0]] for path, each in damage.items()}
+        worst = heapq.nlargest(10, lowest, key=lambda path: lowest[path] / math.prod(shapes[path]))
+        measured |= {"worst": {path: {"share": lowest[path], "kept": chosen[path] or "16 bits"} for path in worst}}
+        return Scheme(formats, self.moments, measured)
+
+    def _snr_of(self, formats: Mapping[str, str | None]) -> float:
+        """Of the whole U-Net in these formats, in decibels, on states that nothing was chosen by."""
+        kept = {path: layer.weight.data for path, layer in self.layers.items()}
+        for path, layer in self.layers.items():
+            layer.weight.data = self.rounded(path, formats[path])
+        snr = self.snr(self.held_out)
+        for path, layer in self.layers.items():
+            layer.weight.data = kept[path]
+        return round(snr, 2)
+
+
+def allocate(
+    damage: Mapping[str, Mapping[str | None, float]],
+    shapes: Mapping[str, tuple[int, ...]],
+    ladder: tuple[str | None, ...],
+    room: float,
+) -> dict[str, str | None]:
+    """The format of each layer so that all take at most `room` bytes, if the lowest do, and the damage adds up to little.
+
+    Greedy: of all steps up from one format to another, the one that mends most a byte, as long as there is one that fits.
+    """
+    cost = {path: {form: _bytes(form, shape) for form in ladder} for path, shape in shapes.items()}
+    chosen: dict[str, str | None] = {path: min(ladder, key=lambda form, path=path: cost[path][form]) for path in shapes}
+    room -= sum(cost[path][form] for path, form in chosen.items())
+    while True:
+        steps = (
+            ((damage[path][now] - damage[path][form]) / (cost[path][form] - cost[path][now]), path, form)
+            for path, now in chosen.items()
+            for form in ladder
+            if 0 < cost[path][form] - cost[path][now] <= room and damage[path][form] < damage[path][now]
+        )
+        best = max(steps, key=lambda step: step[0], default=None)
+        if best is None:
+            return chosen
+        _, path, form = best
+        room -= cost[path][form] - cost[path][chosen[path]]
+        chosen[path] = form
+
+
+def _bytes(form: str | None, shape: tuple[int, ...]) -> int:
+    return 2 * math.prod(shape) if form is None else FORMATS[form].bytes(shape)
+
+
+def _energy(values: Tensor) -> float:
+    return values.float().square().sum(dtype=torch.float64).item()
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to paint (pictures, steps of each, pixels or the model's own, guidance), and how many bits to share out."""
+
+    prompts: int
+    steps: int
+    size: int | None
+    guidance: float
+    bits: float
+
+
+@torch.inference_mode()
+def calibrated(folder: Path, precision: str, effort: Effort, tell: Callable[[str], object]) -> Scheme:
+    """The scheme for the U-Net of the diffusers model in `folder`, found by running it in fp32."""
+    from diffusers import DiffusionPipeline
+
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe.to(device)
+    unet = pipe.unet
+
+    def paint(prompt: str) -> None:
+        generator = torch.Generator("cpu").manual_seed(len(prompt))
+        options = {
+            "num_inference_steps": effort.steps,
+            "guidance_scale": effort.guidance,
+            "height": effort.size,
+            "width": effort.size,
+        }
+        pipe(prompt, **options, output_type="latent", generator=generator)
+
+    return Calibration(unet, paint, effort.prompts, tell).scheme(precision, effort.bits)

@@ -1,0 +1,173 @@
+"""A model with its weights in 8 or 4 bits, in the layout of a diffusers folder: written tensor by tensor, whole or not at all.
+
+`tightfit export MODEL --to torch --precision int4 -o DIR` comes here. What each layer is stored in is the recipe's choice
+(kernels/recipe.py), or that of a calibration (calibrate.py), and is told in tightfit.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+import torch
+
+from ..kernels.formats import FORMATS, dequantise, quantise
+from ..kernels.recipe import recipe
+from .safetensors_file import SafetensorsFile
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..runtime.files import Tensor
+
+VERSION = 1
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one component is stored: the format of each quantised layer, and the moments of layers' inputs where they are known.
+
+    `measured` goes into the manifest as it is.
+    """
+
+    formats: Mapping[str, str]
+    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the manifest says of one component: formats by layer, bits of storage for each value of the original, decibels of its
+    quantised weights against the errors made in them, and the sha256 of each file."""
+
+    formats: Mapping[str, str]
+    bits: float
+    weight_snr: float | None
+    sha256: Mapping[str, str]
+    measured: Mapping[str, Any]
+
+
+def default_scheme(component: str, tensors: Tensors, precision: str) -> Scheme:
+    """What the recipe says, by names and shapes."""
+    return Scheme({layer: form for layer, shape in layers(tensors).items() if (form := recipe(precision, component, layer, shape))})
+
+
+def layers(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights that could be quantised, by their layers."""
+    weights = ((name.removesuffix(".weight"), tensor) for name, tensor in tensors.items() if name.endswith(".weight"))
+    return {layer: tensor.shape for layer, tensor in weights if tensor.dtype in _FLOATS and len(tensor.shape) in (2, 4)}
+
+
+def write(
+    source: Path,
+    target: Path,
+    components: Mapping[str, Tensors],
+    schemes: Mapping[str, Scheme],
+    manifest: Mapping[str, Any],
+    tell: Callable[[str], object] = print,
+) -> dict[str, Written]:
+    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must not exist.
+
+    Everything else a diffusers folder needs is copied. The manifest gets what was written of each component.
+    """
+    with _appearing(target) as folder:
+        _copy_the_rest(source, folder, components)
+        written = {}
+        for name, tensors in components.items():
+            written[name] = _component(folder / name, name, tensors, schemes[name])
+            snr = written[name].weight_snr
+            tell(f"{name}: {written[name].bits:.2f} bits a weight" + ("" if snr is None else f", its weights {snr:.1f} dB"))
+        text = {"version": VERSION, **manifest, "components": {name: asdict(each) for name, each in written.items()}}
+        (folder / "tightfit.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    return written
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `target` at the end, or is gone."""
+    partial = target.absolute().with_name(f".tightfit-{uuid4().hex}.partial")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _copy_the_rest(source: Path, folder: Path, components: Mapping[str, Tensors]) -> None:
+    """Configs, tokenizers, scheduler. Parts that tightfit does not run, such as a safety checker, are left out of the index."""
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    kept = {*components, *(name for name in index if name.startswith(("tokenizer", "scheduler")))}
+    for name, value in index.items():
+        if isinstance(value, list) and name not in kept:
+            index[name] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    for name in kept:
+        (folder / name).mkdir(exist_ok=True)
+        for file in (source / name).iterdir():
+            if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, folder / name / file.name)
+
+
+def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Written:
+    promised: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    plain = {key: tensor for key, tensor in tensors.items() if tensor.dtype in _FLOATS}  # positions of a text need no storing
+    for key, tensor in plain.items():
+        layer = key.removesuffix(".weight")
+        if layer in scheme.formats and key != layer:
+            parts = FORMATS[scheme.formats[layer]].parts(tensor.shape)
+            promised |= {f"{layer}.{part}": each for part, each in parts.items()}
+        else:
+            promised[key] = (_halved(tensor), tensor.shape)
+    file = folder / ("model.safetensors" if name.startswith("text_encoder") else "diffusion_pytorch_model.safetensors")
+    signal = noise = 0.0
+    with SafetensorsFile(file, promised) as out:
+        for key, tensor in plain.items():
+            layer, values = key.removesuffix(".weight"), read(tensor)
+            if layer not in scheme.formats or key == layer:
+                out.write(key, values.to(_halved(tensor)))
+                continue
+            form = FORMATS[scheme.formats[layer]]
+            parts = quantise(values, form, scheme.moments.get(layer))
+            error = dequantise(parts, form, tensor.shape).sub_(values)
+            signal, noise = signal + _energy(values), noise + _energy(error)
+            for part, made in parts.items():
+                out.write(f"{layer}.{part}", made)
+    bits = 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in promised.values()) / sum(t.count for t in plain.values())
+    snr = round(10 * math.log10(signal / noise), 2) if noise else None
+    return Written(dict(scheme.formats), round(bits, 3), snr, {file.name: _sha256(file)}, dict(scheme.measured))
+
+
+def read(tensor: Tensor) -> torch.Tensor:
+    """One stored tensor, read and not mapped, so that what is in memory is what is needed."""
+    buffer = torch.empty(tensor.stored_bytes, dtype=torch.uint8)
+    with tensor.file.open("rb") as stream:
+        stream.seek(tensor.offset)
+        if stream.readinto(buffer.numpy().data) != tensor.stored_bytes:
+            raise OSError(f"{tensor.file} was cut short while it was read")
+    return buffer.view(_FLOATS[tensor.dtype]).view(tensor.shape)
+
+
+def _halved(tensor: Tensor) -> torch.dtype:
+    """What stays unquantised is kept in 16 bits, bf16 if it was."""
+    return torch.bfloat16 if tensor.dtype == "BF16" else torch.float16
+
+
+def _energy(values: torch.Tensor) -> float:
+    return values.flatten().float().square().sum(dtype=torch.float64).item()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(stream.read())
+    return digest.hexdigest()

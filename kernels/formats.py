@@ -1,0 +1,205 @@
+"""Weights in 8 and 4 bits: what is stored of one, how it is made, and what it means, which every faster version must equal.
+
+A weight is (out, in), or (out, in, height, width) of a convolution, whose `height x width` are its taps. It is stored in rows,
+one for each output channel: tap by tap, and within a tap input channel by input channel. A group is `group` neighbouring input
+channels of one tap (the last of a tap may be smaller), or with group 0 the whole row, and has one scale:
+
+    int8   value = code * scale                 codes -127..127
+    int4   value = (code - zero / 16) * scale   codes 0..15, zero 0..255: sixteenths are exact in bf16, where 16 bits are not
+    nf4    value = NF4[code] * scale            codes 0..15; Dettmers et al., "QLoRA", arXiv 2305.14314
+
+`packed` holds int8 codes as they are (out, row), 4-bit ones two in a byte (out, ⌈row / 2⌉): the first half of the row in the low
+four bits, the second in the high ones, so that unpacking writes two contiguous runs. `scale` is fp16 (out, groups of a row),
+`zero` uint8 of that shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# The 16 values of NF4, as listed in appendix E of the paper.
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+BLOCK = 2**18  # weights quantised at a time, so that what is computed on the way stays in a cache
+_SHRINK, _FITS = 0.95, 3  # of the searches tried nearly the best, and quick (docs/decisions.md)
+_LEAST = 6e-8  # the smallest scale that fp16 has
+
+
+@dataclass(frozen=True)
+class Format:
+    """One way to store a weight. `kind` is int8, int4 or nf4; `group` input channels share a scale, all of a row if it is 0."""
+
+    kind: str
+    group: int
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.kind == "int8" else 4
+
+    def parts(self, shape: Sequence[int]) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+        """dtype and shape of each stored part of a weight of `shape`."""
+        out, row, groups = shape[0], math.prod(shape[1:]), self.groups(shape)
+        parts: dict[str, tuple[torch.dtype, tuple[int, int]]] = {
+            "packed": (torch.int8, (out, row)) if self.bits == 8 else (torch.uint8, (out, -(-row // 2))),
+            "scale": (torch.float16, (out, groups)),
+        }
+        return parts | ({"zero": (torch.uint8, (out, groups))} if self.kind == "int4" else {})
+
+    def groups(self, shape: Sequence[int]) -> int:
+        """Groups of one row."""
+        return math.prod(shape[2:]) * -(-shape[1] // self.group) if self.group else 1
+
+    def spans(self, channels: int) -> Iterator[tuple[slice, slice, int]]:
+        """Of the last axis of `rows`: which channels, which groups they are, and how many channels are in one."""
+        group = min(self.group or channels, channels)
+        whole = channels // group * group
+        yield slice(0, whole), slice(0, channels // group), group
+        if whole < channels:
+            yield slice(whole, channels), slice(channels // group, channels // group + 1), channels - whole
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """(out, in) or (out, in, h, w) → (out, taps, in), or (out, 1, taps x in) where all of a row is one group."""
+        rows = weight[:, None] if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
+        return rows if self.group else rows.flatten(1)[:, None]
+
+    def bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a stored weight of `shape`."""
+        return sum(dtype.itemsize * math.prod(sides) for dtype, sides in self.parts(shape).values())
+
+
+FORMATS: Mapping[str, Format] = {
+    "int8": Format("int8", 0),
+    "int8-g64": Format("int8", 64),
+    "int4-g64": Format("int4", 64),
+    "int4-g32": Format("int4", 32),
+    "nf4-g64": Format("nf4", 64),
+}
+
+
+def pack(codes: Tensor) -> Tensor:
+    """(out, row) of 0..15 → (out, ⌈row / 2⌉) uint8."""
+    codes = codes.to(torch.uint8)
+    half = -(-codes.shape[1] // 2)
+    packed = codes[:, :half].clone()
+    packed[:, : codes.shape[1] - half] |= codes[:, half:] << 4
+    return packed
+
+
+def unpack(packed: Tensor, row: int) -> Tensor:
+    """(out, ⌈row / 2⌉) uint8 → (out, row) of 0..15."""
+    return torch.cat([packed & 15, packed[:, : row // 2] >> 4], 1)
+
+
+def from_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """(out, row) → a view of `shape`, whose memory is that of channels_last."""
+    return rows.view(*shape) if len(shape) == 2 else rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+
+
+def quantise(weight: Tensor, form: Format, moment: Tensor | None = None) -> dict[str, Tensor]:
+    """The stored parts of `weight` (any floating dtype), computed a block of output channels at a time.
+
+    Each group's scale and zero are fitted to its own weights. With `moment`, the mean of x xᵀ over the layer's inputs (in, in),
+    codes are chosen so that errors cancel in its answers (kernels/gptq.py). Raises ValueError for values that are not finite.
+    """
+    if 0 in weight.shape:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} has nothing to quantise")
+    parts = {name: torch.empty(sides, dtype=dtype) for name, (dtype, sides) in form.parts(weight.shape).items()}
+    from .gptq import codes_by, factored
+
+    step, factor = (BLOCK, None) if moment is None else (16 * BLOCK, factored(moment))
+    step = max(1, step // math.prod(weight.shape[1:]))
+    for start in range(0, len(weight), step):
+        rows = form.rows(weight[start : start + step].float())
+        if not rows.isfinite().all():
+            raise ValueError("the weight has values that are not finite")
+        scale, zero = fit(rows, form)
+        codes = encode(rows, form, scale, zero) if factor is None else codes_by(factor, rows, form, scale, zero)
+        block = {"packed": codes.flatten(1), "scale": scale.flatten(1), "zero": (zero * 16).flatten(1)}
+        block["packed"] = pack(block["packed"]) if form.bits == 4 else block["packed"]
+        for name, part in parts.items():
+            part[start : start + step] = block[name]
+        del rows, codes, block  # before the next ones are made
+    return parts
+
+
+def fit(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
+    """scale and zero (out, taps, groups of a tap) for `rows` in fp32, as they will be stored; zero is 0 but for int4.
+
+    int4's are a least-squares fit to the codes that they give, repeated, as HQQ's (Badri and Shaji, 2023) without its norm.
+    """
+    scales, zeros = [], []
+    for channels, _, size in form.spans(rows.shape[-1]):
+        x = rows[..., channels].unflatten(-1, (-1, size))
+        low, high = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
+        zero = torch.zeros_like(low)
+        if form.kind == "int4":
+            scale, zero = _fitted(x, low, high)
+        else:
+            scale = torch.maximum(high, -low) / (127 if form.kind == "int8" else 1)
+        scales.append(_no_less(scale.half().float())[..., 0])
+        zeros.append(zero[..., 0])
+    return torch.cat(scales, -1), torch.cat(zeros, -1)
+
+
+def _fitted(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """int4's scale and zero; those of the plain range where the fit's zero cannot be stored, as all values have one sign."""
+    plain = _no_less((high - low) / 15)
+    scale, zero = plain * _SHRINK, -low / plain
+    for _ in range(_FITS):
+        codes = (x / scale).add_(zero).round_().clamp_(0, 15)
+        middle, mean = codes.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        codes -= middle
+        scale = _no_less((codes * x).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp_min_(1e-6))
+        zero = middle - mean / scale
+    storable = (zero >= 0) & (zero * 16 <= 255)
+    scale, zero = torch.where(storable, scale, plain), torch.where(storable, zero, -low / plain)
+    return scale, (zero * 16).round_().clamp_(0, 255) / 16
+
+
+def _no_less(scale: Tensor) -> Tensor:
+    return scale.clamp_min(_LEAST)  # of a group of zeros
+
+
+def encode(rows: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
+    """The codes of `rows` (out, taps, channels), as floats."""
+    codes = torch.empty_like(rows)
+    for channels, groups, size in form.spans(rows.shape[-1]):
+        x = rows[..., channels].unflatten(-1, (-1, size))
+        codes[..., channels] = nearest(x, form, scale[..., groups, None], zero[..., groups, None]).flatten(-2)
+    return codes
+
+
+def nearest(x: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
+    """The code of each value, as floats; `scale` and `zero` broadcast."""
+    if form.kind == "int8":
+        return (x / scale).round_().clamp_(-127, 127)
+    if form.kind == "int4":
+        return (x / scale).add_(zero).round_().clamp_(0, 15)
+    table = torch.tensor(NF4)
+    return torch.bucketize((x / scale).contiguous(), (table[1:] + table[:-1]) / 2).to(x.dtype)
+
+
+def value(codes: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
+    """What codes mean; all are floats that broadcast."""
+    return (torch.tensor(NF4)[codes.long()] if form.kind == "nf4" else codes - zero) * scale
+
+
+def dequantise(parts: Mapping[str, Tensor], form: Format, shape: Sequence[int]) -> Tensor:
+    """The weight of `shape` that stored parts mean, in fp32: the plain reference."""
+    row, taps = math.prod(shape[1:]), math.prod(shape[2:])
+    codes = unpack(parts["packed"], row) if form.bits == 4 else parts["packed"]
+    rows = codes.float().view(shape[0], taps if form.group else 1, -1)
+    scale = parts["scale"].float().view(*rows.shape[:2], -1)
+    zero = parts["zero"].float().view(scale.shape) / 16 if form.kind == "int4" else torch.zeros_like(scale)
+    for channels, groups, size in form.spans(rows.shape[-1]):
+        part = rows[..., channels].unflatten(-1, (-1, size))
+        part.copy_(value(part, form, scale[..., groups, None], zero[..., groups, None]))
+    return from_rows(rows.flatten(1), shape)

@@ -1,0 +1,88 @@
+"""Quantised layers answer what their weights mean, whole or in parts, and are filled from plain weights and from stored parts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tightfit.kernels.formats import FORMATS, dequantise, quantise
+from tightfit.runtime.backends import quantised
+from tightfit.runtime.errors import TightfitError
+from torch import nn
+
+LAYERS = {
+    "linear": (lambda: nn.Linear(70, 33), (2, 5, 70)),
+    "linear without bias": (lambda: nn.Linear(64, 128, bias=False), (3, 64)),
+    "3x3": (lambda: nn.Conv2d(20, 36, 3, padding=1), (2, 20, 9, 7)),
+    "3x3 stride 2": (lambda: nn.Conv2d(32, 16, 3, stride=2, padding=1, bias=False), (1, 32, 8, 8)),
+    "1x1": (lambda: nn.Conv2d(66, 17, 1), (1, 66, 5, 5)),
+    "grouped": (lambda: nn.Conv2d(24, 36, 3, groups=4), (2, 24, 6, 6)),
+}
+
+
+def put_in(layer: nn.Module, name: str, dtype=torch.float32, device="cpu") -> tuple[nn.Module, torch.Tensor]:
+    """The layer in a network of one, quantised and filled, and the weight that its parts mean."""
+    network = nn.ModuleDict({"layer": layer.requires_grad_(False)}).to(dtype)
+    weight = layer.weight.detach().float()
+    quantised.quantise_layers(network, {"layer": name}, device)
+    parts = quantise(weight, FORMATS[name])
+    for part, value in parts.items():
+        setattr(network["layer"], part, nn.Parameter(value, requires_grad=False))
+    quantised.workspace(network).allocate(dtype, torch.device("cpu"))
+    return network["layer"], dequantise(parts, FORMATS[name], weight.shape)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])  # in which order the weight is unpacked; both run here
+@pytest.mark.parametrize("at_once", [2**22, 700])
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", ["int8", "int4-g64", "nf4-g64"])
+def test_layers(monkeypatch, name, kind, at_once, device):
+    monkeypatch.setattr(quantised, "AT_ONCE", at_once)
+    make, shape = LAYERS[kind]
+    layer = make()
+    x = torch.randn(shape)
+    replaced, weight = put_in(layer, name, device=device)
+    plain = make().double()
+    if layer.bias is not None:
+        plain.bias = nn.Parameter(layer.bias.double())
+    plain.weight = nn.Parameter(weight.double())
+    with torch.inference_mode():
+        answer = replaced(x)
+    assert answer.shape == plain(x.double()).shape
+    torch.testing.assert_close(answer.double(), plain(x.double()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_embedding(name, dtype):
+    replaced, weight = put_in(nn.Embedding(50, 33), name, dtype)
+    ids = torch.tensor([[3, 49, 0], [3, 3, 7]])
+    with torch.inference_mode():
+        answer = replaced(ids)
+    assert answer.dtype == dtype
+    torch.testing.assert_close(answer.float(), weight[ids], rtol=2**-6, atol=2**-6)
+    assert quantised.workspace(nn.ModuleDict({"layer": replaced})).buffer.numel() == 0
+
+
+def test_changing_the_type_of_a_network_leaves_its_parts():
+    replaced, _ = put_in(nn.Linear(64, 8), "int4-g64")
+    before = {part: getattr(replaced, part).clone() for part in ("packed", "scale", "zero")}
+    replaced.to(torch.bfloat16)
+    assert replaced.bias.dtype == torch.bfloat16
+    for part, value in before.items():
+        assert torch.equal(getattr(replaced, part), value)
+
+
+def test_the_workspace_is_the_largest_layers():
+    network = nn.ModuleDict({"a": nn.Linear(64, 10), "b": nn.Conv2d(8, 16, 3), "c": nn.Embedding(999, 8)})
+    quantised.quantise_layers(network, {"a": "int4-g64", "b": "int8", "c": "int8"}, "cpu")
+    shared = quantised.workspace(network)
+    assert shared.bytes(torch.bfloat16) == 16 * 8 * 9 * 2
+    assert shared.bytes(torch.float32) == 16 * 8 * 9 * 4
+    assert list(quantised.quantised_layers(network)) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("formats", [{"nothing": "int8"}, {"a": "int3"}, {"norm": "int8"}])
+def test_a_manifest_that_fits_no_network(formats):
+    network = nn.ModuleDict({"a": nn.Linear(64, 10), "norm": nn.LayerNorm(10)})
+    with pytest.raises(TightfitError, match="export the model again"):
+        quantised.quantise_layers(network, formats, "cpu")
