@@ -1,15 +1,23 @@
-"""How far each precision's pictures are from fp32's of the same seed: the figures that a plan prints as dB.
+"""How far pictures are from fp32's of the same seed: the dB that a plan prints, and the quality of every way to quantise.
 
-    python -m tightfit.benchmarks.quality
+    python -m tightfit.benchmarks.quality                               # 24 pictures of each precision
+    python -m tightfit.benchmarks.quality --work WORK emoji:int8:fp32 emoji:int4:fp32 DIR:int4:fp32
 
-PSNR of 24 of emoji's pictures with each precision; the worst is what runtime/planner.py promises. Strips and attentions are
-held by tests instead: they change nothing that fp32 shows.
+A contender is MODEL:PRECISION:COMPUTE. With WORK, the folder of emoji's training, 200 of its labels are painted, one seed each,
+and it is counted how many of the pictures are nearest to what their prompt says. Strips and attentions are held by tests instead:
+they change nothing that fp32 shows.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
 
 from .. import Request, load
 from .parity import psnr
@@ -17,24 +25,73 @@ from .record import record
 
 PROMPTS = ("a red heart", "pizza", "cat", "rocket", "umbrella", "rose", "train", "grinning face")
 SEEDS = (1, 2, 3)
+CONTENDERS = ("emoji:bf16:bf16", "emoji:fp16:fp16", "emoji:int8:fp32", "emoji:int4:fp32")
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--model", default="emoji")
+    parse.add_argument("contenders", nargs="*", default=CONTENDERS, metavar="MODEL:PRECISION:COMPUTE")
+    parse.add_argument("--reference", default="emoji:fp32:fp32")
+    parse.add_argument("--work", type=Path)
+    parse.add_argument("--labels", type=int, default=200)
     parse.add_argument("--steps", type=int, default=20)
     args = parse.parse_args()
-    pictures = {}
-    for precision in ("fp32", "bf16", "fp16"):
-        with load(args.model, precision=precision, device="cpu") as pipe:
-            requests = [Request(prompt, seed=seed, num_inference_steps=args.steps) for prompt in PROMPTS for seed in SEEDS]
-            pictures[precision] = [pipe.generate(request).images[0] for request in requests]
-    results = {}
-    for precision in ("bf16", "fp16"):
-        decibels = sorted(psnr(ours, exact) for ours, exact in zip(pictures[precision], pictures["fp32"], strict=True))
-        results[precision] = {"worst": round(decibels[0], 1), "median": round(statistics.median(decibels), 1)}
-        print(precision, results[precision])
-    record("quality", results | {"pictures": len(pictures["fp32"]), "model": args.model})
+    jobs, judge = [(prompt, seed) for prompt in PROMPTS for seed in SEEDS], None
+    if args.work:
+        jobs, judge = labelled(args.work, args.labels)
+    requests = [Request(prompt, seed=seed, num_inference_steps=args.steps) for prompt, seed in jobs]
+    exact, rows = paint(args.reference, requests), []
+    for contender in (args.reference, *args.contenders):
+        pictures = exact if contender == args.reference else paint(contender, requests)
+        row = {"contender": contender, **compare(pictures, exact)} | ({"match": judge(pictures)} if judge else {})
+        print(row, flush=True)
+        rows.append(row)
+    record("quality", {"pictures": len(requests), "steps": args.steps, "rows": rows})
+
+
+def paint(contender: str, requests: Sequence[Request]) -> list[Any]:
+    """The pictures of MODEL:PRECISION:COMPUTE."""
+    model, precision, compute = contender.rsplit(":", 2)
+    with load(model, precision=precision, compute=compute, device="cpu") as pipe:
+        return [pipe.generate(request).images[0] for request in requests]
+
+
+def compare(pictures: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
+    """Decibels (median, tenth percentile, worst) and the median SSIM."""
+    decibels = [min(psnr(one, other), 99.0) for one, other in zip(pictures, exact, strict=True)]
+    median, tenth, worst = (float(np.percentile(decibels, q)) for q in (50, 10, 0))
+    alike = float(np.median([ssim(one, other) for one, other in zip(pictures, exact, strict=True)]))
+    return {"median": round(median, 2), "tenth": round(tenth, 2), "worst": round(worst, 2), "ssim": round(alike, 4)}
+
+
+def ssim(one: Any, other: Any) -> float:
+    """Structural similarity: 7x7 windows, each colour alone. Wang, Bovik, Sheikh and Simoncelli, IEEE TIP 13(4), 2004."""
+    x, y = (torch.from_numpy(np.asarray(each, np.float64)).permute(2, 0, 1)[None] for each in (one, other))
+
+    def mean(values: torch.Tensor) -> torch.Tensor:
+        return functional.avg_pool2d(values, 7, 1)
+
+    mx, my = mean(x), mean(y)
+    spread = 49 / 48  # the sample's covariance
+    vx, vy, both = (spread * (mean(a * b) - ma * mb) for a, b, ma, mb in ((x, x, mx, mx), (y, y, my, my), (x, y, mx, my)))
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return (((2 * mx * my + c1) * (2 * both + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean().item()
+
+
+def labelled(work: Path, count: int) -> tuple[list[tuple[str, int]], Callable[[Sequence[Any]], float]]:
+    """`count` labels of emoji's training with a seed each, and the share of pictures nearest to the one their label names."""
+    from ..export.emoji import data
+    from ..export.emoji.diffusion import match
+
+    data.fetch(work)
+    chosen = data.emoji(work)
+    pictures = torch.from_numpy(data.pixels(chosen, 128)).permute(0, 3, 1, 2)
+    right = np.linspace(0, len(chosen) - 1, count).round().astype(int).tolist()
+
+    def judge(drawn: Sequence[Any]) -> float:
+        return match(torch.from_numpy(np.stack([np.array(each) for each in drawn])).permute(0, 3, 1, 2), pictures, right)[0]
+
+    return [(chosen[i].label, i) for i in right], judge
 
 
 if __name__ == "__main__":

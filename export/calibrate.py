@@ -201,7 +201,7 @@ def calibrated(folder: Path, precision: str, effort: Effort, tell: Callable[[str
     """The scheme for the U-Net of the diffusers model in `folder`, found by running it in fp32."""
     from diffusers import DiffusionPipeline
 
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
+    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe.to(device)

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 import torch
 
-from ..kernels.formats import FORMATS, dequantise, quantise
+from ..kernels.formats import FORMATS, Format, dequantise, quantise
 from ..kernels.recipe import recipe
 from .safetensors_file import SafetensorsFile
 
@@ -139,8 +139,7 @@ def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Wri
                 continue
             form = FORMATS[scheme.formats[layer]]
             parts = quantise(values, form, scheme.moments.get(layer))
-            error = dequantise(parts, form, tensor.shape).sub_(values)
-            signal, noise = signal + _energy(values), noise + _energy(error)
+            signal, noise = signal + _energy(values), noise + _error(values, parts, form)
             for part, made in parts.items():
                 out.write(f"{layer}.{part}", made)
     bits = 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in promised.values()) / sum(t.count for t in plain.values())
@@ -163,8 +162,21 @@ def _halved(tensor: Tensor) -> torch.dtype:
     return torch.bfloat16 if tensor.dtype == "BF16" else torch.float16
 
 
+_ROWS = 512  # output channels compared at a time, so that no second copy of a weight is made
+
+
 def _energy(values: torch.Tensor) -> float:
-    return values.flatten().float().square().sum(dtype=torch.float64).item()
+    return sum(part.float().square().sum(dtype=torch.float64).item() for part in values.split(_ROWS))
+
+
+def _error(values: torch.Tensor, parts: Mapping[str, torch.Tensor], form: Format) -> float:
+    """The sum of squares of what the stored parts are off."""
+    total = 0.0
+    for start in range(0, len(values), _ROWS):
+        some = values[start : start + _ROWS]
+        made = dequantise({name: part[start : start + _ROWS] for name, part in parts.items()}, form, some.shape)
+        total += _energy(made.sub_(some))
+    return total
 
 
 def _sha256(file: Path) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from torch import Tensor, bitwise_and, bitwise_right_shift, tensor
 
 from .formats import NF4, Format
@@ -10,8 +13,14 @@ from .formats import NF4, Format
 def dequantise(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, form: Format, taps: int) -> None:
     """Fill `out` (out, row), contiguous, of any floating dtype, with the weight that the parts mean (kernels/formats.py).
 
-    `codes` is uint8, with as many values as `packed`, and is written over; 8 bits need none.
+    `codes` is uint8, with as many values as `packed`, and is written over; 8 bits need none. One Triton kernel where that runs,
+    else a handful of torch's operators.
     """
+    if out.is_cuda and _triton_runs(out.device):
+        from .triton_weights import dequantise_triton
+
+        dequantise_triton(out, packed, scale, zero, form, taps, out.shape[1] // taps)
+        return
     if form.bits == 8:
         out.copy_(packed)
     else:
@@ -31,6 +40,14 @@ def dequantise(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, 
             assert zero is not None
             part.sub_(zero[..., groups, None])
         part.mul_(scale[..., groups, None])
+
+
+@functools.cache
+def _triton_runs(device: torch.device) -> bool:
+    """Its compiler takes NVIDIA's GPUs from Volta on, and AMD's. Imported here, as on a CPU it is memory for nothing."""
+    from .triton_weights import triton
+
+    return triton is not None and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0))
 
 
 def _spread(out: Tensor, codes: Tensor, form: Format) -> None:

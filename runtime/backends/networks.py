@@ -28,6 +28,8 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         quantised.quantise_layers(module, _formats(component, module, placement.precision), device, strips_use_it_often)
     processor = Processor(attention.VARIANTS[placement.attention])
     for part in module.modules():
+        if type(part).__name__ == "FeedForward":
+            part.forward = _feed_forward(part)
         if hasattr(part, "set_processor"):
             part.set_processor(processor)  # pyright: ignore[reportCallIssue]
     return module
@@ -92,6 +94,32 @@ class Processor:
         if attn.residual_connection:
             x = x + hidden_states
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+
+
+FEED_BYTES = 2**22  # of a feed-forward layer's hidden values held at a time
+
+
+def _feed_forward(part: Any) -> Callable[..., torch.Tensor]:
+    """A transformer's feed-forward, for as many tokens at a time as keep its hidden values (eight times its width) few: at 512²
+    they are 42 MB of SD 1.5's U-Net, and nothing else needs as much."""
+
+    def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        batch, tokens, width = hidden_states.shape
+        rows = max(1, FEED_BYTES // (8 * width * batch * hidden_states.element_size()))
+        if tokens <= rows:
+            return _through(part.net, hidden_states)
+        out = torch.empty_like(hidden_states)
+        for start in range(0, tokens, rows):
+            out[:, start : start + rows] = _through(part.net, hidden_states[:, start : start + rows])
+        return out
+
+    return forward
+
+
+def _through(layers: Any, x: torch.Tensor) -> torch.Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
 
 
 def _encode(module: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:

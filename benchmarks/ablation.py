@@ -1,0 +1,169 @@
+"""What each refinement of quantisation is worth on emoji: the pictures of models whose weights were rounded, run in fp32.
+
+    python -m tightfit.benchmarks.ablation WORK [NAME…]
+
+Every variant rounds all components: text encoder, U-Net and VAE, each weight of 4096 values or more. WORK is the folder of
+emoji's training; 200 of its labels are painted in 20 steps, one seed each, and compared with the unrounded model's pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from .. import Request, inspect
+from ..export import calibrate
+from ..kernels import formats
+from ..kernels.formats import FORMATS, dequantise, quantise
+from ..kernels.recipe import LEAST, recipe
+from .quality import compare, labelled, paint
+from .record import record
+
+Rounding = Callable[[str, str, torch.Tensor], tuple[torch.Tensor, float]]  # component, layer, weight → rounded, bytes
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("work", type=Path)
+    parse.add_argument("names", nargs="*")
+    parse.add_argument("--labels", type=int, default=200)
+    args = parse.parse_args()
+    jobs, judge = labelled(args.work, args.labels)
+    requests = [Request(label, seed=seed, num_inference_steps=20) for label, seed in jobs]
+    exact = paint("emoji:fp32:fp32", requests)
+    print("fp32", {"match": judge(exact)}, flush=True)
+    for name, make in VARIANTS.items():
+        if args.names and name not in args.names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            bits = rounded_model(Path(folder) / "emoji", make())
+            pictures = paint(f"{folder}/emoji:fp32:fp32", requests)
+        row = {"unet_bits": round(bits, 3), **compare(pictures, exact), "match": judge(pictures)}
+        print(name, row, flush=True)
+        record("ablation", {"variant": name, "pictures": len(requests), **row})  # one by one: all of them take half an hour
+
+
+def rounded_model(target: Path, rounding: Rounding) -> float:
+    """A copy of emoji with its weights rounded, in fp32; answers the bits of a U-Net value, what stays at 16 included."""
+    shutil.copytree(inspect("emoji").folder, target)
+    bits = 0.0
+    for file in target.rglob("*.safetensors"):
+        weights, total, count = load_file(file), 0.0, 0
+        for name, weight in weights.items():
+            layer, value, size = name.removesuffix(".weight"), weight.float(), 2.0 * weight.numel()
+            if name != layer and weight.ndim in (2, 4) and weight.numel() >= LEAST:
+                value, size = rounding(file.parent.name, layer, value)
+            weights[name], total, count = value.contiguous(), total + size, count + weight.numel()
+        save_file(weights, file)
+        bits = 8 * total / count if file.parent.name == "unet" else bits
+    return bits
+
+
+def in_format(name: str | None, weight: torch.Tensor, moment: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+    if name is None:
+        return weight.half().float(), 2.0 * weight.numel()
+    form = FORMATS[name]
+    return dequantise(quantise(weight, form, moment), form, weight.shape), form.bytes(weight.shape)
+
+
+def everywhere(name: str) -> Rounding:
+    return lambda _, __, weight: in_format(name, weight)
+
+
+def by_recipe(precision: str) -> Rounding:
+    return lambda component, layer, weight: in_format(recipe(precision, component, layer, weight.shape), weight)
+
+
+def round_to_nearest() -> Rounding:
+    """int4 in groups of 64, the zero a fraction: neither fitted nor in sixteenths."""
+
+    def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+        form, rows = FORMATS["int4-g64"], FORMATS["int4-g64"].rows(weight).clone()
+        for channels, _groups, size in form.spans(rows.shape[-1]):
+            x = rows[..., channels].unflatten(-1, (-1, size))
+            low, high = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
+            step = (high - low).clamp_min(1e-12) / 15
+            x.copy_((x / step - low / step).round() * step + low)
+        return formats.from_rows(rows.flatten(1), weight.shape), form.bytes(weight.shape)
+
+    return rounding
+
+
+def calibrated(precision: str, bits: float, feedback: bool = True, formats_too: bool = True) -> Callable[[], Rounding]:
+    """What `export --calibrate 8 --bits` stores; or without error feedback, or by the recipe's formats."""
+
+    def make() -> Rounding:
+        effort = calibrate.Effort(8, 20, None, 3.0, bits)
+        scheme = calibrate.calibrated(inspect("emoji").folder, precision, effort, lambda _: None)
+
+        def rounding(component: str, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+            name = recipe(precision, component, layer, weight.shape)
+            if component == "unet" and formats_too:
+                name = scheme.formats.get(layer)
+            moment = scheme.moments.get(layer) if component == "unet" and feedback else None
+            return in_format(name, weight, moment)
+
+        return rounding
+
+    return make
+
+
+def low_rank(rank: int) -> Rounding:
+    """int4 in groups of 64 of what is left after the largest singular directions, kept in fp16 (SVDQuant, arXiv 2411.05007)."""
+
+    def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+        flat = weight.flatten(1)
+        u, s, v = torch.linalg.svd(flat, full_matrices=False)
+        most = min(rank, len(s))
+        large = ((u[:, :most] * s[:most]).half().float() @ v[:most].half().float()).view_as(weight)
+        rest, size = in_format("int4-g64", weight - large)
+        return large + rest, size + 2.0 * most * (flat.shape[0] + flat.shape[1])
+
+    return rounding
+
+
+def bitsandbytes(kind: str) -> Rounding:
+    """What bitsandbytes quantises: linears alone, in NF4 or in int8, the rest in fp16."""
+
+    def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+        from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
+
+        if weight.ndim != 2:
+            return in_format(None, weight)
+        if kind == "nf4":
+            packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+            return functional.dequantize_4bit(packed, state).float(), weight.numel() / 2 + 4 * state.absmax.numel()
+        scale = weight.abs().amax(1, keepdim=True) / 127  # LLM.int8()'s weights: absmax of each output channel
+        return (weight / scale).round() * scale, weight.numel() + 4.0 * len(weight)
+
+    return rounding
+
+
+VARIANTS: Mapping[str, Callable[[], Rounding]] = {
+    "int8 of each output channel": lambda: everywhere("int8"),
+    "int8 recipe: delicate layers in groups of 64": lambda: by_recipe("int8"),
+    "int8 calibrated, 8.15 bits": calibrated("int8", 8.15),
+    "int4 round to nearest, groups of 64": round_to_nearest,
+    "int4 fitted, groups of 64": lambda: everywhere("int4-g64"),
+    "int4 fitted, groups of 32": lambda: everywhere("int4-g32"),
+    "NF4, groups of 64": lambda: everywhere("nf4-g64"),
+    "int4 fitted + fp16 of rank 8": lambda: low_rank(8),
+    "int4 recipe: delicate layers and VAE int8": lambda: by_recipe("int4"),
+    "int4 recipe + error feedback": calibrated("int4", 4.7, formats_too=False),
+    "int4 formats by sensitivity, 5.0 bits": calibrated("int4", 5.0, feedback=False),
+    "int4 calibrated (both), 4.5 bits": calibrated("int4", 4.5),
+    "int4 calibrated (both), 4.65 bits": calibrated("int4", 4.65),
+    "int4 calibrated (both), 5.0 bits": calibrated("int4", 5.0),
+    "bitsandbytes NF4 (linears only)": lambda: bitsandbytes("nf4"),
+    "bitsandbytes int8 (linears only)": lambda: bitsandbytes("int8"),
+}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,34 @@
+"""What we put into diffusers' networks answers what diffusers' own does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.attention import FeedForward
+from tightfit.runtime.backends import networks
+
+
+@pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
+def test_feed_forward_in_parts(monkeypatch, tokens):
+    monkeypatch.setattr(networks, "FEED_BYTES", 8 * 16 * 2 * 8 * 64)  # 64 tokens of a batch of two, in fp64
+    theirs = FeedForward(16, activation_fn="geglu").double().eval()
+    sizes = []
+    theirs.net[0].register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[1]))
+    x = torch.randn(2, tokens, 16, dtype=torch.float64)
+    with torch.inference_mode():
+        exact = theirs(x)
+        sizes.clear()
+        torch.testing.assert_close(networks._feed_forward(theirs)(x), exact)
+    assert sum(sizes) == tokens
+    assert max(sizes) <= 64
+
+
+def test_every_feed_forward_is_ours(tiny_models):
+    from tightfit import inspect
+    from tightfit.runtime.plan import Placement
+
+    unet = inspect(tiny_models["sdxl"]).components["unet"]
+    module = networks.build(unet, Placement("torch", "fp32", "fp32", "staged", "sdpa", "whole"), "cpu")
+    found = [part for part in module.modules() if isinstance(part, FeedForward)]
+    assert found
+    assert all("forward" in part.__dict__ for part in found)
