@@ -131,10 +131,10 @@ def low_rank(rank: int) -> Rounding:
 def bitsandbytes(kind: str) -> Rounding:
     """What bitsandbytes quantises: linears alone, in NF4 or in int8, the rest in fp16."""
 
-    def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def rounding(_: str, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
-        if weight.ndim != 2:
+        if weight.ndim != 2 or layer.endswith("_embedding"):
             return in_format(None, weight)
         if kind == "nf4":
             packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)

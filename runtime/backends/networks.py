@@ -96,7 +96,7 @@ class Processor:
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
 
-FEED_BYTES = 2**22  # of a feed-forward layer's hidden values held at a time
+FEED_BYTES = 2**23  # of a feed-forward layer's hidden values held at a time
 
 
 def _feed_forward(part: Any) -> Callable[..., torch.Tensor]:
@@ -104,14 +104,14 @@ def _feed_forward(part: Any) -> Callable[..., torch.Tensor]:
     they are 42 MB of SD 1.5's U-Net, and nothing else needs as much."""
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        batch, tokens, width = hidden_states.shape
-        rows = max(1, FEED_BYTES // (8 * width * batch * hidden_states.element_size()))
-        if tokens <= rows:
+        tokens = hidden_states.flatten(0, 1)
+        rows = max(1, FEED_BYTES // (8 * tokens.shape[1] * tokens.element_size()))
+        if len(tokens) <= rows:
             return _through(part.net, hidden_states)
-        out = torch.empty_like(hidden_states)
-        for start in range(0, tokens, rows):
-            out[:, start : start + rows] = _through(part.net, hidden_states[:, start : start + rows])
-        return out
+        out = torch.empty_like(tokens)
+        for start in range(0, len(tokens), rows):
+            out[start : start + rows] = _through(part.net, tokens[start : start + rows])
+        return out.view(hidden_states.shape)
 
     return forward
 

@@ -16,7 +16,7 @@ from ..errors import TightfitError
 
 # Weights unpacked at a time on a CPU, which takes less of its memory, and no more of its time (docs/decisions.md). A GPU would
 # have to start several kernels for one.
-AT_ONCE = 2**21
+AT_ONCE = 2**22
 
 
 @torch.library.custom_op("tightfit::dequantise", mutates_args=("out", "codes"))

@@ -10,17 +10,17 @@ from tightfit.runtime.backends import networks
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 200])
 def test_feed_forward_in_parts(monkeypatch, tokens):
-    monkeypatch.setattr(networks, "FEED_BYTES", 8 * 16 * 2 * 8 * 64)  # 64 tokens of a batch of two, in fp64
+    monkeypatch.setattr(networks, "FEED_BYTES", 8 * 16 * 8 * 128)  # 128 tokens, 64 of each picture, in fp64
     theirs = FeedForward(16, activation_fn="geglu").double().eval()
     sizes = []
-    theirs.net[0].register_forward_hook(lambda _, args, __: sizes.append(args[0].shape[1]))
+    theirs.net[0].register_forward_hook(lambda _, args, __: sizes.append(args[0].numel() // 16))
     x = torch.randn(2, tokens, 16, dtype=torch.float64)
     with torch.inference_mode():
         exact = theirs(x)
         sizes.clear()
         torch.testing.assert_close(networks._feed_forward(theirs)(x), exact)
-    assert sum(sizes) == tokens
-    assert max(sizes) <= 64
+    assert sum(sizes) == 2 * tokens
+    assert max(sizes) <= 128
 
 
 def test_every_feed_forward_is_ours(tiny_models):
