@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.formats import FORMATS, dequantise, quantise
 from ..kernels.recipe import LEAST, recipe
-from .quantised import Scheme
+from .quantised import Scheme, energy
 
 # One for each kind of picture that people ask for; none is of emoji's training, which have one or two words.
 PROMPTS = (
@@ -88,7 +88,7 @@ class Calibration:
         signal = noise = 0.0
         for state in states:
             wrong = self.unet(*state.args, **state.kwargs)[0] - state.answer
-            signal, noise = signal + _energy(state.answer), noise + _energy(wrong)
+            signal, noise = signal + energy(state.answer), noise + energy(wrong)
         return 10 * math.log10(signal / noise) if noise else math.inf
 
     def rounded(self, path: str, form: str | None) -> Tensor:
@@ -121,7 +121,7 @@ class Calibration:
         """E|ΔW x|²: each tap's weights times the moment of the inputs."""
         rows = wrong.float().cpu() if wrong.ndim == 2 else wrong.float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
         moment = self.moments.get(path)
-        return _energy(rows) if moment is None else ((rows @ moment) * rows).sum(dtype=torch.float64).item()
+        return energy(rows) if moment is None else ((rows @ moment) * rows).sum(dtype=torch.float64).item()
 
     def scheme(self, precision: str, bits: float) -> Scheme:
         """More bits for the layers that need them most, up to `bits` a value on average; measured on states kept aside."""
@@ -179,10 +179,6 @@ def allocate(
 
 def _bytes(form: str | None, shape: tuple[int, ...]) -> int:
     return 2 * math.prod(shape) if form is None else FORMATS[form].bytes(shape)
-
-
-def _energy(values: Tensor) -> float:
-    return values.float().square().sum(dtype=torch.float64).item()
 
 
 @dataclass(frozen=True)

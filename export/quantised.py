@@ -21,7 +21,7 @@ import torch
 
 from ..kernels.formats import FORMATS, Format, dequantise, quantise
 from ..kernels.recipe import recipe
-from .safetensors_file import SafetensorsFile
+from .safetensors_file import NAMES, SafetensorsFile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..runtime.files import Tensor
 
 VERSION = 1
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_FLOATS = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
 Tensors = Mapping[str, "Tensor"]
 
 
@@ -139,7 +139,7 @@ def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Wri
                 continue
             form = FORMATS[scheme.formats[layer]]
             parts = quantise(values, form, scheme.moments.get(layer))
-            signal, noise = signal + _energy(values), noise + _error(values, parts, form)
+            signal, noise = signal + energy(values), noise + _error(values, parts, form)
             for part, made in parts.items():
                 out.write(f"{layer}.{part}", made)
     bits = 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in promised.values()) / sum(t.count for t in plain.values())
@@ -148,12 +148,9 @@ def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Wri
 
 
 def read(tensor: Tensor) -> torch.Tensor:
-    """One stored tensor, read and not mapped, so that what is in memory is what is needed."""
+    """One stored tensor."""
     buffer = torch.empty(tensor.stored_bytes, dtype=torch.uint8)
-    with tensor.file.open("rb") as stream:
-        stream.seek(tensor.offset)
-        if stream.readinto(buffer.numpy().data) != tensor.stored_bytes:
-            raise OSError(f"{tensor.file} was cut short while it was read")
+    tensor.read_into(buffer.numpy().data)
     return buffer.view(_FLOATS[tensor.dtype]).view(tensor.shape)
 
 
@@ -165,7 +162,8 @@ def _halved(tensor: Tensor) -> torch.dtype:
 _ROWS = 512  # output channels compared at a time, so that no second copy of a weight is made
 
 
-def _energy(values: torch.Tensor) -> float:
+def energy(values: torch.Tensor) -> float:
+    """The sum of squares."""
     return sum(part.float().square().sum(dtype=torch.float64).item() for part in values.split(_ROWS))
 
 
@@ -175,7 +173,7 @@ def _error(values: torch.Tensor, parts: Mapping[str, torch.Tensor], form: Format
     for start in range(0, len(values), _ROWS):
         some = values[start : start + _ROWS]
         made = dequantise({name: part[start : start + _ROWS] for name, part in parts.items()}, form, some.shape)
-        total += _energy(made.sub_(some))
+        total += energy(made.sub_(some))
     return total
 
 

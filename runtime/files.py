@@ -40,6 +40,16 @@ class Tensor:
     def count(self) -> int:
         return math.prod(self.shape)
 
+    def read_into(self, buffer: Any) -> None:
+        """Fill a writable buffer of `stored_bytes` bytes: read, not mapped, so that it is in memory once."""
+        try:
+            with self.file.open("rb") as stream:
+                stream.seek(self.offset)
+                if stream.readinto(buffer) != self.stored_bytes:
+                    raise TightfitError(f"{self.file} was cut short while it was read: copy or download it again")
+        except OSError as error:
+            raise TightfitError(f"{self.file} cannot be read ({error.strerror}): copy or download it again") from None
+
 
 def read_json(path: Path) -> dict[str, Any]:
     try:

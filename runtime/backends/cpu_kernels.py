@@ -38,9 +38,8 @@ def _convolution(args: Any, out: torch.Tensor) -> int:
     x, weight = args[:2]
     if x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480:  # torch's own, by way of columns (use_mkldnn)
         return 0 if weight.shape[2] == 1 else 4 * weight[0].numel() * out.shape[2] * out.shape[3]
-    if channels_last(weight) or (
-        channels_last(x) and weight.shape[2:] == (1, 1)
-    ):  # torch makes the picture so too; oneDNN then copies the weights alone
+    # Then torch makes the picture so too, and oneDNN copies the weights alone.
+    if channels_last(weight) or (channels_last(x) and weight.shape[2:] == (1, 1)):
         copied = 0 if x.is_contiguous(memory_format=torch.channels_last) else x.nbytes
         return copied + _up(weight.shape[0], 16) * weight[0].numel() * weight.element_size()
     size, block = x.element_size(), _block()

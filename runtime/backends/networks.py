@@ -23,9 +23,8 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     config = component.folder / "config.json"
     with explained(f"{config} describes no model that can be built", "copy or download it again"), torch.device("meta"):
         module = make(component).eval().requires_grad_(False)
-    strips_use_it_often = component.name == "vae_decoder"
-    with torch.device("meta"):
-        quantised.quantise_layers(module, _formats(component, module, placement.precision), device, strips_use_it_often)
+    formats, used_often = _formats(component, module, placement.precision), component.name == "vae_decoder"  # by its strips
+    quantised.quantise_layers(module, formats, device, whole=used_often)
     processor = Processor(attention.VARIANTS[placement.attention])
     for part in module.modules():
         if type(part).__name__ == "FeedForward":

@@ -61,6 +61,7 @@ class Quantised(nn.Module):
 
     packed: Tensor
     scale: Tensor
+    zero: Tensor
 
     def __init__(self, layer: Any, form: Format, workspace: Workspace, whole: bool = False) -> None:
         super().__init__()
@@ -85,24 +86,23 @@ class Quantised(nn.Module):
 
     def dense(self, start: int = 0, end: int | None = None) -> Tensor:
         """Output channels `start` to `end` of the weight, in the workspace until that is used again."""
-        zero = getattr(self, "zero", None)
-        part = slice(start, end)
-        packed, buffer = self.packed[part], self.workspace.buffer
-        count = len(packed) * self.row * self.workspace.dtype.itemsize
-        out, codes = (
-            buffer[:count].view(self.workspace.dtype).view(len(packed), self.row),
-            buffer[count : count + len(packed) * self._codes()],
-        )
-        self._unpack(out, packed, self.scale[part], None if zero is None else zero[part], codes)
-        weight = from_rows(out, (len(packed), *self.shape[1:]))
+        rows, buffer, dtype = slice(start, end), self.workspace.buffer, self.workspace.dtype
+        count = len(self.packed[rows])
+        end_of_out = count * self.row * dtype.itemsize
+        out = buffer[:end_of_out].view(dtype).view(count, self.row)
+        self._unpack(out, rows, buffer[end_of_out : end_of_out + count * self._codes()])
+        weight = from_rows(out, (count, *self.shape[1:]))
         return weight if self.on_cpu else weight.contiguous()  # torch's group norms on GPUs take no channels_last
 
     def _codes(self) -> int:
         """Bytes that the codes of one output channel take while they are unpacked."""
-        return -(-self.row // 2) if self.form.bits == 4 else 0
+        return self.packed.shape[1] if self.form.bits == 4 else 0
 
-    def _unpack(self, out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor) -> None:
-        torch.ops.tightfit.dequantise(out, packed, scale, zero, codes, self.form.kind, self.form.group, self.taps)
+    def _unpack(self, out: Tensor, rows: slice | Tensor, codes: Tensor) -> None:
+        """Fill `out` with the output channels `rows`."""
+        zero = self.zero[rows] if self.form.kind == "int4" else None
+        how = (self.form.kind, self.form.group, self.taps)
+        torch.ops.tightfit.dequantise(out, self.packed[rows], self.scale[rows], zero, codes, *how)
 
     def _parts(self) -> list[slice]:
         return [slice(start, min(start + self.at_once, self.shape[0])) for start in range(0, self.shape[0], self.at_once)]
@@ -148,10 +148,10 @@ class Conv2d(Quantised):
 class Embedding(Quantised):
     def forward(self, ids: Tensor) -> Tensor:
         """(…) → (…, width): only the rows that are asked for are unpacked."""
-        rows, zero = ids.flatten(), getattr(self, "zero", None)
+        rows = ids.flatten()
         out = torch.empty(len(rows), self.row, dtype=self.workspace.dtype, device=self.packed.device)
         codes = torch.empty(len(rows) * self._codes(), dtype=torch.uint8, device=self.packed.device)
-        self._unpack(out, self.packed[rows], self.scale[rows], None if zero is None else zero[rows], codes)
+        self._unpack(out, rows, codes)
         return out.view(*ids.shape, self.row)
 
     @property

@@ -104,7 +104,7 @@ def beside(module: torch.nn.Module, dtype: torch.dtype) -> list[int]:
 
 def _quantised(layer: Quantised, tensor: Tensor, scratch: torch.Tensor) -> dict[str, torch.Tensor]:
     raw = scratch[: tensor.stored_bytes]
-    _read(tensor, raw)
+    tensor.read_into(raw.numpy().data)
     try:
         return quantise(raw.view(STORED[tensor.dtype]).view(layer.shape), layer.form)
     except ValueError as error:
@@ -151,19 +151,9 @@ def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
     """
     direct = out.device.type == "cpu" and out.dtype == STORED[tensor.dtype]
     target = out.view(-1).view(torch.uint8) if direct else scratch[: tensor.stored_bytes]
-    _read(tensor, target)
+    tensor.read_into(target.numpy().data)
     if not direct:
         out.copy_(target.view(STORED[tensor.dtype]).view(out.shape))
-
-
-def _read(tensor: Tensor, target: torch.Tensor) -> None:
-    try:
-        with tensor.file.open("rb") as stream:
-            stream.seek(tensor.offset)
-            if stream.readinto(target.numpy().data) != tensor.stored_bytes:
-                raise TightfitError(f"{tensor.file} was cut short while it was read: copy or download it again")
-    except OSError as error:
-        raise TightfitError(f"{tensor.file} cannot be read ({error.strerror}): copy or download it again") from None
 
 
 @dataclass(frozen=True)
