@@ -235,8 +235,10 @@ def export(
     manifest = {"source": spec.name, "tightfit": __version__, "precision": precision, "defaults": dict(spec.defaults)}
     try:
         quantised.write(spec.folder, output, tensors, schemes, manifest, say)
-    except (OSError, ValueError) as error:
-        raise TightfitError(f"{output} was not written: {first_line(error)}") from None
+    except OSError as error:
+        raise TightfitError(f"{output} was not written ({first_line(error)}): name another place, or make room there") from None
+    except ValueError as error:
+        raise TightfitError(f"{output} was not written, {first_line(error)}: copy or download {model} again") from None
     total = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
     typer.echo(f"{output} · {precision} · {shown(total)}")
 

@@ -321,6 +321,7 @@ def test_export(call, sd1, tmp_path):
         ((str(sd1), "--precision", "int8", "--bits", "9", "-o", "x"), "--calibrate"),
         ((str(sd1), "--precision", "int8", "--bits", "3", "--calibrate", "1", "-o", "x"), "--bits is from"),
         (("nowhere", "--precision", "int8", "-o", "x"), "does not exist"),
+        ((str(sd1), "--precision", "int8", "-o", "/dev/null/x"), "name another place"),
     ):
         code, _, err = call("export", *arguments)
         assert (code, len(err.strip().splitlines())) == (2, 1)
