@@ -1,9 +1,10 @@
 """Seconds of one U-Net call with weights in 16, 8 and 4 bits, taken in turns in one process, and what each holds.
 
-    python -m tightfit.benchmarks.steps sd15 sd15-int8 sd15-int4 --size 512
+    python -m tightfit.benchmarks.steps sd15 sd15-int8 sd15-int8:int8-dynamic sd15-int4 --size 512
 
-Models are diffusers folders, plain or from `tightfit export`; the first is what the others are compared with. Each round calls
-every one of them once, so that a machine that slows down slows all; the least of the rounds counts.
+Models are diffusers folders, plain or from `tightfit export`, with a precision behind a colon if it is another; the first is
+what the others are compared with. Each round calls every one of them once, so that a machine that slows down slows all; the least
+of the rounds counts.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .record import record
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("models", nargs="+")
+    parse.add_argument("models", nargs="+", metavar="MODEL[:PRECISION]")
     parse.add_argument("--size", type=int, default=512)
     parse.add_argument("--rounds", type=int, default=4)
     parse.add_argument("--device", default="auto")
@@ -34,9 +35,10 @@ def main() -> None:
     compute, random = hardware.precisions[0], np.random.default_rng(0)
     runs, rows = {}, {}
     for model in args.models:
-        spec = inspect(model)
+        name, _, precision = model.partition(":")
+        spec = inspect(name)
         unet, backend = spec.components["unet"], TorchBackend(hardware.device)
-        placement = Placement("torch", spec.precision or compute, compute, "resident", args.attention, "whole")
+        placement = Placement("torch", precision or spec.precision or compute, compute, "resident", args.attention, "whole")
         session = backend.load(spec, unet, placement)
         held = backend.meter.bytes()
         shapes = _inputs(spec, unet, 2, args.size, args.size)

@@ -16,7 +16,7 @@ def dequantise(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, 
     `codes` is uint8, with as many values as `packed`, and is written over; 8 bits need none. One Triton kernel where that runs,
     else a handful of torch's operators.
     """
-    if out.is_cuda and _triton_runs(out.device):
+    if out.is_cuda and triton_runs(out.device):
         from .triton_weights import dequantise_triton
 
         dequantise_triton(out, packed, scale, zero, form, taps, out.shape[1] // taps)
@@ -43,8 +43,11 @@ def dequantise(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, 
 
 
 @functools.cache
-def _triton_runs(device: torch.device) -> bool:
-    """Its compiler takes NVIDIA's GPUs from Volta on, and AMD's. Imported here, as on a CPU it is memory for nothing."""
+def triton_runs(device: torch.device) -> bool:
+    """Whether Triton does on a GPU: its compiler takes NVIDIA's GPUs from Volta on, and AMD's.
+
+    Imported here, as on a CPU it is memory for nothing.
+    """
     from .triton_weights import triton
 
     return triton is not None and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0))

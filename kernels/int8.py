@@ -1,64 +1,54 @@
 """Linears and convolutions in whole numbers: inputs are quantised to 8 bits as they come, as the weights already are.
 
-    value  = code * scale                      codes -127..127; a scale for each row of a linear's input, or sample of a batch
-    answer = sum of code * code * scale of the row or sample * scale of the output channel + bias
+    value  = (code - zero) * scale             codes -128..127; a scale for each row of a linear's input, whose zero is 0, or
+                                               a scale and a zero for each sample of a convolution's: SiLU's answers are lopsided
+    answer = sum of (code - zero) * code of the weight * scale of the row or sample * scale of the output channel + bias
 
 The sums are exact: an int32 holds those of MOST products. Weights are stored as kernels/formats.py says, in its format int8:
 `packed` int8 (out, taps x in) and `scale` fp16 (out, 1). A row or sample with a value that is not finite has an answer that is not.
-The plain versions work on any device. Those of Triton have tensor cores multiply: they compile for compute capability 8.0 and
-later, not for 7.5, and without triton fail when they are called (kernels/triton_weights.py).
+The plain versions work on any device. Those of oneDNN, which torch brings, are for x86 CPUs and take weights that they packed
+before; Triton's are in triton_int8.py.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from .formats import from_rows
-from .triton_weights import constexpr, jit, tl
 
 Pair = tuple[int, int]
-MOST = (2**31 - 1) // 127**2
+MOST = (2**31 - 1) // (255 * 127)
 _LEAST = 1e-30  # a row's largest value counts for no less, so that the codes of zeros are zeros
+AT_ONCE = 2**18  # values that are quantised at a time on a CPU, which stay in its caches
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, …) → int8 codes, in memory as `x` is, and fp32 scales (rows, 1, …). Raises ValueError for an `x` without values."""
-    scale = _scales(x)
+    """(rows, …) → int8 codes -127..127, in memory as `x` is, and fp32 scales (rows, 1, …). ValueError for an `x` without values."""
+    scale = scales(x)
     return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
-def quantise_rows_triton(x: Tensor, block: int = 1024, **launch: int) -> tuple[Tensor, Tensor]:
-    """The same of an `x` that is contiguous or channels_last, without a copy of it in fp32. `block` values to a program."""
-    scale, codes, size = _scales(x), torch.empty_like(x, dtype=torch.int8), x[0].numel()
-    if codes.stride() != x.stride():
-        raise ValueError(f"strides {x.stride()} of shape {tuple(x.shape)} are neither contiguous nor channels_last")
-    _encode[len(x), -(-size // block)](codes, x, scale, size, block, **launch)
-    return codes, scale
+def quantise_samples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, …) → int8 codes, in memory as `x` is, fp32 scales and int32 zeros (batch, 1, …). ValueError as above."""
+    scale, zero = scales_and_zeros(x)
+    return (x / scale).round_().add_(zero).clamp_(-128, 127).to(torch.int8), scale, zero
 
 
 def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(…, in) → (…, out), in the dtype of `x`: the plain version. Raises ValueError for shapes that do not fit, or are empty."""
+    """(…, in) → (…, out), in the dtype of `x`: the plain version, whose fp64 holds every sum.
+
+    Raises ValueError for shapes that do not fit, or are empty.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    _sides(rows[..., None, None], packed, scale)
+    sides(rows[..., None, None], packed, scale)
     codes, factor = quantise_rows(rows)
-    (m, k), n = codes.shape, len(packed)
-    # Of what shapes torch takes on GPUs; on a CPU it takes all, and answers some wrongly, as those of k = 1 (torch 2.13).
-    if m > 16 and k % 8 == 0 and n % 8 == 0:
-        sums = torch._int_mm(codes, packed.T)
-    else:
-        sums = functional.linear(codes.double(), packed.double())
+    sums = functional.linear(codes.double(), packed.double())
     out = sums.float() * factor * scale.float().view(-1)
-    return _biased(out, bias).to(x.dtype).view(*x.shape[:-1], n)
-
-
-def linear_int8_triton(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, tile: tuple[int, int, int] = (64, 64, 64), **launch: int
-) -> Tensor:
-    """The same, as a convolution of samples of one pixel each, whose `tile` and `launch` these are."""
-    rows = x.reshape(-1, x.shape[-1], 1, 1)
-    return conv2d_int8_triton(rows, packed, scale, bias, (1, 1), (1, 1), (0, 0), tile, **launch).view(*x.shape[:-1], len(packed))
+    return _biased(out, bias).to(x.dtype).view(*x.shape[:-1], len(packed))
 
 
 def conv2d_int8(
@@ -68,98 +58,112 @@ def conv2d_int8(
 
     Raises ValueError for shapes that are empty or do not fit, as those of grouped convolutions, which there are none of.
     """
-    _sides(x, packed, scale, kernel_size, stride, padding)
-    codes, factor = quantise_rows(x)
+    sides(x, packed, scale, kernel_size, stride, padding)
+    codes, factor, zero = quantise_samples(x)
     weight = from_rows(packed, (len(packed), x.shape[1], *kernel_size))
-    sums = functional.conv2d(codes.double(), weight.double(), None, stride, padding)
+    sums = functional.conv2d(codes.double() - zero, weight.double(), None, stride, padding)
     out = sums.float() * factor * scale.float().view(-1, 1, 1)
     return _biased(out, None if bias is None else bias[:, None, None]).to(x.dtype)
 
 
-def conv2d_int8_triton(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    bias: Tensor | None,
-    kernel_size: Pair,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    tile: tuple[int, int, int] = (128, 64, 64),
-    **launch: int,
-) -> Tensor:
-    """The same, with an answer that is channels_last if `x` is: one product, which finds each tap's inputs where they are.
+def weight_sums(packed: Tensor) -> Tensor:
+    """int32 (out): of each output channel's codes. What a zero that is not 0 adds to every answer is this many times it."""
+    return packed.sum(1, dtype=torch.int32)
 
-    `tile` is how many output pixels, output channels and input channels of a tap a program multiplies at a time, powers of 2 from
-    16, 16 and 32; `launch` is triton's num_warps and num_stages.
+
+def pack_linear(packed: Tensor) -> Tensor:
+    """Stored codes as oneDNN wants them, opaque, for `linear_int8_onednn`."""
+    return torch.ops.onednn.qlinear_prepack(packed, None)
+
+
+def linear_int8_onednn(x: Tensor, ready: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear_int8` of packed weights, whose inputs are quantised in the dtype of `x`: a code may be the next but one's of halves.
+
+    A token's scale multiplies the answer, once that is in the dtype of `x` already, so scales are rounded to it too.
     """
-    (batch, channels, *sides), n = x.shape, len(packed)
-    height, width = _sides(x, packed, scale, kernel_size, stride, padding)
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    codes, factor = quantise_rows_triton(x if last else x.contiguous())
-    codes = codes.contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    out = torch.empty((batch, n, height, width), dtype=x.dtype, device=x.device, memory_format=layout)
-    pixels = batch * height * width
-    _convolve[-(-pixels // tile[0]), -(-n // tile[1])](
-        *(out, codes, packed.contiguous(), factor, scale.contiguous(), bias, pixels, n, channels, *sides, height, width),
-        *(out.stride(0), out.stride(1), out.stride(3), *kernel_size, *stride, *padding, *tile),
-        **launch,
+    rows = x.reshape(-1, x.shape[-1])
+    codes, factor = torch.empty(rows.shape, dtype=torch.uint8), rows.new_empty(len(rows), 1)
+    least = max(_LEAST, torch.finfo(x.dtype).tiny)
+    for part in _pieces(len(rows), rows.shape[1]):
+        torch.linalg.vector_norm(rows[part], torch.inf, 1, keepdim=True, out=factor[part]).div_(127).clamp_min_(least)
+        codes[part] = (rows[part] / factor[part]).round_().clamp_(-127, 127).add_(128)
+    ones, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
+    out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, ready, ones, zeros, None, 1.0, 0, x.dtype, "none", [], "").mul_(
+        factor
     )
-    return out
+    return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
 
 
-@jit
-def _encode(codes, x, scale, size, block: constexpr):
-    """One part of one row. Adding and taking away 1.5 * 2**23 rounds as torch does, halves to even."""
-    place = tl.program_id(1) * block + tl.arange(0, block)
-    at = tl.program_id(0).to(tl.int64) * size + place
-    values = tl.load(x + at, mask=place < size, other=0).to(tl.float32)
-    values = tl.div_rn(values, tl.load(scale + tl.program_id(0)))
-    tl.store(codes + at, ((values + 12582912.0) - 12582912.0).to(tl.int8), mask=place < size)
+def pack_conv2d(packed: Tensor, in_channels: int, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
+    """Stored codes as oneDNN wants them, opaque, for `conv2d_int8_onednn`."""
+    # A zero that is not 0, or each call packs them again: oneDNN keeps sums of the weights in them only for such.
+    weight = from_rows(packed, (len(packed), in_channels, *kernel_size))
+    ones, zero = torch.ones(len(packed)), 128
+    return torch.ops.onednn.qconv_prepack(weight, ones, 1.0, zero, list(stride), list(padding), [1, 1], 1, None)
 
 
-@jit
-def _convolve(
-    out, x, weight, factor, scale, bias, m_count, n_count, channels, in_height, in_width, height, width,
-    of_sample, of_channel, of_pixel, taps_y: constexpr, taps_x: constexpr, stride_y: constexpr, stride_x: constexpr,
-    pad_y: constexpr, pad_x: constexpr, block_m: constexpr, block_n: constexpr, block_k: constexpr,
-):  # fmt: skip
-    """Rows of the product are output pixels, columns output channels; `of_…` are the strides of `out`."""
-    m = tl.program_id(0) * block_m + tl.arange(0, block_m)
-    n = tl.program_id(1) * block_n + tl.arange(0, block_n)
-    sample, pixel = m // (height * width), m % (height * width)
-    top, left = pixel // width * stride_y - pad_y, pixel % width * stride_x - pad_x
-    blocks = (channels + block_k - 1) // block_k
-    total = tl.full((block_m, block_n), 0, tl.int32)
-    for step in range(0, taps_y * taps_x * blocks):  # noqa: PIE808  triton's range
-        tap, k = step // blocks, step % blocks * block_k + tl.arange(0, block_k)
-        y, z = top + tap // taps_x, left + tap % taps_x
-        inside = (m < m_count) & (y >= 0) & (y < in_height) & (z >= 0) & (z < in_width)
-        at = ((sample.to(tl.int64) * in_height + y) * in_width + z) * channels
-        inputs = tl.load(x + at[:, None] + k[None, :], mask=inside[:, None] & (k < channels)[None, :], other=0)
-        at = (n.to(tl.int64) * (taps_y * taps_x) + tap) * channels
-        weights = tl.load(weight + at[:, None] + k[None, :], mask=(n < n_count)[:, None] & (k < channels)[None, :], other=0)
-        total = tl.dot(inputs, tl.trans(weights), total, out_dtype=tl.int32)
-    answer = total.to(tl.float32) * tl.load(factor + sample, mask=m < m_count, other=0)[:, None]
-    answer *= tl.load(scale + n, mask=n < n_count, other=0).to(tl.float32)[None, :]
-    if bias is not None:
-        answer += tl.load(bias + n, mask=n < n_count, other=0).to(tl.float32)[None, :]
-    at = (sample.to(tl.int64) * of_sample + pixel * of_pixel)[:, None] + n[None, :] * of_channel
-    tl.store(out + at, answer.to(out.dtype.element_ty), mask=(m < m_count)[:, None] & (n < n_count)[None, :])
+def conv2d_int8_onednn(
+    x: Tensor, ready: Tensor, scale: Tensor, bias: Tensor | None, stride: Pair = (1, 1), padding: Pair = (0, 0)
+) -> Tensor:
+    """`conv2d_int8` of packed weights and an `x` that is channels_last, as the answer will be; sample by sample."""
+    many, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
+    where = list(stride), list(padding), [1, 1], 1
+    bias, answers = None if bias is None else bias.float(), None
+    for i, sample in enumerate(x.permute(0, 2, 3, 1).flatten(1, 2)):
+        factor, zero = (each.item() for each in scales_and_zeros(sample[None]))
+        codes = torch.empty(sample.shape, dtype=torch.uint8)
+        for part in _pieces(*sample.shape):
+            codes[part] = (sample[part].float() / factor).round_().add_(zero + 128).clamp_(0, 255)
+        codes = codes.view(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
+        rest = *where, 1.0, 0, _made(x), "none", [], ""
+        one = torch.ops.onednn.qconv2d_pointwise(codes, factor, zero + 128, ready, many, zeros, bias, *rest).to(x.dtype)
+        if len(x) == 1:
+            return one
+        if answers is None:
+            sides = (len(x), *one.shape[1:])
+            answers = torch.empty(sides, dtype=x.dtype, memory_format=torch.channels_last)
+        answers[i] = one[0]
+        del one, codes
+    assert answers is not None
+    return answers
 
 
-def _scales(x: Tensor) -> Tensor:
-    if not x.numel():
-        raise ValueError(f"an input of shape {tuple(x.shape)} has nothing to quantise")
+def _made(x: Tensor) -> torch.dtype:
+    """What oneDNN's sums are made into: they cannot be fp16 on every CPU."""
+    return torch.float32 if x.dtype == torch.float16 else x.dtype
+
+
+def _pieces(rows: int, row: int) -> Iterator[slice]:
+    step = max(1, AT_ONCE // row)
+    return (slice(start, start + step) for start in range(0, rows, step))
+
+
+def scales(x: Tensor) -> Tensor:
+    """fp32 (rows, 1, …)."""
+    _nothing(x)
     most = torch.linalg.vector_norm(x, torch.inf, tuple(range(1, x.ndim)), keepdim=True, dtype=torch.float32)
     return most.clamp_min_(_LEAST).div_(127)
+
+
+def scales_and_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 and int32, (batch, 1, …), by which the least value is -128, the largest 127, and 0 a code."""
+    _nothing(x)
+    dims = tuple(range(1, x.ndim))
+    low, high = x.amin(dims, keepdim=True).float().clamp_max_(0), x.amax(dims, keepdim=True).float().clamp_min_(0)
+    scale = (high - low).clamp_min_(_LEAST).div_(255)
+    return scale, (-low / scale).nan_to_num_(0, 0, 0).round_().sub_(128).to(torch.int32)
+
+
+def _nothing(x: Tensor) -> None:
+    if not x.numel():
+        raise ValueError(f"an input of shape {tuple(x.shape)} has nothing to quantise")
 
 
 def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out.add_(bias.float())
 
 
-def _sides(
+def sides(
     x: Tensor, packed: Tensor, scale: Tensor, kernel_size: Pair = (1, 1), stride: Pair = (1, 1), padding: Pair = (0, 0)
 ) -> Pair:
     """Height and width of the answer, of shapes that fit."""

@@ -34,6 +34,8 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
             for kind in ATTENTIONS:
                 seconds = _fastest(lambda attend=attention.VARIANTS[kind], q=q, k=k, v=v: attend(q, k, v), device)
                 attentions[f"{precision}/{kind}"] = 4.0 * 8 * 4096 * 4096 * 40 / seconds
+        if "int8" in hardware.rates and device.type == "cpu":
+            rates["int8"] = _int8_rate()
         block = torch.ones(2**26, device=device)
         target = torch.empty_like(block)
         copy = _fastest(lambda: target.copy_(block), device)
@@ -100,6 +102,22 @@ def _mixed_rate(device: Any, dtype: Any) -> float:
     tensors = (*tensors, tensor(1280, 1280, 3, 3))
     flops = 2.0 * (4096 * 640 * 2560 + 9 * (2 * 64 * 64 * 320 * 320 + 2 * 16 * 16 * 1280 * 1280))
     return flops / _fastest(lambda: layers(*tensors), device)
+
+
+def _int8_rate() -> float:
+    """Operations/s of the same convolutions in whole numbers, quantising their inputs included."""
+    import torch
+
+    from ..kernels import int8
+
+    runs, flops = [], 0.0
+    for channels, side in ((320, 64), (1280, 16)):
+        x = torch.randn(2, channels, side, side).contiguous(memory_format=torch.channels_last)
+        packed = torch.randint(-127, 128, (channels, 9 * channels), dtype=torch.int8)
+        ready = int8.pack_conv2d(packed, channels, (3, 3), (1, 1), (1, 1))
+        runs.append((x, ready, torch.ones(channels, 1).half(), None, (1, 1), (1, 1)))
+        flops += 2.0 * x.numel() * packed.shape[1]
+    return flops / _fastest(lambda: [int8.conv2d_int8_onednn(*run) for run in runs], None)
 
 
 def _fastest(work: Callable[[], Any], device: Any) -> float:

@@ -22,7 +22,7 @@ from .events import Event, Result
 from .files import replacing
 from .hardware import Hardware
 from .memory import parse_bytes, shown
-from .plan import ATTENTIONS, PRECISIONS, QUANTISED, RESIDENCIES, TILINGS, Plan, Wishes
+from .plan import ATTENTIONS, PRECISIONS, RESIDENCIES, STORED, TILINGS, Plan, Wishes
 from .request import Request
 from .schedulers import SCHEDULERS
 
@@ -200,7 +200,7 @@ def calibrate(device: _Device = "auto") -> None:
 def export(
     model: Annotated[str, typer.Argument(help="emoji, a folder or a hub id.", metavar="MODEL")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A folder that is not there yet.", metavar="DIR")],
-    precision: Annotated[str, typer.Option(help=f"{' or '.join(QUANTISED)}.", metavar="NAME")],
+    precision: Annotated[str, typer.Option(help=f"{' or '.join(STORED)}.", metavar="NAME")],
     to: Annotated[str, typer.Option(help="torch.", metavar="ENGINE")] = "torch",
     calibrate: Annotated[int, typer.Option(help="Paint N prompts to find which layers need more bits.", metavar="N")] = 0,
     bits: Annotated[float | None, typer.Option(help="With --calibrate: bits a U-Net weight may take on average.")] = None,
@@ -211,8 +211,8 @@ def export(
     from .hub import inspect
     from .spec import all_tensors
 
-    if to != "torch" or precision not in QUANTISED:
-        raise TightfitError(f"this version exports --to torch in --precision {' or '.join(QUANTISED)}, not {to} {precision}")
+    if to != "torch" or precision not in STORED:
+        raise TightfitError(f"this version exports --to torch in --precision {' or '.join(STORED)}, not {to} {precision}")
     if bits is not None and not calibrate:
         raise TightfitError("--bits shares bits out by what a calibration measures: add --calibrate 8")
     if calibrate < 0 or steps < 1 or (bits is not None and not 4.4 <= bits <= 16):

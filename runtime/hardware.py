@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import sys
@@ -103,7 +104,7 @@ def profile(name: str) -> Hardware:
         free_bytes=int(total * METAL_SHARE) if device == "mps" else total - taken,
         precisions=(*(p for p in ("fp16", "bf16") if p in rates and gpu), "fp32"),
         capability=tuple(data["capability"]) if "capability" in data else None,
-        rates=rates,
+        rates=_with_int8(rates, tuple(data.get("capability", ()))),
         bandwidth=data["bandwidth_gb_s"] * 1e9,
         bus=data["bus_gb_s"] * 1e9,
         host_bytes=total - taken if unified else 12 * GIB,
@@ -165,13 +166,18 @@ def _gpu(device: str) -> Hardware:
         unified=like["unified"] if like else bool(getattr(module.get_device_properties(0), "is_integrated", False)),
         precisions=("fp16", *(["bf16"] if bf16 else []), "fp32"),
         capability=capability,
-        rates=rates,
+        rates=_with_int8(rates, capability) if importlib.util.find_spec("triton") else rates,
         bandwidth=like["bandwidth_gb_s"] * 1e9 if like else 300e9,
         bus=like["bus_gb_s"] * 1e9 if like else 12e9,
         host_bytes=_cpu_memory()[1],
         fused_attention=like["fused_attention"] if like else not rocm,
         notes=(*notes, *_other_processes(device, total - free - module.memory_reserved())),
     )
+
+
+def _with_int8(rates: Mapping[str, float], capability: tuple[int, ...] | None) -> Mapping[str, float]:
+    """Tensor cores since Ampere multiply 8-bit whole numbers, twice as many as fp16 (NVIDIA's GA102 whitepaper, version 2)."""
+    return {**rates, "int8": 2 * rates["fp16"]} if capability and capability >= (8, 0) else rates
 
 
 def _estimated_rates(module: Any, capability: tuple[int, int] | None) -> dict[str, float]:
@@ -237,7 +243,7 @@ def _cpu(_: str) -> Hardware:
     flags, cores = cpu_flags(), psutil.cpu_count(logical=False) or 1
     wide = "avx512f" in flags
     fp32 = cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)  # two units of 16, 8 or 4 lanes, 2.5 GHz
-    half = bool({"amx_bf16", "avx512_bf16"} & flags)
+    half, whole = bool({"amx_bf16", "avx512_bf16"} & flags), bool({"amx_int8", "avx512_vnni", "avx_vnni"} & flags)
     own = psutil.Process().memory_info().rss
     return Hardware(
         device="cpu",
@@ -245,7 +251,7 @@ def _cpu(_: str) -> Hardware:
         total_bytes=total,
         free_bytes=min(total, free + own),
         precisions=("bf16", "fp32") if half else ("fp32",),
-        rates={"fp32": fp32, **({"bf16": 2 * fp32} if half else {})},
+        rates={"fp32": fp32, **({"bf16": 2 * fp32} if half else {}), **({"int8": 4 * fp32} if whole else {})},
         bandwidth=20e9,  # one channel of DDR4-2400
         bus=20e9,
         host_bytes=free,
@@ -322,6 +328,7 @@ def _calibrated(found: Hardware) -> Hardware:
         if not known:
             return found
         notes = tuple(note for note in found.notes if "tightfit calibrate" not in note)
+        known["rates"] = {**found.rates, **known["rates"]}
         return replace(found, **known, calibrated=True, notes=notes)
     except FileNotFoundError:
         return found

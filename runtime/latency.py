@@ -8,14 +8,19 @@ from .memory import Footprint, Shape
 from .plan import Placement
 
 SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, read
-QUANTISE_SECONDS = {"int8": 3e-9, "int4": 12e-9}  # a weight, while it is loaded, on two cores (kernels/formats.py)
+QUANTISE_SECONDS = {
+    "int8": 3e-9,
+    "int8-dynamic": 3e-9,
+    "int4": 12e-9,
+}  # a weight, while it is loaded, on two cores (kernels/formats.py)
 BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
 
 
 def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
     """One call of a component whose weights are loaded, or stream in."""
-    rate, least = hardware.rate(placement.compute), hardware.call_seconds
-    seconds = sum(max(o.flops / rate, o.bytes / hardware.bandwidth, least) for o in footprint.trace.operations)
+    rates = {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")}
+    bandwidth, least = hardware.bandwidth, hardware.call_seconds
+    seconds = sum(max(o.flops / rates[o.kind], o.bytes / bandwidth, least) for o in footprint.trace.operations)
     seconds += sum(attention_seconds(hardware, placement, shape) for shape in footprint.trace.attentions)
     if not footprint.streamed:
         return seconds

@@ -23,10 +23,12 @@ WORKSPACES = {"cuda": (8_519_680,)}
 
 @dataclass(frozen=True)
 class Operation:
-    """One arithmetic operator of a dry run: its floating-point operations (multiply and add are two) and bytes moved."""
+    """One arithmetic operator of a dry run: its operations (multiply and add are two) and bytes moved. `kind` is int8 where these
+    are of whole numbers."""
 
     flops: float
     bytes: float
+    kind: str = ""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,9 @@ from .memory import parse_bytes
 
 VERSION = 3
 COMPUTES = ("fp32", "bf16", "fp16")
-QUANTISED = ("int8", "int4")
+STORED = ("int8", "int4")  # what weights can be exported in
+DYNAMIC = "int8-dynamic"
+QUANTISED = ("int8", DYNAMIC, "int4")
 PRECISIONS = (*COMPUTES, *QUANTISED)
 RESIDENCIES = ("resident", "staged", "streamed")
 ATTENTIONS = ("sdpa", "sliced", "chunked")
@@ -26,7 +28,8 @@ STAGES = ("encode", "denoise", "decode")
 class Placement:
     """How one component runs.
 
-    precision: of the weights. compute: what it computes in, the same unless the weights are quantised.
+    precision: of the weights. compute: what it computes in, the same unless the weights are quantised. int8-dynamic: weights as in
+    int8, multiplied in whole numbers by inputs that are quantised as they come.
     residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its weights flow
     through it block by block). attention: torch's `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or
     `tiled`, in strips of rows (kernels/strips.py).

@@ -14,7 +14,8 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from ...kernels.attention import sdpa_cpu_bytes
-from . import quantised  # noqa: F401  its operator
+from ...kernels.int8 import AT_ONCE
+from .quantised import CONV2D_INT8, LINEAR_INT8
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 CONVOLUTION = torch.ops.aten.conv2d.default
@@ -66,11 +67,30 @@ def _dequantising(args: Any, _: Any) -> int:
     return scale.numel() * out.element_size() * (1 if zero is None else 3)
 
 
+def _linear_int8(args: Any, out: torch.Tensor) -> int:
+    """The codes, and scales of tokens and channels."""
+    x, channels = args[0], out.shape[-1]
+    return x.numel() + x.numel() // x.shape[-1] * x.element_size() + 12 * channels
+
+
+def _convolution_int8(args: Any, out: torch.Tensor) -> int:
+    """The codes of a sample; beside them what makes these, or the sample's answer, before that joins the others."""
+    x = args[0]
+    codes = x[0].numel()
+    piece = min(codes, max(1, AT_ONCE // x.shape[1]) * x.shape[1])
+    making = piece * (4 if x.dtype == torch.float32 else 8)
+    if len(x) == 1:
+        return codes + max(0, making - out.nbytes)
+    return codes + max(making, out[0].nbytes)
+
+
 _FORMULAS: dict[Any, Callable[[Any, Any], int]] = {
     SDPA: _attention,
     CONVOLUTION: _convolution,
     torch.ops.aten.upsample_nearest2d.vec: _upsampling,
     torch.ops.tightfit.dequantise.default: _dequantising,
+    LINEAR_INT8: _linear_int8,
+    CONV2D_INT8: _convolution_int8,
 }
 
 

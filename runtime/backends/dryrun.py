@@ -19,7 +19,7 @@ from ..spec import Component, ModelSpec
 from . import networks, weights
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .meter import LiveBytes, tensors_in
-from .quantised import workspace
+from .quantised import CONV2D_INT8, LINEAR_INT8, workspace
 
 _KEPT = 32
 # By the component's id; it is kept too, so that its id stays its own.
@@ -51,7 +51,8 @@ class Recorder(LiveBytes):
         made = [tensor for tensor in tensors_in((out,)) if tensor.untyped_storage()._cdata not in sources]
         if made or func._schema.is_mutable:
             moved = sum(tensor.nbytes for tensor in (*tensors_in(args), *made))
-            self.operations.append(Operation(_flops(func, args, out), moved))
+            whole = func in (CONV2D_INT8, LINEAR_INT8)
+            self.operations.append(Operation(_flops(func, args, out), moved, "int8" if whole else ""))
         return out
 
     def own(self, func: Any, args: Any, out: Any) -> int:
@@ -76,9 +77,9 @@ class Recorder(LiveBytes):
 
 
 def _flops(func: Any, args: Any, out: Any) -> float:
-    if func is torch.ops.aten.linear.default:
+    if func in (torch.ops.aten.linear.default, LINEAR_INT8):
         return 2.0 * out.numel() * args[1].shape[1]
-    if func is CONVOLUTION:
+    if func in (CONVOLUTION, CONV2D_INT8):
         return 2.0 * out.numel() * args[1][0].numel()
     if func in (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default):
         return 2.0 * out.numel() * args[0].shape[-1]

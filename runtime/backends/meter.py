@@ -67,14 +67,15 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
-    """The tensors among `values`, one level of lists and tuples deep, as operators take and return them."""
+    """The tensors among `values`, one level of lists and tuples deep, as operators take and return them; but none that is opaque,
+    as weights that oneDNN packed are."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
             found.append(value)
         elif isinstance(value, list | tuple):
             found.extend(each for each in value if isinstance(each, torch.Tensor))
-    return found
+    return [tensor for tensor in found if tensor.layout is torch.strided]
 
 
 class Meter(Measuring, Protocol):

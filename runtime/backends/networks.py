@@ -10,7 +10,7 @@ import torch
 from ...kernels import attention, strips
 from ...kernels.recipe import recipe
 from ..errors import TightfitError, explained
-from ..plan import QUANTISED, Placement
+from ..plan import DYNAMIC, QUANTISED, Placement
 from ..spec import Component, ModelSpec
 from . import quantised
 
@@ -24,7 +24,7 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     with explained(f"{config} describes no model that can be built", "copy or download it again"), torch.device("meta"):
         module = make(component).eval().requires_grad_(False)
     formats, used_often = _formats(component, module, placement.precision), component.name == "vae_decoder"  # by its strips
-    quantised.quantise_layers(module, formats, device, whole=used_often)
+    quantised.quantise_layers(module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC)
     processor = Processor(attention.VARIANTS[placement.attention])
     for part in module.modules():
         if type(part).__name__ == "FeedForward":
@@ -42,7 +42,8 @@ def _formats(component: Component, module: torch.nn.Module, precision: str) -> d
         return dict(zip(renamed, component.formats.values(), strict=True))
     if precision not in QUANTISED:
         return {}
-    chosen = {path: recipe(precision, component.name, path, layer.weight.shape) for path, layer in paths.items()}
+    kind = "int8" if precision == DYNAMIC else precision
+    chosen = {path: recipe(kind, component.name, path, layer.weight.shape) for path, layer in paths.items()}
     return {path: name for path, name in chosen.items() if name}
 
 

@@ -1,22 +1,35 @@
-"""Layers whose weights stay in 8 or 4 bits: each time one is called its weight is unpacked into a buffer that all share."""
+"""Layers whose weights stay in 8 or 4 bits: each time one is called its weight is unpacked into a buffer that all share, or is
+multiplied as it is, by inputs quantised to 8 bits."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ...kernels.dequantise import dequantise
+from ...kernels import int8
+from ...kernels.dequantise import dequantise, triton_runs
 from ...kernels.formats import FORMATS, Format, from_rows
 from ..errors import TightfitError
+from .autotune import fastest
 
 # Weights unpacked at a time on a CPU, which takes less of its memory, and no more of its time (docs/decisions.md). A GPU would
 # have to start several kernels for one.
 AT_ONCE = 2**22
+FEW_ROWS = 256  # of a linear's inputs, up to which a GPU may be faster to multiply while it unpacks: it is tried
+# A linear of int8 arithmetic has as many outputs as WIDE times its inputs, on a CPU: quantising the inputs is paid once for all
+# outputs, and of the others the U-Net's largest were slower for it (docs/decisions.md).
+WIDE = 4
+# Output pixels, output channels and inputs that a program of Triton's convolution multiplies at a time, and its warps and stages.
+TILES = (
+    ((128, 128, 64), 8, 3), ((128, 64, 64), 4, 3), ((64, 128, 64), 4, 3), ((64, 64, 64), 4, 4), ((128, 256, 64), 8, 3),
+    ((64, 64, 128), 4, 3), ((32, 64, 128), 4, 4),
+)  # fmt: skip
 
 
 @torch.library.custom_op("tightfit::dequantise", mutates_args=("out", "codes"))
@@ -30,6 +43,62 @@ def _dequantise(
 @_dequantise.register_fake
 def _(*_) -> None:
     """It makes nothing."""
+
+
+@torch.library.custom_op("tightfit::linear_int8", mutates_args=())
+def _linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    if not x.is_cuda:
+        return int8.linear_int8_onednn(x, packed, scale, bias)
+    from ...kernels.triton_int8 import linear_int8_triton
+
+    run = functools.partial(linear_int8_triton, x, packed, scale, bias)
+    return fastest(f"linear_int8 {list(x.shape)} x {list(packed.shape)} {x.dtype}", x.device, _tiles(run))
+
+
+@_linear_int8.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], len(scale))
+
+
+@torch.library.custom_op("tightfit::conv2d_int8", mutates_args=())
+def _conv2d_int8(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    sums: Tensor | None,
+    bias: Tensor | None,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+) -> Tensor:
+    """`packed` is oneDNN's on a CPU."""
+    kernel, stride, padding = ((a, b) for a, b in (kernel, stride, padding))
+    if not x.is_cuda:
+        return int8.conv2d_int8_onednn(x, packed, scale, bias, stride, padding)
+    from ...kernels.triton_int8 import conv2d_int8_triton
+
+    run = functools.partial(conv2d_int8_triton, x, packed, scale, bias, kernel, stride, padding, sums)
+    what = f"conv2d_int8 {list(x.shape)} x {list(packed.shape)} {kernel} {stride} {padding} {x.dtype}"
+    return fastest(what, x.device, _tiles(run))
+
+
+@_conv2d_int8.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, sums: Tensor | None, bias: Tensor | None, kernel, stride, padding) -> Tensor:  # noqa: ARG001
+    sides = ((x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return torch.empty((len(x), len(scale), *sides), dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def _tiles(run: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:
+    return {
+        f"{tile} in {warps} warps and {stages} stages": functools.partial(run, tile=tile, num_warps=warps, num_stages=stages)
+        for tile, warps, stages in TILES
+    }
+
+
+LINEAR_INT8 = torch.ops.tightfit.linear_int8.default
+CONV2D_INT8 = torch.ops.tightfit.conv2d_int8.default
 
 
 class Workspace:
@@ -81,6 +150,13 @@ class Quantised(nn.Module):
             self.bias = nn.Parameter(fn(self.bias), requires_grad=False)
         return self
 
+    def prepare(self) -> None:
+        """Called once the parts are there."""
+
+    def packing_bytes(self) -> int:
+        """What `prepare` makes in place of `packed`."""
+        return 0
+
     def workspace_bytes(self, itemsize: int) -> int:
         return self.at_once * (self.row * itemsize + self._codes())
 
@@ -111,6 +187,8 @@ class Quantised(nn.Module):
 class Linear(Quantised):
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
+        if x.is_cuda and x.numel() <= FEW_ROWS * x.shape[-1] and triton_runs(x.device):
+            return self._few(x)
         if self.at_once == self.shape[0]:
             return functional.linear(x, self.dense(), self.bias)
         out = x.new_empty((*x.shape[:-1], self.shape[0]))
@@ -118,6 +196,16 @@ class Linear(Quantised):
             bias = None if self.bias is None else self.bias[part]
             out[..., part] = functional.linear(x, self.dense(part.start, part.stop), bias)
         return out
+
+    def _few(self, x: Tensor) -> Tensor:
+        from ...kernels.triton_weights import linear_triton  # triton takes memory, on a CPU for nothing
+
+        zero, kind = getattr(self, "zero", None), (self.form.kind, self.form.group)
+        ways = {
+            "unpacked, then multiplied": lambda: functional.linear(x, self.dense(), self.bias),
+            "at once": lambda: linear_triton(x, self.packed, self.scale, zero, self.bias, self.form),
+        }
+        return fastest(f"linear {kind} {list(x.shape)} x {list(self.shape)} {x.dtype}", x.device, ways)
 
 
 class Conv2d(Quantised):
@@ -143,6 +231,47 @@ class Conv2d(Quantised):
             del some
         assert out is not None
         return out
+
+
+class LinearInt8(Quantised):
+    """In whole numbers. On a CPU its weight is oneDNN's once it is there."""
+
+    def prepare(self) -> None:
+        if self.on_cpu:
+            self.packed = nn.Parameter(int8.pack_linear(self.packed), requires_grad=False)
+
+    def packing_bytes(self) -> int:
+        return math.prod(self.shape) if self.on_cpu else 0
+
+    def workspace_bytes(self, itemsize: int) -> int:  # noqa: ARG002
+        return 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return torch.ops.tightfit.linear_int8(x, self.packed, self.scale, self.bias)
+
+
+class Conv2dInt8(LinearInt8):
+    """In whole numbers; on a CPU with channels last."""
+
+    def __init__(self, layer: nn.Conv2d, form: Format, workspace: Workspace, whole: bool = False) -> None:
+        super().__init__(layer, form, workspace, whole)
+        self.how: Any = (layer.kernel_size, layer.stride, layer.padding)
+        sums = None if self.on_cpu else torch.empty(self.shape[0], dtype=torch.int32, device=layer.weight.device)
+        self.register_buffer("sums", sums, persistent=False)
+
+    def prepare(self) -> None:
+        if self.on_cpu:
+            packed = int8.pack_conv2d(self.packed, self.shape[1], *self.how)
+            self.packed = nn.Parameter(packed, requires_grad=False)
+        else:
+            self.sums = int8.weight_sums(self.packed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, in, h, w) → (batch, out, h', w')."""
+        if self.on_cpu:
+            x = x.contiguous(memory_format=torch.channels_last)
+        return torch.ops.tightfit.conv2d_int8(x, self.packed, self.scale, self.sums, self.bias, *self.how)
 
 
 class Embedding(Quantised):
@@ -174,10 +303,10 @@ class PlainConv2d(nn.Conv2d):
 KINDS: dict[type[nn.Module], type[Quantised]] = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.Embedding: Embedding}
 
 
-def quantise_layers(module: nn.Module, formats: Mapping[str, str], device: str, whole: bool = False) -> None:
+def quantise_layers(module: nn.Module, formats: Mapping[str, str], device: str, whole: bool = False, dynamic: bool = False) -> None:
     """Put quantised layers in place of those that `formats` names, by paths, to be computed on `device`.
 
-    Raises TightfitError for a layer or a format that there is not.
+    `dynamic`: inputs of the layers that can are quantised too. Raises TightfitError for a layer or a format that there is not.
     """
     shared = Workspace(device)
     for path, name in formats.items():
@@ -189,11 +318,23 @@ def quantise_layers(module: nn.Module, formats: Mapping[str, str], device: str, 
             raise TightfitError(
                 f"the manifest has the layer {path} as {name}, which there is not: export the model again"
             ) from None
+        if dynamic and name == "int8":
+            kind = _in_whole_numbers(layer, device) or kind
         setattr(module.get_submodule(parent), leaf, kind(layer, form, shared, whole))
     if formats and device == "cpu":
         for part in module.modules():
             if type(part) is nn.Conv2d:
                 part.__class__ = PlainConv2d
+
+
+def _in_whole_numbers(layer: nn.Module, device: str) -> type[Quantised] | None:
+    """The kind of layer that multiplies so, if there is one and it is worth it."""
+    if isinstance(layer, nn.Conv2d):
+        plain = layer.groups == 1 and layer.dilation == (1, 1) and not isinstance(layer.padding, str)
+        return Conv2dInt8 if plain else None
+    if isinstance(layer, nn.Linear):
+        return LinearInt8 if device != "cpu" or layer.out_features >= WIDE * layer.in_features else None
+    return None
 
 
 def quantised_layers(module: nn.Module) -> dict[str, Quantised]:

@@ -13,7 +13,7 @@ import torch
 from ..errors import OutOfMemoryError, TightfitError, first_line
 from ..hardware import Hardware
 from ..memory import Footprint
-from ..plan import QUANTISED, Placement
+from ..plan import DYNAMIC, QUANTISED, Placement
 from ..process import release
 from ..spec import Component, ModelSpec
 from . import dryrun, networks, quantised, weights
@@ -32,6 +32,12 @@ class TorchBackend:
     @staticmethod
     def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
         """Why this engine cannot run a component so on that hardware, or None if it can."""
+        if placement.precision == DYNAMIC and "int8" not in hardware.rates:
+            return "this device has no fast products of 8-bit whole numbers that tightfit can use: choose int8"
+        if placement.precision == DYNAMIC and placement.residency == "streamed":
+            return "weights would be packed anew for each step: choose int8"
+        if placement.precision == DYNAMIC and component.name != "unet":
+            return f"int8-dynamic is for U-Nets: choose int8 for the {component.name}"
         if placement.residency == "streamed" and placement.precision in QUANTISED and component.formats is None:
             return "weights that are quantised while they load cannot stream: export the model first"
         if placement.residency == "streamed" and component.name == "vae_decoder" and placement.tiling == "tiled":

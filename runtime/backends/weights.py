@@ -65,12 +65,15 @@ def fill(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dty
         filled[name] = torch.empty(module.get_parameter(name).shape, dtype=own_dtype(owner, leaf, dtype), device=device)
         read_into(filled[name], tensor, scratch)
     module.load_state_dict(filled, assign=True)
+    del scratch, filled
     prepare(module, dtype, device)
 
 
 def prepare(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """What a module needs beside its weights: the workspace of quantised layers, and the one kind of buffer that is in no file,
-    0, 1, 2 … for the positions of a text."""
+    """What a module needs beside its weights: what quantised layers make of theirs, their workspace, and the one kind of buffer
+    that is in no file, 0, 1, 2 … for the positions of a text."""
+    for layer in quantised_layers(module).values():
+        layer.prepare()
     workspace(module).allocate(dtype, device)
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
@@ -140,7 +143,8 @@ def loading_bytes(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: 
             most = max(most, now + each * min(tensor.count, max(row, BLOCK // row * row)))
         else:
             now += tensor.count * own_dtype(module.get_submodule(path), leaf, dtype).itemsize
-    return max(scratch, scratch + most - sum(held(module, dtype)) - sum(beside(module, dtype)))
+    packing = 2 * max((layer.packing_bytes() for layer in layers.values()), default=0)  # in another order, and packed
+    return max(scratch, packing, scratch + most - sum(held(module, dtype)) - sum(beside(module, dtype)))
 
 
 def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:

@@ -11,11 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tightfit.kernels import formats, int8
+from tightfit.kernels import formats, int8, triton_int8
 from torch.nn import functional
 
 beside = runpy.run_path(str(Path(__file__).with_name("test_triton_weights.py")))
 FORM = formats.FORMATS["int8"]
+ONEDNN = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # elsewhere tightfit does not call it
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3}
 CONVOLUTIONS = {  # batch, in, height, width, out, kernel, stride, padding
     "one tap": (2, 5, 4, 3, 7, (1, 1), (1, 1), (0, 0)),
@@ -31,7 +32,9 @@ CONVOLUTIONS = {  # batch, in, height, width, out, kernel, stride, padding
 @pytest.fixture(scope="module")
 def kernels():
     one = torch.ones(1, 1)
-    yield from beside["interpreted"](int8, lambda module: module.linear_int8_triton(one, one.to(torch.int8), one.half(), None))
+    yield from beside["interpreted"](
+        triton_int8, lambda module: module.linear_int8_triton(one, one.to(torch.int8), one.half(), None)
+    )
 
 
 def made(shape, weight, dtype=torch.float32, last=False, seed=0):
@@ -45,11 +48,14 @@ def made(shape, weight, dtype=torch.float32, last=False, seed=0):
     return x, walls, bias.to(dtype), formats.dequantise(parts, FORM, weight)
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
+def rounded(x: torch.Tensor, lopsided: bool) -> torch.Tensor:
     """What the codes of `x` mean, in fp64; the codes by way of fp32, as of halves they depend on it."""
     rows = x.float().numpy().reshape(len(x), -1)
-    scale = np.abs(rows).max(1, keepdims=True) / np.float32(127)
-    return torch.from_numpy(np.rint(rows / scale).astype(np.float64) * scale).view(x.shape)
+    low, high = np.minimum(rows.min(1, keepdims=True), 0), np.maximum(rows.max(1, keepdims=True), 0)
+    scale = (high - low) / np.float32(255) if lopsided else np.maximum(-low, high) / np.float32(127)
+    zero = np.rint(-low / scale) - 128 if lopsided else 0
+    codes = np.clip(np.rint(rows / scale) + zero, -128, 127).astype(np.float64)
+    return torch.from_numpy((codes - zero) * scale).view(x.shape)
 
 
 def check(out: torch.Tensor, right: torch.Tensor, dtype: torch.dtype):
@@ -61,39 +67,86 @@ def check(out: torch.Tensor, right: torch.Tensor, dtype: torch.dtype):
 def check_linear(kernels, m, n, k, dtype=torch.float32, with_bias=True, seed=0):
     x, parts, bias, weight = made((m, k), (n, k), dtype, seed=seed)
     given_bias = bias if with_bias else None
-    right = rounded(x) @ weight.double().T + bias.double() * with_bias
+    right = rounded(x, lopsided=False) @ weight.double().T + bias.double() * with_bias
     check(int8.linear_int8(x, *parts, given_bias), right, dtype)
     check(kernels.linear_int8_triton(x, *parts, given_bias, (16, 16, 32)), right, dtype)
+    if ONEDNN and dtype == torch.float32:  # of halves its inputs are quantised otherwise
+        check(int8.linear_int8_onednn(x, int8.pack_linear(parts[0]), parts[1], given_bias), right, dtype)
 
 
 def check_convolution(kernels, shape, out, kernel, how, dtype=torch.float32, last=False, with_bias=True, seed=0):
     x, parts, bias, weight = made(shape, (out, shape[1], *kernel), dtype, last, seed)
     given_bias = bias if with_bias else None
-    right = functional.conv2d(rounded(x), weight.double(), None if given_bias is None else bias.double(), *how)
+    right = functional.conv2d(rounded(x, lopsided=True), weight.double(), None if given_bias is None else bias.double(), *how)
     check(int8.conv2d_int8(x, *parts, given_bias, kernel, *how), right, dtype)
     answer = kernels.conv2d_int8_triton(x, *parts, given_bias, kernel, *how, tile=(32, 16, 32))
     check(answer, right, dtype)
     assert answer.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    known = kernels.conv2d_int8_triton(x, *parts, given_bias, kernel, *how, sums=int8.weight_sums(parts[0]), tile=(32, 16, 32))
+    assert known.equal(answer)
+    if not ONEDNN:
+        return
+    ready = int8.pack_conv2d(parts[0], shape[1], kernel, *how)
+    answer = int8.conv2d_int8_onednn(x.contiguous(memory_format=torch.channels_last), ready, parts[1], given_bias, *how)
+    check(answer, right, dtype)
+    assert answer.is_contiguous(memory_format=torch.channels_last)
 
 
+def both_codes(kernels, x, lopsided, block=1024):
+    """The codes with their scales and zeros, plain and Triton's."""
+    codes, scale, *zero = int8.quantise_samples(x) if lopsided else int8.quantise_rows(x)
+    return codes, kernels.encode_triton(x, scale, *(zero or [None]), block), scale, zero[0] if zero else torch.zeros(1)
+
+
+@pytest.mark.parametrize("lopsided", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("last", [False, True], ids=["nchw", "channels last"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 33), (1, 1, 1, 1), (2, 3, 5, 4)], ids=str)
-def test_codes(kernels, shape, last, dtype):
+def test_codes(kernels, shape, last, dtype, lopsided):
     x = torch.randn(shape).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last and x.ndim == 4 else x
-    for codes, scale in (int8.quantise_rows(x), kernels.quantise_rows_triton(x, 16)):
-        assert (codes.stride(), codes.dtype, scale.dtype) == (x.stride(), torch.int8, torch.float32)
-        assert (codes.abs().amax(tuple(range(1, x.ndim))) == 127).all()
-        assert ((codes * scale - x.float()).abs() <= scale * 0.5001).all()
-        assert codes.equal(int8.quantise_rows(x)[0])
+    plain, other, scale, zero = both_codes(kernels, x, lopsided, 16)
+    assert (plain.stride(), plain.dtype, scale.dtype) == (x.stride(), torch.int8, torch.float32)
+    assert (other.stride(), other.dtype) == (x.stride(), torch.int8)
+    assert plain.equal(other)
+    assert (
+        ((plain.float() - zero) * scale - x.float()).abs() <= scale * (1.001 if lopsided else 0.5001)
+    ).all()  # zero is rounded too
+    dims = tuple(range(1, x.ndim))
+    assert ((plain == -128) | (plain == 127)).any(dims).all() if lopsided else (plain.abs().amax(dims) == 127).all()
 
 
 def test_codes_of_halves_and_of_zeros(kernels):
     x = torch.tensor([[127, 0.5, 1.5, -2.5, -126.5], [0, 0, 0, 0, 0]])
-    for codes, scale in (int8.quantise_rows(x), kernels.quantise_rows_triton(x)):
-        assert (scale > 0).all()
-        assert codes.tolist() == [[127, 0, 2, -2, -126], [0] * 5]
+    plain, other, scale, _ = both_codes(kernels, x, lopsided=False)
+    assert (scale > 0).all()
+    assert plain.tolist() == other.tolist() == [[127, 0, 2, -2, -126], [0] * 5]
+    x = torch.tensor([[255, 0.5, 1.5, 2.5, 254.5], [0, 0, 0, 0, 0]])
+    plain, other, scale, zero = both_codes(kernels, x, lopsided=True)
+    assert (scale > 0).all()
+    assert zero.flatten().tolist() == [-128, -128]
+    assert plain.tolist() == other.tolist() == [[127, -128, -126, -126, 126], [-128] * 5]
+
+
+def test_samples_of_one_sign_keep_their_precision():
+    """SiLU's answers are from -0.28 up: half of symmetric codes would mean nothing that is there."""
+    x = functional.silu(torch.randn(1, 8, 16, 16) * 4)
+    codes, scale, zero = int8.quantise_samples(x)
+    lopsided = ((codes.float() - zero) * scale - x).norm()
+    codes, scale = int8.quantise_rows(x)
+    assert lopsided < 0.6 * (codes * scale - x).norm()
+
+
+@pytest.mark.skipif(not ONEDNN, reason="this processor has no AVX2")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_linear_of_onednn_in_halves(dtype):
+    x, parts, _, weight = made((40, 64), (33, 64), dtype)
+    right = x.double() @ weight.double().T
+    out = int8.linear_int8_onednn(x, int8.pack_linear(parts[0]), parts[1], None)
+    best = int8.linear_int8(x.float(), *parts, None)
+    assert (out.double() - right).norm() <= 1.5 * (best.double() - right).norm() + 2**-8 * right.norm()
+    zeros = int8.linear_int8_onednn(x * 0, int8.pack_linear(parts[0]), parts[1], None)
+    assert not zeros.any()
 
 
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
@@ -161,7 +214,7 @@ def test_what_is_not_finite_spoils_its_own_sample_only(kernels):
 
 def test_what_does_not_fit_is_refused(kernels):
     _, parts, _, _ = made((1, 4), (6, 4))
-    assert int8.MOST * 127**2 < 2**31 <= (int8.MOST + 1) * 127**2
+    assert int8.MOST * 255 * 127 < 2**31 <= (int8.MOST + 1) * 255 * 127
     for linear in (int8.linear_int8, kernels.linear_int8_triton):
         with pytest.raises(ValueError, match="has no answer"):
             linear(torch.zeros(0, 4), *parts, None)
@@ -176,20 +229,20 @@ def test_what_does_not_fit_is_refused(kernels):
         for shape in ((0, 4, 3, 3), (1, 4, 0, 3)):
             with pytest.raises(ValueError, match="has no answer"):
                 convolve(torch.zeros(shape), *parts, None, (1, 1))
-    for quantise in (int8.quantise_rows, kernels.quantise_rows_triton):
+    for quantise in (int8.quantise_rows, int8.quantise_samples):
         with pytest.raises(ValueError, match="nothing to quantise"):
             quantise(torch.zeros(0, 4))
     with pytest.raises(ValueError, match="neither contiguous nor channels_last"):
-        kernels.quantise_rows_triton(torch.zeros(4, 9)[:, ::2])
+        kernels.encode_triton(torch.zeros(4, 9)[:, ::2], torch.ones(4, 1), None)
 
 
 def compile_all() -> None:
     for capability in (80, 90):
-        encode = beside["ptx"](int8._encode, capability, "*i8", "*fp16", "*fp32", "i32", 1024)
+        encode = beside["ptx"](triton_int8._encode, capability, "*i8", "*fp16", "*fp32", "*i32", "i32", 1024)
         print(capability, "div.rn.f32" in encode)  # noqa: T201  others round otherwise than torch
         for taps in ((1, 1), (3, 3)):
-            types = "*fp16", "*i8", "*i8", "*fp32", "*fp16", "*fp16", *["i32"] * 10
-            found = beside["ptx"](int8._convolve, capability, *types, *taps, 2, 2, 1, 1, 128, 64, 64)
+            types = "*fp16", "*i8", "*i8", "*fp32", "*i32", "*fp16", "*i32", "*fp16", *["i32"] * 10
+            found = beside["ptx"](triton_int8._convolve, capability, *types, *taps, 2, 2, 1, 1, 128, 64, 64)
             print(capability, ".s32.s8.s8" in found)  # noqa: T201
 
 

@@ -54,6 +54,26 @@ def test_precision_follows_the_hardware(sd1):
     assert "slow" in slow.reason
 
 
+def test_whole_numbers_where_the_processor_multiplies_them_fast(sd1):
+    """On a CPU whenever that is faster; on a GPU, where its kernels are yet to be timed, when asked for."""
+    spec, wishes = inspect(sd1), Wishes(requests=1000)
+    rates = {**OLD_CPU.rates, "int8": 4 * OLD_CPU.rates["fp32"]}
+    best = plan(dataclasses.replace(OLD_CPU, rates=rates), spec, wishes=wishes)[0]
+    assert {name: placement.precision for name, placement in best.placements.items()} == {
+        "text_encoder": "int8", "unet": "int8-dynamic", "vae_decoder": "int8"
+    }  # fmt: skip
+    assert all(p.precision != "int8-dynamic" for p in plan(OLD_CPU, spec, wishes=wishes))
+    asked = Wishes(precision="int8-dynamic")
+    for refused in (p for p in plan(OLD_CPU, spec, wishes=asked) if p.placements["unet"].residency != "streamed"):
+        assert "no fast products of 8-bit whole numbers" in refused.reason
+    gpu = dataclasses.replace(RTX_3060, rates={**RTX_3060.rates, "int8": 2 * RTX_3060.rates["fp16"]})
+    assert all(p.precision != "int8-dynamic" for p in plan(gpu, spec))
+    found = plan(gpu, spec, wishes=asked)
+    assert found[0].fits
+    assert found[0].placements["unet"].compute == "fp16"
+    assert not any(p.fits for p in found if p.placements["unet"].residency == "streamed")
+
+
 def test_sdxl_vae_never_runs_in_fp16(tiny_models):
     spec = inspect(tiny_models["sdxl"])
     for hardware, precision, expected in ((GTX_1650, "auto", "fp32"), (RTX_3060, "fp16", "bf16"), (RTX_3060, "fp32", "fp32")):

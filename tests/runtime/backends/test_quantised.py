@@ -19,11 +19,11 @@ LAYERS = {
 }
 
 
-def put_in(layer: nn.Module, name: str, dtype=torch.float32, device="cpu") -> tuple[nn.Module, torch.Tensor]:
+def put_in(layer: nn.Module, name: str, dtype=torch.float32, device="cpu", dynamic=False) -> tuple[nn.Module, torch.Tensor]:
     """The layer in a network of one, quantised and filled, and the weight that its parts mean."""
     network = nn.ModuleDict({"layer": layer.requires_grad_(False)}).to(dtype)
     weight = layer.weight.detach().float()
-    quantised.quantise_layers(network, {"layer": name}, device)
+    quantised.quantise_layers(network, {"layer": name}, device, dynamic=dynamic)
     parts = quantise(weight, FORMATS[name])
     for part, value in parts.items():
         setattr(network["layer"], part, nn.Parameter(value, requires_grad=False))
@@ -49,6 +49,47 @@ def test_layers(monkeypatch, name, kind, at_once, device):
         answer = replaced(x)
     assert answer.shape == plain(x.double()).shape
     torch.testing.assert_close(answer.double(), plain(x.double()), rtol=1e-4, atol=1e-5)
+
+
+WHOLE = {"3x3", "3x3 stride 2", "1x1", "wide"}  # those that are multiplied in whole numbers on a CPU
+LAYERS_TOO = LAYERS | {"wide": (lambda: nn.Linear(33, 160), (2, 5, 33))}
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="this processor has no AVX2")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LAYERS_TOO)
+def test_whole_numbers(kind, dtype):
+    make, shape = LAYERS_TOO[kind]
+    layer = make().to(dtype)
+    x = torch.randn(shape).to(dtype)
+    replaced, weight = put_in(layer, "int8", dtype, dynamic=True)
+    expected = nn.functional.conv2d if isinstance(layer, nn.Conv2d) else nn.functional.linear
+    how = (layer.stride, layer.padding, layer.dilation, layer.groups) if isinstance(layer, nn.Conv2d) else ()
+    right = expected(x.double(), weight.double(), None if layer.bias is None else layer.bias.double(), *how)
+    assert isinstance(replaced, quantised.LinearInt8) == (kind in WHOLE)
+    replaced.prepare()
+    with torch.inference_mode():
+        answer = replaced(x)
+    assert (answer.shape, answer.dtype) == (right.shape, dtype)
+    assert (answer.double() - right).norm() < 0.02 * right.norm()  # a 128th of the largest value is a code
+    if kind not in WHOLE:
+        return
+    shadow = nn.ModuleDict({"layer": make()}).to("meta", dtype)
+    quantised.quantise_layers(shadow, {"layer": "int8"}, "cpu", dynamic=True)
+    quantised.workspace(shadow).allocate(dtype, torch.device("meta"))
+    with torch.inference_mode():
+        like = shadow["layer"](torch.empty(shape, dtype=dtype, device="meta"))
+    assert (like.shape, like.dtype, like.stride()) == (answer.shape, answer.dtype, answer.stride())
+
+
+def test_which_layers_multiply_whole_numbers_on_a_gpu():
+    layers = {"a": nn.Linear(64, 10), "b": nn.Conv2d(8, 16, 3), "c": nn.Conv2d(8, 16, 3, groups=2), "d": nn.Linear(64, 9)}
+    network = nn.ModuleDict(layers)
+    quantised.quantise_layers(network, {"a": "int8", "b": "int8", "c": "int8", "d": "int8-g64"}, "cuda", dynamic=True)
+    assert [type(part) for part in network.values()] == [
+        quantised.LinearInt8, quantised.Conv2dInt8, quantised.Conv2d, quantised.Linear
+    ]  # fmt: skip
+    assert network["b"].sums.shape == (16,)
 
 
 @pytest.mark.parametrize("name", FORMATS)

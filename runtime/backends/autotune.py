@@ -1,0 +1,101 @@
+"""Which of several ways to compute the same is the fastest here: tried once for each device and shape, and remembered.
+
+`autotune.json` in the cache folder (runtime/files.py) has the name of the fastest way by
+
+    device, its capability · torch's version · triton's version · operator, shapes, type
+
+so that another card, another library or another shape is tried anew. Delete the file to have everything tried again.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import TightfitError
+from ..files import cache_folder, replacing
+
+_TURNS = 3  # of which the fastest counts, after one that compiles
+_chosen: dict[str, str] | None = None
+Way = Callable[[], Tensor]
+
+
+def fastest(what: str, device: torch.device, ways: Mapping[str, Way]) -> Tensor:
+    """The answer of the way that is the fastest on `device` for `what`: an operator, its shapes and its type.
+
+    A way for which the device lacks registers or shared memory, as triton says, is left out. Raises what the last one left raises.
+    """
+    global _chosen
+    if _chosen is None:
+        _chosen = _read()
+    key = f"{_place(device)} · {what}"
+    name = _chosen.get(key, "")
+    if name not in ways:
+        name = min((seconds, name) for name, way in ways.items() if (seconds := _seconds(way, device)) is not None)[1]
+        _chosen[key] = name
+        _write(_chosen)
+    return ways[name]()
+
+
+def _seconds(way: Way, device: torch.device) -> float | None:
+    best = float("inf")
+    try:
+        way()
+        for _ in range(_TURNS):
+            _wait(device)
+            start = time.perf_counter()
+            way()
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
+    except Exception as error:
+        if type(error).__name__ != "OutOfResources":
+            raise
+        return None
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+@functools.cache
+def _place(device: torch.device) -> str:
+    name: Any = device.type
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        name = f"{torch.cuda.get_device_name(device)}, {major}.{minor}"
+    return f"{name} · torch {torch.__version__} · triton {_version('triton')}"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def _read() -> dict[str, str]:
+    """Nothing of a file that cannot be read, or is not ours: all is then tried again, and written."""
+    try:
+        known = json.loads((cache_folder() / "autotune.json").read_text())
+        return {str(key): str(name) for key, name in known.items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _write(chosen: Mapping[str, str]) -> None:
+    file = cache_folder() / "autotune.json"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial:
+            partial.write_text(json.dumps(chosen, indent=1, sort_keys=True))
+    except OSError as error:
+        raise TightfitError(f"{file} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can") from None
