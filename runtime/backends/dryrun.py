@@ -19,7 +19,7 @@ from ..spec import Component, ModelSpec
 from . import networks, weights
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .meter import LiveBytes, tensors_in
-from .quantised import CONV2D_INT8, LINEAR_INT8, workspace
+from .quantised import CONV2D_INT8, LINEAR_INT8, quantised_layers, workspace
 
 _KEPT = 32
 # By the component's id; it is kept too, so that its id stays its own.
@@ -151,8 +151,8 @@ def _module(component: Component, placement: Placement, device: str) -> tuple[to
             _modules.clear()
             _sizes_of.clear()
         module = networks.build(component, replace(placement, attention="sdpa"), device)  # which a Recorder notes, not runs
-        formats = None if component.formats is None else dict(component.formats)
-        what = json.dumps([dict(component.config), precision, formats], sort_keys=True, default=str)
+        layers = {path: (type(part).__name__, part.form) for path, part in quantised_layers(module).items()}
+        what = json.dumps([dict(component.config), layers], sort_keys=True, default=str)
         _modules[key] = component, module, weights.match(component, module), what
     return _modules[key][1:]
 

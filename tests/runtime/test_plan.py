@@ -150,7 +150,7 @@ def test_random_requests_and_budgets(tiny_models):
     specs = [inspect(folder) for folder in tiny_models.values()]
     refused = 0
     machines = (RTX_3060, OLD_CPU, profile("rx-6600"))
-    for _ in range(300):
+    for _ in range(120):
         spec, hardware = draw.choice(specs), draw.choice(machines)
         width, height = draw.choice(((64, 64), (256, 192)))
         request = Request("a", width=width, height=height, guidance_scale=draw.choice((1.0, 7.5)), num_inference_steps=2)
@@ -163,7 +163,7 @@ def test_random_requests_and_budgets(tiny_models):
             assert plans[0].predicted.seconds <= min(p.predicted.seconds for p in fitting) * 1.002
         else:
             refused += 1
-    assert 20 < refused < 280
+    assert 10 < refused < 110
 
 
 def test_the_cure_keeps_the_quality_floor(sd1):
