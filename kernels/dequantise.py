@@ -10,16 +10,25 @@ from torch import Tensor, bitwise_and, bitwise_right_shift, tensor
 from .formats import NF4, Format
 
 
-def dequantise(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, form: Format, taps: int) -> None:
+def dequantise(
+    out: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codes: Tensor,
+    form: Format,
+    taps: int,
+    taps_last: bool = False,
+) -> None:
     """Fill `out` (out, row), contiguous, of any floating dtype, with the weight that the parts mean (kernels/formats.py).
 
-    `codes` is uint8, with as many values as `packed`, and is written over; 8 bits need none. One Triton kernel where that runs,
-    else a handful of torch's operators.
+    Rows are (tap, in-channel), or (in-channel, tap) if `taps_last`. `codes` is uint8, with as many values as `packed`, and is
+    written over; 8 bits need none. One Triton kernel where that runs, else a handful of torch's operators.
     """
     if out.is_cuda and triton_runs(out.device):
         from .triton_weights import dequantise_triton
 
-        dequantise_triton(out, packed, scale, zero, form, taps, out.shape[1] // taps)
+        dequantise_triton(out, packed, scale, zero, form, taps, out.shape[1] // taps, taps_last)
         return
     if form.bits == 8:
         out.copy_(packed)
@@ -40,6 +49,8 @@ def dequantise(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, 
             assert zero is not None
             part.sub_(zero[..., groups, None])
         part.mul_(scale[..., groups, None])
+    if taps_last and taps > 1:
+        out.copy_(out.view(len(out), taps, -1).transpose(1, 2).flatten(1))
 
 
 @functools.cache

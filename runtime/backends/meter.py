@@ -14,6 +14,7 @@ from ..errors import OutOfMemoryError
 from ..memory import shown
 from . import Meter as Measuring
 from .cpu_kernels import own_bytes
+from .quantised import gpu_bytes
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
 
     def own(self, func: Any, args: Any, out: Any) -> int:
         """Bytes the kernel takes beside its answer."""
-        return own_bytes(func, args, out) if self.device == "cpu" else 0
+        return own_bytes(func, args, out) if self.device == "cpu" else gpu_bytes(func, args)
 
     def reach(self, count: int) -> None:
         """Note that `count` bytes are alive together, for a moment."""

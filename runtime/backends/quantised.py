@@ -34,10 +34,18 @@ TILES = (
 
 @torch.library.custom_op("tightfit::dequantise", mutates_args=("out", "codes"))
 def _dequantise(
-    out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor, kind: str, group: int, taps: int
+    out: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codes: Tensor,
+    kind: str,
+    group: int,
+    taps: int,
+    taps_last: bool,
 ) -> None:
     """One operator to whoever counts operators, as it is one kernel on a GPU."""
-    dequantise(out, packed, scale, zero, codes, Format(kind, group), taps)
+    dequantise(out, packed, scale, zero, codes, Format(kind, group), taps, taps_last)
 
 
 @_dequantise.register_fake
@@ -99,6 +107,13 @@ def _tiles(run: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:
 
 LINEAR_INT8 = torch.ops.tightfit.linear_int8.default
 CONV2D_INT8 = torch.ops.tightfit.conv2d_int8.default
+
+
+def gpu_bytes(func: Any, args: Any) -> int:
+    """Bytes that our operators take on a GPU beside their answer: codes, and where there is no triton the weight in its order."""
+    if func is torch.ops.tightfit.dequantise.default:
+        return args[0].nbytes if args[7] > 1 else 0
+    return args[0].numel() if func in (LINEAR_INT8, CONV2D_INT8) else 0
 
 
 class Workspace:
@@ -167,8 +182,9 @@ class Quantised(nn.Module):
         end_of_out = count * self.row * dtype.itemsize
         out = buffer[:end_of_out].view(dtype).view(count, self.row)
         self._unpack(out, rows, buffer[end_of_out : end_of_out + count * self._codes()])
-        weight = from_rows(out, (count, *self.shape[1:]))
-        return weight if self.on_cpu else weight.contiguous()  # torch's group norms on GPUs take no channels_last
+        if self.on_cpu:
+            return from_rows(out, (count, *self.shape[1:]))
+        return out.view(count, *self.shape[1:])  # torch's group norms on GPUs take no channels_last
 
     def _codes(self) -> int:
         """Bytes that the codes of one output channel take while they are unpacked."""
@@ -177,7 +193,7 @@ class Quantised(nn.Module):
     def _unpack(self, out: Tensor, rows: slice | Tensor, codes: Tensor) -> None:
         """Fill `out` with the output channels `rows`."""
         zero = self.zero[rows] if self.form.kind == "int4" else None
-        how = (self.form.kind, self.form.group, self.taps)
+        how = (self.form.kind, self.form.group, self.taps, not self.on_cpu)
         torch.ops.tightfit.dequantise(out, self.packed[rows], self.scale[rows], zero, codes, *how)
 
     def _parts(self) -> list[slice]:
