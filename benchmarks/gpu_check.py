@@ -3,8 +3,9 @@
     pip install --no-deps --no-build-isolation -e . && python -m tightfit.benchmarks.gpu_check
 
 It runs the GPU tests; measures every plan's peak beside its prediction in a full-size random SD 1.5, with the allocator
-capped at 2, 4, 6 and 8 GB; and times our plans beside diffusers' own pipeline in the same process. Writes gpu_check.jsonl
-under $OUT, else in benchmarks/results. `--tiny --device cpu` rehearses it without a GPU.
+capped at 2, 4, 6 and 8 GB, in fp16 and, of each residency, in 8 and 4 bits; times our plans beside diffusers' own pipeline in the
+same process; and times single layers (layers.py). Writes gpu_check.jsonl under $OUT, else in benchmarks/results.
+`--tiny --device cpu` rehearses it without a GPU.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ import torch
 
 from .. import Hardware, Pipeline, Request, TightfitError, Wishes, inspect, load, plan
 from ..export import random_model
+from . import layers
 from .record import record
 
 CAPS = (2, 4, 6, 8)  # decimal gigabytes, as cards are sold
@@ -41,22 +45,38 @@ def main() -> None:
         model = Path(folder) / "sd1"
         random_model.write("sd1", model, tiny=args.tiny, precision="fp16")
         request = Request("a red heart", seed=0, num_inference_steps=args.steps, scheduler="euler")
-        rows = capped(str(model), args.device, replace(request, num_inference_steps=2))
-        rows += speed(str(model), args.device, request)
+        models = [str(model)]
+        for precision in ("int8", "int4"):
+            models.append(str(Path(folder) / precision))
+            export = [sys.executable, "-c", "from tightfit.runtime.cli import main; main()", "export", str(model)]
+            export += ["--precision", precision, "-o", models[-1]]
+            subprocess.run(export, check=True)
+        rows = capped(models, args.device, replace(request, num_inference_steps=2))
+        rows += speed(models, args.device, request)
+        rows += layers.rows(args.device, layers.SHAPES[-1:] if args.tiny else layers.SHAPES)
     for row in rows:
         print("  ".join(f"{name} {value}" for name, value in row.items() if name not in ("stages", "notices")))
     print(f"GPU tests: {'passed' if tests.returncode == 0 else f'exit code {tests.returncode}'}")
     print(record("gpu_check", {"tests_exit_code": tests.returncode, "rows": rows}))
 
 
-def capped(model: str, device: str, request: Request) -> list[Row]:
-    """Every fp16 plan that fits under each cap: predicted and measured peak. A cap that no plan fits says so."""
+def capped(models: list[str], device: str, request: Request) -> list[Row]:
+    """Every fp16 plan that fits under each cap, and of each residency the fastest of quantised models: predicted and measured peak.
+
+    A cap that no plan fits says so.
+    """
     rows = []
-    spec, hardware = inspect(model), Hardware.detect(device)
-    precision = "fp16" if device == "cuda" else "bf16"
+    hardware, half = Hardware.detect(device), "fp16" if device == "cuda" else "bf16"
+    asked = ((models[0], half), (models[1], "int8"), (models[1], "int8-dynamic"), (models[2], "int4"))
     for gigabytes in CAPS:
-        wishes = Wishes(precision=precision, budget=int(gigabytes * 1e9))
-        for one in (p for p in plan(hardware, spec, request, wishes) if p.fits):
+        chosen = []
+        for model, precision in asked:
+            spec, wishes = inspect(model), Wishes(precision=precision, budget=int(gigabytes * 1e9))
+            fitting = [p for p in plan(hardware, spec, request, wishes) if p.fits]
+            if spec.precision:
+                fitting = list({p.placements["unet"].residency: p for p in reversed(fitting)}.values())
+            chosen += [(spec, wishes, one) for one in fitting]
+        for spec, wishes, one in chosen:
             row: Row = {"cap": f"{gigabytes} GB", "plan": one.summary(), "predicted": one.predicted.peak_bytes}
             try:
                 with Pipeline(spec, hardware, wishes, one) as pipe:
@@ -73,27 +93,30 @@ def capped(model: str, device: str, request: Request) -> list[Row]:
     return rows
 
 
-def speed(model: str, device: str, request: Request) -> list[Row]:
-    """Seconds of a warm run, ours and diffusers', taken in turns in this process; the best of three each."""
+def speed(models: list[str], device: str, request: Request) -> list[Row]:
+    """Seconds of a warm run, ours in every precision and diffusers', taken in turns in this process; the best of three each."""
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
-    theirs: Any = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
+    theirs: Any = DiffusionPipeline.from_pretrained(models[0], dtype=dtype).to(device)
     theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
-    with load(model, device=device, residency="resident") as pipe:
-        runs = {
-            "tightfit": lambda: pipe.generate(request),
-            "diffusers": lambda: theirs(request.prompt, num_inference_steps=request.num_inference_steps),
+    half = "fp16" if device == "cuda" else "bf16"
+    best: dict[str, float] = {}
+    with ExitStack() as stack:
+        runs: dict[str, Callable[[], Any]] = {
+            "diffusers": lambda: theirs(request.prompt, num_inference_steps=request.num_inference_steps)
         }
-        best = dict.fromkeys(runs, float("inf"))
+        for model, precision in ((models[0], half), (models[1], "int8"), (models[1], "int8-dynamic"), (models[2], "int4")):
+            pipe = stack.enter_context(load(model, device=device, residency="resident", precision=precision))
+            runs[precision] = lambda pipe=pipe: pipe.generate(request)
         for _ in range(4):  # the first warms up; a minimum forgets it
             for name, run in runs.items():
                 start = time.perf_counter()
                 run()
-                best[name] = min(best[name], time.perf_counter() - start)
-    ratio = best["tightfit"] / best["diffusers"]
-    return [{"tightfit": f"{best['tightfit']:.3f} s", "diffusers": f"{best['diffusers']:.3f} s", "ratio": round(ratio, 3)}]
+                best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+    other = best["diffusers"]
+    return [{"pipeline": name, "seconds": round(each, 3), "of diffusers": round(each / other, 3)} for name, each in best.items()]
 
 
 if __name__ == "__main__":

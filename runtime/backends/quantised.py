@@ -22,8 +22,8 @@ from .autotune import fastest
 # have to start several kernels for one.
 AT_ONCE = 2**22
 FEW_ROWS = 256  # of a linear's inputs, up to which a GPU may be faster to multiply while it unpacks: it is tried
-# A linear of int8 arithmetic has as many outputs as WIDE times its inputs, on a CPU: quantising the inputs is paid once for all
-# outputs, and of the others the U-Net's largest were slower for it (docs/decisions.md).
+# Of layers that multiply whole numbers on a CPU outputs times taps are WIDE times the inputs: quantising an input is paid once for
+# all that it is multiplied by, and the U-Net's other linears and 1x1 convolutions were slower for it (docs/decisions.md).
 WIDE = 4
 # Output pixels, output channels and inputs that a program of Triton's convolution multiplies at a time, and its warps and stages.
 TILES = (
@@ -345,12 +345,15 @@ def quantise_layers(module: nn.Module, formats: Mapping[str, str], device: str, 
 
 def _in_whole_numbers(layer: nn.Module, device: str) -> type[Quantised] | None:
     """The kind of layer that multiplies so, if there is one and it is worth it."""
-    if isinstance(layer, nn.Conv2d):
-        plain = layer.groups == 1 and layer.dilation == (1, 1) and not isinstance(layer.padding, str)
-        return Conv2dInt8 if plain else None
+    if not isinstance(layer, nn.Conv2d | nn.Linear):
+        return None
+    outputs, inputs, *sides = layer.weight.shape
+    if device == "cpu" and outputs * math.prod(sides) < WIDE * inputs:
+        return None
     if isinstance(layer, nn.Linear):
-        return LinearInt8 if device != "cpu" or layer.out_features >= WIDE * layer.in_features else None
-    return None
+        return LinearInt8
+    plain = layer.groups == 1 and layer.dilation == (1, 1) and not isinstance(layer.padding, str)
+    return Conv2dInt8 if plain else None
 
 
 def quantised_layers(module: nn.Module) -> dict[str, Quantised]:

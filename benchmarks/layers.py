@@ -1,0 +1,110 @@
+"""Single layers of SD 1.5's U-Net at 512x512, both halves of guidance in a batch, with weights in 16, 8 and 4 bits, and in whole
+numbers.
+
+    python -m tightfit.benchmarks.layers --device cpu
+
+Microseconds of a call; how fast int4 weights are unpacked, in what is read and written; and how fast whole numbers are multiplied,
+quantising the inputs included. Hold both against what the device can do (`tightfit calibrate`, or its maker).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..kernels.formats import FORMATS, quantise
+from ..runtime.backends import quantised
+from .record import record
+
+Shape = tuple[int, int, int, int]
+# Pixels or tokens, in-channels, out-channels, taps of a convolution.
+SHAPES: Sequence[Shape] = (
+    (2 * 64 * 64, 320, 320, 9),
+    (2 * 32 * 32, 640, 640, 9),
+    (2 * 16 * 16, 1280, 1280, 9),
+    (2 * 64 * 64, 960, 320, 1),
+    (2 * 64 * 64, 320, 2560, 0),
+    (2 * 16 * 16, 1280, 1280, 0),
+    (2 * 77, 768, 1280, 0),
+    (2, 1280, 1280, 0),
+)
+CONTENDERS = (("int8", "int8", False), ("int4", "int4-g64", False), ("int8-dynamic", "int8", True))
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("--device", default="cpu")
+    found = rows(parse.parse_args().device, SHAPES)
+    for row in found:
+        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    record("layers", found)
+
+
+def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
+    """One for each shape. 16 bits are fp16 on a GPU, bf16 elsewhere."""
+    found, dtype = [], torch.float16 if device == "cuda" else torch.bfloat16
+    for pixels, channels, out, taps in shapes:
+        side = round((pixels // 2) ** 0.5)
+        shape = (2, channels, side, side) if taps else (2, pixels // 2, channels)
+        layer: Any = nn.Conv2d(channels, out, 3, padding=1) if taps == 9 else nn.Conv2d(channels, out, 1)
+        layer = (layer if taps else nn.Linear(channels, out)).requires_grad_(False)
+        x, weight = torch.randn(shape).to(device, dtype), layer.weight.clone()
+        row: dict[str, Any] = {"layer": f"{pixels} x {channels} x {out}" + (f", {taps} taps" if taps else "")}
+        layer = layer.to(device, dtype)
+        row["16 bits"] = microseconds(partial(layer, x), device)
+        for name, form, dynamic in CONTENDERS:
+            made = _filled(layer, weight, form, device, dynamic)
+            row[name] = microseconds(partial(made, x), device)
+            if name == "int4":
+                moved = FORMATS[form].bytes(tuple(weight.shape)) + weight.numel() * dtype.itemsize
+                row["unpacking GB/s"] = round(moved / 1e3 / microseconds(partial(_unpack, made), device), 1)
+            if isinstance(made, quantised.LinearInt8):
+                row["TOP/s"] = round(2e-6 * pixels * weight.numel() / row[name], 2)
+        found.append(row)
+    return found
+
+
+def _filled(layer: nn.Module, weight: torch.Tensor, form: str, device: str, dynamic: bool) -> Any:
+    """The quantised layer in place of a plain one, whose bias it takes."""
+    network = nn.ModuleDict({"layer": layer})
+    quantised.quantise_layers(network, {"layer": form}, device, dynamic=dynamic)
+    made: Any = network["layer"]
+    for part, value in quantise(weight, FORMATS[form]).items():
+        setattr(made, part, nn.Parameter(value.to(device), requires_grad=False))
+    made.prepare()
+    made.workspace.allocate(made.bias.dtype, torch.device(device))
+    return made
+
+
+def _unpack(layer: quantised.Quantised) -> None:
+    for start in range(0, layer.shape[0], layer.at_once):
+        layer.dense(start, start + layer.at_once)
+
+
+@torch.inference_mode()
+def microseconds(run: Callable[[], Any], device: str) -> float:
+    """The fastest of ten turns, after one that may compile."""
+    best = float("inf")
+    for turn in range(11):
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(3):
+            run()
+        _wait(device)
+        best = min(best, time.perf_counter() - start) if turn else best
+    return round(best / 3e-6, 1)
+
+
+def _wait(device: str) -> None:
+    if device != "cpu":
+        getattr(torch, device).synchronize()
+
+
+if __name__ == "__main__":
+    main()
