@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from .. import Request, inspect
 from ..export import calibrate
 from ..kernels import formats
-from ..kernels.formats import FORMATS, dequantise, quantise
+from ..kernels.formats import FORMATS, dequantise
+from ..kernels.quantise import quantise
 from ..kernels.recipe import LEAST, recipe
 from .quality import compare, labelled, paint
 from .record import record

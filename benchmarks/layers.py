@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.formats import FORMATS, quantise
+from ..kernels.formats import FORMATS
+from ..kernels.quantise import quantise
 from ..runtime.backends import quantised
 from .record import record
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from .. import inspect
-from ..kernels.formats import FORMATS, dequantise, quantise
+from ..kernels.formats import FORMATS, dequantise
+from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
 from ..runtime.backends.dryrun import _inputs
 from ..runtime.backends.torch import TorchBackend

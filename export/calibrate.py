@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.formats import FORMATS, dequantise, quantise
+from ..kernels.formats import FORMATS, dequantise
+from ..kernels.quantise import quantise
 from ..kernels.recipe import LEAST, recipe
 from .quantised import Scheme, energy
 
@@ -196,7 +197,12 @@ class Effort:
 def calibrated(folder: Path, precision: str, effort: Effort, tell: Callable[[str], object]) -> Scheme:
     """The scheme for the U-Net of the diffusers model in `folder`, found by running it in fp32."""
     from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
 
+    for logging in (of_diffusers, of_transformers):  # of files that take a second
+        logging.disable_progress_bar()
+        logging.set_verbosity_error()
     pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -19,7 +19,8 @@ from uuid import uuid4
 
 import torch
 
-from ..kernels.formats import FORMATS, Format, dequantise, quantise
+from ..kernels.formats import FORMATS, Format, dequantise
+from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
 from .safetensors_file import NAMES, SafetensorsFile
 

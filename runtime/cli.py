@@ -231,7 +231,11 @@ def export(
     if calibrate:
         guidance = spec.default_guidance
         effort = calibration.Effort(calibrate, steps, size, guidance, bits or calibration.BITS[precision])
-        schemes["unet"] = calibration.calibrated(spec.folder, precision, effort, say)
+        try:
+            schemes["unet"] = calibration.calibrated(spec.folder, precision, effort, say)
+        except (OSError, ValueError) as error:
+            cure = "copy or download it again, or leave out --calibrate"
+            raise TightfitError(f"{model} cannot be run by diffusers ({first_line(error)}): {cure}") from None
     manifest = {"source": spec.name, "tightfit": __version__, "precision": precision, "defaults": dict(spec.defaults)}
     try:
         quantised.write(spec.folder, output, tensors, schemes, manifest, say)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.formats import BLOCK, quantise
+from ...kernels.quantise import BLOCK, quantise
 from ..errors import TightfitError
 from ..files import Tensor
 from ..spec import Component

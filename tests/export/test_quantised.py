@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tightfit.export import calibrate, quantised
 from tightfit.export.safetensors_file import SafetensorsFile
-from tightfit.kernels.formats import FORMATS, dequantise, quantise
+from tightfit.kernels.formats import FORMATS, dequantise
+from tightfit.kernels.quantise import quantise
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.plan import Wishes
 from tightfit.runtime.spec import all_tensors

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tightfit.kernels.dequantise import dequantise as fast
-from tightfit.kernels.formats import FORMATS, NF4, Format, dequantise, pack, quantise, unpack
+from tightfit.kernels.formats import FORMATS, NF4, Format, dequantise, pack, unpack
+from tightfit.kernels.quantise import quantise
 
 SHAPES = [(7, 5), (320, 64), (6, 130), (5, 1), (16, 3, 3, 3), (9, 70, 3, 3), (8, 64, 1, 1), (4, 32, 2, 5), (1, 33, 3, 3)]
 
@@ -119,12 +120,10 @@ def test_extremes(name):
 
 
 def test_blocks_change_nothing(monkeypatch):
-    from tightfit.kernels import formats
-
     weight = torch.randn(33, 40, 3, 3)
     for form in FORMATS.values():
         whole = quantise(weight, form)
-        monkeypatch.setattr(formats, "BLOCK", 1000)
+        monkeypatch.setattr("tightfit.kernels.quantise.BLOCK", 1000)
         for part, value in quantise(weight.half(), form).items():
             assert value.shape == whole[part].shape
         for part, value in quantise(weight, form).items():

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tightfit.kernels import formats, int8, triton_int8
+from tightfit.kernels.quantise import quantise
 from torch.nn import functional
 
 beside = runpy.run_path(str(Path(__file__).with_name("test_triton_weights.py")))
@@ -43,7 +44,7 @@ def made(shape, weight, dtype=torch.float32, last=False, seed=0):
     x, w, bias = (torch.randn(sides, generator=generator) for sides in (shape, weight, weight[:1]))
     x = (x * 4.0 ** torch.arange(len(x)).view(-1, *[1] * (x.ndim - 1)).remainder(4)).to(dtype)
     x = x.contiguous(memory_format=torch.channels_last) if last else x
-    parts = formats.quantise(w, FORM)
+    parts = quantise(w, FORM)
     walls = [beside["walled"](parts[name]) for name in ("packed", "scale")]
     return x, walls, bias.to(dtype), formats.dequantise(parts, FORM, weight)
 
@@ -229,9 +230,9 @@ def test_what_does_not_fit_is_refused(kernels):
         for shape in ((0, 4, 3, 3), (1, 4, 0, 3)):
             with pytest.raises(ValueError, match="has no answer"):
                 convolve(torch.zeros(shape), *parts, None, (1, 1))
-    for quantise in (int8.quantise_rows, int8.quantise_samples):
+    for codes_of in (int8.quantise_rows, int8.quantise_samples):
         with pytest.raises(ValueError, match="nothing to quantise"):
-            quantise(torch.zeros(0, 4))
+            codes_of(torch.zeros(0, 4))
     with pytest.raises(ValueError, match="neither contiguous nor channels_last"):
         kernels.encode_triton(torch.zeros(4, 9)[:, ::2], torch.ones(4, 1), None)
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tightfit.kernels import formats, triton_weights
 from tightfit.kernels.formats import Format
+from tightfit.kernels.quantise import quantise
 
 FORMATS = [Format("int8", 0), Format("int8", 4), Format("int4", 4), Format("int4", 5), Format("nf4", 4), Format("nf4", 0)]
 SHAPES = [(5, 7), (3, 16), (1, 1), (9, 33), (4, 6, 1, 1), (3, 7, 3, 3), (2, 1, 3, 3)]
@@ -72,7 +73,7 @@ def walled(x: torch.Tensor, brick: float | None = None) -> torch.Tensor:
 def stored(shape, form: Format, seed: int = 0) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """packed, scale and zero of a random weight, and what they mean."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    parts = formats.quantise(weight, form)
+    parts = quantise(weight, form)
     zero = walled(parts["zero"]) if "zero" in parts else None
     return (walled(parts["packed"]), walled(parts["scale"]), zero), formats.dequantise(parts, form, shape)
 

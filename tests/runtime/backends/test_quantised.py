@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tightfit.kernels.formats import FORMATS, dequantise, quantise
+from tightfit.kernels.formats import FORMATS, dequantise
+from tightfit.kernels.quantise import quantise
 from tightfit.runtime.backends import quantised
 from tightfit.runtime.errors import TightfitError
 from torch import nn
