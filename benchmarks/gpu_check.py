@@ -60,17 +60,23 @@ def main() -> None:
     print(record("gpu_check", {"tests_exit_code": tests.returncode, "rows": rows}))
 
 
+def contenders(models: list[str], device: str) -> list[tuple[str, str]]:
+    """The plain model and the exported ones, with the precisions they run in on this device."""
+    plain, int8, int4 = models
+    dynamic = [(int8, "int8-dynamic")] if "int8" in Hardware.detect(device).rates else []
+    return [(plain, "fp16" if device == "cuda" else "bf16"), (int8, "int8"), *dynamic, (int4, "int4")]
+
+
 def capped(models: list[str], device: str, request: Request) -> list[Row]:
     """Every fp16 plan that fits under each cap, and of each residency the fastest of quantised models: predicted and measured peak.
 
     A cap that no plan fits says so.
     """
     rows = []
-    hardware, half = Hardware.detect(device), "fp16" if device == "cuda" else "bf16"
-    asked = ((models[0], half), (models[1], "int8"), (models[1], "int8-dynamic"), (models[2], "int4"))
+    hardware = Hardware.detect(device)
     for gigabytes in CAPS:
         chosen = []
-        for model, precision in asked:
+        for model, precision in contenders(models, device):
             spec, wishes = inspect(model), Wishes(precision=precision, budget=int(gigabytes * 1e9))
             fitting = [p for p in plan(hardware, spec, request, wishes) if p.fits]
             if spec.precision:
@@ -101,13 +107,12 @@ def speed(models: list[str], device: str, request: Request) -> list[Row]:
     theirs: Any = DiffusionPipeline.from_pretrained(models[0], dtype=dtype).to(device)
     theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config)
     theirs.set_progress_bar_config(disable=True)
-    half = "fp16" if device == "cuda" else "bf16"
     best: dict[str, float] = {}
     with ExitStack() as stack:
         runs: dict[str, Callable[[], Any]] = {
             "diffusers": lambda: theirs(request.prompt, num_inference_steps=request.num_inference_steps)
         }
-        for model, precision in ((models[0], half), (models[1], "int8"), (models[1], "int8-dynamic"), (models[2], "int4")):
+        for model, precision in contenders(models, device):
             pipe = stack.enter_context(load(model, device=device, residency="resident", precision=precision))
             runs[precision] = lambda pipe=pipe: pipe.generate(request)
         for _ in range(4):  # the first warms up; a minimum forgets it

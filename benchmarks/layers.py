@@ -21,6 +21,7 @@ from torch import nn
 from ..kernels.formats import FORMATS
 from ..kernels.quantise import quantise
 from ..runtime.backends import quantised
+from ..runtime.hardware import Hardware
 from .record import record
 
 Shape = tuple[int, int, int, int]
@@ -59,7 +60,7 @@ def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"layer": f"{pixels} x {channels} x {out}" + (f", {taps} taps" if taps else "")}
         layer = layer.to(device, dtype)
         row["16 bits"] = microseconds(partial(layer, x), device)
-        for name, form, dynamic in CONTENDERS:
+        for name, form, dynamic in CONTENDERS if "int8" in Hardware.detect(device).rates else CONTENDERS[:-1]:
             made = _filled(layer, weight, form, device, dynamic)
             row[name] = microseconds(partial(made, x), device)
             if name == "int4":

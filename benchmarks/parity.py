@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .. import load
+from .. import inspect, load
 from .record import record
 
 SCHEDULERS = {
@@ -55,7 +55,7 @@ def main() -> None:
     options = {"num_inference_steps": args.steps, "guidance_scale": 6.0}
     table: dict[str, dict[str, float]] = {}
     for folder in args.folders:
-        theirs: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+        theirs: Any = diffusers.DiffusionPipeline.from_pretrained(inspect(str(folder)).folder, dtype=torch.float32)
         theirs.set_progress_bar_config(disable=True)
         with load(str(folder), precision="fp32", device="cpu") as pipe:
             table[folder.name] = {

@@ -49,8 +49,9 @@ def dequantise(
             assert zero is not None
             part.sub_(zero[..., groups, None])
         part.mul_(scale[..., groups, None])
-    if taps_last and taps > 1:
-        out.copy_(out.view(len(out), taps, -1).transpose(1, 2).flatten(1))
+    if taps_last and taps > 1:  # few at a time, so that it takes hardly any memory
+        for part in out.split(max(1, 2**18 // out.shape[1])):
+            part.copy_(part.view(len(part), taps, -1).transpose(1, 2).flatten(1))
 
 
 @functools.cache

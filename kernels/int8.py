@@ -6,8 +6,8 @@
 
 The sums are exact: an int32 holds those of MOST products. Weights are stored as kernels/formats.py says, in its format int8:
 `packed` int8 (out, taps x in) and `scale` fp16 (out, 1). A row or sample with a value that is not finite has an answer that is not.
-The plain versions work on any device. Those of oneDNN, which torch brings, are for x86 CPUs and take weights that they packed
-before; Triton's are in triton_int8.py.
+The plain versions work on any device. Those of oneDNN, which torch brings, are for x86 CPUs with VNNI, without which its sums
+saturate, and take weights that they packed before; Triton's are in triton_int8.py.
 """
 
 from __future__ import annotations
@@ -87,10 +87,9 @@ def linear_int8_onednn(x: Tensor, ready: Tensor, scale: Tensor, bias: Tensor | N
     for part in _pieces(len(rows), rows.shape[1]):
         torch.linalg.vector_norm(rows[part], torch.inf, 1, keepdim=True, out=factor[part]).div_(127).clamp_min_(least)
         codes[part] = (rows[part] / factor[part]).round_().clamp_(-127, 127).add_(128)
-    ones, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
-    out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, ready, ones, zeros, None, 1.0, 0, x.dtype, "none", [], "").mul_(
-        factor
-    )
+    many, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
+    rest = 1.0, 0, _made(x), "none", [], ""
+    out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, ready, many, zeros, None, *rest).to(x.dtype).mul_(factor)
     return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
 
 
@@ -129,7 +128,7 @@ def conv2d_int8_onednn(
 
 
 def _made(x: Tensor) -> torch.dtype:
-    """What oneDNN's sums are made into: they cannot be fp16 on every CPU."""
+    """What oneDNN's sums are made into: fp16 only by a slow loop."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 

@@ -297,12 +297,14 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
     room = f"{shown(first.budget_bytes)} to fit in, {shown(first.predicted.context_bytes)} of it "
     notes = [room + ("for the process itself" if first.device == "cpu" else "for the device's context")]
     if hidden := len(plans) - len(listed):
-        notes.append(f"{hidden} more candidates are beaten in memory, seconds and quality alike: --all lists them")
+        notes.append(f"{hidden} more candidates are refused, or beaten in memory, seconds and quality alike: --all lists them")
     console.print(*(f"• {note}" for note in (*notes, *machine.notes)), sep="\n", markup=False, soft_wrap=True)
 
 
 def _beats(one: Plan, other: Plan) -> bool:
-    """Better in something and worse in nothing."""
+    """Better in something and worse in nothing; or fit to run, where the other is refused whatever the budget."""
+    if one.fits and other.reason.startswith("is refused"):
+        return True
     a, b = one.predicted, other.predicted
     pairs = ((a.seconds, b.seconds), (a.peak_bytes, b.peak_bytes), (-a.psnr, -b.psnr))
     usable = one.fits or not other.fits

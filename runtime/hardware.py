@@ -328,7 +328,9 @@ def _calibrated(found: Hardware) -> Hardware:
         if not known:
             return found
         notes = tuple(note for note in found.notes if "tightfit calibrate" not in note)
-        known["rates"] = {**found.rates, **known["rates"]}
+        measured = {kind: rate for kind, rate in known.get("rates", {}).items() if kind in found.rates}
+        faster = measured["fp32"] / found.rates["fp32"] if "fp32" in measured else 1.0  # than was estimated, so the others too
+        known["rates"] = {kind: measured.get(kind, rate * faster) for kind, rate in found.rates.items()}
         return replace(found, **known, calibrated=True, notes=notes)
     except FileNotFoundError:
         return found

@@ -8,11 +8,9 @@ from .memory import Footprint, Shape
 from .plan import Placement
 
 SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, read
-QUANTISE_SECONDS = {
-    "int8": 3e-9,
-    "int8-dynamic": 3e-9,
-    "int4": 12e-9,
-}  # a weight, while it is loaded, on two cores (kernels/formats.py)
+# Of a weight, on two cores: quantised while it is loaded (kernels/quantise.py), and then packed by oneDNN (SD 1.5: 3.4 s).
+QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
+PACK_SECONDS = 4e-9
 BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from .backends import engine
 from .errors import TightfitError
 from .hardware import Hardware
-from .latency import QUANTISE_SECONDS, call_seconds
+from .latency import PACK_SECONDS, QUANTISE_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
 from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
 from .request import Request
@@ -244,8 +244,11 @@ class _Job:
             if placement.residency != "streamed" or self.hardware.device == "cuda":
                 component = self.spec.components[name]
                 loading = component.stored_bytes / self.hardware.read
+                count = sum(t.count for t in component.tensors.values())
                 if placement.precision in QUANTISED and component.formats is None:
-                    loading += sum(t.count for t in component.tensors.values()) * QUANTISE_SECONDS[placement.precision]
+                    loading += count * QUANTISE_SECONDS[placement.precision]
+                if placement.precision == DYNAMIC and self.hardware.device == "cpu":
+                    loading += count * PACK_SECONDS
                 total += loading / (self.wishes.requests if placement.residency == "resident" else 1)
         return total
 

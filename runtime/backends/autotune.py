@@ -13,13 +13,13 @@ import functools
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import TightfitError
 from ..files import cache_folder, replacing
 
 _TURNS = 3  # of which the fastest counts, after one that compiles
@@ -30,7 +30,8 @@ Way = Callable[[], Tensor]
 def fastest(what: str, device: torch.device, ways: Mapping[str, Way]) -> Tensor:
     """The answer of the way that is the fastest on `device` for `what`: an operator, its shapes and its type.
 
-    A way for which the device lacks registers or shared memory, as triton says, is left out. Raises what the last one left raises.
+    A way for which the device lacks registers or shared memory, as triton says, or memory, is left out. If none is left, raises
+    what the last one raised.
     """
     global _chosen
     if _chosen is None:
@@ -38,26 +39,35 @@ def fastest(what: str, device: torch.device, ways: Mapping[str, Way]) -> Tensor:
     key = f"{_place(device)} · {what}"
     name = _chosen.get(key, "")
     if name not in ways:
-        name = min((seconds, name) for name, way in ways.items() if (seconds := _seconds(way, device)) is not None)[1]
+        name = _tried(ways, device)
         _chosen[key] = name
         _write(_chosen)
     return ways[name]()
 
 
-def _seconds(way: Way, device: torch.device) -> float | None:
+def _tried(ways: Mapping[str, Way], device: torch.device) -> str:
+    best, failure = (float("inf"), ""), None
+    for name, way in ways.items():
+        try:
+            best = min(best, (_seconds(way, device), name))
+        except Exception as error:
+            if type(error).__name__ not in ("OutOfResources", "OutOfMemoryError"):
+                raise
+            failure = error
+    if failure and not best[1]:
+        raise failure
+    return best[1]
+
+
+def _seconds(way: Way, device: torch.device) -> float:
     best = float("inf")
-    try:
+    way()
+    for _ in range(_TURNS):
+        _wait(device)
+        start = time.perf_counter()
         way()
-        for _ in range(_TURNS):
-            _wait(device)
-            start = time.perf_counter()
-            way()
-            _wait(device)
-            best = min(best, time.perf_counter() - start)
-    except Exception as error:
-        if type(error).__name__ != "OutOfResources":
-            raise
-        return None
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
     return best
 
 
@@ -92,10 +102,9 @@ def _read() -> dict[str, str]:
 
 
 def _write(chosen: Mapping[str, str]) -> None:
+    """Where it cannot be written this process alone remembers."""
     file = cache_folder() / "autotune.json"
-    try:
+    with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial:
             partial.write_text(json.dumps(chosen, indent=1, sort_keys=True))
-    except OSError as error:
-        raise TightfitError(f"{file} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can") from None

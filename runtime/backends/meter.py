@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
 
     def own(self, func: Any, args: Any, out: Any) -> int:
         """Bytes the kernel takes beside its answer."""
-        return own_bytes(func, args, out) if self.device == "cpu" else gpu_bytes(func, args)
+        return own_bytes(func, args, out) if self.device == "cpu" else gpu_bytes(func, args, out)
 
     def reach(self, count: int) -> None:
         """Note that `count` bytes are alive together, for a moment."""

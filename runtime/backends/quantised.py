@@ -109,11 +109,13 @@ LINEAR_INT8 = torch.ops.tightfit.linear_int8.default
 CONV2D_INT8 = torch.ops.tightfit.conv2d_int8.default
 
 
-def gpu_bytes(func: Any, args: Any) -> int:
-    """Bytes that our operators take on a GPU beside their answer: codes, and where there is no triton the weight in its order."""
-    if func is torch.ops.tightfit.dequantise.default:
-        return args[0].nbytes if args[7] > 1 else 0
-    return args[0].numel() if func in (LINEAR_INT8, CONV2D_INT8) else 0
+def gpu_bytes(func: Any, args: Any, out: Any) -> int:
+    """Bytes that our operators take on a GPU beside their answer: codes of the inputs, for a moment twice if these are not
+    channels_last."""
+    if func not in (LINEAR_INT8, CONV2D_INT8):
+        return 0
+    codes = args[0].numel()
+    return max(codes, 2 * codes - out.nbytes) if func is CONV2D_INT8 and args[0].is_contiguous() else codes
 
 
 class Workspace:
@@ -167,6 +169,10 @@ class Quantised(nn.Module):
 
     def prepare(self) -> None:
         """Called once the parts are there."""
+
+    def packed_bytes(self) -> int:
+        """What `packed` takes after `prepare`."""
+        return self.packed.numel() * self.packed.element_size()
 
     def packing_bytes(self) -> int:
         """What `prepare` makes in place of `packed`."""
@@ -256,8 +262,12 @@ class LinearInt8(Quantised):
         if self.on_cpu:
             self.packed = nn.Parameter(int8.pack_linear(self.packed), requires_grad=False)
 
+    def packed_bytes(self) -> int:
+        """oneDNN's outputs come in blocks of 64."""
+        return -(-self.shape[0] // 64) * 64 * self.row if self.on_cpu else super().packed_bytes()
+
     def packing_bytes(self) -> int:
-        return math.prod(self.shape) if self.on_cpu else 0
+        return self.packed_bytes() if self.on_cpu else 0
 
     def workspace_bytes(self, itemsize: int) -> int:  # noqa: ARG002
         return 0

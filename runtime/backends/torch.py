@@ -34,8 +34,10 @@ class TorchBackend:
         """Why this engine cannot run a component so on that hardware, or None if it can."""
         if placement.precision == DYNAMIC and "int8" not in hardware.rates:
             return "this device has no fast products of 8-bit whole numbers that tightfit can use: choose int8"
+        if placement.precision == DYNAMIC and hardware.device == "cpu" and placement.compute not in hardware.precisions:
+            return f"oneDNN makes no {placement.compute} of sums of whole numbers here but by a slow loop: choose int8"
         if placement.precision == DYNAMIC and placement.residency == "streamed":
-            return "weights would be packed anew for each step: choose int8"
+            return "its weights, which are prepared once, must stay loaded: choose int8"
         if placement.precision == DYNAMIC and component.name != "unet":
             return f"int8-dynamic is for U-Nets: choose int8 for the {component.name}"
         if placement.residency == "streamed" and placement.precision in QUANTISED and component.formats is None:
@@ -115,6 +117,7 @@ class TorchSession:
         if self.module:
             quantised.workspace(self.module).free()
         for part in self.module.modules() if self.module else ():
+            part._buffers.clear()
             part._parameters.clear()  # modules of diffusers refer to themselves, so they go when Python's collector comes by
         self.module = self.streamer = None
         self._hold(-self._held)

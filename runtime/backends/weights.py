@@ -92,7 +92,9 @@ def own_dtype(owner: torch.nn.Module, leaf: str, dtype: torch.dtype) -> torch.dt
 def held(module: torch.nn.Module, dtype: torch.dtype) -> list[int]:
     """Bytes of each parameter when the network computes in `dtype`."""
     return [
-        parameter.numel() * own_dtype(owner, leaf, dtype).itemsize
+        owner.packed_bytes()
+        if leaf == "packed" and isinstance(owner, Quantised)
+        else parameter.numel() * own_dtype(owner, leaf, dtype).itemsize
         for owner in module.modules()
         for leaf, parameter in owner._parameters.items()
         if parameter is not None

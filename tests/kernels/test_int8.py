@@ -13,11 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tightfit.kernels import formats, int8, triton_int8
 from tightfit.kernels.quantise import quantise
+from tightfit.runtime.hardware import Hardware
 from torch.nn import functional
 
 beside = runpy.run_path(str(Path(__file__).with_name("test_triton_weights.py")))
 FORM = formats.FORMATS["int8"]
-ONEDNN = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")  # elsewhere tightfit does not call it
+ONEDNN = "int8" in Hardware.detect("cpu").rates  # elsewhere tightfit does not call it
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3}
 CONVOLUTIONS = {  # batch, in, height, width, out, kernel, stride, padding
     "one tap": (2, 5, 4, 3, 7, (1, 1), (1, 1), (0, 0)),
@@ -138,7 +139,7 @@ def test_samples_of_one_sign_keep_their_precision():
     assert lopsided < 0.6 * (codes * scale - x).norm()
 
 
-@pytest.mark.skipif(not ONEDNN, reason="this processor has no AVX2")
+@pytest.mark.skipif(not ONEDNN, reason="this processor has no VNNI")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_linear_of_onednn_in_halves(dtype):
     x, parts, _, weight = made((40, 64), (33, 64), dtype)
@@ -207,8 +208,10 @@ def test_what_is_not_finite_spoils_its_own_sample_only(kernels):
     right = int8.conv2d_int8(x, *parts, bias, (3, 3), (1, 1), (1, 1))
     for value in (math.nan, math.inf):
         x[1, 2, 1, 1] = value
-        for convolve in (int8.conv2d_int8, kernels.conv2d_int8_triton):
-            out = convolve(x, *parts, bias, (3, 3), (1, 1), (1, 1))
+        ready = int8.pack_conv2d(parts[0], 4, (3, 3), (1, 1), (1, 1))
+        last = x.contiguous(memory_format=torch.channels_last)
+        answers = [convolve(x, *parts, bias, (3, 3), (1, 1), (1, 1)) for convolve in (int8.conv2d_int8, kernels.conv2d_int8_triton)]
+        for out in [*answers, *([int8.conv2d_int8_onednn(last, ready, parts[1], bias, (1, 1), (1, 1))] if ONEDNN else [])]:
             assert not out[1].isfinite().any()
             torch.testing.assert_close(out[::2], right[::2])
 

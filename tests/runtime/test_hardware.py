@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -129,3 +130,19 @@ def test_no_limit_leaves_the_machine_as_it_is(monkeypatch, limit):
     cpu = Hardware.detect("cpu")
     assert cpu.total_bytes == psutil.virtual_memory().total
     assert cpu.host_bytes == pytest.approx(psutil.virtual_memory().available, abs=GIB)
+
+
+def test_rates_that_were_not_measured_follow_those_that_were(tmp_path, monkeypatch):
+    """As of a calibration by a version that knew no int8; one of another machine's that this one lacks is left out."""
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    estimated = Hardware.detect("cpu")
+    file = hardware.calibration_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    measured = {"rates": {"fp32": 2 * estimated.rates["fp32"], "fp8": 1e15}}
+    file.write_text(json.dumps({f"cpu {estimated.name}": measured}))
+    found = Hardware.detect("cpu")
+    assert found.calibrated
+    assert found.rates == pytest.approx({kind: 2 * rate for kind, rate in estimated.rates.items()})
+    file.write_text(json.dumps({f"cpu {estimated.name}": {"read": 1e9}}))
+    assert Hardware.detect("cpu").rates == estimated.rates

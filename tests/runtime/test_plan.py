@@ -66,6 +66,11 @@ def test_whole_numbers_where_the_processor_multiplies_them_fast(sd1):
     asked = Wishes(precision="int8-dynamic")
     for refused in (p for p in plan(OLD_CPU, spec, wishes=asked) if p.placements["unet"].residency != "streamed"):
         assert "no fast products of 8-bit whole numbers" in refused.reason
+    able = dataclasses.replace(OLD_CPU, rates=rates)
+    slow = plan(able, spec, wishes=Wishes(compute="bf16", precision="int8-dynamic"))  # which it has no arithmetic for
+    assert not any(p.fits for p in slow)
+    once, often = (plan(able, spec, wishes=Wishes(precision="int8-dynamic", requests=count))[0] for count in (1, 100))
+    assert often.predicted.seconds < once.predicted.seconds  # its weights are packed each time they are loaded
     gpu = dataclasses.replace(RTX_3060, rates={**RTX_3060.rates, "int8": 2 * RTX_3060.rates["fp16"]})
     assert all(p.precision != "int8-dynamic" for p in plan(gpu, spec))
     found = plan(gpu, spec, wishes=asked)

@@ -8,6 +8,7 @@ from tightfit.kernels.formats import FORMATS, dequantise
 from tightfit.kernels.quantise import quantise
 from tightfit.runtime.backends import quantised
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.hardware import Hardware
 from torch import nn
 
 LAYERS = {
@@ -56,7 +57,7 @@ WHOLE = {"3x3", "3x3 stride 2", "wide"}  # those that are multiplied in whole nu
 LAYERS_TOO = LAYERS | {"wide": (lambda: nn.Linear(33, 160), (2, 5, 33))}
 
 
-@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="this processor has no AVX2")
+@pytest.mark.skipif("int8" not in Hardware.detect("cpu").rates, reason="this processor has no VNNI")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", LAYERS_TOO)
 def test_whole_numbers(kind, dtype):
