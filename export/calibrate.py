@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ PROMPTS = (
     "a mountain lake at sunrise", "a robot reading a book", "a bouquet of sunflowers", "a pizza",
 )  # fmt: skip
 LADDER = {"int8": ("int8", "int8-g64", None), "int4": ("int4-g64", "int4-g32", "int8", "int8-g64", None)}  # None: 16 bits
-BITS = {"int8": 8.15, "int4": 4.5}  # a value of the U-Net, on average
+BITS = {"int8": 8.15, "int4": 5.0}  # a value of the U-Net, on average
+MOST_BITS = {"int8": 12, "int4": 8}  # beyond which a model would hardly deserve its precision's name
 _ROWS = 4096  # of a layer's inputs that a call adds to its moment, at most
 _STATES = 8  # calls of the U-Net by which layers are judged
 
@@ -106,6 +108,7 @@ class Calibration:
         Measured with the lowest format; for the others in proportion to the errors of the layer's answers.
         """
         found: dict[str, dict[str | None, float]] = {}
+        began = time.perf_counter()
         for i, (path, layer) in enumerate(self.layers.items()):
             weight, forms = layer.weight.data, LADDER[precision]
             versions = {form: self.rounded(path, form) for form in forms}
@@ -114,8 +117,9 @@ class Calibration:
             share = 10 ** (-self.snr(self.states) / 10)
             layer.weight.data = weight
             found[path] = {form: share * error / max(errors[forms[0]], 1e-30) for form, error in errors.items()}
-            if i % 50 == 49:
-                self.tell(f"calibrating: {i + 1} of {len(self.layers)} layers measured")
+            if i % 25 == 24:
+                left = (time.perf_counter() - began) / (i + 1) * (len(self.layers) - i - 1) / 60
+                self.tell(f"calibrating: {i + 1} of {len(self.layers)} layers measured, {left:.0f} minutes left")
         return found
 
     def _answer_error(self, path: str, wrong: Tensor) -> float:
@@ -148,6 +152,14 @@ class Calibration:
         for path, layer in self.layers.items():
             layer.weight.data = kept[path]
         return round(snr, 2)
+
+
+def least_bits(layers: Mapping[str, tuple[int, ...]], tensors: Iterable[Any], precision: str) -> float:
+    """Bits of a value on average with every layer in the lowest format, and what is too small for one at 16."""
+    lowest, values = LADDER[precision][0], sum(tensor.count for tensor in tensors)
+    large = [shape for shape in layers.values() if math.prod(shape) >= LEAST]
+    rest = values - sum(map(math.prod, large))
+    return 8 * (sum(_bytes(lowest, shape) for shape in large) + 2 * rest) / values
 
 
 def allocate(

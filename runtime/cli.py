@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import re
+import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,7 +24,7 @@ from .events import Event, Result
 from .files import replacing
 from .hardware import Hardware
 from .memory import parse_bytes, shown
-from .plan import ATTENTIONS, PRECISIONS, RESIDENCIES, STORED, TILINGS, Plan, Wishes
+from .plan import ATTENTIONS, DYNAMIC, PRECISIONS, RESIDENCIES, STORED, TILINGS, Plan, Wishes
 from .request import Request
 from .schedulers import SCHEDULERS
 
@@ -203,21 +205,23 @@ def export(
     precision: Annotated[str, typer.Option(help=f"{' or '.join(STORED)}.", metavar="NAME")],
     to: Annotated[str, typer.Option(help="torch.", metavar="ENGINE")] = "torch",
     calibrate: Annotated[int, typer.Option(help="Paint N prompts to find which layers need more bits.", metavar="N")] = 0,
-    bits: Annotated[float | None, typer.Option(help="With --calibrate: bits a U-Net weight may take on average.")] = None,
-    steps: Annotated[int, typer.Option(help="With --calibrate: steps of each picture.", metavar="N")] = 20,
+    bits: Annotated[float | None, typer.Option(help="With --calibrate: of a U-Net weight on average.", metavar="B")] = None,
+    steps: Annotated[int | None, typer.Option(help="With --calibrate: steps of each picture; default: 20.", metavar="N")] = None,
     size: Annotated[int | None, typer.Option(help="With --calibrate: pixels; default: model's.", metavar="N")] = None,
 ) -> None:
     """Write a model with its weights in 8 or 4 bits, to be run from then on with --model DIR."""
     from .hub import inspect
     from .spec import all_tensors
 
+    if precision == DYNAMIC:
+        raise TightfitError(f"{DYNAMIC} is a way to run weights in int8: export --precision int8, and run that with {DYNAMIC}")
     if to != "torch" or precision not in STORED:
         raise TightfitError(f"this version exports --to torch in --precision {' or '.join(STORED)}, not {to} {precision}")
-    if bits is not None and not calibrate:
-        raise TightfitError("--bits shares bits out by what a calibration measures: add --calibrate 8")
-    if calibrate < 0 or steps < 1 or (bits is not None and not 4.4 <= bits <= 16):
-        raise TightfitError("--calibrate and --steps count from 0 and 1 up, --bits is from 4.4 to 16")
-    if output.exists():
+    if not calibrate and (bits, steps, size) != (None, None, None):
+        raise TightfitError("--bits, --steps and --size are of a calibration: add --calibrate 8")
+    if calibrate < 0 or (steps is not None and steps < 1):
+        raise TightfitError("--calibrate counts from 0 up, --steps from 1")
+    if output.exists() or output.is_symlink():
         raise TightfitError(f"{output} is there already: name a folder that is not")
     spec = inspect(model)
     if spec.precision:
@@ -229,8 +233,17 @@ def export(
     schemes = {name: quantised.default_scheme(name, each, precision) for name, each in tensors.items()}
     say = partial(typer.echo, err=True)
     if calibrate:
+        least = calibration.least_bits(quantised.layers(tensors["unet"]), spec.components["unet"].tensors.values(), precision)
+        most = calibration.MOST_BITS[precision]
+        if bits is not None and not least <= bits <= most:
+            raise TightfitError(
+                f"--bits must be from {math.ceil(least * 100) / 100} to {most} for this model in {precision}, not {bits:g}"
+            )
+        side = 8 * spec.downsampling
+        if size is not None and (size < side or size % side):
+            raise TightfitError(f"--size must be a multiple of {side} pixels, not {size}")
         guidance = spec.default_guidance
-        effort = calibration.Effort(calibrate, steps, size, guidance, bits or calibration.BITS[precision])
+        effort = calibration.Effort(calibrate, steps or 20, size, guidance, max(least, bits or calibration.BITS[precision]))
         try:
             schemes["unet"] = calibration.calibrated(spec.folder, precision, effort, say)
         except (OSError, ValueError) as error:
@@ -240,7 +253,9 @@ def export(
     try:
         quantised.write(spec.folder, output, tensors, schemes, manifest, say)
     except OSError as error:
-        raise TightfitError(f"{output} was not written ({first_line(error)}): name another place, or make room there") from None
+        raise TightfitError(
+            f"{output} was not written ({error.strerror or error}): name another place, or make room there"
+        ) from None
     except ValueError as error:
         raise TightfitError(f"{output} was not written, {first_line(error)}: copy or download {model} again") from None
     total = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
@@ -439,6 +454,10 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _stop(number: int, _: Any) -> None:
+    sys.exit(128 + number)
+
+
 def main() -> None:
     """Entry point: exit code 0, 2 for bad input with one line on standard error, 130 when interrupted."""
     for stream in (sys.stdout, sys.stderr):
@@ -446,6 +465,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks is no reason to fail
     # With one of two cores busy a picture took 1.1 s while OpenMP's threads spun and 0.5 s while they slept (docs/decisions.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for name in ("SIGTERM", "SIGHUP"):  # so that what was half written goes
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _stop)
     arguments = sys.argv[1:]
     if arguments and arguments[0] not in {"generate", "plan", "info", "calibrate", "export", "-h", "--help", "--version"}:
         arguments.insert(0, "generate")

@@ -166,7 +166,7 @@ def _gpu(device: str) -> Hardware:
         unified=like["unified"] if like else bool(getattr(module.get_device_properties(0), "is_integrated", False)),
         precisions=("fp16", *(["bf16"] if bf16 else []), "fp32"),
         capability=capability,
-        rates=_with_int8(rates, capability) if importlib.util.find_spec("triton") else rates,
+        rates=_with_int8(rates, capability if importlib.util.find_spec("triton") else None),
         bandwidth=like["bandwidth_gb_s"] * 1e9 if like else 300e9,
         bus=like["bus_gb_s"] * 1e9 if like else 12e9,
         host_bytes=_cpu_memory()[1],
@@ -176,8 +176,11 @@ def _gpu(device: str) -> Hardware:
 
 
 def _with_int8(rates: Mapping[str, float], capability: tuple[int, ...] | None) -> Mapping[str, float]:
-    """Tensor cores since Ampere multiply 8-bit whole numbers, twice as many as fp16 (NVIDIA's GA102 whitepaper, version 2)."""
-    return {**rates, "int8": 2 * rates["fp16"]} if capability and capability >= (8, 0) else rates
+    """Where tightfit can use it, the rate of 8-bit whole numbers: on tensor cores since Ampere (kernels/triton_int8.py), which
+    multiply twice as many as fp16 where no other rate is known (NVIDIA's GA102 whitepaper, version 2)."""
+    able = capability is not None and capability >= (8, 0)
+    known = {"int8": 2 * rates["fp16"], **rates} if able else rates
+    return {kind: rate for kind, rate in known.items() if able or kind != "int8"}
 
 
 def _estimated_rates(module: Any, capability: tuple[int, int] | None) -> dict[str, float]:

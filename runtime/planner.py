@@ -57,6 +57,8 @@ def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, 
             raise TightfitError(f"{name} {getattr(wishes, name)} is asked for, the plan says {value}: leave out one of them")
     if vae.compute == "fp16" != _vae_compute(hardware, spec, "fp16"):
         raise TightfitError(f"this plan runs {spec.name}'s VAE in fp16, in which it overflows: {again}")
+    if spec.precision not in (None, unet.precision, unet.precision.removesuffix("-dynamic")):
+        raise TightfitError(f"this plan is for weights in {unet.precision}, {spec.name} is stored in {spec.precision}: {again}")
     if saved.device != hardware.device:
         raise TightfitError(f"this plan is for {saved.hardware} ({saved.device}), this machine runs on {hardware.device}: {again}")
     if saved.model != spec.name:
@@ -75,7 +77,7 @@ def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, reques
     needed = least.predicted.peak_bytes + least.predicted.context_bytes
     asked = f"{request.width}x{request.height}"
     if needed <= least.budget_bytes:  # it is not the memory
-        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {least.reason}")
+        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {least.reason.removeprefix('is refused: ')}")
     cures = []
     if smaller := _largest_that_fits(hardware, spec, request, wishes):
         cures.append(f"the largest of this shape that fits is {smaller}")

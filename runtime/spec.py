@@ -127,6 +127,8 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     """The folder's tightfit.json, if there is one, as `tightfit export` writes it: defaults, precision, components."""
     file = folder / "tightfit.json"
     data = read_json(file) if file.exists() else {}
+    if isinstance(data.get("version", 1), int) and data.get("version", 1) > 1:
+        raise TightfitError(f"{file} was written by a newer tightfit: update this one, or export the model again")
     if not _understood(data):
         raise TightfitError(f"{file} cannot be understood: delete it if the model is not quantised, or export the model again")
     return data
@@ -212,7 +214,11 @@ def _index_file(folder: Path) -> Path:
     if not folder.is_dir():
         raise TightfitError(f"{folder} does not exist: a model is 'emoji', a diffusers folder or a hub id such as owner/name")
     index = folder / "model_index.json"
-    if not index.exists():
+    try:
+        found = index.exists()
+    except PermissionError:
+        raise TightfitError(f"{folder} may not be entered: allow it, or copy the model to a folder of yours") from None
+    if not found:
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
             raise TightfitError(f"{folder} holds a pickle and no diffusers model: {CONVERT}")
         raise TightfitError(f"{folder} has no model_index.json: it is not a diffusers folder (name the folder that has one)")

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +23,7 @@ from tightfit.kernels.formats import FORMATS, dequantise
 from tightfit.kernels.quantise import quantise
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.plan import Wishes
+from tightfit.runtime.planner import checked
 from tightfit.runtime.spec import all_tensors
 
 OPTIONS = {"seed": 3, "num_inference_steps": 3, "scheduler": "euler"}
@@ -169,6 +174,39 @@ def test_a_stored_precision_is_kept(exported):
     assert spec.precision == "int8"
     with pytest.raises(TightfitError, match="stored in int8"):
         tightfit.plan(tightfit.profile("rtx-2060"), spec, wishes=Wishes(precision="fp16"))
+
+
+def test_a_plan_of_another_precision(exported):
+    spec, machine = tightfit.inspect(exported / "int8"), tightfit.profile("rtx-2060")
+    request = tightfit.Request("a").resolve(spec)
+    best = tightfit.plan(machine, spec, request)[0]
+    unet = replace(best.placements["unet"], precision="int4")
+    other = replace(best, placements={**best.placements, "unet": unet})
+    assert checked(best, machine, spec, request, Wishes()).precision == "int8"
+    with pytest.raises(TightfitError, match="is stored in int8"):
+        checked(other, machine, spec, request, Wishes())
+
+
+def test_a_newer_manifest(exported, tmp_path):
+    folder = tmp_path / "newer"
+    shutil.copytree(exported / "int8", folder)
+    manifest = json.loads((folder / "tightfit.json").read_text())
+    (folder / "tightfit.json").write_text(json.dumps(manifest | {"version": manifest["version"] + 1}))
+    with pytest.raises(TightfitError, match="newer tightfit"):
+        tightfit.inspect(folder)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
+def test_stopped_by_the_system_leaves_nothing(sd1_copy, tmp_path):
+    """As Ctrl-C does: told to end while it writes."""
+    program = (
+        "import os, signal, sys; from tightfit.export import quantised; from tightfit.runtime.cli import main\n"
+        "quantised._copy_the_rest = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        f"sys.argv[1:] = ['export', {str(sd1_copy)!r}, '--precision', 'int8', '-o', {str(tmp_path / 'in' / 'out')!r}]; main()"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 128 + signal.SIGTERM
+    assert list((tmp_path / "in").iterdir()) == []
 
 
 def test_the_writer_keeps_its_promises(tmp_path):

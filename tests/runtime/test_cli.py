@@ -319,7 +319,10 @@ def test_export(call, sd1, tmp_path):
         ((str(sd1), "--precision", "fp16", "-o", "x"), "int8 or int4"),
         ((str(sd1), "--precision", "int8", "--to", "tensorrt", "-o", "x"), "--to torch"),
         ((str(sd1), "--precision", "int8", "--bits", "9", "-o", "x"), "--calibrate"),
-        ((str(sd1), "--precision", "int8", "--bits", "3", "--calibrate", "1", "-o", "x"), "--bits is from"),
+        ((str(sd1), "--precision", "int8", "--bits", "3", "--calibrate", "1", "-o", "x"), "--bits must be from"),
+        ((str(sd1), "--precision", "int8", "--size", "60", "--calibrate", "1", "-o", "x"), "--size must be a multiple of"),
+        ((str(sd1), "--precision", "int8", "--steps", "5", "-o", "x"), "--calibrate"),
+        ((str(sd1), "--precision", "int8-dynamic", "-o", "x"), "export --precision int8"),
         (("nowhere", "--precision", "int8", "-o", "x"), "does not exist"),
         ((str(sd1), "--precision", "int8", "-o", "/dev/null/x"), "name another place"),
     ):
