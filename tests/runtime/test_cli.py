@@ -295,7 +295,9 @@ def test_interrupted_anywhere(call, sd1, tmp_path, monkeypatch, where):
 def test_interrupted(sd1, tmp_path):
     """Ctrl-C in the middle: exit 130, one line, nothing left behind."""
     endless = command("a", "--model", str(sd1), "--steps", "900", "--num-images", "1000", "--scheduler", "euler")
-    process = subprocess.Popen(endless, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it
+    process = subprocess.Popen(endless, cwd=tmp_path, preexec_fn=heard, **pipes)
     time.sleep(8)  # well inside the steps
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
