@@ -10,7 +10,6 @@ quantising the inputs included. Hold both against what the device can do (`tight
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +20,7 @@ from torch import nn
 from ..kernels.formats import FORMATS
 from ..kernels.quantise import quantise
 from ..runtime.backends import quantised
+from ..runtime.calibration import turn_seconds
 from ..runtime.hardware import Hardware
 from .record import record
 
@@ -51,6 +51,7 @@ def main() -> None:
 def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     """One for each shape. 16 bits are fp16 on a GPU, bf16 elsewhere."""
     found, dtype = [], torch.float16 if device == "cuda" else torch.bfloat16
+    contenders = CONTENDERS if "int8" in Hardware.detect(device).rates else CONTENDERS[:-1]
     for pixels, channels, out, taps in shapes:
         side = round((pixels // 2) ** 0.5)
         shape = (2, channels, side, side) if taps else (2, pixels // 2, channels)
@@ -60,7 +61,7 @@ def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"layer": f"{pixels} x {channels} x {out}" + (f", {taps} taps" if taps else "")}
         layer = layer.to(device, dtype)
         row["16 bits"] = microseconds(partial(layer, x), device)
-        for name, form, dynamic in CONTENDERS if "int8" in Hardware.detect(device).rates else CONTENDERS[:-1]:
+        for name, form, dynamic in contenders:
             made = _filled(layer, weight, form, device, dynamic)
             row[name] = microseconds(partial(made, x), device)
             if name == "int4":
@@ -91,21 +92,9 @@ def _unpack(layer: quantised.Quantised) -> None:
 
 @torch.inference_mode()
 def microseconds(run: Callable[[], Any], device: str) -> float:
-    """The fastest of ten turns, after one that may compile."""
-    best = float("inf")
-    for turn in range(11):
-        _wait(device)
-        start = time.perf_counter()
-        for _ in range(3):
-            run()
-        _wait(device)
-        best = min(best, time.perf_counter() - start) if turn else best
-    return round(best / 3e-6, 1)
-
-
-def _wait(device: str) -> None:
-    if device != "cpu":
-        getattr(torch, device).synchronize()
+    """The fastest of ten turns of three calls, after one that may compile."""
+    turns = [turn_seconds(lambda: [run() for _ in range(3)], torch.device(device)) for _ in range(11)]
+    return round(min(turns[1:]) / 3e-6, 1)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from .. import inspect
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
-from ..runtime.backends.dryrun import _inputs
 from ..runtime.backends.torch import TorchBackend
 from ..runtime.plan import Placement
 from .record import record
+from .steps import noise
 
 
 def main() -> None:
@@ -31,11 +31,9 @@ def main() -> None:
     parse.add_argument("--size", type=int, default=256)
     parse.add_argument("--form", default="int4-g64", help="of the layer that is quantised alone")
     args = parse.parse_args()
-    spec, random, began = inspect(args.model), np.random.default_rng(0), time.perf_counter()
+    spec, began = inspect(args.model), time.perf_counter()
     unet, backend = spec.components["unet"], TorchBackend("cpu")
-    shapes = _inputs(spec, unet, 1, args.size, args.size)
-    arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
-    arrays["timestep"] = np.array(500, np.float32)
+    arrays = noise(spec, 1, args.size)
 
     def session(precision: str, compute: str):
         return backend.load(spec, unet, Placement("torch", precision, compute, "resident", "sliced", "whole"))

@@ -15,11 +15,12 @@ import time
 import numpy as np
 
 from .. import inspect
-from ..runtime.backends.dryrun import _inputs
+from ..runtime.backends.dryrun import inputs
 from ..runtime.backends.torch import TorchBackend
 from ..runtime.hardware import Hardware
 from ..runtime.memory import shown
 from ..runtime.plan import Placement
+from ..runtime.spec import ModelSpec
 from .record import record
 
 
@@ -32,7 +33,7 @@ def main() -> None:
     parse.add_argument("--attention", default="sliced")
     args = parse.parse_args()
     hardware = Hardware.detect(args.device)
-    compute, random = hardware.precisions[0], np.random.default_rng(0)
+    compute = hardware.precisions[0]
     runs, rows = {}, {}
     for model in args.models:
         name, _, precision = model.partition(":")
@@ -41,9 +42,7 @@ def main() -> None:
         placement = Placement("torch", precision or spec.precision or compute, compute, "resident", args.attention, "whole")
         session = backend.load(spec, unet, placement)
         held = backend.meter.bytes()
-        shapes = _inputs(spec, unet, 2, args.size, args.size)
-        arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
-        arrays["timestep"] = np.array(500, np.float32)
+        arrays = noise(spec, 2, args.size)
         session(**arrays)
         rows[model] = {"stored_bytes": unet.stored_bytes, "held_bytes": held, "peak_bytes": backend.meter.bytes()}
         runs[model] = lambda session=session, arrays=arrays: session(**arrays)
@@ -58,6 +57,13 @@ def main() -> None:
         sizes = ", ".join(f"{name.removesuffix('_bytes')} {shown(row[name])}" for name in row if name.endswith("_bytes"))
         print(f"{model}: {sizes}; {row['seconds']} s, {row['ratio']} of {args.models[0]}'s")
     record("steps", {"compute": compute, "attention": args.attention, "size": args.size, "rows": rows})
+
+
+def noise(spec: ModelSpec, batch: int, size: int) -> dict[str, np.ndarray]:
+    """What a U-Net is called with in the middle of a picture: noise in place of latents and texts, the same each time."""
+    random, shapes = np.random.default_rng(0), inputs(spec, spec.components["unet"], batch, size, size)
+    arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
+    return arrays | {"timestep": np.array(500, np.float32)}
 
 
 if __name__ == "__main__":

@@ -11,22 +11,19 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import torch
 
 from ..kernels.formats import FORMATS, Format, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
+from .folder import appearing
 from .safetensors_file import NAMES, SafetensorsFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from ..runtime.files import Tensor
 
 VERSION = 1
@@ -81,7 +78,7 @@ def write(
 
     Everything else a diffusers folder needs is copied. The manifest gets what was written of each component.
     """
-    with _appearing(target) as folder:
+    with appearing(target) as folder:
         _copy_the_rest(source, folder, components)
         written = {}
         for name, tensors in components.items():
@@ -91,18 +88,6 @@ def write(
         text = {"version": VERSION, **manifest, "components": {name: asdict(each) for name, each in written.items()}}
         (folder / "tightfit.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     return written
-
-
-@contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` at the end, or is gone."""
-    partial = target.absolute().with_name(f".tightfit-{uuid4().hex}.partial")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _copy_the_rest(source: Path, folder: Path, components: Mapping[str, Tensors]) -> None:

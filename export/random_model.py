@@ -10,7 +10,6 @@ import argparse
 import gzip
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +20,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from . import tokenizer
-from .folder import write_component
+from .folder import appearing, write_component
 
 Merges = Sequence[tuple[str, str]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -139,30 +138,28 @@ def write(
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: name another folder")
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     model = MODELS[family]
     generator, counts = torch.Generator().manual_seed(seed), {}
     index: dict[str, Any] = {"_class_name": model["pipeline"], "scheduler": ["diffusers", model["scheduler"]["_class_name"]]}
-    for name in ("text_encoder", "text_encoder_2", "unet", "vae"):
-        if name not in model:
-            continue
-        module = build(name, model[name] | (TINY[family].get(name, {}) if tiny else {}), projected=name == "text_encoder_2")
-        index[name] = write_component(partial / name, module, random_weights(module, DTYPES[precision], generator))
-        if name.startswith("text_encoder"):
-            vocabulary = name.replace("text_encoder", "tokenizer")
-            tokenizer.write(partial / vocabulary, merges, 77, "!" if name.endswith("2") else tokenizer.END)
-            index[vocabulary] = ["transformers", "CLIPTokenizer"]
-        counts[name] = sum(p.numel() for p in module.parameters())
-    (partial / "scheduler").mkdir()
-    (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model["scheduler"], indent=2))
-    extra = (
-        {"force_zeros_for_empty_prompt": True}
-        if family == "sdxl"
-        else {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    )
-    (partial / "model_index.json").write_text(json.dumps(index | extra, indent=2))
-    partial.rename(folder)
+    with appearing(folder) as partial:
+        for name in ("text_encoder", "text_encoder_2", "unet", "vae"):
+            if name not in model:
+                continue
+            module = build(name, model[name] | (TINY[family].get(name, {}) if tiny else {}), projected=name == "text_encoder_2")
+            index[name] = write_component(partial / name, module, random_weights(module, DTYPES[precision], generator))
+            if name.startswith("text_encoder"):
+                vocabulary = name.replace("text_encoder", "tokenizer")
+                tokenizer.write(partial / vocabulary, merges, 77, "!" if name.endswith("2") else tokenizer.END)
+                index[vocabulary] = ["transformers", "CLIPTokenizer"]
+            counts[name] = sum(p.numel() for p in module.parameters())
+        (partial / "scheduler").mkdir()
+        (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model["scheduler"], indent=2))
+        extra = (
+            {"force_zeros_for_empty_prompt": True}
+            if family == "sdxl"
+            else {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        )
+        (partial / "model_index.json").write_text(json.dumps(index | extra, indent=2))
     return counts
 
 

@@ -106,7 +106,7 @@ def conv2d_int8_onednn(
 ) -> Tensor:
     """`conv2d_int8` of packed weights and an `x` that is channels_last, as the answer will be; sample by sample."""
     many, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
-    where = list(stride), list(padding), [1, 1], 1
+    rest = list(stride), list(padding), [1, 1], 1, 1.0, 0, _made(x), "none", [], ""
     bias, answers = None if bias is None else bias.float(), None
     for i, sample in enumerate(x.permute(0, 2, 3, 1).flatten(1, 2)):
         factor, zero = (each.item() for each in scales_and_zeros(sample[None]))
@@ -114,13 +114,11 @@ def conv2d_int8_onednn(
         for part in _pieces(*sample.shape):
             codes[part] = (sample[part].float() / factor).round_().add_(zero + 128).clamp_(0, 255)
         codes = codes.view(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
-        rest = *where, 1.0, 0, _made(x), "none", [], ""
         one = torch.ops.onednn.qconv2d_pointwise(codes, factor, zero + 128, ready, many, zeros, bias, *rest).to(x.dtype)
         if len(x) == 1:
             return one
         if answers is None:
-            sides = (len(x), *one.shape[1:])
-            answers = torch.empty(sides, dtype=x.dtype, memory_format=torch.channels_last)
+            answers = torch.empty((len(x), *one.shape[1:]), dtype=x.dtype, memory_format=torch.channels_last)
         answers[i] = one[0]
         del one, codes
     assert answers is not None
@@ -160,6 +158,18 @@ def _nothing(x: Tensor) -> None:
 
 def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out.add_(bias.float())
+
+
+def empty_answer(x: Tensor, packed: Tensor, scale: Tensor, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
+    """Room for what a convolution of `x` answers, channels_last if `x` is. Raises ValueError for shapes that do not fit."""
+    shape = (len(x), len(packed), *sides(x, packed, scale, kernel_size, stride, padding))
+    layout = torch.channels_last if channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether `x` is so, and not in torch's own order as well, as a picture of one channel is."""
+    return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def sides(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .int8 import Pair, scales, scales_and_zeros, sides, weight_sums
+from .int8 import Pair, channels_last, empty_answer, scales, scales_and_zeros, sides, weight_sums
 from .triton_weights import constexpr, jit, tl
 
 
@@ -52,12 +52,9 @@ def conv2d_int8_triton(
     `sums` is `weight_sums(packed)`, where it is known. `tile` is how many output pixels, output channels and input channels of a
     tap a program multiplies at a time, powers of 2 from 16, 16 and 32; `launch` is triton's num_warps and num_stages.
     """
-    height, width = sides(x, packed, scale, kernel_size, stride, padding)
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    out = empty_answer(x, packed, scale, kernel_size, stride, padding)
     factor, zero = scales_and_zeros(x)
-    codes = encode_triton(x if last else x.contiguous(), factor, zero).contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    out = torch.empty((len(x), len(packed), height, width), dtype=x.dtype, device=x.device, memory_format=layout)
+    codes = encode_triton(x if channels_last(x) else x.contiguous(), factor, zero).contiguous(memory_format=torch.channels_last)
     sums = weight_sums(packed) if sums is None else sums
     _launch(out, codes, packed, factor, zero, scale, sums, bias, (kernel_size, stride, padding), tile, launch)
     return out

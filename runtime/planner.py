@@ -57,7 +57,7 @@ def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, 
             raise TightfitError(f"{name} {getattr(wishes, name)} is asked for, the plan says {value}: leave out one of them")
     if vae.compute == "fp16" != _vae_compute(hardware, spec, "fp16"):
         raise TightfitError(f"this plan runs {spec.name}'s VAE in fp16, in which it overflows: {again}")
-    if spec.precision not in (None, unet.precision, unet.precision.removesuffix("-dynamic")):
+    if spec.precision and unet.precision not in _of_stored(spec.precision):
         raise TightfitError(f"this plan is for weights in {unet.precision}, {spec.name} is stored in {spec.precision}: {again}")
     if saved.device != hardware.device:
         raise TightfitError(f"this plan is for {saved.hardware} ({saved.device}), this machine runs on {hardware.device}: {again}")
@@ -141,11 +141,11 @@ def _precisions(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> list[tup
     """What weights may be held in, and what is computed in: quantised ones in what the device prefers, unless told."""
     known: tuple[str, ...] = (*hardware.precisions, *QUANTISED)
     if spec.precision:
-        known = (spec.precision, *([DYNAMIC] if spec.precision == "int8" else []))
-    if wishes.precision not in ("auto", *known) and spec.precision:
-        raise TightfitError(
-            f"{spec.name} is stored in {spec.precision}: leave out --precision {wishes.precision}, or use the original"
-        )
+        known = _of_stored(spec.precision)
+        if wishes.precision not in ("auto", *known):
+            raise TightfitError(
+                f"{spec.name} is stored in {spec.precision}: leave out --precision {wishes.precision}, or use the original"
+            )
     found = []
     if hardware.device != "cpu" or "int8" not in hardware.rates:  # on GPUs its kernels are yet to be timed: when asked for
         known = tuple(each for each in known if each != DYNAMIC)
@@ -155,6 +155,11 @@ def _precisions(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> list[tup
         if precision in (*QUANTISED, compute):
             found.append((precision, compute))
     return found
+
+
+def _of_stored(precision: str) -> tuple[str, ...]:
+    """What a model that is stored in int8 or int4 can run in."""
+    return (precision, DYNAMIC) if precision == "int8" else (precision,)
 
 
 def _vae_compute(hardware: Hardware, spec: ModelSpec, precision: str) -> str:

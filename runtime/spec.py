@@ -10,6 +10,8 @@ from typing import Any
 from .errors import TightfitError
 from .files import CONVERT, PICKLES, Tensor, read_header, read_json, weight_files
 
+MANIFEST_VERSION = 1  # of tightfit.json
+
 
 @dataclass(frozen=True)
 class Component:
@@ -127,7 +129,8 @@ def _manifest(folder: Path) -> Mapping[str, Any]:
     """The folder's tightfit.json, if there is one, as `tightfit export` writes it: defaults, precision, components."""
     file = folder / "tightfit.json"
     data = read_json(file) if file.exists() else {}
-    if isinstance(data.get("version", 1), int) and data.get("version", 1) > 1:
+    version = data.get("version", MANIFEST_VERSION)
+    if isinstance(version, int) and version > MANIFEST_VERSION:
         raise TightfitError(f"{file} was written by a newer tightfit: update this one, or export the model again")
     if not _understood(data):
         raise TightfitError(f"{file} cannot be understood: delete it if the model is not quantised, or export the model again")

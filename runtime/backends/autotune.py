@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import json
-import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..calibration import turn_seconds
 from ..files import cache_folder, replacing
 
 _TURNS = 3  # of which the fastest counts, after one that compiles
@@ -60,20 +60,8 @@ def _tried(ways: Mapping[str, Way], device: torch.device) -> str:
 
 
 def _seconds(way: Way, device: torch.device) -> float:
-    best = float("inf")
     way()
-    for _ in range(_TURNS):
-        _wait(device)
-        start = time.perf_counter()
-        way()
-        _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return best
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
+    return min(turn_seconds(way, device) for _ in range(_TURNS))
 
 
 @functools.cache

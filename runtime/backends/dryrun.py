@@ -94,16 +94,16 @@ def footprint(
     Weights from headers, the call from a dry run on `meta`, which is kept for the next time.
     """
     dtype, device = weights.DTYPES[placement.compute], torch.device(hardware.device)
-    inputs = _inputs(spec, component, *size)
+    shapes = inputs(spec, component, *size)
     module, stored, what = _module(component, placement, device.type)
     half = dtype.itemsize == 2  # fp16 and bf16 take the same
-    key = (component.name, what, spec.family, half, placement.tiling, device.type, tuple(inputs.items()))
+    key = (component.name, what, spec.family, half, placement.tiling, device.type, tuple(shapes.items()))
     if key not in _traces:
         if len(_traces) >= 8 * _KEPT:
             _traces.clear()
         torch.nn.Module.to(module, dtype)  # past diffusers' own `to`, which warns
         workspace(module).allocate(dtype, torch.device("meta"))
-        _traces[key] = _trace(module, networks.forward(spec, component, placement), inputs, dtype, device.type)
+        _traces[key] = _trace(module, networks.forward(spec, component, placement), shapes, dtype, device.type)
     trace = _traces[key]
     kind, fused = placement.attention, hardware.fused_attention
     scratch = tuple(attention_bytes(kind, shape, dtype, device.type, fused) for shape in trace.attentions)
@@ -157,7 +157,7 @@ def _module(component: Component, placement: Placement, device: str) -> tuple[to
     return _modules[key][1:]
 
 
-def _inputs(spec: ModelSpec, component: Component, batch: int, height: int, width: int) -> Mapping[str, tuple[int, ...]]:
+def inputs(spec: ModelSpec, component: Component, batch: int, height: int, width: int) -> Mapping[str, tuple[int, ...]]:
     """Shapes of what a session is called with, by their names there."""
     latents = (batch, spec.vae["latent_channels"], height // spec.downsampling, width // spec.downsampling)
     length = min(encoder.setting("max_position_embeddings") for encoder in spec.text_encoders)

@@ -92,10 +92,7 @@ def _conv2d_int8(
 
 @_conv2d_int8.register_fake
 def _(x: Tensor, packed: Tensor, scale: Tensor, sums: Tensor | None, bias: Tensor | None, kernel, stride, padding) -> Tensor:  # noqa: ARG001
-    sides = ((x.shape[2 + i] + 2 * padding[i] - kernel[i]) // stride[i] + 1 for i in (0, 1))
-    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    layout = torch.channels_last if last else torch.contiguous_format
-    return torch.empty((len(x), len(scale), *sides), dtype=x.dtype, device=x.device, memory_format=layout)
+    return int8.empty_answer(x, packed, scale, kernel, stride, padding)
 
 
 def _tiles(run: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:

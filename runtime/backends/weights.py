@@ -30,9 +30,10 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
     are left alone, as diffusers and transformers leave them.
     """
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()}
-    parts = {f"{path}.{part}" for path, layer in quantised_layers(module).items() for part in layer.form.parts(layer.shape)}
+    layers = quantised_layers(module)
+    parts = {f"{path}.{part}" for path, layer in layers.items() for part in layer.form.parts(layer.shape)}
     if component.formats is None:  # parts are yet to be made
-        plain = {f"{path}.weight": (torch.Size(layer.shape), torch.float32) for path, layer in quantised_layers(module).items()}
+        plain = {f"{path}.weight": (torch.Size(layer.shape), torch.float32) for path, layer in layers.items()}
         expected, parts = {name: each for name, each in (expected | plain).items() if name not in parts}, set()
     stored = {current_name(name, expected): tensor for name, tensor in component.tensors.items()}
     where = f"the weights of {component.folder.name} in {component.folder.parent}"
