@@ -15,7 +15,6 @@ import time
 import numpy as np
 
 from .. import inspect
-from ..runtime.backends.dryrun import inputs
 from ..runtime.backends.torch import TorchBackend
 from ..runtime.hardware import Hardware
 from ..runtime.memory import shown
@@ -61,7 +60,7 @@ def main() -> None:
 
 def noise(spec: ModelSpec, batch: int, size: int) -> dict[str, np.ndarray]:
     """What a U-Net is called with in the middle of a picture: noise in place of latents and texts, the same each time."""
-    random, shapes = np.random.default_rng(0), inputs(spec, spec.components["unet"], batch, size, size)
+    random, shapes = np.random.default_rng(0), spec.inputs(spec.components["unet"], batch, size, size)
     arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
     return arrays | {"timestep": np.array(500, np.float32)}
 

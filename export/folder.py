@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -29,10 +32,36 @@ def write_component(folder: Path, module: Any, weights: Mapping[str, torch.Tenso
     return ["transformers", kind]
 
 
+def copy_the_rest(
+    source: Path, folder: Path, components: Container[str], become: Mapping[str, Iterable[str]] | None = None
+) -> None:
+    """Configs, tokenizers, scheduler. Parts that tightfit does not run, such as a safety checker, are left out of the index.
+
+    `become` names the folders that a component's files go to, if not to one of its own name.
+    """
+    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
+    kept = [name for name in index if name in components or name.startswith(("tokenizer", "scheduler"))]
+    for name, value in index.items():
+        if isinstance(value, list) and name not in kept:
+            index[name] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    for name in kept:
+        for target in (become or {}).get(name, [name]):
+            (folder / target).mkdir(exist_ok=True)
+            for file in (source / name).iterdir():
+                if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json"):
+                    shutil.copyfile(file, folder / target / file.name)
+
+
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` at the end, or is gone."""
-    partial = target.absolute().with_name(f".tightfit-{uuid4().hex}.partial")
+    """A temporary sibling that becomes `target` at the end, or is gone; those that killed processes left there go first."""
+    place = target.absolute().parent
+    for left in place.glob(".tightfit-*-*.partial"):
+        number = left.name.split("-")[1]
+        if number.isdigit() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    partial = place / f".tightfit-{os.getpid()}-{uuid4().hex}.partial"
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,14 +19,15 @@ import torch
 from ..kernels.formats import FORMATS, Format, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
-from .folder import appearing
+from .folder import appearing, copy_the_rest
 from .safetensors_file import NAMES, SafetensorsFile
 
 if TYPE_CHECKING:
     from ..runtime.files import Tensor
 
 VERSION = 1
-_FLOATS = {name: dtype for dtype, name in NAMES.items() if dtype.is_floating_point}
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
+_FLOATS = {name: dtype for name, dtype in _DTYPES.items() if dtype.is_floating_point}
 Tensors = Mapping[str, "Tensor"]
 
 
@@ -79,7 +79,7 @@ def write(
     Everything else a diffusers folder needs is copied. The manifest gets what was written of each component.
     """
     with appearing(target) as folder:
-        _copy_the_rest(source, folder, components)
+        copy_the_rest(source, folder, components)
         written = {}
         for name, tensors in components.items():
             written[name] = _component(folder / name, name, tensors, schemes[name])
@@ -88,21 +88,6 @@ def write(
         text = {"version": VERSION, **manifest, "components": {name: asdict(each) for name, each in written.items()}}
         (folder / "tightfit.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     return written
-
-
-def _copy_the_rest(source: Path, folder: Path, components: Mapping[str, Tensors]) -> None:
-    """Configs, tokenizers, scheduler. Parts that tightfit does not run, such as a safety checker, are left out of the index."""
-    index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
-    kept = {*components, *(name for name in index if name.startswith(("tokenizer", "scheduler")))}
-    for name, value in index.items():
-        if isinstance(value, list) and name not in kept:
-            index[name] = [None, None]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
-    for name in kept:
-        (folder / name).mkdir(exist_ok=True)
-        for file in (source / name).iterdir():
-            if file.suffix in (".json", ".txt") and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / name / file.name)
 
 
 def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Written:
@@ -137,7 +122,7 @@ def read(tensor: Tensor) -> torch.Tensor:
     """One stored tensor."""
     buffer = torch.empty(tensor.stored_bytes, dtype=torch.uint8)
     tensor.read_into(buffer.numpy().data)
-    return buffer.view(_FLOATS[tensor.dtype]).view(tensor.shape)
+    return buffer.view(_DTYPES[tensor.dtype]).view(tensor.shape)
 
 
 def _halved(tensor: Tensor) -> torch.dtype:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
 import signal
 import sys
 from contextlib import suppress
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -19,12 +17,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .. import __version__
-from .errors import TightfitError, first_line
+from .cli_export import export
+from .errors import TightfitError
 from .events import Event, Result
 from .files import replacing
 from .hardware import Hardware
 from .memory import parse_bytes, shown
-from .plan import ATTENTIONS, DYNAMIC, PRECISIONS, RESIDENCIES, STORED, TILINGS, Plan, Wishes
+from .plan import ATTENTIONS, BACKENDS, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
 from .request import Request
 from .schedulers import SCHEDULERS
 
@@ -34,9 +33,13 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
+app.command()(export)
+
 _Model = Annotated[str | None, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")]
 _Precision = Annotated[str | None, typer.Option(help=f"auto, {', '.join(PRECISIONS)}.", metavar="NAME")]
 _Compute = Annotated[str, typer.Option(help="What int8 and int4 compute in.", metavar="NAME")]
+_Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.", metavar="NAME", show_default=False)]
+_Provider = Annotated[str, typer.Option(help="ONNX Runtime's: cuda, dml, cpu.", metavar="NAME", show_default=False)]
 _Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")]
 _Budget = Annotated[str | None, typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")]
 _Residency = Annotated[str, typer.Option(help=f"auto, {', '.join(RESIDENCIES)}.", metavar="NAME", show_default=False)]
@@ -75,6 +78,8 @@ def generate(
     model: _Model = None,
     precision: _Precision = None,
     compute: _Compute = "auto",
+    backend: _Backend = "auto",
+    provider: _Provider = "auto",
     device: _Device = "auto",
     vram: _Budget = None,
     residency: _Residency = "auto",
@@ -106,7 +111,15 @@ def generate(
     if source and not (model or carried.model):
         raise TightfitError(f"{source} does not say where its model is: name it with --model")
     fetch = source is None or model is not None  # a picture alone never starts a download
-    chosen = {"compute": compute, "residency": residency, "attention": attention, "tiling": tiling, "min_psnr": min_psnr}
+    chosen = {
+        "compute": compute,
+        "backend": backend,
+        "provider": provider,
+        "residency": residency,
+        "attention": attention,
+        "tiling": tiling,
+        "min_psnr": min_psnr,
+    }
     wishes = _wishes(precision or carried.precision, vram, chosen)
     plan = _plan(plan_file) if plan_file else None
     where = model or carried.model or (plan.model if plan else "emoji")
@@ -129,6 +142,8 @@ def show_plan(
     vram: _Budget = None,
     precision: _Precision = None,
     compute: _Compute = "auto",
+    backend: _Backend = "auto",
+    provider: _Provider = "auto",
     residency: _Residency = "auto",
     attention: _Attention = "auto",
     tiling: _Tiling = "auto",
@@ -145,7 +160,15 @@ def show_plan(
     if hardware and device != "auto":
         raise TightfitError("--hardware names a machine that is not here, --device a part of this one: give one of them")
     machine = profile(hardware) if hardware else Hardware.detect(device)
-    chosen = {"compute": compute, "residency": residency, "attention": attention, "tiling": tiling, "min_psnr": min_psnr}
+    chosen = {
+        "compute": compute,
+        "backend": backend,
+        "provider": provider,
+        "residency": residency,
+        "attention": attention,
+        "tiling": tiling,
+        "min_psnr": min_psnr,
+    }
     wishes = Wishes(**_wishes(precision, vram, chosen))
     spec = inspect(model or "emoji")
     request = Request("a", None, width, height, num_inference_steps, guidance_scale, scheduler="euler").resolve(spec)
@@ -196,70 +219,6 @@ def calibrate(device: _Device = "auto") -> None:
     speeds = ", ".join(f"{name} {found[name] / 1e9:.1f}" for name in ("bandwidth", "bus", "read"))
     typer.echo(f"GB/s: {speeds}; {found['call_seconds'] * 1e6:.1f} µs a call")
     typer.echo(f"kept in {calibration.save(hardware, found)}")
-
-
-@app.command()
-def export(
-    model: Annotated[str, typer.Argument(help="emoji, a folder or a hub id.", metavar="MODEL")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A folder that is not there yet.", metavar="DIR")],
-    precision: Annotated[str, typer.Option(help=f"{' or '.join(STORED)}.", metavar="NAME")],
-    to: Annotated[str, typer.Option(help="torch.", metavar="ENGINE")] = "torch",
-    calibrate: Annotated[int, typer.Option(help="Paint N prompts to find which layers need more bits.", metavar="N")] = 0,
-    bits: Annotated[float | None, typer.Option(help="With --calibrate: of a U-Net weight on average.", metavar="B")] = None,
-    steps: Annotated[int | None, typer.Option(help="With --calibrate: steps of each picture; default: 20.", metavar="N")] = None,
-    size: Annotated[int | None, typer.Option(help="With --calibrate: pixels; default: model's.", metavar="N")] = None,
-) -> None:
-    """Write a model with its weights in 8 or 4 bits, to be run from then on with --model DIR."""
-    from .hub import inspect
-    from .spec import all_tensors
-
-    if precision == DYNAMIC:
-        raise TightfitError(f"{DYNAMIC} is a way to run weights in int8: export --precision int8, and run that with {DYNAMIC}")
-    if to != "torch" or precision not in STORED:
-        raise TightfitError(f"this version exports --to torch in --precision {' or '.join(STORED)}, not {to} {precision}")
-    if not calibrate and (bits, steps, size) != (None, None, None):
-        raise TightfitError("--bits, --steps and --size are of a calibration: add --calibrate 8")
-    if calibrate < 0 or (steps is not None and steps < 1):
-        raise TightfitError("--calibrate counts from 0 up, --steps from 1")
-    if output.exists() or output.is_symlink():
-        raise TightfitError(f"{output} is there already: name a folder that is not")
-    spec = inspect(model)
-    if spec.precision:
-        raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
-    from ..export import calibrate as calibration
-    from ..export import quantised
-
-    tensors = {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
-    schemes = {name: quantised.default_scheme(name, each, precision) for name, each in tensors.items()}
-    say = partial(typer.echo, err=True)
-    if calibrate:
-        least = calibration.least_bits(quantised.layers(tensors["unet"]), spec.components["unet"].tensors.values(), precision)
-        most = calibration.MOST_BITS[precision]
-        if bits is not None and not least <= bits <= most:
-            raise TightfitError(
-                f"--bits must be from {math.ceil(least * 100) / 100} to {most} for this model in {precision}, not {bits:g}"
-            )
-        side = 8 * spec.downsampling
-        if size is not None and (size < side or size % side):
-            raise TightfitError(f"--size must be a multiple of {side} pixels, not {size}")
-        guidance = spec.default_guidance
-        effort = calibration.Effort(calibrate, steps or 20, size, guidance, max(least, bits or calibration.BITS[precision]))
-        try:
-            schemes["unet"] = calibration.calibrated(spec.folder, precision, effort, say)
-        except (OSError, ValueError) as error:
-            cure = "copy or download it again, or leave out --calibrate"
-            raise TightfitError(f"{model} cannot be run by diffusers ({first_line(error)}): {cure}") from None
-    manifest = {"source": spec.name, "tightfit": __version__, "precision": precision, "defaults": dict(spec.defaults)}
-    try:
-        quantised.write(spec.folder, output, tensors, schemes, manifest, say)
-    except OSError as error:
-        raise TightfitError(
-            f"{output} was not written ({error.strerror or error}): name another place, or make room there"
-        ) from None
-    except ValueError as error:
-        raise TightfitError(f"{output} was not written, {first_line(error)}: copy or download {model} again") from None
-    total = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
-    typer.echo(f"{output} · {precision} · {shown(total)}")
 
 
 def _wishes(precision: str | None, budget: str | None, chosen: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import platform
@@ -19,6 +20,14 @@ from .files import cache_folder
 DEVICES = ("cuda", "xpu", "mps", "cpu")
 PROFILES = Path(__file__).parents[1] / "profiles"
 GIB = 2**30
+CPU_PROVIDER = "CPUExecutionProvider"
+# ONNX Runtime's providers for each device, the one to prefer first.
+PROVIDERS = {
+    "cuda": ("CUDAExecutionProvider", "MIGraphXExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider"),
+    "xpu": ("OpenVINOExecutionProvider", "DmlExecutionProvider"),
+    "mps": ("CoreMLExecutionProvider",),
+    "cpu": (CPU_PROVIDER,),
+}
 
 # A CUDA context with torch's lazily loaded kernels: 287,047,680 bytes measured in pytorch#86509 (636 MiB without lazy loading).
 CUDA_CONTEXT = 274 * 2**20
@@ -46,6 +55,8 @@ class Hardware:
     bytes/s from files that the system has in its cache; `call_seconds` is what starting one operator takes.
     `attention_rates` are FLOP/s by 'precision/kind', where they were measured. `fused_attention`: torch has a kernel here that
     never stores the scores.
+    `providers` are ONNX Runtime's; None where they have not been asked for yet, as that takes time. `host_rate` is FLOP/s of the
+    host's processor beside a GPU, in fp32.
     `calibrated` says that the rates were measured here, not read; `notes` what could not be found out.
     """
 
@@ -67,6 +78,8 @@ class Hardware:
     attention_rates: Mapping[str, float] = field(default_factory=dict)
     calibrated: bool = False
     notes: tuple[str, ...] = ()
+    providers: tuple[str, ...] | None = None
+    host_rate: float = 1e11
 
     def rate(self, precision: str) -> float:
         """FLOP/s in `precision`; one that is not native runs in fp32."""
@@ -97,7 +110,9 @@ def profile(name: str) -> Hardware:
     taken = SYSTEM if unified else DESKTOP
     rates = {precision: teraflops * 1e12 for precision, teraflops in data["tflops"].items()}
     gpu = device != "cpu"
+    there = (*PROVIDERS[device][:1], CPU_PROVIDER) if gpu else (CPU_PROVIDER,)
     return Hardware(
+        providers=there,
         device=device,
         name=data["name"],
         total_bytes=total,
@@ -311,6 +326,7 @@ def _read_cgroup(place: Path, limit_file: str, used_file: str, inactive_name: st
         return None
 
 
+@functools.cache
 def providers() -> tuple[str, ...]:
     """ONNX Runtime's execution providers; none if it is not installed or cannot be imported. Asked apart, as that takes time."""
     try:

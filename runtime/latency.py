@@ -3,14 +3,16 @@ most (Williams, Waterman and Patterson, "Roofline", CACM 2009)."""
 
 from __future__ import annotations
 
-from .hardware import Hardware
+from .hardware import CPU_PROVIDER, Hardware
 from .memory import Footprint, Shape
 from .plan import Placement
 
+_HOST_BANDWIDTH = 2e10  # bytes/s; one channel of DDR4-2400
 SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, read
 # Of a weight, on two cores: quantised while it is loaded (kernels/quantise.py), and then packed by oneDNN (SD 1.5: 3.4 s).
 QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
 PACK_SECONDS = 4e-9
+SESSION_SECONDS = 1e-3  # of ONNX Runtime to prepare an operator of a graph
 BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
 
 
@@ -18,6 +20,8 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
     """One call of a component whose weights are loaded, or stream in."""
     rates = {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")}
     bandwidth, least = hardware.bandwidth, hardware.call_seconds
+    if placement.provider == CPU_PROVIDER and hardware.device != "cpu":
+        rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
     seconds = sum(max(o.flops / rates[o.kind], o.bytes / bandwidth, least) for o in footprint.trace.operations)
     seconds += sum(attention_seconds(hardware, placement, shape) for shape in footprint.trace.attentions)
     if not footprint.streamed:

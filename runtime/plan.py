@@ -11,7 +11,8 @@ from .errors import TightfitError
 from .hardware import DEVICES
 from .memory import parse_bytes
 
-VERSION = 3
+VERSION = 4
+BACKENDS = ("torch", "onnx")
 COMPUTES = ("fp32", "bf16", "fp16")
 STORED = ("int8", "int4")  # what weights can be exported in
 DYNAMIC = "int8-dynamic"
@@ -32,7 +33,7 @@ class Placement:
     int8, multiplied in whole numbers by inputs that are quantised as they come.
     residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its weights flow
     through it block by block). attention: torch's `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or
-    `tiled`, in strips of rows (kernels/strips.py).
+    `tiled`, in strips of rows (kernels/strips.py). provider: ONNX Runtime's, empty for torch.
     """
 
     backend: str
@@ -41,6 +42,7 @@ class Placement:
     residency: str
     attention: str
     tiling: str
+    provider: str = ""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ class Plan:
         unet, vae = self.placements["unet"], self.placements["vae_decoder"]
         precision = unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
         how = f"{unet.backend} {precision} on {self.device}, {unet.residency}, {self.cfg} CFG, {unet.attention}"
-        return f"{how}, VAE {vae.tiling}"
+        others = sorted({(name, each.backend) for name, each in self.placements.items() if each.backend != unet.backend})
+        return f"{how}, VAE {vae.tiling}" + "".join(f", {name} by {backend}" for name, backend in others)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -114,13 +117,22 @@ def _problem(plan: Plan) -> str | None:
     """What a plan read from a file leaves open or cannot mean."""
     if plan.cfg not in CFG or plan.device not in DEVICES or not {"unet", "vae_decoder", "text_encoder"} <= plan.placements.keys():
         return "it leaves open how something runs"
-    allowed = {"precision": PRECISIONS, "compute": COMPUTES, "residency": RESIDENCIES, "attention": ATTENTIONS, "tiling": TILINGS}
+    allowed = {
+        "backend": BACKENDS,
+        "precision": PRECISIONS,
+        "compute": COMPUTES,
+        "residency": RESIDENCIES,
+        "attention": ATTENTIONS,
+        "tiling": TILINGS,
+    }
     for placement in plan.placements.values():
         if placement.precision not in (*QUANTISED, placement.compute):
             return f"it computes in {placement.compute!r} with weights in {placement.precision!r}"
         for field, names in allowed.items():
             if getattr(placement, field) not in names:
                 return f"it has the {field} {getattr(placement, field)!r}"
+        if bool(placement.provider) != (placement.backend == "onnx"):
+            return f"it has the provider {placement.provider!r} for {placement.backend}"
     numbers = (plan.budget_bytes, plan.predicted.peak_bytes, plan.predicted.seconds, *plan.predicted.stages.values())
     return None if all(isinstance(number, int | float) for number in numbers) else "it has no figures"
 
@@ -129,10 +141,13 @@ def _problem(plan: Plan) -> str | None:
 class Wishes:
     """What the caller decides; "auto" and None leave it to the planner.
 
+    `backend` is of every component that is there for it, `provider` ONNX Runtime's, by its name or a part of that such as cuda.
     `budget` is bytes or text such as "4GiB", context included; `min_psnr` decibels against fp32. `requests` says how many
     will run with the components that stay loaded, which share the time of loading them.
     """
 
+    backend: str = "auto"
+    provider: str = "auto"
     precision: str = "auto"
     compute: str = "auto"
     residency: str = "auto"
@@ -150,6 +165,7 @@ class Wishes:
         if self.min_psnr is not None and not 0 <= self.min_psnr <= 99:
             raise TightfitError(f"min_psnr must be decibels from 0 to 99, which is fp32 itself, not {self.min_psnr:g}")
         known = {
+            "backend": BACKENDS,
             "precision": PRECISIONS,
             "compute": COMPUTES,
             "residency": RESIDENCIES,

@@ -10,12 +10,13 @@ from typing import Any, TypeVar
 
 from .backends import engine
 from .errors import TightfitError
-from .hardware import Hardware
-from .latency import PACK_SECONDS, QUANTISE_SECONDS, call_seconds
+from .hardware import CPU_PROVIDER, PROVIDERS, Hardware, providers
+from .latency import PACK_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
+from .onnx_file import Graph
 from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
 from .request import Request
-from .spec import ModelSpec
+from .spec import Component, ModelSpec
 
 # Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m tightfit.benchmarks.quality).
 # Of int8 and int4, what rounding the weights costs; what they compute in comes on top.
@@ -51,13 +52,13 @@ def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, 
     if saved.placements.keys() != spec.components.keys():
         raise TightfitError(f"this plan is for another kind of model than {spec.name}: {again}")
     unet, vae = saved.placements["unet"], saved.placements["vae_decoder"]
-    has = {name: getattr(unet, name) for name in ("precision", "compute", "residency", "attention")}
+    has = {name: getattr(unet, name) for name in ("backend", "precision", "compute", "residency", "attention")}
     for name, value in (has | {"tiling": vae.tiling, "cfg": saved.cfg}).items():
         if getattr(wishes, name) not in ("auto", value):
             raise TightfitError(f"{name} {getattr(wishes, name)} is asked for, the plan says {value}: leave out one of them")
-    if vae.compute == "fp16" != _vae_compute(hardware, spec, "fp16"):
+    if vae.backend == "torch" and vae.compute == "fp16" != _vae_compute(hardware, spec, "fp16"):
         raise TightfitError(f"this plan runs {spec.name}'s VAE in fp16, in which it overflows: {again}")
-    if spec.precision and unet.precision not in _of_stored(spec.precision):
+    if spec.precision and unet.backend == "torch" and unet.precision not in _of_stored(spec.precision):
         raise TightfitError(f"this plan is for weights in {unet.precision}, {spec.name} is stored in {spec.precision}: {again}")
     if saved.device != hardware.device:
         raise TightfitError(f"this plan is for {saved.hardware} ({saved.device}), this machine runs on {hardware.device}: {again}")
@@ -108,33 +109,107 @@ def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wi
 def _candidates(
     hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes
 ) -> Iterator[tuple[str, dict[str, Placement]]]:
-    def options(asked: str, known: Sequence[str]) -> Sequence[str]:
-        return known if asked == "auto" else (asked,)
+    modes = _options(wishes.cfg, CFG) if guided(spec, request) else ("batched",)
+    seen = set()
+    for engines in _engines(spec, wishes):
+        graph = spec.components["unet"].graph if engines["unet"] == "onnx" else None
+        tiled = graph is None or engines["vae_decoder"] == "torch"
+        axes = (
+            _of_graph(graph, wishes) if graph else _precisions(hardware, spec, wishes),
+            _options(wishes.residency, RESIDENCIES if graph is None else RESIDENCIES[:2]),
+            _options(wishes.attention, ATTENTIONS if tiled else ATTENTIONS[:1]),
+            _options(wishes.tiling, TILINGS if tiled else TILINGS[:1]),
+            modes,
+        )
+        for (precision, compute), residency, attention, tiling, cfg in product(*axes):
+            choice = {"residency": residency, "attention": attention, "tiling": tiling}
+            placements = {
+                name: _on_onnx(hardware, spec, name, wishes, choice)
+                if engine == "onnx"
+                else _on_torch(hardware, spec, name, (precision, compute), choice)
+                for name, engine in engines.items()
+            }
+            key = (cfg, *placements.values())
+            if key not in seen:
+                seen.add(key)
+                yield cfg, placements
 
-    modes = options(wishes.cfg, CFG) if guided(spec, request) else ("batched",)
-    axes = (
-        _precisions(hardware, spec, wishes),
-        options(wishes.residency, RESIDENCIES),
-        options(wishes.attention, ATTENTIONS),
-        options(wishes.tiling, TILINGS),
-        modes,
+
+def _options(asked: str, known: Sequence[str]) -> Sequence[str]:
+    return known if asked == "auto" else (asked,)
+
+
+def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
+    """Which engine runs each component, of those that can read it; the text encoders are run by one."""
+    there = {name: component.engines for name, component in spec.components.items()}
+    asked = wishes.backend if wishes.backend != "auto" else "onnx" if wishes.provider != "auto" else None
+    if asked and not any(asked in engines for engines in there.values()):
+        how = "export it with --to onnx" if asked == "onnx" else "use the model that it was exported from"
+        raise TightfitError(f"{spec.name} has no weights that {asked} reads: {how}, or leave out --backend")
+    of_kind: dict[str, tuple[str, ...]] = {}
+    for name, engines in there.items():
+        kind, own = name.removesuffix("_2"), (asked,) if asked and asked in engines else engines
+        of_kind[kind] = tuple(each for each in of_kind.get(kind, own) if each in own) or own
+    for chosen in product(*of_kind.values()):
+        by_kind = dict(zip(of_kind, chosen, strict=True))
+        picked = {name: by_kind[name.removesuffix("_2")] for name in there}
+        yield {name: engine if engine in there[name] else there[name][0] for name, engine in picked.items()}
+
+
+def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, kind: tuple[str, str], choice: Mapping[str, str]) -> Placement:
+    vae, (precision, compute) = name == "vae_decoder", kind
+    if precision == DYNAMIC and name != "unet":
+        precision = "int8"  # a strip of a VAE would have another scale than the next; text encoders have little to gain
+    computes = _vae_compute(hardware, spec, compute) if vae else compute
+    return Placement(
+        "torch",
+        precision if precision in QUANTISED else computes,
+        computes,
+        # a VAE is a hundredth of a U-Net: nothing to gain
+        "staged" if vae and choice["residency"] == "streamed" else choice["residency"],
+        choice["attention"] if name in ("unet", "vae_decoder") else "sdpa",
+        choice["tiling"] if vae else "whole",
     )
-    for (precision, compute), residency, attention, tiling, cfg in product(*axes):
-        placements = {}
-        for name in spec.components:
-            vae, held = name == "vae_decoder", precision
-            if precision == DYNAMIC and name != "unet":
-                held = "int8"  # a strip of a VAE would have another scale than the next; text encoders have little to gain
-            computes = _vae_compute(hardware, spec, compute) if vae else compute
-            placements[name] = Placement(
-                "torch",
-                held if held in QUANTISED else computes,
-                computes,
-                "staged" if vae and residency == "streamed" else residency,  # a hundredth of a U-Net: nothing to gain
-                attention if name in ("unet", "vae_decoder") else "sdpa",
-                tiling if vae else "whole",
-            )
-        yield cfg, placements
+
+
+def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, choice: Mapping[str, str]) -> Placement:
+    graph = spec.components[name].graph
+    assert graph
+    own = name == "unet"  # what is asked for is of the U-Net; the engine says that it cannot stream, or slice
+    return Placement(
+        "onnx",
+        graph.precision,
+        graph.compute,
+        choice["residency"] if own or choice["residency"] != "streamed" else "staged",
+        choice["attention"] if own else "sdpa",
+        choice["tiling"] if name == "vae_decoder" and wishes.tiling != "auto" else "whole",
+        _provider(hardware, wishes.provider),
+    )
+
+
+def _provider(hardware: Hardware, asked: str) -> str:
+    """The execution provider that is asked for, by its name or the start of that; or the best that is here."""
+    there = providers() if hardware.providers is None else hardware.providers
+    if asked == "auto":
+        return next((each for each in PROVIDERS[hardware.device] if each in there), CPU_PROVIDER)
+    known = (*there, *(each for names in PROVIDERS.values() for each in names))
+    short = asked.lower().removesuffix("executionprovider").replace("directml", "dml")
+    found = next((each for each in known if each.lower().removesuffix("executionprovider") == short), None)
+    if found not in there:
+        raise TightfitError(
+            f"ONNX Runtime has no provider '{asked}' here: choose {', '.join(there) or 'none, it is not installed'}"
+        )
+    return str(found)
+
+
+def _of_graph(graph: Graph, wishes: Wishes) -> list[tuple[str, str]]:
+    """The one way that a graph has its weights, if that is what is asked for."""
+    for name, asked, has in (("precision", wishes.precision, graph.precision), ("compute", wishes.compute, graph.compute)):
+        if asked not in ("auto", has):
+            if wishes.backend == "auto":
+                return []
+            raise TightfitError(f"{graph.file} has {name} {has}: leave out --{name} {asked}, or export the model again")
+    return [(graph.precision, graph.compute)]
 
 
 def _precisions(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
@@ -249,15 +324,21 @@ class _Job:
             one = ("seconds", name, placement, cfg)
             total += calls * self._once(one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n]))
             if placement.residency != "streamed" or self.hardware.device == "cuda":
-                component = self.spec.components[name]
-                loading = component.stored_bytes / self.hardware.read
-                count = sum(t.count for t in component.tensors.values())
-                if placement.precision in QUANTISED and component.formats is None:
-                    loading += count * QUANTISE_SECONDS[placement.precision]
-                if placement.precision == DYNAMIC and self.hardware.device == "cpu":
-                    loading += count * PACK_SECONDS
+                loading = self._loading_seconds(self.spec.components[name], placement)
                 total += loading / (self.wishes.requests if placement.residency == "resident" else 1)
         return total
+
+    def _loading_seconds(self, component: Component, placement: Placement) -> float:
+        if placement.backend == "onnx":
+            assert component.graph
+            return component.graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(component.graph.model.graph.node)
+        loading = component.stored_bytes / self.hardware.read
+        count = sum(t.count for t in component.tensors.values())
+        if placement.precision in QUANTISED and component.formats is None:
+            loading += count * QUANTISE_SECONDS[placement.precision]
+        if placement.precision == DYNAMIC and self.hardware.device == "cpu":
+            loading += count * PACK_SECONDS
+        return loading
 
     def _problem(self, placements: Mapping[str, Placement], predicted: Predicted, budget: int) -> str | None:
         """Why this plan cannot be taken, or None."""
@@ -289,7 +370,9 @@ def _burden(plan: Plan) -> tuple[float, ...]:
 
 
 def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
-    forced = [getattr(wishes, name) for name in ("precision", "compute", "residency", "attention", "tiling", "cfg")]
+    forced = [
+        getattr(wishes, name) for name in ("backend", "provider", "precision", "compute", "residency", "attention", "tiling", "cfg")
+    ]
     asked = [choice for choice in forced if choice != "auto"]
     left = best.budget_bytes - best.predicted.context_bytes - best.predicted.peak_bytes
     slow = (

@@ -9,13 +9,15 @@ from typing import Any
 
 from .errors import TightfitError
 from .files import CONVERT, PICKLES, Tensor, read_header, read_json, weight_files
+from .onnx_file import Graph, read_graph
 
 MANIFEST_VERSION = 1  # of tightfit.json
 
 
 @dataclass(frozen=True)
 class Component:
-    """One network of the model: the folder it lives in, its config and its tensors by their names in the files.
+    """One network of the model: the folder it lives in, its config and its tensors by their names in the safetensors files, none
+    if it is there as ONNX alone; `graph` is that.
 
     `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is not quantised.
     """
@@ -25,10 +27,17 @@ class Component:
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     formats: Mapping[str, str] | None = None
+    graph: Graph | None = None
 
     @property
     def stored_bytes(self) -> int:
+        """Of its weights in the safetensors files."""
         return sum(tensor.stored_bytes for tensor in self.tensors.values())
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """The backends that can read it."""
+        return (*(["torch"] if self.tensors else []), *(["onnx"] if self.graph else []))
 
     def setting(self, field: str) -> Any:
         """A field of the config, or what the libraries take where it is missing."""
@@ -88,6 +97,22 @@ class ModelSpec:
         """Channels of the guidance embedding that distilled U-Nets (LCM) take in place of classifier-free guidance."""
         return self.unet.get("time_cond_proj_dim")
 
+    def inputs(self, component: Component, batch: int, height: int, width: int) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what a session is called with, by their names there, for a picture of `height` x `width` pixels."""
+        latents = (batch, self.vae["latent_channels"], height // self.downsampling, width // self.downsampling)
+        length = min(encoder.setting("max_position_embeddings") for encoder in self.text_encoders)
+        if component.name == "vae_decoder":
+            return {"latents": (1, *latents[1:])}
+        if component.name != "unet":
+            return {"tokens": (1, length)}
+        shapes = {"sample": latents, "timestep": (), "hidden": (batch, length, component.setting("cross_attention_dim"))}
+        if self.guidance_width:
+            shapes["time_condition"] = (1, self.guidance_width)
+        if self.family == "sdxl":
+            pooled = self.components["text_encoder_2"].setting("projection_dim")
+            shapes |= {"text_embeds": (batch, pooled), "time_ids": (batch, 6)}
+        return shapes
+
     @property
     def text_encoders(self) -> tuple[Component, ...]:
         return tuple(c for name, c in self.components.items() if name.startswith("text_encoder"))
@@ -121,7 +146,7 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
         scheduler=scheduler,
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed)),
         defaults=manifest.get("defaults", {}),
-        precision=manifest.get("precision"),
+        precision=manifest.get("precision") if components["unet"].formats is not None else None,
     )
 
 
@@ -141,7 +166,7 @@ def _understood(manifest: Mapping[str, Any]) -> bool:
     defaults, components = manifest.get("defaults", {}), manifest.get("components", {})
     if not isinstance(defaults, dict) or not isinstance(defaults.get("guidance_scale", 1.0), int | float):
         return False
-    if manifest.get("precision") not in (None, "int8", "int4") or not isinstance(components, dict):
+    if manifest.get("precision") not in (None, "fp32", "fp16", "int8", "int4") or not isinstance(components, dict):
         return False
     formats = [each.get("formats", {}) if isinstance(each, dict) else None for each in components.values()]
     return all(isinstance(each, dict) and all(isinstance(name, str) for name in each.values()) for each in formats)
@@ -234,13 +259,51 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component:
-    folder = model / name.removesuffix("_decoder")
+    """What is there of it: tensors as diffusers keeps them, a graph as Optimum does, or both."""
+    folder, graph = model / name.removesuffix("_decoder"), _graph(name, model / name / "model.onnx")
+    if graph and not list(folder.glob("*.safetensors")):
+        config = read_json(next((f for f in (folder, model / name) if (f / "config.json").exists()), model / name) / "config.json")
+        return Component(name, model / name, config, {}, None, _fitting(name, config, graph))
     prefixes = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("",)
     config = read_json(folder / "config.json")
     tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(prefixes)}
     if not tensors:
         raise TightfitError(f"the weight files in {folder} hold nothing of a {name}: copy or download them again")
-    if manifest.get("precision") is None:
-        return Component(name, folder, config, tensors)
     formats = manifest.get("components", {}).get(folder.name, {}).get("formats", {})
-    return Component(name, folder, config, tensors, {layer: form for layer, form in formats.items() if layer.startswith(prefixes)})
+    of_these = {layer: form for layer, form in formats.items() if layer.startswith(prefixes)}
+    stored = manifest.get("precision") in ("int8", "int4")
+    return Component(name, folder, config, tensors, of_these if stored else None, _fitting(name, config, graph))
+
+
+# What each network's graph is given, and may be given beside that.
+_INPUTS = {
+    "unet": ({"sample", "timestep", "encoder_hidden_states"}, {"timestep_cond", "text_embeds", "time_ids"}),
+    "vae_decoder": ({"latent_sample"}, set()),
+    "text_encoder": ({"input_ids"}, set()),
+}
+
+
+def _graph(name: str, file: Path) -> Graph | None:
+    if not file.exists():
+        return None
+    graph = read_graph(file)
+    needed, allowed = _INPUTS[name.removesuffix("_2")]
+    if not needed <= graph.inputs.keys() <= needed | allowed:
+        raise TightfitError(
+            f"{file} has the inputs {', '.join(sorted(graph.inputs))}, a {name} has {', '.join(sorted(needed))}: "
+            "files of different models were mixed, or one was renamed; copy or export the model again"
+        )
+    return graph
+
+
+def _fitting(name: str, config: Mapping[str, Any], graph: Graph | None) -> Graph | None:
+    """The graph, if its inputs are as wide as the config says."""
+    if graph and name in ("unet", "vae_decoder"):
+        field, channels = ("in_channels", "sample") if name == "unet" else ("latent_channels", "latent_sample")
+        sides = graph.inputs[channels][1]
+        if len(sides) != 4 or (isinstance(sides[1], int) and sides[1] != config.get(field)):
+            raise TightfitError(
+                f"{graph.file} takes {channels} of {list(sides)}, its config says {config.get(field)} channels: "
+                "files of different models were mixed; copy or export the model again"
+            )
+    return graph

@@ -16,6 +16,7 @@ RUNTIME = {
     1: {
         "errors",
         "files",
+        "onnx_file",
         "spec",
         "hardware",
         "memory",
@@ -32,7 +33,7 @@ RUNTIME = {
         "models",
     },
     3: {"prompt", "planner", "pipeline"},
-    4: {"cli", "server"},
+    4: {"cli", "cli_export", "server"},
 }
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import TightfitError
+from ..errors import TightfitError, explained
 from ..hardware import Hardware
 from ..memory import Footprint
-from ..plan import Placement
+from ..plan import BACKENDS, Placement
 from ..spec import Component, ModelSpec
 
 if TYPE_CHECKING:
@@ -76,7 +76,12 @@ def engine(name: str) -> type[Engine]:
         from .torch import TorchBackend
 
         return TorchBackend
-    raise TightfitError(f"unknown backend '{name}': this version has torch")
+    if name == "onnx":
+        with explained("ONNX Runtime cannot be used", "pip install 'tightfit[cpu]', or [gpu]"):
+            from .onnx import OnnxBackend
+
+            return OnnxBackend
+    raise TightfitError(f"unknown backend '{name}': choose {', '.join(BACKENDS)}")
 
 
 def backend(name: str, device: str) -> Backend:

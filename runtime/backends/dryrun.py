@@ -94,7 +94,7 @@ def footprint(
     Weights from headers, the call from a dry run on `meta`, which is kept for the next time.
     """
     dtype, device = weights.DTYPES[placement.compute], torch.device(hardware.device)
-    shapes = inputs(spec, component, *size)
+    shapes = spec.inputs(component, *size)
     module, stored, what = _module(component, placement, device.type)
     half = dtype.itemsize == 2  # fp16 and bf16 take the same
     key = (component.name, what, spec.family, half, placement.tiling, device.type, tuple(shapes.items()))
@@ -155,23 +155,6 @@ def _module(component: Component, placement: Placement, device: str) -> tuple[to
         what = json.dumps([dict(component.config), layers], sort_keys=True, default=str)
         _modules[key] = component, module, weights.match(component, module), what
     return _modules[key][1:]
-
-
-def inputs(spec: ModelSpec, component: Component, batch: int, height: int, width: int) -> Mapping[str, tuple[int, ...]]:
-    """Shapes of what a session is called with, by their names there."""
-    latents = (batch, spec.vae["latent_channels"], height // spec.downsampling, width // spec.downsampling)
-    length = min(encoder.setting("max_position_embeddings") for encoder in spec.text_encoders)
-    if component.name == "vae_decoder":
-        return {"latents": (1, *latents[1:])}
-    if component.name != "unet":
-        return {"tokens": (1, length)}
-    shapes = {"sample": latents, "timestep": (), "hidden": (batch, length, component.setting("cross_attention_dim"))}
-    if spec.guidance_width:
-        shapes["time_condition"] = (1, spec.guidance_width)
-    if spec.family == "sdxl":
-        pooled = spec.components["text_encoder_2"].setting("projection_dim")
-        shapes |= {"text_embeds": (batch, pooled), "time_ids": (batch, 6)}
-    return shapes
 
 
 def _trace(

@@ -32,6 +32,8 @@ class TorchBackend:
     @staticmethod
     def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
         """Why this engine cannot run a component so on that hardware, or None if it can."""
+        if not component.tensors:
+            return f"the {component.name} is here as ONNX only: use --backend onnx, or the model that it was exported from"
         if placement.precision == DYNAMIC and "int8" not in hardware.rates:
             return "this device has no fast products of 8-bit whole numbers that tightfit can use: choose int8"
         if placement.precision == DYNAMIC and hardware.device == "cpu" and placement.compute not in hardware.precisions:

@@ -191,7 +191,9 @@ def test_plan(call, tiny_models):
     for each in plans:
         assert each.keys() >= {"chosen", "fits", "reason", "predicted", "placements"}
         assert each["predicted"]["stages"].keys() == {"encode", "denoise", "decode"}
-        assert each["placements"]["unet"].keys() == {"backend", "precision", "compute", "residency", "attention", "tiling"}
+        assert each["placements"]["unet"].keys() == {
+                "backend", "precision", "compute", "residency", "attention", "tiling", "provider"
+            }  # fmt: skip
 
 
 def test_a_plan_is_saved_and_run(call, sd1, tmp_path):

@@ -66,7 +66,7 @@ def test_against_the_profiler(tiny_models, model, component, attention, tiling, 
     call, dtype, cpu = networks.forward(spec, part, placement), weights.DTYPES[compute], torch.device("cpu")
     module = networks.build(part, placement, "cpu")
     weights.fill(module, weights.match(part, module), dtype, cpu)
-    shapes = dryrun.inputs(spec, part, *size)
+    shapes = spec.inputs(part, *size)
     tensors = {n: torch.zeros(s, dtype=torch.int64 if n == "tokens" else torch.float32) for n, s in shapes.items()}
     run = lambda: dryrun.run(module, call, tensors, dtype, cpu)  # noqa: E731
     seen = profiled(run)

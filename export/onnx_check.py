@@ -1,0 +1,109 @@
+"""Whether an exported network answers what torch answers, at another size than it was traced with; and if not, where it departs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+
+from . import onnx_trace
+
+# Of the answer's norm. The same values are multiplied in another order; fp16 has 11 bits, and a network a hundred layers.
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
+_SIDES = {"batch_size": 1, "height": 32, "width": 16, "sequence_length": 60}
+
+
+class DepartureError(Exception):
+    """The exported network answers something else than torch."""
+
+
+def check(
+    file: Path,
+    network: onnx_trace.Network,
+    program: torch.export.ExportedProgram,
+    dtype: torch.dtype,
+    fill: Callable[[], object],
+) -> float:
+    """The largest relative error of an answer. `network.module` has its weights, in fp32, and loses them here, so that they are
+    not in memory twice; `fill` brings them back. Raises DepartureError if it is above TOLERANCE."""
+    factor = 8 if network.folder == "vae_encoder" else 1
+    sides = _SIDES | {"height": 32 * factor, "width": 16 * factor}
+    arguments = network.arguments(sides, dtype, "cpu", seed=1)
+    real = {name: value.float() if value.is_floating_point() else value for name, value in arguments.items()}
+    with torch.inference_mode():
+        expected = [each.numpy() for each in network.call(network.module, **real)]
+    network.module.to("meta")
+    session = _session(file)
+    got = session.run(list(network.outputs), {name: value.numpy() for name, value in arguments.items()})
+    error = max(_relative(np.asarray(a, np.float32), b) for a, b in zip(got, expected, strict=True))
+    if not error <= TOLERANCE[dtype]:
+        fill()
+        where = _first_departure(file, network, program, arguments, dtype)
+        raise DepartureError(
+            f"{network.folder} is {error:.1e} from torch, {TOLERANCE[dtype]:.0e} is allowed; it departs at {where}"
+        )
+    return float(f"{error:.2e}")
+
+
+def _session(file: Path | bytes) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    # the graph as it is written, without second copies of weights
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+
+def _relative(got: np.ndarray, expected: np.ndarray) -> float:
+    if got.shape != expected.shape or not np.isfinite(got).all():
+        return math.inf
+    return float(np.linalg.norm(got - expected) / max(np.linalg.norm(expected), 1e-12))
+
+
+def _first_departure(
+    file: Path, network: onnx_trace.Network, program: torch.export.ExportedProgram, arguments: dict[str, torch.Tensor], dtype: Any
+) -> str:
+    """The first operator whose answer is not torch's: values have the same names in the traced program and in the graph."""
+    import onnx
+
+    answers: dict[str, np.ndarray] = {}
+
+    class Watching(torch.fx.Interpreter):
+        def run_node(self, n: torch.fx.Node) -> Any:
+            out = super().run_node(n)
+            if isinstance(out, torch.Tensor) and out.is_floating_point():
+                answers[n.name] = out.float().numpy().copy()
+            return out
+
+    module: Any = program.module(check_guards=False)
+    for node in list(module.graph.nodes):  # it was traced on meta, and says so
+        if "assert" in str(node.target):
+            module.graph.erase_node(node)
+        elif "device" in node.kwargs:
+            node.update_kwarg("device", "cpu")
+    state = {f"{onnx_trace.PREFIX}{name}": value.to(dtype) for name, value in network.module.state_dict().items()}
+    module.load_state_dict(state, assign=True, strict=False)
+    with torch.inference_mode():
+        Watching(module).run(*arguments.values())
+    graph = onnx.load(file, load_external_data=False)
+    made = {name: node for node in graph.graph.node for name in node.output}
+    shared = [name for name in made if name in answers]
+    del graph.graph.output[:]
+    graph.graph.output.extend(onnx.ValueInfoProto(name=name) for name in shared)
+    watched = file.with_name("watched.onnx")
+    try:
+        watched.write_bytes(graph.SerializeToString())
+        got = _session(watched).run(shared, {name: value.numpy() for name, value in arguments.items()})
+    finally:
+        watched.unlink(missing_ok=True)
+    for name, value in ((name, np.asarray(value)) for name, value in zip(shared, got, strict=True)):
+        if value.size == answers[name].size:  # attention answers in another shape
+            error = _relative(np.asarray(value, np.float32).reshape(answers[name].shape), answers[name])
+            if not error <= TOLERANCE[dtype]:
+                return f"{made[name].op_type} ({name}, off by {error:.1e})"
+    return "the end"

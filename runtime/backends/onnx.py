@@ -1,0 +1,386 @@
+"""The ONNX Runtime engine: graphs as `tightfit export --to onnx` and Optimum write them, on the provider that detection found."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from ..errors import OutOfMemoryError, TightfitError, first_line
+from ..hardware import CPU_PROVIDER, Hardware, providers
+from ..memory import Footprint, Trace, peak, shown
+from ..onnx_file import Graph
+from ..plan import Placement
+from ..process import ProcessPeak, release
+from ..spec import Component, ModelSpec
+from . import onnx_trace
+
+_FLOAT16, _FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+# What a Session's arrays are called in the graphs.
+NAMES = {
+    "tokens": "input_ids",
+    "hidden": "encoder_hidden_states",
+    "time_condition": "timestep_cond",
+    "latents": "latent_sample",
+}  # fmt: skip
+_PER_NODE = 10_000  # bytes that a session takes for an operator of its graph, as measured on SD 1.5's U-Net
+_DEVICE = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml", "MIGraphXExecutionProvider": "cuda"}
+
+
+class OnnxBackend:
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
+
+    @staticmethod
+    def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
+        """Why this engine cannot run a component so on that hardware, or None if it can."""
+        there = hardware.providers if hardware.providers is not None else providers()
+        if component.graph is None:
+            return f"the {component.name} is not here as ONNX: export the model with --to onnx"
+        if placement.provider not in there:
+            return f"ONNX Runtime has no {placement.provider} here, but {', '.join(there) or 'nothing, as it is not installed'}"
+        if placement.residency == "streamed":
+            return "ONNX Runtime cannot stream weights"
+        if placement.attention != "sdpa" or placement.tiling != "whole":
+            return "an ONNX graph has its own attention, and runs whole"
+        newest = newest_opset()
+        if component.graph.opset > newest:
+            return (
+                f"{component.graph.file} is of opset {component.graph.opset}, ONNX Runtime {onnxruntime.__version__} knows opset "
+                f"{newest}: install a newer one, or export the model again"
+            )
+        return None
+
+    @staticmethod
+    def footprint(
+        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+    ) -> Footprint:
+        """Weights as the provider holds them, and one call of the graph by onnx_trace.py."""
+        assert component.graph is not None
+        on_cpu = placement.provider == CPU_PROVIDER
+        held = tuple(_held(component.graph, on_cpu))
+        call = _trace(component.graph, on_cpu, _shapes(spec, component, size))
+        loading = _loading_bytes(component.graph) if on_cpu else 0
+        if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
+            host = peak("cpu", (), Footprint(held, loading, call, (), 0))
+            return Footprint((), 0, Trace((), (), call.operations), (), 0, host)
+        return Footprint(held, loading, call, (), 0)
+
+    def load(self, _: ModelSpec, component: Component, placement: Placement) -> OnnxSession:
+        """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be run."""
+        assert component.graph is not None
+        return OnnxSession(component.graph, placement.provider, self.meter)
+
+
+class OnnxSession:
+    """A graph, called with arrays by the names that Session has for them."""
+
+    def __init__(self, graph: Graph, provider: str, meter: ProcessMeter | DeviceMeter) -> None:
+        self.graph, self.provider, self.meter = graph, provider, meter
+        self._held = sum(_held(graph, provider == CPU_PROVIDER))
+        loading = _loading_bytes(graph) if provider == CPU_PROVIDER else 0
+        meter.reach(self._held + loading)
+        self.session: Any = None
+        options = session_options()
+        source: Any = str(graph.file)
+        if rewritten := _for_runtime(graph):
+            source = rewritten
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(graph.file.parent.absolute())
+            )
+        chosen: list[Any] = [(provider, provider_options(provider, meter.room(0)))]
+        if provider != CPU_PROVIDER:
+            chosen.append(CPU_PROVIDER)
+        with _errors_explained(graph):
+            self.session = onnxruntime.InferenceSession(source, options, providers=chosen)
+        self.inputs = graph.inputs
+        self.outputs = _answers([value.name for value in self.session.get_outputs()])
+        self._sent: dict[str, tuple[np.ndarray, Any]] = {}
+        meter.hold(self._held)
+
+    def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self.session is None:
+            raise TightfitError("the pipeline was closed while it was painting")
+        feeds = {}
+        for name, array in arrays.items():
+            name = NAMES.get(name, name)
+            kind, sides = self.inputs[name]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+            feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
+        shapes = {name: array.shape for name, array in feeds.items()}
+        call = _trace(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items()))
+        self.meter.reach(peak("cpu", (), Footprint((), 0, call, (), 0)))
+        with _errors_explained(self.graph):
+            outs = self._on_device(arrays, feeds) if self.provider in _DEVICE else self.session.run(self.outputs, feeds)
+        return tuple(np.asarray(out, np.float32) for out in outs)
+
+    def _on_device(self, arrays: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """With inputs that stay on the device as long as the caller passes the same array, and answers of their own there."""
+        device, binding = _DEVICE[self.provider], self.session.io_binding()
+        for name, array in feeds.items():
+            given = next(value for key, value in arrays.items() if NAMES.get(key, key) == name)
+            kept, there = self._sent.get(name, (None, None))
+            if kept is not given:
+                there = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
+                self._sent[name] = given, there
+            binding.bind_ortvalue_input(name, there)
+        for name in self.outputs:
+            binding.bind_output(name, device, 0)
+        options = onnxruntime.RunOptions()
+        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
+        self.session.run_with_iobinding(binding, options)
+        return binding.copy_outputs_to_cpu()
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session = None
+            self._sent.clear()
+            self.meter.hold(-self._held)
+            release()
+
+
+def _answers(names: list[str]) -> list[str]:
+    """Those of a graph's outputs that a Session answers with."""
+    if "hidden_states.0" in names:  # SDXL: the last but one, and the projection where there is one
+        numbers = sorted(int(name.rpartition(".")[2]) for name in names if name.startswith("hidden_states."))
+        # Optimum gives the states before each layer, tightfit the last layer's too
+        hidden = f"hidden_states.{numbers[-2]}"
+        return [hidden, "text_embeds"] if "text_embeds" in names else [hidden]
+    return [name for name in ("out_sample", "sample", "last_hidden_state") if name in names] or names[:1]
+
+
+def session_options() -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Buffers are made for each answer and given back after its last use. With ONNX Runtime's own reuse one of a weight's shape is
+    # kept from the first layer of that shape to the last: 800 MB instead of 303 for SD 1.5's U-Net in int4 at 512.
+    options.enable_mem_reuse = options.enable_mem_pattern = False
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # other engines' threads want the cores between calls
+    return options
+
+
+def provider_options(provider: str, room: int | None) -> dict[str, str]:
+    """What keeps a provider to `room` bytes, or as many as it wants if that is None."""
+    if provider != "CUDAExecutionProvider":
+        return {}
+    options = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+    options |= {"cudnn_conv_use_max_workspace": "0"}
+    return options if room is None else options | {"gpu_mem_limit": str(room)}
+
+
+@functools.cache
+def newest_opset() -> int:
+    """The newest opset that the installed ONNX Runtime runs, asked of it with a graph from the future."""
+    value = onnx.helper.make_tensor_value_info("x", _FLOAT, [1])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [
+        onnx.helper.make_tensor_value_info("y", _FLOAT, [1])])  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 999)], ir_version=8)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU_PROVIDER])
+    except Exception as error:  # its own class is not public
+        found = re.search(r"till opset (\d+)", str(error))
+        return int(found[1]) if found else 999
+    return 999
+
+
+def _rewritten(model: Any) -> Any:
+    """A copy with what ONNX Runtime runs in less memory: attention that keeps no scores, in place of the operator that does."""
+    from onnx import helper
+
+    copy = type(model)()
+    copy.CopyFrom(model)
+    changed = False
+    for node in copy.graph.node:
+        heads = onnx_trace.attribute(node, "q_num_heads")
+        plain = len(node.input) == 3 and heads and not onnx_trace.attribute(node, "is_causal", 0)
+        if node.op_type == "Attention" and node.domain in ("", "ai.onnx") and plain:
+            scale = onnx_trace.attribute(node, "scale")
+            del node.attribute[:]
+            node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
+            node.attribute.append(helper.make_attribute("num_heads", heads))
+            if scale is not None:
+                node.attribute.append(helper.make_attribute("scale", scale))
+            changed = True
+    if changed and all(each.domain != "com.microsoft" for each in copy.opset_import):
+        copy.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return copy if changed else model
+
+
+_KEPT = 64
+_known: dict[Any, Any] = {}
+
+
+def _once(graph: Graph, key: Any, compute: Any) -> Any:
+    """Kept with the graph, so that its id stays its own."""
+    key = (id(graph), *key)
+    if key not in _known:
+        if len(_known) >= _KEPT:
+            _known.clear()
+        _known[key] = graph, compute()
+    return _known[key][1]
+
+
+def _model(graph: Graph) -> Any:
+    return _once(graph, ("model",), lambda: _rewritten(graph.model))
+
+
+def _for_runtime(graph: Graph) -> bytes | None:
+    """The graph to be run, if it is not as the file has it."""
+    changed = _model(graph) is not graph.model
+    return _model(graph).SerializeToString() if changed else None
+
+
+def _trace(graph: Graph, on_cpu: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Trace:
+    def compute() -> Trace:
+        weights = graph.tensors.keys()
+        own = functools.partial(_own_bytes, weights) if on_cpu else None
+        return onnx_trace.trace(_model(graph), dict(shapes), own, wide=on_cpu)
+
+    return _once(graph, ("trace", on_cpu, shapes), compute)
+
+
+def _shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Shapes of the graph's inputs, by their names there, for a batch and the picture's height and width in pixels."""
+    assert component.graph is not None
+    wanted = {NAMES.get(name, name): shape for name, shape in spec.inputs(component, *size).items()}
+    return tuple((name, wanted[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items())
+
+
+def _own_bytes(weights: Any, node: Any, shapes: onnx_trace.Shapes) -> int:
+    """What ONNX Runtime's CPU kernels take beside their answers, as measured one by one (docs/decisions.md)."""
+    ins = [name for name in node.input if name]
+    if node.op_type == "MultiHeadAttention":  # each operand, its heads apart
+        return sum(shapes.bytes(name) for name in ins[:3])
+    if node.op_type == "Attention":  # the scores
+        q, k = (shapes.shapes[name] for name in ins[:2])
+        heads = onnx_trace.attribute(node, "q_num_heads") or q[1]
+        return 4 * q[0] * heads * q[-2] * k[-2]
+    if node.op_type == "GroupNormalization":
+        return 2 * shapes.bytes(ins[0])
+    if node.op_type == "Conv":
+        filters, *patch = shapes.shapes[ins[1]]
+        spatial = int(np.prod(shapes.shapes[node.output[0]][2:]))
+        if ins[1] in weights:  # in blocks of channels (NCHWc)
+            return shapes.bytes(ins[0])
+        if filters > spatial and int(np.prod(patch[1:])) > 1:  # every patch of a picture
+            return 4 * int(np.prod(patch)) * spatial
+    return 0
+
+
+def _held(graph: Graph, on_cpu: bool) -> Iterator[int]:
+    """Bytes of each weight, as the provider holds it: what is cast is cast when it is loaded, as is all fp16 on a CPU."""
+    users: dict[str, list[Any]] = _once(graph, ("users",), lambda: _users(graph))
+    for name, tensor in graph.tensors.items():
+        casts = [onnx_trace.attribute(node, "to") for node in users.get(name, ()) if node.op_type == "Cast"]
+        if casts and len(casts) == len(users[name]):
+            yield tensor.count * onnx.helper.tensor_dtype_to_np_dtype(casts[0]).itemsize
+        else:
+            yield tensor.stored_bytes * (2 if on_cpu and tensor.dtype == "F16" else 1)
+    yield _PER_NODE * len(graph.model.graph.node)
+
+
+def _users(graph: Graph) -> dict[str, list[Any]]:
+    found: dict[str, list[Any]] = {}
+    for node in graph.model.graph.node:
+        for name in node.input:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def _loading_bytes(graph: Graph) -> int:
+    """Most that loading takes on a CPU beyond what is held then: the largest weight again, as it is packed; fp16 whole."""
+    halves = sum(tensor.stored_bytes for tensor in graph.tensors.values() if tensor.dtype == "F16")
+    return halves + max((tensor.stored_bytes for tensor in graph.tensors.values()), default=0)
+
+
+class ProcessMeter:
+    """For the CPU provider, whose allocator cannot be asked: by how much this process has grown since nothing was loaded."""
+
+    def __init__(self) -> None:
+        self._process, self._limit, self._held = ProcessPeak(), None, 0
+        self._start, self._used = resident(), False
+
+    def limit(self, count: int | None) -> None:
+        self._limit = count
+
+    def reset(self) -> None:
+        if not self._held:
+            self._start = resident()
+        self._process.reset()
+        self._used = self._held > 0
+
+    def bytes(self) -> int:
+        return max(0, self._process.bytes() - self._start) if self._used else 0
+
+    def hold(self, count: int) -> None:
+        self._held += count
+        self._used = True
+
+    def room(self, taken: int) -> int | None:
+        return None if self._limit is None else max(0, self._limit - self._held - taken)
+
+    def reach(self, count: int) -> None:
+        """Raise OutOfMemoryError if there is no room for `count` bytes beside what is held."""
+        room = self.room(0)
+        if room is not None and count > room:
+            raise OutOfMemoryError(f"{shown(self._held + count)} are needed where {shown(self._held + room)} are allowed")
+
+
+class DeviceMeter(ProcessMeter):
+    """For a GPU's provider: what the driver says is taken of its memory since nothing was loaded, looked at after each call."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device, self._peak = device, 0
+        self._free = self._now()
+
+    def reset(self) -> None:
+        if not self._held:
+            self._free = self._now()
+        self._peak = 0
+        self.look()
+
+    def bytes(self) -> int:
+        self.look()
+        return self._peak
+
+    def look(self) -> None:
+        self._peak = max(self._peak, self._free - self._now())
+
+    def _now(self) -> int:
+        """Bytes that are free on the device; 0 where nobody tells."""
+        import torch
+
+        module: Any = getattr(torch, self._device, None)
+        return int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") else 0
+
+
+def resident() -> int:
+    """Bytes that this process holds now."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+@contextmanager
+def _errors_explained(graph: Graph) -> Iterator[None]:
+    """ONNX Runtime has a class of its own for every status, and none for memory."""
+    try:
+        yield
+    except TightfitError:
+        raise
+    except Exception as error:
+        if re.search("out of memory|Failed to allocate memory|smaller than requested bytes|bad_alloc", str(error)):
+            raise OutOfMemoryError(first_line(error)) from error
+        raise TightfitError(
+            f"{graph.file} cannot be run ({first_line(error)}): export it again, or use another provider"
+        ) from error
