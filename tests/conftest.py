@@ -72,9 +72,8 @@ def shallow_models(tmp_path_factory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def onnx_models(shallow_models, tmp_path_factory):
     """Called with a family and a precision: the shallow model exported to ONNX, once; tests must not change it."""
-    from typer.testing import CliRunner
-
     from tightfit.runtime.cli import app
+    from typer.testing import CliRunner
 
     root, known = tmp_path_factory.mktemp("onnx"), {}
 

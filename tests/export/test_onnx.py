@@ -12,9 +12,8 @@ import numpy as np
 import onnx
 import onnx.reference
 import pytest
-import torch
-
 import tightfit
+import torch
 from tightfit.export import folder as folders
 from tightfit.export import onnx as exporter
 from tightfit.export import onnx_check, onnx_graph

@@ -1,0 +1,248 @@
+"""The ONNX Runtime engine: shapes and bytes told beforehand, what is refused and why, and plans that mix engines."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import tightfit
+from onnx import TensorProto, helper, numpy_helper
+from tightfit.runtime import planner
+from tightfit.runtime.backends import onnx as engine
+from tightfit.runtime.backends import onnx_trace
+from tightfit.runtime.errors import OutOfMemoryError, TightfitError
+from tightfit.runtime.hardware import Hardware
+from tightfit.runtime.memory import Footprint, Trace, peak
+from tightfit.runtime.onnx_file import read_graph
+from tightfit.runtime.plan import Plan, Wishes
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def here() -> Hardware:
+    return Hardware.detect("cpu")
+
+
+@pytest.mark.parametrize(("family", "precision"), [("sd1", "fp32"), ("sd1", "int4"), ("sdxl", "fp16")])
+@pytest.mark.parametrize("name", ["text_encoder", "unet", "vae_decoder"])
+def test_shapes_are_those_that_onnx_runtime_finds(onnx_models, family, precision, name):
+    """Every value of the graph, at a size other than it was traced with."""
+    spec = tightfit.inspect(str(onnx_models(family, precision)))
+    component = spec.components[name]
+    assert component.graph
+    inputs = dict(engine._shapes(spec, component, (1, 48, 80)))
+    shapes = onnx_trace.Shapes(component.graph.model, inputs)
+    model = onnx.load(component.graph.file, load_external_data=False)
+    outputs = [value for node in model.graph.node for value in node.output if value]
+    del model.graph.output[:]
+    model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in outputs)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(component.graph.file.parent))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feeds = {
+        value.name: np.ones(inputs[value.name], helper.tensor_dtype_to_np_dtype(component.graph.inputs[value.name][0]))
+        for value in session.get_inputs()
+    }
+    for value, got in zip(outputs, session.run(outputs, feeds), strict=True):
+        assert (value, shapes.shapes[value]) == (value, np.shape(got))
+        if np.asarray(got).dtype.kind == "f":
+            assert shapes.bytes(value) == np.asarray(got).nbytes
+
+
+def chain(*sizes: int):
+    """x (256 KiB) → a (1 MiB) → b (1 MiB), the same reshaped → c (2 MiB); a is used once more at the end."""
+    nodes = [
+        helper.make_node("Concat", ["x", "x", "x", "x"], ["a"], axis=0),
+        helper.make_node("Sigmoid", ["a"], ["b"]),
+        helper.make_node("Reshape", ["b", "flat"], ["r"]),
+        helper.make_node("Concat", ["r", "r"], ["c"], axis=0),
+        helper.make_node("ReduceSum", ["c"], ["s"], keepdims=0),
+        helper.make_node("Add", ["a", "s"], ["y"]),
+    ]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [numpy_helper.from_array(np.array([-1], np.int64), "flat")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def test_buffers_come_and_go_with_their_use():
+    """By hand: a, b and c are alive together, r is b."""
+    call = onnx_trace.trace(chain(), {"x": (256, 256)})
+    assert peak("cpu", (), Footprint((), 0, call, (), 0)) == 4 * MIB
+    call = onnx_trace.trace(chain(), {"x": (256, 256)}, lambda node, _: 3 * MIB if node.op_type == "Sigmoid" else 0)
+    assert peak("cpu", (), Footprint((), 0, call, (), 0)) == 5 * MIB
+
+
+def test_arithmetic_is_counted():
+    """Multiplications and additions of torch's own count for the same network."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer = torch.nn.Conv2d(8, 16, 3, padding=1, stride=2)
+    with FlopCounterMode(display=False) as counter:
+        layer(torch.zeros(2, 8, 20, 12))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
+    weight = numpy_helper.from_array(layer.weight.detach().numpy(), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[1] * 4, strides=[2, 2])
+    graph = helper.make_graph([node], "g", values[:1], values[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    (operation,) = onnx_trace.trace(model, {"x": (2, 8, 20, 12)}).operations
+    assert operation.flops == counter.get_total_flops()
+    assert operation.bytes == 4 * (2 * 8 * 20 * 12 + 16 * 8 * 9 + 2 * 16 * 10 * 6)
+
+
+def test_one_dequantised_weight_at_a_time(onnx_models):
+    """What is alive in int4 beyond fp32 is at most twice the largest weight, which is dequantised, then lessened."""
+    most = {}
+    for precision in ("fp32", "int4"):
+        spec = tightfit.inspect(str(onnx_models("sd1", precision)))
+        unet = spec.components["unet"]
+        assert unet.graph
+        call = engine._trace(unet.graph, True, engine._shapes(spec, unet, (1, 32, 32)))
+        most[precision] = peak("cpu", (), Footprint((), 0, call, (), 0))
+        if precision == "fp32":
+            largest = max(tensor.stored_bytes for tensor in unet.graph.tensors.values())
+    assert most["int4"] <= most["fp32"] + 2 * largest
+
+
+def test_attention_keeps_no_scores(onnx_models):
+    """It is rewritten for ONNX Runtime, but for text, whose attention has a mask."""
+    spec = tightfit.inspect(str(onnx_models("sd1", "fp32")))
+    for name, kind in (("unet", "MultiHeadAttention"), ("vae_decoder", "MultiHeadAttention"), ("text_encoder", "Attention")):
+        graph = spec.components[name].graph
+        assert graph
+        kinds = {node.op_type for node in engine._model(graph).graph.node}
+        assert kinds & {"Attention", "MultiHeadAttention"} == {kind}
+        assert "MultiHeadAttention" not in {node.op_type for node in graph.model.graph.node}  # the file's is left as it is
+
+
+def test_a_provider_that_is_not_here(onnx_models):
+    with (
+        tightfit.load(str(onnx_models("sd1", "fp32")), device="cpu", provider="cuda") as pipe,
+        pytest.raises(TightfitError, match=r"no provider 'cuda' here: choose .*CPUExecutionProvider"),
+    ):
+        pipe("a")
+
+
+def test_a_graph_from_the_future(onnx_models, tmp_path, here):
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_models("sd1", "fp32"), folder)
+    file = folder / "unet" / "model.onnx"
+    proto = onnx.load(file, load_external_data=False)
+    proto.opset_import[0].version = engine.newest_opset() + 1
+    file.write_bytes(proto.SerializeToString())
+    cure = rf"is of opset {engine.newest_opset() + 1}, ONNX Runtime .* knows opset {engine.newest_opset()}: install a newer one"
+    with tightfit.load(str(folder), device="cpu") as pipe, pytest.raises(TightfitError, match=cure):
+        pipe("a")
+
+
+def test_newest_opset_is_onnx_runtimes_own():
+    for opset, works in ((engine.newest_opset(), True), (engine.newest_opset() + 1, False)):
+        value = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])
+        out = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])
+        graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [value], [out])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        try:
+            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            found = True
+        except Exception:
+            found = False
+        assert found == works
+
+
+@pytest.mark.parametrize(
+    ("wishes", "cure"),
+    [
+        ({"backend": "torch"}, "has no weights that torch reads"),
+        ({"precision": "int4", "backend": "onnx"}, "has precision fp32: leave out --precision int4"),
+        ({"residency": "streamed"}, "cannot stream weights"),
+        ({"attention": "sliced"}, "has its own attention"),
+    ],
+)
+def test_what_a_graph_cannot_do(onnx_models, wishes, cure):
+    with tightfit.load(str(onnx_models("sd1", "fp32")), device="cpu", **wishes) as pipe, pytest.raises(TightfitError, match=cure):
+        pipe("a")
+
+
+def test_torch_models_have_no_graph(sd1):
+    with (
+        tightfit.load(str(sd1), device="cpu", backend="onnx") as pipe,
+        pytest.raises(TightfitError, match="export it with --to onnx"),
+    ):
+        pipe("a")
+
+
+@pytest.fixture
+def mixed(onnx_models, shallow_models, tmp_path):
+    """A diffusers folder with the text encoder as ONNX beside it, as SDXL is published."""
+    folder = tmp_path / "model"
+    shutil.copytree(shallow_models["sd1"], folder)
+    for name in ("model.onnx", "model.onnx_data"):
+        shutil.copyfile(onnx_models("sd1", "fp32") / "text_encoder" / name, folder / "text_encoder" / name)
+    return folder
+
+
+def test_mixed_plans(mixed, shallow_models, here, tmp_path):
+    spec = tightfit.inspect(str(mixed))
+    plans = planner.plan(here, spec, tightfit.Request("a"), Wishes(precision="fp32"))
+    engines = {tuple(placement.backend for placement in plan.placements.values()) for plan in plans}
+    assert engines == {("torch", "torch", "torch"), ("onnx", "torch", "torch")}
+    request = {"seed": 1, "num_inference_steps": 2, "width": 32, "height": 32}
+    with tightfit.load(str(mixed), device="cpu", backend="onnx", precision="fp32") as pipe:
+        result = pipe.generate(tightfit.Request("a red heart", **request))
+    assert result.plan.placements["text_encoder"].backend == "onnx"
+    assert result.plan.summary().endswith("text_encoder by onnx")
+    with tightfit.load(str(shallow_models["sd1"]), device="cpu", precision="fp32") as pipe:
+        expected = pipe("a red heart", **request)
+    assert np.abs(np.asarray(result.images[0], int) - np.asarray(expected, int)).max() <= 1
+    import json
+
+    saved = Plan.from_json(json.dumps(result.plan.to_json()))
+    with tightfit.load(str(mixed), device="cpu", plan=saved) as pipe:
+        assert pipe.generate(tightfit.Request("a", **request)).plan.placements == saved.placements
+
+
+def test_a_text_encoder_on_the_host_takes_nothing_of_the_gpu(mixed):
+    """On a machine with a GPU and ONNX Runtime for the CPU only."""
+    card = replace(tightfit.profile("rtx-2060"), providers=("CPUExecutionProvider",))
+    plans = planner.plan(card, tightfit.inspect(str(mixed)), tightfit.Request("a"), Wishes(backend="onnx", precision="fp16"))
+    assert plans[0].placements["text_encoder"].provider == "CPUExecutionProvider"
+    assert plans[0].placements["unet"].backend == "torch"
+    nothing = peak("cuda", (), Footprint((), 0, Trace((), (), ()), (), 0))
+    assert plans[0].predicted.stages["encode"] == nothing
+    graph = read_graph(mixed / "text_encoder" / "model.onnx")
+    assert graph.stored_bytes < plans[0].predicted.host_bytes < 20 * graph.stored_bytes
+
+
+def test_no_room_is_said_before_it_is_taken(onnx_models):
+    spec = tightfit.inspect(str(onnx_models("sd1", "fp32")))
+    backend = engine.OnnxBackend("cpu")
+    placement = planner._on_onnx(
+        Hardware.detect("cpu"), spec, "unet", Wishes(), dict.fromkeys(("residency", "attention"), "staged")
+    )
+    backend.meter.limit(MIB // 4)
+    with pytest.raises(OutOfMemoryError):
+        backend.load(spec, spec.components["unet"], placement)
+    held = sum(engine._held(read_graph(spec.folder / "unet" / "model.onnx"), True))
+    backend.meter.limit(2 * held)
+    session = backend.load(spec, spec.components["unet"], placement)
+    large = dict(spec.inputs(spec.components["unet"], 2, 512, 512))
+    with pytest.raises(OutOfMemoryError):
+        session(**{name: np.zeros(shape, np.float32) for name, shape in large.items()})
+    session.close()
+    with pytest.raises(TightfitError, match="closed"):
+        session()
+
+
+def test_gpu_memory_is_capped():
+    options = engine.provider_options("CUDAExecutionProvider", 3 * 2**30)
+    assert (options["gpu_mem_limit"], options["arena_extend_strategy"]) == (str(3 * 2**30), "kSameAsRequested")
+    assert "gpu_mem_limit" not in engine.provider_options("CUDAExecutionProvider", None)
+    assert engine.provider_options("CPUExecutionProvider", 1) == {}

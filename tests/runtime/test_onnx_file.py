@@ -1,0 +1,133 @@
+"""Headers of ONNX files: what is broken, missing or elsewhere is one clear line, and no weight is read."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.onnx_file import read_graph
+
+WEIGHT = np.arange(64 * 32, dtype=np.float32).reshape(64, 32)
+
+
+def model(dtype=TensorProto.FLOAT):
+    x = helper.make_tensor_value_info("x", dtype, ["batch", 64])
+    y = helper.make_tensor_value_info("y", dtype, ["batch", 32])
+    small = numpy_helper.from_array(np.array([1, 2], np.int64), "small")
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [numpy_helper.from_array(WEIGHT, "w"), small]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
+
+
+@pytest.fixture
+def external(tmp_path):
+    """A model whose weight is in a file beside it, as onnx itself writes it."""
+    file = tmp_path / "unet" / "model.onnx"
+    file.parent.mkdir()
+    onnx.save(model(), file, save_as_external_data=True, location="model.onnx_data", size_threshold=1000)
+    return file
+
+
+def rewritten(file, **place):
+    proto = onnx.load(file, load_external_data=False)
+    weight = next(each for each in proto.graph.initializer if each.name == "w")
+    kept = {each.key: each.value for each in weight.external_data} | {key: str(value) for key, value in place.items()}
+    del weight.external_data[:]
+    for key, value in kept.items():
+        weight.external_data.add(key=key, value=value)
+    file.write_bytes(proto.SerializeToString())
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_weights_are_found_where_they_are(tmp_path, external, inside):
+    file = external
+    if inside:
+        file = tmp_path / "inside.onnx"
+        onnx.save(model(), file)
+    graph = read_graph(file)
+    assert (graph.opset, graph.compute, graph.precision) == (20, "fp32", "fp32")
+    assert graph.inputs == {"x": (TensorProto.FLOAT, ("batch", 64))}
+    (tensor,) = graph.tensors.values()
+    assert (tensor.dtype, tensor.shape, tensor.file.name) == ("F32", (64, 32), file.name if inside else "model.onnx_data")
+    read = np.zeros_like(WEIGHT)
+    tensor.read_into(read.view(np.uint8).data)
+    np.testing.assert_array_equal(read, WEIGHT)
+    assert len(graph.model.SerializeToString()) < 1000
+
+
+@pytest.mark.parametrize(
+    "place", ["../other", "/etc/passwd", "a/../../b", "C:\\secrets", "\\\\host\\share", "..\\up", ""], ids=lambda p: p or "empty"
+)
+def test_weights_outside_of_the_folder_are_refused(external, place):
+    rewritten(external, location=place)
+    with pytest.raises(TightfitError, match="outside of its folder"):
+        read_graph(external)
+
+
+def test_truncated_and_missing_weights(external):
+    data = external.with_name("model.onnx_data")
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1])
+    with pytest.raises(TightfitError, match=r"model.onnx_data is truncated: it has 8191 bytes of 8192"):
+        read_graph(external)
+    data.rename(data.with_name("renamed"))
+    with pytest.raises(TightfitError, match=r"model.onnx_data is missing, .*rename it back"):
+        read_graph(external)
+
+
+@pytest.mark.parametrize("place", [{"length": 4}, {"offset": -8}, {"offset": "x"}, {"offset": 4096}])
+def test_places_that_cannot_be(external, place):
+    rewritten(external, **place)
+    with pytest.raises(TightfitError, match="copy or download"):
+        read_graph(external)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_broken_files_never_raise_anything_else(tmp_path, data):
+    whole = bytearray(model().SerializeToString())
+    if data.draw(st.booleans()):
+        whole = whole[: data.draw(st.integers(0, len(whole) - 1))]
+    for _ in range(data.draw(st.integers(0, 3))):
+        if whole:
+            whole[data.draw(st.integers(0, min(len(whole) - 1, 200)))] = data.draw(st.integers(0, 255))
+    file = tmp_path / "broken.onnx"
+    file.write_bytes(whole)
+    try:
+        read_graph(file)
+    except TightfitError as error:
+        assert str(error).count("\n") == 0
+
+
+def test_a_graph_of_another_network_is_refused(onnx_models, tmp_path):
+    import shutil
+
+    import tightfit
+
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_models("sd1", "fp32"), folder)
+    shutil.copyfile(folder / "vae_decoder" / "model.onnx", folder / "unet" / "model.onnx")
+    shutil.copyfile(folder / "vae_decoder" / "model.onnx_data", folder / "unet" / "model.onnx_data")
+    with pytest.raises(
+        TightfitError, match=r"unet/model.onnx has the inputs latent_sample, a unet has encoder_hidden_states, sample"
+    ):
+        tightfit.inspect(str(folder))
+
+
+def test_a_graph_of_another_width_is_refused(onnx_models, tmp_path):
+    import json
+    import shutil
+
+    import tightfit
+
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_models("sd1", "fp32"), folder)
+    config = folder / "unet" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
+    with pytest.raises(TightfitError, match=r"takes sample of .*, its config says 9 channels"):
+        tightfit.inspect(str(folder))
