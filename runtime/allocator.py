@@ -121,3 +121,50 @@ class CachingAllocator:
 def allocator(device: str) -> Allocator:
     """An empty one of the kind that torch uses on `device`."""
     return CachingAllocator() if device in ("cuda", "xpu") else ExactAllocator()
+
+
+class OnnxArena:
+    """ONNX Runtime's arena (core/framework/bfc_arena.cc, default settings): requests are rounded up to 256 bytes and cut from
+    regions, each twice the last up to 1 GiB, or large enough; the best fitting free chunk is taken, and split where half of it, or
+    128 MiB, would be left. Nothing is given back. `peak` is what has been touched of the regions, each from its beginning, as the
+    system gives pages when they are touched; of a device that gives them at once (`whole`) it is their sizes.
+    """
+
+    def __init__(self, whole: bool = False) -> None:
+        self._next, self._whole = MIB, whole
+        self._free: list[tuple[int, int, int]] = []  # size, region, offset
+        self._used: dict[int, tuple[int, int, int]] = {}
+        self._touched: list[int] = []
+        self.peak = 0
+
+    def allocate(self, name: int, count: int) -> None:
+        size = max(1, -(-count // 256)) * 256
+        at = bisect_left(self._free, (size, 0, 0))
+        if at == len(self._free):
+            self._extend(size)
+            at = bisect_left(self._free, (size, 0, 0))
+        found, region, offset = self._free.pop(at)
+        if found >= 2 * size or found - size >= 128 * MIB:
+            insort(self._free, (found - size, region, offset + size))
+            found = size
+        self._used[name] = found, region, offset
+        if not self._whole and offset + size > self._touched[region]:
+            self.peak += offset + size - self._touched[region]
+            self._touched[region] = offset + size
+
+    def free(self, name: int) -> None:
+        size, region, offset = self._used.pop(name)
+        for other in [each for each in self._free if each[1] == region and each[2] in (offset + size, offset - each[0])]:
+            self._free.remove(other)
+            size, offset = size + other[0], min(offset, other[2])
+        insort(self._free, (size, region, offset))
+
+    def _extend(self, size: int) -> None:
+        grown = size > self._next
+        while size > self._next:
+            self._next *= 2
+        insort(self._free, (self._next, len(self._touched), 0))
+        self._touched.append(self._next if self._whole else 0)
+        self.peak += self._next if self._whole else 0
+        if not grown:
+            self._next = min(2 * self._next, 1024 * MIB)

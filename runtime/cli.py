@@ -37,10 +37,10 @@ app.command()(export)
 
 _Model = Annotated[str | None, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")]
 _Precision = Annotated[str | None, typer.Option(help=f"auto, {', '.join(PRECISIONS)}.", metavar="NAME")]
-_Compute = Annotated[str, typer.Option(help="What int8 and int4 compute in.", metavar="NAME")]
+_Compute = Annotated[str, typer.Option(help="Of int8 and int4: fp32 …", metavar="NAME", show_default=False)]
 _Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.", metavar="NAME", show_default=False)]
-_Provider = Annotated[str, typer.Option(help="ONNX Runtime's: cuda, dml, cpu.", metavar="NAME", show_default=False)]
-_Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")]
+_Provider = Annotated[str, typer.Option(help="Of onnx: cuda, dml, cpu …", metavar="NAME", show_default=False)]
+_Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
 _Budget = Annotated[str | None, typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")]
 _Residency = Annotated[str, typer.Option(help=f"auto, {', '.join(RESIDENCIES)}.", metavar="NAME", show_default=False)]
 _Attention = Annotated[str, typer.Option(help=f"auto, {', '.join(ATTENTIONS)}.", metavar="NAME", show_default=False)]

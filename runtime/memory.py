@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from .allocator import allocator
+from .allocator import Allocator, allocator
 from .errors import TightfitError
 
 END, ATTENTION, MOMENT = -1, -2, -3
@@ -73,11 +73,12 @@ def peak(device: str, held: Iterable[int], own: Footprint) -> int:
         loading = next(names)
         memory.allocate(loading, own.loading)
         memory.free(loading)
-    _replay(memory, own.trace.events, own.scratch, names)
+    replay(memory, own.trace.events, own.scratch, names)
     return memory.peak
 
 
-def _replay(memory, events: Sequence[tuple[int, int]], scratch: Sequence[int], names) -> None:
+def replay(memory: Allocator, events: Sequence[tuple[int, int]], scratch: Sequence[int], names: Iterator[int]) -> None:
+    """Have the storages of a trace come and go; `names` are for what a kernel takes for a moment."""
     for name, count in events:
         if count == END:
             memory.free(name)

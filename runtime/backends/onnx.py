@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 import onnxruntime
 
+from ..allocator import OnnxArena
 from ..errors import OutOfMemoryError, TightfitError, first_line
 from ..hardware import CPU_PROVIDER, Hardware, providers
-from ..memory import Footprint, Trace, peak, shown
+from ..memory import END, Footprint, Trace, peak, replay, shown
 from ..onnx_file import Graph
 from ..plan import Placement
 from ..process import ProcessPeak, release
@@ -29,7 +30,9 @@ NAMES = {
     "time_condition": "timestep_cond",
     "latents": "latent_sample",
 }  # fmt: skip
-_PER_NODE = 10_000  # bytes that a session takes for an operator of its graph, as measured on SD 1.5's U-Net
+_PACKED = {"Conv", "MatMul", "Gemm"}
+# Bytes that a session takes on a CPU for itself, and for an operator of its graph, as measured on SD 1.5.
+_SESSION, _PER_NODE = 20 * 2**20, 10_000
 _DEVICE = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml", "MIGraphXExecutionProvider": "cuda"}
 
 
@@ -62,16 +65,14 @@ class OnnxBackend:
     def footprint(
         spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
     ) -> Footprint:
-        """Weights as the provider holds them, and one call of the graph by onnx_trace.py."""
+        """Weights as the provider holds them, and one call of the graph by onnx_trace.py, in ONNX Runtime's arena."""
         assert component.graph is not None
         on_cpu = placement.provider == CPU_PROVIDER
-        held = tuple(_held(component.graph, on_cpu))
-        call = _trace(component.graph, on_cpu, _shapes(spec, component, size))
-        loading = _loading_bytes(component.graph) if on_cpu else 0
+        whole = call_footprint(component.graph, on_cpu, _shapes(spec, component, size))
         if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
-            host = peak("cpu", (), Footprint(held, loading, call, (), 0))
-            return Footprint((), 0, Trace((), (), call.operations), (), 0, host)
-        return Footprint(held, loading, call, (), 0)
+            nothing = Trace((), (), whole.trace.operations)
+            return Footprint((), 0, nothing, (), 0, peak("cpu", (), whole))
+        return whole
 
     def load(self, _: ModelSpec, component: Component, placement: Placement) -> OnnxSession:
         """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be run."""
@@ -84,9 +85,9 @@ class OnnxSession:
 
     def __init__(self, graph: Graph, provider: str, meter: ProcessMeter | DeviceMeter) -> None:
         self.graph, self.provider, self.meter = graph, provider, meter
-        self._held = sum(_held(graph, provider == CPU_PROVIDER))
-        loading = _loading_bytes(graph) if provider == CPU_PROVIDER else 0
-        meter.reach(self._held + loading)
+        on_cpu = provider == CPU_PROVIDER
+        self._held = sum(_weights(graph, on_cpu)) + _PER_NODE * len(graph.model.graph.node)
+        meter.reach(self._held + (_loading_bytes(graph) if on_cpu else 0))
         self.session: Any = None
         options = session_options()
         source: Any = str(graph.file)
@@ -104,6 +105,7 @@ class OnnxSession:
         self.outputs = _answers([value.name for value in self.session.get_outputs()])
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}
         meter.hold(self._held)
+        release()  # what packing left in the heap
 
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         if self.session is None:
@@ -115,8 +117,8 @@ class OnnxSession:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
             feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
         shapes = {name: array.shape for name, array in feeds.items()}
-        call = _trace(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items()))
-        self.meter.reach(peak("cpu", (), Footprint((), 0, call, (), 0)))
+        call = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items()))
+        self.meter.reach(peak("cpu", (), call) - call.held_bytes)
         with _errors_explained(self.graph):
             outs = self._on_device(arrays, feeds) if self.provider in _DEVICE else self.session.run(self.outputs, feeds)
         return tuple(np.asarray(out, np.float32) for out in outs)
@@ -239,13 +241,24 @@ def _for_runtime(graph: Graph) -> bytes | None:
     return _model(graph).SerializeToString() if changed else None
 
 
-def _trace(graph: Graph, on_cpu: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Trace:
-    def compute() -> Trace:
-        weights = graph.tensors.keys()
-        own = functools.partial(_own_bytes, weights) if on_cpu else None
-        return onnx_trace.trace(_model(graph), dict(shapes), own, wide=on_cpu)
+def call_footprint(graph: Graph, on_cpu: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Footprint:
+    """What a graph takes when it is called with inputs of these shapes, by their names."""
+    return _once(graph, ("footprint", on_cpu, shapes), lambda: _call_footprint(graph, on_cpu, dict(shapes)))
 
-    return _once(graph, ("trace", on_cpu, shapes), compute)
+
+def _call_footprint(graph: Graph, on_cpu: bool, shapes: Mapping[str, tuple[int, ...]]) -> Footprint:
+    own = functools.partial(_own, graph.tensors.keys(), on_cpu)
+    call = onnx_trace.trace(_model(graph), shapes, own, wide=on_cpu)
+    arena, held = OnnxArena(whole=not on_cpu), [_SESSION + _PER_NODE * len(graph.model.graph.node)]
+    for i, count in enumerate(_weights(graph, on_cpu)):
+        if on_cpu:
+            held.append(count)
+        else:  # a GPU's arena has them too
+            arena.allocate(-1 - i, count)
+    held.append(arena.peak)
+    replay(arena, call.events, (), iter(range(10**9, 2 * 10**9)))
+    taken = Trace(((1, arena.peak - held[-1]),), (), call.operations)
+    return Footprint(tuple(held), _loading_bytes(graph) if on_cpu else 0, taken, (), 0)
 
 
 def _shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -255,37 +268,53 @@ def _shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -
     return tuple((name, wanted[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items())
 
 
-def _own_bytes(weights: Any, node: Any, shapes: onnx_trace.Shapes) -> int:
-    """What ONNX Runtime's CPU kernels take beside their answers, as measured one by one (docs/decisions.md)."""
-    ins = [name for name in node.input if name]
+def _own(weights: Any, on_cpu: bool, node: Any, shapes: onnx_trace.Shapes) -> onnx_trace.Steps:
+    """What ONNX Runtime's kernels take beside their answers, as measured one by one (docs/decisions.md)."""
+    ins, together = [name for name in node.input if name], onnx_trace.together
+    if node.op_type == "GroupNormalization":
+        return _function(shapes.bytes(ins[0]))
+    if not on_cpu:
+        return together()
     if node.op_type == "MultiHeadAttention":  # each operand, its heads apart
-        return sum(shapes.bytes(name) for name in ins[:3])
+        return together(*(shapes.bytes(name) for name in ins[:3]))
     if node.op_type == "Attention":  # the scores
         q, k = (shapes.shapes[name] for name in ins[:2])
         heads = onnx_trace.attribute(node, "q_num_heads") or q[1]
-        return 4 * q[0] * heads * q[-2] * k[-2]
-    if node.op_type == "GroupNormalization":
-        return 2 * shapes.bytes(ins[0])
+        return together(4 * q[0] * heads * q[-2] * k[-2])
+    if node.op_type == "Conv" and ins[1] in weights:  # in blocks of channels (NCHWc)
+        return together(shapes.bytes(ins[0]))
     if node.op_type == "Conv":
         filters, *patch = shapes.shapes[ins[1]]
         spatial = int(np.prod(shapes.shapes[node.output[0]][2:]))
-        if ins[1] in weights:  # in blocks of channels (NCHWc)
-            return shapes.bytes(ins[0])
         if filters > spatial and int(np.prod(patch[1:])) > 1:  # every patch of a picture
-            return 4 * int(np.prod(patch)) * spatial
-    return 0
+            return together(4 * int(np.prod(patch)) * spatial)
+    return together()
 
 
-def _held(graph: Graph, on_cpu: bool) -> Iterator[int]:
-    """Bytes of each weight, as the provider holds it: what is cast is cast when it is loaded, as is all fp16 on a CPU."""
+def _function(count: int) -> onnx_trace.Steps:
+    """GroupNormalization is run as the operators that ONNX defines it by: cast, squared, less its mean, divided, cast, scaled, and
+    moved, each in a buffer of its own."""
+    cast, squared, centred, normal, back, scaled = range(6)
+    steps = [(cast, count), (squared, count), (squared, END), (centred, count), (cast, END), (normal, count), (centred, END)]
+    steps += [(back, count), (normal, END), (scaled, count), (back, END), (onnx_trace.OUT, 0), (scaled, END)]
+    return steps
+
+
+def _weights(graph: Graph, on_cpu: bool) -> Iterator[int]:
+    """Bytes of each weight as the provider holds it.
+
+    What is only cast is cast when it is loaded; on a CPU all fp16 is. There the rest is packed, or mapped from the file, so that
+    of a table only the rows that are looked up are read.
+    """
     users: dict[str, list[Any]] = _once(graph, ("users",), lambda: _users(graph))
     for name, tensor in graph.tensors.items():
+        kinds = {node.op_type for node in users.get(name, ())}
         casts = [onnx_trace.attribute(node, "to") for node in users.get(name, ()) if node.op_type == "Cast"]
-        if casts and len(casts) == len(users[name]):
+        wide = on_cpu and tensor.dtype == "F16"
+        if kinds == {"Cast"}:
             yield tensor.count * onnx.helper.tensor_dtype_to_np_dtype(casts[0]).itemsize
-        else:
-            yield tensor.stored_bytes * (2 if on_cpu and tensor.dtype == "F16" else 1)
-    yield _PER_NODE * len(graph.model.graph.node)
+        elif kinds != {"Gather"} or not on_cpu or wide:
+            yield tensor.stored_bytes * (2 if wide else 1)
 
 
 def _users(graph: Graph) -> dict[str, list[Any]]:
@@ -297,9 +326,12 @@ def _users(graph: Graph) -> dict[str, list[Any]]:
 
 
 def _loading_bytes(graph: Graph) -> int:
-    """Most that loading takes on a CPU beyond what is held then: the largest weight again, as it is packed; fp16 whole."""
-    halves = sum(tensor.stored_bytes for tensor in graph.tensors.values() if tensor.dtype == "F16")
-    return halves + max((tensor.stored_bytes for tensor in graph.tensors.values()), default=0)
+    """Most that loading takes on a CPU beyond what is held then: the largest weight that is packed, once more; but those of
+    convolutions that are cast from fp16 are packed together."""
+    users: dict[str, list[Any]] = _once(graph, ("users",), lambda: _users(graph))
+    packed = {name: {node.op_type for node in users.get(name, ())} & _PACKED for name in graph.tensors}
+    cast = (2 * t.stored_bytes for name, t in graph.tensors.items() if t.dtype == "F16" and "Conv" in packed[name])
+    return max(sum(cast), max((t.stored_bytes for name, t in graph.tensors.items() if packed[name]), default=0))
 
 
 class ProcessMeter:

@@ -16,7 +16,7 @@ import onnx
 from onnx import helper, numpy_helper, shape_inference
 
 from ..errors import TightfitError
-from ..memory import END, MOMENT, Operation, Trace
+from ..memory import END, Operation, Trace
 
 Shape = tuple[int, ...]
 _MOST = 4096  # values of a constant that is computed with
@@ -139,8 +139,23 @@ _VALUES: dict[str, Callable[..., Any]] = {
 }
 
 
-def trace(model: Any, inputs: Mapping[str, Shape], own: Callable[[Any, Shapes], int] | None = None, wide: bool = False) -> Trace:
-    """One call. `own` says what bytes an operator takes for itself beside its answers; `wide` as in Shapes."""
+OUT = -1  # the slot of an operator's answers
+Steps = Sequence[tuple[int, int]]
+
+
+def together(*counts: int) -> Steps:
+    """Buffers that an operator has of its own while its answers are there."""
+    return [(OUT, 0), *enumerate(counts), *((i, END) for i in range(len(counts)))]
+
+
+def trace(
+    model: Any,
+    inputs: Mapping[str, Shape],
+    own: Callable[[Any, Shapes], Steps] = lambda _, __: together(),
+    wide: bool = False,
+) -> Trace:
+    """One call. `own` says which buffers an operator makes (slot, bytes) and gives back (slot, END), and when its answers are made
+    (OUT, 0); `wide` as in Shapes."""
     shapes = Shapes(model, inputs, wide)
     weights = {tensor.name for tensor in model.graph.initializer}
     live = _Live(shapes, {value.name for value in model.graph.output})
@@ -150,7 +165,7 @@ def trace(model: Any, inputs: Mapping[str, Shape], own: Callable[[Any, Shapes], 
         if all(name in shapes.values for name in node.output):
             continue  # whole numbers that shapes are made of
         ends = {name for name in node.input if name and last[name] == i and name not in weights}
-        live.run(node, ends, own(node, shapes) if own else 0)
+        live.run(node, ends, own(node, shapes))
         operations.append(_operation(node, shapes))
     return Trace(tuple(live.events), (), tuple(each for each in operations if each))
 
@@ -160,24 +175,31 @@ class _Live:
         self.shapes, self.events = shapes, list[tuple[int, int]]()
         self._storage: dict[str, int] = {}  # of each value
         self._users: dict[int, int] = {}  # values of a storage that are alive
-        self._kept = kept
+        self._kept, self._made = kept, 0
         self._used = {name for node in shapes.graph.node for name in node.input}
 
-    def run(self, node: Any, ends: set[str], own: int) -> None:
+    def run(self, node: Any, ends: set[str], own: Steps) -> None:
         outs = [name for name in node.output if name]
-        if node.op_type in _VIEWS and node.input[0] in self._storage:
-            self._share(outs[0], node.input[0])
-        else:
-            for name in outs:
-                storage = len(self.events) + 1
-                self.events.append((storage, self.shapes.bytes(name)))
-                self._storage[name] = storage
-                self._users[storage] = 1
-        if own:
-            self.events.append((own, MOMENT))
+        slots: dict[int, int] = {}
+        for slot, count in own:
+            if slot == OUT and node.op_type in _VIEWS and node.input[0] in self._storage:
+                self._share(outs[0], node.input[0])
+            elif slot == OUT:
+                for name in outs:
+                    self._storage[name] = self._make(self.shapes.bytes(name))
+                    self._users[self._storage[name]] = 1
+            elif count == END:
+                self.events.append((slots.pop(slot), END))
+            else:
+                slots[slot] = self._make(count)
         for name in {*ends, *(name for name in outs if name not in self._used)} - self._kept:
             if name in self._storage:
                 self._leave(name)
+
+    def _make(self, count: int) -> int:
+        self._made += 1
+        self.events.append((self._made, count))
+        return self._made
 
     def _share(self, name: str, other: str) -> None:
         storage = self._storage[other]

@@ -201,7 +201,7 @@ def test_stopped_by_the_system_leaves_nothing(sd1_copy, tmp_path):
     """As Ctrl-C does: told to end while it writes."""
     program = (
         "import os, signal, sys; from tightfit.export import quantised; from tightfit.runtime.cli import main\n"
-        "quantised._copy_the_rest = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "quantised.copy_the_rest = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         f"sys.argv[1:] = ['export', {str(sd1_copy)!r}, '--precision', 'int8', '-o', {str(tmp_path / 'in' / 'out')!r}]; main()"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -7,7 +7,7 @@ from itertools import pairwise, permutations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tightfit.runtime.allocator import CachingAllocator, ExactAllocator, allocator
+from tightfit.runtime.allocator import CachingAllocator, ExactAllocator, OnnxArena, allocator
 
 KIB, MIB = 2**10, 2**20
 
@@ -272,3 +272,39 @@ def test_exact_is_a_running_sum(steps):
     for alive in played(memory, steps):
         most = max(most, sum(alive.values()))
         assert memory.peak == most
+
+
+def test_onnx_runtimes_arena():
+    """Regions of 1, 2, 4 … MiB, each large enough; freed neighbours join; only what was touched counts."""
+    arena = OnnxArena()
+    for name, count, touched in (
+        (1, 3 * MIB, 3 * MIB),  # of a region of 4, all of which it is given
+        (2, MIB, 4 * MIB),  # of another
+        (3, 5 * MIB, 9 * MIB),  # of the next, which has 8
+    ):
+        arena.allocate(name, count)
+        assert arena.peak == touched
+    arena.free(1)
+    arena.free(2)
+    arena.allocate(4, 4 * MIB)  # where the first was, whose last MiB had not been touched
+    assert arena.peak == 10 * MIB
+    arena.allocate(5, 4 * MIB)  # where the second was, joined with what was free beside it
+    assert arena.peak == 13 * MIB
+    arena.free(4)
+    arena.allocate(6, 100)
+    assert arena.peak == 13 * MIB
+
+
+def test_onnx_runtimes_arena_keeps_large_rests_and_gives_away_small_ones():
+    arena = OnnxArena(whole=True)
+    arena.allocate(1, 1024 * MIB)
+    arena.free(1)
+    arena.allocate(2, 600 * MIB)  # less than half is left, but more than 128 MiB
+    arena.allocate(3, 400 * MIB)
+    assert arena.peak == 1024 * MIB
+    arena = OnnxArena(whole=True)
+    arena.allocate(1, MIB)
+    arena.free(1)
+    arena.allocate(2, MIB * 3 // 4)  # all of it is taken
+    arena.allocate(3, MIB // 4)
+    assert arena.peak == 3 * MIB

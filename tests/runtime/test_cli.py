@@ -216,7 +216,7 @@ def test_budgets(call, sd1):
         little = Hardware.detect("cpu").context_bytes + 10 * 2**20
         code, _, err = call(*words, "--device", "cpu", "--ram", str(little), "--width", "1024", "--height", "1024")
         assert code == 2
-        assert "MiB: the largest of this shape that fits is" in err
+        assert "iB: the largest of this shape that fits is" in err
         assert "--ram" in err.split("1024x1024 needs")[1]
     for wrong in ("many", "-1GiB", "0", "4 elephants"):
         code, _, err = call("plan", "--vram", wrong)
@@ -320,7 +320,7 @@ def test_export(call, sd1, tmp_path):
     for arguments, words in (
         ((str(sd1), "--precision", "int4", "-o", "small"), "there already"),
         (("small", "--precision", "int8", "-o", "smaller"), "stored in int4 already"),
-        ((str(sd1), "--precision", "fp16", "-o", "x"), "int8 or int4"),
+        ((str(sd1), "--precision", "fp16", "-o", "x"), "--to torch in int8, int4"),
         ((str(sd1), "--precision", "int8", "--to", "tensorrt", "-o", "x"), "--to torch"),
         ((str(sd1), "--precision", "int8", "--bits", "9", "-o", "x"), "--calibrate"),
         ((str(sd1), "--precision", "int8", "--bits", "3", "--calibrate", "1", "-o", "x"), "--bits must be from"),

@@ -257,7 +257,7 @@ def test_damaged_plans(text):
         ('"resident"', '"floating"'),
         ('"sdpa"', '"flash3"'),
         ('"whole"', "null"),
-        ('"version": 3', '"version": 1'),
+        ('"version": 4', '"version": 1'),
         ('"seconds": ', '"seconds": "soon", "x": '),
     ],
 )

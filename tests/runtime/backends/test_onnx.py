@@ -55,7 +55,7 @@ def test_shapes_are_those_that_onnx_runtime_finds(onnx_models, family, precision
             assert shapes.bytes(value) == np.asarray(got).nbytes
 
 
-def chain(*sizes: int):
+def chain():
     """x (256 KiB) → a (1 MiB) → b (1 MiB), the same reshaped → c (2 MiB); a is used once more at the end."""
     nodes = [
         helper.make_node("Concat", ["x", "x", "x", "x"], ["a"], axis=0),
@@ -74,7 +74,9 @@ def test_buffers_come_and_go_with_their_use():
     """By hand: a, b and c are alive together, r is b."""
     call = onnx_trace.trace(chain(), {"x": (256, 256)})
     assert peak("cpu", (), Footprint((), 0, call, (), 0)) == 4 * MIB
-    call = onnx_trace.trace(chain(), {"x": (256, 256)}, lambda node, _: 3 * MIB if node.op_type == "Sigmoid" else 0)
+    call = onnx_trace.trace(
+        chain(), {"x": (256, 256)}, lambda node, _: onnx_trace.together(*[3 * MIB] * (node.op_type == "Sigmoid"))
+    )
     assert peak("cpu", (), Footprint((), 0, call, (), 0)) == 5 * MIB
 
 
@@ -103,7 +105,7 @@ def test_one_dequantised_weight_at_a_time(onnx_models):
         spec = tightfit.inspect(str(onnx_models("sd1", precision)))
         unet = spec.components["unet"]
         assert unet.graph
-        call = engine._trace(unet.graph, True, engine._shapes(spec, unet, (1, 32, 32)))
+        call = onnx_trace.trace(unet.graph.model, dict(engine._shapes(spec, unet, (1, 32, 32))))
         most[precision] = peak("cpu", (), Footprint((), 0, call, (), 0))
         if precision == "fp32":
             largest = max(tensor.stored_bytes for tensor in unet.graph.tensors.values())
@@ -218,7 +220,7 @@ def test_a_text_encoder_on_the_host_takes_nothing_of_the_gpu(mixed):
     nothing = peak("cuda", (), Footprint((), 0, Trace((), (), ()), (), 0))
     assert plans[0].predicted.stages["encode"] == nothing
     graph = read_graph(mixed / "text_encoder" / "model.onnx")
-    assert graph.stored_bytes < plans[0].predicted.host_bytes < 20 * graph.stored_bytes
+    assert graph.stored_bytes < plans[0].predicted.host_bytes - engine._SESSION < 20 * graph.stored_bytes
 
 
 def test_no_room_is_said_before_it_is_taken(onnx_models):
@@ -230,10 +232,10 @@ def test_no_room_is_said_before_it_is_taken(onnx_models):
     backend.meter.limit(MIB // 4)
     with pytest.raises(OutOfMemoryError):
         backend.load(spec, spec.components["unet"], placement)
-    held = sum(engine._held(read_graph(spec.folder / "unet" / "model.onnx"), True))
-    backend.meter.limit(2 * held)
+    held = sum(engine._weights(read_graph(spec.folder / "unet" / "model.onnx"), True))
+    backend.meter.limit(3 * held)
     session = backend.load(spec, spec.components["unet"], placement)
-    large = dict(spec.inputs(spec.components["unet"], 2, 512, 512))
+    large = dict(spec.inputs(spec.components["unet"], 2, 1024, 1024))
     with pytest.raises(OutOfMemoryError):
         session(**{name: np.zeros(shape, np.float32) for name, shape in large.items()})
     session.close()
