@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -424,6 +425,9 @@ def main() -> None:
             stream.reconfigure(errors="backslashreplace")  # a path that the terminal's encoding lacks is no reason to fail
     # With one of two cores busy a picture took 1.1 s while OpenMP's threads spun and 0.5 s while they slept (docs/decisions.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # 0.36 tells of Optimum's two packages, and that there is no CUDA
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", "CUDA is not available or torch_xla is imported")
     for name in ("SIGTERM", "SIGHUP"):  # so that what was half written goes
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)

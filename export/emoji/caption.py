@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizerFast
 
 from .. import tokenizer as clip
 from .data import Emoji
@@ -30,17 +31,18 @@ def caption(one: Emoji, rng: random.Random, empty: float = 0.1) -> str:
     return f"{label} {tags}" if dice < 0.9 else tags
 
 
-def tokenizer(chosen: list[Emoji], folder: Path, size: int = 2048) -> CLIPTokenizer:
+def tokenizer(chosen: list[Emoji], folder: Path, size: int = 2048) -> CLIPTokenizerFast:
     """Learn about `size` byte-pair tokens from every label, tag and template; write CLIP's usual files into `folder`.
 
     Any text can be encoded, as bytes where no longer token fits. Returns the tokenizer as loaded from those files.
     """
     text = " ".join(t.format(one.label) + " " + " ".join(one.tags) for one in chosen for t in TEMPLATES)
-    splitter = CLIPTokenizer().backend_tokenizer
+    clip.write(folder, [], LENGTH)  # one that knows letters alone splits text as they all do
+    splitter: Any = CLIPTokenizerFast.from_pretrained(folder).backend_tokenizer
     words = sorted(w for w, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)))
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = BpeTrainer(vocab_size=size - len(alphabet), initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
     learned = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learned.train_from_iterator(words, trainer)
     clip.write(folder, [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]], LENGTH)
-    return CLIPTokenizer.from_pretrained(folder)
+    return CLIPTokenizerFast.from_pretrained(folder)
