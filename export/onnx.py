@@ -31,16 +31,21 @@ if TYPE_CHECKING:
 COMPUTES = {"fp32": torch.float32, "fp16": torch.float16}
 DATA = "model.onnx_data"
 _TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
-Tell = Callable[[str, str, int, int], object]  # network, what is being done to it, how many of how many
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to export a model as: `precision` of its weights, `compute` of its networks, in fp32 of those in `wide`."""
+    """What to export a model as: `compute` is what its networks compute in, fp32 those in `wide`.
 
-    precision: str
+    `renamed` answers what today's libraries call a stored tensor, given the names that they expect; `release` gives freed memory
+    back to the system; `tell` hears of a network, what is being done to it, and how many of how many.
+    """
+
     compute: str
-    wide: frozenset[str] = frozenset()
+    wide: frozenset[str]
+    renamed: Callable[[str, Any], str]
+    release: Callable[[], object]
+    tell: Callable[[str, str, int, int], object]
 
     def dtype(self, folder: str) -> torch.dtype:
         return COMPUTES["fp32" if folder in self.wide else self.compute]
@@ -52,14 +57,12 @@ def write(
     components: Mapping[str, Tensors],
     schemes: Mapping[str, Scheme],
     job: Job,
-    renamed: Callable[[str, Any], str],
     manifest: Mapping[str, Any],
-    tell: Tell,
 ) -> None:
     """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must not exist.
 
-    `renamed` answers what today's libraries call a stored tensor, given the names that they expect. Raises ValueError for
-    weights that do not fit, and onnx_check.DepartureError for a network that does not answer what torch answers.
+    Raises ValueError for weights that do not fit, and onnx_check.DepartureError for a network that does not answer what torch
+    answers.
     """
     parts = {name: [name] if name != "vae" else ["vae_encoder", "vae_decoder"] for name in components}
     origin = {folder: name for name, folders in parts.items() for folder in folders}
@@ -68,8 +71,8 @@ def write(
         written = {}
         for network in onnx_trace.networks(source, {folder: source / name for folder, name in origin.items()}):
             name = origin[network.folder]
-            stored = _stored(network, components[name], schemes[name].formats, renamed)
-            written[network.folder] = _network(folder / network.folder, network, stored, schemes[name], job, tell)
+            stored = _stored(network, components[name], schemes[name].formats, job.renamed)
+            written[network.folder] = _network(folder / network.folder, network, stored, schemes[name], job)
         versions = {each: version(each) for each in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")}
         text = {
             "version": VERSION,
@@ -111,12 +114,10 @@ def _stored(
     return {key: Stored(found[key], form, layers[key]) for key, form in named}
 
 
-def _network(
-    folder: Path, network: onnx_trace.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job, tell: Tell
-) -> dict[str, Any]:
+def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job) -> dict[str, Any]:
     """Write one network's files; what the manifest says of it."""
     folder.mkdir(exist_ok=True)
-    dtype, total = job.dtype(network.folder), len(stored)
+    dtype, total, tell = job.dtype(network.folder), len(stored), job.tell
     tell(network.folder, "tracing", 0, total)
     model, program = onnx_trace.trace(network, dtype)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.module.named_parameters()}
@@ -124,13 +125,14 @@ def _network(
     onnx_graph.cast_concatenated(graph)
     onnx_graph.merge_heads(graph)
     names = {name: onnx_trace.PREFIX + name for name in stored}
-    for name, form in formats.items():
-        onnx_graph.quantise_weight(graph, names[name], form, shapes[name], _TYPES[dtype])
+    layouts = {
+        name: onnx_graph.quantise_weight(graph, names[name], form, shapes[name], _TYPES[dtype]) for name, form in formats.items()
+    }
     turned = onnx_graph.transposed_weights(graph)
     with Data(folder / DATA) as data:
         for number, (name, each) in enumerate(stored.items()):
             tell(network.folder, "writing", number, total)
-            values, arrays = _arrays(each, shapes[name], scheme, dtype)
+            values, arrays = _arrays(each, shapes[name], scheme, dtype, layouts.get(name))
             if names[name] in turned:
                 arrays = {"": np.ascontiguousarray(arrays[""].T)}
             for part, array in arrays.items():
@@ -141,9 +143,9 @@ def _network(
 
     def fill() -> None:
         for name, each in stored.items():
-            _fill(network.module, name, _arrays(each, shapes[name], scheme, dtype)[0])
+            _fill(network.module, name, _arrays(each, shapes[name], scheme, dtype, layouts.get(name))[0])
 
-    error = onnx_check.check(folder / "model.onnx", network, program, dtype, fill)
+    error = onnx_check.check(folder / "model.onnx", network, program, dtype, onnx_check.Room(fill, job.release))
     files = {DATA: data.digest.hexdigest(), "model.onnx": hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()}
     tell(network.folder, f"{sum((folder / file).stat().st_size for file in files) / 1e9:.3f} GB, {error:.1e} from torch", total, -1)
     return {
@@ -155,20 +157,20 @@ def _network(
 
 
 def _arrays(
-    stored: Stored, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype
+    stored: Stored, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, layout: onnx_graph.Layout | None
 ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
     """The weight that is meant, in fp32, and the arrays it is stored in."""
-    if stored.form is None:
+    if layout is None:
         values = read(stored.tensors[""]).to(dtype).view(shape)
         if not values.isfinite().all():
             raise ValueError(f"{stored.layer} has values that are not finite in {dtype}")
         return values.float(), {"": values.contiguous().numpy()}
-    form = FORMATS[stored.form]
+    form = layout.form
     if "packed" in stored.tensors:
         parts = {name: read(tensor) for name, tensor in stored.tensors.items()}
     else:
         parts = quantise(read(stored.tensors[""]).view(shape), form, scheme.moments.get(stored.layer))
-    return dequantise(parts, form, shape).contiguous(), onnx_graph.stored(parts, form, shape)
+    return dequantise(parts, form, shape).contiguous(), layout.stored(parts)
 
 
 def _fill(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,17 @@ class DepartureError(Exception):
     """The exported network answers something else than torch."""
 
 
-def check(
-    file: Path,
-    network: onnx_trace.Network,
-    program: torch.export.ExportedProgram,
-    dtype: torch.dtype,
-    fill: Callable[[], object],
-) -> float:
+@dataclass(frozen=True)
+class Room:
+    """How the weights of the network that is checked come back, and how freed memory goes back to the system."""
+
+    fill: Callable[[], object]
+    release: Callable[[], object]
+
+
+def check(file: Path, network: onnx_trace.Network, program: torch.export.ExportedProgram, dtype: torch.dtype, room: Room) -> float:
     """The largest relative error of an answer. `network.module` has its weights, in fp32, and loses them here, so that they are
-    not in memory twice; `fill` brings them back. Raises DepartureError if it is above TOLERANCE."""
+    not in memory twice. Raises DepartureError if it is above TOLERANCE."""
     factor = 8 if network.folder == "vae_encoder" else 1
     sides = _SIDES | {"height": 32 * factor, "width": 16 * factor}
     arguments = network.arguments(sides, dtype, "cpu", seed=1)
@@ -38,11 +41,12 @@ def check(
     with torch.inference_mode():
         expected = [each.numpy() for each in network.call(network.module, **real)]
     network.module.to("meta")
+    room.release()
     session = _session(file)
     got = session.run(list(network.outputs), {name: value.numpy() for name, value in arguments.items()})
     error = max(_relative(np.asarray(a, np.float32), b) for a, b in zip(got, expected, strict=True))
     if not error <= TOLERANCE[dtype]:
-        fill()
+        room.fill()
         where = _first_departure(file, network, program, arguments, dtype)
         raise DepartureError(
             f"{network.folder} is {error:.1e} from torch, {TOLERANCE[dtype]:.0e} is allowed; it departs at {where}"

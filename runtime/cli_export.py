@@ -132,15 +132,17 @@ def _to_onnx(
     except ImportError as error:
         raise TightfitError(f"{error.name} is needed to export to ONNX: pip install 'tightfit[cpu]', or [gpu]") from None
     from .backends.networks import current_name
+    from .process import release
 
     on_gpu = ({each for names in PROVIDERS.values() for each in names} - {CPU_PROVIDER}) & {*providers()}
     preferred = "fp16" if on_gpu else "fp32"  # ONNX Runtime has no fp16 arithmetic on a CPU
     compute = precision if precision not in STORED else preferred if compute == "auto" else compute
     upcast = spec.family == "sdxl" and spec.vae.get("force_upcast", True)
-    job = onnx.Job(precision, compute, frozenset(["vae_encoder", "vae_decoder"] if upcast else []))
+    wide = frozenset(["vae_encoder", "vae_decoder"] if upcast else [])
     try:
         with _progress() as tell:
-            onnx.write(spec.folder, output, tensors, schemes, job, current_name, manifest, tell)
+            job = onnx.Job(compute, wide, current_name, release, tell)
+            onnx.write(spec.folder, output, tensors, schemes, job, manifest)
     except DepartureError as error:
         raise TightfitError(f"{output} was not written: {first_line(error)}; please report it with the model's name") from None
 

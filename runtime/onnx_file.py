@@ -88,8 +88,25 @@ def read_graph(file: Path) -> Graph:
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", file.name), ("offset", start), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))
+    for node in [node for node in model.graph.node if node.op_type == "Constant"]:
+        if node.attribute and node.attribute[0].t.data_location == onnx.TensorProto.EXTERNAL:  # as torch's older exporter has them
+            model.graph.initializer.append(node.attribute[0].t)
+            model.graph.initializer[-1].name = node.output[0]
+            model.graph.node.remove(node)
     external = [each for each in model.graph.initializer if each.data_location == onnx.TensorProto.EXTERNAL]
-    return Graph(file, model, {each.name: _checked(file, each) for each in external})
+    tensors = {each.name: _checked(file, each) for each in external}
+    for each in external:
+        if tensors[each.name].stored_bytes <= _SMALL:
+            _bring(each, tensors.pop(each.name))
+    return Graph(file, model, tensors)
+
+
+def _bring(tensor: Any, place: Tensor) -> None:
+    """Read a small one into the graph: shapes are computed with it."""
+    values = bytearray(place.stored_bytes)
+    place.read_into(values)
+    tensor.ClearField("external_data")
+    tensor.data_location, tensor.raw_data = 0, bytes(values)
 
 
 def _checked(file: Path, tensor: Any) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
-from transformers import CLIPTokenizerFast
+from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
 from .. import tokenizer as clip
 from .data import Emoji

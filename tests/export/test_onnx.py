@@ -79,8 +79,9 @@ def test_operators_stay_whole_and_no_path_leaves_this_machine(onnx_models, shall
 
 
 @pytest.mark.parametrize("form", ["int8", "int8-g64", "int4-g64", "int4-g32"])
-@pytest.mark.parametrize("shape", [(24, 96), (16, 64, 3, 3), (8, 4, 3, 3), (8, 72, 1, 1)])
-def test_stored_weights_mean_the_same_in_onnx(form, shape):
+@pytest.mark.parametrize("shape", [(24, 96), (16, 64, 3, 3), (8, 4, 3, 3), (8, 72, 1, 1), (24, 128)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_stored_weights_mean_the_same_in_onnx(form, shape, turned):
     """The operators that a quantised weight becomes, run by onnx's own reference, give what kernels/formats.py says."""
     import onnx_ir as ir
 
@@ -88,21 +89,23 @@ def test_stored_weights_mean_the_same_in_onnx(form, shape):
     parts = quantise(weight, FORMATS[form])
     x = ir.Value(name="x", shape=ir.Shape(["batch", 3]), type=ir.TensorType(ir.DataType.FLOAT))
     w = ir.Value(name="w", shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.FLOAT))
-    layer = ir.Node("", "Conv", [x, w])
-    graph = ir.Graph([x], [x], nodes=[layer], initializers=[w], opset_imports={"": 23})
-    onnx_graph.quantise_weight(graph, "w", FORMATS[form], shape, ir.DataType.FLOAT)
+    turned = turned and len(shape) == 2  # as linears' weights are
+    turns = [ir.Node("", "Transpose", [w], [ir.AttrInt64s("perm", [1, 0])])] if turned else []
+    layer = ir.Node("", "Conv", [x, turns[0].outputs[0] if turns else w])
+    graph = ir.Graph([x], [x], nodes=[*turns, layer], initializers=[w], opset_imports={"": 23})
+    layout = onnx_graph.quantise_weight(graph, "w", FORMATS[form], shape, ir.DataType.FLOAT)
     made = layer.inputs[1]
     assert made is not None
     graph.remove(layer, safe=True)
     graph.outputs[0] = made
-    for part, array in onnx_graph.stored(parts, FORMATS[form], shape).items():
+    for part, array in layout.stored(parts).items():
         value = graph.initializers[f"w_{part}"]
         tensor = onnx.helper.make_tensor(f"w_{part}", int(value.dtype), value.shape.numpy(), array.tobytes(), raw=True)
         value.const_value = ir.from_proto(tensor)
-    made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(shape)
+    made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(layout.sides)
     model = ir.to_proto(ir.Model(graph, ir_version=10))
     (got,) = onnx.reference.ReferenceEvaluator(model).run(None, {"x": np.zeros((2, 3), np.float32)})
-    np.testing.assert_allclose(got, dequantise(parts, FORMATS[form], shape).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got.T if turned else got, dequantise(parts, FORMATS[form], shape).numpy(), rtol=1e-5, atol=1e-6)
 
 
 def test_departure_names_the_operator(shallow_models, tmp_path, monkeypatch, call_export):
