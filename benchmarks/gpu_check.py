@@ -3,8 +3,9 @@
     pip install --no-deps --no-build-isolation -e . && python -m tightfit.benchmarks.gpu_check
 
 It runs the GPU tests; measures every plan's peak beside its prediction in a full-size random SD 1.5, with the allocator
-capped at 2, 4, 6 and 8 GB, in fp16 and, of each residency, in 8 and 4 bits; times our plans beside diffusers' own pipeline in the
-same process; and times single layers (layers.py). Writes gpu_check.jsonl under $OUT, else in benchmarks/results.
+capped at 2, 4, 6 and 8 GB, in fp16 and, of each residency, in 8 and 4 bits, and on ONNX Runtime with its provider for the
+device; times our plans beside diffusers' own pipeline in the same process; and times single layers (layers.py). Writes
+gpu_check.jsonl under $OUT, else in benchmarks/results.
 `--tiny --device cpu` rehearses it without a GPU.
 """
 
@@ -46,11 +47,10 @@ def main() -> None:
         random_model.write("sd1", model, tiny=args.tiny, precision="fp16")
         request = Request("a red heart", seed=0, num_inference_steps=args.steps, scheduler="euler")
         models = [str(model)]
-        for precision in ("int8", "int4"):
-            models.append(str(Path(folder) / precision))
+        for kind in (("int8",), ("int4",), ("fp16", "--to", "onnx")):
+            models.append(str(Path(folder) / "-".join(kind)))
             export = [sys.executable, "-c", "from tightfit.runtime.cli import main; main()", "export", str(model)]
-            export += ["--precision", precision, "-o", models[-1]]
-            subprocess.run(export, check=True)
+            subprocess.run([*export, "--precision", *kind, "-o", models[-1]], check=True)
         rows = capped(models, args.device, replace(request, num_inference_steps=2))
         rows += speed(models, args.device, request)
         rows += layers.rows(args.device, layers.SHAPES[-1:] if args.tiny else layers.SHAPES)
@@ -61,10 +61,10 @@ def main() -> None:
 
 
 def contenders(models: list[str], device: str) -> list[tuple[str, str]]:
-    """The plain model and the exported ones, with the precisions they run in on this device."""
-    plain, int8, int4 = models
+    """The plain model and the exported ones, with the precisions they run in on this device; last the one for ONNX Runtime."""
+    plain, int8, int4, graph = models
     dynamic = [(int8, "int8-dynamic")] if "int8" in Hardware.detect(device).rates else []
-    return [(plain, "fp16" if device == "cuda" else "bf16"), (int8, "int8"), *dynamic, (int4, "int4")]
+    return [(plain, "fp16" if device == "cuda" else "bf16"), (int8, "int8"), *dynamic, (int4, "int4"), (graph, "auto")]
 
 
 def capped(models: list[str], device: str, request: Request) -> list[Row]:
@@ -114,7 +114,8 @@ def speed(models: list[str], device: str, request: Request) -> list[Row]:
         }
         for model, precision in contenders(models, device):
             pipe = stack.enter_context(load(model, device=device, residency="resident", precision=precision))
-            runs[precision] = lambda pipe=pipe: pipe.generate(request)
+            name = "ONNX Runtime" if pipe.spec.components["unet"].engines == ("onnx",) else precision
+            runs[name] = lambda pipe=pipe: pipe.generate(request)
         for _ in range(4):  # the first warms up; a minimum forgets it
             for name, run in runs.items():
                 start = time.perf_counter()

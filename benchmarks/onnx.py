@@ -137,6 +137,8 @@ def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield told(ours(f"torch {kind}", source, "--precision", kind, "--compute", "fp32"))
     for what in pictures:
         other = f"torch {what.split()[1]}" if what in ("tightfit int8", "tightfit int4") else "torch fp32"
+        if what == "Optimum's folder in tightfit":
+            other = "Optimum"  # whose folder has the scheduler's defaults written out, among them other timesteps for Euler
         yield told({"what": f"{what} beside {other}", "psnr": psnr(pictures[what], pictures[other])})
 
 

@@ -248,6 +248,7 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
     for p in listed:
         unet, vae = p.placements["unet"], p.placements["vae_decoder"]
         precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
+        precision += "".join(sorted({f", {each.backend}" for each in p.placements.values() if each.backend != "torch"}))
         stages = (shown(count) for count in p.predicted.stages.values())
         names = (precision, unet.residency, p.cfg, unet.attention, vae.tiling)
         style = "bold" if p.chosen else None if p.fits else "dim"

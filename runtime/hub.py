@@ -38,13 +38,16 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
 def wanted(files: list[str]) -> list[str]:
     """Of a repository's files, those a run needs: configs, vocabularies, and one set of safetensors per component.
 
-    The plain weights are taken, or the fp16 variant where a component has no plain ones; never a pickle.
+    The plain weights are taken, or the fp16 variant where a component has no plain ones, or ONNX where it has neither; never a
+    pickle.
     """
     chosen = [f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in _SMALL) and f.count("/") <= 1]
     for folder in ("text_encoder", "text_encoder_2", "unet", "vae"):
         here = [f for f in files if re.fullmatch(rf"{folder}/(diffusion_pytorch_)?model[^/]*\.safetensors", f)]
         plain = [f for f in here if re.search(r"/(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors$", f)]
-        chosen += plain or [f for f in here if ".fp16" in f]
+        graph = {"vae": "vae_decoder"}.get(folder, folder)
+        onnx = [f for f in files if re.fullmatch(rf"{graph}/(model\.onnx[^/]*|weights\.pb)", f)]
+        chosen += plain or [f for f in here if ".fp16" in f] or onnx
     return chosen
 
 

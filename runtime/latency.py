@@ -12,6 +12,7 @@ SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, re
 # Of a weight, on two cores: quantised while it is loaded (kernels/quantise.py), and then packed by oneDNN (SD 1.5: 3.4 s).
 QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
 PACK_SECONDS = 4e-9
+ONNX_SHARE = 0.67  # of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512 (benchmarks/onnx.py)
 SESSION_SECONDS = 1e-3  # of ONNX Runtime to prepare an operator of a graph
 BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
 
@@ -20,6 +21,8 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
     """One call of a component whose weights are loaded, or stream in."""
     rates = {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")}
     bandwidth, least = hardware.bandwidth, hardware.call_seconds
+    if placement.backend == "onnx" and hardware.device == "cpu":
+        rates = {kind: rate / ONNX_SHARE for kind, rate in rates.items()}
     if placement.provider == CPU_PROVIDER and hardware.device != "cpu":
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
     seconds = sum(max(o.flops / rates[o.kind], o.bytes / bandwidth, least) for o in footprint.trace.operations)

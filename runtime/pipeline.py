@@ -202,6 +202,7 @@ class Pipeline:
             engine = self._backends[placement.backend]
             self._loaded[name] = placement, engine.load(self.spec, self.spec.components[name], placement)
             self._load_seconds += time.perf_counter() - start
+            self._notices += [each for each in self._loaded[name][1].notices if each not in self._notices]
         return self._loaded[name][1]
 
     def _drop(self, name: str) -> None:

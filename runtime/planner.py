@@ -13,7 +13,6 @@ from .errors import TightfitError
 from .hardware import CPU_PROVIDER, PROVIDERS, Hardware, providers
 from .latency import PACK_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
-from .onnx_file import Graph
 from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
 from .request import Request
 from .spec import Component, ModelSpec
@@ -115,7 +114,7 @@ def _candidates(
         graph = spec.components["unet"].graph if engines["unet"] == "onnx" else None
         tiled = graph is None or engines["vae_decoder"] == "torch"
         axes = (
-            _of_graph(graph, wishes) if graph else _precisions(hardware, spec, wishes),
+            _of_graph(spec.components["unet"], wishes) if graph else _precisions(hardware, spec, wishes),
             _options(wishes.residency, RESIDENCIES if graph is None else RESIDENCIES[:2]),
             _options(wishes.attention, ATTENTIONS if tiled else ATTENTIONS[:1]),
             _options(wishes.tiling, TILINGS if tiled else TILINGS[:1]),
@@ -196,18 +195,21 @@ def _provider(hardware: Hardware, asked: str) -> str:
     short = asked.lower().removesuffix("executionprovider").replace("directml", "dml")
     found = next((each for each in known if each.lower().removesuffix("executionprovider") == short), None)
     if found not in there:
+        usable = [each for each in there if each in known[len(there) :]]  # not what would send the model elsewhere
         raise TightfitError(
-            f"ONNX Runtime has no provider '{asked}' here: choose {', '.join(there) or 'none, it is not installed'}"
+            f"ONNX Runtime has no provider '{asked}' here: choose {', '.join(usable) or 'none, it is not installed'}"
         )
     return str(found)
 
 
-def _of_graph(graph: Graph, wishes: Wishes) -> list[tuple[str, str]]:
-    """The one way that a graph has its weights, if that is what is asked for."""
+def _of_graph(unet: Component, wishes: Wishes) -> list[tuple[str, str]]:
+    """The one way that the U-Net's graph has its weights, if that is what is asked for."""
+    graph = unet.graph
+    assert graph
     for name, asked, has in (("precision", wishes.precision, graph.precision), ("compute", wishes.compute, graph.compute)):
         if asked not in ("auto", has):
-            if wishes.backend == "auto":
-                return []
+            if wishes.backend == "auto" and unet.tensors:
+                return []  # torch can do it
             raise TightfitError(f"{graph.file} has {name} {has}: leave out --{name} {asked}, or export the model again")
     return [(graph.precision, graph.compute)]
 

@@ -22,6 +22,9 @@ class Session(Protocol):
     time_ids → (batch, channels, h, w). vae_decoder: latents (batch, channels, h, w) → (batch, 3, H, W) in -1..1.
     """
 
+    notices: tuple[str, ...]
+    """What a user should know of how it was loaded."""
+
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]: ...
 
     def close(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,8 +100,10 @@ class OnnxSession:
         chosen: list[Any] = [(provider, provider_options(provider, meter.room(0)))]
         if provider != CPU_PROVIDER:
             chosen.append(CPU_PROVIDER)
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         with _errors_explained(graph):
             self.session = onnxruntime.InferenceSession(source, options, providers=chosen)
+        self.notices = elsewhere(self.session.get_provider_graph_assignment_info(), provider, graph) if len(chosen) > 1 else ()
         self.inputs = graph.inputs
         self.outputs = _answers([value.name for value in self.session.get_outputs()])
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}
@@ -156,6 +159,15 @@ def _answers(names: list[str]) -> list[str]:
         hidden = f"hidden_states.{numbers[-2]}"
         return [hidden, "text_embeds"] if "text_embeds" in names else [hidden]
     return [name for name in ("out_sample", "sample", "last_hidden_state") if name in names] or names[:1]
+
+
+def elsewhere(assigned: Iterable[Any], provider: str, graph: Graph) -> tuple[str, ...]:
+    """In one line, the operators of a graph that its provider has no kernels for, so that they run on the CPU."""
+    kinds = Counter(node.op_type for part in assigned if part.ep_name != provider for node in part.get_nodes())
+    if not kinds:
+        return ()
+    most = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3))
+    return (f"{kinds.total()} operators of the {graph.file.parent.name} run on the CPU, as {provider} has none for them: {most}",)
 
 
 def session_options() -> Any:

@@ -72,6 +72,8 @@ class TorchBackend:
 class TorchSession:
     """A module, called with arrays by way of `forward`, which knows their names."""
 
+    notices: tuple[str, ...] = ()
+
     def __init__(
         self, module: torch.nn.Module, forward: networks.Forward, dtype: torch.dtype, device: torch.device, meter: Meter
     ) -> None:

@@ -54,6 +54,17 @@ def test_wanted_shards_and_variants():
     assert set(hub.wanted(files)) == set(files)
 
 
+def test_wanted_of_onnx_repositories():
+    """Optimum's layout where there is nothing else; not the graphs that SDXL is published with beside its weights."""
+    folders = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
+    files = ["model_index.json", *(f"{folder}/{name}" for folder in folders for name in ("config.json", "model.onnx"))]
+    files += ["unet/model.onnx_data"]
+    graphs = {"text_encoder/model.onnx", "unet/model.onnx", "unet/model.onnx_data", "vae_decoder/model.onnx"}
+    assert {file for file in hub.wanted(files) if not file.endswith(".json")} == graphs
+    both = [*files, "unet/diffusion_pytorch_model.safetensors"]
+    assert "unet/model.onnx" not in hub.wanted(both)
+
+
 def test_places(sd1, monkeypatch):
     assert hub.inspect(sd1).folder == sd1
     monkeypatch.chdir(sd1.parent)

@@ -163,7 +163,8 @@ def test_newest_opset_is_onnx_runtimes_own():
     ("wishes", "cure"),
     [
         ({"backend": "torch"}, "has no weights that torch reads"),
-        ({"precision": "int4", "backend": "onnx"}, "has precision fp32: leave out --precision int4"),
+        ({"precision": "int4"}, "has precision fp32: leave out --precision int4"),
+        ({"compute": "bf16", "backend": "onnx"}, "has compute fp32: leave out --compute bf16"),
         ({"residency": "streamed"}, "cannot stream weights"),
         ({"attention": "sliced"}, "has its own attention"),
     ],
@@ -241,6 +242,21 @@ def test_no_room_is_said_before_it_is_taken(onnx_models):
     session.close()
     with pytest.raises(TightfitError, match="closed"):
         session()
+
+
+def test_operators_on_another_provider_are_counted(onnx_models):
+    """As ONNX Runtime tells of its own: a session for the CPU, asked as if for another."""
+    graph = read_graph(onnx_models("sd1", "fp32") / "vae_decoder" / "model.onnx")
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = onnxruntime.InferenceSession(graph.file, options, providers=["CPUExecutionProvider"])
+    assigned = session.get_provider_graph_assignment_info()
+    assert engine.elsewhere(assigned, "CPUExecutionProvider", graph) == ()
+    (notice,) = engine.elsewhere(assigned, "CUDAExecutionProvider", graph)
+    kinds = [node.op_type for node in graph.model.graph.node]
+    assert f"{kinds.count('Conv')} Conv" in notice
+    assert "operators of the vae_decoder run on the CPU, as CUDAExecutionProvider has none for them" in notice
 
 
 def test_gpu_memory_is_capped():
