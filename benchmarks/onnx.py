@@ -2,10 +2,12 @@
 
     python -m tightfit.benchmarks.onnx peers sd15 WORK --optimum VENV/bin/python
     python -m tightfit.benchmarks.onnx predicted WORK/fp32:256 WORK/int4:512 …
+    python -m tightfit.benchmarks.onnx pictures WORK emoji:128x128 emoji:160x96 tiny_sd2:128x64 …
 
 `peers` exports the diffusers folder to WORK (what is there already is not exported again) and paints one picture with each: ours,
 Optimum's own folder, that folder in tightfit, and ours in Optimum. VENV has optimum-onnx 0.1.0, diffusers 0.36.0, transformers
-4.57.5 and onnxruntime 1.31.1. Each runs in a process of its own, which tells its largest resident bytes at its end.
+4.57.5 and onnxruntime 1.31.1. Each runs in a process of its own, which tells its largest resident bytes at its end. `pictures`
+exports each model in each precision and compares what ONNX Runtime paints with what torch paints from the same values.
 """
 
 from __future__ import annotations
@@ -21,11 +23,13 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from .. import load
 from ..runtime.memory import shown
 from ..runtime.plan import CFG
 from .record import record
 
 _COMMAND = "from tightfit.runtime.cli import main; main()"
+KINDS = ("fp32", "fp16", "int8", "int4")
 # Whatever is run, its peak and its seconds are printed last.
 _PEAK = """
 import re, sys, time, json
@@ -79,9 +83,12 @@ def main() -> None:
     peer.add_argument("--steps", type=int, default=3)
     each = kinds.add_parser("predicted")
     each.add_argument("models", nargs="+", metavar="FOLDER:SIZE")
+    painted = kinds.add_parser("pictures")
+    painted.add_argument("work", type=Path)
+    painted.add_argument("models", nargs="+", metavar="MODEL:WIDTHxHEIGHT")
     args = parse.parse_args()
-    rows = list(peers(args) if args.kind == "peers" else predicted(args.models))
-    record("onnx", {"kind": args.kind, "rows": rows})
+    rows = {"peers": peers, "predicted": predicted, "pictures": pictures}[args.kind](args)
+    record("onnx", {"kind": args.kind, "rows": list(rows)})
 
 
 def child(program: str, python: str = sys.executable) -> dict[str, Any]:
@@ -91,26 +98,29 @@ def child(program: str, python: str = sys.executable) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def export(model: str, kind: str, folder: Path) -> dict[str, Any]:
+    arguments = ["export", model, "--to", "onnx", "--precision", kind, "-o", str(folder)]
+    return child(_TIGHTFIT.format(arguments=arguments + (["--compute", "fp32"] if kind.startswith("int") else [])))
+
+
 def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     args.work.mkdir(exist_ok=True)
-    source, folders = str(args.model.absolute()), {kind: args.work.absolute() / kind for kind in ("fp32", "fp16", "int8", "int4")}
+    source, folders = str(args.model.absolute()), {kind: args.work.absolute() / kind for kind in KINDS}
     for kind, folder in folders.items():
         if not folder.exists():
-            arguments = ["export", source, "--to", "onnx", "--precision", kind, "-o", str(folder)]
-            arguments += ["--compute", "fp32"] if kind.startswith("int") else []
-            yield told({"what": f"tightfit exports {kind}", **child(_TIGHTFIT.format(arguments=arguments))})
+            yield told({"what": f"tightfit exports {kind}", **export(source, kind, folder)})
     optimums = args.work.absolute() / "optimum"
     if args.optimum and not optimums.exists():
         program = _OPTIMUM_EXPORT.format(model=source, folder=str(optimums))
         yield told({"what": "Optimum exports fp32", **child(program, args.optimum)})
-    pictures: dict[str, Path] = {}
+    painted: dict[str, Path] = {}
 
     def ours(what: str, model: str, *more: str) -> dict[str, Any]:
-        pictures[what] = args.work / f"{what.replace(' ', '-')}.png"
+        painted[what] = args.work / f"{what.replace(' ', '-')}.png"
         options = ["--model", model, "--steps", str(args.steps), "--width", str(args.size), "--height", str(args.size)]
         options += ["--scheduler", "euler", "--guidance-scale", "5", "--seed", "0", "--device", "cpu", *more]
         begun = time.perf_counter()
-        command = [sys.executable, "-c", _COMMAND, "a red heart", *options, "--json", "-o", str(pictures[what])]
+        command = [sys.executable, "-c", _COMMAND, "a red heart", *options, "--json", "-o", str(painted[what])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         report = json.loads(done.stdout.splitlines()[-1])
         details, plan = report["measured"]["details"], report["plan"]
@@ -120,8 +130,8 @@ def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 "step_seconds": step, "cfg": plan["cfg"], "calls": calls}  # fmt: skip
 
     def theirs(what: str, folder: Path) -> dict[str, Any]:
-        pictures[what] = args.work / f"{what.replace(' ', '-')}.png"
-        figures = {"folder": str(folder), "steps": args.steps, "size": args.size, "picture": str(pictures[what])}
+        painted[what] = args.work / f"{what.replace(' ', '-')}.png"
+        figures = {"folder": str(folder), "steps": args.steps, "size": args.size, "picture": str(painted[what])}
         return {"what": what, **child(_OPTIMUM.format(**figures), args.optimum)}
 
     yield told(ours("torch fp32", source, "--precision", "fp32"))
@@ -135,11 +145,11 @@ def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             yield told(theirs(f"our {kind} in Optimum", folders[kind]))
     for kind in ("int8", "int4"):
         yield told(ours(f"torch {kind}", source, "--precision", kind, "--compute", "fp32"))
-    for what in pictures:
+    for what in painted:
         other = f"torch {what.split()[1]}" if what in ("tightfit int8", "tightfit int4") else "torch fp32"
         if what == "Optimum's folder in tightfit":
             other = "Optimum"  # whose folder has the scheduler's defaults written out, among them other timesteps for Euler
-        yield told({"what": f"{what} beside {other}", "psnr": psnr(pictures[what], pictures[other])})
+        yield told({"what": f"{what} beside {other}", "psnr": psnr(painted[what], painted[other])})
 
 
 def told(row: dict[str, Any]) -> dict[str, Any]:
@@ -152,11 +162,12 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def psnr(a: Path, b: Path) -> float:
+def psnr(a: Any, b: Any) -> float:
+    """Of two pictures, or files of these."""
     import numpy as np
     from PIL import Image
 
-    first, second = (np.asarray(Image.open(file), float) for file in (a, b))
+    first, second = (np.asarray(Image.open(each) if isinstance(each, Path) else each, float) for each in (a, b))
     error = np.square(first - second).mean()
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
@@ -174,10 +185,27 @@ _ONE = """
 """
 
 
-def predicted(models: list[str]) -> Iterator[dict[str, Any]]:
+def pictures(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The same seed on both engines; torch in fp32 with weights in fp32, or as they were quantised."""
+    args.work.mkdir(exist_ok=True)
+    for text, kind in product(args.models, KINDS):
+        model, _, size = text.rpartition(":")
+        width, height = map(int, size.split("x"))
+        folder = args.work.absolute() / f"{Path(model).name}-{kind}"
+        if not folder.exists():
+            export(model, kind, folder)
+        own: dict[str, Any] = {"precision": kind, "compute": "fp32"} if kind.startswith("int") else {"precision": "fp32"}
+        with load(model, device="cpu", **own) as torchs, load(str(folder), device="cpu") as ours:
+            for scheduler in ("ddim", "euler", "dpmpp_2m_karras"):
+                request = {"seed": 0, "num_inference_steps": 8, "scheduler": scheduler, "width": width, "height": height}
+                found = psnr(ours("a red heart", **request), torchs("a red heart", **request))
+                yield told({"what": f"{text} {kind} {scheduler}", "psnr": found})
+
+
+def predicted(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Each way to run each model at each size; the largest stage is what a plan is held to."""
     errors = []
-    for model, residency, cfg in product(models, ("staged", "resident"), CFG):
+    for model, residency, cfg in product(args.models, ("staged", "resident"), CFG):
         folder, _, size = model.rpartition(":")
         row = child(_ONE.format(folder=folder, residency=residency, cfg=cfg, size=int(size)))
         told_peak, took = max(row["predicted"].values()), max(row["measured"].values())

@@ -26,7 +26,7 @@ class Network:
     """One ONNX file: its folder, the diffusers or transformers `module`, and the function of its submodules that is exported.
 
     `inputs` give each input's shape, with names for the sides that vary; whole numbers where `integers` has its name.
-    `outputs` name the answers.
+    `outputs` name the answers. `sides` are lengths of those sides that it can be called with.
     """
 
     folder: str
@@ -34,6 +34,7 @@ class Network:
     call: Callable[..., tuple[torch.Tensor, ...]]
     inputs: Mapping[str, tuple[str | int, ...]]
     outputs: tuple[str, ...]
+    sides: Mapping[str, int]
     integers: frozenset[str] = frozenset()
 
     def arguments(self, sides: Mapping[str, int], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -66,6 +67,7 @@ class Wrapped(nn.Module):
 
 
 PREFIX = "m."
+_LATENT = {"batch_size": 2, "height": 16, "width": 24}
 
 
 def networks(model: Path, folders: Mapping[str, Path]) -> Iterator[Network]:
@@ -83,10 +85,7 @@ def trace(network: Network, dtype: torch.dtype) -> tuple[ir.Model, torch.export.
     import onnxscript.optimizer
 
     module = Wrapped(network).to(dtype).eval().requires_grad_(False)
-    traced = {"batch_size": 2, "height": 16, "width": 24, "sequence_length": 77}
-    factor = _pixels(network)
-    traced |= {"height": 16 * factor, "width": 24 * factor}
-    arguments = network.arguments(traced, dtype, "meta")
+    arguments = network.arguments(network.sides, dtype, "meta")
     moving = tuple({i: _AUTO for i, side in enumerate(shape) if isinstance(side, str)} for shape in network.inputs.values())
     with _quiet():
         program = torch.export.export(module, tuple(arguments.values()), dynamic_shapes={"tensors": moving}, strict=False)
@@ -107,11 +106,6 @@ def trace(network: Network, dtype: torch.dtype) -> tuple[ir.Model, torch.export.
     for value, shape in zip(model.graph.inputs, network.inputs.values(), strict=True):
         value.shape = ir.Shape(shape)
     return model, program
-
-
-def _pixels(network: Network) -> int:
-    """Pixels a side of what is a latent elsewhere, where the input is a picture."""
-    return 8 if network.folder == "vae_encoder" else 1
 
 
 @contextmanager
@@ -146,7 +140,7 @@ def _unet(folder: Path) -> Network:
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs |= {"text_embeds": ("batch_size", pooled), "time_ids": ("batch_size", 6)}
-    return Network("unet", module, _predict, inputs, ("out_sample",))
+    return Network("unet", module, _predict, inputs, ("out_sample",), _LATENT | {"sequence_length": 77})
 
 
 def _predict(m: Any, sample, timestep, encoder_hidden_states, timestep_cond=None, **added) -> tuple[torch.Tensor, ...]:
@@ -161,7 +155,7 @@ def _decoder(folder: Path) -> Network:
     module: Any = AutoencoderKL.from_config(_config(folder))
     module.encoder = module.quant_conv = None
     inputs = {"latent_sample": ("batch_size", module.config.latent_channels, "height", "width")}
-    return Network("vae_decoder", module, _decode, inputs, ("sample",))
+    return Network("vae_decoder", module, _decode, inputs, ("sample",), _LATENT)
 
 
 def _decode(m: Any, latent_sample) -> tuple[torch.Tensor, ...]:
@@ -174,7 +168,7 @@ def _encoder(folder: Path) -> Network:
     module: Any = AutoencoderKL.from_config(_config(folder))
     module.decoder = module.post_quant_conv = None
     inputs = {"sample": ("batch_size", module.config.in_channels, "height", "width")}
-    return Network("vae_encoder", module, _encode, inputs, ("latent_parameters",))
+    return Network("vae_encoder", module, _encode, inputs, ("latent_parameters",), _LATENT | {"height": 128, "width": 192})
 
 
 def _encode(m: Any, sample) -> tuple[torch.Tensor, ...]:
@@ -195,7 +189,8 @@ def _text_encoder(folder: str, config: Path, sdxl: bool) -> Network:
     if sdxl:
         outputs += tuple(f"hidden_states.{i}" for i in range(module.config.num_hidden_layers + 1))
     inputs = {"input_ids": ("batch_size", "sequence_length")}
-    return Network(folder, module, _read(outputs), inputs, outputs, frozenset(inputs))
+    sides = {"batch_size": 2, "sequence_length": module.config.max_position_embeddings}
+    return Network(folder, module, _read(outputs), inputs, outputs, sides, frozenset(inputs))
 
 
 def _read(outputs: tuple[str, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:

@@ -14,6 +14,7 @@ import typer
 
 from .. import __version__
 from .errors import TightfitError, first_line
+from .files import read_json
 from .hardware import CPU_PROVIDER, PROVIDERS, providers
 from .memory import shown
 from .plan import BACKENDS, DYNAMIC, STORED
@@ -85,10 +86,8 @@ def _schemes(spec: ModelSpec, precision: str, tensors: Mapping[str, Tensors]) ->
     from ..export.quantised import Scheme, default_scheme
 
     if spec.precision:
-        stored: dict[str, dict[str, str]] = {name: {} for name in tensors}
-        for component in spec.components.values():
-            stored[component.folder.name] |= component.formats or {}
-        return {name: Scheme(formats) for name, formats in stored.items()}
+        written = read_json(spec.folder / "tightfit.json")["components"]  # as inspect understood it
+        return {name: Scheme(written.get(name, {}).get("formats", {})) for name in tensors}
     plain = precision not in STORED
     return {name: Scheme({}) if plain else default_scheme(name, each, precision) for name, each in tensors.items()}
 

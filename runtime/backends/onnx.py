@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,9 @@ class OnnxBackend:
         assert component.graph is not None
         on_cpu = placement.provider == CPU_PROVIDER
         whole = call_footprint(component.graph, on_cpu, _shapes(spec, component, size))
+        if placement.residency == "resident":  # and so does its arena
+            taken = peak("cpu", (), replace(whole, loading=0)) - whole.held_bytes
+            whole = replace(whole, held=(*whole.held, taken), trace=replace(whole.trace, events=()))
         if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
             nothing = Trace((), (), whole.trace.operations)
             return Footprint((), 0, nothing, (), 0, peak("cpu", (), whole))

@@ -134,6 +134,33 @@ def call_export():
     return call
 
 
+def test_a_quantised_folder_is_carried_over(shallow_models, tmp_path, call_export):
+    """With the values that it has: one weight is changed in it, as a calibration would choose other codes."""
+    from safetensors.torch import load_file, save_file
+    from tightfit.runtime import cli_export
+
+    small, graph = tmp_path / "small", tmp_path / "graph"
+    cli_export.export(str(shallow_models["sd1"]), small, "int4")
+    file = small / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("packed") and tensors[key].dtype == torch.uint8)
+    tensors[name] = tensors[name].flip(0)
+    save_file(tensors, file, {"format": "pt"})
+    call_export(small, "int4", graph, compute="fp32")
+    request = {"seed": 3, "num_inference_steps": 2, "width": 32, "height": 32}
+    pictures = []
+    for model, wishes in (
+        (small, {"compute": "fp32"}),
+        (graph, {}),
+        (shallow_models["sd1"], {"precision": "int4", "compute": "fp32"}),
+    ):
+        with tightfit.load(str(model), device="cpu", **wishes) as pipe:
+            pictures.append(pipe("a red heart", **request))
+    assert psnr(pictures[0], pictures[1]) > 60 > psnr(pictures[0], pictures[2])
+    with pytest.raises(TightfitError, match="stored in int4 already"):
+        call_export(small, "int8", tmp_path / "other")
+
+
 def test_wrong_options_are_refused(shallow_models, tmp_path, call_export):
     for precision, options, cure in (
         ("bf16", {}, "--to onnx in fp32, fp16, int8, int4"),
