@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import NAMESPACE_DNS, uuid4, uuid5
 
 import psutil
 import torch
@@ -57,11 +58,12 @@ def copy_the_rest(
 def appearing(target: Path) -> Iterator[Path]:
     """A temporary sibling that becomes `target` at the end, or is gone; those that killed processes left there go first."""
     place = target.absolute().parent
-    for left in place.glob(".tightfit-*-*.partial"):
-        number = left.name.split("-")[1]
+    here = uuid5(NAMESPACE_DNS, platform.node()).hex[:8]  # processes of other machines, or containers, are not known
+    for left in place.glob(f".tightfit-{here}-*-*.partial"):
+        number = left.name.split("-")[2]
         if number.isdigit() and not psutil.pid_exists(int(number)):
             shutil.rmtree(left, ignore_errors=True)
-    partial = place / f".tightfit-{os.getpid()}-{uuid4().hex}.partial"
+    partial = place / f".tightfit-{here}-{os.getpid()}-{uuid4().hex}.partial"
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -110,8 +110,17 @@ def _stored(
             layers[key] = layer
     if missing := [name for name in expected if name not in found]:
         raise ValueError(f"{network.folder} lacks {len(missing)} weights, such as {missing[0]}")
+    for key, parts in found.items():
+        shape = parts[""].shape if "" in parts else None
+        if shape and _squeezed(shape) != _squeezed(expected[key]):
+            raise ValueError(f"{network.folder} has {layers[key]} as {list(shape)}, its config says {list(expected[key])}")
     named = ((key, formats.get(layers[key]) if key.endswith(".weight") else None) for key in expected)
     return {key: Stored(found[key], form, layers[key]) for key, form in named}
+
+
+def _squeezed(shape: Sequence[int]) -> list[int]:
+    """Without the taps of what was a 1x1 convolution and is a linear now."""
+    return list(shape[:2]) if tuple(shape[2:]) == (1, 1) else list(shape)
 
 
 def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def _unet(folder: Path) -> Network:
         "encoder_hidden_states": ("batch_size", "sequence_length", config.cross_attention_dim),
     }
     if config.time_cond_proj_dim:
-        inputs["timestep_cond"] = (1, config.time_cond_proj_dim)
+        inputs["timestep_cond"] = ("batch_size", config.time_cond_proj_dim)
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs |= {"text_embeds": ("batch_size", pooled), "time_ids": ("batch_size", 6)}

@@ -127,11 +127,12 @@ class OnnxArena:
     """ONNX Runtime's arena (core/framework/bfc_arena.cc, default settings): requests are rounded up to 256 bytes and cut from
     regions, each twice the last up to 1 GiB, or large enough; the best fitting free chunk is taken, and split where half of it, or
     128 MiB, would be left. Nothing is given back. `peak` is what has been touched of the regions, each from its beginning, as the
-    system gives pages when they are touched; of a device that gives them at once (`whole`) it is their sizes.
+    system gives pages when they are touched. `exact` is kSameAsRequested on a GPU: regions as large as what is asked for, all of
+    which counts.
     """
 
-    def __init__(self, whole: bool = False) -> None:
-        self._next, self._whole = MIB, whole
+    def __init__(self, exact: bool = False) -> None:
+        self._next, self._exact = MIB, exact
         self._free: list[tuple[int, int, int]] = []  # size, region, offset
         self._used: dict[int, tuple[int, int, int]] = {}
         self._touched: list[int] = []
@@ -148,7 +149,7 @@ class OnnxArena:
             insort(self._free, (found - size, region, offset + size))
             found = size
         self._used[name] = found, region, offset
-        if not self._whole and offset + size > self._touched[region]:
+        if not self._exact and offset + size > self._touched[region]:
             self.peak += offset + size - self._touched[region]
             self._touched[region] = offset + size
 
@@ -160,11 +161,15 @@ class OnnxArena:
         insort(self._free, (size, region, offset))
 
     def _extend(self, size: int) -> None:
+        if self._exact:
+            insort(self._free, (size, len(self._touched), 0))
+            self._touched.append(size)
+            self.peak += size
+            return
         grown = size > self._next
         while size > self._next:
             self._next *= 2
         insort(self._free, (self._next, len(self._touched), 0))
-        self._touched.append(self._next if self._whole else 0)
-        self.peak += self._next if self._whole else 0
+        self._touched.append(0)
         if not grown:
             self._next = min(2 * self._next, 1024 * MIB)

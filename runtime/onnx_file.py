@@ -40,7 +40,8 @@ class Graph:
 
     @property
     def inputs(self) -> dict[str, tuple[int, tuple[int | str, ...]]]:
-        return {value.name: _type(value) for value in self.model.graph.input if value.name not in self.tensors}
+        weights = {tensor.name for tensor in self.model.graph.initializer}
+        return {value.name: _type(value) for value in self.model.graph.input if value.name not in weights}
 
     @property
     def stored_bytes(self) -> int:
@@ -49,7 +50,7 @@ class Graph:
     @property
     def compute(self) -> str:
         """What it computes in: fp16 if its answers are, else fp32."""
-        return "fp16" if self.model.graph.output[0].type.tensor_type.elem_type == 10 else "fp32"
+        return "fp16" if any(value.type.tensor_type.elem_type == 10 for value in self.model.graph.output) else "fp32"
 
     @property
     def precision(self) -> str:
@@ -110,7 +111,8 @@ def _bring(tensor: Any, place: Tensor) -> None:
 
 
 def _checked(file: Path, tensor: Any) -> Tensor:
-    """Where an initializer's bytes are. A path that leaves the model's folder is refused, as it could name any file."""
+    """Where an initializer's bytes are. A path that leaves the model's folder is refused, as it could name any file; but links of
+    both files to one place, as in the hub's cache, are followed."""
     place = {each.key: each.value for each in tensor.external_data}
     location = place.get("location", "")
     windows = PureWindowsPath(location)
@@ -119,7 +121,10 @@ def _checked(file: Path, tensor: Any) -> Tensor:
     if tensor.data_type not in _TYPES:
         raise TightfitError(f"{file} has {tensor.name} in a type (TensorProto {tensor.data_type}) that tightfit does not know")
     kind, bits = _TYPES[tensor.data_type]
-    data, count = file.parent / location, math.ceil(math.prod(tensor.dims) * bits / 8)
+    data = file.parent / location
+    if not any(data.resolve().is_relative_to(folder) for folder in (file.parent.resolve(), file.resolve().parent)):
+        raise TightfitError(f"{data} is a link to another place than {file.name} is in: it is not read, use another copy")
+    count = math.ceil(math.prod(tensor.dims) * bits / 8)
     again = "copy or download the model again"
     try:
         offset, length = int(place.get("offset") or 0), int(place.get("length") or count)

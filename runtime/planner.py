@@ -50,6 +50,13 @@ def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, 
     again = "make one for it with 'tightfit plan'"
     if saved.placements.keys() != spec.components.keys():
         raise TightfitError(f"this plan is for another kind of model than {spec.name}: {again}")
+    for name, placement in saved.placements.items():
+        if placement.backend not in spec.components[name].engines:
+            raise TightfitError(f"this plan runs the {name} on {placement.backend}, {spec.name} has it not for that: {again}")
+        if wishes.provider != "auto" and placement.provider not in ("", _provider(hardware, wishes.provider)):
+            raise TightfitError(
+                f"--provider {wishes.provider} is asked for, the plan says {placement.provider}: leave out one of them"
+            )
     unet, vae = saved.placements["unet"], saved.placements["vae_decoder"]
     has = {name: getattr(unet, name) for name in ("backend", "precision", "compute", "residency", "attention")}
     for name, value in (has | {"tiling": vae.tiling, "cfg": saved.cfg}).items():
@@ -140,10 +147,12 @@ def _options(asked: str, known: Sequence[str]) -> Sequence[str]:
 
 def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
     """Which engine runs each component, of those that can read it; the text encoders are run by one."""
-    there = {name: component.engines for name, component in spec.components.items()}
+    there = {name: _runnable(spec, component) for name, component in spec.components.items()}
     asked = wishes.backend if wishes.backend != "auto" else "onnx" if wishes.provider != "auto" else None
     if asked and not any(asked in engines for engines in there.values()):
         how = "export it with --to onnx" if asked == "onnx" else "use the model that it was exported from"
+        if why := next((component.unreadable for component in spec.components.values() if component.unreadable), ""):
+            how = f"{why}; or {how}"
         raise TightfitError(f"{spec.name} has no weights that {asked} reads: {how}, or leave out --backend")
     of_kind: dict[str, tuple[str, ...]] = {}
     for name, engines in there.items():
@@ -153,6 +162,19 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
         by_kind = dict(zip(of_kind, chosen, strict=True))
         picked = {name: by_kind[name.removesuffix("_2")] for name in there}
         yield {name: engine if engine in there[name] else there[name][0] for name, engine in picked.items()}
+
+
+def _runnable(spec: ModelSpec, component: Component) -> tuple[str, ...]:
+    """The engines that can run a component; a graph that ONNX Runtime cannot is passed over where torch has weights too."""
+    if "onnx" not in component.engines:
+        return component.engines
+    try:
+        engine("onnx").check(spec, component)
+    except TightfitError:
+        if not component.tensors:
+            raise
+        return ("torch",)
+    return component.engines
 
 
 def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, kind: tuple[str, str], choice: Mapping[str, str]) -> Placement:
@@ -304,9 +326,8 @@ class _Job:
             others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
             held = tuple(count for other in others for count in footprints[other].held)
             stage = "denoise" if name == "unet" else "decode" if name == "vae_decoder" else "encode"
-            sizes = tuple((n, placements[n].precision, placements[n].compute) for n in (name, *others))
-            own = placements[name]
-            alone = ("peak", sizes, own.residency, own.attention, own.tiling, cfg)
+            beside = tuple((n, p.backend, p.provider, p.precision, p.compute) for n in others for p in [placements[n]])
+            alone = ("peak", name, placements[name], beside, cfg)
             most = self._once(alone, lambda held=held, own=footprint: peak(self.hardware.device, held, own))
             stages[stage] = max(stages[stage], most)
         host = max(footprint.host for footprint in footprints.values())

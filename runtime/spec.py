@@ -17,7 +17,7 @@ MANIFEST_VERSION = 1  # of tightfit.json
 @dataclass(frozen=True)
 class Component:
     """One network of the model: the folder it lives in, its config and its tensors by their names in the safetensors files, none
-    if it is there as ONNX alone; `graph` is that.
+    if it is there as ONNX alone; `graph` is that, and `unreadable` says why there is none though there is a file.
 
     `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is not quantised.
     """
@@ -28,6 +28,7 @@ class Component:
     tensors: Mapping[str, Tensor]
     formats: Mapping[str, str] | None = None
     graph: Graph | None = None
+    unreadable: str = ""
 
     @property
     def stored_bytes(self) -> int:
@@ -260,10 +261,10 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component:
     """What is there of it: tensors as diffusers keeps them, a graph as Optimum does, or both."""
-    folder, graph = model / name.removesuffix("_decoder"), _graph(name, model / name / "model.onnx")
-    if graph and not list(folder.glob("*.safetensors")):
+    folder, file = model / name.removesuffix("_decoder"), model / name / "model.onnx"
+    if file.exists() and not list(folder.glob("*.safetensors")):
         config = read_json(next((f for f in (folder, model / name) if (f / "config.json").exists()), model / name) / "config.json")
-        return Component(name, model / name, config, {}, None, _fitting(name, config, graph))
+        return Component(name, model / name, config, {}, None, _graph(name, config, file))
     prefixes = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("",)
     config = read_json(folder / "config.json")
     tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(prefixes)}
@@ -272,7 +273,12 @@ def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component
     formats = manifest.get("components", {}).get(folder.name, {}).get("formats", {})
     of_these = {layer: form for layer, form in formats.items() if layer.startswith(prefixes)}
     stored = manifest.get("precision") in ("int8", "int4")
-    return Component(name, folder, config, tensors, of_these if stored else None, _fitting(name, config, graph))
+    graph, unreadable = None, ""
+    try:
+        graph = _graph(name, config, file) if file.exists() else None
+    except TightfitError as error:  # torch can do without
+        unreadable = str(error)
+    return Component(name, folder, config, tensors, of_these if stored else None, graph, unreadable)
 
 
 # What each network's graph is given, and may be given beside that.
@@ -283,9 +289,8 @@ _INPUTS = {
 }
 
 
-def _graph(name: str, file: Path) -> Graph | None:
-    if not file.exists():
-        return None
+def _graph(name: str, config: Mapping[str, Any], file: Path) -> Graph:
+    """The graph in `file`, whose inputs are those of the network `name`, and as wide as its config says."""
     graph = read_graph(file)
     needed, allowed = _INPUTS[name.removesuffix("_2")]
     if not needed <= graph.inputs.keys() <= needed | allowed:
@@ -293,12 +298,7 @@ def _graph(name: str, file: Path) -> Graph | None:
             f"{file} has the inputs {', '.join(sorted(graph.inputs))}, a {name} has {', '.join(sorted(needed))}: "
             "files of different models were mixed, or one was renamed; copy or export the model again"
         )
-    return graph
-
-
-def _fitting(name: str, config: Mapping[str, Any], graph: Graph | None) -> Graph | None:
-    """The graph, if its inputs are as wide as the config says."""
-    if graph and name in ("unet", "vae_decoder"):
+    if name in ("unet", "vae_decoder"):
         field, channels = ("in_channels", "sample") if name == "unet" else ("latent_channels", "latent_sample")
         sides = graph.inputs[channels][1]
         if len(sides) != 4 or (isinstance(sides[1], int) and sides[1] != config.get(field)):

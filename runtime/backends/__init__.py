@@ -66,6 +66,11 @@ class Engine(Protocol):
         ...
 
     @staticmethod
+    def check(spec: ModelSpec, component: Component) -> None:
+        """Raise TightfitError for a component that it cannot run on any machine."""
+        ...
+
+    @staticmethod
     def footprint(
         spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
     ) -> Footprint:

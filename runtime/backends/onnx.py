@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import onnx
 import onnxruntime
 
 from ..allocator import OnnxArena
-from ..errors import OutOfMemoryError, TightfitError, first_line
+from ..errors import OutOfMemoryError, TightfitError, explained, first_line
 from ..hardware import CPU_PROVIDER, Hardware, providers
 from ..memory import END, Footprint, Trace, peak, replay, shown
 from ..onnx_file import Graph
@@ -35,13 +36,15 @@ NAMES = {
 _PACKED = {"Conv", "MatMul", "Gemm"}
 # Bytes that a session takes on a CPU for itself, and for an operator of its graph, as measured on SD 1.5.
 _SESSION, _PER_NODE = 20 * 2**20, 10_000
-_DEVICE = {"CUDAExecutionProvider": "cuda", "DmlExecutionProvider": "dml", "MIGraphXExecutionProvider": "cuda"}
+# Operators whose place matters; ONNX Runtime keeps what only computes shapes on the CPU, and means to.
+_HEAVY = {"Conv", "MatMul", "Gemm", "Attention", "MultiHeadAttention", "LayerNormalization", "DequantizeLinear", "Resize", "Gelu"}
 
 
 class OnnxBackend:
     def __init__(self, device: str) -> None:
         self.device = device
         self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
+        self._host = self.meter if device == "cpu" else ProcessMeter()  # of what runs beside the GPU, which has no limit of its own
 
     @staticmethod
     def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
@@ -64,6 +67,21 @@ class OnnxBackend:
         return None
 
     @staticmethod
+    def check(spec: ModelSpec, component: Component) -> None:
+        """Raise TightfitError for a graph that is not of this component, or that cannot be followed."""
+        assert component.graph is not None
+        file, given = component.graph.file, component.graph.inputs.keys()
+        wanted = {NAMES.get(name, name) for name in spec.inputs(component, 1, *spec.native_size)}
+        if given != wanted:
+            raise TightfitError(
+                f"{file} has the inputs {', '.join(sorted(given))}, its config wants {', '.join(sorted(wanted))}: "
+                "files of different models were mixed; copy or export the model again"
+            )
+        with explained(f"{file} is no graph that can be followed", "export the model again"):
+            answers(component.graph, spec.family == "sdxl")
+            call_footprint(component.graph, True, _shapes(spec, component, (1, *spec.native_size)))
+
+    @staticmethod
     def footprint(
         spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
     ) -> Footprint:
@@ -79,16 +97,17 @@ class OnnxBackend:
             return Footprint((), 0, nothing, (), 0, peak("cpu", (), whole))
         return whole
 
-    def load(self, _: ModelSpec, component: Component, placement: Placement) -> OnnxSession:
+    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> OnnxSession:
         """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be run."""
         assert component.graph is not None
-        return OnnxSession(component.graph, placement.provider, self.meter)
+        meter = self._host if placement.provider == CPU_PROVIDER else self.meter
+        return OnnxSession(component.graph, placement.provider, meter, spec.family == "sdxl")
 
 
 class OnnxSession:
     """A graph, called with arrays by the names that Session has for them."""
 
-    def __init__(self, graph: Graph, provider: str, meter: ProcessMeter | DeviceMeter) -> None:
+    def __init__(self, graph: Graph, provider: str, meter: ProcessMeter, sdxl: bool = False) -> None:
         self.graph, self.provider, self.meter = graph, provider, meter
         on_cpu = provider == CPU_PROVIDER
         self._held = sum(_weights(graph, on_cpu)) + _PER_NODE * len(graph.model.graph.node)
@@ -97,10 +116,8 @@ class OnnxSession:
         options = session_options()
         source: Any = str(graph.file)
         if rewritten := _for_runtime(graph):
-            source = rewritten
-            options.add_session_config_entry(
-                "session.model_external_initializers_file_folder_path", str(graph.file.parent.absolute())
-            )
+            source, folder = rewritten
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
         chosen: list[Any] = [(provider, provider_options(provider, meter.room(0)))]
         if provider != CPU_PROVIDER:
             chosen.append(CPU_PROVIDER)
@@ -109,7 +126,7 @@ class OnnxSession:
             self.session = onnxruntime.InferenceSession(source, options, providers=chosen)
         self.notices = elsewhere(self.session.get_provider_graph_assignment_info(), provider, graph) if len(chosen) > 1 else ()
         self.inputs = graph.inputs
-        self.outputs = _answers([value.name for value in self.session.get_outputs()])
+        self.outputs = answers(graph, sdxl)
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}
         meter.hold(self._held)
         release()  # what packing left in the heap
@@ -127,24 +144,23 @@ class OnnxSession:
         call = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items()))
         self.meter.reach(peak("cpu", (), call) - call.held_bytes)
         with _errors_explained(self.graph):
-            outs = self._on_device(arrays, feeds) if self.provider in _DEVICE else self.session.run(self.outputs, feeds)
+            on_device = self.provider == "CUDAExecutionProvider"
+            outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
         return tuple(np.asarray(out, np.float32) for out in outs)
 
-    def _on_device(self, arrays: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """With inputs that stay on the device as long as the caller passes the same array, and answers of their own there."""
-        device, binding = _DEVICE[self.provider], self.session.io_binding()
-        for name, array in feeds.items():
-            given = next(value for key, value in arrays.items() if NAMES.get(key, key) == name)
+    def _on_device(self, given: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """On CUDA: inputs stay there as long as the caller passes the same array; answers are made there, in their own memory."""
+        binding = self.session.io_binding()
+        for array, (name, feed) in zip(given.values(), feeds.items(), strict=True):
             kept, there = self._sent.get(name, (None, None))
-            if kept is not given:
-                there = onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0)
-                self._sent[name] = given, there
+            if kept is not array:
+                there = onnxruntime.OrtValue.ortvalue_from_numpy(feed, "cuda", 0)
+                self._sent[name] = array, there
             binding.bind_ortvalue_input(name, there)
         for name in self.outputs:
-            binding.bind_output(name, device, 0)
-        options = onnxruntime.RunOptions()
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "gpu:0")
-        self.session.run_with_iobinding(binding, options)
+            binding.bind_output(name, "cuda", 0)
+        self.session.run_with_iobinding(binding)
+        self.meter.look()
         return binding.copy_outputs_to_cpu()
 
     def close(self) -> None:
@@ -155,19 +171,27 @@ class OnnxSession:
             release()
 
 
-def _answers(names: list[str]) -> list[str]:
-    """Those of a graph's outputs that a Session answers with."""
-    if "hidden_states.0" in names:  # SDXL: the last but one, and the projection where there is one
-        numbers = sorted(int(name.rpartition(".")[2]) for name in names if name.startswith("hidden_states."))
-        # Optimum gives the states before each layer, tightfit the last layer's too
-        hidden = f"hidden_states.{numbers[-2]}"
-        return [hidden, "text_embeds"] if "text_embeds" in names else [hidden]
-    return [name for name in ("out_sample", "sample", "last_hidden_state") if name in names] or names[:1]
+def answers(graph: Graph, sdxl: bool) -> list[str]:
+    """Those of a graph's outputs that a Session answers with. Raises TightfitError if it has them not.
+
+    SDXL wants what its text encoders' last layer was given: of states before and after each layer the last but one.
+    """
+    there = [value.name for value in graph.model.graph.output]
+    states = [name for name in there if name.startswith("hidden_states.")]
+    text = "input_ids" in graph.inputs
+    if text and sdxl and len(states) > 1:
+        return [f"hidden_states.{len(states) - 2}", *(["text_embeds"] if "text_embeds" in there else [])]
+    wanted = "out_sample" if "timestep" in graph.inputs else "sample" if not text else "last_hidden_state"
+    if wanted not in there or (text and sdxl):
+        needs = "hidden_states.0 and so on" if text and sdxl else wanted
+        raise TightfitError(f"{graph.file} answers {', '.join(there) or 'nothing'}, not {needs}: export the model again")
+    return [wanted]
 
 
 def elsewhere(assigned: Iterable[Any], provider: str, graph: Graph) -> tuple[str, ...]:
     """In one line, the operators of a graph that its provider has no kernels for, so that they run on the CPU."""
-    kinds = Counter(node.op_type for part in assigned if part.ep_name != provider for node in part.get_nodes())
+    nodes = (node for part in assigned if part.ep_name != provider for node in part.get_nodes())
+    kinds = Counter(node.op_type for node in nodes if node.op_type.removeprefix("Fused") in _HEAVY)
     if not kinds:
         return ()
     most = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3))
@@ -251,10 +275,20 @@ def _model(graph: Graph) -> Any:
     return _once(graph, ("model",), lambda: _rewritten(graph.model))
 
 
-def _for_runtime(graph: Graph) -> bytes | None:
-    """The graph to be run, if it is not as the file has it."""
-    changed = _model(graph) is not graph.model
-    return _model(graph).SerializeToString() if changed else None
+def _for_runtime(graph: Graph) -> tuple[bytes, Path] | None:
+    """The graph to be run and the folder of its weights, if they are not as the file has them. Of linked weights, as in the hub's
+    cache, it is the place that they are in, as ONNX Runtime follows no links out of the folder it is given."""
+    model, folder = _model(graph), graph.file.parent
+    linked = {name: tensor.file.resolve() for name, tensor in graph.tensors.items() if tensor.file.is_symlink()}
+    linked = {name: file for name, file in linked.items() if graph.tensors[name].file != graph.file}
+    if linked:
+        copy = type(model)()
+        copy.CopyFrom(model)
+        for tensor in copy.graph.initializer:
+            for each in tensor.external_data if tensor.name in linked else ():
+                each.value = linked[tensor.name].name if each.key == "location" else each.value
+        model, folder = copy, next(iter(linked.values())).parent
+    return None if model is graph.model else (model.SerializeToString(), folder.absolute())
 
 
 def call_footprint(graph: Graph, on_cpu: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Footprint:
@@ -265,7 +299,7 @@ def call_footprint(graph: Graph, on_cpu: bool, shapes: tuple[tuple[str, tuple[in
 def _call_footprint(graph: Graph, on_cpu: bool, shapes: Mapping[str, tuple[int, ...]]) -> Footprint:
     own = functools.partial(_own, graph.tensors.keys(), on_cpu)
     call = onnx_trace.trace(_model(graph), shapes, own, wide=on_cpu)
-    arena, held = OnnxArena(whole=not on_cpu), [_SESSION + _PER_NODE * len(graph.model.graph.node)]
+    arena, held = OnnxArena(exact=not on_cpu), [_SESSION + _PER_NODE * len(graph.model.graph.node)]
     for i, count in enumerate(_weights(graph, on_cpu)):
         if on_cpu:
             held.append(count)
@@ -366,6 +400,9 @@ class ProcessMeter:
         self._process.reset()
         self._used = self._held > 0
 
+    def look(self) -> None:
+        """A device whose peak nobody keeps is looked at after each call."""
+
     def bytes(self) -> int:
         return max(0, self._process.bytes() - self._start) if self._used else 0
 
@@ -409,7 +446,7 @@ class DeviceMeter(ProcessMeter):
         import torch
 
         module: Any = getattr(torch, self._device, None)
-        return int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") else 0
+        return int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") and module.is_available() else 0
 
 
 def resident() -> int:
@@ -417,6 +454,9 @@ def resident() -> int:
     import psutil
 
     return psutil.Process().memory_info().rss
+
+
+_NO_MEMORY = "out of ?memory|OutOfMemory|Failed to allocate memory|smaller than requested bytes|bad_alloc|ALLOC_FAILED"
 
 
 @contextmanager
@@ -427,7 +467,7 @@ def _errors_explained(graph: Graph) -> Iterator[None]:
     except TightfitError:
         raise
     except Exception as error:
-        if re.search("out of memory|Failed to allocate memory|smaller than requested bytes|bad_alloc", str(error)):
+        if re.search(_NO_MEMORY, str(error)):
             raise OutOfMemoryError(first_line(error)) from error
         raise TightfitError(
             f"{graph.file} cannot be run ({first_line(error)}): export it again, or use another provider"

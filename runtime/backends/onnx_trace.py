@@ -21,6 +21,7 @@ from ..memory import END, Operation, Trace
 Shape = tuple[int, ...]
 _MOST = 4096  # values of a constant that is computed with
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
+_FOREIGN = {("com.microsoft", "MultiHeadAttention")}
 _SAME = {"GroupNormalization"}  # answers in its first input's shape; onnx 1.23 does not infer it
 
 
@@ -61,12 +62,12 @@ class Shapes:
 
     def _infer(self, node: Any) -> None:
         ins = [name for name in node.input if name]
-        if node.op_type in _SAME or node.domain not in ("", "ai.onnx"):
+        if node.op_type in _SAME or (node.domain, node.op_type) in _FOREIGN:
             self._know(node.output[0], self.kinds[ins[0]], self.shapes[ins[0]])
             return
         if node.op_type == "Constant":
-            value = numpy_helper.to_array(node.attribute[0].t)
-            self._know(node.output[0], node.attribute[0].t.data_type, value.shape)
+            value = _constant(node.attribute[0])
+            self._know(node.output[0], helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
             self.values[node.output[0]] = value
             return
         if node.op_type == "Shape":
@@ -104,6 +105,12 @@ class Shapes:
         self.values[node.output[0]] = out = np.asarray(out)
         self._know(node.output[0], helper.np_dtype_to_tensor_dtype(out.dtype), out.shape)
         return True
+
+
+def _constant(given: Any) -> np.ndarray:
+    if given.name == "value":
+        return numpy_helper.to_array(given.t)
+    return np.array(helper.get_attribute_value(given), {"value_int": np.int64, "value_ints": np.int64}.get(given.name, np.float32))
 
 
 def _itemsize(kind: int) -> int:

@@ -53,6 +53,10 @@ class TorchBackend:
         return None
 
     @staticmethod
+    def check(spec: ModelSpec, component: Component) -> None:
+        """What a module needs is checked when it is built."""
+
+    @staticmethod
     def footprint(
         spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
     ) -> Footprint:

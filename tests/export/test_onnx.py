@@ -192,11 +192,29 @@ def test_weights_that_do_not_fit(shallow_models, tmp_path, call_export):
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_weights_of_another_shape(shallow_models, tmp_path, call_export):
+    """As many values, the other way round."""
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(shallow_models["sd1"], model)
+    file = model / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(key for key in tensors if key.endswith("fc1.weight"))
+    tensors[name] = tensors[name].T.contiguous()
+    save_file(tensors, file)
+    with pytest.raises(TightfitError, match=r"fc1 as \[32, 64\], its config says \[64, 32\]: copy or download"):
+        call_export(model, "fp32", tmp_path / "out")
+
+
 def test_leftovers_of_killed_exports_go(tmp_path):
     """A folder of a process that is not alive any more goes when another is written beside it; that of a living one stays."""
     dead = subprocess.Popen(["true"])
     dead.wait()
-    gone, kept = (tmp_path / f".tightfit-{pid}-x.partial" for pid in (dead.pid, os.getppid()))
+    with folders.appearing(tmp_path / "first") as partial:
+        here = partial.name.split("-")[1]
+    (tmp_path / "first").rmdir()
+    gone, kept = (tmp_path / f".tightfit-{here}-{pid}-x.partial" for pid in (dead.pid, os.getppid()))
     for each in (gone, kept):
         (each / "unet").mkdir(parents=True)
     with folders.appearing(tmp_path / "out") as partial:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -205,8 +206,6 @@ def test_mixed_plans(mixed, shallow_models, here, tmp_path):
     with tightfit.load(str(shallow_models["sd1"]), device="cpu", precision="fp32") as pipe:
         expected = pipe("a red heart", **request)
     assert np.abs(np.asarray(result.images[0], int) - np.asarray(expected, int)).max() <= 1
-    import json
-
     saved = Plan.from_json(json.dumps(result.plan.to_json()))
     with tightfit.load(str(mixed), device="cpu", plan=saved) as pipe:
         assert pipe.generate(tightfit.Request("a", **request)).plan.placements == saved.placements
@@ -257,6 +256,105 @@ def test_operators_on_another_provider_are_counted(onnx_models):
     kinds = [node.op_type for node in graph.model.graph.node]
     assert f"{kinds.count('Conv')} Conv" in notice
     assert "operators of the vae_decoder run on the CPU, as CUDAExecutionProvider has none for them" in notice
+
+
+def test_links_as_in_the_hubs_cache(onnx_models, tmp_path):
+    """snapshots/…/unet/model.onnx and its weights are links to blobs/…; links to elsewhere are refused."""
+    folder, blobs = tmp_path / "snapshots" / "main", tmp_path / "blobs"
+    blobs.mkdir()
+    for number, file in enumerate(sorted(p for p in onnx_models("sd1", "fp32").rglob("*") if p.is_file())):
+        shutil.copyfile(file, blobs / f"{number:040x}")
+        link = folder / file.relative_to(onnx_models("sd1", "fp32"))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(blobs / f"{number:040x}")
+    request = {"seed": 1, "num_inference_steps": 1, "width": 32, "height": 32}
+    with tightfit.load(str(folder), device="cpu") as pipe:
+        linked = pipe("a", **request)
+    with tightfit.load(str(onnx_models("sd1", "fp32")), device="cpu") as pipe:
+        assert np.array_equal(np.asarray(linked), np.asarray(pipe("a", **request)))
+    data, elsewhere = folder / "unet" / "model.onnx_data", tmp_path / "elsewhere"
+    data.resolve().rename(elsewhere)
+    data.unlink()
+    data.symlink_to(elsewhere)
+    with pytest.raises(TightfitError, match="is a link to another place"):
+        tightfit.inspect(str(folder))
+
+
+def broken(folder, change):
+    """The U-Net's graph of a copy, changed."""
+    file = folder / "unet" / "model.onnx"
+    proto = onnx.load(file, load_external_data=False)
+    change(proto)
+    file.write_bytes(proto.SerializeToString())
+
+
+@pytest.mark.parametrize(
+    ("change", "cure"),
+    [
+        (lambda m: m.graph.output.pop(), "answers nothing, not out_sample"),
+        (lambda m: setattr(m.graph.node[5], "op_type", "Elephant"), "is no graph that can be followed"),
+        (lambda m: m.graph.node[9].input.__setitem__(0, "nowhere"), "is no graph that can be followed"),
+        (lambda m: m.graph.input.append(helper.make_tensor_value_info("time_ids", 1, ["b", 6])), "its config wants"),
+    ],
+    ids=("no answers", "an unknown operator", "an unknown value", "inputs of SDXL"),
+)
+def test_graphs_that_cannot_be_run(onnx_models, shallow_models, tmp_path, change, cure):
+    """One line where there is nothing else; torch's weights are used where there are."""
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_models("sd1", "fp32"), folder)
+    broken(folder, change)
+    with tightfit.load(str(folder), device="cpu") as pipe, pytest.raises(TightfitError, match=cure):
+        pipe("a")
+    weights = "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(shallow_models["sd1"] / "unet" / weights, folder / "unet" / weights)
+    spec = tightfit.inspect(str(folder))
+    plans = planner.plan(Hardware.detect("cpu"), spec, tightfit.Request("a"), Wishes(precision="fp32"))
+    assert {plan.placements["unet"].backend for plan in plans} == {"torch"}
+
+
+def test_a_constant_of_whole_numbers():
+    """As other exporters write shapes."""
+    model = chain()
+    model.graph.node[2].input[1] = "shape"
+    model.graph.node.insert(0, helper.make_node("Constant", [], ["shape"], value_ints=[-1]))
+    call = onnx_trace.trace(model, {"x": (256, 256)})
+    assert peak("cpu", (), Footprint((), 0, call, (), 0)) == 4 * MIB
+
+
+def test_a_damaged_graph_beside_torchs_weights(mixed, here):
+    """It is not needed, and when it is asked for the reason is told."""
+    (mixed / "text_encoder" / "model.onnx_data").unlink()
+    spec = tightfit.inspect(str(mixed))
+    plans = planner.plan(here, spec, tightfit.Request("a"), Wishes(precision="fp32"))
+    assert {each.backend for plan in plans for each in plan.placements.values()} == {"torch"}
+    with pytest.raises(TightfitError, match=r"model.onnx_data is missing"):
+        planner.plan(here, spec, tightfit.Request("a"), Wishes(backend="onnx"))
+
+
+def test_engines_are_costed_apart(mixed, here):
+    """In one planning run, where all that is computed is kept."""
+    spec = tightfit.inspect(str(mixed))
+    plans = planner.plan(here, spec, tightfit.Request("a"), Wishes(precision="fp32", residency="staged", cfg="batched"))
+    encode = {plan.placements["text_encoder"].backend: plan.predicted.stages["encode"] for plan in plans}
+    assert encode["onnx"] >= encode["torch"] + engine._SESSION // 2
+
+
+def test_a_saved_plan_whose_graph_is_gone(mixed, here):
+    spec = tightfit.inspect(str(mixed))
+    plan = planner.plan(here, spec, tightfit.Request("a"), Wishes(backend="onnx", precision="fp32"))[0]
+    (mixed / "text_encoder" / "model.onnx").unlink()
+    with (
+        tightfit.load(str(mixed), device="cpu", plan=Plan.from_json(json.dumps(plan.to_json()))) as pipe,
+        pytest.raises(TightfitError, match="this plan runs the text_encoder on onnx"),
+    ):
+        pipe("a")
+
+
+def test_the_host_has_its_own_meter():
+    """What runs on the processor beside a GPU takes nothing of the GPU's budget."""
+    beside, alone = engine.OnnxBackend("cuda"), engine.OnnxBackend("cpu")
+    assert beside._host is not beside.meter
+    assert alone._host is alone.meter
 
 
 def test_gpu_memory_is_capped():
