@@ -6,14 +6,24 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from ..runtime.hardware import Hardware
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy")
+OPTIONAL = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "bitsandbytes")
+
+
+def _there() -> Iterator[str]:
+    for package in OPTIONAL:
+        with suppress(PackageNotFoundError):
+            version(package)
+            yield package
 
 
 def record(name: str, results: Any) -> Path:
@@ -24,7 +34,7 @@ def record(name: str, results: Any) -> Path:
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]]),
         "hardware": {"device": hardware.device, "name": hardware.name, "cores": os.cpu_count(), "bytes": hardware.total_bytes},
-        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in PACKAGES}},
+        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in (*PACKAGES, *_there())}},
         "results": results,
     }
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")

@@ -46,6 +46,12 @@ def _only(value: ir.Value | None) -> ir.Node:
     return uses[0].node
 
 
+def _turns(node: ir.Node) -> bool:
+    """Whether it transposes a matrix."""
+    perm = node.attributes.get("perm")
+    return node.op_type == "Transpose" and perm is not None and tuple(perm.as_ints()) == (1, 0)
+
+
 def _made_by(value: ir.Value | None, kind: str) -> ir.Node:
     node = value.producer() if value is not None else None
     if node is None or node.op_type != kind:
@@ -100,7 +106,7 @@ def transposed_weights(graph: ir.Graph) -> set[str]:
     found = set()
     for name, value in graph.initializers.items():
         users = [use.node for use in value.uses()]
-        if value.const_value is None and users and all(node.op_type == "Transpose" for node in users):
+        if value.const_value is None and users and all(map(_turns, users)):
             for node in users:
                 ir.convenience.replace_all_uses_with(node.outputs[0], value)
                 graph.remove(node, safe=True)
@@ -172,7 +178,7 @@ def quantise_weight(graph: ir.Graph, name: str, form: Format, shape: Sequence[in
     """
     value = graph.initializers[name]
     users = [use.node for use in value.uses()]
-    layout = Layout(form, tuple(shape), len(shape) == 2 and all(user.op_type == "Transpose" for user in users))
+    layout = Layout(form, tuple(shape), len(shape) == 2 and all(map(_turns, users)))
     parts = {
         part: ir.Value(name=f"{name}_{part}", shape=ir.Shape(sides), type=ir.TensorType(kind))
         for part, (kind, sides) in layout.kinds().items()

@@ -126,8 +126,11 @@ def _to_onnx(
 ) -> None:
     precision = manifest["precision"]
     try:
+        from torch.onnx import OnnxExporterError
+
         from ..export import onnx
         from ..export.onnx_check import DepartureError
+        from ..export.onnx_graph import GraphError
     except ImportError as error:
         raise TightfitError(f"{error.name} is needed to export to ONNX: pip install 'tightfit[cpu]', or [gpu]") from None
     from .backends.networks import current_name
@@ -142,8 +145,8 @@ def _to_onnx(
         with _progress() as tell:
             job = onnx.Job(compute, wide, current_name, release, tell)
             onnx.write(spec.folder, output, tensors, schemes, job, manifest)
-    except DepartureError as error:
-        raise TightfitError(f"{output} was not written: {first_line(error)}; please report it with the model's name") from None
+    except (DepartureError, GraphError, OnnxExporterError) as error:
+        raise TightfitError(f"{output} was not written: {first_line(error)}; please report it with the model's name") from error
 
 
 @contextmanager
