@@ -13,7 +13,7 @@ SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, re
 QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
 PACK_SECONDS = 4e-9
 ONNX_SHARE = 0.67  # of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512 (benchmarks/onnx.py)
-SESSION_SECONDS = 1e-3  # of ONNX Runtime to prepare an operator of a graph
+SESSION_SECONDS = 2e-4  # of ONNX Runtime to prepare an operator of a graph
 BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
 
 

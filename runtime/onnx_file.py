@@ -136,7 +136,7 @@ def _checked(file: Path, tensor: Any) -> Tensor:
     if length != count or offset < 0 or any(side < 0 for side in tensor.dims):
         raise TightfitError(f"{file} promises {tensor.name} as {length} bytes, its shape needs {count}: {again}")
     if offset + length > size:
-        raise TightfitError(f"{data} is truncated: it has {size} bytes of {offset + length}; {again}")
+        raise TightfitError(f"{data} is truncated: it has {size} bytes of at least {offset + length}; {again}")
     return Tensor(kind, tuple(tensor.dims), data, offset, length)
 
 
