@@ -23,7 +23,7 @@ from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from . import onnx_check, onnx_graph, onnx_trace
 from .folder import appearing, copy_the_rest
-from .quantised import VERSION, Scheme, Tensors, read
+from .quantised import VERSION, Scheme, Tensors, read, sha256
 
 if TYPE_CHECKING:
     from ..runtime.files import Tensor
@@ -155,7 +155,7 @@ def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Sto
             _fill(network.module, name, _arrays(each, shapes[name], scheme, dtype, layouts.get(name))[0])
 
     error = onnx_check.check(folder / "model.onnx", network, program, dtype, onnx_check.Room(fill, job.release))
-    files = {DATA: data.digest.hexdigest(), "model.onnx": hashlib.sha256((folder / "model.onnx").read_bytes()).hexdigest()}
+    files = {DATA: data.digest.hexdigest(), "model.onnx": sha256(folder / "model.onnx")}
     tell(network.folder, f"{sum((folder / file).stat().st_size for file in files) / 1e9:.3f} GB, {error:.1e} from torch", total, -1)
     return {
         "formats": {each.layer: each.form for each in stored.values() if each.form},

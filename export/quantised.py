@@ -115,7 +115,7 @@ def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Wri
                 out.write(f"{layer}.{part}", made)
     bits = 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in promised.values()) / sum(t.count for t in plain.values())
     snr = round(10 * math.log10(signal / noise), 2) if noise else None
-    return Written(dict(scheme.formats), round(bits, 3), snr, {file.name: _sha256(file)}, dict(scheme.measured))
+    return Written(dict(scheme.formats), round(bits, 3), snr, {file.name: sha256(file)}, dict(scheme.measured))
 
 
 def read(tensor: Tensor) -> torch.Tensor:
@@ -148,7 +148,7 @@ def _error(values: torch.Tensor, parts: Mapping[str, torch.Tensor], form: Format
     return total
 
 
-def _sha256(file: Path) -> str:
+def sha256(file: Path) -> str:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(stream.read())
     return digest.hexdigest()

@@ -16,6 +16,7 @@ import psutil
 
 from .errors import TightfitError, first_line
 from .files import cache_folder
+from .process import resident
 
 DEVICES = ("cuda", "xpu", "mps", "cpu")
 PROFILES = Path(__file__).parents[1] / "profiles"
@@ -80,6 +81,10 @@ class Hardware:
     notes: tuple[str, ...] = ()
     providers: tuple[str, ...] | None = None
     host_rate: float = 1e11
+
+    def onnx_providers(self) -> tuple[str, ...]:
+        """ONNX Runtime's, asked for now if they have not been."""
+        return providers() if self.providers is None else self.providers
 
     def rate(self, precision: str) -> float:
         """FLOP/s in `precision`; one that is not native runs in fp32."""
@@ -262,7 +267,7 @@ def _cpu(_: str) -> Hardware:
     wide = "avx512f" in flags
     fp32 = cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)  # two units of 16, 8 or 4 lanes, 2.5 GHz
     half, whole = bool({"amx_bf16", "avx512_bf16"} & flags), bool({"amx_int8", "avx512_vnni", "avx_vnni"} & flags)
-    own = psutil.Process().memory_info().rss
+    own = resident()
     return Hardware(
         device="cpu",
         name=cpu_name(),

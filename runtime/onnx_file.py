@@ -84,8 +84,9 @@ def read_graph(file: Path) -> Graph:
         raise TightfitError(f"{file} cannot be read ({error.strerror}): {again}") from None
     except Exception as error:  # protobuf has classes of its own
         raise TightfitError(f"{file} is truncated, or no ONNX file ({type(error).__name__}): {again}") from None
+    named = {each.name: each for each in model.graph.initializer}
     for name, (start, length) in inside.items():
-        tensor = next(each for each in model.graph.initializer if each.name == name)
+        tensor = named[name]
         tensor.data_location = onnx.TensorProto.EXTERNAL
         for key, value in (("location", file.name), ("offset", start), ("length", length)):
             tensor.external_data.add(key=key, value=str(value))

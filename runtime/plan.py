@@ -22,6 +22,15 @@ RESIDENCIES = ("resident", "staged", "streamed")
 ATTENTIONS = ("sdpa", "sliced", "chunked")
 TILINGS = ("whole", "tiled")
 CFG = ("batched", "sequential")
+# What the fields of a Placement may be, but for its provider.
+CHOICES = {
+    "backend": BACKENDS,
+    "precision": PRECISIONS,
+    "compute": COMPUTES,
+    "residency": RESIDENCIES,
+    "attention": ATTENTIONS,
+    "tiling": TILINGS,
+}
 STAGES = ("encode", "denoise", "decode")
 
 
@@ -117,18 +126,10 @@ def _problem(plan: Plan) -> str | None:
     """What a plan read from a file leaves open or cannot mean."""
     if plan.cfg not in CFG or plan.device not in DEVICES or not {"unet", "vae_decoder", "text_encoder"} <= plan.placements.keys():
         return "it leaves open how something runs"
-    allowed = {
-        "backend": BACKENDS,
-        "precision": PRECISIONS,
-        "compute": COMPUTES,
-        "residency": RESIDENCIES,
-        "attention": ATTENTIONS,
-        "tiling": TILINGS,
-    }
     for placement in plan.placements.values():
         if placement.precision not in (*QUANTISED, placement.compute):
             return f"it computes in {placement.compute!r} with weights in {placement.precision!r}"
-        for field, names in allowed.items():
+        for field, names in CHOICES.items():
             if getattr(placement, field) not in names:
                 return f"it has the {field} {getattr(placement, field)!r}"
         if bool(placement.provider) != (placement.backend == "onnx"):
@@ -164,15 +165,7 @@ class Wishes:
             object.__setattr__(self, "budget", parse_bytes(self.budget, "budget"))
         if self.min_psnr is not None and not 0 <= self.min_psnr <= 99:
             raise TightfitError(f"min_psnr must be decibels from 0 to 99, which is fp32 itself, not {self.min_psnr:g}")
-        known = {
-            "backend": BACKENDS,
-            "precision": PRECISIONS,
-            "compute": COMPUTES,
-            "residency": RESIDENCIES,
-            "attention": ATTENTIONS,
-            "tiling": TILINGS,
-            "cfg": CFG,
-        }
+        known = {**CHOICES, "cfg": CFG}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name in known and value not in ("auto", *known[field.name]):

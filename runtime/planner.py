@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from .backends import engine
 from .errors import TightfitError
-from .hardware import CPU_PROVIDER, PROVIDERS, Hardware, providers
+from .hardware import CPU_PROVIDER, PROVIDERS, Hardware
 from .latency import PACK_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
 from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
@@ -210,7 +210,7 @@ def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, cho
 
 def _provider(hardware: Hardware, asked: str) -> str:
     """The execution provider that is asked for, by its name or the start of that; or the best that is here."""
-    there = providers() if hardware.providers is None else hardware.providers
+    there = hardware.onnx_providers()
     if asked == "auto":
         return next((each for each in PROVIDERS[hardware.device] if each in there), CPU_PROVIDER)
     known = (*there, *(each for names in PROVIDERS.values() for each in names))

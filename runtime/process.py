@@ -46,6 +46,11 @@ class ProcessPeak:
         return True
 
 
+def resident() -> int:
+    """Bytes that this process holds now."""
+    return psutil.Process().memory_info().rss
+
+
 def release() -> None:
     """Give freed heap memory back to the system, where the C library (glibc) would keep it.
 

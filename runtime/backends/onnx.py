@@ -17,15 +17,15 @@ import onnxruntime
 
 from ..allocator import OnnxArena
 from ..errors import OutOfMemoryError, TightfitError, explained, first_line
-from ..hardware import CPU_PROVIDER, Hardware, providers
+from ..hardware import CPU_PROVIDER, Hardware
 from ..memory import END, Footprint, Trace, peak, replay, shown
 from ..onnx_file import Graph
 from ..plan import Placement
-from ..process import ProcessPeak, release
+from ..process import ProcessPeak, release, resident
 from ..spec import Component, ModelSpec
 from . import onnx_trace
 
-_FLOAT16, _FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
+_FLOAT = onnx.TensorProto.FLOAT
 # What a Session's arrays are called in the graphs.
 NAMES = {
     "tokens": "input_ids",
@@ -42,14 +42,13 @@ _HEAVY = {"Conv", "MatMul", "Gemm", "Attention", "MultiHeadAttention", "LayerNor
 
 class OnnxBackend:
     def __init__(self, device: str) -> None:
-        self.device = device
         self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
         self._host = self.meter if device == "cpu" else ProcessMeter()  # of what runs beside the GPU, which has no limit of its own
 
     @staticmethod
     def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
         """Why this engine cannot run a component so on that hardware, or None if it can."""
-        there = hardware.providers if hardware.providers is not None else providers()
+        there = hardware.onnx_providers()
         if component.graph is None:
             return f"the {component.name} is not here as ONNX: export the model with --to onnx"
         if placement.provider not in there:
@@ -90,8 +89,7 @@ class OnnxBackend:
         on_cpu = placement.provider == CPU_PROVIDER
         whole = call_footprint(component.graph, on_cpu, _shapes(spec, component, size))
         if placement.residency == "resident":  # and so does its arena
-            taken = peak("cpu", (), replace(whole, loading=0)) - whole.held_bytes
-            whole = replace(whole, held=(*whole.held, taken), trace=replace(whole.trace, events=()))
+            whole = replace(whole, held=(*whole.held, _taken(whole)), trace=replace(whole.trace, events=()))
         if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
             nothing = Trace((), (), whole.trace.operations)
             return Footprint((), 0, nothing, (), 0, peak("cpu", (), whole))
@@ -118,7 +116,7 @@ class OnnxSession:
         if rewritten := _for_runtime(graph):
             source, folder = rewritten
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        chosen: list[Any] = [(provider, provider_options(provider, meter.room(0)))]
+        chosen: list[Any] = [(provider, provider_options(provider, meter.room()))]
         if provider != CPU_PROVIDER:
             chosen.append(CPU_PROVIDER)
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -141,8 +139,7 @@ class OnnxSession:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
             feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
         shapes = {name: array.shape for name, array in feeds.items()}
-        call = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items()))
-        self.meter.reach(peak("cpu", (), call) - call.held_bytes)
+        self.meter.reach(_taken(call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items()))))
         with _errors_explained(self.graph):
             on_device = self.provider == "CUDAExecutionProvider"
             outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
@@ -311,6 +308,11 @@ def _call_footprint(graph: Graph, on_cpu: bool, shapes: Mapping[str, tuple[int, 
     return Footprint(tuple(held), _loading_bytes(graph) if on_cpu else 0, taken, (), 0)
 
 
+def _taken(whole: Footprint) -> int:
+    """Bytes that a call takes of the arena beside what is held."""
+    return whole.trace.events[0][1]
+
+
 def _shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Shapes of the graph's inputs, by their names there, for a batch and the picture's height and width in pixels."""
     assert component.graph is not None
@@ -356,7 +358,7 @@ def _weights(graph: Graph, on_cpu: bool) -> Iterator[int]:
     What is only cast is cast when it is loaded; on a CPU all fp16 is. There the rest is packed, or mapped from the file, so that
     of a table only the rows that are looked up are read.
     """
-    users: dict[str, list[Any]] = _once(graph, ("users",), lambda: _users(graph))
+    users = _users(graph)
     for name, tensor in graph.tensors.items():
         kinds = {node.op_type for node in users.get(name, ())}
         casts = [onnx_trace.attribute(node, "to") for node in users.get(name, ()) if node.op_type == "Cast"]
@@ -368,17 +370,22 @@ def _weights(graph: Graph, on_cpu: bool) -> Iterator[int]:
 
 
 def _users(graph: Graph) -> dict[str, list[Any]]:
-    found: dict[str, list[Any]] = {}
-    for node in graph.model.graph.node:
-        for name in node.input:
-            found.setdefault(name, []).append(node)
-    return found
+    """The operators that read each value."""
+
+    def compute() -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for node in graph.model.graph.node:
+            for name in node.input:
+                found.setdefault(name, []).append(node)
+        return found
+
+    return _once(graph, ("users",), compute)
 
 
 def _loading_bytes(graph: Graph) -> int:
     """Most that loading takes on a CPU beyond what is held then: the largest weight that is packed, once more; but those of
     convolutions that are cast from fp16 are packed together."""
-    users: dict[str, list[Any]] = _once(graph, ("users",), lambda: _users(graph))
+    users = _users(graph)
     packed = {name: {node.op_type for node in users.get(name, ())} & _PACKED for name in graph.tensors}
     cast = (2 * t.stored_bytes for name, t in graph.tensors.items() if t.dtype == "F16" and "Conv" in packed[name])
     return max(sum(cast), max((t.stored_bytes for name, t in graph.tensors.items() if packed[name]), default=0))
@@ -410,12 +417,13 @@ class ProcessMeter:
         self._held += count
         self._used = True
 
-    def room(self, taken: int) -> int | None:
-        return None if self._limit is None else max(0, self._limit - self._held - taken)
+    def room(self) -> int | None:
+        """Bytes that are left of the limit, if there is one."""
+        return None if self._limit is None else max(0, self._limit - self._held)
 
     def reach(self, count: int) -> None:
         """Raise OutOfMemoryError if there is no room for `count` bytes beside what is held."""
-        room = self.room(0)
+        room = self.room()
         if room is not None and count > room:
             raise OutOfMemoryError(f"{shown(self._held + count)} are needed where {shown(self._held + room)} are allowed")
 
@@ -449,13 +457,6 @@ class DeviceMeter(ProcessMeter):
         return int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") and module.is_available() else 0
 
 
-def resident() -> int:
-    """Bytes that this process holds now."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
-
-
 _NO_MEMORY = "out of ?memory|OutOfMemory|Failed to allocate memory|smaller than requested bytes|bad_alloc|ALLOC_FAILED"
 
 
@@ -464,8 +465,6 @@ def _errors_explained(graph: Graph) -> Iterator[None]:
     """ONNX Runtime has a class of its own for every status, and none for memory."""
     try:
         yield
-    except TightfitError:
-        raise
     except Exception as error:
         if re.search(_NO_MEMORY, str(error)):
             raise OutOfMemoryError(first_line(error)) from error

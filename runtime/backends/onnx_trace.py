@@ -21,8 +21,7 @@ from ..memory import END, Operation, Trace
 Shape = tuple[int, ...]
 _MOST = 4096  # values of a constant that is computed with
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
-_FOREIGN = {("com.microsoft", "MultiHeadAttention")}
-_SAME = {"GroupNormalization"}  # answers in its first input's shape; onnx 1.23 does not infer it
+_SAME = {"GroupNormalization", "MultiHeadAttention"}  # answer in their first input's shape; onnx 1.23 does not infer it
 
 
 class Shapes:
@@ -62,7 +61,7 @@ class Shapes:
 
     def _infer(self, node: Any) -> None:
         ins = [name for name in node.input if name]
-        if node.op_type in _SAME or (node.domain, node.op_type) in _FOREIGN:
+        if node.op_type in _SAME:
             self._know(node.output[0], self.kinds[ins[0]], self.shapes[ins[0]])
             return
         if node.op_type == "Constant":
@@ -86,8 +85,7 @@ class Shapes:
             self._know(name, kind.tensor_type.elem_type, tuple(side.dim_value for side in sides))
 
     def _shape(self, node: Any) -> None:
-        options = {each.name: each.i for each in node.attribute}
-        value = np.array(self.shapes[node.input[0]], np.int64)[options.get("start", 0) : options.get("end")]
+        value = np.array(self.shapes[node.input[0]], np.int64)[attribute(node, "start", 0) : attribute(node, "end")]
         self._know(node.output[0], onnx.TensorProto.INT64, value.shape)
         self.values[node.output[0]] = value
 
