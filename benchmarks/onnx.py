@@ -23,9 +23,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from .. import load
 from ..runtime.memory import shown
 from ..runtime.plan import CFG
+from .parity import psnr
 from .record import record
 
 _COMMAND = "from tightfit.runtime.cli import main; main()"
@@ -149,7 +152,7 @@ def peers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         other = f"torch {what.split()[1]}" if what in ("tightfit int8", "tightfit int4") else "torch fp32"
         if what == "Optimum's folder in tightfit":
             other = "Optimum"  # whose folder has the scheduler's defaults written out, among them other timesteps for Euler
-        yield told({"what": f"{what} beside {other}", "psnr": psnr(painted[what], painted[other])})
+        yield told({"what": f"{what} beside {other}", "psnr": psnr(Image.open(painted[what]), Image.open(painted[other]))})
 
 
 def told(row: dict[str, Any]) -> dict[str, Any]:
@@ -160,16 +163,6 @@ def told(row: dict[str, Any]) -> dict[str, Any]:
     words += [row["cfg"]] if "cfg" in row else []
     print(f"{row['what']:<36}", ", ".join(words) or row, flush=True)
     return row
-
-
-def psnr(a: Any, b: Any) -> float:
-    """Of two pictures, or files of these."""
-    import numpy as np
-    from PIL import Image
-
-    first, second = (np.asarray(Image.open(each) if isinstance(each, Path) else each, float) for each in (a, b))
-    error = np.square(first - second).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 _ONE = """

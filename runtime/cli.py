@@ -24,7 +24,7 @@ from .events import Event, Result
 from .files import replacing
 from .hardware import Hardware
 from .memory import parse_bytes, shown
-from .plan import ATTENTIONS, BACKENDS, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
+from .plan import ATTENTIONS, BACKENDS, COMPUTES, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
 from .request import Request
 from .schedulers import SCHEDULERS
 
@@ -38,7 +38,7 @@ app.command()(export)
 
 _Model = Annotated[str | None, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")]
 _Precision = Annotated[str | None, typer.Option(help=f"auto, {', '.join(PRECISIONS)}.", metavar="NAME")]
-_Compute = Annotated[str, typer.Option(help="Of int8 and int4: fp32 …", metavar="NAME", show_default=False)]
+_Compute = Annotated[str, typer.Option(help=f"Of int8, int4: {', '.join(COMPUTES)}.", metavar="NAME", show_default=False)]
 _Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.", metavar="NAME", show_default=False)]
 _Provider = Annotated[str, typer.Option(help="Of onnx: cuda, dml, cpu …", metavar="NAME", show_default=False)]
 _Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
@@ -248,7 +248,7 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
     for p in listed:
         unet, vae = p.placements["unet"], p.placements["vae_decoder"]
         precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
-        precision += "".join(sorted({f", {each.backend}" for each in p.placements.values() if each.backend != "torch"}))
+        precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
         stages = (shown(count) for count in p.predicted.stages.values())
         names = (precision, unet.residency, p.cfg, unet.attention, vae.tiling)
         style = "bold" if p.chosen else None if p.fits else "dim"

@@ -67,7 +67,10 @@ def export(
 
 def _check(precision: str, to: str, compute: str, calibrate: int, effort: tuple[float | None, ...]) -> None:
     if precision == DYNAMIC:
-        raise TightfitError(f"{DYNAMIC} is a way to run weights in int8: export --precision int8, and run that with {DYNAMIC}")
+        elsewhere = "; ONNX Runtime has no such way, leave out --to onnx" if to == "onnx" else ""
+        raise TightfitError(
+            f"{DYNAMIC} is a way to run weights in int8: export --precision int8, and run that with {DYNAMIC}{elsewhere}"
+        )
     if precision not in _KNOWN.get(to, ()):
         ways = "; ".join(f"--to {engine} in {', '.join(names)}" for engine, names in _KNOWN.items())
         raise TightfitError(f"this version exports {ways}, not --to {to} in {precision}")

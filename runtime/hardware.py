@@ -29,6 +29,8 @@ PROVIDERS = {
     "mps": ("CoreMLExecutionProvider",),
     "cpu": (CPU_PROVIDER,),
 }
+# The packages onnxruntime-… that have them.
+PACKAGES = {"cuda": "gpu", "migraphx": "migraphx", "rocm": "rocm", "dml": "directml", "openvino": "openvino"}
 
 # A CUDA context with torch's lazily loaded kernels: 287,047,680 bytes measured in pytorch#86509 (636 MiB without lazy loading).
 CUDA_CONTEXT = 274 * 2**20
@@ -332,6 +334,11 @@ def _read_cgroup(place: Path, limit_file: str, used_file: str, inactive_name: st
 
 
 @functools.cache
+def provider_name(provider: str) -> str:
+    """As it is called for short: cuda for CUDAExecutionProvider."""
+    return provider.lower().removesuffix("executionprovider")
+
+
 def providers() -> tuple[str, ...]:
     """ONNX Runtime's execution providers; none if it is not installed or cannot be imported. Asked apart, as that takes time."""
     try:

@@ -48,7 +48,8 @@ class Trace:
 class Footprint:
     """What a component takes on its device: `held`, the bytes of each allocation that stays while it is loaded;
     `loading`, bytes of host memory while it is read; `trace`, one call; `scratch`, what each attention takes for itself;
-    `streamed`, bytes of weights that flow through in each call; `host`, pinned memory from which they do."""
+    `streamed`, bytes of weights that flow through in each call; `host`, what it takes of the host's memory beside a GPU's;
+    `kept`, bytes of a call that stay with a component that stays loaded."""
 
     held: tuple[int, ...]
     loading: int
@@ -56,15 +57,16 @@ class Footprint:
     scratch: tuple[int, ...]
     streamed: int
     host: int = 0
+    kept: int = 0
 
     @property
     def held_bytes(self) -> int:
         return sum(self.held)
 
 
-def peak(device: str, held: Iterable[int], own: Footprint) -> int:
-    """Most bytes that torch's allocator on `device` has reserved (on the CPU: are alive) while `own` is loaded and called
-    beside the allocations `held`, which were there before."""
+def peak(device: str, held: Iterable[int], own: Footprint, later: Iterable[int] = ()) -> int:
+    """Most bytes that torch's allocator on `device` has reserved (on the CPU: are alive) while `own` is loaded beside the
+    allocations `held`, which were there before, and called beside these and those that came `later`."""
     memory = allocator(device)
     names = iter(range(-1, -(10**9), -1))  # those of storages in a trace are positive
     for count in (*WORKSPACES.get(device, ()), *held, *own.held):
@@ -73,6 +75,8 @@ def peak(device: str, held: Iterable[int], own: Footprint) -> int:
         loading = next(names)
         memory.allocate(loading, own.loading)
         memory.free(loading)
+    for count in later:
+        memory.allocate(next(names), count)
     replay(memory, own.trace.events, own.scratch, names)
     return memory.peak
 

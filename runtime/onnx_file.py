@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -44,6 +45,10 @@ class Graph:
         return {value.name: _type(value) for value in self.model.graph.input if value.name not in weights}
 
     @property
+    def outputs(self) -> dict[str, tuple[int, tuple[int | str, ...]]]:
+        return {value.name: _type(value) for value in self.model.graph.output}
+
+    @property
     def stored_bytes(self) -> int:
         return sum(tensor.stored_bytes for tensor in self.tensors.values())
 
@@ -52,15 +57,27 @@ class Graph:
         """What it computes in: fp16 if its answers are, else fp32."""
         return "fp16" if any(value.type.tensor_type.elem_type == 10 for value in self.model.graph.output) else "fp32"
 
-    @property
+    @cached_property
     def precision(self) -> str:
         """What most of its weights are held in: int4, int8, or what it computes in."""
-        kinds = {tensor.dtype for tensor in self.tensors.values()}
-        return "int4" if kinds & {"U4", "I4"} else "int8" if "I8" in kinds else self.compute
+        pairs = {node.input[1] for node in self.model.graph.node if node.op_type == "MatMulNBits" and _bits(node) == 4}
+        counts = {"int4": 0, "int8": 0, self.compute: 0}
+        for name, tensor in self.tensors.items():
+            kind = (
+                "int4"
+                if name in pairs
+                else {"U4": "int4", "I4": "int4", "U8": "int8", "I8": "int8"}.get(tensor.dtype, self.compute)
+            )
+            counts[kind] += tensor.count * (2 if name in pairs else 1)
+        return max(counts, key=lambda kind: counts[kind])
 
     @property
     def opset(self) -> int:
         return max((each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")), default=0)
+
+
+def _bits(node: Any) -> int:
+    return next((each.i for each in node.attribute if each.name == "bits"), 4)
 
 
 def _type(value: Any) -> tuple[int, tuple[int | str, ...]]:
@@ -100,6 +117,10 @@ def read_graph(file: Path) -> Graph:
     for each in external:
         if tensors[each.name].stored_bytes <= _SMALL:
             _bring(each, tensors.pop(each.name))
+    for each in model.graph.initializer:
+        if each.name not in tensors and (each.float_data or each.int32_data or each.int64_data) and each.data_type in _TYPES:
+            kind, bits = _TYPES[each.data_type]  # values that are no bytes stay in the graph, and count
+            tensors[each.name] = Tensor(kind, tuple(each.dims), file, 0, math.ceil(math.prod(each.dims) * bits / 8))
     return Graph(file, model, tensors)
 
 

@@ -170,8 +170,15 @@ class Pipeline:
         for name, (placement, _) in list(self._loaded.items()):
             if placement != plan.placements[name]:
                 self._drop(name)
-        for each in self._backends.values():
-            each.meter.limit(plan.budget_bytes - plan.predicted.context_bytes)
+        self._share()
+
+    def _share(self) -> None:
+        """Let each engine take of the budget what the others leave."""
+        assert self._plan
+        meters = [each.meter for each in self._backends.values()]
+        for meter in meters:
+            others = sum(other.held() for other in meters if other is not meter)
+            meter.limit(self._plan.budget_bytes - self._plan.predicted.context_bytes - others)
 
     @contextmanager
     def _measured(self, name: str, stages: dict[str, Measured]) -> Iterator[None]:
@@ -200,6 +207,8 @@ class Pipeline:
         if name not in self._loaded:
             placement, start = self._plan.placements[name], time.perf_counter()
             engine = self._backends[placement.backend]
+            if len(self._backends) > 1:
+                self._share()
             self._loaded[name] = placement, engine.load(self.spec, self.spec.components[name], placement)
             self._load_seconds += time.perf_counter() - start
             self._notices += [each for each in self._loaded[name][1].notices if each not in self._notices]
@@ -339,7 +348,9 @@ class Pipeline:
         assert self._plan
         if not np.isfinite(values).all():
             compute = self._plan.placements["unet"].compute
-            raise TightfitError(f"the picture overflowed in {compute}: try --precision fp32, or a smaller guidance scale")
+            damaged = "copy or download the model again, its weights may be damaged"
+            cure = damaged if compute == "fp32" else "try --precision fp32"
+            raise TightfitError(f"the picture overflowed in {compute}: {cure}, or try a smaller guidance scale")
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
         own = replace(request, seed=(request.seed or 0) + index, num_images=1)
         image.info["parameters"] = parameters.write(own, self.spec.name, self._plan.precision)

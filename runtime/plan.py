@@ -95,8 +95,13 @@ class Plan:
         unet, vae = self.placements["unet"], self.placements["vae_decoder"]
         precision = unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
         how = f"{unet.backend} {precision} on {self.device}, {unet.residency}, {self.cfg} CFG, {unet.attention}"
-        others = sorted({(name, each.backend) for name, each in self.placements.items() if each.backend != unet.backend})
-        return f"{how}, VAE {vae.tiling}" + "".join(f", {name} by {backend}" for name, backend in others)
+        return f"{how}, VAE {vae.tiling}{self.elsewhere}"
+
+    @property
+    def elsewhere(self) -> str:
+        """What another engine runs than the U-Net's: ', text_encoder by onnx'."""
+        own = self.placements["unet"].backend
+        return "".join(f", {name} by {each.backend}" for name, each in self.placements.items() if each.backend != own)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

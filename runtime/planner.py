@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 from .backends import engine
 from .errors import TightfitError
-from .hardware import CPU_PROVIDER, PROVIDERS, Hardware
+from .hardware import CPU_PROVIDER, PACKAGES, PROVIDERS, Hardware, provider_name
 from .latency import PACK_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
-from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, TILINGS, Placement, Plan, Predicted, Wishes
+from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, STORED, TILINGS, Placement, Plan, Predicted, Wishes
 from .request import Request
 from .spec import Component, ModelSpec
 
@@ -153,7 +153,8 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
         how = "export it with --to onnx" if asked == "onnx" else "use the model that it was exported from"
         if why := next((component.unreadable for component in spec.components.values() if component.unreadable), ""):
             how = f"{why}; or {how}"
-        raise TightfitError(f"{spec.name} has no weights that {asked} reads: {how}, or leave out --backend")
+        option = "--backend" if wishes.backend != "auto" else "--provider"
+        raise TightfitError(f"{spec.name} has no weights that {asked} reads: {how}, or leave out {option}")
     of_kind: dict[str, tuple[str, ...]] = {}
     for name, engines in there.items():
         kind, own = name.removesuffix("_2"), (asked,) if asked and asked in engines else engines
@@ -213,15 +214,14 @@ def _provider(hardware: Hardware, asked: str) -> str:
     there = hardware.onnx_providers()
     if asked == "auto":
         return next((each for each in PROVIDERS[hardware.device] if each in there), CPU_PROVIDER)
-    known = (*there, *(each for names in PROVIDERS.values() for each in names))
-    short = asked.lower().removesuffix("executionprovider").replace("directml", "dml")
-    found = next((each for each in known if each.lower().removesuffix("executionprovider") == short), None)
-    if found not in there:
-        usable = [each for each in there if each in known[len(there) :]]  # not what would send the model elsewhere
-        raise TightfitError(
-            f"ONNX Runtime has no provider '{asked}' here: choose {', '.join(usable) or 'none, it is not installed'}"
-        )
-    return str(found)
+    known = {provider_name(each): each for names in PROVIDERS.values() for each in names}  # none that sends the model elsewhere
+    short = provider_name(asked).replace("directml", "dml")
+    if known.get(short) not in there:
+        usable = ", ".join(name for name, each in known.items() if each in there)
+        package = f"pip install onnxruntime-{PACKAGES[short]} in place of onnxruntime, or " if short in PACKAGES else ""
+        choose = f"choose {usable}" if usable else "it is not installed, pip install 'tightfit[cpu]' or [gpu]"
+        raise TightfitError(f"ONNX Runtime has no provider '{asked}' on {hardware.name}: {package}{choose}")
+    return known[short]
 
 
 def _of_graph(unet: Component, wishes: Wishes) -> list[tuple[str, str]]:
@@ -232,7 +232,11 @@ def _of_graph(unet: Component, wishes: Wishes) -> list[tuple[str, str]]:
         if asked not in ("auto", has):
             if wishes.backend == "auto" and unet.tensors:
                 return []  # torch can do it
-            raise TightfitError(f"{graph.file} has {name} {has}: leave out --{name} {asked}, or export the model again")
+            again = "use the model that it was exported from"
+            if asked in ("fp32", "fp16", *STORED):
+                options = f"{graph.precision} --compute {asked}" if name == "compute" and graph.precision in STORED else asked
+                again = f"export that again with --to onnx --precision {options}"
+            raise TightfitError(f"{graph.file} has {name} {has}, not {asked}: choose --{name} auto, or {again}")
     return [(graph.precision, graph.compute)]
 
 
@@ -299,7 +303,7 @@ class _Job:
 
     def plan(self, cfg: str, placements: Mapping[str, Placement], budget: int) -> Plan:
         predicted = self._predict(cfg, placements)
-        problem = self._problem(placements, predicted, budget)
+        problem = self._problem(cfg, placements, predicted, budget)
         reason = problem or "fits"
         return Plan(
             self.spec.name, self.hardware.name, self.hardware.device, budget, cfg, placements, predicted, not problem, False, reason
@@ -312,25 +316,35 @@ class _Job:
         return self._known[key]
 
     def _footprint(self, name: str, placement: Placement, cfg: str) -> Footprint:
-        both = 2 if name == "unet" and guided(self.spec, self.request) and cfg == "batched" else 1
-        size = (both, int(self.request.height or 0), int(self.request.width or 0))
-        run = engine(placement.backend).footprint
+        run, size = engine(placement.backend).footprint, self._size(name, cfg)
         return self._once(
-            (name, placement, both), lambda: run(self.spec, self.spec.components[name], placement, self.hardware, size)
+            (name, placement, size), lambda: run(self.spec, self.spec.components[name], placement, self.hardware, size)
         )
+
+    def _size(self, name: str, cfg: str) -> tuple[int, int, int]:
+        """The batch that a component is called with, and the picture's height and width."""
+        both = 2 if name == "unet" and guided(self.spec, self.request) and cfg == "batched" else 1
+        return both, int(self.request.height or 0), int(self.request.width or 0)
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
+        names, residents = list(placements), [n for n, placement in placements.items() if placement.residency == "resident"]
         stages: dict[str, int] = dict.fromkeys(STAGES, 0)
         for name, footprint in footprints.items():
-            others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
-            held = tuple(count for other in others for count in footprints[other].held)
+            others = [n for n in residents if n != name]
+            first = [n for n in others if name not in residents or names.index(n) < names.index(name)]  # loaded before it
+            held, later = (
+                [count for n in group for count in (*footprints[n].held, footprints[n].kept)]
+                for group in (first, [n for n in others if n not in first])
+            )
             stage = "denoise" if name == "unet" else "decode" if name == "vae_decoder" else "encode"
             beside = tuple((n, p.backend, p.provider, p.precision, p.compute) for n in others for p in [placements[n]])
             alone = ("peak", name, placements[name], beside, cfg)
-            most = self._once(alone, lambda held=held, own=footprint: peak(self.hardware.device, held, own))
+            most = self._once(alone, lambda held=held, own=footprint, later=later: peak(self.hardware.device, held, own, later))
             stages[stage] = max(stages[stage], most)
-        host = max(footprint.host for footprint in footprints.values())
+        host = sum(footprints[n].host for n in residents) + max(
+            (f.host for n, f in footprints.items() if n not in residents), default=0
+        )
         seconds = self._seconds(cfg, placements, footprints)
         psnr = min(_psnr(placement) for placement in placements.values())
         return Predicted(max(stages.values()), stages, self.hardware.context_bytes, host, seconds, psnr)
@@ -363,10 +377,12 @@ class _Job:
             loading += count * PACK_SECONDS
         return loading
 
-    def _problem(self, placements: Mapping[str, Placement], predicted: Predicted, budget: int) -> str | None:
+    def _problem(self, cfg: str, placements: Mapping[str, Placement], predicted: Predicted, budget: int) -> str | None:
         """Why this plan cannot be taken, or None."""
         for name, placement in placements.items():
-            if refusal := engine(placement.backend).refuses(self.hardware, self.spec.components[name], placement):
+            if refusal := engine(placement.backend).refuses(
+                self.spec, self.spec.components[name], placement, self.hardware, self._size(name, cfg)
+            ):
                 return f"is refused: {refusal}"
         if self.wishes.min_psnr is not None and predicted.psnr < self.wishes.min_psnr:
             return f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}"

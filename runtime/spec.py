@@ -226,6 +226,13 @@ def _family(folder: Path, pipeline: str, components: Mapping[str, Component]) ->
         )
     if vae.get("out_channels", 3) != 3 or unet.get("out_channels", 4) != vae["latent_channels"]:
         raise TightfitError(f"{folder} paints more than red, green and blue, or predicts more than noise: use a plain model")
+    widths = sum(c.config.get("hidden_size", 512) for name, c in components.items() if name.startswith("text_encoder"))
+    reads = unet.get("cross_attention_dim", 1280)
+    if isinstance(reads, int) and reads != widths and not unet.get("encoder_hid_dim"):
+        raise TightfitError(
+            f"{folder} has texts {widths} wide from its text encoders, {reads} wide in its U-Net: "
+            "files of different models were mixed; copy or download it again"
+        )
     embedding = unet.get("addition_embed_type")
     if embedding == "text_time" and "text_encoder_2" in components:
         return "sdxl"
@@ -262,9 +269,13 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component:
     """What is there of it: tensors as diffusers keeps them, a graph as Optimum does, or both."""
     folder, file = model / name.removesuffix("_decoder"), model / name / "model.onnx"
-    if file.exists() and not list(folder.glob("*.safetensors")):
+    torch = any(folder.glob("*.safetensors"))
+    if file.exists() and not torch:
         config = read_json(next((f for f in (folder, model / name) if (f / "config.json").exists()), model / name) / "config.json")
         return Component(name, model / name, config, {}, None, _graph(name, config, file))
+    if not torch and any(model.glob("*/*.onnx")):
+        there = next((f"rename {each.name}, which is" for each in file.parent.glob("*.onnx")), "it is not")
+        raise TightfitError(f"{file} is missing: {there} there, or copy or export the model again")
     prefixes = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("",)
     config = read_json(folder / "config.json")
     tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(prefixes)}
@@ -287,6 +298,12 @@ _INPUTS = {
     "vae_decoder": ({"latent_sample"}, set()),
     "text_encoder": ({"input_ids"}, set()),
 }
+# Values of each network's graph: how many sides they have, and which of these a field of its config tells.
+_SIDES = {
+    "unet": (("sample", 4, 1, "in_channels"), ("encoder_hidden_states", 3, 2, "cross_attention_dim")),
+    "vae_decoder": (("latent_sample", 4, 1, "latent_channels"),),
+    "text_encoder": (("input_ids", 2, 0, ""), ("last_hidden_state", 3, 2, "hidden_size")),
+}
 
 
 def _graph(name: str, config: Mapping[str, Any], file: Path) -> Graph:
@@ -298,12 +315,12 @@ def _graph(name: str, config: Mapping[str, Any], file: Path) -> Graph:
             f"{file} has the inputs {', '.join(sorted(graph.inputs))}, a {name} has {', '.join(sorted(needed))}: "
             "files of different models were mixed, or one was renamed; copy or export the model again"
         )
-    if name in ("unet", "vae_decoder"):
-        field, channels = ("in_channels", "sample") if name == "unet" else ("latent_channels", "latent_sample")
-        sides = graph.inputs[channels][1]
-        if len(sides) != 4 or (isinstance(sides[1], int) and sides[1] != config.get(field)):
+    for value, rank, which, field in _SIDES[name.removesuffix("_2")]:
+        sides = (graph.inputs | graph.outputs).get(value, (0, ("",) * rank))[1]
+        wanted = config.get(field)
+        if len(sides) != rank or (isinstance(sides[which], int) and isinstance(wanted, int) and sides[which] != wanted):
             raise TightfitError(
-                f"{graph.file} takes {channels} of {list(sides)}, its config says {config.get(field)} channels: "
+                f"{graph.file} has {value} of {list(sides)}, its config says {field} {wanted}: "
                 "files of different models were mixed; copy or export the model again"
             )
     return graph

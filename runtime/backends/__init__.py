@@ -45,6 +45,10 @@ class Meter(Protocol):
         """The most held at once since `reset`."""
         ...
 
+    def held(self) -> int:
+        """Bytes that what is loaded holds now."""
+        ...
+
 
 class Backend(Protocol):
     """One engine on one device."""
@@ -61,8 +65,10 @@ class Engine(Protocol):
     """What an engine knows of a machine that need not be here."""
 
     @staticmethod
-    def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
-        """Why it cannot run a component so on that hardware, or None if it can."""
+    def refuses(
+        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+    ) -> str | None:
+        """Why it cannot run a component so on that hardware for that size, or None if it can."""
         ...
 
     @staticmethod

@@ -109,6 +109,9 @@ class CountingMeter:
     def bytes(self) -> int:
         return self._peak
 
+    def held(self) -> int:
+        return self._held
+
     def hold(self, count: int) -> None:
         if count > 0:
             self._reach(self._held + count)
@@ -159,6 +162,9 @@ class AllocatorMeter:
 
     def bytes(self) -> int:
         return max(0, self._torch.max_memory_reserved() - self._others)
+
+    def held(self) -> int:
+        return max(0, self._torch.memory_reserved() - self._others)
 
     def hold(self, count: int) -> None:
         pass

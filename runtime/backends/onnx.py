@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ NAMES = {
     "latents": "latent_sample",
 }  # fmt: skip
 _PACKED = {"Conv", "MatMul", "Gemm"}
-# Bytes that a session takes on a CPU for itself, and for an operator of its graph, as measured on SD 1.5.
+# Bytes that ONNX Runtime takes on a CPU for itself, and a session for an operator of its graph, as measured on SD 1.5.
 _SESSION, _PER_NODE = 20 * 2**20, 10_000
 # Operators whose place matters; ONNX Runtime keeps what only computes shapes on the CPU, and means to.
 _HEAVY = {"Conv", "MatMul", "Gemm", "Attention", "MultiHeadAttention", "LayerNormalization", "DequantizeLinear", "Resize", "Gelu"}
@@ -46,23 +45,33 @@ class OnnxBackend:
         self._host = self.meter if device == "cpu" else ProcessMeter()  # of what runs beside the GPU, which has no limit of its own
 
     @staticmethod
-    def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
-        """Why this engine cannot run a component so on that hardware, or None if it can."""
+    def refuses(
+        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+    ) -> str | None:
+        """Why this engine cannot run a component so on that hardware for that size, or None if it can."""
         there = hardware.onnx_providers()
         if component.graph is None:
             return f"the {component.name} is not here as ONNX: export the model with --to onnx"
         if placement.provider not in there:
             return f"ONNX Runtime has no {placement.provider} here, but {', '.join(there) or 'nothing, as it is not installed'}"
         if placement.residency == "streamed":
-            return "ONNX Runtime cannot stream weights"
-        if placement.attention != "sdpa" or placement.tiling != "whole":
-            return "an ONNX graph has its own attention, and runs whole"
+            return "ONNX Runtime cannot stream weights: leave out --residency streamed"
+        if placement.attention != "sdpa":
+            return f"an ONNX graph has its own attention: leave out --attention {placement.attention}"
+        if placement.tiling != "whole":
+            return f"an ONNX graph runs whole: leave out --tiling {placement.tiling}"
         newest = newest_opset()
         if component.graph.opset > newest:
             return (
                 f"{component.graph.file} is of opset {component.graph.opset}, ONNX Runtime {onnxruntime.__version__} knows opset "
                 f"{newest}: install a newer one, or export the model again"
             )
+        for (name, shape), (_, sides) in zip(_shapes(spec, component, size), component.graph.inputs.values(), strict=True):
+            if any(isinstance(side, int) and side != wanted for side, wanted in zip(sides, shape, strict=False)):
+                return (
+                    f"{component.graph.file} takes {name} of {list(sides)} only, not of {list(shape)}: ask for what it was made "
+                    "for, or export the model again"
+                )
         return None
 
     @staticmethod
@@ -88,11 +97,9 @@ class OnnxBackend:
         assert component.graph is not None
         on_cpu = placement.provider == CPU_PROVIDER
         whole = call_footprint(component.graph, on_cpu, _shapes(spec, component, size))
-        if placement.residency == "resident":  # and so does its arena
-            whole = replace(whole, held=(*whole.held, _taken(whole)), trace=replace(whole.trace, events=()))
         if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
             nothing = Trace((), (), whole.trace.operations)
-            return Footprint((), 0, nothing, (), 0, peak("cpu", (), whole))
+            return Footprint((), 0, nothing, (), 0, host=peak("cpu", (), whole))
         return whole
 
     def load(self, spec: ModelSpec, component: Component, placement: Placement) -> OnnxSession:
@@ -108,6 +115,7 @@ class OnnxSession:
     def __init__(self, graph: Graph, provider: str, meter: ProcessMeter, sdxl: bool = False) -> None:
         self.graph, self.provider, self.meter = graph, provider, meter
         on_cpu = provider == CPU_PROVIDER
+        self._arena = 0
         self._held = sum(_weights(graph, on_cpu)) + _PER_NODE * len(graph.model.graph.node)
         meter.reach(self._held + (_loading_bytes(graph) if on_cpu else 0))
         self.session: Any = None
@@ -139,7 +147,11 @@ class OnnxSession:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
             feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
         shapes = {name: array.shape for name, array in feeds.items()}
-        self.meter.reach(_taken(call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items()))))
+        taken = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items())).kept
+        if taken > self._arena:
+            self.meter.reach(taken - self._arena)
+            self.meter.hold(taken - self._arena)  # an arena gives nothing back
+            self._arena = taken
         with _errors_explained(self.graph):
             on_device = self.provider == "CUDAExecutionProvider"
             outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
@@ -164,7 +176,8 @@ class OnnxSession:
         if self.session is not None:
             self.session = None
             self._sent.clear()
-            self.meter.hold(-self._held)
+            self.meter.hold(-self._held - self._arena)
+            self._arena = 0
             release()
 
 
@@ -197,7 +210,7 @@ def elsewhere(assigned: Iterable[Any], provider: str, graph: Graph) -> tuple[str
 
 def session_options() -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised, and explained
     # Buffers are made for each answer and given back after its last use. With ONNX Runtime's own reuse one of a weight's shape is
     # kept from the first layer of that shape to the last: 800 MB instead of 303 for SD 1.5's U-Net in int4 at 512.
     options.enable_mem_reuse = options.enable_mem_pattern = False
@@ -296,7 +309,7 @@ def call_footprint(graph: Graph, on_cpu: bool, shapes: tuple[tuple[str, tuple[in
 def _call_footprint(graph: Graph, on_cpu: bool, shapes: Mapping[str, tuple[int, ...]]) -> Footprint:
     own = functools.partial(_own, graph.tensors.keys(), on_cpu)
     call = onnx_trace.trace(_model(graph), shapes, own, wide=on_cpu)
-    arena, held = OnnxArena(exact=not on_cpu), [_SESSION + _PER_NODE * len(graph.model.graph.node)]
+    arena, held = OnnxArena(exact=not on_cpu), [_PER_NODE * len(graph.model.graph.node)]
     for i, count in enumerate(_weights(graph, on_cpu)):
         if on_cpu:
             held.append(count)
@@ -304,13 +317,9 @@ def _call_footprint(graph: Graph, on_cpu: bool, shapes: Mapping[str, tuple[int, 
             arena.allocate(-1 - i, count)
     held.append(arena.peak)
     replay(arena, call.events, (), iter(range(10**9, 2 * 10**9)))
-    taken = Trace(((1, arena.peak - held[-1]),), (), call.operations)
-    return Footprint(tuple(held), _loading_bytes(graph) if on_cpu else 0, taken, (), 0)
-
-
-def _taken(whole: Footprint) -> int:
-    """Bytes that a call takes of the arena beside what is held."""
-    return whole.trace.events[0][1]
+    taken = arena.peak - held[-1]
+    trace = Trace(((1, taken), (2, _SESSION)), (), call.operations)  # the process takes the latter once, for all sessions
+    return Footprint(tuple(held), _SESSION + _loading_bytes(graph) if on_cpu else 0, trace, (), 0, kept=taken)
 
 
 def _shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
@@ -412,6 +421,9 @@ class ProcessMeter:
 
     def bytes(self) -> int:
         return max(0, self._process.bytes() - self._start) if self._used else 0
+
+    def held(self) -> int:
+        return self._held
 
     def hold(self, count: int) -> None:
         self._held += count

@@ -30,7 +30,13 @@ class TorchBackend:
             torch.backends.cudnn.benchmark = True
 
     @staticmethod
-    def refuses(hardware: Hardware, component: Component, placement: Placement) -> str | None:
+    def refuses(
+        spec: ModelSpec,  # noqa: ARG004
+        component: Component,
+        placement: Placement,
+        hardware: Hardware,
+        size: tuple[int, int, int],  # noqa: ARG004
+    ) -> str | None:
         """Why this engine cannot run a component so on that hardware, or None if it can."""
         if not component.tensors:
             return f"the {component.name} is here as ONNX only: use --backend onnx, or the model that it was exported from"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tightfit.runtime.memory import shown
+from tightfit.runtime.memory import END, Footprint, Trace, peak, shown
 from tightfit.runtime.process import ProcessPeak
 
 
@@ -18,6 +18,14 @@ def test_peak_sees_an_allocation_and_forgets_it():
     del block
     peak.reset()
     assert peak.bytes() - before < 100 * 2**20
+
+
+def test_what_is_loaded_later_is_not_beside_the_loading():
+    """By hand: 1 held, 2 own, 8 while loading; then 4 that came later, and 3 to run."""
+    own = Footprint((2,), 8, Trace(((1, 3), (1, END)), (), ()), (), 0)
+    assert peak("cpu", (1,), own, (4,)) == 1 + 2 + 8
+    assert peak("cpu", (1,), own, (6,)) == 1 + 2 + 6 + 3
+    assert peak("cpu", (1, 4), own) == 1 + 4 + 2 + 8
 
 
 def test_shown():

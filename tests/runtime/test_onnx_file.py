@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import onnx
 import pytest
+import tightfit
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -105,10 +109,6 @@ def test_broken_files_never_raise_anything_else(tmp_path, data):
 
 
 def test_a_graph_of_another_network_is_refused(onnx_models, tmp_path):
-    import shutil
-
-    import tightfit
-
     folder = tmp_path / "model"
     shutil.copytree(onnx_models("sd1", "fp32"), folder)
     shutil.copyfile(folder / "vae_decoder" / "model.onnx", folder / "unet" / "model.onnx")
@@ -119,15 +119,59 @@ def test_a_graph_of_another_network_is_refused(onnx_models, tmp_path):
         tightfit.inspect(str(folder))
 
 
-def test_a_graph_of_another_width_is_refused(onnx_models, tmp_path):
-    import json
-    import shutil
-
-    import tightfit
-
+@pytest.mark.parametrize(
+    ("network", "field", "value"),
+    [("unet", "in_channels", "sample"), ("unet", "cross_attention_dim", "encoder_hidden_states"),
+     ("vae_decoder", "latent_channels", "latent_sample"), ("text_encoder", "hidden_size", "last_hidden_state")],
+)  # fmt: skip
+def test_a_graph_of_another_width_is_refused(onnx_models, tmp_path, network, field, value):
     folder = tmp_path / "model"
     shutil.copytree(onnx_models("sd1", "fp32"), folder)
-    config = folder / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"in_channels": 9}))
-    with pytest.raises(TightfitError, match=r"takes sample of .*, its config says 9 channels"):
+    config = folder / network / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: 9}))
+    with pytest.raises(TightfitError, match=rf"{network}/model.onnx has {value} of .*, its config says {field} 9"):
         tightfit.inspect(str(folder))
+
+
+def test_a_missing_or_renamed_graph_is_named(onnx_models, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_models("sd1", "fp32"), folder)
+    (folder / "unet" / "model.onnx").rename(folder / "unet" / "unet.onnx")
+    with pytest.raises(TightfitError, match=r"unet/model.onnx is missing: rename unet.onnx"):
+        tightfit.inspect(str(folder))
+    (folder / "unet" / "unet.onnx").rename(folder / "unet" / "model.onnx")
+    shutil.rmtree(folder / "vae_decoder")
+    with pytest.raises(TightfitError, match=r"vae_decoder/model.onnx is missing: it is not there, or copy or export"):
+        tightfit.inspect(str(folder))
+
+
+def test_weights_as_numbers_count(tmp_path):
+    """onnx's own helper writes them so: one field for each value, not bytes."""
+    proto = model()
+    proto.graph.initializer[0].CopyFrom(helper.make_tensor("w", TensorProto.FLOAT, WEIGHT.shape, WEIGHT.ravel()))
+    assert not proto.graph.initializer[0].raw_data
+    file = tmp_path / "model.onnx"
+    onnx.save(proto, file)
+    graph = read_graph(file)
+    assert graph.stored_bytes == WEIGHT.nbytes
+    assert graph.precision == "fp32"
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_precision_of_onnx_runtimes_own_quantiser(tmp_path, bits):
+    """Its weights are bytes that have one value or two."""
+    from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+    quantiser = MatMulNBitsQuantizer(model(), bits=bits, block_size=32, is_symmetric=True)
+    quantiser.process()
+    file = tmp_path / "model.onnx"
+    onnx.save(quantiser.model.model, file)
+    assert read_graph(file).precision == f"int{bits}"
+
+
+def test_precision_of_dynamic_quantisation(tmp_path):
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    onnx.save(model(), tmp_path / "whole.onnx")
+    quantize_dynamic(tmp_path / "whole.onnx", tmp_path / "model.onnx", weight_type=QuantType.QUInt8)
+    assert read_graph(tmp_path / "model.onnx").precision == "int8"

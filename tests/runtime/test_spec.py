@@ -122,6 +122,14 @@ def test_other_models_are_refused(sd1_copy):
     refused(sd1_copy, "without a unet")
 
 
+def test_texts_of_another_width_are_refused(tiny_models, sd1_copy):
+    """SD 2's text encoder before SD 1's U-Net, say."""
+    config = sd1_copy / "text_encoder/config.json"
+    width = json.loads(config.read_text())["hidden_size"]
+    edit(config, hidden_size=2 * width)
+    refused(sd1_copy, f"texts {2 * width} wide", f"{width} wide in its U-Net", "files of different models were mixed")
+
+
 def test_broken_configs(sd1_copy):
     (sd1_copy / "unet/config.json").write_text("{")
     refused(sd1_copy, "not valid JSON")

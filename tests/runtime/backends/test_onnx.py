@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -125,11 +127,12 @@ def test_attention_keeps_no_scores(onnx_models):
 
 
 def test_a_provider_that_is_not_here(onnx_models):
-    with (
-        tightfit.load(str(onnx_models("sd1", "fp32")), device="cpu", provider="cuda") as pipe,
-        pytest.raises(TightfitError, match=r"no provider 'cuda' here: choose .*CPUExecutionProvider"),
-    ):
-        pipe("a")
+    for asked, cure in (("cuda", "pip install onnxruntime-gpu in place of onnxruntime, or choose cpu"), ("azure", "choose cpu")):
+        with (
+            tightfit.load(str(onnx_models("sd1", "fp32")), device="cpu", provider=asked) as pipe,
+            pytest.raises(TightfitError, match=rf"no provider '{asked}' on .*: {cure}"),
+        ):
+            pipe("a")
 
 
 def test_a_graph_from_the_future(onnx_models, tmp_path, here):
@@ -164,10 +167,13 @@ def test_newest_opset_is_onnx_runtimes_own():
     ("wishes", "cure"),
     [
         ({"backend": "torch"}, "has no weights that torch reads"),
-        ({"precision": "int4"}, "has precision fp32: leave out --precision int4"),
-        ({"compute": "bf16", "backend": "onnx"}, "has compute fp32: leave out --compute bf16"),
-        ({"residency": "streamed"}, "cannot stream weights"),
-        ({"attention": "sliced"}, "has its own attention"),
+        ({"precision": "int4"}, "not int4: choose --precision auto, or export that again with --to onnx --precision int4"),
+        ({"precision": "int8-dynamic"}, "choose --precision auto, or use the model that it was exported from"),
+        ({"compute": "fp16"}, "not fp16: choose --compute auto, or export that again with --to onnx --precision fp16"),
+        ({"compute": "bf16", "backend": "onnx"}, "choose --compute auto, or use the model that it was exported from"),
+        ({"residency": "streamed"}, "cannot stream weights: leave out --residency streamed"),
+        ({"attention": "sliced"}, "has its own attention: leave out --attention sliced"),
+        ({"tiling": "tiled"}, "runs whole: leave out --tiling tiled"),
     ],
 )
 def test_what_a_graph_cannot_do(onnx_models, wishes, cure):
@@ -176,11 +182,31 @@ def test_what_a_graph_cannot_do(onnx_models, wishes, cure):
 
 
 def test_torch_models_have_no_graph(sd1):
-    with (
-        tightfit.load(str(sd1), device="cpu", backend="onnx") as pipe,
-        pytest.raises(TightfitError, match="export it with --to onnx"),
-    ):
-        pipe("a")
+    for option, value in (("backend", "onnx"), ("provider", "cpu")):
+        with (
+            tightfit.load(str(sd1), device="cpu", **{option: value}) as pipe,
+            pytest.raises(TightfitError, match=f"export it with --to onnx, or leave out --{option}"),
+        ):
+            pipe("a")
+
+
+@pytest.mark.parametrize(("batch", "cfg"), [(1, "sequential"), (2, "batched")])
+def test_a_fixed_batch_is_kept_to(onnx_models, tmp_path, batch, cfg):
+    """As exports for one shape have it; another size of picture is refused before it is painted."""
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_models("sd1", "fp32"), folder)
+
+    def fixed(model):
+        for value in model.graph.input:
+            for place, side in zip((0, 2, 3), (batch, 16, 16), strict=False):
+                if value.name == "sample" or (place == 0 and value.name == "encoder_hidden_states"):
+                    value.type.tensor_type.shape.dim[place].dim_value = side
+
+    broken(folder, fixed)
+    with tightfit.load(str(folder), device="cpu") as pipe:
+        assert pipe.generate(tightfit.Request("a", width=32, height=32, num_inference_steps=1)).plan.cfg == cfg
+        with pytest.raises(TightfitError, match=r"takes sample of .* only, not of .*: ask for what it was made for"):
+            pipe("a", width=64, height=32)
 
 
 @pytest.fixture
@@ -209,6 +235,22 @@ def test_mixed_plans(mixed, shallow_models, here, tmp_path):
     saved = Plan.from_json(json.dumps(result.plan.to_json()))
     with tightfit.load(str(mixed), device="cpu", plan=saved) as pipe:
         assert pipe.generate(tightfit.Request("a", **request)).plan.placements == saved.placements
+
+
+def test_engines_share_a_budget(mixed):
+    """What ONNX Runtime keeps loaded is no longer torch's to take."""
+    request = {"seed": 1, "num_inference_steps": 1, "width": 32, "height": 32}
+    wishes = {"backend": "onnx", "precision": "fp32", "residency": "resident", "budget": "2GiB"}
+    with tightfit.load(str(mixed), device="cpu", **wishes) as pipe:
+        plan = pipe.generate(tightfit.Request("a", **request)).plan
+        pipe("a", **request)
+        meters = {name: each.meter for name, each in pipe._backends.items()}
+        kept = meters["onnx"].held()
+        assert kept > read_graph(mixed / "text_encoder" / "model.onnx").stored_bytes / 2
+        room = plan.budget_bytes - plan.predicted.context_bytes
+        meters["torch"].hold(room - kept - meters["torch"].held())
+        with pytest.raises(OutOfMemoryError):
+            meters["torch"].hold(1)
 
 
 def test_a_text_encoder_on_the_host_takes_nothing_of_the_gpu(mixed):
@@ -241,6 +283,60 @@ def test_no_room_is_said_before_it_is_taken(onnx_models):
     session.close()
     with pytest.raises(TightfitError, match="closed"):
         session()
+
+
+_GROWTH = """
+import sys
+import numpy as np
+from pathlib import Path
+from tightfit.runtime.backends import onnx as engine
+from tightfit.runtime.memory import peak
+from tightfit.runtime.onnx_file import read_graph
+from tightfit.runtime.process import ProcessPeak, resident
+
+graph = read_graph(Path(sys.argv[1]))
+x = np.random.default_rng(0).normal(size=(1, 32, 384, 384)).astype(np.float32)
+predicted = peak("cpu", (), engine.call_footprint(graph, True, (("x", x.shape),)))
+process, start = ProcessPeak(), resident()
+process.reset()
+session = engine.OnnxSession.__new__(engine.OnnxSession)
+engine.answers = lambda graph, sdxl: ["y"]
+session.__init__(graph, "CPUExecutionProvider", engine.ProcessMeter())
+session(x=x)
+print(predicted, process.bytes() - start)
+"""
+
+
+def test_the_process_grows_as_predicted(tmp_path):
+    """What the system says a process of its own took for a network with weights and buffers of hundreds of MB."""
+    random = np.random.default_rng(0)
+    weights = {f"w{i}": random.normal(0, 0.1, (32, 32, 3, 3)).astype(np.float32) for i in range(3)}
+    weights["m"] = random.normal(0, 0.01, (4096, 8192)).astype(np.float32)
+    nodes, last = [], "x"
+    for i in range(3):  # each answer is used once more, one layer later
+        nodes.append(helper.make_node("Conv", [last, f"w{i}"], [f"c{i}"], pads=[1] * 4))
+        nodes.append(helper.make_node("Sigmoid", [f"c{i}"], [f"s{i}"]))
+        nodes.append(helper.make_node("Mul", [f"c{i}", f"s{i}"], [f"a{i}"]))
+        last = f"a{i}"
+    nodes += [
+        helper.make_node("GlobalAveragePool", [last], ["p"]),
+        helper.make_node("Tile", ["p", "times"], ["t"]),
+        helper.make_node("Reshape", ["t", "row"], ["r"]),
+        helper.make_node("MatMul", ["r", "m"], ["y"]),
+    ]
+    constants = {"times": np.array([1, 128, 1, 1], np.int64), "row": np.array([1, 4096], np.int64)}
+    values = [helper.make_tensor_value_info("x", 1, ["b", 32, "h", "w"]), helper.make_tensor_value_info("y", 1, ["b", 8192])]
+    initializers = [numpy_helper.from_array(array, name) for name, array in (weights | constants).items()]
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", values[:1], values[1:], initializers),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
+    )
+    onnx.save(model, tmp_path / "model.onnx", save_as_external_data=True, location="model.onnx_data")
+    run = [sys.executable, "-c", _GROWTH, str(tmp_path / "model.onnx")]
+    predicted, took = map(int, subprocess.run(run, capture_output=True, text=True, check=True).stdout.split())
+    assert took > 250 * MIB
+    assert predicted == pytest.approx(took, rel=0.1)
 
 
 def test_operators_on_another_provider_are_counted(onnx_models):
