@@ -193,12 +193,13 @@ def _number(value: Any) -> bool:
 _FIELDS = {
     "unet": {"in_channels": _count, "block_out_channels": _counts, "sample_size": _side},
     "vae_decoder": {"latent_channels": _count, "block_out_channels": _counts, "scaling_factor": _number},
-    "text_encoder": {"max_position_embeddings": _count},
+    "text_encoder": {"max_position_embeddings": _count, "hidden_size": _count},
 }
 _DEFAULTS = {
     "scaling_factor": 0.18215,
     "max_position_embeddings": 77,
     "vocab_size": 49408,
+    "hidden_size": 512,
     "cross_attention_dim": 1280,
 }  # the libraries' own
 
@@ -226,8 +227,8 @@ def _family(folder: Path, pipeline: str, components: Mapping[str, Component]) ->
         )
     if vae.get("out_channels", 3) != 3 or unet.get("out_channels", 4) != vae["latent_channels"]:
         raise TightfitError(f"{folder} paints more than red, green and blue, or predicts more than noise: use a plain model")
-    widths = sum(c.config.get("hidden_size", 512) for name, c in components.items() if name.startswith("text_encoder"))
-    reads = unet.get("cross_attention_dim", 1280)
+    widths = sum(c.setting("hidden_size") for name, c in components.items() if name.startswith("text_encoder"))
+    reads = components["unet"].setting("cross_attention_dim")
     if isinstance(reads, int) and reads != widths and not unet.get("encoder_hid_dim"):
         raise TightfitError(
             f"{folder} has texts {widths} wide from its text encoders, {reads} wide in its U-Net: "

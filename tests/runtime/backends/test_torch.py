@@ -140,7 +140,12 @@ def test_overflow_is_said(sd1_copy):
     import torch
 
     rewrite(sd1_copy / VAE, lambda w: w | {"decoder.conv_out.bias": torch.full((3,), torch.inf)})
-    fails(sd1_copy, "overflowed", "--precision")
+    fails(sd1_copy, "overflowed in fp32: copy or download the model again")
+    with (
+        tightfit.load(str(sd1_copy), device="cpu", precision="bf16") as pipe,
+        pytest.raises(TightfitError, match="try --precision"),
+    ):
+        pipe("a cat", **OPTIONS)
 
 
 MEASURE = """
