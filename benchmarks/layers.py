@@ -62,7 +62,7 @@ def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
         layer = layer.to(device, dtype)
         row["16 bits"] = microseconds(partial(layer, x), device)
         for name, form, dynamic in contenders:
-            made = _filled(layer, weight, form, device, dynamic)
+            made = filled(layer, weight, form, device, dynamic)
             row[name] = microseconds(partial(made, x), device)
             if name == "int4":
                 moved = FORMATS[form].bytes(tuple(weight.shape)) + weight.numel() * dtype.itemsize
@@ -73,7 +73,7 @@ def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
     return found
 
 
-def _filled(layer: nn.Module, weight: torch.Tensor, form: str, device: str, dynamic: bool) -> Any:
+def filled(layer: nn.Module, weight: torch.Tensor, form: str, device: str, dynamic: bool) -> Any:
     """The quantised layer in place of a plain one, whose bias it takes."""
     network = nn.ModuleDict({"layer": layer})
     quantised.quantise_layers(network, {"layer": form}, device, dynamic=dynamic)

@@ -28,7 +28,7 @@ from PIL import Image
 from .. import load
 from ..runtime.memory import shown
 from ..runtime.plan import CFG
-from .parity import psnr
+from .metrics import psnr
 from .record import record
 
 _COMMAND = "from tightfit.runtime.cli import main; main()"

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import numpy as np
 import torch
 from PIL import Image
 
 from .. import inspect, load
+from .metrics import psnr
 from .record import record
 
 SCHEDULERS = {
@@ -28,12 +28,6 @@ SCHEDULERS = {
     "unipc": ("UniPCMultistepScheduler", {}),
     "lcm": ("LCMScheduler", {}),
 }
-
-
-def psnr(a, b) -> float:
-    """Decibels between two pictures of 8 bits; infinite if they are the same."""
-    error = np.square(np.asarray(a, float) - np.asarray(b, float)).mean()
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def reference(pipeline: Any, scheduler: str, prompt: str, seed: int, **options: Any) -> Image.Image:

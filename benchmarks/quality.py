@@ -17,10 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from .. import Request, load
-from .parity import psnr
+from .metrics import compare
 from .record import record
 
 PROMPTS = ("a red heart", "pizza", "cat", "rocket", "umbrella", "rose", "train", "grinning face")
@@ -43,7 +42,7 @@ def main() -> None:
     exact, rows = paint(args.reference, requests), []
     for contender in (args.reference, *args.contenders):
         pictures = exact if contender == args.reference else paint(contender, requests)
-        row = {"contender": contender, **compare(pictures, exact)} | ({"match": judge(pictures)} if judge else {})
+        row: dict[str, Any] = {"contender": contender, **compare(pictures, exact)} | ({"match": judge(pictures)} if judge else {})
         print(row, flush=True)
         rows.append(row)
     record("quality", {"pictures": len(requests), "steps": args.steps, "rows": rows})
@@ -54,28 +53,6 @@ def paint(contender: str, requests: Sequence[Request]) -> list[Any]:
     model, precision, compute = contender.rsplit(":", 2)
     with load(model, precision=precision, compute=compute, device="cpu") as pipe:
         return [pipe.generate(request).images[0] for request in requests]
-
-
-def compare(pictures: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
-    """Decibels (median, tenth percentile, worst) and the median SSIM."""
-    decibels = [min(psnr(one, other), 99.0) for one, other in zip(pictures, exact, strict=True)]
-    median, tenth, worst = (float(np.percentile(decibels, q)) for q in (50, 10, 0))
-    alike = float(np.median([ssim(one, other) for one, other in zip(pictures, exact, strict=True)]))
-    return {"median": round(median, 2), "tenth": round(tenth, 2), "worst": round(worst, 2), "ssim": round(alike, 4)}
-
-
-def ssim(one: Any, other: Any) -> float:
-    """Structural similarity: 7x7 windows, each colour alone. Wang, Bovik, Sheikh and Simoncelli, IEEE TIP 13(4), 2004."""
-    x, y = (torch.from_numpy(np.asarray(each, np.float64)).permute(2, 0, 1)[None] for each in (one, other))
-
-    def mean(values: torch.Tensor) -> torch.Tensor:
-        return functional.avg_pool2d(values, 7, 1)
-
-    mx, my = mean(x), mean(y)
-    spread = 49 / 48  # the sample's covariance
-    vx, vy, both = (spread * (mean(a * b) - ma * mb) for a, b, ma, mb in ((x, x, mx, mx), (y, y, my, my), (x, y, mx, my)))
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return (((2 * mx * my + c1) * (2 * both + c2)) / ((mx**2 + my**2 + c1) * (vx + vy + c2))).mean().item()
 
 
 def labelled(work: Path, count: int) -> tuple[list[tuple[str, int]], Callable[[Sequence[Any]], float]]:

@@ -26,17 +26,21 @@ def _there() -> Iterator[str]:
             yield package
 
 
-def record(name: str, results: Any) -> Path:
-    """Append `results` to `name`.jsonl under $OUT, else in benchmarks/results/, and return that file."""
-    hardware = Hardware.detect()
-    module = Path(sys.argv[0]).stem
-    line = {
+def envelope(command: str, device: str = "auto") -> dict[str, Any]:
+    """What is needed to repeat a measurement: the day, the command, the machine and the versions."""
+    hardware = Hardware.detect(device)
+    return {
         "date": date.today().isoformat(),
-        "command": shlex.join(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]]),
+        "command": command,
         "hardware": {"device": hardware.device, "name": hardware.name, "cores": os.cpu_count(), "bytes": hardware.total_bytes},
         "versions": {"python": sys.version.split()[0], **{package: version(package) for package in (*PACKAGES, *_there())}},
-        "results": results,
     }
+
+
+def record(name: str, results: Any) -> Path:
+    """Append `results` to `name`.jsonl under $OUT, else in benchmarks/results/, and return that file."""
+    module = Path(sys.argv[0]).stem
+    line = envelope(shlex.join(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]])) | {"results": results}
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.jsonl"

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .. import __version__
+from . import cli_bench
 from .cli_export import export
+from .cli_output import progress_bar, show_table, write
 from .errors import TightfitError
 from .events import Event, Result
-from .files import replacing
 from .hardware import Hardware
 from .memory import parse_bytes, shown
 from .plan import ATTENTIONS, BACKENDS, COMPUTES, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]})
 
 app.command()(export)
+app.add_typer(cli_bench.app, name="bench")
 
 _Model = Annotated[str | None, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")]
 _Precision = Annotated[str | None, typer.Option(help=f"auto, {', '.join(PRECISIONS)}.", metavar="NAME")]
@@ -122,7 +124,7 @@ def generate(
         "min_psnr": min_psnr,
     }
     wishes = _wishes(precision or carried.precision, vram, chosen)
-    plan = _plan(plan_file) if plan_file else None
+    plan = Plan.read(plan_file) if plan_file else None
     where = model or carried.model or (plan.model if plan else "emoji")
     with load(where, device=device, plan=plan, local_files_only=not fetch, **wishes) as pipeline:
         result = _run(pipeline, request)
@@ -181,7 +183,7 @@ def show_plan(
     if not plans[0].fits:
         raise planner.none_fits(plans, machine, spec, request, wishes)
     if save:
-        _write(save, json.dumps(plans[0].to_json(), indent=1, ensure_ascii=False))
+        write(save, json.dumps(plans[0].to_json(), indent=1, ensure_ascii=False))
 
 
 @app.command()
@@ -244,7 +246,7 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
     for column in ("encode", "denoise", "decode", "seconds", "dB"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", min_width=24)
-    listed = plans if every else [p for p in plans if p.chosen or not any(_beats(q, p) for q in plans)]
+    listed = plans if every else [p for p in plans if p.chosen or not any(q.beats(p) for q in plans)]
     for p in listed:
         unet, vae = p.placements["unet"], p.placements["vae_decoder"]
         precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
@@ -255,53 +257,18 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
         seconds = f"{p.predicted.seconds:.1f}"
         reason = f"✓ {p.reason}" if p.chosen else p.reason
         table.add_row(*names, *stages, seconds, f"{p.predicted.psnr:.0f}", reason, style=style)
-    console = Console(highlight=False)
-    if console.is_terminal and console.width >= _WIDE:
-        console.print(table)
-    elif console.is_terminal:
-        for p in listed:
-            stages = ", ".join(f"{name} {shown(count)}" for name, count in p.predicted.stages.items())
-            line = f"{p.summary()}: {stages}, {p.predicted.seconds:.1f} s, {p.predicted.psnr:.0f} dB"
-            console.print(
-                line, f"  {'✓ ' if p.chosen else ''}{p.reason}", sep="\n", markup=False, style="bold" if p.chosen else None
-            )
-    else:
-        wide = Console(highlight=False, width=180)
-        with wide.capture() as text:
-            wide.print(table)
-        typer.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
+    lines = []
+    for p in listed:
+        stages = ", ".join(f"{name} {shown(count)}" for name, count in p.predicted.stages.items())
+        what = f"{p.summary()}: {stages}, {p.predicted.seconds:.1f} s, {p.predicted.psnr:.0f} dB"
+        lines.append((f"{what}\n  {'✓ ' if p.chosen else ''}{p.reason}", "bold" if p.chosen else None))
+    show_table(table, lines, _WIDE)
     room = f"{shown(first.budget_bytes)} to fit in, {shown(first.predicted.context_bytes)} of it "
     notes = [room + ("for the process itself" if first.device == "cpu" else "for the device's context")]
     if hidden := len(plans) - len(listed):
         notes.append(f"{hidden} more candidates are refused, or beaten in memory, seconds and quality alike: --all lists them")
+    console = Console(highlight=False)
     console.print(*(f"• {note}" for note in (*notes, *machine.notes)), sep="\n", markup=False, soft_wrap=True)
-
-
-def _beats(one: Plan, other: Plan) -> bool:
-    """Better in something and worse in nothing; or fit to run, where the other is refused whatever the budget."""
-    if one.fits and other.reason.startswith("is refused"):
-        return True
-    a, b = one.predicted, other.predicted
-    pairs = ((a.seconds, b.seconds), (a.peak_bytes, b.peak_bytes), (-a.psnr, -b.psnr))
-    usable = one.fits or not other.fits
-    return usable and all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
-
-
-def _plan(file: Path) -> Plan:
-    try:
-        return Plan.from_json(file.read_text(encoding="utf-8"))
-    except TightfitError as error:
-        raise TightfitError(f"{file}: {error}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise TightfitError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): name another") from None
-
-
-def _write(file: Path, text: str) -> None:
-    try:
-        with replacing(file) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise TightfitError(f"{file} cannot be written ({error.strerror}): name another place") from None
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
@@ -351,17 +318,12 @@ def _target(output: Path | None, prompt: str, num_images: int) -> tuple[Path, st
 
 
 def _run(pipeline: Pipeline, request: Request) -> Result:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:<8}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(8) as bar:
         task = bar.add_task("loading", total=1)
 
         def show(event: Event) -> None:
             for notice in event.notices:
-                console.print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
+                bar.console.print(f"note: {notice}", markup=False, soft_wrap=True)
             bar.update(task, description=event.stage, completed=event.step, total=event.steps)
 
         return pipeline.generate(request, show)
@@ -433,7 +395,7 @@ def main() -> None:
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
     arguments = sys.argv[1:]
-    if arguments and arguments[0] not in {"generate", "plan", "info", "calibrate", "export", "-h", "--help", "--version"}:
+    if arguments and arguments[0] not in {"generate", "plan", "info", "calibrate", "export", "bench", "-h", "--help", "--version"}:
         arguments.insert(0, "generate")
     usage_error: Any = typer.BadParameter.__mro__[1]  # click's UsageError, which newer typers keep inside themselves
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
+from .cli_output import progress_bar
 from .errors import TightfitError, first_line
 from .files import read_json
 from .hardware import CPU_PROVIDER, PROVIDERS, providers
@@ -155,17 +155,12 @@ def _to_onnx(
 @contextmanager
 def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
     """A bar for the network that is being written; a line for each that is done."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("{task.description:<24}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+    with progress_bar(24) as bar:
         task = bar.add_task("", total=1)
 
         def tell(network: str, what: str, done: int, total: int) -> None:
             if total < 0:
-                console.print(f"{network}: {what}", markup=False, soft_wrap=True)
+                bar.console.print(f"{network}: {what}", markup=False, soft_wrap=True)
             else:
                 bar.update(task, description=f"{network}: {what}", completed=done, total=total)
 

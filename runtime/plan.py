@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from .errors import TightfitError
@@ -103,8 +104,27 @@ class Plan:
         own = self.placements["unet"].backend
         return "".join(f", {name} by {each.backend}" for name, each in self.placements.items() if each.backend != own)
 
+    def beats(self, other: Plan) -> bool:
+        """Better in something and worse in nothing; or fit to run, where the other is refused whatever the budget."""
+        if self.fits and other.reason.startswith("is refused"):
+            return True
+        a, b = self.predicted, other.predicted
+        pairs = ((a.seconds, b.seconds), (a.peak_bytes, b.peak_bytes), (-a.psnr, -b.psnr))
+        usable = self.fits or not other.fits
+        return usable and all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def read(cls, file: Path) -> Plan:
+        """What `from_json` makes of a file; raises TightfitError that names it."""
+        try:
+            return cls.from_json(file.read_text(encoding="utf-8"))
+        except TightfitError as error:
+            raise TightfitError(f"{file}: {error}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise TightfitError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): name another") from None
 
     @classmethod
     def from_json(cls, text: str) -> Plan:

@@ -33,7 +33,7 @@ RUNTIME = {
         "models",
     },
     3: {"prompt", "planner", "pipeline"},
-    4: {"cli", "cli_export", "server"},
+    4: {"cli", "cli_bench", "cli_export", "cli_output", "server"},
 }
 
 

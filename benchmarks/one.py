@@ -1,0 +1,85 @@
+"""One plan, run in this process, which was made for it: reads a job from standard input, prints what it measured as JSON.
+
+A job is {"plan", "model", "options": fields of Request, "pictures": [[prompt, seed] …], "folder"}. The first picture is painted
+once before anything is timed; then each is painted, timed, and saved in the folder by its number.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from .. import Plan, Request, Result, TightfitError, load
+from ..runtime.errors import OutOfMemoryError
+
+
+def main() -> None:
+    job = json.load(sys.stdin)
+    try:
+        answer = run(job)
+    except OutOfMemoryError as error:
+        answer = {"outcome": "out of memory", "why": str(error)}
+    except TightfitError as error:
+        answer = {"outcome": "out of memory" if str(error).startswith("out of memory") else "failed", "why": str(error)}
+    print(json.dumps(answer))
+
+
+def run(job: dict[str, Any]) -> dict[str, Any]:
+    plan, folder = Plan.from_json(json.dumps(job["plan"])), Path(job["folder"])
+    folder.mkdir(parents=True, exist_ok=True)
+    requests = [Request(prompt, seed=seed, **job["options"]) for prompt, seed in job["pictures"]]
+    with load(job["model"], device=plan.device, plan=plan, local_files_only=True) as pipe:
+        first = pipe.generate(requests[0])
+        before, results = joules(plan.device), []
+        for request in requests:
+            results.append(pipe.generate(request))
+        after = joules(plan.device)
+    for result in (first, *results):
+        if result.plan.placements != plan.placements:  # it went on with another
+            return {"outcome": "out of memory", "why": " ".join(result.notices)}
+    for number, result in enumerate(results):
+        result.images[0].save(folder / f"{number}.png")
+    energy = None if before is None or after is None else (after - before) / len(results)
+    return {"outcome": "ok", "why": "", "first_seconds": first.seconds, "joules": energy, **told(results)}
+
+
+def told(results: list[Result]) -> dict[str, Any]:
+    """Seconds of each picture, whole and by stage, and the most bytes of any."""
+    stages = {
+        name: {
+            "seconds": [result.stages[name].seconds for result in results],
+            "load_seconds": [result.stages[name].load_seconds for result in results],
+            "peak_bytes": max(result.stages[name].peak_bytes for result in results),
+            "process_bytes": max(result.stages[name].process_bytes for result in results),
+        }
+        for name in results[0].stages
+    }
+    return {
+        "seconds": [result.seconds for result in results],
+        "peak_bytes": max(result.peak_bytes for result in results),
+        "process_bytes": max(result.process_bytes for result in results),
+        "stages": stages,
+        "notices": sorted({notice for result in results for notice in result.notices}),
+    }
+
+
+def joules(device: str) -> float | None:
+    """What NVIDIA's driver says the card has used so far; None where it does not tell."""
+    if device != "cuda" or find_spec("pynvml") is None:
+        return None
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    identity = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    try:
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}")) / 1000
+    except pynvml.NVMLError_NotSupported:  # cards before Volta  # pyright: ignore[reportAttributeAccessIssue]
+        return None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Ours beside diffusers, Optimum and stable-diffusion.cpp: the same weights, prompt, steps, size and seed, in one command.
+
+    python -m tightfit.benchmarks.peers MODEL WORK --rounds 2
+
+MODEL is a diffusers folder. In WORK the peers' environments are made, once (stable-diffusion.cpp is compiled: six minutes), and
+Optimum's export, our ONNX folder and our quantised ones. Then each contender paints one picture in a process of its own, one after
+another, and all of them again in each round, so that a machine that slows down slows all. Least seconds and most bytes count.
+`--make` stops before painting; `--only` names contenders, or the beginnings of their names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import venv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...runtime.errors import TightfitError
+from ...runtime.hardware import Hardware
+from ...runtime.memory import shown
+from ..record import record
+
+PROGRAMS = Path(__file__).with_name("programs.py")
+OPTIMUM = ("torch==2.13.0", "diffusers==0.36.0", "transformers==4.57.5", "optimum-onnx==0.1.0", "onnxruntime==1.31.1")
+SDCPP = ("stable-diffusion-cpp-python==0.4.7",)
+# AVX-512 and the like of this processor, and the fast products of llamafile.
+BUILD = "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DCMAKE_BUILD_TYPE=Release"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """`engine` of programs.py runs `model`, a folder in WORK or "" for the original, in `precision` with `options`."""
+
+    name: str
+    engine: str
+    precision: str
+    options: tuple[str, ...] = ()
+    model: str = ""
+
+
+def contenders(device: str) -> list[Contender]:
+    """What each offers on this device for speed, and for little memory."""
+    found = [
+        Contender("diffusers fp32", "diffusers", "fp32"),
+        Contender("diffusers bf16", "diffusers", "bf16"),
+        Contender("diffusers bf16, channels_last", "diffusers", "bf16", ("channels_last",)),
+        Contender("diffusers bf16, slicing, tiling", "diffusers", "bf16", ("slicing", "tiling")),
+        Contender("Optimum fp32", "optimum", "fp32", (), "optimum"),
+        *(Contender(f"sd.cpp {kind}", "sdcpp", kind) for kind in ("f16", "q8_0", "q4_0")),
+        *(
+            Contender(f"sd.cpp {kind}, direct, tiling", "sdcpp", kind, ("vae_conv_direct", "tiling"))
+            for kind in ("f16", "q8_0", "q4_0")
+        ),
+        Contender("tightfit fp32", "tightfit", "fp32"),
+        Contender("tightfit fp32, ONNX", "tightfit", "auto", (), "onnx"),
+        Contender("tightfit bf16", "tightfit", "bf16"),
+        Contender("tightfit int8", "tightfit", "int8", (), "int8"),
+        Contender("tightfit int8-dynamic", "tightfit", "int8-dynamic", (), "int8"),
+        Contender("tightfit int4", "tightfit", "int4", (), "int4"),
+        Contender("tightfit int4, 1.2 GiB", "tightfit", "int4", ("budget=1.2GiB",), "int4"),
+    ]
+    if device == "cuda":
+        found += [
+            Contender("diffusers fp16", "diffusers", "fp16"),
+            Contender("diffusers fp16, model offload", "diffusers", "fp16", ("model_offload", "tiling")),
+            Contender("diffusers fp16, group offload", "diffusers", "fp16", ("group_offload", "tiling")),
+            Contender("tightfit fp16", "tightfit", "fp16"),
+        ]
+    return found
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("model", type=Path)
+    parse.add_argument("work", type=Path)
+    parse.add_argument("--size", type=int, default=512)
+    parse.add_argument("--steps", type=int, default=4)
+    parse.add_argument("--rounds", type=int, default=2)
+    parse.add_argument("--only", action="append", default=[], metavar="NAME")
+    parse.add_argument("--make", action="store_true")
+    args = parse.parse_args()
+    model, work = args.model.absolute(), args.work.absolute()
+    chosen = [c for c in contenders(Hardware.detect().device) if not args.only or c.name.startswith(tuple(args.only))]
+    try:
+        pythons = make(model, work, chosen)
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"peers: {shlex.join(map(str, error.cmd))} failed with exit code {error.returncode}")
+    if args.make:
+        return
+    rows: dict[str, Row] = {}
+    for number in range(args.rounds):
+        for contender in chosen:
+            picture = work / f"{contender.name.replace(' ', '-').replace(',', '')}.png"
+            job = {"model": str(work / contender.model if contender.model else model), "precision": contender.precision}
+            job |= {"options": contender.options, "steps": args.steps, "size": args.size, "picture": str(picture)}
+            row = run(pythons[contender.engine], contender.engine, job)
+            print(f"{number + 1}/{args.rounds} {contender.name:<34} {told(row)}", flush=True)
+            rows[contender.name] = better(rows.get(contender.name), row) | {"options": contender.options}
+    table(rows)
+    record("peers", {"model": args.model.name, "size": args.size, "steps": args.steps, "rounds": args.rounds, "rows": rows})
+
+
+def make(model: Path, work: Path, chosen: list[Contender]) -> dict[str, str]:
+    """The interpreter of each engine; whatever is not in WORK yet is made, under another name until it is whole."""
+    work.mkdir(parents=True, exist_ok=True)
+    engines, models = {c.engine for c in chosen}, {c.model for c in chosen}
+    pythons = {"diffusers": sys.executable, "tightfit": sys.executable}
+    if "optimum" in engines:
+        pythons["optimum"] = environment(work / "env-optimum", OPTIMUM, {})
+        if not (work / "optimum").exists():
+            row = run(pythons["optimum"], "optimum_export", {"model": str(model), "picture": str(work / "optimum.partial")})
+            print(f"Optimum's export: {told(row)}", flush=True)
+            (work / "optimum.partial").rename(work / "optimum")
+    if "sdcpp" in engines:
+        pythons["sdcpp"] = environment(work / "env-sdcpp", SDCPP, {"CMAKE_ARGS": BUILD})
+    for name in sorted(models & {"int8", "int4", "onnx"}):
+        if not (work / name).exists():
+            to = ["--to", "onnx", "--precision", "fp32"] if name == "onnx" else ["--precision", name]
+            export = [sys.executable, "-c", "from tightfit.runtime.cli import main; main()", "export", str(model)]
+            subprocess.run([*export, *to, "-o", str(work / name)], check=True)
+    return pythons
+
+
+def environment(folder: Path, packages: tuple[str, ...], variables: dict[str, str]) -> str:
+    """A virtual environment with these packages, compiled with these variables set: its interpreter."""
+    python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+    done = folder / "made.json"
+    if not done.exists():
+        venv.create(folder, with_pip=True, clear=True)
+        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, env=os.environ | variables)
+        done.write_text(json.dumps({"packages": packages, "variables": variables}))
+    return str(python)
+
+
+def run(python: str, engine: str, job: Row) -> Row:
+    """In a process of its own; one that fails is a row that says so."""
+    done = subprocess.run([python, str(PROGRAMS), engine, json.dumps(job)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def better(before: Row | None, now: Row) -> Row:
+    """Least seconds of the rounds, most bytes; a failure stays one."""
+    if before is None or "failed" in now:
+        return now
+    if "failed" in before:
+        return before
+    least = {name: min(before[name], now[name]) for name in ("seconds", "step_seconds")}
+    return now | least | {"peak_bytes": max(before["peak_bytes"], now["peak_bytes"])}
+
+
+def told(row: Row) -> str:
+    if "failed" in row:
+        return f"failed: {row['failed']}"
+    step = f", {row['step_seconds']:.2f} s a step" if "step_seconds" in row else ""
+    return f"{shown(row['peak_bytes'])}, {row['seconds']:.1f} s in all{step}"
+
+
+def table(rows: dict[str, Row]) -> None:
+    """Each beside diffusers in bf16, which is the best that most people run on a CPU, or the first there is."""
+    there = {name: row for name, row in rows.items() if "failed" not in row}
+    if not there:
+        raise TightfitError("no contender painted anything")
+    base = there.get("diffusers bf16") or next(iter(there.values()))
+    print(f"\n{'':<34} {'peak':>10} {'ratio':>6} {'s a step':>9} {'ratio':>6} {'in all':>7}")
+    for name, row in sorted(rows.items(), key=lambda item: item[1].get("peak_bytes", 0)):
+        if "failed" in row:
+            print(f"{name:<34} failed: {row['failed']}")
+            continue
+        memory, pace = row["peak_bytes"] / base["peak_bytes"], row["step_seconds"] / base["step_seconds"]
+        figures = f"{memory:>6.2f} {row['step_seconds']:>9.2f} {pace:>6.2f} {row['seconds']:>7.1f}"
+        print(f"{name:<34} {shown(row['peak_bytes']):>10} {figures}")
+
+
+if __name__ == "__main__":
+    main()

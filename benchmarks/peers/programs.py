@@ -1,0 +1,144 @@
+"""One picture by one engine, in that engine's own environment: `python programs.py ENGINE JOB`, which needs nothing of ours.
+
+JOB is {"model", "precision", "options", "steps", "size", "picture"} as JSON. What is printed last is JSON too: the largest resident
+bytes of the process, seconds from its start to the picture, seconds of a step (the median, after the first), and versions.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+PROMPT, GUIDANCE, SEED = "a red heart", 5.0, 0
+Job = dict[str, Any]
+
+
+class Clock:
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def __call__(self, *_: Any) -> dict[str, Any]:
+        self.ends.append(time.perf_counter())
+        return {}
+
+    @property
+    def step_seconds(self) -> float:
+        return statistics.median(b - a for a, b in zip(self.ends, self.ends[1:], strict=False))
+
+
+def diffusers(job: Job, clock: Clock) -> list[str]:
+    """As its documentation says; `options` name what it offers to save memory or time."""
+    import torch
+    from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[job["precision"]]
+    pipe: Any = DiffusionPipeline.from_pretrained(job["model"], torch_dtype=dtype)
+    options, device = set(job["options"]), "cuda" if torch.cuda.is_available() else "cpu"
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    if "slicing" in options:
+        pipe.enable_attention_slicing()
+    if "tiling" in options:
+        pipe.vae.enable_tiling()
+    if "channels_last" in options:
+        pipe.unet.to(memory_format=torch.channels_last)
+    if "model_offload" in options:
+        pipe.enable_model_cpu_offload()
+    elif "group_offload" in options:
+        pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
+    else:
+        pipe.to(device)
+    sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
+    generator = torch.Generator().manual_seed(SEED)
+    pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["picture"])
+    return ["torch", "diffusers", "transformers"]
+
+
+def optimum(job: Job, clock: Clock) -> list[str]:
+    """`model` is a folder that optimum-cli exported."""
+    import torch
+    from diffusers import EulerDiscreteScheduler
+    from optimum.onnxruntime import ORTDiffusionPipeline  # pyright: ignore[reportMissingImports]
+
+    pipe: Any = ORTDiffusionPipeline.from_pretrained(job["model"])
+    pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
+    generator = torch.Generator().manual_seed(SEED)
+    pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["picture"])
+    return ["optimum-onnx", "onnxruntime", "diffusers", "transformers"]
+
+
+def optimum_export(job: Job, _: Clock) -> list[str]:
+    """To the folder that is named as the picture."""
+    from optimum.commands.optimum_cli import main as optimum_cli  # pyright: ignore[reportMissingImports]
+
+    sys.argv = ["optimum-cli", "export", "onnx", "--model", job["model"], "--task", "text-to-image", job["picture"]]
+    optimum_cli()
+    return ["optimum-onnx", "onnxruntime", "diffusers", "transformers"]
+
+
+def sdcpp(job: Job, clock: Clock) -> list[str]:
+    """stable-diffusion.cpp, which quantises a diffusers folder while it loads it; flash attention on."""
+    from stable_diffusion_cpp import StableDiffusion  # pyright: ignore[reportMissingImports]
+
+    options = set(job["options"])
+    pipe: Any = StableDiffusion(
+        model_path=job["model"],
+        wtype=job["precision"],
+        diffusion_flash_attn=True,
+        vae_conv_direct="vae_conv_direct" in options,
+        diffusion_conv_direct="conv_direct" in options,
+        vae_decode_only=True,
+        verbose=False,
+    )
+    sizes = {"height": job["size"], "width": job["size"], "sample_steps": job["steps"], "cfg_scale": GUIDANCE}
+    images = pipe.generate_image(
+        PROMPT, **sizes, seed=SEED, sample_method="euler", vae_tiling="tiling" in options, progress_callback=clock
+    )
+    images[0].save(job["picture"])
+    return ["stable-diffusion-cpp-python"]
+
+
+def tightfit(job: Job, clock: Clock) -> list[str]:
+    """Ours, as the command line runs it; `options` are wishes, such as residency=staged."""
+    from tightfit import Request, load
+    from tightfit.runtime.events import Event
+
+    wishes: dict[str, Any] = dict(option.split("=") for option in job["options"])
+    sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
+
+    def told(event: Event) -> None:
+        if event.stage == "denoise":
+            clock()
+
+    with load(job["model"], precision=job["precision"], requests=1, **wishes) as pipe:
+        result = pipe.generate(Request(PROMPT, seed=SEED, scheduler="euler", **sizes), told)
+    result.images[0].save(job["picture"])
+    print(result.plan.summary(), file=sys.stderr)
+    return ["torch", "diffusers", "transformers"]
+
+
+ENGINES = {"diffusers": diffusers, "optimum": optimum, "optimum_export": optimum_export, "sdcpp": sdcpp, "tightfit": tightfit}
+
+
+def main() -> None:
+    start, clock = time.perf_counter(), Clock()
+    packages = ENGINES[sys.argv[1]](json.loads(sys.argv[2]), clock)
+    row: dict[str, Any] = {"seconds": time.perf_counter() - start}
+    row["peak_bytes"] = int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
+    if len(clock.ends) > 1:
+        row["step_seconds"] = clock.step_seconds
+    print(json.dumps(row | {"versions": {name: version(name) for name in packages}}))
+
+
+if __name__ == "__main__":
+    main()
