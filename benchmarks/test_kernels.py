@@ -49,7 +49,7 @@ def timed(benchmark: Any, run: Callable[[], Any], group: str, **work: float) -> 
 
     benchmark.group = group
     benchmark(whole)
-    for what, amount in work.items():
+    for what, amount in work.items() if benchmark.stats else ():  # none with --benchmark-disable
         rate = amount / benchmark.stats.stats.min
         best, unit = (HERE.rate(HERE.precisions[0]), "GFLOP/s") if what == "flops" else (HERE.bandwidth, "GB/s")
         benchmark.extra_info |= {unit: round(rate / 1e9, 1), "share of roofline": round(rate / best, 3)}
