@@ -156,12 +156,8 @@ def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Sto
 
     error = onnx_check.check(folder / "model.onnx", network, program, dtype, onnx_check.Room(fill, job.release))
     files = {DATA: data.digest.hexdigest(), "model.onnx": sha256(folder / "model.onnx")}
-    tell(
-        network.folder,
-        f"{sum((folder / file).stat().st_size for file in files) / 1e9:.3f} GB, relative error beside torch {error:.1e}",
-        total,
-        -1,
-    )
+    size = sum((folder / file).stat().st_size for file in files)
+    tell(network.folder, f"{size / 1e9:.3f} GB, relative error {error:.1e} beside torch with the same values", total, -1)
     return {
         "formats": {each.layer: each.form for each in stored.values() if each.form},
         "sha256": files,

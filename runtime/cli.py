@@ -123,7 +123,10 @@ def generate(
         "tiling": tiling,
         "min_psnr": min_psnr,
     }
-    wishes = _wishes(precision or carried.precision, vram, chosen)
+    other = model is not None and carried.model is not None and carried.model not in (model, str(Path(model).absolute()))
+    if other and carried.precision and not precision:
+        typer.echo(f"note: {source} was painted in {carried.precision}, by another model: --precision says if in that", err=True)
+    wishes = _wishes(precision or (None if other else carried.precision), vram, chosen)
     plan = Plan.read(plan_file) if plan_file else None
     where = model or carried.model or (plan.model if plan else "emoji")
     with load(where, device=device, plan=plan, local_files_only=not fetch, **wishes) as pipeline:

@@ -29,6 +29,7 @@ PROVIDERS = {
     "mps": ("CoreMLExecutionProvider",),
     "cpu": (CPU_PROVIDER,),
 }
+_AMD = {"MIGraphXExecutionProvider", "ROCMExecutionProvider"}
 # The packages onnxruntime-… that have them.
 PACKAGES = {"cuda": "gpu", "migraphx": "migraphx", "rocm": "rocm", "dml": "directml", "openvino": "openvino"}
 
@@ -117,7 +118,9 @@ def profile(name: str) -> Hardware:
     taken = SYSTEM if unified else DESKTOP
     rates = {precision: teraflops * 1e12 for precision, teraflops in data["tflops"].items()}
     gpu = device != "cpu"
-    there = (*PROVIDERS[device][:1], CPU_PROVIDER) if gpu else (CPU_PROVIDER,)
+    of_amd = device == "cuda" and "capability" not in data  # torch calls AMD's cards cuda too
+    others = _AMD if device == "cuda" and not of_amd else {"CUDAExecutionProvider"}
+    there = (*(each for each in PROVIDERS[device] if gpu and each not in others), CPU_PROVIDER)
     return Hardware(
         providers=there,
         device=device,

@@ -147,14 +147,16 @@ def _checked(file: Path, tensor: Any) -> Tensor:
     if not any(data.resolve().is_relative_to(folder) for folder in (file.parent.resolve(), file.resolve().parent)):
         raise TightfitError(f"{data} is a link to another place than {file.name} is in: it is not read, use another copy")
     count = math.ceil(math.prod(tensor.dims) * bits / 8)
-    again = "copy or download the model again"
+    again = "copy or export the model again"
     try:
         offset, length = int(place.get("offset") or 0), int(place.get("length") or count)
         size = data.stat().st_size
     except ValueError:
         raise TightfitError(f"{file} has no place for {tensor.name}: {again}") from None
     except OSError:
-        raise TightfitError(f"{data} is missing, which has the weights of {file.name}: rename it back, or {again}") from None
+        others = (each.name for each in data.parent.iterdir() if each.is_file() and each.suffix not in (".onnx", ".json"))
+        renamed = next((f"rename {each}, which is there, or " for each in others), "")
+        raise TightfitError(f"{data} is missing, which has the weights of {file.name}: {renamed}{again}") from None
     if length != count or offset < 0 or any(side < 0 for side in tensor.dims):
         raise TightfitError(f"{file} promises {tensor.name} as {length} bytes, its shape needs {count}: {again}")
     if offset + length > size:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
@@ -121,7 +122,7 @@ def _candidates(
         graph = spec.components["unet"].graph if engines["unet"] == "onnx" else None
         tiled = graph is None or engines["vae_decoder"] == "torch"
         axes = (
-            _of_graph(spec.components["unet"], wishes) if graph else _precisions(hardware, spec, wishes),
+            _of_graph(spec, wishes) if graph else _precisions(hardware, spec, wishes),
             _options(wishes.residency, RESIDENCIES if graph is None else RESIDENCIES[:2]),
             _options(wishes.attention, ATTENTIONS if tiled else ATTENTIONS[:1]),
             _options(wishes.tiling, TILINGS if tiled else TILINGS[:1]),
@@ -150,7 +151,7 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
     there = {name: _runnable(spec, component) for name, component in spec.components.items()}
     asked = wishes.backend if wishes.backend != "auto" else "onnx" if wishes.provider != "auto" else None
     if asked and not any(asked in engines for engines in there.values()):
-        how = "export it with --to onnx" if asked == "onnx" else "use the model that it was exported from"
+        how = "export it with --to onnx" if asked == "onnx" else f"use {spec.source or 'the model'}, from which it was exported"
         if why := next((component.unreadable for component in spec.components.values() if component.unreadable), ""):
             how = f"{why}; or {how}"
         option = "--backend" if wishes.backend != "auto" else "--provider"
@@ -218,24 +219,27 @@ def _provider(hardware: Hardware, asked: str) -> str:
     short = provider_name(asked).replace("directml", "dml")
     if known.get(short) not in there:
         usable = ", ".join(name for name, each in known.items() if each in there)
-        package = f"pip install onnxruntime-{PACKAGES[short]} in place of onnxruntime, or " if short in PACKAGES else ""
-        choose = f"choose {usable}" if usable else "it is not installed, pip install 'tightfit[cpu]' or [gpu]"
-        raise TightfitError(f"ONNX Runtime has no provider '{asked}' on {hardware.name}: {package}{choose}")
+        cure = f"choose {usable}" if usable else "it is not installed, pip install 'tightfit[cpu]' or [gpu]"
+        fits = hardware.providers is None and known.get(short) in PROVIDERS[hardware.device]  # this machine, and its kind of device
+        if fits and short in PACKAGES and (short != "dml" or sys.platform == "win32"):
+            cure = f"pip install onnxruntime-{PACKAGES[short]} in place of onnxruntime, or {cure}"
+        raise TightfitError(f"ONNX Runtime has no provider '{asked}' for {hardware.name}: {cure}")
     return known[short]
 
 
-def _of_graph(unet: Component, wishes: Wishes) -> list[tuple[str, str]]:
+def _of_graph(spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
     """The one way that the U-Net's graph has its weights, if that is what is asked for."""
+    unet, origin = spec.components["unet"], spec.source or "the model"
     graph = unet.graph
     assert graph
     for name, asked, has in (("precision", wishes.precision, graph.precision), ("compute", wishes.compute, graph.compute)):
         if asked not in ("auto", has):
             if wishes.backend == "auto" and unet.tensors:
                 return []  # torch can do it
-            again = "use the model that it was exported from"
+            again = f"use {origin}, from which it was exported"
             if asked in ("fp32", "fp16", *STORED):
                 options = f"{graph.precision} --compute {asked}" if name == "compute" and graph.precision in STORED else asked
-                again = f"export that again with --to onnx --precision {options}"
+                again = f"export {origin} with --to onnx --precision {options}"
             raise TightfitError(f"{graph.file} has {name} {has}, not {asked}: choose --{name} auto, or {again}")
     return [(graph.precision, graph.compute)]
 

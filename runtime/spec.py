@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,8 +51,8 @@ class ModelSpec:
     """A Stable Diffusion model in a diffusers folder. `family` is sd1, sd2 or sdxl; `scheduler` is its scheduler config.
 
     `components` are text_encoder, text_encoder_2 (sdxl), unet and vae_decoder, in the order a picture needs them.
-    `defaults` are what the folder's tightfit.json, if it has one, says of requests that leave something open, and `precision`
-    (int8 or int4) what it says the weights are stored in.
+    `defaults` are what the folder's tightfit.json, if it has one, says of requests that leave something open, `precision`
+    (int8 or int4) what it says the weights are stored in, and `source` of which model it was exported.
     """
 
     name: str
@@ -62,6 +63,7 @@ class ModelSpec:
     force_zeros: bool
     defaults: Mapping[str, Any]
     precision: str | None = None
+    source: str | None = None
 
     @property
     def unet(self) -> Mapping[str, Any]:
@@ -148,6 +150,7 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
         force_zeros=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed)),
         defaults=manifest.get("defaults", {}),
         precision=manifest.get("precision") if components["unet"].formats is not None else None,
+        source=manifest.get("source"),
     )
 
 
@@ -169,8 +172,11 @@ def _understood(manifest: Mapping[str, Any]) -> bool:
         return False
     if manifest.get("precision") not in (None, "fp32", "fp16", "int8", "int4") or not isinstance(components, dict):
         return False
-    formats = [each.get("formats", {}) if isinstance(each, dict) else None for each in components.values()]
-    return all(isinstance(each, dict) and all(isinstance(name, str) for name in each.values()) for each in formats)
+    parts = [
+        each.get(part, {}) if isinstance(each, dict) else None for each in components.values() for part in ("formats", "sha256")
+    ]
+    told = [manifest.get("source"), *(name for each in parts if isinstance(each, dict) for name in each.values())]
+    return all(isinstance(each, dict) for each in parts) and all(isinstance(name, str | None) for name in told)
 
 
 def _counts(value: Any) -> bool:
@@ -273,10 +279,11 @@ def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component
     torch = any(folder.glob("*.safetensors"))
     if file.exists() and not torch:
         config = read_json(next((f for f in (folder, model / name) if (f / "config.json").exists()), model / name) / "config.json")
+        _check_unmixed(file, manifest)
         return Component(name, model / name, config, {}, None, _graph(name, config, file))
     if not torch and any(model.glob("*/*.onnx")):
-        there = next((f"rename {each.name}, which is" for each in file.parent.glob("*.onnx")), "it is not")
-        raise TightfitError(f"{file} is missing: {there} there, or copy or export the model again")
+        renamed = next((f"rename {each.name}, which is there, or " for each in file.parent.glob("*.onnx")), "")
+        raise TightfitError(f"{file if file.parent.is_dir() else file.parent} is missing: {renamed}copy or export the model again")
     prefixes = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("",)
     config = read_json(folder / "config.json")
     tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(prefixes)}
@@ -291,6 +298,16 @@ def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component
     except TightfitError as error:  # torch can do without
         unreadable = str(error)
     return Component(name, folder, config, tensors, of_these if stored else None, graph, unreadable)
+
+
+def _check_unmixed(file: Path, manifest: Mapping[str, Any]) -> None:
+    """A graph of another export would read its weights from wrong places in the file beside it. The weights are not read here."""
+    told = manifest.get("components", {}).get(file.parent.name, {}).get("sha256", {}).get(file.name)
+    if told and hashlib.sha256(file.read_bytes()).hexdigest() != told:
+        raise TightfitError(
+            f"{file} is not the one that was exported into this folder: copy or export the model again "
+            "(or delete its tightfit.json, if you changed the graph yourself)"
+        )
 
 
 # What each network's graph is given, and may be given beside that.

@@ -35,6 +35,19 @@ def call(monkeypatch, capsys, tmp_path):
     return run
 
 
+def test_another_models_precision_is_not_carried(call, tiny_models, tmp_path):
+    """It may have no such weights. The same model by another way to write its folder is the same."""
+    sd1, sd2 = tiny_models["sd1"], tiny_models["sd2"]
+    assert call("a", "--model", str(sd1), "--precision", "int8", "--seed", "7", *FAST, "-o", "one.png")[0] == 0
+    code, out, err = call("--from", "one.png", "--model", str(sd1), "-o", "two.png", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["plan"]["placements"]["unet"]["precision"] == "int8"
+    code, out, err = call("--from", "one.png", "--model", str(sd2), "-o", "three.png", "--json")
+    assert code == 0
+    assert "one.png was painted in int8, by another model" in err
+    assert json.loads(out)["plan"]["placements"]["unet"]["precision"] != "int8"
+
+
 def test_a_picture_and_one_line(call, sd1, tmp_path):
     code, out, err = call("A red heart!", "--model", str(sd1), "--seed", "7", *FAST)
     assert (code, err) == (0, "")

@@ -80,14 +80,14 @@ def test_truncated_and_missing_weights(external):
     with pytest.raises(TightfitError, match=r"model.onnx_data is truncated: it has 8191 bytes of at least 8192"):
         read_graph(external)
     data.rename(data.with_name("renamed"))
-    with pytest.raises(TightfitError, match=r"model.onnx_data is missing, .*rename it back"):
+    with pytest.raises(TightfitError, match=r"model.onnx_data is missing, .*: rename renamed, which is there, or copy"):
         read_graph(external)
 
 
 @pytest.mark.parametrize("place", [{"length": 4}, {"offset": -8}, {"offset": "x"}, {"offset": 4096}])
 def test_places_that_cannot_be(external, place):
     rewritten(external, **place)
-    with pytest.raises(TightfitError, match="copy or download"):
+    with pytest.raises(TightfitError, match="copy or export"):
         read_graph(external)
 
 
@@ -111,11 +111,21 @@ def test_broken_files_never_raise_anything_else(tmp_path, data):
 def test_a_graph_of_another_network_is_refused(onnx_models, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(onnx_models("sd1", "fp32"), folder)
+    (folder / "tightfit.json").unlink()
     shutil.copyfile(folder / "vae_decoder" / "model.onnx", folder / "unet" / "model.onnx")
     shutil.copyfile(folder / "vae_decoder" / "model.onnx_data", folder / "unet" / "model.onnx_data")
     with pytest.raises(
         TightfitError, match=r"unet/model.onnx has the inputs latent_sample, a unet has encoder_hidden_states, sample"
     ):
+        tightfit.inspect(str(folder))
+
+
+def test_a_graph_of_another_export_is_refused(onnx_models, tmp_path):
+    """Its weights would be read from wrong places of the file beside it."""
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_models("sd1", "fp32"), folder)
+    shutil.copyfile(onnx_models("sd1", "fp16") / "text_encoder" / "model.onnx", folder / "text_encoder" / "model.onnx")
+    with pytest.raises(TightfitError, match=r"text_encoder/model.onnx is not the one that was exported into this folder"):
         tightfit.inspect(str(folder))
 
 
@@ -141,7 +151,7 @@ def test_a_missing_or_renamed_graph_is_named(onnx_models, tmp_path):
         tightfit.inspect(str(folder))
     (folder / "unet" / "unet.onnx").rename(folder / "unet" / "model.onnx")
     shutil.rmtree(folder / "vae_decoder")
-    with pytest.raises(TightfitError, match=r"vae_decoder/model.onnx is missing: it is not there, or copy or export"):
+    with pytest.raises(TightfitError, match=r"vae_decoder is missing: copy or export the model again"):
         tightfit.inspect(str(folder))
 
 

@@ -127,12 +127,32 @@ def test_attention_keeps_no_scores(onnx_models):
 
 
 def test_a_provider_that_is_not_here(onnx_models):
-    for asked, cure in (("cuda", "pip install onnxruntime-gpu in place of onnxruntime, or choose cpu"), ("azure", "choose cpu")):
+    folder = str(onnx_models("sd1", "fp32"))
+    for asked in ("cuda", "azure", "dml"):
         with (
-            tightfit.load(str(onnx_models("sd1", "fp32")), device="cpu", provider=asked) as pipe,
-            pytest.raises(TightfitError, match=rf"no provider '{asked}' on .*: {cure}"),
+            tightfit.load(folder, device="cpu", provider=asked) as pipe,
+            pytest.raises(TightfitError, match=rf"no provider '{asked}' for .*: choose cpu$"),
         ):
             pipe("a")
+    spec, card = tightfit.inspect(folder), replace(tightfit.profile("rtx-2060"), providers=None)
+    with pytest.raises(TightfitError, match="pip install onnxruntime-gpu in place of onnxruntime, or choose cpu"):
+        tightfit.plan(card, spec, wishes=Wishes(provider="cuda"))
+
+
+@pytest.mark.parametrize(
+    ("card", "best", "others"),
+    [
+        ("rtx-2060", "CUDA", {"Dml", "CPU"}),
+        ("rx-6600", "MIGraphX", {"ROCM", "Dml", "CPU"}),
+        ("arc-a380", "OpenVINO", {"Dml", "CPU"}),
+    ],
+)
+def test_each_maker_has_its_providers(onnx_models, card, best, others):
+    hardware, spec = tightfit.profile(card), tightfit.inspect(str(onnx_models("sd1", "fp32")))
+    assert {f"{each}ExecutionProvider" for each in {best, *others}} == {*(hardware.providers or ())}
+    assert tightfit.plan(hardware, spec)[0].placements["unet"].provider == f"{best}ExecutionProvider"
+    for each in others:
+        assert tightfit.plan(hardware, spec, wishes=Wishes(provider=each.lower()))[0].placements["unet"].provider.startswith(each)
 
 
 def test_a_graph_from_the_future(onnx_models, tmp_path, here):
@@ -141,6 +161,7 @@ def test_a_graph_from_the_future(onnx_models, tmp_path, here):
     file = folder / "unet" / "model.onnx"
     proto = onnx.load(file, load_external_data=False)
     proto.opset_import[0].version = engine.newest_opset() + 1
+    (folder / "tightfit.json").unlink()
     file.write_bytes(proto.SerializeToString())
     cure = rf"is of opset {engine.newest_opset() + 1}, ONNX Runtime .* knows opset {engine.newest_opset()}: install a newer one"
     with tightfit.load(str(folder), device="cpu") as pipe, pytest.raises(TightfitError, match=cure):
@@ -167,10 +188,10 @@ def test_newest_opset_is_onnx_runtimes_own():
     ("wishes", "cure"),
     [
         ({"backend": "torch"}, "has no weights that torch reads"),
-        ({"precision": "int4"}, "not int4: choose --precision auto, or export that again with --to onnx --precision int4"),
-        ({"precision": "int8-dynamic"}, "choose --precision auto, or use the model that it was exported from"),
-        ({"compute": "fp16"}, "not fp16: choose --compute auto, or export that again with --to onnx --precision fp16"),
-        ({"compute": "bf16", "backend": "onnx"}, "choose --compute auto, or use the model that it was exported from"),
+        ({"precision": "int4"}, r"not int4: choose --precision auto, or export /.*sd1 with --to onnx --precision int4"),
+        ({"precision": "int8-dynamic"}, r"choose --precision auto, or use /.*sd1, from which it was exported"),
+        ({"compute": "fp16"}, r"not fp16: choose --compute auto, or export /.*sd1 with --to onnx --precision fp16"),
+        ({"compute": "bf16", "backend": "onnx"}, r"choose --compute auto, or use /.*sd1, from which"),
         ({"residency": "streamed"}, "cannot stream weights: leave out --residency streamed"),
         ({"attention": "sliced"}, "has its own attention: leave out --attention sliced"),
         ({"tiling": "tiled"}, "runs whole: leave out --tiling tiled"),
@@ -381,6 +402,7 @@ def broken(folder, change):
     file = folder / "unet" / "model.onnx"
     proto = onnx.load(file, load_external_data=False)
     change(proto)
+    (folder / "tightfit.json").unlink()  # which knows the whole one
     file.write_bytes(proto.SerializeToString())
 
 
