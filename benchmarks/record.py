@@ -39,7 +39,8 @@ def envelope(command: str, device: str = "auto") -> dict[str, Any]:
 
 def record(name: str, results: Any) -> Path:
     """Append `results` to `name`.jsonl under $OUT, else in benchmarks/results/, and return that file."""
-    module = Path(sys.argv[0]).stem
+    program = Path(sys.argv[0])
+    module = program.parent.name if program.stem == "__main__" else program.stem
     line = envelope(shlex.join(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]])) | {"results": results}
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ class Effort:
     seconds: float = float("inf")
 
 
-QUICK = Effort(steps=4, pictures=1, seconds=80)
+QUICK = Effort(steps=2, pictures=1, seconds=60)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ def bench(
     sizes: Annotated[str | None, typer.Option(help="256,512x768; default: model's.", metavar="LIST")] = None,
     steps: Annotated[int, typer.Option(help="Of each picture.", metavar="N")] = 20,
     pictures: Annotated[int, typer.Option(help="Timed, after one to warm up.", metavar="N")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Under two minutes: the fastest of each precision, 4 steps.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Under two minutes: the fastest of each precision, 2 steps.")] = False,
     hardware: Annotated[str, typer.Option(help="here, which is all that can be measured.", metavar="NAME")] = "here",
     device: Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")] = "auto",
     precision: Annotated[str, typer.Option(help="Only this one, and fp32.", metavar="NAME")] = "auto",

@@ -336,12 +336,12 @@ def _read_cgroup(place: Path, limit_file: str, used_file: str, inactive_name: st
         return None
 
 
-@functools.cache
 def provider_name(provider: str) -> str:
     """As it is called for short: cuda for CUDAExecutionProvider."""
     return provider.lower().removesuffix("executionprovider")
 
 
+@functools.cache
 def providers() -> tuple[str, ...]:
     """ONNX Runtime's execution providers; none if it is not installed or cannot be imported. Asked apart, as that takes time."""
     try:

@@ -32,19 +32,20 @@ _TYPES = {
 class Graph:
     """An ONNX model whose large initializers are references to bytes in files, also where the file has them inside.
 
-    `inputs` has the type and shape of each input as (TensorProto.DataType, sides), a side that varies as its name or "".
+    `inputs` has the type and shape of each input as (TensorProto.DataType, sides), a side that varies as its name or "". A value
+    whose shape is left open has no sides.
     """
 
     file: Path
     model: onnx.ModelProto
     tensors: Mapping[str, Tensor]
 
-    @property
+    @cached_property
     def inputs(self) -> dict[str, tuple[int, tuple[int | str, ...]]]:
         weights = {tensor.name for tensor in self.model.graph.initializer}
         return {value.name: _type(value) for value in self.model.graph.input if value.name not in weights}
 
-    @property
+    @cached_property
     def outputs(self) -> dict[str, tuple[int, tuple[int | str, ...]]]:
         return {value.name: _type(value) for value in self.model.graph.output}
 
@@ -61,14 +62,10 @@ class Graph:
     def precision(self) -> str:
         """What most of its weights are held in: int4, int8, or what it computes in."""
         pairs = {node.input[1] for node in self.model.graph.node if node.op_type == "MatMulNBits" and _bits(node) == 4}
-        counts = {"int4": 0, "int8": 0, self.compute: 0}
+        counts = {self.compute: 0, "int8": 0, "int4": 0}
         for name, tensor in self.tensors.items():
-            kind = (
-                "int4"
-                if name in pairs
-                else {"U4": "int4", "I4": "int4", "U8": "int8", "I8": "int8"}.get(tensor.dtype, self.compute)
-            )
-            counts[kind] += tensor.count * (2 if name in pairs else 1)
+            kind = {"U4": "int4", "I4": "int4", "U8": "int8", "I8": "int8"}.get(tensor.dtype, self.compute)
+            counts["int4" if name in pairs else kind] += tensor.count * (2 if name in pairs else 1)
         return max(counts, key=lambda kind: counts[kind])
 
     @property
@@ -82,7 +79,8 @@ def _bits(node: Any) -> int:
 
 def _type(value: Any) -> tuple[int, tuple[int | str, ...]]:
     tensor = value.type.tensor_type
-    sides = (side.dim_value if side.HasField("dim_value") else side.dim_param for side in tensor.shape.dim)
+    fixed = ((side, side.HasField("dim_value") and side.dim_value >= 0) for side in tensor.shape.dim)  # some write -1
+    sides = (side.dim_value if known else side.dim_param for side, known in fixed)
     return tensor.elem_type, tuple(sides)
 
 
@@ -118,9 +116,10 @@ def read_graph(file: Path) -> Graph:
         if tensors[each.name].stored_bytes <= _SMALL:
             _bring(each, tensors.pop(each.name))
     for each in model.graph.initializer:
-        if each.name not in tensors and (each.float_data or each.int32_data or each.int64_data) and each.data_type in _TYPES:
+        numbers = each.float_data or each.int32_data or each.int64_data or each.double_data
+        if each.name not in tensors and numbers and each.data_type in _TYPES:
             kind, bits = _TYPES[each.data_type]  # values that are no bytes stay in the graph, and count
-            tensors[each.name] = Tensor(kind, tuple(each.dims), file, 0, math.ceil(math.prod(each.dims) * bits / 8))
+            tensors[each.name] = Tensor(kind, tuple(each.dims), file, 0, math.ceil(len(numbers) * bits / 8))
     return Graph(file, model, tensors)
 
 

@@ -64,6 +64,7 @@ class Pipeline:
         self._saved, self._planned = plan, ([], [])
         self._plan: Plan | None = None
         self._backends: dict[str, Backend] = {}
+        self._rooms: dict[str, int] = {}
         self._loaded: dict[str, tuple[Placement, Session]] = {}
         self._process = ProcessPeak()
         self._stage, self._load_seconds = "prepare", 0.0
@@ -130,6 +131,7 @@ class Pipeline:
             self._drop(name)
         for each in self._backends.values():
             each.meter.limit(None)
+        self._rooms.clear()
 
     def __enter__(self) -> Pipeline:
         return self
@@ -170,15 +172,21 @@ class Pipeline:
         for name, (placement, _) in list(self._loaded.items()):
             if placement != plan.placements[name]:
                 self._drop(name)
+        onnx = self._backends.get("onnx")
+        if onnx and onnx.meter.held() > plan.predicted.peak_bytes:  # arenas of a larger picture, which give nothing back
+            for name in [name for name, (placement, _) in self._loaded.items() if placement.backend == "onnx"]:
+                self._drop(name)
         self._share()
 
     def _share(self) -> None:
         """Let each engine take of the budget what the others leave."""
         assert self._plan
-        meters = [each.meter for each in self._backends.values()]
-        for meter in meters:
-            others = sum(other.held() for other in meters if other is not meter)
-            meter.limit(self._plan.budget_bytes - self._plan.predicted.context_bytes - others)
+        held = {name: each.meter.held() for name, each in self._backends.items()}
+        for name, each in self._backends.items():
+            room = self._plan.budget_bytes - self._plan.predicted.context_bytes - (sum(held.values()) - held[name])
+            if self._rooms.get(name) != room:
+                self._rooms[name] = room
+                each.meter.limit(room)
 
     @contextmanager
     def _measured(self, name: str, stages: dict[str, Measured]) -> Iterator[None]:
@@ -204,11 +212,11 @@ class Pipeline:
         assert self._plan
         if self._closed:
             raise TightfitError("the pipeline was closed while it was painting")
+        if len(self._backends) > 1:
+            self._share()
         if name not in self._loaded:
             placement, start = self._plan.placements[name], time.perf_counter()
             engine = self._backends[placement.backend]
-            if len(self._backends) > 1:
-                self._share()
             self._loaded[name] = placement, engine.load(self.spec, self.spec.components[name], placement)
             self._load_seconds += time.perf_counter() - start
             self._notices += [each for each in self._loaded[name][1].notices if each not in self._notices]

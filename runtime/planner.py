@@ -220,8 +220,10 @@ def _provider(hardware: Hardware, asked: str) -> str:
     if known.get(short) not in there:
         usable = ", ".join(name for name, each in known.items() if each in there)
         cure = f"choose {usable}" if usable else "it is not installed, pip install 'tightfit[cpu]' or [gpu]"
+        if short in map(provider_name, there):
+            raise TightfitError(f"tightfit does not run on ONNX Runtime's provider '{asked}': {cure}")
         fits = hardware.providers is None and known.get(short) in PROVIDERS[hardware.device]  # this machine, and its kind of device
-        if fits and short in PACKAGES and (short != "dml" or sys.platform == "win32"):
+        if usable and fits and short in PACKAGES and (short != "dml" or sys.platform == "win32"):
             cure = f"pip install onnxruntime-{PACKAGES[short]} in place of onnxruntime, or {cure}"
         raise TightfitError(f"ONNX Runtime has no provider '{asked}' for {hardware.name}: {cure}")
     return known[short]

@@ -281,8 +281,9 @@ def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component
         config = read_json(next((f for f in (folder, model / name) if (f / "config.json").exists()), model / name) / "config.json")
         _check_unmixed(file, manifest)
         return Component(name, model / name, config, {}, None, _graph(name, config, file))
-    if not torch and any(model.glob("*/*.onnx")):
-        renamed = next((f"rename {each.name}, which is there, or " for each in file.parent.glob("*.onnx")), "")
+    if not any(path for pattern in ("*.safetensors", *PICKLES) for path in folder.glob(pattern)) and any(model.glob("*/*.onnx")):
+        others = (each.name for each in file.parent.glob("*.onnx") if each.name != file.name)
+        renamed = next((f"rename {each}, which is there, or " for each in others), "")
         raise TightfitError(f"{file if file.parent.is_dir() else file.parent} is missing: {renamed}copy or export the model again")
     prefixes = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("",)
     config = read_json(folder / "config.json")
@@ -334,9 +335,10 @@ def _graph(name: str, config: Mapping[str, Any], file: Path) -> Graph:
             "files of different models were mixed, or one was renamed; copy or export the model again"
         )
     for value, rank, which, field in _SIDES[name.removesuffix("_2")]:
-        sides = (graph.inputs | graph.outputs).get(value, (0, ("",) * rank))[1]
-        wanted = config.get(field)
-        if len(sides) != rank or (isinstance(sides[which], int) and isinstance(wanted, int) and sides[which] != wanted):
+        sides, wanted = (graph.inputs | graph.outputs).get(value, (0, ()))[1], config.get(field)
+        if sides and len(sides) != rank:
+            raise TightfitError(f"{graph.file} has {value} of {len(sides)} sides, not {rank}: copy or export the model again")
+        if sides and isinstance(sides[which], int) and isinstance(wanted, int) and sides[which] != wanted:
             raise TightfitError(
                 f"{graph.file} has {value} of {list(sides)}, its config says {field} {wanted}: "
                 "files of different models were mixed; copy or export the model again"

@@ -120,6 +120,17 @@ def test_a_graph_of_another_network_is_refused(onnx_models, tmp_path):
         tightfit.inspect(str(folder))
 
 
+def test_pickles_beside_a_graph_are_told_of(tiny_models, tmp_path):
+    """A model for torch, with pickled weights and somebody's graph."""
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_models["sd1"], folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / "safety_checker").mkdir(exist_ok=True)
+    onnx.save(model(), folder / "safety_checker" / "model.onnx")
+    with pytest.raises(TightfitError, match="pickle"):
+        tightfit.inspect(str(folder))
+
+
 def test_a_graph_of_another_export_is_refused(onnx_models, tmp_path):
     """Its weights would be read from wrong places of the file beside it."""
     folder = tmp_path / "model"
@@ -167,12 +178,28 @@ def test_weights_as_numbers_count(tmp_path):
     assert graph.precision == "fp32"
 
 
+def test_shapes_may_be_left_open(tmp_path):
+    """Or a side be written as -1; and weights may be constants, so that nothing is known of what they are held in."""
+    proto = model()
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    proto.graph.node.insert(0, helper.make_node("Constant", [], ["w"], value=proto.graph.initializer[0]))
+    del proto.graph.initializer[0]
+    onnx.save(proto, tmp_path / "model.onnx")
+    graph = read_graph(tmp_path / "model.onnx")
+    assert graph.outputs == {"y": (TensorProto.FLOAT, ())}
+    assert graph.inputs == {"x": (TensorProto.FLOAT, ("", 64))}
+    assert (graph.stored_bytes, graph.precision) == (0, "fp32")
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_precision_of_onnx_runtimes_own_quantiser(tmp_path, bits):
     """Its weights are bytes that have one value or two."""
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    quantiser = MatMulNBitsQuantizer(model(), bits=bits, block_size=32, is_symmetric=True)
+    proto = model()
+    proto.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.tile(WEIGHT, (1, 4)), "w"))
+    quantiser = MatMulNBitsQuantizer(proto, bits=bits, block_size=32, is_symmetric=True)
     quantiser.process()
     file = tmp_path / "model.onnx"
     onnx.save(quantiser.model.model, file)
