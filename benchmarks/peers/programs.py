@@ -114,8 +114,8 @@ def sdcpp(job: Job, clock: Clock) -> list[str]:
 
 def tightfit(job: Job, clock: Clock) -> list[str]:
     """Ours, as the command line runs it; `options` are wishes, such as residency=staged."""
-    from tightfit import Request, load
-    from tightfit.runtime.events import Event
+    from tightfit import Request, load  # pyright: ignore[reportMissingImports]
+    from tightfit.runtime.events import Event  # pyright: ignore[reportMissingImports]
 
     wishes: dict[str, Any] = dict(option.split("=") for option in job["options"])
     sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
