@@ -102,7 +102,7 @@ def measured(todo: Sequence[Job], folder: Path, command: str, tell: Callable[[Jo
             return
         tell(job)
         start = time.perf_counter()
-        row = envelope(command) | described(job) | (run(job, folder / "pictures") if job.plan.fits else unfit(job))
+        row = envelope(command, job.plan.device) | described(job) | (run(job, folder / "pictures") if job.plan.fits else unfit(job))
         begun += time.perf_counter() - start
         if row["outcome"] == "ok":
             row["quality"] = quality(folder / "pictures", job)
