@@ -23,7 +23,8 @@ from ..kernels import formats
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import LEAST, recipe
-from .quality import compare, labelled, paint
+from .metrics import summary
+from .quality import labelled, paint
 from .record import record
 
 Rounding = Callable[[str, str, torch.Tensor], tuple[torch.Tensor, float]]  # component, layer, weight → rounded, bytes
@@ -45,7 +46,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             bits = rounded_model(Path(folder) / "emoji", make())
             pictures = paint(f"{folder}/emoji:fp32:fp32", requests)
-        row = {"unet_bits": round(bits, 3), **compare(pictures, exact), "match": judge(pictures)}
+        row = {"unet_bits": round(bits, 3), **summary(pictures, exact), "match": judge(pictures)}
         print(name, row, flush=True)
         record("ablation", {"variant": name, "pictures": len(requests), **row})  # one by one: all of them take half an hour
 

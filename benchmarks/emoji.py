@@ -2,12 +2,14 @@
 
     python -m tightfit.benchmarks.emoji WORK
 
-WORK is the folder of the training (`python -m tightfit.export.emoji.autoencoder` fetches the pictures into it).
+WORK is the folder of the training (`python -m tightfit.export.emoji.autoencoder` fetches the pictures into it). `--gallery` writes
+what metrics.py looks up instead: all of them, small, with their labels.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 
@@ -15,19 +17,17 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 
 from .. import Pipeline, Request, load
 from ..export.emoji import data
 from ..export.emoji.autoencoder import psnr
 from ..export.emoji.diffusion import match
+from .metrics import GALLERY, THUMBNAIL
 from .record import record
+from .suite import PROMPTS
 
-SHEET = (
-    "red heart", "broken heart", "green heart", "grinning face", "smiling face with sunglasses", "robot", "ghost", "alien",
-    "cat", "dog face", "panda", "fox", "penguin", "frog", "butterfly", "octopus",
-    "pizza", "hamburger", "strawberry", "banana", "doughnut", "birthday cake", "hot beverage", "ice cream",
-    "rocket", "airplane", "automobile", "sailboat", "sunflower", "cactus", "rainbow", "snowman",
-)  # fmt: skip
+SHEET = tuple(prompt for theme in range(4) for prompt in PROMPTS[theme::4])
 
 
 def contact_sheet(pipe: Pipeline, prompts: tuple[str, ...], columns: int, seed: int) -> Image.Image:
@@ -43,6 +43,19 @@ def contact_sheet(pipe: Pipeline, prompts: tuple[str, ...], columns: int, seed: 
     return sheet
 
 
+def gallery(chosen: list[data.Emoji], columns: int = 27) -> None:
+    """All pictures on white, THUMBNAIL pixels wide, by averaging; their labels are in the file, in the same order."""
+    side, pixels = THUMBNAIL, torch.from_numpy(data.pixels(chosen, 128)).permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.interpolate(pixels, (side, side), mode="area").round().byte().permute(0, 2, 3, 1).numpy()
+    sheet = Image.new("RGB", (columns * side, -(-len(small) // columns) * side), "white")
+    for i, each in enumerate(small):
+        sheet.paste(Image.fromarray(each), (i % columns * side, i // columns * side))
+    info = PngInfo()
+    info.add_text("labels", json.dumps([each.label for each in chosen]))
+    info.add_text("Copyright", "Fluent Emoji, (c) Microsoft Corporation, MIT License")
+    sheet.save(GALLERY, pnginfo=info, optimize=True)
+
+
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("work", type=Path)
@@ -53,7 +66,12 @@ def main() -> None:
     parse.add_argument("--guidance-scale", type=float)
     parse.add_argument("--scheduler")
     parse.add_argument("--sheet", type=Path, help="write the contact sheet here and measure nothing")
+    parse.add_argument("--gallery", action="store_true", help="write the pictures that others are looked up in")
     args = parse.parse_args()
+    if args.gallery:
+        data.fetch(args.work)
+        gallery(data.emoji(args.work))
+        return
     with load(args.model, precision=args.precision, device="cpu") as pipe:
         if args.sheet:
             contact_sheet(pipe, SHEET, 8, args.seed).save(args.sheet)

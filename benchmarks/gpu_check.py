@@ -2,24 +2,25 @@
 
     pip install --no-deps --no-build-isolation -e . && python -m tightfit.benchmarks.gpu_check
 
-It runs the GPU tests; measures every plan's peak beside its prediction in a full-size random SD 1.5, with the allocator
-capped at 2, 4, 6 and 8 GB, in fp16 and, of each residency, in 8 and 4 bits, and on ONNX Runtime with its provider for the
-device; of a full-size random SDXL in fp16 the fastest of each residency; times our plans beside diffusers' best in the same
-process; tells which kernels take the most time; and times single layers (layers.py). Writes gpu_check.jsonl under $OUT, else in
-benchmarks/results.
+In sections, the most wanted first, each with a time after which it is left: the GPU tests; plans of a full-size random SD 1.5 in
+fp16, each once, with the allocator capped at the least of 2, 4, 6 and 8 GB that it fits, predicted beside measured; our fp16 beside
+diffusers' best in the same process; the kernels that take the most time; single layers (layers.py); the same of 8 and 4 bits, and
+of ONNX Runtime if it has a provider for the device; a full-size random SDXL; diffusers with its U-Net compiled. Each section is a
+line of gpu_check.jsonl under $OUT, else in benchmarks/results, as soon as it is done; one that fails says so, and the next begins.
 `--tiny --device cpu` rehearses it without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -27,10 +28,12 @@ from typing import Any
 
 import torch
 
-from .. import Hardware, Pipeline, Request, TightfitError, Wishes, inspect, load, plan
+from .. import Hardware, Pipeline, Plan, Request, TightfitError, Wishes, inspect, load, plan
 from ..export import random_model
+from ..runtime.errors import first_line
+from ..runtime.hardware import CPU_PROVIDER
 from . import layers
-from .record import record
+from .record import envelope, record
 
 CAPS = (2, 4, 6, 8)  # decimal gigabytes, as cards are sold
 Row = dict[str, Any]
@@ -39,33 +42,53 @@ Row = dict[str, Any]
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--device", default="cuda")
-    parse.add_argument("--tiny", action="store_true", help="a tiny model, to rehearse this script")
+    parse.add_argument("--tiny", action="store_true", help="tiny models, to rehearse this script")
     parse.add_argument("--steps", type=int, default=10)
     args = parse.parse_args()
-    tests = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(Path(__file__).parents[1] / "tests")], check=False
-    )
+    envelope("")  # what every line needs, before anything takes time
+    request = Request("a red heart", seed=0, num_inference_steps=args.steps, scheduler="euler")
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "sd1"
-        random_model.write("sd1", model, tiny=args.tiny, precision="fp16")
-        request = Request("a red heart", seed=0, num_inference_steps=args.steps, scheduler="euler")
-        models = [str(model)]
-        for kind in (("int8",), ("int4",), ("fp16", "--to", "onnx")):
-            models.append(str(Path(folder) / "-".join(kind)))
-            export = [sys.executable, "-c", "from tightfit.runtime.cli import main; main()", "export", str(model)]
-            subprocess.run([*export, "--precision", *kind, "-o", models[-1]], check=True)
-        short = replace(request, num_inference_steps=2)
-        rows = capped(contenders(models, args.device), args.device, short)
-        rows += speed(models, args.device, request)
-        rows += kernels(models[0], args.device, short)
-        large = Path(folder) / "sdxl"
-        random_model.write("sdxl", large, tiny=args.tiny, precision="fp16")
-        rows += capped([(str(large), precision_of(args.device))], args.device, short, every=False)
-        rows += layers.rows(args.device, layers.SHAPES[-1:] if args.tiny else layers.SHAPES)
-    for line in summary(rows):
-        print(line)
-    print(f"GPU tests: {'passed' if tests.returncode == 0 else f'exit code {tests.returncode}'}")
-    print(record("gpu_check", {"tests_exit_code": tests.returncode, "rows": rows}))
+        check = Check(Path(folder), args.device, args.tiny, request)
+        sections: dict[str, tuple[float, Callable[[], Iterator[Row]]]] = {
+            "tests": (100, check.tests),
+            "fp16 under caps": (110, lambda: check.capped(check.plain(), check.half)),
+            "speed": (50, lambda: check.speed(check.plain(), ["diffusers", check.half])),
+            "kernels": (20, check.kernels),
+            "layers": (30, lambda: iter(layers.rows(args.device, layers.SHAPES[-1:] if args.tiny else layers.SHAPES))),
+            "few bits": (110, check.quantised),
+            "ONNX Runtime": (60, check.onnx),
+            "SDXL": (70, lambda: check.capped(check.written("sdxl"), check.half, every=False)),
+            "compiled": (90, lambda: check.speed(check.plain(), ["diffusers", "diffusers, U-Net compiled", check.half])),
+        }
+        begun, failed, lines = time.perf_counter(), 0, list[str]()
+        for name, (seconds, section) in sections.items():
+            rows = list(within(seconds if args.device == "cuda" else 600, section, begun))
+            failed += any("failed" in row for row in rows)
+            record("gpu_check", {"section": name, "rows": rows})
+            lines += [f"{name}: {line}" for line in summary(rows)]
+            print(f"{time.perf_counter() - begun:.0f} s: {name}", flush=True)
+    print(*lines, sep="\n")
+    sys.exit(1 if failed else 0)
+
+
+LIMIT = 500  # seconds after which no section is begun
+
+
+def within(seconds: float, section: Callable[[], Iterator[Row]], begun: float) -> Iterator[Row]:
+    """The rows of a section until its time is over; what it raises is a row, and goes to standard error."""
+    start = time.perf_counter()
+    if start - begun > LIMIT:
+        yield {"left": "for want of time"}
+        return
+    try:
+        for row in section():
+            yield row
+            if time.perf_counter() - start > seconds:
+                yield {"left": f"after {time.perf_counter() - start:.0f} s"}
+                return
+    except Exception as error:
+        traceback.print_exc()
+        yield {"failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def summary(rows: list[Row]) -> list[str]:
@@ -73,64 +96,145 @@ def summary(rows: list[Row]) -> list[str]:
     lines = []
     for (cap, model), group in groupby((row for row in rows if "cap" in row), key=lambda row: (row["cap"], row["model"])):
         own = list(group)
-        ran = [row for row in own if "measured" in row]
-        worst = max((row["error"] for row in ran), key=lambda error: abs(float(error.rstrip("%"))), default="–")
+        ran = [row for row in own if "error" in row]
+        worst = max((row["error"] for row in ran), key=abs, default=0.0)
         over = sum(not row["held"] for row in ran)
-        lines.append(
-            f"{cap} {model}: {len(ran)} plans ran, worst prediction {worst}, {over} above the cap, {len(own) - len(ran)} failed"
-        )
+        count = f"{len(ran)} plans ran, {len(own) - len(ran)} failed"
+        lines.append(f"{cap} {model}: {count}, {over} above the cap, worst prediction {worst:+.1%}")
+        lines += [f"{row['plan']}: {row['failed']}" for row in own if "failed" in row]
     rest = [row for row in rows if "cap" not in row]
     return lines + ["  ".join(f"{name} {value}" for name, value in row.items()) for row in rest]
 
 
-def contenders(models: list[str], device: str) -> list[tuple[str, str]]:
-    """The plain model and the exported ones, with the precisions they run in on this device; last the one for ONNX Runtime."""
-    plain, int8, int4, graph = models
-    dynamic = [(int8, "int8-dynamic")] if "int8" in Hardware.detect(device).rates else []
-    return [(plain, precision_of(device)), (int8, "int8"), *dynamic, (int4, "int4"), (graph, "auto")]
+class Check:
+    """What sections share: models written into `folder` when they are first wanted, the device and what to paint."""
 
+    def __init__(self, folder: Path, device: str, tiny: bool, request: Request) -> None:
+        self.folder, self.device, self.tiny, self.request = folder, device, tiny, request
+        self.half = "fp16" if device == "cuda" else "bf16"
 
-def precision_of(device: str) -> str:
-    return "fp16" if device == "cuda" else "bf16"
+    def plain(self) -> str:
+        return self.written("sd1")
 
+    def written(self, family: str) -> str:
+        """A model of random weights in fp16."""
+        model = self.folder / family
+        if not model.exists():
+            random_model.write(family, model, tiny=self.tiny, precision="fp16")
+        return str(model)
 
-def capped(models: list[tuple[str, str]], device: str, request: Request, every: bool = True) -> list[Row]:
-    """Plans that fit under each cap: predicted and measured peak. Of quantised models the fastest of each residency; of others all,
-    or also only these."""
-    rows = []
-    hardware = Hardware.detect(device)
-    for gigabytes in CAPS:
-        chosen = []
-        for model, precision in models:
-            spec, wishes = inspect(model), Wishes(precision=precision, budget=int(gigabytes * 1e9))
-            fitting = [p for p in plan(hardware, spec, request, wishes) if p.fits]
-            if spec.precision or not every:
+    def exported(self, *options: str) -> str:
+        model = self.folder / "-".join(options)
+        if not model.exists():
+            command = [sys.executable, "-m", "tightfit", "export", self.plain(), "--precision", *options, "-o", str(model)]
+            subprocess.run(command, check=True)
+        return str(model)
+
+    def tests(self) -> Iterator[Row]:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(Path(__file__).parents[1] / "tests")]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=300)
+        print(done.stdout, flush=True)
+        counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout)}
+        what = {"failed": "the GPU tests"} if done.returncode else {}
+        yield {name: counts.get(name, 0) for name in ("passed", "skipped")} | {"exit code": done.returncode} | what
+
+    def capped(self, model: str, precision: str, every: bool = True) -> Iterator[Row]:
+        """Each plan that fits some cap, under the least of them; if not every, under each cap the fastest of each residency."""
+        hardware, spec, seen = Hardware.detect(self.device), inspect(model), set[str]()
+        for gigabytes in CAPS:
+            wishes = Wishes(precision=precision, budget=int(gigabytes * 1e9))
+            fitting = [each for each in plan(hardware, spec, self._short(), wishes) if each.fits]
+            if not every:
                 fitting = list({p.placements["unet"].residency: p for p in reversed(fitting)}.values())
-            chosen += [(spec, wishes, one) for one in fitting]
-        for spec, wishes, one in chosen:
-            row: Row = {
-                "cap": f"{gigabytes} GB",
-                "model": Path(spec.name).name,
-                "plan": one.summary(),
-                "predicted": one.predicted.peak_bytes,
-            }
-            try:
-                with Pipeline(spec, hardware, wishes, one) as pipe:
-                    result = pipe.generate(request)
-            except TightfitError as error:
-                rows.append(row | {"failed": str(error)})
-                continue
-            error = one.predicted.peak_bytes / result.peak_bytes - 1
-            stages = {name: (one.predicted.stages[name], result.stages[name].peak_bytes) for name in one.predicted.stages}
-            held = result.peak_bytes <= gigabytes * 1e9
-            rows.append(row | {"measured": result.peak_bytes, "error": f"{error:+.1%}", "held": held, "stages": stages})
-            rows[-1] |= {"seconds": (round(one.predicted.seconds, 3), round(result.seconds, 3)), "notices": result.notices}
-        print(f"{gigabytes} GB: {sum(row['cap'] == f'{gigabytes} GB' for row in rows)} plans", flush=True)
-    return rows
+            for one in (one for one in fitting if one.summary() not in seen):
+                seen.add(one.summary())
+                head: Row = {"cap": f"{gigabytes} GB", "model": f"{Path(model).name} {precision}", "plan": one.summary()}
+                yield head | self._ran(Pipeline(spec, hardware, wishes, one), one, gigabytes * 10**9)
+
+    def _short(self) -> Request:
+        """Two steps take as much memory as any number."""
+        return Request(self.request.prompt, seed=0, num_inference_steps=2, scheduler="euler")
+
+    def _ran(self, pipeline: Pipeline, one: Plan, cap: int) -> Row:
+        """Predicted and measured bytes and seconds; bytes of each stage in pairs."""
+        told = one.predicted
+        try:
+            with pipeline as pipe:
+                result = pipe.generate(self._short())
+        except TightfitError as error:
+            return {"predicted": told.peak_bytes, "failed": str(error)}
+        took = result.peak_bytes
+        return {
+            "predicted": told.peak_bytes,
+            "measured": took,
+            "error": told.peak_bytes / took - 1 if took else 0.0,
+            "held": took + told.context_bytes <= cap,
+            "stages": {name: (told.stages[name], result.stages[name].peak_bytes) for name in told.stages},
+            "seconds": (round(told.seconds, 3), round(result.seconds, 3)),
+            "notices": result.notices,
+        }
+
+    def quantised(self) -> Iterator[Row]:
+        """In 8 and 4 bits: under caps, and beside fp16."""
+        int8, int4 = self.exported("int8"), self.exported("int4")
+        kinds = [(int8, "int8"), (int4, "int4")]
+        if "int8" in Hardware.detect(self.device).rates:
+            kinds.append((int8, "int8-dynamic"))
+        yield from self.speed(self.plain(), [self.half, *kinds])
+        for model, precision in kinds:
+            yield from self.capped(model, precision, every=False)
+
+    def onnx(self) -> Iterator[Row]:
+        """On ONNX Runtime, if it computes on this device."""
+        if self.device != "cpu" and all(each == CPU_PROVIDER for each in Hardware.detect(self.device).onnx_providers()):
+            yield {"left": "onnxruntime has no provider for this device: onnxruntime-gpu is not here"}
+            return
+        graph = self.exported("fp16", "--to", "onnx")
+        yield from self.speed(self.plain(), [self.half, (graph, "auto")])
+        yield from self.capped(graph, "auto", every=False)
+
+    def speed(self, model: str, names: list[Any]) -> Iterator[Row]:
+        """Seconds of a warm run, each contender's best of two turns of two, a run before each turn not counted: diffusers as its
+        documentation makes it fastest, and ours in a precision, or (model, precision)."""
+        best: dict[str, float] = {}
+        with ExitStack() as stack:
+            runs: dict[str, Callable[[], Any]] = {}
+            for name in names:
+                if str(name).startswith("diffusers"):
+                    runs[name] = partial(diffusers_best(model, self.device, "compiled" in name), self.request)
+                    continue
+                own, precision = (model, name) if isinstance(name, str) else name
+                pipe = stack.enter_context(load(own, device=self.device, residency="resident", precision=precision))
+                runs[f"{Path(own).name} {precision}"] = partial(pipe.generate, self.request)
+            for _ in range(2):
+                for name, run in runs.items():
+                    run()
+                    for _ in range(2):
+                        start = time.perf_counter()
+                        run()
+                        best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
+        first = next(iter(best))
+        for name, seconds in best.items():
+            yield {"pipeline": name, "seconds": round(seconds, 3), f"of {first}": round(seconds / best[first], 3)}
+
+    def kernels(self) -> Iterator[Row]:
+        """The ten kernels (on a CPU: operators) that take the most time of a picture, and their shares."""
+        from torch.profiler import ProfilerActivity, profile
+
+        gpu = self.device == "cuda"
+        with load(self.plain(), device=self.device, residency="resident", precision=self.half) as pipe:
+            pipe.generate(self._short())
+            with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
+                pipe.generate(self._short())
+        field = "self_device_time_total" if gpu else "self_cpu_time_total"
+        found = sorted(((getattr(each, field), each.key) for each in seen.key_averages()), reverse=True)
+        total = sum(time for time, _ in found) or 1
+        yield from ({"kernel": name[:60], "share": f"{time / total:.1%}"} for time, name in found[:10])
 
 
 def diffusers_best(model: str, device: str, compiled: bool) -> Callable[[Request], Any]:
-    """diffusers as its documentation makes it fastest: channels last, SDPA (its default), projections fused, compiled if so."""
+    """diffusers as its documentation makes it fastest: channels last, SDPA (its default), projections fused, its U-Net compiled if
+    so (in torch.compile's own mode: max-autotune tries for minutes)."""
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
@@ -140,44 +244,8 @@ def diffusers_best(model: str, device: str, compiled: bool) -> Callable[[Request
     theirs.fuse_qkv_projections()
     theirs.unet.to(memory_format=torch.channels_last)
     if compiled:
-        theirs.unet = torch.compile(theirs.unet, mode="max-autotune-no-cudagraphs", fullgraph=True)
+        theirs.unet = torch.compile(theirs.unet, fullgraph=True)
     return lambda request: theirs(request.prompt, num_inference_steps=request.num_inference_steps)
-
-
-def speed(models: list[str], device: str, request: Request) -> list[Row]:
-    """Seconds of a warm run, ours in every precision and diffusers', taken in turns in this process; the best of three each."""
-    best: dict[str, float] = {}
-    with ExitStack() as stack:
-        runs: dict[str, Callable[[], Any]] = {}
-        for name, compiled in (("diffusers", False), ("diffusers, compiled", True)):
-            if not compiled or device == "cuda":
-                runs[name] = partial(diffusers_best(models[0], device, compiled), request)
-        for model, precision in contenders(models, device):
-            pipe = stack.enter_context(load(model, device=device, residency="resident", precision=precision))
-            name = "ONNX Runtime" if pipe.spec.components["unet"].engines == ("onnx",) else precision
-            runs[name] = lambda pipe=pipe: pipe.generate(request)
-        for _ in range(4):  # the first warms up; a minimum forgets it
-            for name, run in runs.items():
-                start = time.perf_counter()
-                run()
-                best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
-    other = best["diffusers"]
-    return [{"pipeline": name, "seconds": round(each, 3), "of diffusers": round(each / other, 3)} for name, each in best.items()]
-
-
-def kernels(model: str, device: str, request: Request) -> list[Row]:
-    """The ten kernels (on a CPU: operators) that take the most time of a picture, and their shares."""
-    from torch.profiler import ProfilerActivity, profile
-
-    gpu = device == "cuda"
-    with load(model, device=device, residency="resident", precision=precision_of(device)) as pipe:
-        pipe.generate(request)
-        with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
-            pipe.generate(request)
-    field = "self_device_time_total" if gpu else "self_cpu_time_total"
-    found = sorted(((getattr(each, field), each.key) for each in seen.key_averages()), reverse=True)
-    total = sum(time for time, _ in found) or 1
-    return [{"kernel": name[:60], "share": f"{time / total:.1%}"} for time, name in found[:10]]
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ import torch
 from torch import nn
 
 from ..kernels.formats import FORMATS
-from ..kernels.quantise import quantise
 from ..runtime.backends import quantised
-from ..runtime.calibration import turn_seconds
+from ..runtime.backends.autotune import turn_seconds
 from ..runtime.hardware import Hardware
 from .record import record
 
@@ -62,7 +61,7 @@ def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
         layer = layer.to(device, dtype)
         row["16 bits"] = microseconds(partial(layer, x), device)
         for name, form, dynamic in contenders:
-            made = filled(layer, weight, form, device, dynamic)
+            made = quantised.filled(layer, weight, form, device, dynamic)
             row[name] = microseconds(partial(made, x), device)
             if name == "int4":
                 moved = FORMATS[form].bytes(tuple(weight.shape)) + weight.numel() * dtype.itemsize
@@ -71,18 +70,6 @@ def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
                 row["TOP/s"] = round(2e-6 * pixels * weight.numel() / row[name], 2)
         found.append(row)
     return found
-
-
-def filled(layer: nn.Module, weight: torch.Tensor, form: str, device: str, dynamic: bool) -> Any:
-    """The quantised layer in place of a plain one, whose bias it takes."""
-    network = nn.ModuleDict({"layer": layer})
-    quantised.quantise_layers(network, {"layer": form}, device, dynamic=dynamic)
-    made: Any = network["layer"]
-    for part, value in quantise(weight, FORMATS[form]).items():
-        setattr(made, part, nn.Parameter(value.to(device), requires_grad=False))
-    made.prepare()
-    made.workspace.allocate(made.bias.dtype, torch.device(device))
-    return made
 
 
 def _unpack(layer: quantised.Quantised) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -15,6 +16,7 @@ MOST_PSNR = 99.0  # what identical pictures count as, as in a plan
 # Weights of MS-SSIM's scales: Wang, Simoncelli and Bovik, Asilomar 2003.
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _WINDOW = 11
+GALLERY, THUMBNAIL = Path(__file__).with_name("emoji.png"), 16  # what pictures of emoji are looked up in; pixels of each
 
 
 def psnr(one: Any, other: Any) -> float:
@@ -23,14 +25,20 @@ def psnr(one: Any, other: Any) -> float:
     return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
-def compare(pictures: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
-    """PIL pictures beside those that they should be: PSNR (median, tenth percentile, worst), and medians of the others."""
-    decibels = [min(psnr(one, other), MOST_PSNR) for one, other in zip(pictures, exact, strict=True)]
-    found = {name: float(np.percentile(decibels, q)) for name, q in (("psnr", 50), ("psnr_tenth", 10), ("psnr_worst", 0))}
-    pairs = [(_tensor(one), _tensor(other)) for one, other in zip(pictures, exact, strict=True)]
+def compare(picture: Any, exact: Any) -> dict[str, float]:
+    """A PIL picture beside the one that it should be: PSNR, at most MOST_PSNR, SSIM, MS-SSIM, and LPIPS where its networks are."""
+    one, other = _tensor(picture), _tensor(exact)
     measures = {"ssim": ssim, "ms_ssim": ms_ssim} | ({"lpips": lpips} if lpips_is_here() else {})
-    found |= {name: float(np.median([measure(one, other) for one, other in pairs])) for name, measure in measures.items()}
+    found = {"psnr": min(psnr(picture, exact), MOST_PSNR)} | {name: measure(one, other) for name, measure in measures.items()}
     return {name: round(value, 4) for name, value in found.items()}
+
+
+def summary(pictures: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
+    """Of several: PSNR (median, tenth percentile, worst), and medians of the others."""
+    every = [compare(one, other) for one, other in zip(pictures, exact, strict=True)]
+    found = {name: float(np.median([each[name] for each in every])) for name in every[0]}
+    decibels = [each["psnr"] for each in every]
+    return found | {name: float(np.percentile(decibels, q)) for name, q in (("psnr_tenth", 10), ("psnr_worst", 0))}
 
 
 def ssim(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -50,8 +58,9 @@ def ms_ssim(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def scale_count(side: int) -> int:
-    """Scales at which a picture of `side` pixels, halved from one to the next, is larger than the window."""
-    return max(1, sum(side > (_WINDOW - 1) * 2**scale for scale in range(len(_SCALES))))
+    """Scales at which torchmetrics takes a picture of `side` pixels: it asks for more than the window's ten times the square of
+    the halvings."""
+    return max((n for n in range(2, len(_SCALES) + 1) if side // (n - 1) ** 2 > _WINDOW - 1), default=1)
 
 
 def lpips_is_here() -> bool:
@@ -64,6 +73,20 @@ def lpips(one: torch.Tensor, other: torch.Tensor) -> float:
     from torchmetrics.functional.image import learned_perceptual_image_patch_similarity as measure
 
     return float(measure(one, other, net_type="alex", normalize=True))
+
+
+def match(picture: Any, label: str) -> bool:
+    """Whether a PIL picture is nearer to the emoji of this label than to any other of the 459 that the model in the box was
+    trained on. Distance is the mean square over THUMBNAIL x THUMBNAIL averaged pixels."""
+    from PIL import Image
+
+    with Image.open(GALLERY) as sheet:
+        known: list[str] = json.loads(sheet.info["labels"])
+        pixels = np.asarray(sheet.convert("RGB"), float)
+    rows, columns = (side // THUMBNAIL for side in pixels.shape[:2])
+    every = pixels.reshape(rows, THUMBNAIL, columns, THUMBNAIL, 3).swapaxes(1, 2).reshape(rows * columns, -1)[: len(known)]
+    own = np.asarray(picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), float).reshape(-1)
+    return known[int(np.square(every - own).sum(1).argmin())] == label
 
 
 def difference(one: Any, other: Any, gain: int = 8) -> Any:

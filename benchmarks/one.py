@@ -1,27 +1,28 @@
 """One plan, run in this process, which was made for it: reads a job from standard input, prints what it measured as JSON.
 
-A job is {"plan", "model", "options": fields of Request, "pictures": [[prompt, seed] …], "folder"}. The first picture is painted
-once before anything is timed; then each is painted, timed, and saved in the folder by its number.
+A job is {"plan", "model", "options": fields of Request, "pictures": [[prompt, seed] …], "folder"}. One step of the first picture
+is painted before anything is timed; then each is painted, timed, and saved in the folder by its seed.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from .. import Plan, Request, Result, TightfitError, load
-from ..runtime.errors import OutOfMemoryError
+from ..runtime.errors import OutOfMemoryError, first_line
+from ..runtime.hardware import driver
 
 
 def main() -> None:
     job = json.load(sys.stdin)
     try:
         answer = run(job)
-    except OutOfMemoryError as error:
-        answer = {"outcome": "out of memory", "why": str(error)}
+    except (OutOfMemoryError, MemoryError) as error:
+        answer = {"outcome": "out of memory", "why": first_line(error)}
     except TightfitError as error:
         answer = {"outcome": "out of memory" if str(error).startswith("out of memory") else "failed", "why": str(error)}
     print(json.dumps(answer))
@@ -32,18 +33,18 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     requests = [Request(prompt, seed=seed, **job["options"]) for prompt, seed in job["pictures"]]
     with load(job["model"], device=plan.device, plan=plan, local_files_only=True) as pipe:
-        first = pipe.generate(requests[0])
+        warmup = pipe.generate(replace(requests[0], num_inference_steps=1))
         before, results = joules(plan.device), []
         for request in requests:
             results.append(pipe.generate(request))
         after = joules(plan.device)
-    for result in (first, *results):
-        if result.plan.placements != plan.placements:  # it went on with another
+    for result in (warmup, *results):
+        if (result.plan.placements, result.plan.cfg) != (plan.placements, plan.cfg):  # it went on with another
             return {"outcome": "out of memory", "why": " ".join(result.notices)}
-    for number, result in enumerate(results):
-        result.images[0].save(folder / f"{number}.png")
+    for (_, seed), result in zip(job["pictures"], results, strict=True):
+        result.images[0].save(folder / f"{seed}.png")
     energy = None if before is None or after is None else (after - before) / len(results)
-    return {"outcome": "ok", "why": "", "first_seconds": first.seconds, "joules": energy, **told(results)}
+    return {"outcome": "ok", "why": "", "warmup_seconds": warmup.seconds, "joules": energy, **told(results)}
 
 
 def told(results: list[Result]) -> dict[str, Any]:
@@ -68,17 +69,8 @@ def told(results: list[Result]) -> dict[str, Any]:
 
 def joules(device: str) -> float | None:
     """What NVIDIA's driver says the card has used so far; None where it does not tell."""
-    if device != "cuda" or find_spec("pynvml") is None:
-        return None
-    import pynvml
-    import torch
-
-    pynvml.nvmlInit()
-    identity = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    try:
-        return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{identity}")) / 1000
-    except pynvml.NVMLError_NotSupported:  # cards before Volta  # pyright: ignore[reportAttributeAccessIssue]
-        return None
+    found = driver(device, lambda nvml, card: nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000)
+    return None if isinstance(found, str) else found
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from typing import Any
 
 from ..runtime.cli_output import write
 from ..runtime.memory import shown
-from .suite import read
+from . import suite
+from .peers.__main__ import REFERENCE, contenders
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -57,9 +58,15 @@ def table(head: str, rows: list[str]) -> str:
     return "\n".join([head, "|" + "---|" * columns, *rows]) + "\n"
 
 
+def whole_peers() -> Row:
+    """The newest run of all contenders."""
+    names = {contender.name for contender in contenders("cpu")}
+    return next(found for found in reversed(results("peers")) if found["rows"].keys() >= names)
+
+
 def peers() -> str:
     """Each contender beside diffusers in bf16, least memory first."""
-    found = results("peers")[-1]
+    found = whole_peers()
     base, rows = found["rows"]["diffusers bf16"], []
     for name, row in sorted(found["rows"].items(), key=lambda item: item[1].get("peak_bytes", 0)):
         if "failed" in row:
@@ -68,41 +75,51 @@ def peers() -> str:
         memory, pace = row["peak_bytes"] / base["peak_bytes"], row["step_seconds"] / base["step_seconds"]
         bold = "**" if name.startswith("tightfit") else ""
         peak, step = f"{shown(row['peak_bytes'])}, {memory:.2f}", f"{row['step_seconds']:.2f} s, {pace:.2f}"
-        rows.append(f"| {bold}{name}{bold} | {peak} | {step} | {row['seconds']:.1f} s |")
+        decibels = f"{row['psnr']:.0f} dB" if "psnr" in row else ""
+        decibels += f" ({row['like']})" if "like" in row and row["like"] != REFERENCE else ""
+        rows.append(f"| {bold}{name}{bold} | {peak} | {step} | {row['seconds']:.1f} s | {decibels} |")
     title = (
         f"**{found['model']}**, {found['size']}×{found['size']}, {found['steps']} steps, the same weights, prompt and guidance, "
     )
     title += f"{found['rounds']} rounds in turns (`python -m tightfit.benchmarks.peers sd15 WORK`):"
-    head = "| | peak of the process, of diffusers' bf16 | a step, of diffusers' bf16 | from start to picture |"
+    head = f"| | process, of bf16 of diffusers | a step, of the same | from start to picture | PSNR beside {REFERENCE} |"
     return f"{title}\n\n{table(head, rows)}"
 
 
 def plans() -> str:
     """What `tightfit bench` measured, by model and size."""
-    rows = sorted(read(RESULTS / "bench.jsonl"), key=group)
-    return "\n".join(of_model(*each, list(own)) for each, own in groupby(rows, key=group))
+    rows = sorted(suite.rows(suite.read(RESULTS / "bench.jsonl")), key=group)
+    return "\n".join(of_model(list(own)) for _, own in groupby(rows, key=group))
 
 
-def group(row: Row) -> tuple[str, int, int]:
-    return Path(row["model"]).name, row["request"]["width"], row["request"]["steps"]
+def group(row: Row) -> tuple[Any, ...]:
+    return Path(row["model"]).name, *row["request"].values(), row["hardware"]["name"], row["hardware"]["threads"]
 
 
-def of_model(model: str, size: int, steps: int, rows: list[Row]) -> str:
+def of_model(rows: list[Row]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: statistics.median(row.get("seconds") or [1e9])):
         if row["outcome"] != "ok":
             lines.append(f"| {row['summary']} | {row['outcome']} | | | | |")
             continue
-        told = row["plan"]["predicted"]
-        seconds = f"{statistics.median(row['seconds']):.2f} s ({told['seconds']:.2f})"
+        told, quality = row["plan"]["predicted"], row["quality"] or {}
+        spread = (max(row["runs"]) - min(row["runs"])) / 2
+        seconds = f"{statistics.median(row['seconds']):.3g} ± {spread:.2g} s ({told['seconds']:.3g})"
         peak = f"{shown(row['peak_bytes'])} ({told['peak_bytes'] / row['peak_bytes'] - 1:+.1%})"
-        quality = f"{row['quality']['psnr']:.0f} dB, {row['quality']['ms_ssim']:.4f}" if row.get("quality") else ""
+        exact = row["key"] == row["reference"]
+        judged = "exact" if exact else f"{quality['psnr']:.0f} dB, {quality['ms_ssim']:.4f}" if quality else ""
+        judged += f", {quality['match']:.0%}" if "match" in quality else ""
         lines.append(
-            f"| {row['summary']} | {seconds} | {peak} | {shown(row['process_bytes'])} | {shown(row['disk_bytes'])} | {quality} |"
+            f"| {row['summary']} | {seconds} | {peak} | {shown(row['process_bytes'])} | {shown(row['disk_bytes'])} | {judged} |"
         )
-    command = rows[0]["command"].replace(rows[0]["model"], model)
-    head = "| | a picture (predicted) | peak of its tensors (predicted) | of the process | on disk | PSNR, MS-SSIM against fp32 |"
-    return f"**{model}**, {size}×{size}, {steps} steps, every plan that no other beats (`{command}`):\n\n{table(head, lines)}"
+    first = next((row for row in rows if row["outcome"] == "ok"), rows[0])
+    request, runs = first["request"], len(first.get("runs", ()))
+    command = first["command"].replace(first["model"], Path(first["model"]).name)
+    size = f"{request['width']}×{request['height']}, {request['steps']} steps"
+    title = f"**{Path(first['model']).name}**, {size}, {runs} processes a plan"
+    match = ", prompt match" if "match" in (first.get("quality") or {}) else ""
+    head = "| | a picture (predicted) | peak of its tensors (predicted) | of the process | on disk | PSNR, MS-SSIM against fp32"
+    return f"{title} (`{command}`):\n\n{table(head + match + ' |', lines)}"
 
 
 def details() -> str:
@@ -143,26 +160,13 @@ def torch_rows() -> Iterator[tuple[str, str, str, str]]:
 
 
 def onnx_rows() -> Iterator[tuple[str, str, str, str]]:
-    every = {row["what"]: row for each in results("onnx", " peers ") for row in each["rows"]}
-    kinds = ("fp32", "fp16", "int8", "int4")
-
-    def each(pattern: str, field: str, digits: int, of: tuple[str, ...] = kinds) -> str:
-        return ", ".join(f"{kind} {every[pattern.format(kind)][field]:.{digits}f}" for kind in of)
-
-    def peaks(pattern: str) -> str:
-        return ", ".join(f"{kind} {shown(every[pattern.format(kind)]['peak_bytes'])}" for kind in kinds)
-
-    command, theirs = "`… onnx peers sd15 WORK`", every["Optimum exports fp32"]
-    yield "sd15 to ONNX, seconds", each("tightfit exports {}", "seconds", 0), f"Optimum, fp32: {theirs['seconds']:.0f}", command
-    yield "the same, memory", peaks("tightfit exports {}"), f"Optimum, fp32: {shown(theirs['peak_bytes'])}", command
-    painting = every["Optimum"]
-    yield "sd15 on ONNX Runtime, 512×512, process", peaks("tightfit {}"), f"Optimum, fp32: {shown(painting['peak_bytes'])}", command
-    others = f"Optimum, fp32: {painting['step_seconds']:.1f}; our torch, fp32: {every['torch fp32']['step_seconds']:.1f}"
-    yield "the same, seconds of a step with guidance", each("tightfit {}", "step_seconds", 1), others, command
-    decibels = [every[f"tightfit {kind} beside torch {kind if 'int' in kind else 'fp32'}"]["psnr"] for kind in kinds]
-    ours = ", ".join(f"{kind} {value:.0f}" for kind, value in zip(kinds, decibels, strict=True))
-    others = f"our folders in Optimum: {each('our {} in Optimum beside torch fp32', 'psnr', 0, kinds[:2])}"
-    yield "the same, dB against torch with the same values", ours, others, command
+    found = whole_peers()
+    exports, command = found["exports"], f"`… peers {found['model']} WORK`"
+    ours, theirs = {kind: exports[f"onnx-{kind}"] for kind in ("fp32", "fp16", "int8", "int4")}, exports["optimum"]
+    seconds = ", ".join(f"{kind} {row['seconds']:.0f}" for kind, row in ours.items())
+    yield f"{found['model']} to ONNX, seconds", seconds, f"Optimum, fp32: {theirs['seconds']:.0f}", command
+    peaks = ", ".join(f"{kind} {shown(row['peak_bytes'])}" for kind, row in ours.items())
+    yield "the same, memory", peaks, f"Optimum, fp32: {shown(theirs['peak_bytes'])}", command
     last = results("onnx", " predicted ")[-1]["rows"][-1]
     figures = f"median {last['median_error']:.1%}, worst {last['worst_error']:.1%} off"
     yield (

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -13,28 +15,42 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from .. import __version__
 from ..runtime.hardware import Hardware
 
-PACKAGES = ("torch", "diffusers", "transformers", "numpy")
-OPTIONAL = ("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "bitsandbytes")
+PACKAGES = ("torch", "diffusers", "transformers", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "bitsandbytes")
 
 
 def _there() -> Iterator[str]:
-    for package in OPTIONAL:
+    for package in PACKAGES:
         with suppress(PackageNotFoundError):
             version(package)
             yield package
 
 
-def envelope(command: str, device: str = "auto") -> dict[str, Any]:
+def envelope(command: str, hardware: Hardware | None = None) -> dict[str, Any]:
     """What is needed to repeat a measurement: the day, the command, the machine and the versions."""
-    hardware = Hardware.detect(device)
+    import torch
+
+    machine = hardware or Hardware.detect()
+    facts = {"device": machine.device, "name": machine.name, "bytes": machine.total_bytes}
+    versions = {"python": sys.version.split()[0], "tightfit": own_version()} | {name: version(name) for name in _there()}
     return {
         "date": date.today().isoformat(),
         "command": command,
-        "hardware": {"device": hardware.device, "name": hardware.name, "cores": os.cpu_count(), "bytes": hardware.total_bytes},
-        "versions": {"python": sys.version.split()[0], **{package: version(package) for package in (*PACKAGES, *_there())}},
+        "hardware": facts | {"cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": versions | ({"cuda": torch.version.cuda} if torch.version.cuda else {}),
     }
+
+
+def own_version() -> str:
+    """tightfit's, and in a checkout its commit too."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return __version__
+    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    return f"{__version__}+{commit}" if commit else __version__
 
 
 def record(name: str, results: Any) -> Path:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from ..runtime.memory import shown
 from ..runtime.plan import STAGES
-from .metrics import MOST_PSNR, difference
+from .compare import figures
+from .metrics import difference
 from .plots import Axis, Point, axis, bars, scatter
 
 Row = dict[str, Any]
@@ -24,7 +25,7 @@ _GAIN = 8
 _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1c1c1e, #e8e8ea); --pale: light-dark(#6b6b70, #a0a0a6);
   --line: light-dark(#e2e2e6, #3a3a3e); --ground: light-dark(#fff, #18181a); }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1180px; margin: 2em auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1240px; margin: 2em auto;
   padding: 0 1em; }
 h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin: 2em 0 .2em; }
 p { color: var(--pale); margin: .2em 0 1em; }
@@ -39,8 +40,10 @@ svg text { font-size: 12px; fill: var(--pale); } svg .name { fill: var(--ink); }
 .k0 { fill: #0072b2; background: #0072b2; } .k1 { fill: #e69f00; background: #e69f00; } .k2 { fill: #009e73; background: #009e73; }
 .k3 { fill: #cc79a7; background: #cc79a7; } .k4 { fill: #d55e00; background: #d55e00; } .k5 { fill: #56b4e9; background: #56b4e9; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85em; white-space: nowrap; }
-th, td { text-align: right; padding: .25em .7em; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .25em .5em; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child, td.why { text-align: left; } tr.not td { color: var(--pale); } td.why { white-space: normal; }
+td:first-child { white-space: normal; min-width: 15em; } p.terms { font-size: .8em; margin: .5em 0 2em; }
+@media (max-width: 600px) { svg text { font-size: 17px; } td:first-child { min-width: 9em; } }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 1.2em; }
 .pictures img { width: 49%; } .pictures figcaption { font-size: .85em; font-weight: 400; }
 """
@@ -51,15 +54,24 @@ def page(rows: Sequence[Row], pictures: Path) -> str:
     first = rows[0]
     machine, title = first["hardware"], f"tightfit on {first['hardware']['name']}"
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    facts = f"{shown(machine['bytes'])}, {machine['cores']} cores; {first['date']}; {versions}"
-    groups = groupby(sorted(rows, key=_group), key=_group)
+    facts = f"{shown(machine['bytes'])}, {machine['cores']} cores, {machine['threads']} threads; {first['date']}; {versions}"
     return "".join([
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><p>{escape(facts)}</p>",
         *(f"<p><code>{escape(command)}</code></p>" for command in dict.fromkeys(row["command"] for row in rows)),
-        *(_section(list(own), pictures) for _, own in groups),
+        *(_section(own, pictures) for own in groups(rows)),
         "</body></html>",
     ])  # fmt: skip
+
+
+def groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows of one model, size and number of steps together."""
+    return [list(own) for _, own in groupby(sorted(rows, key=_group), key=_group)]
+
+
+def title(rows: Sequence[Row]) -> str:
+    model, width, height, steps = _group(rows[0])
+    return f"{Path(model).name}, {width}x{height}, {steps} steps"
 
 
 def _group(row: Row) -> tuple[str, int, int, int]:
@@ -68,11 +80,12 @@ def _group(row: Row) -> tuple[str, int, int, int]:
 
 
 def _section(rows: list[Row], pictures: Path) -> str:
-    model, width, height, steps = _group(rows[0])
     ran = sorted((row for row in rows if row["outcome"] == "ok"), key=_seconds)
-    heading = f"<h2>{escape(Path(model).name)}, {width}x{height}, {steps} steps</h2>"
-    about = f"<p>Medians of {rows[0]['request']['pictures']} pictures, after one to warm up; each plan in a process of its own.</p>"
-    return heading + about + (_plots(ran) if ran else "") + _table(ran, rows) + _grid(ran, pictures)
+    heading = f"<h2>{escape(title(rows))}</h2>"
+    count = max((len(row["seconds"]) for row in ran), default=0), max((len(row["runs"]) for row in ran), default=0)
+    about = f"<p>{count[0]} pictures of each plan in {count[1]} processes of its own, in turns with the others'.</p>"
+    best = "".join(f"<p>{escape(line)}</p>" for line in advice(rows))
+    return heading + about + (_plots(ran) if ran else "") + _table(rows) + best + _grid(ran, pictures)
 
 
 def _seconds(row: Row) -> float:
@@ -83,9 +96,9 @@ def _plots(ran: list[Row]) -> str:
     """Each row as a point of each plot, and as a bar."""
     peaks = _bytes_axis("peak memory", [row["peak_bytes"] for row in ran])
     seconds = axis("seconds a picture", [_seconds(row) for row in ran], _number)
-    judged = [row for row in ran if row.get("quality")]
-    least = min((row["quality"]["psnr"] for row in judged), default=0.0)
-    decibels = Axis("PSNR against the best precision, dB", min(least - 5, 60.0), MOST_PSNR + 3, False, _number)
+    judged = [row for row in ran if row["quality"] and row["key"] != row["reference"]]
+    known = [row["quality"]["psnr"] for row in judged]
+    decibels = Axis("PSNR against the best precision, dB", min(known, default=0) - 3, max(known, default=0) + 3, False, _number)
     stages = [
         (row["plan"]["predicted"]["stages"][name], row["stages"][name]["peak_bytes"], name, row) for row in ran for name in STAGES
     ]
@@ -105,8 +118,7 @@ def _plots(ran: list[Row]) -> str:
 
 
 def _point(row: Row, x: float, y: float) -> Point:
-    decibels = f", {row['quality']['psnr']:.1f} dB" if row.get("quality") else ""
-    text = f"{row['summary']}: {_seconds(row):.2f} s, {shown(row['peak_bytes'])}{decibels}"
+    text = f"{row['summary']}: {figures(row)}"
     unet = row["plan"]["placements"]["unet"]
     return Point(x, y, unet["precision"] + ("" if unet["backend"] == "torch" else f", {unet['backend']}"), text)
 
@@ -142,34 +154,82 @@ def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-COLUMNS = (
-    "plan", "s/picture", "±", "predicted", "first", "peak", "predicted is", "process", "on disk",
-    "dB", "worst", "SSIM", "MS-SSIM", "J",
-)  # fmt: skip
+# Each figure's name and what it is.
+COLUMNS = {
+    "s/picture": "seconds of a picture once everything is warm: the median",
+    "±": "half of what the processes' medians span, in seconds",
+    "predicted s": "the same, predicted",
+    "warm-up s": "a process's first picture, of one step: loading and preparing",
+    "peak": "most bytes that the device's allocator has at once (on a CPU: of tensors)",
+    "predicted": "predicted beside measured bytes",
+    "process": "most memory of the whole process",
+    "on disk": "the weights' files",
+    "dB": "PSNR against the best precision's pictures of the same seeds: the median",
+    "least dB": "the same: the worst picture",
+    "SSIM": "structural similarity to these: the median",
+    "MS-SSIM": "the same at several scales",
+    "LPIPS": "perceptual distance to these (AlexNet): the median",
+    "match": "share of pictures that are nearer to the emoji that they should be than to any other of 459",
+    "J/picture": "energy that the driver counted for a picture",
+}
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, a cell for each of its figures behind the plan's."""
-    told = row["plan"]["predicted"]
-    quality = row.get("quality") or {}
-    spread = (max(row["seconds"]) - min(row["seconds"])) / 2
+    """A row as text, a cell for each of COLUMNS; "" for what was not measured."""
+    told, quality, exact = row["plan"]["predicted"], row["quality"] or {}, row["key"] == row["reference"]
+    spread = (max(row["runs"]) - min(row["runs"])) / 2
+    measures = {"psnr": 1, "psnr_worst": 1, "ssim": 4, "ms_ssim": 4, "lpips": 4}
     return [
-        f"{_seconds(row):.2f}", f"{spread:.2f}", f"{told['seconds']:.2f}", f"{row['first_seconds']:.2f}",
-        shown(row["peak_bytes"]), f"{told['peak_bytes'] / max(row['peak_bytes'], 1) - 1:+.1%}", shown(row["process_bytes"]),
-        shown(row["disk_bytes"]),
-        *(f"{quality[name]:.{digits}f}" if name in quality else "–"
-          for name, digits in (("psnr", 1), ("psnr_worst", 1), ("ssim", 4), ("ms_ssim", 4))),
-        f"{row['joules']:.0f}" if row.get("joules") is not None else "–",
+        f"{_seconds(row):.3g}", f"{spread:.2g}" if len(row["runs"]) > 1 else "", f"{told['seconds']:.3g}",
+        f"{row['warmup_seconds']:.3g}", shown(row["peak_bytes"]),
+        f"{told['peak_bytes'] / max(row['peak_bytes'], 1) - 1:+.1%}", shown(row["process_bytes"]), shown(row["disk_bytes"]),
+        *("exact" if exact and name == "psnr" else "" if exact or name not in quality else f"{quality[name]:.{digits}f}"
+          for name, digits in measures.items()),
+        f"{quality['match']:.0%}" if "match" in quality else "",
+        f"{row['joules']:.3g}" if row["joules"] is not None else "",
     ]  # fmt: skip
 
 
-def _table(ran: list[Row], rows: list[Row]) -> str:
-    head = "".join(f"<th>{name}</th>" for name in COLUMNS)
-    lines = [f"<tr><td>{escape(row['summary'])}</td>{''.join(f'<td>{cell}</td>' for cell in cells(row))}</tr>" for row in ran]
-    for row in (row for row in rows if row["outcome"] != "ok"):
-        why = f'<td class="why" colspan="{len(COLUMNS) - 1}">{escape(row["outcome"])}: {escape(row["why"])}</td>'
-        lines.append(f'<tr class="not"><td>{escape(row["summary"])}</td>{why}</tr>')
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+def table(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
+    """The columns of which some row has a figure, and these rows' cells: fastest first, then those that did not run."""
+    ran = sorted((row for row in rows if row["outcome"] == "ok"), key=_seconds)
+    every = [cells(row) for row in ran]
+    there = [i for i, _ in enumerate(COLUMNS) if any(each[i] for each in every)]
+    found = [(row, [each[i] for i in there]) for row, each in zip(ran, every, strict=True)]
+    return [list(COLUMNS)[i] for i in there], found + [(row, []) for row in rows if row["outcome"] != "ok"]
+
+
+def advice(rows: Sequence[Row]) -> list[str]:
+    """What a budget of so many GiB is best spent on, by what was measured: a line for each plan that is one's fastest."""
+    lines: dict[str, list[int]] = {}
+    for budget in BUDGETS:
+        room = [row for row in rows if row["outcome"] == "ok" and _taken(row) <= budget * 2**30]
+        if best := min(room, key=_seconds, default=None):
+            lines.setdefault(f"{best['summary']}: {figures(best)}", []).append(budget)
+    return [f"fastest within {' to '.join(map(str, sorted({each[0], each[-1]})))} GiB: {text}" for text, each in lines.items()]
+
+
+BUDGETS = (1, 2, 4, 6, 8, 12, 16, 24)  # GiB that cards have
+
+
+def _taken(row: Row) -> int:
+    """Bytes of a card: tensors and the device's context; on a CPU the whole process."""
+    return row["process_bytes"] if row["plan"]["device"] == "cpu" else row["peak_bytes"] + row["plan"]["predicted"]["context_bytes"]
+
+
+def _table(rows: list[Row]) -> str:
+    columns, lines = table(rows)
+    head = "<th>plan</th>" + "".join(f'<th title="{escape(COLUMNS[name])}">{escape(name)}</th>' for name in columns)
+    body = [
+        f"<tr><td>{escape(row['summary'])}</td>{''.join(f'<td>{cell}</td>' for cell in own)}</tr>"
+        if own
+        else f'<tr class="not"><td>{escape(row["summary"])}</td><td class="why" colspan="{len(columns)}">'
+        f"{escape(row['outcome'])}: {escape(row['why'])}</td></tr>"
+        for row, own in lines
+    ]
+    legend = "; ".join(f"{name}: {COLUMNS[name]}" for name in columns)
+    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll">{whole}</div><p class="terms">{escape(legend)}.</p>'
 
 
 def _grid(ran: list[Row], pictures: Path) -> str:
@@ -187,8 +247,7 @@ def _card(row: Row, pictures: Path) -> Iterator[str]:
     images = [_embedded(Image.open(own), row["summary"])]
     if own != other and other.exists():
         images.append(_embedded(difference(Image.open(own), Image.open(other), _GAIN), "difference"))
-    decibels = f" · {row['quality']['psnr']:.1f} dB" if row.get("quality") else ""
-    yield f"<figure>{''.join(images)}<figcaption>{escape(row['summary'])}{decibels}</figcaption></figure>"
+    yield f"<figure>{''.join(images)}<figcaption>{escape(row['summary'])}: {figures(row)}</figcaption></figure>"
 
 
 def _embedded(image: Image.Image, text: str) -> str:

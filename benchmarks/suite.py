@@ -1,44 +1,63 @@
-"""Every plan of a model on this machine: each is run in a process of its own, and becomes a row.
+"""Every plan of a model on this machine, each in processes of its own, in rounds, so that a machine that slows down slows all.
 
-A row is one JSON object: model, request and plan with what was predicted; `outcome` (ok, does not fit, out of memory, failed)
-and why; seconds and bytes of each stage; bytes on disk; quality beside the best precision's pictures of the same seeds; and the
-command, hardware and versions. Rows are appended as they come, so that a run that was stopped goes on where it was.
+Each process is one line of results.jsonl: model, request and plan with what was predicted; `outcome` (ok, does not fit, out of
+memory, failed) and why; seconds and bytes of each stage; bytes on disk; quality beside the best precision's pictures of the same
+seeds; and the command, hardware and versions. Lines are appended as they come, so that a run that was stopped goes on where it
+was; `rows` adds up the rounds of a plan.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from .. import ModelSpec, Plan, Request, TightfitError
+from ..runtime.errors import first_line
 from ..runtime.pipeline import MANY
 from ..runtime.plan import Wishes
 from ..runtime.planner import plan as every_plan
-from .record import envelope
 
-VERSION = 1
-PROMPTS = ("a red heart", "pizza", "cat", "rocket")
+VERSION = 2
+# What emoji knows, four themes in turns.
+PROMPTS = (
+    "red heart", "cat", "pizza", "rocket",
+    "broken heart", "dog face", "hamburger", "airplane",
+    "green heart", "panda", "strawberry", "automobile",
+    "grinning face", "fox", "banana", "sailboat",
+    "smiling face with sunglasses", "penguin", "doughnut", "sunflower",
+    "robot", "frog", "birthday cake", "cactus",
+    "ghost", "butterfly", "hot beverage", "rainbow",
+    "alien", "octopus", "ice cream", "snowman",
+)  # fmt: skip
+# What a line has, and what it has if it is ok.
+_FIELDS = {"version", "key", "round", "reference", "model", "request", "summary", "plan", "outcome", "why", "hardware", "versions"}
+_MEASURED = {"seconds", "warmup_seconds", "peak_bytes", "process_bytes", "stages", "joules", "quality", "disk_bytes"}
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured of each plan: `steps` of each picture, how many `pictures`, one seed and prompt each; and after how
-    many `seconds` no further plan is begun."""
+    """How much is measured of each plan: `rounds` processes, each painting `pictures` of `steps`, one seed and prompt each; and
+    in how many `seconds` all should be done."""
 
     steps: int = 20
-    pictures: int = 3
+    pictures: int = 1
+    rounds: int = 3
     seconds: float = float("inf")
 
 
-QUICK = Effort(steps=2, pictures=1, seconds=60)
+QUICK = Effort(rounds=1, seconds=100)
+QUICK_STEPS = (20, 8, 4, 2, 1)  # the most of which all is done in that time
 
 
 @dataclass(frozen=True)
@@ -55,26 +74,45 @@ class Job:
 
     @property
     def key(self) -> str:
-        """The same for the same plan, request and machine, but not for what was predicted of them."""
-        what: list[Any] = [self.plan.hardware, self.plan.device, self.spec.name, self.budget, self.plan.cfg]
+        """The same for the same plan, request, weights and machine, but not for what was predicted of them."""
+        what: list[Any] = [self.plan.hardware, self.plan.device, self.spec.name, self.budget, self.plan.cfg, _age(self.spec)]
         what += [asdict(each) for each in self.plan.placements.values()]
         what += [self.request.width, self.request.height, self.effort.steps, self.effort.pictures]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
     @property
     def seconds(self) -> float:
-        """What it is likely to take: each picture, one to warm up, and a process that begins."""
-        return self.plan.predicted.seconds * (self.effort.pictures + 1) + 4.0 if self.plan.fits else 0.0
+        """What a round is likely to take: a process that begins, a step to warm up, and each picture."""
+        return self.plan.predicted.seconds * (self.effort.pictures + 1 / self.effort.steps) + 4.0 if self.plan.fits else 0.0
+
+
+def _age(spec: ModelSpec) -> int:
+    """When the youngest of the model's weights was written: another export to the same folder is another model."""
+    return max((file.stat().st_mtime_ns for kind in ("safetensors", "onnx") for file in spec.folder.rglob(f"*.{kind}")), default=0)
 
 
 def jobs(spec: ModelSpec, plans: Sequence[Plan], request: Request, effort: Effort, budget: int | None = None) -> list[Job]:
     """A job for each plan, the one of the best precision first, with whose pictures the others' are compared."""
     every = list({job.key: job for job in (Job(spec, plan, request, effort, budget) for plan in plans)}.values())
-    fitting = [job for job in every if job.plan.fits]
-    if not fitting:
+    exact = most_exact(job.plan for job in every)
+    if not exact:
         return every
-    best = min(fitting, key=lambda job: (-job.plan.predicted.psnr, job.plan.predicted.seconds))
+    best = next(job for job in every if job.plan is exact)
     return [replace(job, reference=best.key) for job in (best, *(job for job in every if job is not best))]
+
+
+def in_time(todo: Sequence[Job]) -> list[Job]:
+    """In the order in which most is told in the time there is: what others are compared with, unless that would take most of it,
+    then the fastest first. As they are, where there is time for all."""
+    if not todo or todo[0].effort.seconds == float("inf"):
+        return list(todo)
+    first = [job for job in todo if job.key == job.reference and job.seconds < 0.4 * job.effort.seconds]
+    return first + sorted((job for job in todo if job not in first), key=lambda job: job.seconds)
+
+
+def most_exact(plans: Iterable[Plan]) -> Plan | None:
+    """The fastest of the best precision that fits."""
+    return min((p for p in plans if p.fits), key=lambda p: (-p.predicted.psnr, p.predicted.seconds), default=None)
 
 
 def choose(plans: Sequence[Plan], which: str) -> list[Plan]:
@@ -94,21 +132,117 @@ def candidates(hardware: Any, spec: ModelSpec, request: Request, wishes: Mapping
     return every_plan(hardware, spec, request, Wishes(**wishes, requests=MANY))
 
 
-def measured(todo: Sequence[Job], folder: Path, command: str, tell: Callable[[Job], None]) -> Iterator[Row]:
-    """Run each and append a row for it to the folder's results; `tell` is called with each before it is run."""
-    begun = 0.0
-    for job in todo:
-        if begun > job.effort.seconds:
+class Folder:
+    """Where lines and pictures go."""
+
+    def __init__(self, folder: Path, setup: Row) -> None:
+        """`setup` is what `record.envelope` says. Raises TightfitError for a file of something else, OSError if it cannot be
+        written."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.pictures, self.setup = folder / "results.jsonl", folder / "pictures", setup
+        _end(self.file)
+        self.lines = read(self.file)
+
+    def missing(self, todo: Sequence[Job], again: bool = False) -> list[tuple[Job, int]]:
+        """The rounds that this software and hardware have not measured, or all `again`, round by round; what does not fit has only
+        the first."""
+        rounds = range(max((job.effort.rounds for job in todo), default=0))
+        known = {(line["key"], line["round"]) for line in newest(self.lines) if not again and self._counts(line)}
+        pairs = ((job, number) for number in rounds for job in todo if job.plan.fits or not number)
+        return [(job, number) for job, number in pairs if (job.key, number) not in known]
+
+    def _counts(self, line: Row) -> bool:
+        """Whether another try would not change it."""
+        return line["outcome"] in ("ok", "out of memory") and same_setup(line, self.setup)
+
+    def measure(self, job: Job, number: int) -> Row:
+        """Run the job once more, as its round `number`, from 0 up, and append a line."""
+        line = self.setup | described(job) | {"round": number}
+        line |= run(job, number, self.pictures) if job.plan.fits else {"outcome": "does not fit", "why": job.plan.reason}
+        self._append(line | judged(self.pictures, job, line))
+        return self.lines[-1]
+
+    def _append(self, line: Row) -> None:
+        self.lines.append(line)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def rows(self, todo: Sequence[Job]) -> list[Row]:
+        """A row for each job of which there are lines. Lines that were compared with another reference are compared anew."""
+        by_key = {job.key: job for job in todo}
+        for line in [line for line in newest(self.lines) if line["key"] in by_key]:
+            job = by_key[line["key"]]
+            if line["reference"] != job.reference or not line["quality"]:
+                self._append(line | judged(self.pictures, job, line))
+        found = {row["key"]: row for row in rows(self.lines)}
+        return [found[key] for key in by_key if key in found]
+
+
+def _end(file: Path) -> None:
+    """Take away a last line that was cut off, as when the machine stopped, lest the next be written behind it."""
+    text = file.read_bytes() if file.exists() else b""
+    if text and not text.endswith(b"\n"):
+        os.truncate(file, text.rfind(b"\n") + 1)
+
+
+def measured(missing: Sequence[tuple[Job, int]], folder: Folder, tell: Callable[[Job], None] = lambda _: None) -> Iterator[Row]:
+    """Run them, append a line for each and answer a row; `tell` is called with each job before it is run."""
+    start = time.perf_counter()
+    for job, number in missing:
+        passed = time.perf_counter() - start
+        if passed + job.seconds > job.effort.seconds and (job, number) != missing[0]:
             return
         tell(job)
-        start = time.perf_counter()
-        row = envelope(command, job.plan.device) | described(job) | (run(job, folder / "pictures") if job.plan.fits else unfit(job))
-        begun += time.perf_counter() - start
-        if row["outcome"] == "ok":
-            row["quality"] = quality(folder / "pictures", job)
-        with (folder / "results.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        yield row
+        yield added([folder.measure(job, number)])
+
+
+def newest(lines: Iterable[Row]) -> list[Row]:
+    """The last line of each round, as far as the software and hardware of a job's last line measured it."""
+    by_key: dict[str, dict[int, Row]] = {}
+    for line in lines:
+        known = by_key.pop(line["key"], {})
+        by_key[line["key"]] = {n: each for n, each in known.items() if same_setup(each, line)} | {line["round"]: line}
+    return [known[number] for known in by_key.values() for number in sorted(known)]
+
+
+def rows(lines: Iterable[Row]) -> list[Row]:
+    """One row for each job, of its newest lines."""
+    return [added(list(own)) for _, own in groupby(newest(lines), key=lambda line: line["key"])]
+
+
+def added(rounds: Sequence[Row]) -> Row:
+    """Rounds of one plan as one row: all seconds, one after another, and the most bytes; `runs` has the median seconds of each
+    process. A round that was not ok speaks for all."""
+    last = next((line for line in rounds if line["outcome"] != "ok"), rounds[-1])
+    if last["outcome"] != "ok":
+        return last
+    every = {name: [line["stages"][name] for line in rounds] for name in last["stages"]}
+    joules = [line["joules"] for line in rounds if line["joules"] is not None]
+    return last | {
+        **{field: _of_all(rounds, field) for field in ("seconds", "warmup_seconds", "peak_bytes", "process_bytes")},
+        "stages": {name: {field: _of_all(own, field) for field in own[0]} for name, own in every.items()},
+        "runs": [statistics.median(line["seconds"]) for line in rounds],
+        "joules": statistics.mean(joules) if joules else None,
+        "quality": summed([each for line in rounds for each in line["quality"]]),
+    }
+
+
+def _of_all(rounds: Sequence[Row], field: str) -> Any:
+    values = [each[field] for each in rounds]
+    return [each for value in values for each in value] if isinstance(values[0], list) else max(values)
+
+
+def summed(qualities: Sequence[Mapping[str, float]]) -> Row | None:
+    """Medians over pictures of what `metrics.compare` says of each, and the worst PSNR; of `match` the share."""
+    if not qualities:
+        return None
+    middle = {"match": statistics.mean}
+    found = {name: middle.get(name, statistics.median)(each[name] for each in qualities) for name in qualities[0]}
+    return found | {"psnr_worst": min(each["psnr"] for each in qualities)}
+
+
+def same_setup(one: Row, other: Row) -> bool:
+    return all(one[name] == other[name] for name in ("hardware", "versions"))
 
 
 def described(job: Job) -> Row:
@@ -118,28 +252,29 @@ def described(job: Job) -> Row:
     return {
         "version": VERSION,
         "key": job.key,
-        "reference": job.reference,
         "model": job.spec.name,
-        "request": {"width": request.width, "height": request.height, "steps": job.effort.steps, "pictures": job.effort.pictures},
+        "request": {"width": request.width, "height": request.height, "steps": job.effort.steps},
+        "budget": job.budget,
         "summary": job.plan.summary(),
         "plan": job.plan.to_json(),
         "disk_bytes": stored,
     }
 
 
-def unfit(job: Job) -> Row:
-    return {"outcome": "does not fit", "why": job.plan.reason}
+def prompts(job: Job, number: int) -> list[tuple[str, int]]:
+    """What round `number` paints: prompts and seeds."""
+    first = number * job.effort.pictures
+    return [(PROMPTS[i % len(PROMPTS)], i) for i in range(first, first + job.effort.pictures)]
 
 
-def run(job: Job, pictures: Path) -> Row:
+def run(job: Job, number: int, pictures: Path) -> Row:
     """In a process of its own, so that its peak is its own, and so that its end is not ours."""
     options = {name: getattr(job.request, name) for name in ("width", "height", "guidance_scale", "scheduler")}
-    prompts = [[PROMPTS[i % len(PROMPTS)], i] for i in range(job.effort.pictures)]
     what = {
         "plan": job.plan.to_json(),
         "model": job.spec.name,
         "options": options | {"num_inference_steps": job.effort.steps},
-        "pictures": prompts,
+        "pictures": prompts(job, number),
         "folder": str(pictures / job.key),
     }
     done = subprocess.run(
@@ -149,33 +284,50 @@ def run(job: Job, pictures: Path) -> Row:
         return {"outcome": "out of memory", "why": "the system ended the process (SIGKILL)"}
     if done.returncode:
         last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        return {"outcome": "failed", "why": last}
+        return {"outcome": "out of memory" if "bad_alloc" in done.stderr else "failed", "why": last}
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def quality(pictures: Path, job: Job) -> Row | None:
-    """None where there is nothing to compare with."""
+def judged(pictures: Path, job: Job, line: Row) -> Row:
+    """`reference` and `quality` of a line: a list of each picture's, empty if it or the reference's is not there."""
     from PIL import Image
 
-    from .metrics import compare
+    from .metrics import compare, match
 
-    mine, others = (sorted((pictures / key).glob("*.png")) for key in (job.key, job.reference))
-    if len(mine) != len(others) or not mine:
-        return None
-    return dict(compare([Image.open(file) for file in mine], [Image.open(file) for file in others]))
+    found = []
+    for prompt, seed in prompts(job, line["round"]) if line["outcome"] == "ok" else ():
+        own, exact = (pictures / key / f"{seed}.png" for key in (job.key, job.reference))
+        if own.exists() and exact.exists():
+            with Image.open(own) as one, Image.open(exact) as other:
+                found.append(compare(one, other) | ({"match": match(one, prompt)} if _is_emoji(job.spec) else {}))
+    return {"reference": job.reference, "quality": found}
+
+
+def _is_emoji(spec: ModelSpec) -> bool:
+    """The model in the box, or an export of it."""
+    manifest = spec.folder / "tightfit.json"
+    return manifest.exists() and json.loads(manifest.read_text("utf-8")).get("source") in ("tightfit.export.emoji", "emoji")
 
 
 def read(file: Path) -> list[Row]:
-    """The rows of a results file; none of one that is not there. Raises TightfitError for what is no such file."""
+    """The lines of a results file; none of one that is not there. Raises TightfitError for what is no such file."""
     if not file.exists():
         return []
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if row["version"] != VERSION:
-                raise TightfitError(f"{file} is of version {row['version']} of the results, not {VERSION}: measure again")
-            rows.append(row | {"plan": Plan.from_json(json.dumps(row["plan"])).to_json()})
-        except (ValueError, TypeError, KeyError) as error:
-            raise TightfitError(f"line {number} of {file} is no result of 'tightfit bench' ({error}): remove it") from None
-    return rows
+    found: list[Row] = []
+    try:
+        for text in file.read_text(encoding="utf-8").splitlines():
+            line = json.loads(text)
+            if line["version"] != VERSION:
+                raise TightfitError(f"{file} is of version {line['version']} of the results, not {VERSION}: measure again")
+            if absent := _FIELDS - line.keys() or (line["outcome"] == "ok" and _MEASURED - line.keys()):
+                raise ValueError(f"without {', '.join(sorted(absent))}")
+            if line["outcome"] == "ok" and not (line["seconds"] and min(*line["seconds"], line["peak_bytes"]) >= 0):
+                raise ValueError("figures are numbers")
+            found.append(line)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise TightfitError(
+            f"line {len(found) + 1} of {file} is no result of 'tightfit bench' ({first_line(error)}): remove it"
+        ) from None
+    except OSError as error:
+        raise TightfitError(f"{file} cannot be read ({error.strerror}): name another") from None
+    return found

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .backends.autotune import turn_seconds
 from .errors import TightfitError
 from .files import replacing
 from .hardware import Hardware, calibration_file
@@ -45,12 +46,14 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
         bus = _fastest(lambda: target.copy_(host, non_blocking=True), device)
         tiny = torch.ones(8, device=device)
         start = _fastest(lambda: [tiny.add(1) for _ in range(1000)], device) / 1000
+        starts = _starts(hardware, device, dtypes[hardware.precisions[0]])
     return {
         "rates": rates,
         "attention_rates": attentions,
         "bandwidth": 2.0 * block.nbytes / copy,
         "bus": host.nbytes / bus,
         "call_seconds": start,
+        "starts": starts,
         "read": _read_rate(),
     }
 
@@ -104,6 +107,28 @@ def _mixed_rate(device: Any, dtype: Any) -> float:
     return flops / _fastest(lambda: layers(*tensors), device)
 
 
+def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
+    """Seconds that a layer takes with next to nothing to do: the mean of a convolution and a linear layer, as networks have of
+    both."""
+    import torch
+    from torch import nn
+
+    from .backends.quantised import filled
+
+    def seconds(form: str, dynamic: bool = False) -> float:
+        total = 0.0
+        for layer, shape in ((nn.Conv2d(32, 32, 3, padding=1), (2, 32, 8, 8)), (nn.Linear(64, 64), (2, 64, 64))):
+            plain = layer.requires_grad_(False).to(device, dtype)
+            made: Any = filled(plain, layer.weight.float().cpu(), form, device.type, dynamic) if form else plain
+            x = torch.randn(shape).to(device, dtype)
+            total += _fastest(lambda made=made, x=x: [made(x) for _ in range(100)], device) / 100
+        return total / 2
+
+    found = {"product": seconds("")}
+    found["unpack"] = max(0.0, seconds("int4-g64") - found["product"])
+    return found | ({"int8": seconds("int8", dynamic=True)} if "int8" in hardware.rates and device.type == "cpu" else {})
+
+
 def _int8_rate() -> float:
     """Operations/s of the same convolutions in whole numbers, quantising their inputs included."""
     import torch
@@ -127,18 +152,3 @@ def _fastest(work: Callable[[], Any], device: Any) -> float:
     while time.perf_counter() - began < _LEAST_SECONDS:
         best = min(best, turn_seconds(work, device))
     return best
-
-
-def turn_seconds(work: Callable[[], Any], device: Any) -> float:
-    """Seconds of `work` alone on a torch device, or on the CPU if that is None."""
-    import torch
-
-    def wait() -> None:
-        if device is not None and device.type != "cpu":
-            getattr(torch, device.type).synchronize(device)
-
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start

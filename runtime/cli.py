@@ -223,7 +223,8 @@ def calibrate(device: _Device = "auto") -> None:
     attention = ", ".join(f"{kind} {rate / 1e12:.3f}" for kind, rate in found["attention_rates"].items())
     typer.echo(f"TFLOP/s: {rates}; attention: {attention}")
     speeds = ", ".join(f"{name} {found[name] / 1e9:.1f}" for name in ("bandwidth", "bus", "read"))
-    typer.echo(f"GB/s: {speeds}; {found['call_seconds'] * 1e6:.1f} µs a call")
+    starts = ", ".join(f"{kind} {seconds * 1e6:.0f}" for kind, seconds in found["starts"].items())
+    typer.echo(f"GB/s: {speeds}; µs to start an operator: {starts}, others {found['call_seconds'] * 1e6:.1f}")
     typer.echo(f"kept in {calibration.save(hardware, found)}")
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
 import shlex
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,7 +25,7 @@ from .plan import Plan, Wishes
 from .request import Request
 
 if TYPE_CHECKING:
-    from ..benchmarks.suite import Job
+    from ..benchmarks.suite import Effort, Job
     from .spec import ModelSpec
 
 app = typer.Typer(invoke_without_command=True, help="Measure every way to run a model here; compare with 'bench compare'.")
@@ -31,83 +36,138 @@ _WAYS = ("auto", "all", "quick")
 def bench(
     context: typer.Context,
     model: Annotated[str, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")] = "emoji",
-    plans: Annotated[str, typer.Option(help="auto (what no other beats), all, or FILE,FILE.", metavar="WHICH")] = "auto",
+    plans: Annotated[
+        str | None,
+        typer.Option(help="auto: no other beats them. all. quick: the fastest of each precision. Or FILE,FILE.", metavar="WHICH"),
+    ] = None,
     sizes: Annotated[str | None, typer.Option(help="256,512x768; default: model's.", metavar="LIST")] = None,
-    steps: Annotated[int, typer.Option(help="Of each picture.", metavar="N")] = 20,
-    pictures: Annotated[int, typer.Option(help="Timed, after one to warm up.", metavar="N")] = 3,
-    quick: Annotated[bool, typer.Option("--quick", help="Under two minutes: the fastest of each precision, 2 steps.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Of each picture: 20.", metavar="N")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Timed in each process, after a step to warm up: 1.", metavar="N")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Processes of each plan, in turns with the others': 3.", metavar="N")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two minutes: --plans quick --rounds 1, 20 steps or as many as fit.")
+    ] = False,
     hardware: Annotated[str, typer.Option(help="here, which is all that can be measured.", metavar="NAME")] = "here",
     device: Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")] = "auto",
-    precision: Annotated[str, typer.Option(help="Only this one, and fp32.", metavar="NAME")] = "auto",
+    precision: Annotated[str, typer.Option(help="Only this one, and the best.", metavar="NAME")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, torch, onnx.", metavar="NAME")] = "auto",
     vram: Annotated[str | None, typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")] = None,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of results.jsonl and pictures.", metavar="DIR")] = Path(
         "tightfit-bench"
     ),
     report: Annotated[Path | None, typer.Option(help="Also write one page with plots and pictures.", metavar="HTML")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     again: Annotated[bool, typer.Option("--again", help="Measure also what the folder has already.")] = False,
 ) -> None:
-    """Run each way to paint with a model in a process of its own: seconds, bytes and quality, predicted and measured."""
+    """Run each way to paint with a model in processes of its own: seconds, bytes and quality, predicted and measured."""
     if context.invoked_subcommand:
+        if given := [
+            name for name in context.params if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+        ]:
+            raise TightfitError(f"'bench {context.invoked_subcommand}' measures nothing: leave out --{given[0]}")
         return
     if hardware != "here":
         raise TightfitError(
             f"{hardware} is not here to be measured: see what is predicted with 'tightfit plan --hardware {hardware}'"
         )
+    if report and not report.absolute().parent.is_dir():
+        raise TightfitError(f"there is no folder {report.absolute().parent}: make it, or name another place for --report")
     suite = _suite()
-    effort = suite.QUICK if quick else suite.Effort(steps, pictures)
-    if effort.pictures < 1:
-        raise TightfitError("--pictures counts from 1 up")
+    told = {"steps": steps, "pictures": pictures, "rounds": rounds}
+    for name, count in told.items():
+        if count is not None and count < 1:
+            raise TightfitError(f"--{name} counts from 1 up, not from {count}")
+    effort = replace(suite.QUICK if quick else suite.Effort(), **{name: count for name, count in told.items() if count is not None})
+    efforts = [replace(effort, steps=count) for count in suite.QUICK_STEPS] if quick and steps is None else [effort]
     from .hub import inspect
 
-    spec, machine = inspect(model), Hardware.detect(device)
+    spec, machine = inspect(model), _detected(device)
     wishes = {"precision": precision, "backend": backend, "budget": None if vram is None else parse_bytes(vram, "--vram or --ram")}
     todo: list[Job] = []
-    for width, height in _sizes(sizes):
-        request = Request("a", None, width, height, effort.steps, scheduler="euler").resolve(spec)
-        chosen = _plans(machine, spec, request, wishes, "quick" if quick and plans == "auto" else plans)
-        todo += suite.jobs(spec, chosen, request, effort, wishes["budget"])
-    rows = _measure(todo, output, again)
-    _print(rows, machine)
-    if report:
+    for each in efforts:
+        todo = _jobs(spec, machine, wishes, sizes, plans or ("quick" if quick else "auto"), each)
+        if sum(job.seconds for job in todo) * each.rounds <= 0.75 * each.seconds:  # predictions are best cases
+            break
+    rows = _measure(suite.in_time(todo), output, machine, again)
+    if as_json:
+        typer.echo(json.dumps(rows, ensure_ascii=False))
+    else:
+        _print(rows, machine, {job.key for job in todo if job.plan.chosen})
+    if report and rows:
         _page(report, rows, output)
+    if any(row["outcome"] == "failed" for row in rows):
+        raise typer.Exit(1)
 
 
 @app.command()
 def compare(
     files: Annotated[list[Path], typer.Argument(help="results.jsonl of two runs, or more.", metavar="A.jsonl B.jsonl …")],
 ) -> None:
-    """Say what got better or worse beyond noise: exit code 1 if anything got worse. Of several machines, a column for each."""
-    from rich.console import Console
+    """Say what got better or worse beyond noise between two files of one machine: exit code 1 if anything got worse or is missing.
 
-    _suite()
+    Of several machines, or of more files, the figures beside each other."""
     from ..benchmarks import compare as side
-    from ..benchmarks.suite import read
+    from ..benchmarks.suite import read, rows
 
+    files = [file / "results.jsonl" if file.is_dir() else file for file in files]
+    if len(files) < 2:
+        raise TightfitError("there is nothing to compare with: name two results files or more")
+    tables = []
     for file in files:
         if not file.is_file():
             raise TightfitError(f"{file} is no file: name a results.jsonl of 'tightfit bench'")
-    if len(files) < 2:
-        raise TightfitError("there is nothing to compare with: name two results files or more")
-    tables = [side.newest(read(file)) for file in files]
-    console = Console(highlight=False, markup=False, soft_wrap=True)
-    machines = [sorted({row["hardware"]["name"] for row in rows.values()}) for rows in tables]
-    for line, cells in side.merged(tables):
-        console.print(f"{line}: " + " | ".join(cells))
+        tables.append(side.by_identity(rows(read(file))))
+        if not tables[-1]:
+            raise TightfitError(f"{file} has no results: name another, or measure with 'tightfit bench'")
+    machines = [side.machine(table.values()) for table in tables]
+    _side_by_side([f"{file}\n{name}" for file, name in zip(files, machines, strict=True)], list(side.merged(tables)))
     if len(files) > 2 or machines[0] != machines[1]:
-        console.print("columns: " + " | ".join(f"{file} ({', '.join(names)})" for file, names in zip(files, machines, strict=True)))
+        typer.echo("nothing is judged: that takes two files of one machine")
         return
     before, after = tables
+    for line in side.versions(before.values(), after.values()):
+        typer.echo(f"differs: {line}")
     both = [key for key in before if key in after]
+    if not both:
+        raise TightfitError("no plan is in both files: measure the same model, sizes and steps in each")
     found = [change for key in both for change in side.changes(before[key], after[key])]
     for change in found:
-        word = "better" if change.better else "worse"
-        console.print(f"{word}: {change.what} {change.before} → {change.after}, {change.plan}")
+        typer.echo(f"{'better' if change.better else 'worse'}: {change.what} {change.before} → {change.after}, {change.plan}")
+    missing = [side.name(row) for key, row in before.items() if key not in after]
+    for name in missing:
+        typer.echo(f"missing: {name}")
+    if few := [key for key in both if before[key]["outcome"] == "ok" and min(_runs(before[key]), _runs(after[key])) < side.FEW]:
+        typer.echo(f"seconds of {len(few)} plans are not judged: that takes {side.FEW} processes of each (--rounds)")
     worse = sum(not change.better for change in found)
-    alone = len(before) + len(after) - 2 * len(both)
-    console.print(f"{len(both)} plans in both, {alone} in one only: {worse} figures worse, {len(found) - worse} better")
-    if worse:
+    typer.echo(f"{len(both)} plans in both, {len(missing)} missing: {worse} figures worse, {len(found) - worse} better")
+    if worse or missing:
         raise typer.Exit(1)
+
+
+def _runs(row: Mapping[str, Any]) -> int:
+    return len(row.get("runs", ()))
+
+
+def _side_by_side(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("plan", *heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for text, row in lines:
+        table.add_row(text, *row)
+    texts = [(f"{text}: {' | '.join(row)}", None) for text, row in lines]
+    columns = " | ".join(head.replace("\n", " ") for head in heads)
+    show_table(table, [(columns, None), *texts], 100 + 30 * len(heads))
+
+
+def _detected(device: str) -> Hardware:
+    """In another process where there is a GPU, of which this one must not hold any memory while others are measured."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return Hardware.detect(device)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(Hardware.detect, device).result()
 
 
 def _suite() -> Any:
@@ -120,73 +180,92 @@ def _suite() -> Any:
 
 def _sizes(text: str | None) -> Iterator[tuple[int | None, int | None]]:
     """Width and height of each: "256,512x768"."""
-    for part in text.split(",") if text else [""]:
+    for part in [""] if text is None else text.split(","):
         sides = part.strip().split("x")
-        if text and (len(sides) > 2 or not all(side.isdecimal() for side in sides)):
+        if text is not None and (len(sides) > 2 or not all(side.isdecimal() for side in sides)):
             raise TightfitError(f"--sizes are pixels such as 256,512x768, not '{part}'")
-        yield (int(sides[0]), int(sides[-1])) if text else (None, None)
+        yield (None, None) if text is None else (int(sides[0]), int(sides[-1]))
+
+
+def _jobs(
+    spec: ModelSpec, machine: Hardware, wishes: Mapping[str, Any], sizes: str | None, plans: str, effort: Effort
+) -> list[Job]:
+    """What is to be measured, of every size, each thing once."""
+    from ..benchmarks import suite
+
+    found: dict[str, Job] = {}
+    for width, height in _sizes(sizes):
+        request = Request("a", None, width, height, effort.steps, scheduler="euler").resolve(spec)
+        chosen = _plans(machine, spec, request, wishes, plans)
+        found |= {job.key: job for job in suite.jobs(spec, chosen, request, effort, wishes["budget"])}
+    return list(found.values())
 
 
 def _plans(machine: Hardware, spec: ModelSpec, request: Request, wishes: Mapping[str, Any], which: str) -> list[Plan]:
+    """Those that were asked for, and that of the best precision, which they are compared with."""
     from ..benchmarks import suite
     from . import planner
 
     known = suite.candidates(machine, spec, request, wishes)
     if which in _WAYS:
-        best = [] if wishes["precision"] == "auto" else suite.candidates(machine, spec, request, {**wishes, "precision": "auto"})
-        exact = max((p for p in best if p.fits), key=lambda p: (p.predicted.psnr, -p.predicted.seconds), default=None)
         chosen = suite.choose(known, which)
         if not any(plan.fits for plan in chosen) and which != "all":
             raise planner.none_fits(known, machine, spec, request, Wishes(**wishes))
-        return [*chosen, *([exact] if exact else [])]
-    files = [Path(part) for part in which.split(",")]
-    return [planner.checked(Plan.read(file), machine, spec, request, Wishes(**wishes)) for file in files]
+    else:
+        files = [Path(part) for part in which.split(",")]
+        for file in files:
+            if not file.is_file():
+                raise TightfitError(f"there is no plan {file}: --plans is {', '.join(_WAYS)}, or files of 'tightfit plan --save'")
+        chosen = [planner.checked(Plan.read(file), machine, spec, request, Wishes(**wishes)) for file in files]
+    every = known if wishes["precision"] == "auto" else suite.candidates(machine, spec, request, {**wishes, "precision": "auto"})
+    exact = suite.most_exact(every)
+    return [*chosen, *([exact] if exact else [])]
 
 
-def _measure(todo: Sequence[Job], output: Path, again: bool) -> list[dict[str, Any]]:
+def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) -> list[dict[str, Any]]:
     """The rows of all jobs, those that the folder has and those that are measured now."""
     from ..benchmarks import suite
+    from ..benchmarks.record import envelope
 
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        there = {} if again else {row["key"]: row for row in suite.read(output / "results.jsonl")}
-        left = [job for job in todo if job.key not in there]
-        if len(left) < len(todo):
-            known = len(todo) - len(left)
-            typer.echo(f"{known} of {len(todo)} plans are in {output} already; --again measures them again", err=True)
-        command = shlex.join(["tightfit", *sys.argv[1:]])
-        with _told(left) as (begin, end):
-            for row in suite.measured(left, output, command, begin):
-                there[row["key"]] = row
-                end(row)
+        folder = suite.Folder(output, envelope(shlex.join(["tightfit", *sys.argv[1:]]), machine))
+        every = folder.missing(todo, again=True)
+        missing = every if again else folder.missing(todo)
+        if len(missing) < len(every):
+            typer.echo(f"{len(every) - len(missing)} of {len(every)} runs are in {output} already; --again repeats them", err=True)
+        left = len(missing)
+        if missing:
+            with _told(missing) as (begin, end):
+                for line in suite.measured(missing, folder, begin):
+                    end(line)
+                    left -= 1
+        if left:
+            typer.echo(f"{left} runs were not begun, as the time was over: the same command goes on", err=True)
+        return folder.rows(todo)
     except KeyboardInterrupt:
         typer.echo(f"what is measured is in {output}: the same command goes on from there", err=True)
         raise
     except OSError as error:
         raise TightfitError(f"{output} cannot be written ({error.strerror}): name another folder with --output") from None
-    rows = [there[job.key] for job in todo if job.key in there]
-    if len(rows) < len(todo):
-        typer.echo(f"{len(todo) - len(rows)} plans were not begun, as the time was over: the same command goes on", err=True)
-    return rows
 
 
 @contextmanager
-def _told(jobs: Sequence[Job]) -> Iterator[tuple[Callable[[Job], None], Callable[[dict[str, Any]], None]]]:
-    """What to call before each job and after it: a bar with the time left, or lines where there is no terminal."""
-    expected, start = {job.key: job.seconds for job in jobs}, time.perf_counter()
+def _told(missing: Sequence[tuple[Job, int]]) -> Iterator[tuple[Callable[[Job], None], Callable[[dict[str, Any]], None]]]:
+    """What to call before each run and after it: a bar with the time left, or lines where there is no terminal."""
+    left, start = [job.seconds for job, _ in missing], time.perf_counter()
+    whole = sum(left)
     with progress_bar(48) as bar:
-        task = bar.add_task("", total=len(jobs))
+        task = bar.add_task("", total=len(missing))
 
         def begin(job: Job) -> None:
-            done = sum(job.seconds for job in jobs) - sum(expected.values())
-            pace = (time.perf_counter() - start) / done if done else 1.0
-            left = sum(expected.values()) * pace
-            bar.update(task, description=f"{left / 60:.0f} min left · {job.plan.summary()}"[:48])
+            done = whole - sum(left)
+            seconds = sum(left) * ((time.perf_counter() - start) / done if done else 1.0)
+            bar.update(task, description=f"{seconds / 60:.0f} min left · {job.plan.summary()}"[:48])
 
-        def end(row: dict[str, Any]) -> None:
-            expected.pop(row["key"])
+        def end(line: dict[str, Any]) -> None:
+            del left[0]
             bar.advance(task)
-            bar.console.print(f"{len(jobs) - len(expected)}/{len(jobs)} {_line(row)}", markup=False, soft_wrap=True)
+            bar.console.print(f"{len(missing) - len(left)}/{len(missing)} {_line(line)}", markup=False, soft_wrap=True)
 
         yield begin, end
 
@@ -198,26 +277,46 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['summary']}: {figures(row)}{why}"
 
 
-_WIDE = 150  # columns of a terminal that has room for the table
+_WIDE, _NARROW = 150, ("s/picture", "±", "predicted s", "peak", "dB")  # columns of a terminal for all figures; else these
 
 
-def _print(rows: Sequence[dict[str, Any]], machine: Hardware) -> None:
+def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) -> None:
+    """A table of each size, then what to take; `chosen` are the keys of the plans that tightfit takes."""
     from rich.box import SIMPLE_HEAD
+    from rich.console import Console
     from rich.table import Table
 
-    from ..benchmarks.report import COLUMNS, cells
+    from ..benchmarks import report
 
-    table = Table(title=f"on {machine.name}", title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for number, column in enumerate(COLUMNS):
-        table.add_column(column, justify="right" if number else "left", no_wrap=number > 0)
-    for row in rows:
-        rest = cells(row) if row["outcome"] == "ok" else [row["outcome"]]
-        table.add_row(row["summary"], *rest, style=None if row["outcome"] == "ok" else "dim")
-    show_table(table, [(_line(row), None) for row in rows], _WIDE)
+    console = Console(highlight=False)
+    for own in report.groups(rows):
+        columns, lines = report.table(own)
+        kept = [i for i, name in enumerate(columns) if name in _NARROW or not console.is_terminal or console.width >= _WIDE]
+        title = f"{report.title(own)} on {machine.name}"
+        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("plan")
+        for i in kept:
+            table.add_column(columns[i], justify="right", no_wrap=True)
+        for row, cells in lines:
+            name = f"{row['summary']}: {row['outcome']}" if not cells else row["summary"]
+            table.add_row(name, *(cells[i] for i in kept if cells), style=None if cells else "dim")
+        show_table(table, [(_line(row), None) for row, _ in lines], 100)
+        for line in report.advice(own):
+            typer.echo(line)
+        ran = [row for row in own if row["outcome"] == "ok"]
+        for row in ran:
+            if row["key"] in chosen:
+                ratio = statistics.median(row["seconds"]) / min(statistics.median(each["seconds"]) for each in ran)
+                typer.echo(f"tightfit takes: {_line(row)}; {ratio:.2f} of the fastest's seconds")
+        for row in own:
+            if row["outcome"] not in ("ok", "does not fit"):
+                typer.echo(_line(row))
+    if not machine.calibrated:
+        typer.echo("predicted seconds are rough: 'tightfit calibrate' measures this machine's rates, once")
 
 
 def _page(file: Path, rows: list[dict[str, Any]], output: Path) -> None:
     from ..benchmarks.report import page
 
     write(file, page(rows, output / "pictures"))
-    typer.echo(f"{file} · {len(rows)} plans")
+    typer.echo(f"{file} · {len(rows)} plans", err=True)

@@ -7,7 +7,7 @@ import importlib.util
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,8 @@ class Hardware:
     memory the weights would live in, `host_bytes` what is free of the host's for weights that wait there. `context_bytes` is
     what running at all takes, before any tensor: the CUDA context, or Python and its libraries. Rates are FLOP/s by
     precision (a multiplication and an addition are two); `bandwidth` and `bus` bytes/s of the memory and from the host; `read`
-    bytes/s from files that the system has in its cache; `call_seconds` is what starting one operator takes.
+    bytes/s from files that the system has in its cache; `call_seconds` is what starting one operator takes, and `starts` what
+    one of a kind does, where that is more (memory.Operation).
     `attention_rates` are FLOP/s by 'precision/kind', where they were measured. `fused_attention`: torch has a kernel here that
     never stores the scores.
     `providers` are ONNX Runtime's; None where they have not been asked for yet, as that takes time. `host_rate` is FLOP/s of the
@@ -79,6 +80,7 @@ class Hardware:
     unified: bool = False
     read: float = 2e9
     call_seconds: float = 1e-5
+    starts: Mapping[str, float] = field(default_factory=dict)
     attention_rates: Mapping[str, float] = field(default_factory=dict)
     calibrated: bool = False
     notes: tuple[str, ...] = ()
@@ -92,6 +94,10 @@ class Hardware:
     def rate(self, precision: str) -> float:
         """FLOP/s in `precision`; one that is not native runs in fp32."""
         return self.rates.get(precision, self.rates.get("fp32", 1e12))
+
+    def start(self, kind: str) -> float:
+        """Seconds that an operator of this kind takes beside its work."""
+        return self.starts.get(kind, self.call_seconds)
 
     @classmethod
     def detect(cls, device: str = "auto") -> Hardware:
@@ -223,6 +229,24 @@ def _like(name: str, total: int) -> dict[str, Any] | None:
     return next((p for p in profiles if p["name"] == name and abs(p["memory_gib"] * GIB - total) < 0.6 * GIB), None)
 
 
+def driver(device: str, ask: Callable[[Any, Any], float]) -> float | str:
+    """What `ask` makes of nvidia-ml-py's module and its handle of torch's current card; in words, why the driver cannot tell."""
+    import torch
+
+    if device != "cuda" or torch.version.hip:
+        return "it is no NVIDIA card"
+    try:
+        import pynvml  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        return "nvidia-ml-py is not installed"
+    try:
+        pynvml.nvmlInit()
+        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid  # indices differ by CUDA_VISIBLE_DEVICES
+        return ask(pynvml, pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}"))
+    except pynvml.NVMLError as error:
+        return first_line(error)
+
+
 def _other_processes(device: str, others: int) -> list[str]:
     """What others hold of the card, and where nvidia-ml-py can tell, how many they are."""
     import torch
@@ -230,18 +254,10 @@ def _other_processes(device: str, others: int) -> list[str]:
     held = [f"{others / GIB:.2f} GiB of it are held by the context and by others"]
     if device != "cuda" or torch.version.hip:
         return held
-    try:
-        import pynvml  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        return [*held, "nvidia-ml-py is not installed: how many programs share the card cannot be told"]
-    try:
-        pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid  # indices differ by CUDA_VISIBLE_DEVICES
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-        count = len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))
-        return [*held, f"{count} processes compute on it, this one included"]
-    except pynvml.NVMLError as error:
-        return [*held, f"the driver could not be asked who holds its memory: {first_line(error)}"]
+    count = driver(device, lambda nvml, card: len(nvml.nvmlDeviceGetComputeRunningProcesses(card)))
+    if isinstance(count, str):
+        return [*held, f"how many programs share the card cannot be told: {count}"]
+    return [*held, f"{count} processes compute on it, this one included"]
 
 
 def _mps(_: str) -> Hardware:
@@ -282,6 +298,7 @@ def _cpu(_: str) -> Hardware:
         rates={"fp32": fp32, **({"bf16": 2 * fp32} if half else {}), **({"int8": 4 * fp32} if whole else {})},
         bandwidth=20e9,  # one channel of DDR4-2400
         bus=20e9,
+        starts={"product": 4e-5, "int8": 25e-5, "unpack": 5e-5},
         host_bytes=free,
         context_bytes=max(PROCESS, own + 100 * 2**20),  # of which 100 MiB for the holes
         unified=True,

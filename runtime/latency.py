@@ -1,5 +1,5 @@
-"""Predicted seconds: a roofline. Each operator takes as long as its arithmetic, its memory traffic or its start, whichever is
-most (Williams, Waterman and Patterson, "Roofline", CACM 2009)."""
+"""Predicted seconds: a roofline. Each operator takes as long as its arithmetic or its memory traffic, whichever is more (Williams,
+Waterman and Patterson, "Roofline", CACM 2009); on a CPU also its start, which a GPU does while it computes what is before."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference
 
 def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
     """One call of a component whose weights are loaded, or stream in."""
-    rates = {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")}
-    bandwidth, least = hardware.bandwidth, hardware.call_seconds
+    rates, bandwidth = {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")}, hardware.bandwidth
     if placement.backend == "onnx" and hardware.device == "cpu":
         rates = {kind: rate / ONNX_SHARE for kind, rate in rates.items()}
     if placement.provider == CPU_PROVIDER and hardware.device != "cpu":
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
-    seconds = sum(max(o.flops / rates[o.kind], o.bytes / bandwidth, least) for o in footprint.trace.operations)
+    torchs, seconds = placement.backend == "torch", 0.0
+    for each in footprint.trace.operations:
+        work = max(each.flops / rates.get(each.kind, rates[""]), each.bytes / bandwidth)
+        start = hardware.start(each.kind) if torchs else hardware.call_seconds
+        seconds += work + start if torchs and hardware.device == "cpu" else max(work, start)
     seconds += sum(attention_seconds(hardware, placement, shape) for shape in footprint.trace.attentions)
     if not footprint.streamed:
         return seconds

@@ -23,8 +23,8 @@ WORKSPACES = {"cuda": (8_519_680,)}
 
 @dataclass(frozen=True)
 class Operation:
-    """One arithmetic operator of a dry run: its operations (multiply and add are two) and bytes moved. `kind` is int8 where these
-    are of whole numbers."""
+    """One arithmetic operator of a dry run: its operations (multiply and add are two) and bytes moved. `kind` is product, int8 if
+    that is of whole numbers, unpack for weights in few bits, or "" for all else."""
 
     flops: float
     bytes: float

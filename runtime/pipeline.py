@@ -172,10 +172,10 @@ class Pipeline:
         for name, (placement, _) in list(self._loaded.items()):
             if placement != plan.placements[name]:
                 self._drop(name)
-        onnx = self._backends.get("onnx")
-        if onnx and onnx.meter.held() > plan.predicted.peak_bytes:  # arenas of a larger picture, which give nothing back
-            for name in [name for name, (placement, _) in self._loaded.items() if placement.backend == "onnx"]:
-                self._drop(name)
+        # arenas of a larger picture give nothing back
+        crowded = {engine for engine, each in self._backends.items() if each.meter.held() > plan.predicted.peak_bytes}
+        for name in [name for name, (placement, _) in self._loaded.items() if placement.backend in crowded]:
+            self._drop(name)
         self._share()
 
     def _share(self) -> None:

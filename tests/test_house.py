@@ -22,7 +22,6 @@ RUNTIME = {
         "memory",
         "allocator",
         "process",
-        "calibration",
         "latency",
         "schedulers",
         "request",
@@ -32,7 +31,7 @@ RUNTIME = {
         "events",
         "models",
     },
-    3: {"prompt", "planner", "pipeline"},
+    3: {"prompt", "planner", "pipeline", "calibration"},
     4: {"cli", "cli_bench", "cli_export", "cli_output", "server"},
 }
 

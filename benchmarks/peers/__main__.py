@@ -3,9 +3,10 @@
     python -m tightfit.benchmarks.peers MODEL WORK --rounds 2
 
 MODEL is a diffusers folder. In WORK the peers' environments are made, once (stable-diffusion.cpp is compiled: six minutes), and
-Optimum's export, our ONNX folder and our quantised ones. Then each contender paints one picture in a process of its own, one after
-another, and all of them again in each round, so that a machine that slows down slows all. Least seconds and most bytes count.
-`--make` stops before painting; `--only` names contenders, or the beginnings of their names.
+the exports, ours and Optimum's, each in a process of its own, timed. Then each contender paints one picture in a process of its
+own, one after another, and all of them again in each round, so that a machine that slows down slows all. Least seconds and most
+bytes count; decibels are against the contender whose picture it should be. `--make` stops before painting; `--only` names
+contenders, or the beginnings of their names.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from ...runtime.errors import TightfitError
 from ...runtime.hardware import Hardware
 from ...runtime.memory import shown
+from ..metrics import MOST_PSNR, psnr
 from ..record import record
 
+REFERENCE = "diffusers fp32"
 PROGRAMS = Path(__file__).with_name("programs.py")
 OPTIMUM = ("torch==2.13.0", "diffusers==0.36.0", "transformers==4.57.5", "optimum-onnx==0.1.0", "onnxruntime==1.31.1")
 SDCPP = ("stable-diffusion-cpp-python==0.4.7",)
@@ -36,13 +41,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """`engine` of programs.py runs `model`, a folder in WORK or "" for the original, in `precision` with `options`."""
+    """`engine` of programs.py runs `model`, a folder in WORK or "" for the original, in `precision` with `options`; from the same
+    noise `like` paints what it should ("" where the noise is another)."""
 
     name: str
     engine: str
     precision: str
     options: tuple[str, ...] = ()
     model: str = ""
+    like: str = REFERENCE
 
 
 def contenders(device: str) -> list[Contender]:
@@ -53,12 +60,15 @@ def contenders(device: str) -> list[Contender]:
         Contender("diffusers bf16", "diffusers", "bf16"),
         Contender("diffusers bf16, channels_last", "diffusers", "bf16", ("channels_last",)),
         Contender("diffusers bf16, slicing, tiling", "diffusers", "bf16", ("slicing", "tiling")),
-        Contender("Optimum fp32", "optimum", "fp32", (), "optimum"),
-        # On a CPU its flash attention takes five times the time of a step.
-        *(Contender(f"sd.cpp {kind}", "sdcpp", kind, flash) for kind in ("f16", "q8_0", "q4_0")),
-        Contender("sd.cpp q4_0, flash, tiling", "sdcpp", "q4_0", ("flash_attention", "tiling")),
+        # Its scheduler has diffusers' defaults written out, other timesteps among them.
+        Contender("Optimum fp32", "optimum", "fp32", (), "optimum", ""),
+        Contender("Optimum fp32, our folder", "optimum", "fp32", (), "onnx-fp32"),
+        # On a CPU its flash attention takes three times the time of a step.
+        *(Contender(f"sd.cpp {kind}", "sdcpp", kind, flash, "", "") for kind in ("f16", "q8_0", "q4_0")),
+        Contender("sd.cpp q4_0, flash, tiling", "sdcpp", "q4_0", ("flash_attention", "tiling"), "", ""),
         Contender("tightfit fp32", "tightfit", "fp32"),
-        Contender("tightfit fp32, ONNX", "tightfit", "auto", (), "onnx"),
+        Contender("tightfit fp32, Optimum's folder", "tightfit", "auto", (), "optimum", "Optimum fp32"),
+        *(Contender(f"tightfit {kind}, ONNX", "tightfit", "auto", (), f"onnx-{kind}") for kind in ("fp32", "fp16", "int8", "int4")),
         Contender("tightfit bf16", "tightfit", "bf16"),
         Contender("tightfit int8", "tightfit", "int8", (), "int8"),
         Contender("tightfit int8-dynamic", "tightfit", "int8-dynamic", (), "int8"),
@@ -70,6 +80,8 @@ def contenders(device: str) -> list[Contender]:
             Contender("diffusers fp16", "diffusers", "fp16"),
             Contender("diffusers fp16, model offload", "diffusers", "fp16", ("model_offload", "tiling")),
             Contender("diffusers fp16, group offload", "diffusers", "fp16", ("group_offload", "tiling")),
+            Contender("diffusers fp16, bitsandbytes NF4", "diffusers", "nf4"),  # which diffusers takes on GPUs only
+            Contender("diffusers fp16, bitsandbytes int8", "diffusers", "int8"),
             Contender("tightfit fp16", "tightfit", "fp16"),
         ]
     return found
@@ -86,12 +98,16 @@ def main() -> None:
     parse.add_argument("--only", action="append", default=[], metavar="NAME")
     parse.add_argument("--make", action="store_true")
     args = parse.parse_args()
+    if args.steps < 2:
+        parse.error("--steps: a step is timed from the end of the one before, so at least 2")
     model, work = args.model.absolute(), args.work.absolute()
     chosen = [c for c in contenders(Hardware.detect().device) if not args.only or c.name.startswith(tuple(args.only))]
     try:
-        pythons = make(model, work, chosen)
+        pythons, exports = make(model, work, chosen)
     except subprocess.CalledProcessError as error:
         sys.exit(f"peers: {shlex.join(map(str, error.cmd))} failed with exit code {error.returncode}")
+    except TightfitError as error:
+        sys.exit(f"peers: {error}")
     if args.make:
         return
     rows: dict[str, Row] = {}
@@ -99,35 +115,50 @@ def main() -> None:
         for contender in chosen:
             if rows.get(contender.name, {}).get("seconds", 0) > args.patience:
                 continue
-            picture = work / f"{contender.name.replace(' ', '-').replace(',', '')}.png"
             job = {"model": str(work / contender.model if contender.model else model), "precision": contender.precision}
-            job |= {"options": contender.options, "steps": args.steps, "size": args.size, "picture": str(picture)}
+            job |= {"options": contender.options, "steps": args.steps, "size": args.size, "to": str(picture(work, contender.name))}
             row = run(pythons[contender.engine], contender.engine, job)
             print(f"{number + 1}/{args.rounds} {contender.name:<34} {told(row)}", flush=True)
-            rows[contender.name] = better(rows.get(contender.name), row) | {"options": contender.options}
+            how = {"engine": contender.engine, "precision": contender.precision, "options": contender.options}
+            rows[contender.name] = better(rows.get(contender.name), row) | how | {"rounds": number + 1}
+    for contender in chosen:
+        both = [picture(work, name) for name in (contender.name, contender.like)]
+        if "failed" not in rows[contender.name] and contender.like in rows and all(file.exists() for file in both):
+            found = min(psnr(*map(Image.open, both)), MOST_PSNR)
+            rows[contender.name] |= {"psnr": found, "like": contender.like}
+    told_of = {"model": args.model.name, "size": args.size, "steps": args.steps, "rounds": args.rounds, "sdcpp": BUILD}
+    record("peers", told_of | {"exports": exports, "rows": rows})
     table(rows)
-    record("peers", {"model": args.model.name, "size": args.size, "steps": args.steps, "rounds": args.rounds, "rows": rows})
 
 
-def make(model: Path, work: Path, chosen: list[Contender]) -> dict[str, str]:
-    """The interpreter of each engine; whatever is not in WORK yet is made, under another name until it is whole."""
+def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, str], dict[str, Row]]:
+    """The interpreter of each engine, and what each export took; whatever is not in WORK yet is made, under another name until it
+    is whole."""
     work.mkdir(parents=True, exist_ok=True)
-    engines, models = {c.engine for c in chosen}, {c.model for c in chosen}
+    engines, models = {c.engine for c in chosen}, {c.model for c in chosen if c.model}
     pythons = {"diffusers": sys.executable, "tightfit": sys.executable}
-    if "optimum" in engines:
+    if "optimum" in engines or "optimum" in models:
         pythons["optimum"] = environment(work / "env-optimum", OPTIMUM, {})
-        if not (work / "optimum").exists():
-            row = run(pythons["optimum"], "optimum_export", {"model": str(model), "picture": str(work / "optimum.partial")})
-            print(f"Optimum's export: {told(row)}", flush=True)
-            (work / "optimum.partial").rename(work / "optimum")
     if "sdcpp" in engines:
         pythons["sdcpp"] = environment(work / "env-sdcpp", SDCPP, {"CMAKE_ARGS": BUILD})
-    for name in sorted(models & {"int8", "int4", "onnx"}):
-        if not (work / name).exists():
-            to = ["--to", "onnx", "--precision", "fp32"] if name == "onnx" else ["--precision", name]
-            export = [sys.executable, "-c", "from tightfit.runtime.cli import main; main()", "export", str(model)]
-            subprocess.run([*export, *to, "-o", str(work / name)], check=True)
-    return pythons
+    file = work / "exports.json"
+    exports: dict[str, Row] = json.loads(file.read_text()) if file.exists() else {}
+    for name in sorted(name for name in models if not (work / name).exists()):
+        partial = work / f"{name}.partial"
+        engine, to = ("optimum", []) if name == "optimum" else ("tightfit", ["--precision", name.removeprefix("onnx-")])
+        if name.startswith("onnx-"):
+            to += ["--to", "onnx", *(["--compute", "fp32"] if name.startswith("onnx-int") else [])]
+        row = run(pythons[engine], f"{engine}_export", {"model": str(model), "to": str(partial), "options": to})
+        print(f"{name:<38} {told(row)}", flush=True)
+        if "failed" in row:
+            raise TightfitError(f"the export of {name} failed: {row['failed']}")
+        partial.rename(work / name)
+        file.write_text(json.dumps(exports := exports | {name: row}))
+    return pythons, exports
+
+
+def picture(work: Path, name: str) -> Path:
+    return work / f"{name.replace(' ', '-').replace(',', '')}.png"
 
 
 def environment(folder: Path, packages: tuple[str, ...], variables: dict[str, str]) -> str:
@@ -156,30 +187,40 @@ def better(before: Row | None, now: Row) -> Row:
     if "failed" in before:
         return before
     least = {name: min(before[name], now[name]) for name in ("seconds", "step_seconds")}
-    return now | least | {"peak_bytes": max(before["peak_bytes"], now["peak_bytes"])}
+    return now | least | {name: max(before[name], now[name]) for name in ("peak_bytes", "device_bytes") if name in now}
 
 
 def told(row: Row) -> str:
     if "failed" in row:
         return f"failed: {row['failed']}"
     step = f", {row['step_seconds']:.2f} s a step" if "step_seconds" in row else ""
-    return f"{shown(row['peak_bytes'])}, {row['seconds']:.1f} s in all{step}"
+    return f"{shown(peak(row))}, {row['seconds']:.1f} s in all{step}"
+
+
+def peak(row: Row) -> int:
+    """Of the GPU's memory where one was used, else of the process's."""
+    return row.get("device_bytes") or row.get("peak_bytes", 0)
 
 
 def table(rows: dict[str, Row]) -> None:
-    """Each beside diffusers in bf16, which is the best that most people run on a CPU, or the first there is."""
+    """Each beside diffusers in bf16, which is the best that most people run on a CPU, or the first there is; then how each ran."""
     there = {name: row for name, row in rows.items() if "failed" not in row}
     if not there:
-        raise TightfitError("no contender painted anything")
+        sys.exit("peers: no contender painted anything")
     base = there.get("diffusers bf16") or next(iter(there.values()))
-    print(f"\n{'':<34} {'peak':>10} {'ratio':>6} {'s a step':>9} {'ratio':>6} {'in all':>7}")
-    for name, row in sorted(rows.items(), key=lambda item: item[1].get("peak_bytes", 0)):
+    print(f"\n{'':<34} {'peak':>10} {'ratio':>6} {'s a step':>9} {'ratio':>6} {'in all':>7} {'dB':>5}")
+    for name, row in sorted(rows.items(), key=lambda item: peak(item[1])):
         if "failed" in row:
             print(f"{name:<34} failed: {row['failed']}")
             continue
-        memory, pace = row["peak_bytes"] / base["peak_bytes"], row["step_seconds"] / base["step_seconds"]
+        memory, pace = peak(row) / peak(base), row["step_seconds"] / base["step_seconds"]
         figures = f"{memory:>6.2f} {row['step_seconds']:>9.2f} {pace:>6.2f} {row['seconds']:>7.1f}"
-        print(f"{name:<34} {shown(row['peak_bytes']):>10} {figures}")
+        decibels = f" {row['psnr']:>5.1f}" if "psnr" in row else ""
+        print(f"{name:<34} {shown(peak(row)):>10} {figures}{decibels}")
+    print(f"\nsd.cpp is built with {BUILD} and has {os.cpu_count()} threads")
+    for name, row in there.items():
+        how = ", ".join((row["precision"], *row["options"], f"rounds: {row['rounds']}"))
+        print(f"{name:<34} {how}; {', '.join(f'{package} {version}' for package, version in row['versions'].items())}")
 
 
 if __name__ == "__main__":

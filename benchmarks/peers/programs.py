@@ -1,7 +1,8 @@
 """One picture by one engine, in that engine's own environment: `python programs.py ENGINE JOB`, which needs nothing of ours.
 
-JOB is {"model", "precision", "options", "steps", "size", "picture"} as JSON. What is printed last is JSON too: the largest resident
-bytes of the process, seconds from its start to the picture, seconds of a step (the median, after the first), and versions.
+JOB is {"model", "precision", "options", "steps", "size", "to"} as JSON, `to` being the picture, or the folder of an export. What
+is printed last is JSON too: the largest resident bytes of the process, seconds from its start to the picture, seconds of a step
+(the median, after the first), and versions.
 """
 
 from __future__ import annotations
@@ -22,13 +23,15 @@ Job = dict[str, Any]
 
 
 class Clock:
-    """When each step ended; and the process's peak, for who resets the system's."""
+    """When each step ended; and the peaks of the process and of the GPU, for who sets the system's and torch's back."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.ends = steps, list[float]()
-        self.peak_bytes = 0
+        self.peak_bytes = self.device_bytes = 0
 
     def __call__(self, *_: Any) -> dict[str, Any]:
+        if cuda := cuda_is_used():
+            cuda.synchronize()
         self.ends.append(time.perf_counter())
         return {}
 
@@ -43,8 +46,17 @@ def diffusers(job: Job, clock: Clock) -> list[str]:
     import torch
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[job["precision"]]
-    pipe: Any = DiffusionPipeline.from_pretrained(job["model"], torch_dtype=dtype)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(job["precision"], torch.float16)
+    loading: dict[str, Any] = {"torch_dtype": dtype}
+    if job["precision"] in ("nf4", "int8"):
+        from diffusers import PipelineQuantizationConfig
+
+        bits = "4bit" if job["precision"] == "nf4" else "8bit"
+        how: dict[str, Any] = {f"load_in_{bits}": True}
+        if bits == "4bit":
+            how |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+        loading["quantization_config"] = PipelineQuantizationConfig(f"bitsandbytes_{bits}", how, components_to_quantize=["unet"])
+    pipe: Any = DiffusionPipeline.from_pretrained(job["model"], **loading)
     options, device = set(job["options"]), "cuda" if torch.cuda.is_available() else "cpu"
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -62,7 +74,7 @@ def diffusers(job: Job, clock: Clock) -> list[str]:
         pipe.to(device)
     sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
     generator = torch.Generator().manual_seed(SEED)
-    pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["picture"])
+    pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["to"])
     return ["torch", "diffusers", "transformers"]
 
 
@@ -77,15 +89,15 @@ def optimum(job: Job, clock: Clock) -> list[str]:
     pipe.set_progress_bar_config(disable=True)
     sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
     generator = torch.Generator().manual_seed(SEED)
-    pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["picture"])
+    pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["to"])
     return ["optimum-onnx", "onnxruntime", "diffusers", "transformers"]
 
 
 def optimum_export(job: Job, _: Clock) -> list[str]:
-    """To the folder that is named as the picture."""
+    """What optimum-cli does."""
     from optimum.commands.optimum_cli import main as optimum_cli  # pyright: ignore[reportMissingImports]
 
-    sys.argv = ["optimum-cli", "export", "onnx", "--model", job["model"], "--task", "text-to-image", job["picture"]]
+    sys.argv = ["optimum-cli", "export", "onnx", "--model", job["model"], "--task", "text-to-image", job["to"]]
     optimum_cli()
     return ["optimum-onnx", "onnxruntime", "diffusers", "transformers"]
 
@@ -100,7 +112,6 @@ def sdcpp(job: Job, clock: Clock) -> list[str]:
         wtype=job["precision"],
         n_threads=os.cpu_count() or 1,  # its own choice is one for two hyperthreads
         diffusion_flash_attn="flash_attention" in options,
-        diffusion_conv_direct="conv_direct" in options,
         vae_decode_only=True,
         verbose=False,
     )
@@ -108,7 +119,7 @@ def sdcpp(job: Job, clock: Clock) -> list[str]:
     images = pipe.generate_image(
         PROMPT, **sizes, seed=SEED, sample_method="euler", vae_tiling="tiling" in options, progress_callback=clock
     )
-    images[0].save(job["picture"])
+    images[0].save(job["to"])
     return ["stable-diffusion-cpp-python"]
 
 
@@ -127,9 +138,30 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
     with load(job["model"], precision=job["precision"], requests=1, **wishes) as pipe:
         before = most_resident()
         result = pipe.generate(Request(PROMPT, seed=SEED, scheduler="euler", **sizes), told)
-    result.images[0].save(job["picture"])
+    result.images[0].save(job["to"])
     clock.peak_bytes = max(before, result.process_bytes)  # the system's own mark is set back at each stage
+    clock.device_bytes = result.peak_bytes  # and torch's too
+    on_onnx = result.plan.placements["unet"].backend == "onnx"
+    return ["torch", "diffusers", "transformers", *(["onnxruntime"] if on_onnx else [])]
+
+
+def tightfit_export(job: Job, _: Clock) -> list[str]:
+    """Ours; `options` are the command line's."""
+    from tightfit.runtime.cli import main as tightfit_cli  # pyright: ignore[reportMissingImports]
+
+    sys.argv = ["tightfit", "export", job["model"], *job["options"], "-o", job["to"]]
+    try:
+        tightfit_cli()
+    except SystemExit as end:  # which it always ends with
+        if end.code:
+            raise
     return ["torch", "diffusers", "transformers"]
+
+
+def cuda_is_used() -> Any:
+    """torch's module for CUDA if this process computes on it."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch and torch.cuda.is_initialized() else None
 
 
 def most_resident() -> int:
@@ -137,7 +169,14 @@ def most_resident() -> int:
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
 
 
-ENGINES = {"diffusers": diffusers, "optimum": optimum, "optimum_export": optimum_export, "sdcpp": sdcpp, "tightfit": tightfit}
+ENGINES = {
+    "diffusers": diffusers,
+    "optimum": optimum,
+    "optimum_export": optimum_export,
+    "sdcpp": sdcpp,
+    "tightfit": tightfit,
+    "tightfit_export": tightfit_export,
+}
 
 
 def main() -> None:
@@ -146,6 +185,8 @@ def main() -> None:
     packages = ENGINES[sys.argv[1]](job, clock)
     row: dict[str, Any] = {"seconds": time.perf_counter() - start}
     row["peak_bytes"] = max(clock.peak_bytes, most_resident())
+    if cuda := cuda_is_used():
+        row["device_bytes"] = clock.device_bytes or cuda.max_memory_reserved()
     if len(clock.ends) > 1:
         row["step_seconds"] = clock.step_seconds
     print(json.dumps(row | {"versions": {name: version(name) for name in packages}}))

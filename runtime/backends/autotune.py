@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import json
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calibration import turn_seconds
 from ..files import cache_folder, replacing
 
 _TURNS = 3  # of which the fastest counts, after one that compiles
@@ -96,3 +96,18 @@ def _write(chosen: Mapping[str, str]) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial:
             partial.write_text(json.dumps(chosen, indent=1, sort_keys=True))
+
+
+def turn_seconds(work: Callable[[], Any], device: Any) -> float:
+    """Seconds of `work` alone on a torch device, or on the CPU if that is None."""
+    import torch
+
+    def wait() -> None:
+        if device is not None and device.type != "cpu":
+            getattr(torch, device.type).synchronize(device)
+
+    wait()
+    start = time.perf_counter()
+    work()
+    wait()
+    return time.perf_counter() - start

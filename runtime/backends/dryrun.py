@@ -51,8 +51,8 @@ class Recorder(LiveBytes):
         made = [tensor for tensor in tensors_in((out,)) if tensor.untyped_storage()._cdata not in sources]
         if made or func._schema.is_mutable:
             moved = sum(tensor.nbytes for tensor in (*tensors_in(args), *made))
-            whole = func in (CONV2D_INT8, LINEAR_INT8)
-            self.operations.append(Operation(_flops(func, args, out), moved, "int8" if whole else ""))
+            flops = _flops(func, args, out)
+            self.operations.append(Operation(flops, moved, _KINDS.get(func, "product" if flops else "")))
         return out
 
     def own(self, func: Any, args: Any, out: Any) -> int:
@@ -74,6 +74,9 @@ class Recorder(LiveBytes):
         if key in self._names:
             self.events.append((self._names.pop(key), END))
         super()._freed(key)
+
+
+_KINDS = {CONV2D_INT8: "int8", LINEAR_INT8: "int8", torch.ops.tightfit.dequantise.default: "unpack"}
 
 
 def _flops(func: Any, args: Any, out: Any) -> float:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from ...kernels import int8
 from ...kernels.dequantise import dequantise, triton_runs
 from ...kernels.formats import FORMATS, Format, from_rows
+from ...kernels.quantise import quantise
 from ..errors import TightfitError
 from .autotune import fastest
 
@@ -348,6 +349,18 @@ def quantise_layers(module: nn.Module, formats: Mapping[str, str], device: str, 
         for part in module.modules():
             if type(part) is nn.Conv2d:
                 part.__class__ = PlainConv2d
+
+
+def filled(layer: nn.Module, weight: Tensor, form: str, device: str, dynamic: bool) -> Any:
+    """The quantised layer in place of a plain one, whose bias it takes."""
+    network = nn.ModuleDict({"layer": layer})
+    quantise_layers(network, {"layer": form}, device, dynamic=dynamic)
+    made: Any = network["layer"]
+    for part, value in quantise(weight, FORMATS[form]).items():
+        setattr(made, part, nn.Parameter(value.to(device), requires_grad=False))
+    made.prepare()
+    made.workspace.allocate(made.bias.dtype, torch.device(device))
+    return made
 
 
 def _in_whole_numbers(layer: nn.Module, device: str) -> type[Quantised] | None:

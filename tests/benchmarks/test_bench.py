@@ -5,36 +5,48 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 import subprocess
 from copy import deepcopy
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from tightfit.benchmarks import compare, metrics, plots, report, suite
+from tightfit.benchmarks import compare, metrics, one, plots, report, suite
 from tightfit.runtime import planner
 from tightfit.runtime.cli import app
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.hardware import Hardware
 from tightfit.runtime.hub import inspect
+from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.plan import Wishes
 from tightfit.runtime.request import Request
 from typer.testing import CliRunner
 
 
+def setup(**versions):
+    return {"date": "", "command": "tightfit bench", "hardware": {"name": "here", "threads": 2, "bytes": 2**30, "cores": 2},
+            "versions": {"torch": "2.13", **versions}}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def measured(tiny_models, tmp_path_factory):
-    """The tiny SD 1.x in fp32 and int8, two pictures each, and a plan that no memory is enough for: the folder, and its rows."""
-    folder, spec, here = tmp_path_factory.mktemp("bench"), inspect(str(tiny_models["sd1"])), Hardware.detect("cpu")
-    effort, request = suite.Effort(steps=2, pictures=2), Request("a", scheduler="euler").resolve(spec)
+    """The tiny SD 1.x in fp32 and int8, two rounds of two pictures each, and a plan that no memory is enough for: the jobs, their
+    folder, and its rows."""
+    spec, here = inspect(str(tiny_models["sd1"])), Hardware.detect("cpu")
+    effort, request = suite.Effort(steps=2, pictures=2, rounds=2), Request("a", scheduler="euler").resolve(spec)
     plans = [planner.plan(here, spec, request, Wishes(precision=each))[0] for each in ("fp32", "int8")]
     plans += planner.plan(here, spec, request, Wishes(precision="bf16", budget="1MiB"))[:1]
-    jobs = suite.jobs(spec, plans, request, effort)
-    return folder, list(suite.measured(jobs, folder, "tightfit bench", lambda _: None))
+    jobs, folder = suite.jobs(spec, plans, request, effort), suite.Folder(tmp_path_factory.mktemp("bench"), setup())
+    assert len(folder.missing(jobs)) == 2 * 2 + 1
+    for _ in suite.measured(folder.missing(jobs), folder):
+        pass
+    return jobs, folder, folder.rows(jobs)
 
 
 def test_rows_say_all(measured):
-    folder, rows = measured
+    _, folder, rows = measured
     assert [row["outcome"] for row in rows] == ["ok", "ok", "does not fit"]
     exact, int8, unfit = rows
     assert "too much" in unfit["why"]
@@ -42,44 +54,143 @@ def test_rows_say_all(measured):
     assert exact["reference"] == int8["reference"] == exact["key"]
     assert exact["quality"]["psnr"] == metrics.MOST_PSNR
     for number, row in enumerate((exact, int8)):
-        assert len(row["seconds"]) == 2
+        assert (len(row["seconds"]), len(row["runs"])) == (4, 2)
+        assert row["runs"][0] == statistics.median(row["seconds"][:2])
         for stage in ("encode", "denoise", "decode"):
             predicted = row["plan"]["predicted"]["stages"][stage]
             assert predicted == pytest.approx(row["stages"][stage]["peak_bytes"], rel=0.05), (number, stage)
+            assert len(row["stages"][stage]["seconds"]) == 4
         assert row["process_bytes"] > 100 * 2**20
-    pairs = [[Image.open(folder / "pictures" / row["key"] / f"{i}.png") for i in range(2)] for row in (int8, exact)]
-    assert int8["quality"]["psnr_worst"] == pytest.approx(min(map(metrics.psnr, *pairs)), abs=1e-3)
-    assert rows == suite.read(folder / "results.jsonl")
+    pairs = [[Image.open(folder.pictures / row["key"] / f"{i}.png") for i in range(4)] for row in (int8, exact)]
+    decibels = [metrics.psnr(*pair) for pair in zip(*pairs, strict=True)]
+    assert int8["quality"]["psnr_worst"] == pytest.approx(min(decibels), abs=1e-3)
+    assert int8["quality"]["psnr"] == pytest.approx(statistics.median(decibels), abs=1e-3)
+    assert rows == suite.rows(suite.read(folder.file))
     json.dumps(rows, allow_nan=False)
+
+
+def test_what_a_folder_has(measured, tmp_path, tiny_models):
+    """Neither other software, nor other weights, nor what failed is taken for a measurement of today."""
+    jobs, folder, rows = measured
+    copy = tmp_path / "bench"
+    shutil.copytree(folder.file.parent, copy)
+    assert [job for job, _ in suite.Folder(copy, setup()).missing(jobs)] == [jobs[2]]  # there may be room for it now
+    assert len(suite.Folder(copy, setup(torch="2.14")).missing(jobs)) == 5
+    assert len(suite.Folder(copy, setup()).missing(jobs, again=True)) == 5
+    failed = suite.Folder(copy, setup())
+    failed._append({**failed.lines[1], "outcome": "failed", "why": "a power cut"})
+    assert failed.rows(jobs)[1]["outcome"] == "failed"
+    assert len(failed.missing(jobs)) == 1 + 1
+    weights = tmp_path / "model"
+    shutil.copytree(tiny_models["sd1"], weights)
+    before = suite.Job(inspect(str(weights)), jobs[0].plan, jobs[0].request, jobs[0].effort).key
+    next(weights.rglob("unet/*.safetensors")).touch()
+    assert suite.Job(inspect(str(weights)), jobs[0].plan, jobs[0].request, jobs[0].effort).key != before
+    assert [row["key"] for row in rows] == [job.key for job in jobs]
+
+
+def test_a_new_reference_judges_anew(measured, tmp_path):
+    """A plan that was its own reference is no exact one beside a better."""
+    jobs, folder, rows = measured
+    copy = tmp_path / "bench"
+    shutil.copytree(folder.file.parent, copy)
+    alone = suite.Folder(copy, setup())
+    (own,) = alone.rows(suite.jobs(jobs[1].spec, [jobs[1].plan], jobs[1].request, jobs[1].effort))
+    assert own["quality"]["psnr"] == metrics.MOST_PSNR
+    assert suite.Folder(copy, setup()).rows(jobs)[1]["quality"] == rows[1]["quality"]
+
+
+def test_a_line_that_was_cut_off(measured, tmp_path):
+    _, folder, _ = measured
+    file = tmp_path / "results.jsonl"
+    text = folder.file.read_bytes()
+    file.write_bytes(text[:-40])
+    with pytest.raises(TightfitError, match="remove it"):
+        suite.read(file)
+    assert suite.Folder(tmp_path, setup()).lines == suite.read(folder.file)[:-1]
+    assert text.startswith(file.read_bytes())
 
 
 def test_out_of_memory_is_a_row(measured, monkeypatch):
     """Whether the pipeline says so, or the system ends the process."""
-    folder, rows = measured
-    spec, here = inspect(rows[0]["model"]), Hardware.detect("cpu")
-    plan = planner.plan(here, spec, None, Wishes(precision="fp32"))[0]
-    (job,) = suite.jobs(spec, [plan], Request("a", scheduler="euler").resolve(spec), suite.Effort(1, 1))
+    jobs, folder, _ = measured
     for code, out in ((-9, ""), (0, json.dumps({"outcome": "out of memory", "why": "there was none"}))):
         answer = subprocess.CompletedProcess([], code, out, "")
         monkeypatch.setattr(suite.subprocess, "run", lambda *_, answer=answer, **__: answer)
-        assert suite.run(job, folder / "pictures")["outcome"] == "out of memory"
+        assert suite.run(jobs[0], 0, folder.pictures)["outcome"] == "out of memory"
     monkeypatch.setattr(suite.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "Trace\nKeyError: 'x'"))
-    assert suite.run(job, folder / "pictures") == {"outcome": "failed", "why": "KeyError: 'x'"}
+    assert suite.run(jobs[0], 0, folder.pictures) == {"outcome": "failed", "why": "KeyError: 'x'"}
+
+
+@pytest.mark.parametrize("changed", ["cfg", "placements"])
+def test_another_plan_than_asked_for_is_out_of_memory(measured, tmp_path, monkeypatch, changed):
+    """The pipeline goes on with one that takes less; its figures are not this plan's."""
+    jobs, _, _ = measured
+    plan = jobs[0].plan
+    other = {"cfg": "sequential" if plan.cfg == "batched" else "batched", "placements": jobs[1].plan.placements}[changed]
+
+    class Stepping(Pipeline):
+        def generate(self, request):
+            return replace(super().generate(request), plan=replace(plan, **{changed: other}), notices=("less was free",))
+
+    monkeypatch.setattr(one, "load", lambda name, **options: Stepping(inspect(name), Hardware.detect("cpu"), plan=options["plan"]))
+    job = {"plan": plan.to_json(), "model": jobs[0].spec.name, "pictures": [["cat", 0]], "folder": str(tmp_path),
+           "options": {"num_inference_steps": 1}}  # fmt: skip
+    assert one.run(job) == {"outcome": "out of memory", "why": "less was free"}
 
 
 def test_the_same_command_goes_on(tiny_models, tmp_path):
     """What the folder has is not measured again, unless that is asked for."""
-    arguments = ["bench", "--model", str(tiny_models["sd1"]), "--steps", "1", "--pictures", "1", "--device", "cpu"]
-    arguments += ["--precision", "fp32", "--plans", "quick", "-o", str(tmp_path / "out"), "--report", str(tmp_path / "page.html")]
+    arguments = [
+        "bench",
+        "--model",
+        str(tiny_models["sd1"]),
+        "--steps",
+        "1",
+        "--rounds",
+        "1",
+        "--device",
+        "cpu",
+        "--plans",
+        "quick",
+    ]
+    arguments += [
+        "--precision",
+        "fp32",
+        "--sizes",
+        "64,64x64",
+        "-o",
+        str(tmp_path / "out"),
+        "--report",
+        str(tmp_path / "page.html"),
+    ]
     first = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert first.exit_code == 0, first.output
-    rows = suite.read(tmp_path / "out" / "results.jsonl")
+    lines = suite.read(tmp_path / "out" / "results.jsonl")
+    assert len(lines) == 1  # of one size, named twice
     again = CliRunner().invoke(app, arguments, catch_exceptions=False)
-    assert f"{len(rows)} of {len(rows)} plans are in" in again.output
-    assert suite.read(tmp_path / "out" / "results.jsonl") == rows
-    CliRunner().invoke(app, [*arguments, "--again"], catch_exceptions=False)
-    assert len(suite.read(tmp_path / "out" / "results.jsonl")) == 2 * len(rows)
+    assert "1 of 1 runs are in" in again.output
+    assert suite.read(tmp_path / "out" / "results.jsonl") == lines
+    repeated = CliRunner().invoke(app, [*arguments, "--again", "--json"], catch_exceptions=False)
+    assert len(suite.read(tmp_path / "out" / "results.jsonl")) == 2
+    (row,) = json.loads(repeated.stdout.splitlines()[-1])
+    assert row["key"] == lines[0]["key"]
     assert (tmp_path / "page.html").read_text().startswith("<!doctype html>")
+
+
+def test_quick_begins_with_the_fastest_and_ends_in_time(measured, monkeypatch, tmp_path):
+    """One process is begun in any case; no other that would end too late."""
+    jobs, _, _ = measured
+    slow = [replace(job, effort=suite.Effort(2, 2, 1, seconds=job.seconds + 0.1)) for job in jobs[:2]]
+    assert suite.in_time(jobs) == jobs
+    assert [job.seconds for job in suite.in_time(slow)] == sorted(job.seconds for job in slow)  # the reference takes too much
+    ample = [replace(job, effort=suite.Effort(2, 2, 1, seconds=100 * job.seconds)) for job in (jobs[1], jobs[0])]
+    assert suite.in_time(ample)[0].key == jobs[0].key
+    folder = suite.Folder(tmp_path, setup())
+    monkeypatch.setattr(suite, "run", lambda *_: {"outcome": "failed", "why": ""})
+    clock = iter((0.0, 0.0, 5.0))
+    monkeypatch.setattr(suite.time, "perf_counter", lambda: next(clock))
+    assert len(list(suite.measured(folder.missing(slow), folder))) == 1
 
 
 @pytest.mark.parametrize(
@@ -87,9 +198,13 @@ def test_the_same_command_goes_on(tiny_models, tmp_path):
     [
         (["--hardware", "rtx-2060"], "tightfit plan --hardware rtx-2060"),
         (["--sizes", "64,big"], "pixels such as 256,512x768, not 'big'"),
+        (["--sizes", ""], "pixels such as"),
         (["--pictures", "0"], "from 1 up"),
-        (["--plans", "nowhere.json"], "nowhere.json cannot be read"),
+        (["--steps", "-1"], "--steps counts from 1 up"),
+        (["--plans", "nowhere.json"], "auto, all, quick, or files"),
         (["--ram", "1MiB"], "does not fit"),
+        (["--report", "/nowhere/page.html"], "there is no folder /nowhere"),
+        (["--steps", "3", "compare", "a", "b"], "leave out --"),
     ],
 )
 def test_what_cannot_be_measured(tiny_models, tmp_path, arguments, cure):
@@ -121,53 +236,93 @@ def test_choosing(tiny_models):
 
 def slower(row, factor):
     changed = deepcopy(row)
-    changed["seconds"] = [factor * each for each in row["seconds"]]
+    for field in ("seconds", "runs"):
+        changed[field] = [factor * each for each in row[field]]
     return changed
 
 
 def test_comparison_beyond_noise(measured):
-    row = deepcopy(measured[1][0])
-    row["seconds"] = [1.0, 1.1, 1.2]
-    assert compare.changes(row, slower(row, 1.05)) == []  # overlapping
+    row = measured[2][0] | {"seconds": [1.0, 1.1, 1.05], "runs": [1.0, 1.1, 1.05]}
+    assert compare.changes(row, slower(row, 1.08)) == []  # overlapping
+    assert compare.changes(row, slower(row, 1.15)) == []  # not by more than both spread
     (change,) = compare.changes(row, slower(row, 2.0))
-    assert (change.what, change.better, change.before, change.after) == ("seconds", False, "1.10 s", "2.20 s")
+    assert (change.what, change.better, change.before, change.after) == ("seconds", False, "1.05 s", "2.1 s (+100%)")
     assert compare.changes(slower(row, 2.0), row)[0].better
+    once = row | {"seconds": [1.0], "runs": [1.0]}
+    assert compare.changes(once, slower(once, 2.0)) == []  # one process says nothing of noise
     larger = row | {"peak_bytes": int(row["peak_bytes"] * 1.02), "quality": row["quality"] | {"psnr": 40.0}}
     assert [(each.what, each.better) for each in compare.changes(row, larger)] == [("peak bytes", False), ("PSNR", False)]
-    gone = row | {"outcome": "out of memory"}
+    gone, unfit = row | {"outcome": "out of memory"}, row | {"outcome": "does not fit"}
     assert [(each.what, each.better) for each in compare.changes(row, gone)] == [("outcome", False)]
     assert [(each.what, each.better) for each in compare.changes(gone, row)] == [("outcome", True)]
+    assert compare.changes(gone, unfit) == []
 
 
-def test_compare_command(measured, tmp_path):
-    rows = [row | ({"seconds": [1.0, 1.1]} if row["outcome"] == "ok" else {}) for row in measured[1]]
-    before, after, elsewhere = (tmp_path / name for name in ("before.jsonl", "after.jsonl", "elsewhere.jsonl"))
-    before.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    changed = [slower(row, 3.0) if row["outcome"] == "ok" else row for row in rows[:2]]
-    after.write_text("".join(json.dumps(row) + "\n" for row in changed))
-    same = CliRunner().invoke(app, ["bench", "compare", str(before), str(before)], catch_exceptions=False)
+@pytest.fixture
+def files(measured, tmp_path):
+    """Lines of three processes of each plan that ran; and a way to write them as a file, slower and elsewhere."""
+    lines = [
+        line | {"round": number, "seconds": [1.0 + number / 100], **setup()}
+        for line in measured[1].lines
+        if line["outcome"] == "ok" and line["round"] == 0
+        for number in range(3)
+    ] + [line for line in measured[1].lines if line["outcome"] != "ok"]
+
+    def write(name, factor=1.0, machine="here", left=None, **versions):
+        file = tmp_path / name
+        changed = [slower(line | {"runs": []}, factor) if "seconds" in line else line for line in lines[:left]]
+        own = setup(**versions)
+        own["hardware"]["name"] = machine
+        file.write_text("".join(json.dumps(line | own) + "\n" for line in changed))
+        return str(file)
+
+    return write
+
+
+def compared(*names):
+    return CliRunner().invoke(app, ["bench", "compare", *names], catch_exceptions=False)
+
+
+def test_compare_command(files):
+    before, slow = files("before.jsonl"), files("slow.jsonl", 3.0, torch="2.14")
+    same = compared(before, before)
     assert same.exit_code == 0
-    assert "3 plans in both, 0 in one only: 0 figures worse, 0 better" in same.output
-    worse = CliRunner().invoke(app, ["bench", "compare", str(before), str(after)], catch_exceptions=False)
+    assert "3 plans in both, 0 missing: 0 figures worse, 0 better" in same.output
+    worse = compared(before, slow)
     assert worse.exit_code == 1
-    assert "2 plans in both, 1 in one only: 2 figures worse, 0 better" in worse.output
-    better = CliRunner().invoke(app, ["bench", "compare", str(after), str(before)], catch_exceptions=False)
-    assert better.exit_code == 0
-    for row in changed:
-        row["hardware"] = row["hardware"] | {"name": "another"}
-    elsewhere.write_text("".join(json.dumps(row) + "\n" for row in changed))
-    merged = CliRunner().invoke(app, ["bench", "compare", str(before), str(elsewhere), str(after)], catch_exceptions=False)
+    assert "3 plans in both, 0 missing: 2 figures worse, 0 better" in worse.output
+    assert "differs: torch 2.13 → 2.14" in worse.output
+    assert compared(slow, before).exit_code == 0
+    lost = compared(before, files("lost.jsonl", left=3))
+    assert lost.exit_code == 1
+    assert lost.output.count("\nmissing: ") == 2
+    few = compared(before, files("few.jsonl", 3.0, left=2))
+    assert "seconds of 1 plans are not judged" in few.output
+
+
+def test_compare_machines(files):
+    merged = compared(files("before.jsonl"), files("elsewhere.jsonl", 3.0, "another", left=6), files("slow.jsonl", 3.0))
     assert merged.exit_code == 0
-    assert "(another)" in merged.output
-    assert "does not fit | – | –" in merged.output
+    assert "another" in merged.output
+    assert merged.output.count("3.00×") == 4
+    assert "nothing is judged" in merged.output
 
 
-def test_results_of_others_are_refused(tmp_path):
+def test_results_of_others_are_refused(tmp_path, files):
     file = tmp_path / "results.jsonl"
-    for text, cure in (("nonsense", "line 1 of .* is no result"), ('{"version": 99}', "version 99"), ('{"version": 1}', "line 1")):
-        file.write_text(text + "\n")
+    for text, cure in (("nonsense", "line 1 of .* is no result"), ('{"version": 99}', "version 99"), ('{"version": 2}', "line 1"),
+                       ("[]", "line 1"), ("", "has no results")):  # fmt: skip
+        file.write_text(text + "\n" * bool(text))
         with pytest.raises(TightfitError, match=cure):
-            suite.read(file)
+            compared(str(file), files("before.jsonl"))
+    file.write_bytes(b"\xff\xfe")
+    with pytest.raises(TightfitError, match="line 1"):
+        compared(str(file), str(file))
+    line = json.loads((tmp_path / "before.jsonl").read_text().splitlines()[0])
+    for broken in ({"seconds": []}, {"seconds": ["x"]}, {"peak_bytes": None}):
+        file.write_text(json.dumps(line | broken) + "\n")
+        with pytest.raises(TightfitError, match="line 1"):
+            compared(str(file), str(file))
 
 
 class Tags(HTMLParser):
@@ -188,14 +343,14 @@ class Tags(HTMLParser):
 
 
 def test_page_is_whole(measured):
-    folder, rows = measured
-    page = report.page(rows, folder / "pictures")
+    _, folder, rows = measured
+    page = report.page(rows, folder.pictures)
     tags = Tags()
     tags.feed(page)
     assert tags.open == []
     assert tags.count["svg"] == 5
     assert tags.count["img"] == 3  # two pictures and one difference
-    assert tags.count["circle"] == 2 + 2 + 6 + 2
+    assert tags.count["circle"] == 2 + 1 + 6 + 2
     assert 'src="http' not in page and "href=" not in page
     assert "does not fit" in page
 
@@ -203,7 +358,7 @@ def test_page_is_whole(measured):
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no chromium here")
 def test_page_in_a_browser(measured, tmp_path):
     """As drawn: every circle lies within its plot, and nothing is wider than the window."""
-    folder, rows = measured
+    _, folder, rows = measured
     script = """<script>
       const inside = [...document.querySelectorAll("circle")].every(each => {
         const a = each.getBoundingClientRect(), b = each.ownerSVGElement.getBoundingClientRect();
@@ -213,7 +368,7 @@ def test_page_in_a_browser(measured, tmp_path):
       document.title = JSON.stringify([inside, loaded, document.documentElement.scrollWidth <= window.innerWidth]);
     </script></body>"""
     file = tmp_path / "page.html"
-    file.write_text(report.page(rows, folder / "pictures").replace("</body>", script))
+    file.write_text(report.page(rows, folder.pictures).replace("</body>", script))
     browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800", "--dump-dom", file.as_uri()]
     dom = subprocess.run(browser, capture_output=True, text=True, check=True, timeout=120).stdout
     assert "<title>[true,true,true]</title>" in dom
@@ -235,3 +390,22 @@ def test_front():
         return {"peak_bytes": peak, "seconds": [seconds]}
 
     assert report.front([row(3, 1.0), row(1, 5.0), row(2, 6.0), row(2, 2.0), row(4, 1.0)]) == [(1, 5.0), (2, 2.0), (3, 1.0)]
+
+
+def test_advice(measured):
+    """Each budget's fastest, by what was measured."""
+    fast, small = (measured[2][0] | {"summary": name, "seconds": [seconds], "process_bytes": gib * 2**30 - 1}
+                   for name, seconds, gib in (("fast", 1.0, 6), ("small", 2.0, 2)))  # fmt: skip
+    lines = report.advice([fast, small, measured[2][2]])
+    assert [line.split(": ")[:2] for line in lines] == [
+        ["fastest within 2 to 4 GiB", "small"],
+        ["fastest within 6 to 24 GiB", "fast"],
+    ]
+
+
+def test_cells_of_one_process_have_no_spread(measured):
+    row = measured[2][1]
+    assert len(report.cells(row)) == len(report.COLUMNS)
+    spread = list(report.COLUMNS).index("±")
+    assert float(report.cells(row)[spread]) == pytest.approx(abs(row["runs"][1] - row["runs"][0]) / 2, rel=0.1)
+    assert report.cells(row | {"runs": row["runs"][:1]})[spread] == ""

@@ -265,7 +265,7 @@ def test_help_fits_a_screen(call):
 
 
 def command(*arguments: str) -> list[str]:
-    return [sys.executable, "-c", "from tightfit.runtime.cli import main; main()", *arguments]
+    return [sys.executable, "-m", "tightfit", *arguments]
 
 
 def test_letters_of_four_bytes(call, sd1, tmp_path):

@@ -10,7 +10,9 @@ import pytest
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.hardware import PROFILES, Hardware, profile
 from tightfit.runtime.hub import inspect
-from tightfit.runtime.plan import Plan, Wishes
+from tightfit.runtime.latency import call_seconds
+from tightfit.runtime.memory import Footprint, Operation, Trace
+from tightfit.runtime.plan import Placement, Plan, Wishes
 from tightfit.runtime.planner import checked, none_fits, plan
 from tightfit.runtime.request import Request
 
@@ -292,3 +294,16 @@ def test_a_saved_plan_is_checked(tiny_models):
 def test_unknown_choices(field):
     with pytest.raises(TightfitError, match=f"unknown {field} 'int9': choose auto, "):
         Wishes(**{field: "int9"})
+
+
+def test_starts_of_operators():
+    """A CPU does one thing after another; a GPU is told what comes next while it computes. By hand: 2 ms of work and 5 starts."""
+    work = Operation(OLD_CPU.rates["fp32"] * 1e-3, 0.0, "product")
+    light = (Operation(0.0, 0.0, "unpack"), Operation(0.0, 0.0), Operation(0.0, 0.0))
+    own = Footprint((), 0, Trace((), (), (work, work, *light)), (), 0)
+    fp32 = Placement("torch", "fp32", "fp32", "resident", "sdpa", "whole")
+    starts = {"product": 4e-4, "unpack": 1e-4}
+    cpu = dataclasses.replace(OLD_CPU, starts=starts, call_seconds=1e-5)
+    assert call_seconds(cpu, fp32, own) == pytest.approx(2e-3 + 2 * 4e-4 + 1e-4 + 2 * 1e-5)
+    gpu = dataclasses.replace(cpu, device="cuda")
+    assert call_seconds(gpu, fp32, own) == pytest.approx(2e-3 + 1e-4 + 2 * 1e-5)
