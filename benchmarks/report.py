@@ -43,7 +43,7 @@ svg text { font-size: 12px; fill: var(--pale); } svg .name { fill: var(--ink); }
 th, td { text-align: right; padding: .25em .5em; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child, td.why { text-align: left; } tr.not td { color: var(--pale); } td.why { white-space: normal; }
 td:first-child { white-space: normal; min-width: 15em; } p.terms { font-size: .8em; margin: .5em 0 2em; }
-@media (max-width: 600px) { svg text { font-size: 17px; } td:first-child { min-width: 9em; } }
+@media (max-width: 600px) { svg text:not(.name) { font-size: 16px; } td:first-child { min-width: 9em; } }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 1.2em; }
 .pictures img { width: 49%; } .pictures figcaption { font-size: .85em; font-weight: 400; }
 """
