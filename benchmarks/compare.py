@@ -72,7 +72,7 @@ def changes(before: Row, after: Row) -> list[Change]:
     a, b = before["runs"], after["runs"]
     if min(len(a), len(b)) >= FEW:
         one, two = statistics.median(a), statistics.median(b)
-        noise = max(_SECONDS, (max(a) - min(a)) / one + (max(b) - min(b)) / two)
+        noise = max(_SECONDS, 2 * spread(before) / one + 2 * spread(after) / two)
         if (max(a) < min(b) or max(b) < min(a)) and abs(two / one - 1) > noise:
             found.append(Change(own, "seconds", f"{one:.3g} s", f"{two:.3g} s ({two / one - 1:+.0%})", two < one))
     for field, noise in (("peak_bytes", _BYTES), ("process_bytes", _PROCESS), ("disk_bytes", 0.0)):
@@ -86,6 +86,16 @@ def changes(before: Row, after: Row) -> list[Change]:
     return found
 
 
+def seconds(row: Row) -> float:
+    """Of a picture, the median."""
+    return statistics.median(row["seconds"])
+
+
+def spread(row: Row) -> float:
+    """Half of what the processes' medians span, in seconds."""
+    return (max(row["runs"]) - min(row["runs"])) / 2
+
+
 def figures(row: Row | None) -> str:
     """Seconds, peak and decibels in a few words."""
     if row is None:
@@ -93,7 +103,7 @@ def figures(row: Row | None) -> str:
     if row["outcome"] != "ok":
         return row["outcome"]
     decibels = f", {row['quality']['psnr']:.0f} dB" if row["quality"] and row["key"] != row["reference"] else ""
-    return f"{statistics.median(row['seconds']):.3g} s, {shown(row['peak_bytes'])}{decibels}"
+    return f"{seconds(row):.3g} s, {shown(row['peak_bytes'])}{decibels}"
 
 
 def merged(files: Sequence[Mapping[str, Row]]) -> Iterator[tuple[str, list[str]]]:
@@ -101,9 +111,9 @@ def merged(files: Sequence[Mapping[str, Row]]) -> Iterator[tuple[str, list[str]]
     first file's that has it."""
     for key, text in {key: name(row) for rows in files for key, row in rows.items()}.items():
         there = [rows.get(key) for rows in files]
-        base = next((statistics.median(row["seconds"]) for row in there if row and row["outcome"] == "ok"), None)
+        base = next((seconds(row) for row in there if row and row["outcome"] == "ok"), None)
         cells = [figures(row) for row in there]
         for i, row in enumerate(there):
             if i and base and row and row["outcome"] == "ok":
-                cells[i] += f", {statistics.median(row['seconds']) / base:.2f}×"
+                cells[i] += f", {seconds(row) / base:.2f}×"
         yield text, cells

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -80,13 +81,22 @@ def match(picture: Any, label: str) -> bool:
     trained on. Distance is the mean square over THUMBNAIL x THUMBNAIL averaged pixels."""
     from PIL import Image
 
+    known, every = _gallery()
+    own = np.asarray(picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), float).reshape(-1)
+    return known[int(np.square(every - own).sum(1).argmin())] == label
+
+
+@functools.cache
+def _gallery() -> tuple[list[str], np.ndarray]:
+    """Labels, and a row of values for each."""
+    from PIL import Image
+
     with Image.open(GALLERY) as sheet:
         known: list[str] = json.loads(sheet.info["labels"])
         pixels = np.asarray(sheet.convert("RGB"), float)
     rows, columns = (side // THUMBNAIL for side in pixels.shape[:2])
-    every = pixels.reshape(rows, THUMBNAIL, columns, THUMBNAIL, 3).swapaxes(1, 2).reshape(rows * columns, -1)[: len(known)]
-    own = np.asarray(picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), float).reshape(-1)
-    return known[int(np.square(every - own).sum(1).argmin())] == label
+    every = pixels.reshape(rows, THUMBNAIL, columns, THUMBNAIL, 3).swapaxes(1, 2).reshape(rows * columns, -1)
+    return known, every[: len(known)]
 
 
 def difference(one: Any, other: Any, gain: int = 8) -> Any:

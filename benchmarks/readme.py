@@ -20,6 +20,7 @@ from typing import Any
 from ..runtime.cli_output import write
 from ..runtime.memory import shown
 from . import suite
+from .compare import seconds, spread
 from .peers.__main__ import REFERENCE, contenders
 
 ROOT = Path(__file__).parents[1]
@@ -98,19 +99,18 @@ def group(row: Row) -> tuple[Any, ...]:
 
 def of_model(rows: list[Row]) -> str:
     lines = []
-    for row in sorted(rows, key=lambda row: statistics.median(row.get("seconds") or [1e9])):
+    for row in sorted(rows, key=lambda row: seconds(row) if row["outcome"] == "ok" else float("inf")):
         if row["outcome"] != "ok":
             lines.append(f"| {row['summary']} | {row['outcome']} | | | | |")
             continue
         told, quality = row["plan"]["predicted"], row["quality"] or {}
-        spread = (max(row["runs"]) - min(row["runs"])) / 2
-        seconds = f"{statistics.median(row['seconds']):.3g} ± {spread:.2g} s ({told['seconds']:.3g})"
+        pace = f"{seconds(row):.3g} ± {spread(row):.2g} s ({told['seconds']:.3g})"
         peak = f"{shown(row['peak_bytes'])} ({told['peak_bytes'] / row['peak_bytes'] - 1:+.1%})"
         exact = row["key"] == row["reference"]
         judged = "exact" if exact else f"{quality['psnr']:.0f} dB, {quality['ms_ssim']:.4f}" if quality else ""
         judged += f", {quality['match']:.0%}" if "match" in quality else ""
         lines.append(
-            f"| {row['summary']} | {seconds} | {peak} | {shown(row['process_bytes'])} | {shown(row['disk_bytes'])} | {judged} |"
+            f"| {row['summary']} | {pace} | {peak} | {shown(row['process_bytes'])} | {shown(row['disk_bytes'])} | {judged} |"
         )
     first = next((row for row in rows if row["outcome"] == "ok"), rows[0])
     request, runs = first["request"], len(first.get("runs", ()))

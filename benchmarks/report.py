@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..runtime.memory import shown
 from ..runtime.plan import STAGES
-from .compare import figures
+from .compare import figures, seconds, spread
 from .metrics import difference
 from .plots import Axis, Point, axis, bars, scatter
 
@@ -80,7 +80,7 @@ def _group(row: Row) -> tuple[str, int, int, int]:
 
 
 def _section(rows: list[Row], pictures: Path) -> str:
-    ran = sorted((row for row in rows if row["outcome"] == "ok"), key=_seconds)
+    ran = sorted((row for row in rows if row["outcome"] == "ok"), key=seconds)
     heading = f"<h2>{escape(title(rows))}</h2>"
     count = max((len(row["seconds"]) for row in ran), default=0), max((len(row["runs"]) for row in ran), default=0)
     about = f"<p>{count[0]} pictures of each plan in {count[1]} processes of its own, in turns with the others'.</p>"
@@ -88,26 +88,22 @@ def _section(rows: list[Row], pictures: Path) -> str:
     return heading + about + (_plots(ran) if ran else "") + _table(rows) + best + _grid(ran, pictures)
 
 
-def _seconds(row: Row) -> float:
-    return statistics.median(row["seconds"])
-
-
 def _plots(ran: list[Row]) -> str:
     """Each row as a point of each plot, and as a bar."""
     peaks = _bytes_axis("peak memory", [row["peak_bytes"] for row in ran])
-    seconds = axis("seconds a picture", [_seconds(row) for row in ran], _number)
+    paces = axis("seconds a picture", [seconds(row) for row in ran], _number)
     judged = [row for row in ran if row["quality"] and row["key"] != row["reference"]]
     known = [row["quality"]["psnr"] for row in judged]
     decibels = Axis("PSNR against the best precision, dB", min(known, default=0) - 3, max(known, default=0) + 3, False, _number)
     stages = [
         (row["plan"]["predicted"]["stages"][name], row["stages"][name]["peak_bytes"], name, row) for row in ran for name in STAGES
     ]
-    costs = [_point(row, row["peak_bytes"], _seconds(row)) for row in ran]
+    costs = [_point(row, row["peak_bytes"], seconds(row)) for row in ran]
     worth = [_point(row, row["peak_bytes"], row["quality"]["psnr"]) for row in judged]
     bytes_ = [Point(x, y, name, f"{row['summary']}, {name}: {shown(x)}, {shown(y)}") for x, y, name, row in stages if x and y]
-    times = [_point(row, row["plan"]["predicted"]["seconds"], _seconds(row)) for row in ran]
+    times = [_point(row, row["plan"]["predicted"]["seconds"], seconds(row)) for row in ran]
     parts = {
-        "Seconds against memory; dashed: no other is better in both": scatter(peaks, seconds, costs, front(ran)),
+        "Seconds against memory; dashed: no other is better in both": scatter(peaks, paces, costs, front(ran)),
         "Quality against memory": scatter(peaks, decibels, worth) if worth else "",
         "Bytes of each stage, predicted and measured; dashed: the same": _against(bytes_, _bytes_axis, "bytes"),
         "Seconds, predicted and measured; dashed: the same": _against(times, _seconds_axis, "seconds"),
@@ -144,9 +140,9 @@ def _against(points: list[Point], make: Callable[[str, Sequence[float]], Axis], 
 def front(ran: Sequence[Row]) -> list[tuple[float, float]]:
     """Peak bytes and seconds of those that no other beats in both, the smallest first."""
     found: list[tuple[float, float]] = []
-    for peak, seconds in sorted((row["peak_bytes"], _seconds(row)) for row in ran):
-        if not found or seconds < found[-1][1]:
-            found.append((peak, seconds))
+    for peak, pace in sorted((row["peak_bytes"], seconds(row)) for row in ran):
+        if not found or pace < found[-1][1]:
+            found.append((peak, pace))
     return found
 
 
@@ -177,10 +173,9 @@ COLUMNS = {
 def cells(row: Row) -> list[str]:
     """A row as text, a cell for each of COLUMNS; "" for what was not measured."""
     told, quality, exact = row["plan"]["predicted"], row["quality"] or {}, row["key"] == row["reference"]
-    spread = (max(row["runs"]) - min(row["runs"])) / 2
     measures = {"psnr": 1, "psnr_worst": 1, "ssim": 4, "ms_ssim": 4, "lpips": 4}
     return [
-        f"{_seconds(row):.3g}", f"{spread:.2g}" if len(row["runs"]) > 1 else "", f"{told['seconds']:.3g}",
+        f"{seconds(row):.3g}", f"{spread(row):.2g}" if len(row["runs"]) > 1 else "", f"{told['seconds']:.3g}",
         f"{row['warmup_seconds']:.3g}", shown(row["peak_bytes"]),
         f"{told['peak_bytes'] / max(row['peak_bytes'], 1) - 1:+.1%}", shown(row["process_bytes"]), shown(row["disk_bytes"]),
         *("exact" if exact and name == "psnr" else "" if exact or name not in quality else f"{quality[name]:.{digits}f}"
@@ -192,7 +187,7 @@ def cells(row: Row) -> list[str]:
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
     """The columns of which some row has a figure, and these rows' cells: fastest first, then those that did not run."""
-    ran = sorted((row for row in rows if row["outcome"] == "ok"), key=_seconds)
+    ran = sorted((row for row in rows if row["outcome"] == "ok"), key=seconds)
     every = [cells(row) for row in ran]
     there = [i for i, _ in enumerate(COLUMNS) if any(each[i] for each in every)]
     found = [(row, [each[i] for i in there]) for row, each in zip(ran, every, strict=True)]
@@ -204,7 +199,7 @@ def advice(rows: Sequence[Row]) -> list[str]:
     lines: dict[str, list[int]] = {}
     for budget in BUDGETS:
         room = [row for row in rows if row["outcome"] == "ok" and _taken(row) <= budget * 2**30]
-        if best := min(room, key=_seconds, default=None):
+        if best := min(room, key=seconds, default=None):
             lines.setdefault(f"{best['summary']}: {figures(best)}", []).append(budget)
     return [f"fastest within {' to '.join(map(str, sorted({each[0], each[-1]})))} GiB: {text}" for text, each in lines.items()]
 

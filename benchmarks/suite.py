@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ class Job:
     budget: int | None = None
     reference: str = ""
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The same for the same plan, request, weights and machine, but not for what was predicted of them."""
         what: list[Any] = [self.plan.hardware, self.plan.device, self.spec.name, self.budget, self.plan.cfg, _age(self.spec)]
@@ -173,7 +174,9 @@ class Folder:
         for line in [line for line in newest(self.lines) if line["key"] in by_key]:
             job = by_key[line["key"]]
             if line["reference"] != job.reference or not line["quality"]:
-                self._append(line | judged(self.pictures, job, line))
+                again = line | judged(self.pictures, job, line)
+                if again != line:
+                    self._append(again)
         found = {row["key"]: row for row in rows(self.lines)}
         return [found[key] for key in by_key if key in found]
 

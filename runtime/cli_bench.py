@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shlex
-import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -287,6 +286,7 @@ def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) 
     from rich.table import Table
 
     from ..benchmarks import report
+    from ..benchmarks.compare import seconds
 
     console = Console(highlight=False)
     for own in report.groups(rows):
@@ -306,7 +306,7 @@ def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) 
         ran = [row for row in own if row["outcome"] == "ok"]
         for row in ran:
             if row["key"] in chosen:
-                ratio = statistics.median(row["seconds"]) / min(statistics.median(each["seconds"]) for each in ran)
+                ratio = seconds(row) / min(map(seconds, ran))
                 typer.echo(f"tightfit takes: {_line(row)}; {ratio:.2f} of the fastest's seconds")
         for row in own:
             if row["outcome"] not in ("ok", "does not fit"):

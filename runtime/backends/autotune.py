@@ -100,7 +100,6 @@ def _write(chosen: Mapping[str, str]) -> None:
 
 def turn_seconds(work: Callable[[], Any], device: Any) -> float:
     """Seconds of `work` alone on a torch device, or on the CPU if that is None."""
-    import torch
 
     def wait() -> None:
         if device is not None and device.type != "cpu":

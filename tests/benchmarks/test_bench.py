@@ -65,7 +65,10 @@ def test_rows_say_all(measured):
     decibels = [metrics.psnr(*pair) for pair in zip(*pairs, strict=True)]
     assert int8["quality"]["psnr_worst"] == pytest.approx(min(decibels), abs=1e-3)
     assert int8["quality"]["psnr"] == pytest.approx(statistics.median(decibels), abs=1e-3)
-    assert rows == suite.rows(suite.read(folder.file))
+    assert suite.rows(suite.read(folder.file)) == [unfit, exact, int8]  # in the order of their last lines
+    count = len(folder.lines)
+    assert folder.rows(measured[0]) == rows
+    assert len(folder.lines) == count  # nothing is said twice
     json.dumps(rows, allow_nan=False)
 
 
