@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 
 from .. import Request, inspect, plan
-from ..runtime.hardware import PROFILES, profile
+from ..runtime.hardware import cards, profile
 from ..runtime.memory import shown
 from ..runtime.plan import Wishes
 from ..runtime.planner import none_fits
@@ -20,7 +20,8 @@ def main() -> None:
     parse.add_argument("--steps", type=int, default=20)
     args = parse.parse_args()
     print("# What runs on which card\n")
-    print("Chosen plans, predicted. The fp16 files of each model, seconds by the makers' rates, so at best; a desktop on the card.")
+    print("Chosen plans, predicted. The fp16 files of each model; a desktop on the card. Seconds are by the makers' rates, scaled")
+    print("by what published runs of such cards reach (`profiles/classes.toml`); those with a + by the rates alone, so at best.")
     print(f"Made by `python -m tightfit.benchmarks.plans {' '.join(args.models)}`.")
     for each in args.models:
         name, _, side = each.rpartition(":")
@@ -29,17 +30,18 @@ def main() -> None:
         print(f"\n## {spec.folder.name}, {side}x{side}, {args.steps} steps\n")
         print("| card | to fit in | precision | residency | CFG | attention | VAE | encode | denoise | decode | seconds |")
         print("|---|---|---|---|---|---|---|---|---|---|---|")
-        for file in sorted(PROFILES.glob("*.toml")):
-            hardware = profile(file.stem)
+        for card in cards():
+            hardware = profile(card)
             plans = plan(hardware, spec, request)
             best, room = plans[0], shown(hardware.free_bytes - hardware.context_bytes)
             if not best.fits:
-                print(f"| {file.stem} | {room} | {none_fits(plans, hardware, spec, request, Wishes())} |")
+                print(f"| {card} | {room} | {none_fits(plans, hardware, spec, request, Wishes())} |")
                 continue
             unet, vae = best.placements["unet"], best.placements["vae_decoder"]
-            how = (unet.precision, unet.residency, best.cfg, unet.attention, f"{vae.precision} {vae.tiling}")
+            how = (unet.precision, best.residency, best.cfg, unet.attention, f"{vae.precision} {vae.tiling}")
             stages = (shown(count) for count in best.predicted.stages.values())
-            print(f"| {file.stem} | {room} | {' | '.join((*how, *stages, f'{best.predicted.seconds:.1f}'))} |", flush=True)
+            seconds = f"{best.predicted.seconds:.1f}{'' if hardware.efficiency else '+'}"
+            print(f"| {card} | {room} | {' | '.join((*how, *stages, seconds))} |", flush=True)
 
 
 if __name__ == "__main__":

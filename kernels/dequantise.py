@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import textwrap
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, bitwise_and, bitwise_right_shift, tensor
@@ -15,7 +17,7 @@ def dequantise(
     packed: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    codes: Tensor,
+    codes: Tensor | None,
     form: Format,
     taps: int,
     taps_last: bool = False,
@@ -23,23 +25,45 @@ def dequantise(
     """Fill `out` (out, row), contiguous, of any floating dtype, with the weight that the parts mean (kernels/formats.py).
 
     Rows are (tap, in-channel), or (in-channel, tap) if `taps_last`. `codes` is uint8, with as many values as `packed`, and is
-    written over; 8 bits need none. One Triton kernel where that runs, else a handful of torch's operators.
+    written over; 8 bits need none, and with None 4 bits make their own for a moment. One Triton kernel where that runs, else a
+    handful of torch's operators.
     """
     if out.is_cuda and triton_runs(out.device):
         from .triton_weights import dequantise_triton
 
         dequantise_triton(out, packed, scale, zero, form, taps, out.shape[1] // taps, taps_last)
-        return
-    if form.bits == 8:
-        out.copy_(packed)
     else:
-        half = packed.shape[1]
-        codes = codes[: packed.numel()].view(packed.shape)
-        _spread(out[:, :half], bitwise_and(packed, 15, out=codes), form)
-        bitwise_right_shift(packed, 4, out=codes)
-        _spread(out[:, half:], codes[:, : out.shape[1] - half], form)
-    rows = out.view(len(out), taps if form.group else 1, -1)
-    scale = scale.to(out.dtype).view(*rows.shape[:2], -1)
+        dequantise_torch(out, packed, scale, zero, codes, form, taps, taps_last)
+
+
+def dequantise_torch(
+    out: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    codes: Tensor | None,
+    form: Format,
+    taps: int,
+    taps_last: bool = False,
+) -> None:
+    """`dequantise` in torch's operators, on any device."""
+    reordered, groups_of = taps_last and taps > 1, taps if form.group else 1
+    # A view, so that each value is written where it stays: to reorder `out` afterwards took 116 launches more, of 127, for a
+    # convolution of 1280 from 1280 channels in int4.
+    rows = out.view(len(out), -1, taps).transpose(1, 2) if reordered else out.view(len(out), groups_of, -1)
+    if form.bits == 8:
+        target = rows if reordered else out
+        target.copy_(packed.view(target.shape))
+    else:
+        half, row = packed.shape[1], out.shape[1]
+        codes = torch.empty_like(packed) if codes is None else codes[: packed.numel()].view(packed.shape)
+        bitwise_and(packed, 15, out=codes)
+        for start, end in ((0, half), (half, row)):
+            if start:
+                bitwise_right_shift(packed, 4, out=codes)
+            for part, at in _rectangles(rows, start, end) if reordered else [(out[:, start:end], slice(end - start))]:
+                _spread(part, codes[:, at].view(part.shape), form)
+    scale = scale.to(out.dtype).view(len(out), groups_of, -1)
     if form.kind == "int4":
         assert zero is not None
         zero = zero.to(out.dtype).view(scale.shape) / 16
@@ -49,20 +73,64 @@ def dequantise(
             assert zero is not None
             part.sub_(zero[..., groups, None])
         part.mul_(scale[..., groups, None])
-    if taps_last and taps > 1:  # few at a time, so that it takes hardly any memory
-        for part in out.split(max(1, 2**18 // out.shape[1])):
-            part.copy_(part.view(len(part), taps, -1).transpose(1, 2).flatten(1))
+
+
+def _rectangles(rows: Tensor, start: int, end: int) -> Iterator[tuple[Tensor, slice]]:
+    """Values `start` to `end` of each row of (out, taps, in-channels), in at most three parts: each a view, and its place among
+    these values."""
+    channels, at = rows.shape[2], start
+    while at < end:
+        tap, channel = divmod(at, channels)
+        whole = 1 if channel else max(1, (end - at) // channels)  # taps
+        stop = min(end, (tap + whole) * channels)
+        yield rows[:, tap : tap + whole, channel : min(channels, channel + stop - at)], slice(at - start, stop - start)
+        at = stop
 
 
 @functools.cache
 def triton_runs(device: torch.device) -> bool:
-    """Whether Triton does on a GPU: its compiler takes NVIDIA's GPUs from Volta on, and AMD's.
+    """Whether Triton does on a GPU: found out once, by a launch."""
+    return triton_problem(device) is None
 
-    Imported here, as on a CPU it is memory for nothing.
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why Triton does not run on a GPU, in one line; None if it does.
+
+    It needs a C compiler and Python's headers when a kernel is first launched, and knows NVIDIA's GPUs from Volta on, and AMD's.
+    So a small weight is unpacked, once for each device, and compared with what torch makes of it. Memory that was not there for
+    that is no answer: torch.OutOfMemoryError is raised.
     """
-    from .triton_weights import triton
+    return _problem(device if device.index is not None else torch.device(device.type, torch.cuda.current_device()))
 
-    return triton is not None and (torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (7, 0))
+
+@functools.cache
+def _problem(device: torch.device) -> str | None:
+    if torch.version.hip is None and (capability := torch.cuda.get_device_capability(device)) < (7, 0):
+        return "it knows no GPU of compute capability {}.{}".format(*capability)
+    try:
+        return None if _trial(device) else "what it makes of a weight is wrong"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a compiler's, a linker's, the driver's, triton's own
+        line = next(iter(str(error).strip().splitlines()), "")
+        return textwrap.shorten(f"{type(error).__name__}: {line}", 160, placeholder=" …")
+
+
+def _trial(device: torch.device) -> bool:
+    """Whether Triton unpacks a weight of 16 channels from 48 and 3 x 3 taps as torch does."""
+    from .triton_weights import dequantise_triton, triton  # on a CPU it would be memory for nothing
+
+    if triton is None:
+        raise ModuleNotFoundError("triton is not installed")
+    form, draw = Format("int4", 32), torch.Generator().manual_seed(0)
+    parts = form.parts((16, 48, 3, 3))
+    packed, zero = (torch.randint(256, parts[name][1], dtype=torch.uint8, generator=draw) for name in ("packed", "zero"))
+    scale = torch.rand(parts["scale"][1], generator=draw).half()
+    made, right = (torch.zeros(16, 48 * 9, device=device) for _ in range(2))
+    packed, scale, zero = (part.to(device) for part in (packed, scale, zero))
+    dequantise_triton(made, packed, scale, zero, form, 9, 48, True)
+    dequantise_torch(right, packed, scale, zero, None, form, 9, True)
+    return torch.allclose(made, right, rtol=1e-4, atol=1e-5)
 
 
 def _spread(out: Tensor, codes: Tensor, form: Format) -> None:

@@ -47,6 +47,9 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
         tiny = torch.ones(8, device=device)
         start = _fastest(lambda: [tiny.add(1) for _ in range(1000)], device) / 1000
         starts = _starts(hardware, device, dtypes[hardware.precisions[0]])
+        operators = {}
+        if device.type in ("cuda", "xpu"):
+            operators = {"operator_seconds": operator_seconds(device, dtypes[hardware.precisions[0]])}
     return {
         "rates": rates,
         "attention_rates": attentions,
@@ -55,7 +58,7 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
         "call_seconds": start,
         "starts": starts,
         "read": _read_rate(),
-    }
+    } | operators
 
 
 def save(hardware: Hardware, found: dict[str, Any]) -> Path:
@@ -127,6 +130,22 @@ def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
     found = {"product": seconds("")}
     found["unpack"] = max(0.0, seconds("int4-g64") - found["product"])
     return found | ({"int8": seconds("int8", dynamic=True)} if "int8" in hardware.rates and device.type == "cpu" else {})
+
+
+def operator_seconds(device: Any, dtype: Any) -> float:
+    """Seconds that the host takes to tell a device one operator of a network, modules around it included: of a residual block's and
+    a transformer's, with so little to compute that the device waits for the host."""
+    import torch
+    from torch import nn
+
+    from .backends.dryrun import Recorder
+
+    conv, linear = (nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1)), (nn.LayerNorm(8), nn.Linear(8, 8))
+    network = nn.Sequential(*conv, *linear, *conv, *linear).to(device, dtype).requires_grad_(False)
+    x = torch.randn(2, 32, 8, 8).to(device, dtype)
+    with Recorder(device.type, False) as seen:
+        network(x)
+    return _fastest(lambda: network(x), device) / len(seen.operations)
 
 
 def _int8_rate() -> float:

@@ -130,6 +130,8 @@ def generate(
     plan = Plan.read(plan_file) if plan_file else None
     where = model or carried.model or (plan.model if plan else "emoji")
     with load(where, device=device, plan=plan, local_files_only=not fetch, **wishes) as pipeline:
+        for note in pipeline.hardware.passed_over:
+            typer.echo(f"note: {note}", err=True)
         result = _run(pipeline, request)
     named = output is not None and not output.is_dir() and request.num_images == 1
     paths = _save(result, *target, overwrite=named)
@@ -256,7 +258,7 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
         precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
         precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
         stages = (shown(count) for count in p.predicted.stages.values())
-        names = (precision, unet.residency, p.cfg, unet.attention, vae.tiling)
+        names = (precision, p.residency, p.cfg, unet.attention, vae.tiling)
         style = "bold" if p.chosen else None if p.fits else "dim"
         seconds = f"{p.predicted.seconds:.1f}"
         reason = f"✓ {p.reason}" if p.chosen else p.reason

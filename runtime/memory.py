@@ -15,12 +15,6 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {unit: 2**bits for bits, units in ((10, ("k", "kib")), (20, ("m", "mib")), (30, ("g", "gib"))) for unit in units}
 
 
-# What libraries allocate through torch's allocator once and keep: cuBLAS's default workspace, ":4096:2:16:8" KiB (NVIDIA's
-# cuBLAS manual; seen as one allocation of 8519680 bytes in discuss.pytorch.org/t/178671). cuDNN's come and go, and it takes
-# another algorithm where there is no room for one.
-WORKSPACES = {"cuda": (8_519_680,)}
-
-
 @dataclass(frozen=True)
 class Operation:
     """One arithmetic operator of a dry run: its operations (multiply and add are two) and bytes moved. `kind` is product, int8 if
@@ -36,40 +30,56 @@ class Trace:
     """One call of a component as a dry run saw it.
 
     `events` are (storage, bytes) where one is made, (storage, END) where it ends, (i, ATTENTION) where `attentions[i]` runs,
-    its answer being there, and (bytes, MOMENT) where a kernel takes and frees some for itself.
+    its answer being there, and (bytes, MOMENT) where a kernel takes and frees some for itself. `calls` are the modules in the
+    order in which they begin: path, and how many operations and attentions came before.
     """
 
     events: tuple[tuple[int, int], ...]
     attentions: tuple[Shape, ...]
     operations: tuple[Operation, ...]
+    calls: tuple[tuple[str, int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Weights that stream in, `unit` of `bytes`, needed before a call's operation and attention of these numbers."""
+
+    unit: str
+    bytes: int
+    operation: int
+    attention: int
 
 
 @dataclass(frozen=True)
 class Footprint:
     """What a component takes on its device: `held`, the bytes of each allocation that stays while it is loaded;
     `loading`, bytes of host memory while it is read; `trace`, one call; `scratch`, what each attention takes for itself;
-    `streamed`, bytes of weights that flow through in each call; `host`, what it takes of the host's memory beside a GPU's;
-    `kept`, bytes of a call that stay with a component that stays loaded."""
+    `host`, what it takes of the host's memory beside a GPU's; `kept`, bytes of a call that stay with a component that stays
+    loaded. Of one that is streamed `arrivals` are the weights that flow through in each call, in order, `units` their bytes, the
+    largest first, `ring` those of the buffer that they flow through, and `stored` their bytes in the files."""
 
     held: tuple[int, ...]
     loading: int
     trace: Trace
     scratch: tuple[int, ...]
-    streamed: int
     host: int = 0
     kept: int = 0
+    arrivals: tuple[Arrival, ...] = ()
+    units: tuple[int, ...] = ()
+    ring: int = 0
+    stored: int = 0
 
     @property
     def held_bytes(self) -> int:
         return sum(self.held)
 
 
-def peak(device: str, held: Iterable[int], own: Footprint, later: Iterable[int] = ()) -> int:
-    """Most bytes that torch's allocator on `device` has reserved (on the CPU: are alive) while `own` is loaded beside the
-    allocations `held`, which were there before, and called beside these and those that came `later`."""
-    memory = allocator(device)
+def peak(device: str, held: Iterable[int], own: Footprint, later: Iterable[int] = (), memory: Allocator | None = None) -> int:
+    """Peak bytes that torch's allocator on `device` reserves (on the CPU: that are alive) while `own` is loaded and called. `held`
+    was allocated before it, `later` between its loading and its call. `memory` is an allocator in place of the device's own."""
+    memory = memory or allocator(device)
     names = iter(range(-1, -(10**9), -1))  # those of storages in a trace are positive
-    for count in (*WORKSPACES.get(device, ()), *held, *own.held):
+    for count in (*held, *own.held):
         memory.allocate(next(names), count)
     if device == "cpu" and own.loading:
         loading = next(names)

@@ -130,6 +130,7 @@ class Pipeline:
         for name in list(self._loaded):
             self._drop(name)
         for each in self._backends.values():
+            each.free()
             each.meter.limit(None)
         self._rooms.clear()
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from .errors import TightfitError
 from .hardware import DEVICES
-from .memory import parse_bytes
+from .memory import parse_bytes, shown
 
-VERSION = 4
+VERSION = 5
 BACKENDS = ("torch", "onnx")
 COMPUTES = ("fp32", "bf16", "fp16")
 STORED = ("int8", "int4")  # what weights can be exported in
@@ -42,8 +42,9 @@ class Placement:
     precision: of the weights. compute: what it computes in, the same unless the weights are quantised. int8-dynamic: weights as in
     int8, multiplied in whole numbers by inputs that are quantised as they come.
     residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its weights flow
-    through it block by block). attention: torch's `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or
-    `tiled`, in strips of rows (kernels/strips.py). provider: ONNX Runtime's, empty for torch.
+    through it block by block, but for `kept_bytes` of its largest blocks, which are loaded for the stage). attention: torch's
+    `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or `tiled`, in strips of rows (kernels/strips.py).
+    provider: ONNX Runtime's, empty for torch.
     """
 
     backend: str
@@ -53,6 +54,7 @@ class Placement:
     attention: str
     tiling: str
     provider: str = ""
+    kept_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,14 @@ class Plan:
         """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa attention, VAE whole'."""
         unet, vae = self.placements["unet"], self.placements["vae_decoder"]
         precision = unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
-        how = f"{unet.backend} {precision} on {self.device}, {unet.residency}, {self.cfg} CFG, {unet.attention}"
+        how = f"{unet.backend} {precision} on {self.device}, {self.residency}, {self.cfg} CFG, {unet.attention}"
         return f"{how}, VAE {vae.tiling}{self.elsewhere}"
+
+    @property
+    def residency(self) -> str:
+        """The U-Net's: 'streamed, keeps 1.20 GiB'."""
+        unet = self.placements["unet"]
+        return unet.residency + (f", keeps {shown(unet.kept_bytes)}" if unet.kept_bytes else "")
 
     @property
     def elsewhere(self) -> str:
@@ -157,6 +165,9 @@ def _problem(plan: Plan) -> str | None:
         for field, names in CHOICES.items():
             if getattr(placement, field) not in names:
                 return f"it has the {field} {getattr(placement, field)!r}"
+        kept = placement.kept_bytes
+        if not isinstance(kept, int) or kept < 0 or (kept and placement.residency != "streamed"):
+            return f"it keeps {kept!r} bytes of a component that is {placement.residency}"
         if bool(placement.provider) != (placement.backend == "onnx"):
             return f"it has the provider {placement.provider!r} for {placement.backend}"
     numbers = (plan.budget_bytes, plan.predicted.peak_bytes, plan.predicted.seconds, *plan.predicted.stages.values())

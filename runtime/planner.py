@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import product
+from itertools import accumulate, product
 from typing import Any, TypeVar
 
 from .backends import engine
 from .errors import TightfitError
-from .hardware import CPU_PROVIDER, PACKAGES, PROVIDERS, Hardware, provider_name
-from .latency import PACK_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
+from .hardware import CPU_PROVIDER, PACKAGES, PROVIDERS, Hardware, provider_name, provider_problems
+from .latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
 from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, STORED, TILINGS, Placement, Plan, Predicted, Wishes
 from .request import Request
@@ -21,6 +22,8 @@ from .spec import Component, ModelSpec
 # Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m tightfit.benchmarks.quality).
 # Of int8 and int4, what rounding the weights costs; what they compute in comes on top.
 PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0, "int8": 51.0, "int8-dynamic": 46.0, "int4": 33.0}
+# Of the budget, left free where weights are kept loaded to fill it: predictions were 4.1 % off at most (benchmarks/predicted.py).
+SLACK = 0.04
 T = TypeVar("T")
 _NEEDS = "needs"
 _SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
@@ -33,7 +36,7 @@ def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wi
     request = (request or Request("a")).resolve(spec)
     job = _job(hardware, spec, request, wishes)
     budget = hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
-    found = [job.plan(cfg, placements, budget) for cfg, placements in _candidates(hardware, spec, request, wishes)]
+    found = [each for way in _candidates(hardware, spec, request, wishes) for each in job.plans(*way, budget)]
     if not found:
         raise TightfitError(f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto")
     fitting = sorted((p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes))
@@ -220,6 +223,8 @@ def _provider(hardware: Hardware, asked: str) -> str:
     if known.get(short) not in there:
         usable = ", ".join(name for name, each in known.items() if each in there)
         cure = f"choose {usable}" if usable else "it is not installed, pip install 'tightfit[cpu]' or [gpu]"
+        if hardware.providers is None and (why := provider_problems().get(known.get(short, ""))):
+            raise TightfitError(f"ONNX Runtime's provider '{asked}' does not run here ({why}): {cure}")
         if short in map(provider_name, there):
             raise TightfitError(f"tightfit does not run on ONNX Runtime's provider '{asked}': {cure}")
         fits = hardware.providers is None and known.get(short) in PROVIDERS[hardware.device]  # this machine, and its kind of device
@@ -315,6 +320,45 @@ class _Job:
             self.spec.name, self.hardware.name, self.hardware.device, budget, cfg, placements, predicted, not problem, False, reason
         )
 
+    def plans(self, cfg: str, placements: Mapping[str, Placement], budget: int) -> Iterator[Plan]:
+        """This way of running; and of weights that stream with as many kept loaded as the budget has room for, and half of them."""
+        one = self.plan(cfg, placements, budget)
+        yield one
+        room = budget - one.predicted.context_bytes
+        unasked = self.wishes.residency == "auto" or self.wishes.budget is not None
+        streams = placements["unet"].residency == "streamed" and not self._refused(cfg, placements)
+        if not streams or not unasked or one.predicted.peak_bytes > room:
+            return
+        room = int(room * (1 - SLACK))
+        filled = {name: self._filled(name, placement, cfg, placements, room) for name, placement in placements.items()}
+        most = filled["unet"].kept_bytes
+        sums = accumulate(self._footprint("unet", placements["unet"], cfg).units)
+        half = max((kept for kept in sums if kept <= most / 2), default=0)
+        for kept in {most, half} - {0}:
+            yield self.plan(cfg, filled | {"unet": replace(filled["unet"], kept_bytes=kept)}, budget)
+
+    def _filled(self, name: str, own: Placement, cfg: str, placements: Mapping[str, Placement], room: int) -> Placement:
+        """With as much kept loaded as goes into `room` bytes. Where that is all, a text encoder is staged. A U-Net is left alone,
+        as staging it is another candidate, or, if streaming is asked for, streams its smallest unit."""
+        if own.residency != "streamed":
+            return own
+        units = self._footprint(name, own, cfg).units
+        spare = room - self._peak(name, cfg, placements) + 2 * units[0]  # the buffer becomes smaller
+        count = bisect_right(list(accumulate(units)), spare)
+        if count == len(units) and name == "unet":
+            if self.wishes.residency == "auto":
+                return own
+            count -= 1
+        while count:
+            kept = replace(own, kept_bytes=sum(units[:count]))
+            over = self._peak(name, cfg, {**placements, name: kept}) - room
+            if over <= 0:
+                return kept if count < len(units) else replace(own, residency="staged")
+            while count and over > 0:
+                count -= 1
+                over -= units[count]
+        return own
+
     def _once(self, key: Any, compute: Callable[[], T]) -> T:
         """Candidates share most of what they are made of."""
         if key not in self._known:
@@ -334,26 +378,31 @@ class _Job:
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
-        names, residents = list(placements), [n for n, placement in placements.items() if placement.residency == "resident"]
         stages: dict[str, int] = dict.fromkeys(STAGES, 0)
-        for name, footprint in footprints.items():
-            others = [n for n in residents if n != name]
-            first = [n for n in others if name not in residents or names.index(n) < names.index(name)]  # loaded before it
-            held, later = (
-                [count for n in group for count in (*footprints[n].held, footprints[n].kept)]
-                for group in (first, [n for n in others if n not in first])
-            )
+        for name in placements:
             stage = "denoise" if name == "unet" else "decode" if name == "vae_decoder" else "encode"
-            beside = tuple((n, p.backend, p.provider, p.precision, p.compute) for n in others for p in [placements[n]])
-            alone = ("peak", name, placements[name], beside, cfg)
-            most = self._once(alone, lambda held=held, own=footprint, later=later: peak(self.hardware.device, held, own, later))
-            stages[stage] = max(stages[stage], most)
-        host = sum(footprints[n].host for n in residents) + max(
-            (f.host for n, f in footprints.items() if n not in residents), default=0
-        )
+            stages[stage] = max(stages[stage], self._peak(name, cfg, placements))
+        # What is staged takes of the host one after another; what is pinned to stream from stays for the next picture.
+        staged = [footprints[n].host for n, placement in placements.items() if placement.residency == "staged"]
+        host = sum(each.host for each in footprints.values()) - sum(staged) + max(staged, default=0)
         seconds = self._seconds(cfg, placements, footprints)
         psnr = min(_psnr(placement) for placement in placements.values())
         return Predicted(max(stages.values()), stages, self.hardware.context_bytes, host, seconds, psnr)
+
+    def _peak(self, name: str, cfg: str, placements: Mapping[str, Placement]) -> int:
+        """While one component is called, beside those that stay loaded."""
+        own, names = placements[name], list(placements)
+        others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
+        first = [n for n in others if own.residency != "resident" or names.index(n) < names.index(name)]  # loaded before it
+        groups = (first, [n for n in others if n not in first])
+
+        def compute() -> int:
+            footprint = {n: self._footprint(n, placements[n], cfg) for n in (name, *others)}
+            held, later = ([count for n in group for count in (*footprint[n].held, footprint[n].kept)] for group in groups)
+            return peak(self.hardware.device, [*self.hardware.workspaces, *held], footprint[name], later)
+
+        beside = tuple((n, p.backend, p.provider, p.precision, p.compute) for n in others for p in [placements[n]])
+        return self._once(("peak", name, own, beside, cfg), compute)
 
     def _seconds(self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> float:
         both = 2 if guided(self.spec, self.request) else 1
@@ -366,12 +415,19 @@ class _Job:
                 calls = self.request.num_images
             one = ("seconds", name, placement, cfg)
             total += calls * self._once(one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n]))
-            if placement.residency != "streamed" or self.hardware.device == "cuda":
-                loading = self._loading_seconds(self.spec.components[name], placement)
-                total += loading / (self.wishes.requests if placement.residency == "resident" else 1)
+            total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
         return total
 
-    def _loading_seconds(self, component: Component, placement: Placement) -> float:
+    def _loading_seconds(self, component: Component, placement: Placement, footprint: Footprint) -> float:
+        """For one request. What stays loaded, or pinned, is read once for all of them."""
+        if placement.residency == "streamed":
+            kept, pinned = component.stored_bytes - footprint.stored, footprint.host
+            once = footprint.stored / self.hardware.read + pinned * PIN_SECONDS if pinned else 0.0
+            return kept / self.hardware.read + once / self.wishes.requests
+        loading = self._reading_seconds(component, placement)
+        return loading / (self.wishes.requests if placement.residency == "resident" else 1)
+
+    def _reading_seconds(self, component: Component, placement: Placement) -> float:
         if placement.backend == "onnx":
             assert component.graph
             return component.graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(component.graph.model.graph.node)
@@ -383,13 +439,19 @@ class _Job:
             loading += count * PACK_SECONDS
         return loading
 
+    def _refused(self, cfg: str, placements: Mapping[str, Placement]) -> str | None:
+        """Why an engine cannot run its component so, or None."""
+        for name, placement in placements.items():
+            component = self.spec.components[name]
+            why = engine(placement.backend).refuses(self.spec, component, placement, self.hardware, self._size(name, cfg))
+            if why:
+                return why
+        return None
+
     def _problem(self, cfg: str, placements: Mapping[str, Placement], predicted: Predicted, budget: int) -> str | None:
         """Why this plan cannot be taken, or None."""
-        for name, placement in placements.items():
-            if refusal := engine(placement.backend).refuses(
-                self.spec, self.spec.components[name], placement, self.hardware, self._size(name, cfg)
-            ):
-                return f"is refused: {refusal}"
+        if refusal := self._refused(cfg, placements):
+            return f"is refused: {refusal}"
         if self.wishes.min_psnr is not None and predicted.psnr < self.wishes.min_psnr:
             return f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}"
         room = budget - predicted.context_bytes

@@ -23,6 +23,7 @@ RUNTIME = {
         "allocator",
         "process",
         "latency",
+        "ring",
         "schedulers",
         "request",
         "parameters",

@@ -60,6 +60,10 @@ class Backend(Protocol):
         """Raises OutOfMemoryError if there is no room for it, and leaves nothing behind then."""
         ...
 
+    def free(self) -> None:
+        """Let go of what is kept of the host's memory between requests. Nothing that was loaded is called again."""
+        ...
+
 
 class Engine(Protocol):
     """What an engine knows of a machine that need not be here."""

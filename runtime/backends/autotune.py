@@ -23,6 +23,8 @@ from torch import Tensor
 from ..files import cache_folder, replacing
 
 _TURNS = 3  # of which the fastest counts, after one that compiles
+# A turn on a GPU, whose calls come one after the other: a launch and the wait for the end, some 20 µs, are then 1 % of it.
+_TURN_SECONDS, _MOST_CALLS = 2e-3, 1024
 _chosen: dict[str, str] | None = None
 Way = Callable[[], Tensor]
 
@@ -30,8 +32,8 @@ Way = Callable[[], Tensor]
 def fastest(what: str, device: torch.device, ways: Mapping[str, Way]) -> Tensor:
     """The answer of the way that is the fastest on `device` for `what`: an operator, its shapes and its type.
 
-    A way for which the device lacks registers or shared memory, as triton says, or memory, is left out. If none is left, raises
-    what the last one raised.
+    A way that fails is left out: the device may lack registers or shared memory for it, as triton says, or memory, or a compiler
+    may not know the device. If none is left, raises that there was no memory, where that was so, or what the last one raised.
     """
     global _chosen
     if _chosen is None:
@@ -51,9 +53,7 @@ def _tried(ways: Mapping[str, Way], device: torch.device) -> str:
         try:
             best = min(best, (_seconds(way, device), name))
         except Exception as error:
-            if type(error).__name__ not in ("OutOfResources", "OutOfMemoryError"):
-                raise
-            failure = error
+            failure = failure if isinstance(failure, torch.OutOfMemoryError) else error
     if failure and not best[1]:
         raise failure
     return best[1]
@@ -99,14 +99,25 @@ def _write(chosen: Mapping[str, str]) -> None:
 
 
 def turn_seconds(work: Callable[[], Any], device: Any) -> float:
-    """Seconds of `work` alone on a torch device, or on the CPU if that is None."""
+    """Seconds of one call of `work` on a torch device, or on the CPU if that is None.
+
+    On a GPU those of several calls between two waits, divided: one alone would be its launch and the wait, where these take
+    longer than what is computed.
+    """
+    kind = "cpu" if device is None else device.type
 
     def wait() -> None:
-        if device is not None and device.type != "cpu":
-            getattr(torch, device.type).synchronize(device)
+        if kind != "cpu":
+            getattr(torch, kind).synchronize(device)
 
-    wait()
-    start = time.perf_counter()
-    work()
-    wait()
-    return time.perf_counter() - start
+    calls = 1
+    while True:
+        wait()
+        start = time.perf_counter()
+        for _ in range(calls):
+            work()
+        wait()
+        seconds = time.perf_counter() - start
+        if kind == "cpu" or seconds >= _TURN_SECONDS or calls >= _MOST_CALLS:
+            return seconds / calls
+        calls *= 2

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ...kernels import attention
 from ..files import Tensor
 from ..hardware import Hardware
-from ..memory import ATTENTION, END, MOMENT, Footprint, Operation, Shape, Trace
+from ..memory import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
 from ..plan import QUANTISED, Placement
 from ..spec import Component, ModelSpec
-from . import networks, weights
+from . import networks, streaming, weights
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .meter import LiveBytes, tensors_in
 from .quantised import CONV2D_INT8, LINEAR_INT8, quantised_layers, workspace
 
 _KEPT = 32
+T = TypeVar("T")
 # By the component's id; it is kept too, so that its id stays its own.
 _modules: dict[Any, tuple[Component, torch.nn.Module, Mapping[str, Tensor], str]] = {}
-_sizes_of: dict[Any, tuple[list[int], list[int], int, tuple[list[int], int]]] = {}
+_sizes_of: dict[Any, Any] = {}
 _traces: dict[Any, Trace] = {}
 
 
@@ -109,39 +110,49 @@ def footprint(
         _traces[key] = _trace(module, networks.forward(spec, component, placement), shapes, dtype, device.type)
     trace = _traces[key]
     kind, fused = placement.attention, hardware.fused_attention
-    scratch = tuple(attention_bytes(kind, shape, dtype, device.type, fused) for shape in trace.attentions)
-    sizes, beside, loading, (streams, pinned) = _sizes(module, stored, dtype, device)
-    if placement.residency == "streamed" and streams:
-        own = [loading] if device.type == "cpu" else []
-        # from pinned memory as it is used, else from the files as it is stored
-        flow = sum(sizes) if device.type == "cuda" else sum(tensor.stored_bytes for tensor in stored.values())
-        return Footprint((*streams, *own, *beside), 0, trace, scratch, flow, pinned)
-    return Footprint((*sizes, *beside), loading, trace, scratch, 0)
+    flash = (hardware.capability or (0, 0)) >= (8, 0)
+    scratch = tuple(attention_bytes(kind, shape, dtype, device.type, fused, flash) for shape in trace.attentions)
+    if placement.residency == "streamed" and _kept(module, dtype, device, "as stored", lambda: weights.as_stored(module, stored)):
+        return _streamed(module, stored, dtype, device, placement.kept_bytes, trace, scratch)
+    held = _kept(module, dtype, device, "held", lambda: weights.held(module, dtype))
+    loading = _kept(module, dtype, device, "loading", lambda: weights.loading_bytes(module, stored, dtype, device))
+    return Footprint((*held, *_beside(module, dtype, device)), loading, trace, scratch)
 
 
-def _sizes(
-    module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> tuple[list[int], list[int], int, tuple[list[int], int]]:
-    """Bytes of each weight, of what is allocated beside them, of loading them, and of streaming them."""
-    key = (id(module), dtype, device.type)
+def _streamed(
+    module: torch.nn.Module,
+    stored: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    kept_bytes: int,
+    trace: Trace,
+    scratch: tuple[int, ...],
+) -> Footprint:
+    """Of a module, `kept_bytes` of whose units stay loaded while the others flow through a buffer."""
+    parts = _kept(module, dtype, device, "units", lambda: streaming.units(module, stored, dtype))
+    kept, rest = streaming.split(parts, kept_bytes)
+    held = [count for part in kept for count in weights.held(part, dtype)]
+    paths = {unit.path: unit.bytes for unit in rest.values()}
+    arrivals = tuple(Arrival(path, paths[path], *place) for path, *place in trace.calls if path in paths)
+    files = sum(tensor.stored_bytes for unit in rest.values() for _, _, tensor, _ in unit.weights)
+    reading = _kept(module, dtype, device, "scratch", lambda: weights.scratch_bytes(module, stored, dtype, device))
+    own = [reading] if device.type == "cpu" else []
+    ring, host = streaming.ring_bytes(rest, device), streaming.host_bytes(rest) if device.type == "cuda" else 0
+    held += [*_beside(module, dtype, device), ring, *own]
+    sizes = tuple(sorted((unit.bytes for unit in rest.values()), reverse=True))
+    return Footprint(tuple(held), 0, trace, scratch, host, arrivals=arrivals, units=sizes, ring=ring, stored=files)
+
+
+def _beside(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> list[int]:
+    return _kept(module, dtype, device, "beside", lambda: weights.beside(module, dtype))
+
+
+def _kept(module: torch.nn.Module, dtype: torch.dtype, device: torch.device, what: str, compute: Callable[[], T]) -> T:
+    """What is computed once for a module, as every candidate asks; forgotten with it."""
+    key = (id(module), dtype, device.type, what)
     if key not in _sizes_of:
-        loading = weights.loading_bytes(module, stored, dtype, device)
-        streams = _streams(module, stored, dtype, device)
-        _sizes_of[key] = weights.held(module, dtype), weights.beside(module, dtype), loading, streams
+        _sizes_of[key] = compute()
     return _sizes_of[key]
-
-
-def _streams(
-    module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
-) -> tuple[list[int], int]:
-    """Bytes of the buffers through which the weights would stream, and of pinned memory that they would wait in; none of
-    weights that are quantised while they load, as they do not stream."""
-    if not weights.as_stored(module, stored):
-        return [], 0
-    parts = weights.units(module, stored, dtype)
-    # torch's allocator of pinned memory rounds up to a power of two
-    pinned = sum(1 << (unit.bytes - 1).bit_length() for unit in parts.values()) if device.type == "cuda" else 0
-    return weights.stream_bytes(parts, device), pinned
 
 
 def _module(component: Component, placement: Placement, device: str) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
@@ -165,9 +176,17 @@ def _trace(
 ) -> Trace:
     kinds = {"tokens": torch.int64}
     tensors = {name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta") for name, shape in inputs.items()}
+    calls: list[tuple[str, int, int]] = []
+
+    def note(path: str) -> None:
+        calls.append((path, len(recorder.operations), len(recorder.attentions)))
+
+    hooks = [part.register_forward_pre_hook(lambda *_, path=path: note(path)) for path, part in module.named_modules()]
     with torch.inference_mode(), Recorder(device, device == "cpu" and bool(workspace(module).layers)) as recorder:
         run(module, call, tensors, dtype, torch.device("meta"))
-    return Trace(tuple(recorder.events), tuple(recorder.attentions), tuple(recorder.operations))
+    for hook in hooks:
+        hook.remove()
+    return Trace(tuple(recorder.events), tuple(recorder.attentions), tuple(recorder.operations), tuple(calls))
 
 
 def run(
@@ -189,18 +208,21 @@ def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1000)
-def attention_bytes(kind: str, shape: Shape, dtype: torch.dtype, device: str, fused: bool) -> int:
+def attention_bytes(kind: str, shape: Shape, dtype: torch.dtype, device: str, fused: bool, flash: bool = False) -> int:
     """Bytes that an attention allocates beside its answer, at most at one time.
 
     Our own are run on `meta`, as far as they do not repeat themselves; torch's CPU kernel is computed by its formula, and its
-    fused kernels for GPUs keep one fp32 number for each query (the log-sum, which flash attention always writes); without
-    one torch stores the scores.
+    fused kernels for GPUs keep one fp32 number for each query (the log-sum, which flash attention always writes), and CUDA's
+    memory-efficient one for 16 bits an fp32 answer too, of heads wider than the 128 that it has in registers, which `flash`
+    attention (from capability 8.0) has up to 256 (kernel_forward.h, kNeedsOutputAccumulatorBuffer; sdp_utils.cpp); without one
+    torch stores the scores.
     """
     batch, heads, n, m, d = shape
     if kind == "sdpa" and device == "cpu":
         return attention.sdpa_cpu_bytes(batch * heads, n, m, d, dtype.itemsize, torch.get_num_threads())
     if kind == "sdpa" and fused:
-        return 4 * batch * heads * n
+        wide = device == "cuda" and dtype.itemsize == 2 and d > (256 if flash else 128)
+        return 4 * batch * heads * n * (1 + d if wide else 1)
     attend = _unfused if kind == "sdpa" else attention.VARIANTS[kind]
     if kind == "sliced":
         batch, heads, n = 1, 1, min(n, attention.slice_rows(m, dtype.itemsize))

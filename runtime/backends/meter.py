@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 import weakref
 from collections.abc import Callable, Hashable
@@ -11,9 +12,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import OutOfMemoryError
+from ..hardware import empty_cache
 from ..memory import shown
 from . import Meter as Measuring
-from .cpu_kernels import own_bytes
+from .cpu_kernels import CONVOLUTION, own_bytes
 from .quantised import gpu_bytes
 
 T = TypeVar("T")
@@ -49,7 +51,9 @@ class LiveBytes(TorchDispatchMode):
 
     def own(self, func: Any, args: Any, out: Any) -> int:
         """Bytes the kernel takes beside its answer."""
-        return own_bytes(func, args, out) if self.device == "cpu" else gpu_bytes(func, args, out)
+        if self.device == "cpu":
+            return own_bytes(func, args, out)
+        return cudnn_bytes(args, out) if self.device == "cuda" and func is CONVOLUTION else gpu_bytes(func, args, out)
 
     def reach(self, count: int) -> None:
         """Note that `count` bytes are alive together, for a moment."""
@@ -77,6 +81,17 @@ def tensors_in(values: Any) -> list[torch.Tensor]:
         elif isinstance(value, list | tuple):
             found.extend(each for each in value if isinstance(each, torch.Tensor))
     return [tensor for tensor in found if tensor.layout is torch.strided]
+
+
+def cudnn_bytes(args: Any, out: torch.Tensor) -> int:
+    """Bytes that a convolution larger than 1x1 takes beside its answer: in 16 bits input and answer once more, as cuDNN's kernels
+    there want channels_last and it copies; in fp32 the input.
+
+    That is what published peaks are above the tensors alive: by it 2.59 GiB of 2.616 and 8.84 of 8.958 in bf16, 4.92 of 4.948 and
+    16.68 of 16.827 in fp32 (benchmarks/published.toml).
+    """
+    image, taps = args[0], args[1].shape[2:].numel()
+    return 0 if taps == 1 else image.nbytes + (out.nbytes if out.element_size() == 2 else 0)
 
 
 class Meter(Measuring, Protocol):
@@ -137,7 +152,8 @@ class CountingMeter:
 
 
 class AllocatorMeter:
-    """For CUDA, ROCm and Intel GPUs: what torch's caching allocator has reserved, capped by that allocator itself.
+    """For CUDA, ROCm and Intel GPUs: what torch's caching allocator has reserved, capped by that allocator itself. Others in this
+    process use it too: what they hold is left out.
 
     On Windows the driver (WDDM) moves what does not fit the card into the host's memory and says nothing; that is taken for
     out of memory too.
@@ -145,19 +161,17 @@ class AllocatorMeter:
 
     def __init__(self, device: torch.device) -> None:
         self._torch: Any = getattr(torch, device.type)
-        self._others = self._torch.memory_reserved()  # of this process, before anything of ours
-        self._start = self._state()
+        self._device, self._held = device.type, 0
+        self._limit: int | None = None
+        gc.collect()  # what another library left in cycles would go later, and be missed among ours
+        self._look()
 
     def limit(self, count: int | None) -> None:
-        total = self._torch.get_device_properties(self._torch.current_device()).total_memory
-        # torch cuts the product off, so a byte more; Intel GPUs can be capped from torch 2.9 on
-        share = 1.0 if count is None else min(1.0, (max(0, count) + self._others + 1) / total)
-        if cap := getattr(self._torch, "set_per_process_memory_fraction", None):
-            cap(share)
-        self._start = self._state()
+        self._limit = count
+        self._look()
 
     def reset(self) -> None:
-        self._torch.empty_cache()  # each stage is predicted from what is held, not from what the last one left
+        self._look()  # each stage is predicted from what is held, not from what the last one left
         self._torch.reset_peak_memory_stats()
 
     def bytes(self) -> int:
@@ -167,7 +181,22 @@ class AllocatorMeter:
         return max(0, self._torch.memory_reserved() - self._others)
 
     def hold(self, count: int) -> None:
-        pass
+        self._held += count
+
+    def _look(self) -> None:
+        """Give back what is cached; with nothing of ours loaded, read anew what others in this process hold, libraries' workspaces
+        not among it, as these count as ours once a product has made them. Then cap what all may have."""
+        if self._held:
+            self._torch.empty_cache()
+        else:
+            empty_cache(self._device)
+            self._others = self._torch.memory_reserved()
+            self._start = self._state()
+        total = self._torch.get_device_properties(self._torch.current_device()).total_memory
+        # torch cuts the product off, so a byte more; Intel GPUs can be capped from torch 2.9 on
+        share = 1.0 if self._limit is None else min(1.0, (max(0, self._limit) + self._others + 1) / total)
+        if cap := getattr(self._torch, "set_per_process_memory_fraction", None):
+            cap(share)
 
     def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002
         out = call()

@@ -16,7 +16,7 @@ import onnxruntime
 
 from ..allocator import OnnxArena
 from ..errors import OutOfMemoryError, TightfitError, explained, first_line
-from ..hardware import CPU_PROVIDER, Hardware
+from ..hardware import CPU_PROVIDER, Hardware, provider_name
 from ..memory import END, Footprint, Trace, peak, replay, shown
 from ..onnx_file import Graph
 from ..plan import Placement
@@ -24,6 +24,7 @@ from ..process import ProcessPeak, release, resident
 from ..spec import Component, ModelSpec
 from . import onnx_trace
 
+CUDA_PROVIDER = "CUDAExecutionProvider"
 _FLOAT = onnx.TensorProto.FLOAT
 # What a Session's arrays are called in the graphs.
 NAMES = {
@@ -54,6 +55,8 @@ class OnnxBackend:
             return f"the {component.name} is not here as ONNX: export the model with --to onnx"
         if placement.provider not in there:
             return f"ONNX Runtime has no {placement.provider} here, but {', '.join(there) or 'nothing, as it is not installed'}"
+        if placement.provider == CUDA_PROVIDER and placement.compute == "fp16" and hardware.half_is_broken:
+            return f"fp16 convolutions answer NaN on a {hardware.name}: export the model in fp32, or choose --provider cpu"
         if placement.residency == "streamed":
             return "ONNX Runtime cannot stream weights: leave out --residency streamed"
         if placement.attention != "sdpa":
@@ -99,7 +102,7 @@ class OnnxBackend:
         whole = call_footprint(component.graph, on_cpu, _shapes(spec, component, size))
         if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
             nothing = Trace((), (), whole.trace.operations)
-            return Footprint((), 0, nothing, (), 0, host=peak("cpu", (), whole))
+            return Footprint((), 0, nothing, (), host=peak("cpu", (), whole))
         return whole
 
     def load(self, spec: ModelSpec, component: Component, placement: Placement) -> OnnxSession:
@@ -107,6 +110,9 @@ class OnnxBackend:
         assert component.graph is not None
         meter = self._host if placement.provider == CPU_PROVIDER else self.meter
         return OnnxSession(component.graph, placement.provider, meter, spec.family == "sdxl")
+
+    def free(self) -> None:
+        """Nothing is kept."""
 
 
 class OnnxSession:
@@ -129,7 +135,11 @@ class OnnxSession:
             chosen.append(CPU_PROVIDER)
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         with _errors_explained(graph):
-            self.session = onnxruntime.InferenceSession(source, options, providers=chosen)
+            # without falling back on the CPU, which it does where there is no memory for a provider
+            self.session = onnxruntime.InferenceSession(source, options, providers=chosen, enable_fallback=0)
+        if provider not in self.session.get_providers():
+            self.session = None
+            raise TightfitError(f"ONNX Runtime cannot load {provider} here: {_cure(provider)}, or choose another provider")
         self.notices = elsewhere(self.session.get_provider_graph_assignment_info(), provider, graph) if len(chosen) > 1 else ()
         self.inputs = graph.inputs
         self.outputs = answers(graph, sdxl)
@@ -153,7 +163,7 @@ class OnnxSession:
             self.meter.hold(taken - self._arena)  # an arena gives nothing back
             self._arena = taken
         with _errors_explained(self.graph):
-            on_device = self.provider == "CUDAExecutionProvider"
+            on_device = self.provider == CUDA_PROVIDER
             outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
         return tuple(np.asarray(out, np.float32) for out in outs)
 
@@ -179,6 +189,13 @@ class OnnxSession:
             self.meter.hold(-self._held - self._arena)
             self._arena = 0
             release()
+
+
+def _cure(provider: str) -> str:
+    """What to install where a provider's libraries are not found."""
+    if provider == CUDA_PROVIDER:
+        return "pip install 'onnxruntime-gpu[cuda,cudnn]', of the CUDA version that torch and the driver have"
+    return f"install what {provider_name(provider)} needs"
 
 
 def answers(graph: Graph, sdxl: bool) -> list[str]:
@@ -220,10 +237,10 @@ def session_options() -> Any:
 
 def provider_options(provider: str, room: int | None) -> dict[str, str]:
     """What keeps a provider to `room` bytes, or as many as it wants if that is None."""
-    if provider != "CUDAExecutionProvider":
+    if provider != CUDA_PROVIDER:
         return {}
     options = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
-    options |= {"cudnn_conv_use_max_workspace": "0"}
+    options |= {"cudnn_conv_use_max_workspace": "0", "use_tf32": "0"}  # fp32 is to be exact
     return options if room is None else options | {"gpu_mem_limit": str(room)}
 
 
@@ -319,7 +336,7 @@ def _call_footprint(graph: Graph, on_cpu: bool, shapes: Mapping[str, tuple[int, 
     replay(arena, call.events, (), iter(range(10**9, 2 * 10**9)))
     taken = arena.peak - held[-1]
     trace = Trace(((1, taken), (2, _SESSION)), (), call.operations)  # the process takes the latter once, for all sessions
-    return Footprint(tuple(held), _SESSION + _loading_bytes(graph) if on_cpu else 0, trace, (), 0, kept=taken)
+    return Footprint(tuple(held), _SESSION + _loading_bytes(graph) if on_cpu else 0, trace, (), kept=taken)
 
 
 def _shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -39,7 +39,7 @@ def _dequantise(
     packed: Tensor,
     scale: Tensor,
     zero: Tensor | None,
-    codes: Tensor,
+    codes: Tensor | None,
     kind: str,
     group: int,
     taps: int,
@@ -103,21 +103,32 @@ def _tiles(run: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:
     }
 
 
+DEQUANTISE = torch.ops.tightfit.dequantise.default
 LINEAR_INT8 = torch.ops.tightfit.linear_int8.default
 CONV2D_INT8 = torch.ops.tightfit.conv2d_int8.default
 
 
 def gpu_bytes(func: Any, args: Any, out: Any) -> int:
     """Bytes that our operators take on a GPU beside their answer: codes of the inputs, for a moment twice if these are not
-    channels_last."""
+    channels_last; codes of a weight of 4 bits, which are made where Triton does not run."""
+    if func is DEQUANTISE:
+        return _unpacking(*args[:6])
     if func not in (LINEAR_INT8, CONV2D_INT8):
         return 0
     codes = args[0].numel()
     return max(codes, 2 * codes - out.nbytes) if func is CONV2D_INT8 and args[0].is_contiguous() else codes
 
 
+def _unpacking(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor | None, kind: str) -> int:
+    """Bytes that dequantise_torch takes for 4 bits: the codes, and beside them scales, and zeros twice, in the weight's own dtype.
+    nf4, which no recipe of ours uses, takes more."""
+    if kind == "int8":
+        return 0
+    return (packed.numel() if codes is None else 0) + scale.numel() * out.element_size() * (1 if zero is None else 3)
+
+
 class Workspace:
-    """The buffer that a network's quantised layers share: room for the weights unpacked at a time, and for their codes."""
+    """The buffer that a network's quantised layers share: room for the weights unpacked at a time, and on a CPU for their codes."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -185,16 +196,17 @@ class Quantised(nn.Module):
         count = len(self.packed[rows])
         end_of_out = count * self.row * dtype.itemsize
         out = buffer[:end_of_out].view(dtype).view(count, self.row)
-        self._unpack(out, rows, buffer[end_of_out : end_of_out + count * self._codes()])
+        self._unpack(out, rows, buffer[end_of_out : end_of_out + count * self._codes()] if self.on_cpu else None)
         if self.on_cpu:
             return from_rows(out, (count, *self.shape[1:]))
         return out.view(count, *self.shape[1:])  # torch's group norms on GPUs take no channels_last
 
     def _codes(self) -> int:
-        """Bytes that the codes of one output channel take while they are unpacked."""
-        return self.packed.shape[1] if self.form.bits == 4 else 0
+        """Bytes of the buffer that the codes of one output channel take while they are unpacked; Triton needs none, so on a GPU
+        torch makes them for a moment where it does not run."""
+        return self.packed.shape[1] if self.form.bits == 4 and self.on_cpu else 0
 
-    def _unpack(self, out: Tensor, rows: slice | Tensor, codes: Tensor) -> None:
+    def _unpack(self, out: Tensor, rows: slice | Tensor, codes: Tensor | None) -> None:
         """Fill `out` with the output channels `rows`."""
         zero = self.zero[rows] if self.form.kind == "int4" else None
         how = (self.form.kind, self.form.group, self.taps, not self.on_cpu)
@@ -303,7 +315,7 @@ class Embedding(Quantised):
         """(…) → (…, width): only the rows that are asked for are unpacked."""
         rows = ids.flatten()
         out = torch.empty(len(rows), self.row, dtype=self.workspace.dtype, device=self.packed.device)
-        codes = torch.empty(len(rows) * self._codes(), dtype=torch.uint8, device=self.packed.device)
+        codes = torch.empty(len(rows) * self._codes(), dtype=torch.uint8, device=self.packed.device) if self.on_cpu else None
         self._unpack(out, rows, codes)
         return out.view(*ids.shape, self.row)
 

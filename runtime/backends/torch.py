@@ -3,31 +3,33 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
 
+from ...kernels.dequantise import triton_problem
 from ..errors import OutOfMemoryError, TightfitError, first_line
-from ..hardware import Hardware
-from ..memory import Footprint
+from ..files import Tensor
+from ..hardware import Hardware, pinnable
+from ..memory import Footprint, shown
 from ..plan import DYNAMIC, QUANTISED, Placement
 from ..process import release
 from ..spec import Component, ModelSpec
-from . import dryrun, networks, quantised, weights
+from . import dryrun, networks, quantised, streaming, weights
 from .meter import Meter, meter
+from .tf32 import tf32_off
 
 
 class TorchBackend:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.meter = meter(self.device)
-        if device == "cuda" and "GTX 16" in torch.cuda.get_device_name():
-            # Without it cuDNN's fp16 convolutions answer NaN on these cards, as AUTOMATIC1111's modules/devices.py found. The
-            # workspaces that it tries come on top of what is predicted.
-            torch.backends.cudnn.benchmark = True
+        self._stores: dict[str, tuple[Component, Placement, streaming.HostStore]] = {}
 
     @staticmethod
     def refuses(
@@ -52,6 +54,10 @@ class TorchBackend:
             return "weights that are quantised while they load cannot stream: export the model first"
         if placement.residency == "streamed" and component.name == "vae_decoder" and placement.tiling == "tiled":
             return "strips read a convolution's weights many times: they must stay loaded"
+        if placement.compute == "bf16" and hardware.capability and hardware.capability < (8, 0):
+            return f"cuDNN has no bf16 convolutions below compute capability 8.0: choose {_instead(hardware)}"
+        if placement.compute == "fp16" and hardware.half_is_broken:
+            return f"fp16 convolutions answer NaN on a {hardware.name}: choose {_instead(hardware)}"
         if placement.residency == "streamed" and hardware.unified and hardware.device == "cuda":
             return "GPU and host share one memory: the weights would be in it twice"
         if hardware.device == "cpu" and placement.compute == "fp16" and placement.attention == "sliced":
@@ -71,12 +77,59 @@ class TorchBackend:
     def load(self, spec: ModelSpec, component: Component, placement: Placement) -> TorchSession:
         """Build the module without memory, then fill it, or have it filled as it runs."""
         dtype = weights.DTYPES[placement.compute]
+        with _memory_errors_explained(self.device):
+            problem = self._trouble(component, placement)
+        if problem and placement.precision == DYNAMIC:
+            placement = replace(placement, precision="int8")
         module = networks.build(component, placement, self.device.type)
         stored = weights.match(component, module)
         session = TorchSession(module, networks.forward(spec, component, placement), dtype, self.device, self.meter)
-        with _memory_errors_explained():
-            session.load(stored, placement.residency == "streamed")
+        with _memory_errors_explained(self.device):
+            if placement.residency == "streamed":
+                session.stream(stored, placement.kept_bytes, lambda *of: self._lane(component, placement, *of))
+            else:
+                session.load(stored)
+        if problem:
+            session.notices += (
+                f"Triton does not run here ({problem}): weights in 8 and 4 bits are unpacked by torch, which is slower; install "
+                "triton, a C compiler and Python's headers",
+            )
+        *_, store = self._stores.get(component.name, (None,))
+        if session.streamer and store and store.pageable_bytes:
+            session.notices += (
+                f"{shown(store.pageable_bytes)} of the {component.name}'s weights stream from memory that is not pinned, which is "
+                "slower: choose --precision int8 or int4 for less of them",
+            )
         return session
+
+    def _trouble(self, component: Component, placement: Placement) -> str | None:
+        """Why a component with weights in 8 or 4 bits cannot have Triton's kernels on a GPU."""
+        stored = placement.precision in QUANTISED or component.formats is not None
+        return triton_problem(self.device) if stored and self.device.type == "cuda" else None
+
+    def _lane(self, component: Component, placement: Placement, parts: streaming.Parts, scratch: torch.Tensor) -> streaming.Lane:
+        """How the weights of `parts` come to the device. What a GPU copies from is filled once and kept until `free`."""
+        dtype = weights.DTYPES[placement.compute]
+        if self.device.type != "cuda":
+            return streaming.FileLane(dtype, scratch)
+        of, how, store = self._stores.get(component.name, (None, None, None))
+        if store is None or of is not component or how != placement:
+            self._stores.pop(component.name, None)  # before the next one is made
+            most = pinnable(psutil.virtual_memory().total) - sum(other.pinned_bytes for *_, other in self._stores.values())
+            store = streaming.HostStore(parts, dtype, scratch, most)
+            self._stores[component.name] = component, placement, store
+        return streaming.CudaLane(store)
+
+    def free(self) -> None:
+        """Let go of the host's memory that weights stream from."""
+        self._stores.clear()
+        _empty_cache(self.device)
+
+
+def _instead(hardware: Hardware) -> str:
+    """A precision that works, for where another was asked for."""
+    best = hardware.precisions[0]
+    return f"{best}, or int8 or int4, which compute in {best} here"
 
 
 class TorchSession:
@@ -89,38 +142,56 @@ class TorchSession:
     ) -> None:
         self.module: torch.nn.Module | None = module
         self.forward, self.dtype, self.device, self.meter = forward, dtype, device, meter
-        self.streamer: weights.Streamer | None = None
+        self.streamer: streaming.Streamer | None = None
         self._held = 0
         self._calls: dict[Any, int] = {}
 
-    def load(self, stored, streamed: bool) -> None:
-        """Bring the weights in, or prepare to stream them; OutOfMemoryError leaves nothing behind."""
-        assert self.module is not None
-        here = 0  # a GPU's weights are read by way of the host's memory
-        if self.device.type == "cpu":
-            here = weights.loading_bytes(self.module, stored, self.dtype, self.device)
-        self._hold(sum(weights.beside(self.module, self.dtype)))
+    def load(self, stored: Mapping[str, Tensor]) -> None:
+        """Bring the weights in; OutOfMemoryError leaves nothing behind."""
+        module = self._module()
+        with self._nothing_behind():
+            # a GPU's weights are read by way of the host's memory
+            here = weights.loading_bytes(module, stored, self.dtype, self.device) if self.device.type == "cpu" else 0
+            self._hold(sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype)))
+            self._hold(here)
+            weights.fill(module, stored, self.dtype, self.device)
+            self._hold(-here)
+
+    def stream(self, stored: Mapping[str, Tensor], kept_bytes: int, lane: Callable[..., streaming.Lane]) -> None:
+        """Bring in what may stay, and have the rest come by way of a lane, made of its units and a buffer to read them by.
+        OutOfMemoryError leaves nothing behind."""
+        module = self._module()
+        with self._nothing_behind():
+            kept, rest = streaming.split(streaming.units(module, stored, self.dtype), kept_bytes)
+            room = weights.scratch_bytes(module, stored, self.dtype, self.device)
+            here = room if self.device.type == "cpu" else 0
+            held = sum(sum(weights.held(part, self.dtype)) for part in kept) + streaming.ring_bytes(rest, self.device)
+            self._hold(sum(weights.beside(module, self.dtype)) + held + here)
+            scratch = torch.empty(room, dtype=torch.uint8)
+            under = tuple(f"{unit.path}." if unit.path else "" for unit in kept.values())
+            loaded = {name: tensor for name, tensor in stored.items() if name.startswith(under)}
+            weights.fill(module, loaded, self.dtype, self.device, scratch)
+            if rest:
+                buffer = torch.empty(streaming.ring_bytes(rest, self.device), dtype=torch.uint8, device=self.device)
+                self.streamer = streaming.Streamer(module, rest, lane(rest, scratch), self.dtype, buffer)
+
+    def _module(self) -> torch.nn.Module:
+        if self.module is None:
+            raise TightfitError("the pipeline was closed while it was painting")
+        return self.module
+
+    @contextmanager
+    def _nothing_behind(self) -> Iterator[None]:
         try:
-            if streamed:
-                parts = weights.units(self.module, stored, self.dtype)
-                scratch = weights.scratch_bytes(self.module, stored, self.dtype, self.device)
-                self._hold(sum(weights.stream_bytes(parts, self.device)) + here)
-                self.streamer = weights.Streamer(self.module, parts, scratch, self.dtype, self.device)
-            else:
-                self._hold(sum(weights.held(self.module, self.dtype)))
-                self._hold(here)
-                weights.fill(self.module, stored, self.dtype, self.device)
-                self._hold(-here)
+            yield
         except BaseException:
             self.close()
             raise
 
     @torch.inference_mode()
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        if self.module is None:
-            raise TightfitError("the pipeline was closed while it was painting")
-        module, key = self.module, tuple((name, array.shape) for name, array in arrays.items())
-        with _memory_errors_explained():
+        module, key = self._module(), tuple((name, array.shape) for name, array in arrays.items())
+        with tf32_off(self.device), _memory_errors_explained(self.device):
             tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
             outs = self.meter.during(self._calls, key, lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device))
             return tuple(out.cpu().numpy() for out in outs)
@@ -142,19 +213,39 @@ class TorchSession:
         self._held += count
 
 
-# CUDA, MPS and CPU; cuBLAS; Windows' CPU; cuDNN when none of its algorithms finds room for its workspace
-_NO_MEMORY = "out of memory|allocate memory|ALLOC_FAILED|CUBLAS_STATUS_NOT_INITIALIZED|not enough memory|unable to find an engine"
+_NO_MEMORY = "out of memory|allocate memory|not enough memory"  # CUDA, MPS and CPU; Windows' CPU
+# cuBLAS when there is no room for its handle or workspace, or the driver is not the one it needs; cuDNN when none of its algorithms
+# finds room for its workspace, or it has none for this precision on this card
+_MAYBE_NO_MEMORY = "ALLOC_FAILED|STATUS_NOT_INITIALIZED|unable to find an engine"
+_FULL = 64 * 2**20  # of a card with less than this free nothing can be had: a segment for what is above 1 MiB takes 20
 
 
 @contextmanager
-def _memory_errors_explained() -> Iterator[None]:
-    """torch has a class for CUDA's own; MPS, cuBLAS and the CPU only say so in their text."""
+def _memory_errors_explained(device: torch.device) -> Iterator[None]:
+    """torch has a class for CUDA's own; MPS, cuBLAS and the CPU only say so in their text, which some say for other reasons too."""
+    before = _times_full(device)
     try:
         yield
     except RuntimeError as error:
-        if not re.search(_NO_MEMORY, str(error)):
+        if re.search(_NO_MEMORY, str(error)):
+            raise OutOfMemoryError(first_line(error)) from error
+        if not re.search(_MAYBE_NO_MEMORY, str(error)):
             raise
-        raise OutOfMemoryError(first_line(error)) from error
+        if _times_full(device) > before or _is_full(device):
+            raise OutOfMemoryError(first_line(error)) from error
+        cure = "choose another --precision, or fp32; if that fails too, install a build of torch for this driver"
+        raise TightfitError(f"{device.type} has no kernel for this, with memory left ({first_line(error)}): {cure}") from error
+
+
+def _times_full(device: torch.device) -> int:
+    """How often torch's allocator has found no room on a GPU."""
+    if device.type not in ("cuda", "xpu"):
+        return 0
+    return getattr(torch, device.type).memory_stats().get("num_ooms", 0)
+
+
+def _is_full(device: torch.device) -> bool:
+    return device.type in ("cuda", "xpu") and getattr(torch, device.type).mem_get_info()[0] < _FULL
 
 
 def _empty_cache(device: torch.device) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -20,7 +18,6 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 STORED = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
 # Bytes that quantising takes for each weight of a block, and to make it fp32; torch's profiler saw 8.0 to 10.4 and 12.0 to 14.4.
 _QUANTISING, _CONVERTING = 9, 4
-_ALIGNED = 256  # bytes between tensors in a streaming buffer, which suits every kernel
 
 
 def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
@@ -51,9 +48,17 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: stored[name] for name in expected}
 
 
-def fill(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
-    """Replace the meta tensors of `module` by the files', converted or quantised one at a time by way of one buffer."""
-    scratch = torch.empty(scratch_bytes(module, stored, dtype, device), dtype=torch.uint8)
+def fill(
+    module: torch.nn.Module,
+    stored: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch: torch.Tensor | None = None,
+) -> None:
+    """Replace the meta tensors of `module` that are in `stored` by the files', converted or quantised one at a time by way of one
+    buffer: `scratch`, uint8, of `scratch_bytes`, or one of its own."""
+    if scratch is None:
+        scratch = torch.empty(scratch_bytes(module, stored, dtype, device), dtype=torch.uint8)
     filled = {}
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
@@ -65,7 +70,7 @@ def fill(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dty
         # empty, then filled: on a device the conversion then happens before the copy, and nothing else is allocated there
         filled[name] = torch.empty(module.get_parameter(name).shape, dtype=own_dtype(owner, leaf, dtype), device=device)
         read_into(filled[name], tensor, scratch)
-    module.load_state_dict(filled, assign=True)
+    module.load_state_dict(filled, assign=True, strict=False)  # `match` has seen that all are there
     del scratch, filled
     prepare(module, dtype, device)
 
@@ -161,140 +166,3 @@ def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
     tensor.read_into(target.numpy().data)
     if not direct:
         out.copy_(target.view(STORED[tensor.dtype]).view(out.shape))
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A part of a module whose weights come and go together: (submodule, name, stored tensor, place in a buffer) of each."""
-
-    weights: tuple[tuple[torch.nn.Module, str, Tensor, int], ...]
-    bytes: int
-
-
-def units(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[torch.nn.Module, Unit]:
-    """`module` in parts, each as large as can be without taking more bytes than the largest single layer does."""
-    paths = {part: path for path, part in module.named_modules()}
-    leaves = [part for part in module.modules() if part._parameters]
-    limit = max(_unit(leaf, paths[leaf], stored, dtype).bytes for leaf in leaves)
-    found: dict[torch.nn.Module, Unit] = {}
-
-    def divide(part: torch.nn.Module) -> None:
-        unit = _unit(part, paths[part], stored, dtype)
-        callable_here = not isinstance(part, torch.nn.ModuleList | torch.nn.ModuleDict)
-        if callable_here and (part._parameters or 0 < unit.bytes <= limit):
-            found[part] = unit
-        else:
-            for child in part.children():
-                divide(child)
-
-    divide(module)
-    return found
-
-
-def _unit(part: torch.nn.Module, path: str, stored: Mapping[str, Tensor], dtype: torch.dtype) -> Unit:
-    weights, end = [], 0
-    for inner, owner in part.named_modules():
-        for leaf, parameter in owner._parameters.items():
-            if parameter is not None:
-                weights.append((owner, leaf, stored[".".join(filter(None, (path, inner, leaf)))], end))
-                count = parameter.numel() * own_dtype(owner, leaf, dtype).itemsize
-                end += -(-count // _ALIGNED) * _ALIGNED
-    return Unit(tuple(weights), end)
-
-
-class Streamer:
-    """Brings each unit's weights into a buffer when the unit is called, and takes them away after.
-
-    On CUDA the weights wait in pinned host memory and there are two buffers: while one unit computes, the next one, known
-    from the call before, is copied into the other. Elsewhere there is one buffer, filled from the files each time, so that
-    a model larger than all memory runs.
-    """
-
-    def __init__(
-        self, module: torch.nn.Module, parts: Mapping[torch.nn.Module, Unit], scratch: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        """`parts` are the module's units, `scratch` the bytes that reading one of their tensors needs."""
-        self.dtype, self.device, self.units = dtype, device, parts
-        self.scratch = torch.empty(scratch, dtype=torch.uint8)
-        self.slots = [torch.empty(n, dtype=torch.uint8, device=device) for n in stream_bytes(self.units, device)]
-        self._next: dict[torch.nn.Module, torch.nn.Module] = {}
-        self._last: torch.nn.Module | None = None
-        self._meta = {part: [owner._parameters[name] for owner, name, _, _ in unit.weights] for part, unit in self.units.items()}
-        self._pinned: dict[torch.nn.Module, torch.Tensor] = {}
-        if device.type == "cuda":
-            self._pinned = {part: self._pin(unit) for part, unit in self.units.items()}
-            self.scratch = torch.empty(0, dtype=torch.uint8)
-            self._copies: Any = torch.cuda.Stream()
-            self._copies.wait_stream(torch.cuda.current_stream())  # the buffers may have been another tensor's
-            self._copied: list[Any] = [torch.cuda.Event() for _ in self.slots]
-            self._used: list[Any] = [torch.cuda.Event() for _ in self.slots]
-            self._holds: list[torch.nn.Module | None] = [None] * len(self.slots)
-        prepare(module, dtype, device)
-        self._hooks = [part.register_forward_pre_hook(self._bring) for part in self.units]
-        self._hooks += [part.register_forward_hook(self._take) for part in self.units]
-
-    def close(self) -> None:
-        """Let go of the module, which holds on to this by its hooks, once the copy that may be under way is done."""
-        if self._pinned:
-            self._copies.synchronize()
-        for hook in self._hooks:
-            hook.remove()
-
-    def _views(self, unit: Unit, buffer: torch.Tensor, shapes: list[Any]) -> list[torch.Tensor]:
-        parts = []
-        for (owner, leaf, _, start), like in zip(unit.weights, shapes, strict=True):
-            dtype = own_dtype(owner, leaf, self.dtype)
-            parts.append(buffer[start : start + like.numel() * dtype.itemsize].view(dtype).view(like.shape))
-        return parts
-
-    def _pin(self, unit: Unit) -> torch.Tensor:
-        pinned = torch.empty(unit.bytes, dtype=torch.uint8, pin_memory=True)
-        shapes = [owner._parameters[name] for owner, name, _, _ in unit.weights]
-        for (_, _, tensor, _), view in zip(unit.weights, self._views(unit, pinned, shapes), strict=True):
-            read_into(view, tensor, self.scratch)
-        return pinned
-
-    def _bring(self, part: torch.nn.Module, _: Any) -> None:
-        unit, slot = self.units[part], 0
-        if self._pinned:
-            slot = self._arrived(part)
-        views = self._views(unit, self.slots[slot], self._meta[part])
-        for (owner, name, tensor, _), view in zip(unit.weights, views, strict=True):
-            if not self._pinned:
-                read_into(view, tensor, self.scratch)
-            owner._parameters[name] = torch.nn.Parameter(view, requires_grad=False)
-        if self._last is not None:
-            self._next[self._last] = part
-        self._last = part
-        if self._pinned and part in self._next:
-            self._copy(self._next[part], 1 - slot)
-
-    def _take(self, part: torch.nn.Module, _: Any, __: Any) -> None:
-        if self._pinned:
-            self._used[self._holds.index(part)].record()
-        for (owner, name, _, _), meta in zip(self.units[part].weights, self._meta[part], strict=True):
-            owner._parameters[name] = meta
-
-    def _arrived(self, part: torch.nn.Module) -> int:
-        """The slot that has the unit's weights, after the computing stream was told to wait for them."""
-        if part not in self._holds:
-            last = self._holds.index(self._last) if self._last in self._holds else 1
-            self._copy(part, 1 - last)
-        slot = self._holds.index(part)
-        torch.cuda.current_stream().wait_event(self._copied[slot])
-        return slot
-
-    def _copy(self, part: torch.nn.Module, slot: int) -> None:
-        if self._holds[slot] is part:
-            return
-        self._copies.wait_event(self._used[slot])
-        with torch.cuda.stream(self._copies):
-            pinned = self._pinned[part]
-            self.slots[slot][: pinned.numel()].copy_(pinned, non_blocking=True)
-            self._copied[slot].record()
-        self._holds[slot] = part
-
-
-def stream_bytes(parts: Mapping[torch.nn.Module, Unit], device: torch.device) -> list[int]:
-    """The buffers that a Streamer keeps on the device."""
-    return [max(unit.bytes for unit in parts.values())] * (2 if device.type == "cuda" else 1)

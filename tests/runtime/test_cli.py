@@ -48,6 +48,18 @@ def test_another_models_precision_is_not_carried(call, tiny_models, tmp_path):
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] != "int8"
 
 
+def test_a_device_that_was_passed_over_is_said(call, monkeypatch, sd1):
+    """On standard error, before a picture takes its time on a processor."""
+    from tightfit.runtime import hardware
+
+    why = "torch could not use cuda: it has no kernels for this card"
+    monkeypatch.setattr(hardware, "_is_there", lambda device, notes: bool(notes.append(why)) if device == "cuda" else False)
+    code, out, err = call("a cat", "--model", str(sd1), *FAST)
+    assert (code, err) == (0, f"note: {why}\n")
+    assert "on cpu" in out
+    assert why in call("info")[1]
+
+
 def test_a_picture_and_one_line(call, sd1, tmp_path):
     code, out, err = call("A red heart!", "--model", str(sd1), "--seed", "7", *FAST)
     assert (code, err) == (0, "")
@@ -205,7 +217,7 @@ def test_plan(call, tiny_models):
         assert each.keys() >= {"chosen", "fits", "reason", "predicted", "placements"}
         assert each["predicted"]["stages"].keys() == {"encode", "denoise", "decode"}
         assert each["placements"]["unet"].keys() == {
-                "backend", "precision", "compute", "residency", "attention", "tiling", "provider"
+                "backend", "precision", "compute", "residency", "attention", "tiling", "provider", "kept_bytes"
             }  # fmt: skip
 
 

@@ -172,7 +172,7 @@ def test_stages_are_freed(tiny_models, monkeypatch, residency, most):
 
     def counted(*args):
         session = load(*args)
-        held = session.streamer.slots[0] if session.streamer else next(session.module.parameters())
+        held = session.streamer._buffer if session.streamer else next(session.module.parameters())
         alive.append(weakref.ref(held.untyped_storage()))
         counts.append(sum(each() is not None for each in alive))
         return session
@@ -214,7 +214,7 @@ def test_closed_while_painting(sd1):
         assert pipe("a cat", num_inference_steps=1)
 
 
-@pytest.mark.parametrize("text", ["CUDA error: out of memory", "MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"])
+@pytest.mark.parametrize("text", ["CUDA error: out of memory", "MPS backend out of memory"])
 @pytest.mark.parametrize("place", ["weights.read_into", "dryrun.run"])
 def test_out_of_memory_on_every_rung_is_one_line(sd1, monkeypatch, place, text):
     def fail(*_, **__):

@@ -8,7 +8,7 @@ import random
 
 import pytest
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.hardware import PROFILES, Hardware, profile
+from tightfit.runtime.hardware import Hardware, cards, profile
 from tightfit.runtime.hub import inspect
 from tightfit.runtime.latency import call_seconds
 from tightfit.runtime.memory import Footprint, Operation, Trace
@@ -18,9 +18,9 @@ from tightfit.runtime.request import Request
 
 GIB, MIB = 2**30, 2**20
 TERA = 1e12
-GTX_1650 = Hardware(
+TURING = Hardware(
     "cuda",
-    "GTX 1650",
+    "RTX 2060",
     4 * GIB,
     3 * GIB,
     ("fp16", "fp32"),
@@ -49,7 +49,7 @@ OLD_CPU = Hardware(
 
 def test_precision_follows_the_hardware(sd1):
     spec = inspect(sd1)
-    assert plan(GTX_1650, spec)[0].precision == "fp16"
+    assert plan(TURING, spec)[0].precision == "fp16"
     assert plan(OLD_CPU, spec)[0].precision == "fp32"
     slow = plan(OLD_CPU, spec, wishes=Wishes(precision="bf16"))[0]
     assert slow.precision == "bf16"
@@ -83,7 +83,7 @@ def test_whole_numbers_where_the_processor_multiplies_them_fast(sd1):
 
 def test_sdxl_vae_never_runs_in_fp16(tiny_models):
     spec = inspect(tiny_models["sdxl"])
-    for hardware, precision, expected in ((GTX_1650, "auto", "fp32"), (RTX_3060, "fp16", "bf16"), (RTX_3060, "fp32", "fp32")):
+    for hardware, precision, expected in ((TURING, "auto", "fp32"), (RTX_3060, "fp16", "bf16"), (RTX_3060, "fp32", "fp32")):
         for made in plan(hardware, spec, wishes=Wishes(precision=precision)):
             if made.precision == precision or precision == "auto":
                 assert made.placements["vae_decoder"].precision in (expected, made.precision.replace("fp16", expected))
@@ -157,7 +157,7 @@ def test_random_requests_and_budgets(tiny_models):
     specs = [inspect(folder) for folder in tiny_models.values()]
     refused = 0
     machines = (RTX_3060, OLD_CPU, profile("rx-6600"))
-    for _ in range(120):
+    for _ in range(60):
         spec, hardware = draw.choice(specs), draw.choice(machines)
         width, height = draw.choice(((64, 64), (256, 192)))
         request = Request("a", width=width, height=height, guidance_scale=draw.choice((1.0, 7.5)), num_inference_steps=2)
@@ -170,7 +170,7 @@ def test_random_requests_and_budgets(tiny_models):
             assert plans[0].predicted.seconds <= min(p.predicted.seconds for p in fitting) * 1.002
         else:
             refused += 1
-    assert 10 < refused < 110
+    assert 5 < refused < 55
 
 
 def test_the_cure_keeps_the_quality_floor(sd1):
@@ -199,10 +199,41 @@ def test_planning_one_precision_does_not_change_another(sd1_copy, precision):
     assert peaks[0] == peaks[1]
 
 
+def test_streaming_keeps_loaded_what_there_is_room_for():
+    """Between nothing kept and staged, in bytes and in seconds; within the budget; never where staging fits."""
+    spec, slow = inspect("emoji"), dataclasses.replace(OLD_CPU, read=1e8)
+    asked = {"precision": "fp32", "attention": "sdpa", "cfg": "batched", "tiling": "whole"}
+    staged = plan(slow, spec, wishes=Wishes(**asked, residency="staged"))[0].predicted
+    (least,) = plan(slow, spec, wishes=Wishes(**asked, residency="streamed"))
+    for share in (0.3, 0.6, 0.9):
+        low = least.predicted.peak_bytes
+        budget = int((low + share * (staged.peak_bytes - low)) / 0.96)
+        found = plan(slow, spec, wishes=Wishes(**asked, budget=budget))
+        best, *rest = (p for p in found if p.placements["unet"].kept_bytes)
+        assert best.chosen
+        assert 0.9 * budget < best.predicted.peak_bytes <= budget
+        assert best.residency.startswith("streamed, keeps ")
+        order = [best, *rest, *(p for p in found if p.residency == "streamed")]
+        assert [p.predicted.seconds for p in order] == sorted(p.predicted.seconds for p in order)
+        assert [p.predicted.peak_bytes for p in order] == sorted((p.predicted.peak_bytes for p in order), reverse=True)
+        assert staged.seconds < best.predicted.seconds < least.predicted.seconds
+        assert best.placements["text_encoder"].residency == "staged"
+        assert checked(best, slow, spec, Request("a"), Wishes(budget=budget)).predicted == best.predicted
+    assert not any(p.placements["unet"].kept_bytes for p in plan(slow, spec, wishes=Wishes(**asked)))
+
+
+def test_what_is_kept_is_bytes_of_what_streams(sd1):
+    made = plan(RTX_3060, inspect(sd1), wishes=Wishes(residency="streamed", precision="fp16"))[0].to_json()
+    for residency, kept in (("streamed", -1), ("streamed", "much"), ("staged", 1)):
+        made["placements"]["unet"] |= {"residency": residency, "kept_bytes": kept}
+        with pytest.raises(TightfitError, match="it keeps"):
+            Plan.from_json(json.dumps(made))
+
+
 def test_nothing_fits_says_what_would(sd1):
     spec = inspect(sd1)
     wishes = Wishes(budget=32 * MIB)
-    hardware = dataclasses.replace(GTX_1650, free_bytes=GIB)
+    hardware = dataclasses.replace(TURING, free_bytes=GIB)
     request = Request("a", width=1024, height=768).resolve(spec)
     plans = plan(hardware, spec, request, wishes)
     assert not plans[0].fits
@@ -215,7 +246,7 @@ def test_nothing_fits_says_what_would(sd1):
     assert not plan(hardware, spec, request, Wishes(budget=(enough - 1) * MIB))[0].fits
 
 
-@pytest.mark.parametrize("name", sorted(file.stem for file in PROFILES.glob("*.toml")))
+@pytest.mark.parametrize("name", cards())
 def test_every_profile_paints(sd1, name):
     best = plan(profile(name), inspect(sd1), Request("a"))[0]
     assert best.fits
@@ -259,7 +290,7 @@ def test_damaged_plans(text):
         ('"resident"', '"floating"'),
         ('"sdpa"', '"flash3"'),
         ('"whole"', "null"),
-        ('"version": 4', '"version": 1'),
+        ('"version": 5', '"version": 1'),
         ('"seconds": ', '"seconds": "soon", "x": '),
     ],
 )
@@ -274,9 +305,9 @@ def test_a_saved_plan_is_checked(tiny_models):
     spec, request = inspect(tiny_models["sd1"]), Request("a")
     saved = plan(RTX_3060, spec, request)[0]
     assert checked(saved, RTX_3060, spec, request, Wishes()).predicted == saved.predicted
-    elsewhere = checked(saved, dataclasses.replace(GTX_1650, precisions=("fp16", "fp32")), spec, request, Wishes())
+    elsewhere = checked(saved, dataclasses.replace(TURING, precisions=("fp16", "fp32")), spec, request, Wishes())
     assert "RTX 3060" in elsewhere.reason
-    assert elsewhere.budget_bytes == GTX_1650.free_bytes
+    assert elsewhere.budget_bytes == TURING.free_bytes
     with pytest.raises(TightfitError, match="precision fp32 is asked for, the plan says fp16"):
         checked(saved, RTX_3060, spec, request, Wishes(precision="fp32"))
     with pytest.raises(TightfitError, match="not for emoji"):

@@ -84,6 +84,64 @@ def test_other_errors_are_not_hidden(cache):
         autotune.fastest("a product", CPU, {"broken": broken})
 
 
+def test_a_way_that_fails_is_left_out(cache):
+    def uncompiled() -> torch.Tensor:
+        raise RuntimeError("Failed to find C compiler")
+
+    answer = autotune.fastest("a product", CPU, {"uncompiled": uncompiled, "plain": lambda: torch.full((1,), 7.0)})
+    assert answer == 7
+    assert list(json.loads(cache.read_text()).values()) == ["plain"]
+
+
+def test_that_there_was_no_memory_is_what_is_raised(cache):
+    def fails(error: Exception) -> torch.Tensor:
+        raise error
+
+    ways = {"large": lambda: fails(torch.OutOfMemoryError("of 2 GiB")), "odd": lambda: fails(OutOfResources("shared memory"))}
+    with pytest.raises(torch.OutOfMemoryError, match="of 2 GiB"):
+        autotune.fastest("a product", CPU, ways)
+    assert not cache.exists()
+
+
+class FakeGpu:
+    """A clock, and a device that computes one thing after the other while the host goes on: 10 µs to launch, 50 to compute, and
+    15 to wait for the end."""
+
+    type = "fake"
+
+    def __init__(self) -> None:
+        self.now = self.busy_until = 0.0
+        self.calls = 0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def synchronize(self, _: object) -> None:
+        self.now = max(self.now, self.busy_until) + 15e-6
+
+    def work(self, compute: float = 50e-6) -> None:
+        self.calls += 1
+        self.now += 10e-6
+        self.busy_until = max(self.now, self.busy_until) + compute
+
+
+@pytest.mark.parametrize(("compute", "seconds"), [(50e-6, 50e-6), (1e-6, 10e-6), (0.1, 0.1), (0.0, 10e-6)])
+def test_what_a_gpu_computes_is_timed(monkeypatch, compute, seconds):
+    """Not the launch and the wait: by a turn of one call 50 µs would be 75, and 1 µs 26. Where the host is slower, it counts."""
+    gpu = FakeGpu()
+    monkeypatch.setattr(autotune, "time", gpu)
+    monkeypatch.setattr(torch, "fake", gpu, raising=False)
+    assert autotune.turn_seconds(lambda: gpu.work(compute), gpu) == pytest.approx(seconds, rel=0.03)
+    assert gpu.calls < 1000
+
+
+def test_a_cpu_is_timed_call_by_call():
+    calls: list[int] = []
+    autotune.turn_seconds(lambda: calls.append(1), CPU)
+    autotune.turn_seconds(lambda: calls.append(1), None)
+    assert calls == [1, 1]
+
+
 def test_a_cache_that_cannot_be_written(cache):
     cache.parent.write_text("a file where a folder should be")
     calls: list[str] = []

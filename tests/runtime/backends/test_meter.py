@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tightfit.runtime.backends import dryrun, networks, weights
 from tightfit.runtime.backends.cpu_kernels import own_bytes
-from tightfit.runtime.backends.meter import CountingMeter, LiveBytes, spilled
+from tightfit.runtime.backends.meter import AllocatorMeter, CountingMeter, LiveBytes, spilled
 from tightfit.runtime.backends.quantised import workspace
 from tightfit.runtime.errors import OutOfMemoryError
 from tightfit.runtime.hardware import Hardware
@@ -16,6 +18,7 @@ from tightfit.runtime.plan import Placement
 from torch.profiler import ProfilerActivity, profile
 
 CPU = Hardware("cpu", "here", 2**34, 2**34, ("fp32",))
+MIB = 2**20
 
 
 def profiled(call) -> int:
@@ -155,50 +158,147 @@ def test_spill(reserved, used, free, expected):
 
 
 class FakeCuda:
-    """As much of torch.cuda as the meter asks, on a card of 6 GiB of which another program took one."""
+    """As much of torch.cuda as the meter asks, on a card of 6 GiB of which another program took one: an allocator that keeps what
+    is freed in segments, to be used again by what fits, and cuBLAS's workspace, which the first product makes."""
 
-    def __init__(self) -> None:
-        self.reserved, self.peak, self.share, self.emptied = 100, 100, 1.0, 0
+    TOTAL = 6 * 2**30
 
-    def memory_reserved(self):
-        return self.reserved
+    def __init__(self, monkeypatch) -> None:
+        self.segments: list[list[int]] = []  # size, and how much of it is used
+        self.workspace: list[int] | None = None
+        self.peak, self.share = 0, 1.0
+        monkeypatch.setattr(torch, "cuda", self)
+        monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", self.clear_workspaces, raising=False)
 
-    def max_memory_reserved(self):
+    def take(self, count: int) -> list[int]:
+        free = [segment for segment in self.segments if not segment[1] and segment[0] >= count]
+        if not free:
+            size = 20 * MIB if count < 10 * MIB else -(-count // (2 * MIB)) * 2 * MIB
+            if self.memory_reserved() + size > int(self.share * self.TOTAL):
+                self.empty_cache()
+            if self.memory_reserved() + size > int(self.share * self.TOTAL):
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            free = [[size, 0]]
+            self.segments += free
+        segment = min(free)
+        segment[1] = count
+        self.peak = max(self.peak, self.memory_reserved())
+        return segment
+
+    def give(self, segment: list[int]) -> None:
+        segment[1] = 0
+
+    def product(self) -> None:
+        self.workspace = self.workspace or self.take(8_519_680)
+
+    def clear_workspaces(self) -> None:
+        if self.workspace:
+            self.give(self.workspace)
+        self.workspace = None
+
+    def memory_reserved(self) -> int:
+        return sum(size for size, _ in self.segments)
+
+    def max_memory_reserved(self) -> int:
         return self.peak
 
-    def reset_peak_memory_stats(self):
-        self.peak = self.reserved
+    def reset_peak_memory_stats(self) -> None:
+        self.peak = self.memory_reserved()
 
-    def empty_cache(self):
-        self.emptied += 1
+    def empty_cache(self) -> None:
+        self.segments = [segment for segment in self.segments if segment[1]]
 
-    def mem_get_info(self):
-        return 5 * 2**30 - self.reserved, 6 * 2**30
+    def mem_get_info(self) -> tuple[int, int]:
+        return self.TOTAL - 2**30 - self.memory_reserved(), self.TOTAL
 
-    def current_device(self):
-        return 0
+    def current_device(self) -> int:
+        return 1
 
-    def get_device_properties(self, _):
-        from types import SimpleNamespace
+    def get_device_properties(self, number: int):
+        return SimpleNamespace(total_memory={1: self.TOTAL}[number])
 
-        return SimpleNamespace(total_memory=6 * 2**30)
-
-    def set_per_process_memory_fraction(self, share):
+    def set_per_process_memory_fraction(self, share: float) -> None:
         self.share = share
+
+    def stage(self, meter: AllocatorMeter) -> int:
+        """100 MiB of weights are loaded, called with 30 MiB and a product, called again, and freed: what was measured."""
+        meter.reset()
+        meter.hold(100 * MIB)
+        weights = self.take(100 * MIB)
+        for _ in range(2):
+            self.product()
+            self.give(self.take(30 * MIB))
+        measured = meter.bytes()
+        self.give(weights)
+        meter.hold(-100 * MIB)
+        self.empty_cache()  # as a session does that is closed
+        return measured
+
+
+STAGE = (100 + 20 + 30) * 2**20  # the workspace takes a segment of 20 MiB
+CUDA = torch.device("cuda")
 
 
 def test_the_allocators_cap_and_peak_are_ours_alone(monkeypatch):
-    from tightfit.runtime.backends.meter import AllocatorMeter
-
-    fake = FakeCuda()
-    monkeypatch.setattr(torch, "cuda", fake)
-    meter = AllocatorMeter(torch.device("cuda"))
+    """Of any number of bytes, exactly; what another library holds comes on top, what it left in the cache does not."""
+    cuda = FakeCuda(monkeypatch)
+    cuda.take(50 * MIB)
+    left = cuda.take(500 * MIB)
+    cuda.product()
+    cuda.give(left)
+    meter = AllocatorMeter(CUDA)
+    assert meter.held() == 0
     for count in (10**9, 2 * 2**30, 4 * 10**9 + 1):
         meter.limit(count)
-        assert count + 100 <= int(fake.share * 6 * 2**30) <= count + 102
-    meter.reset()
-    assert (fake.emptied, meter.bytes()) == (1, 0)
-    fake.peak = 5100
-    assert meter.bytes() == 5000
+        assert count + 50 * MIB <= int(cuda.share * cuda.TOTAL) <= count + 50 * MIB + 2
+    meter.limit(200 * MIB)
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.take(202 * MIB)
+    assert cuda.stage(meter) == STAGE
     meter.limit(None)
-    assert fake.share == 1.0
+    assert cuda.share == 1.0
+
+
+def test_pipelines_one_after_another(monkeypatch):
+    """Each measures the same, stage by stage, with the workspace that the one before it left, and has the same cap."""
+    cuda = FakeCuda(monkeypatch)
+    for _ in range(3):
+        meter = AllocatorMeter(CUDA)
+        meter.limit(160 * MIB)
+        assert [cuda.stage(meter) for _ in range(3)] == [STAGE] * 3
+        assert int(cuda.share * cuda.TOTAL) == pytest.approx(160 * MIB + 1, abs=1)
+        meter.limit(None)
+
+
+def test_another_library_between_two_stages(monkeypatch):
+    """It left 500 MiB in the cache and 40 in use: what is measured and allowed stays ours."""
+    cuda = FakeCuda(monkeypatch)
+    meter = AllocatorMeter(CUDA)
+    meter.limit(160 * MIB)
+    assert cuda.stage(meter) == STAGE
+    cuda.share = 1.0
+    left, kept = cuda.take(500 * MIB), cuda.take(40 * MIB)
+    cuda.give(left)
+    assert cuda.stage(meter) == STAGE
+    assert int(cuda.share * cuda.TOTAL) == pytest.approx(200 * MIB + 1, abs=1)
+    cuda.give(kept)
+    assert cuda.stage(meter) == STAGE
+    assert int(cuda.share * cuda.TOTAL) == pytest.approx(160 * MIB + 1, abs=1)
+
+
+def test_what_is_loaded_stays_ours(monkeypatch):
+    """Between stages too, with its workspace, which is not made anew meanwhile."""
+    cuda = FakeCuda(monkeypatch)
+    meter = AllocatorMeter(CUDA)
+    meter.hold(100 * MIB)
+    weights = cuda.take(100 * MIB)
+    cuda.product()
+    workspace = cuda.workspace
+    cuda.give(cuda.take(30 * MIB))
+    meter.reset()
+    assert (meter.bytes(), meter.held()) == (120 * MIB, 120 * MIB)
+    assert cuda.workspace is workspace
+    cuda.give(weights)
+    meter.hold(-100 * MIB)
+    meter.reset()
+    assert (meter.bytes(), cuda.memory_reserved()) == (0, 0)

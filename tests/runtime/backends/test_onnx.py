@@ -21,7 +21,7 @@ from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.hardware import Hardware
 from tightfit.runtime.memory import Footprint, Trace, peak
 from tightfit.runtime.onnx_file import read_graph
-from tightfit.runtime.plan import Plan, Wishes
+from tightfit.runtime.plan import Placement, Plan, Wishes
 
 MIB = 2**20
 
@@ -309,7 +309,7 @@ def test_a_text_encoder_on_the_host_takes_nothing_of_the_gpu(mixed):
     plans = planner.plan(card, tightfit.inspect(str(mixed)), tightfit.Request("a"), Wishes(backend="onnx", precision="fp16"))
     assert plans[0].placements["text_encoder"].provider == "CPUExecutionProvider"
     assert plans[0].placements["unet"].backend == "torch"
-    nothing = peak("cuda", (), Footprint((), 0, Trace((), (), ()), (), 0))
+    nothing = peak("cuda", card.workspaces, Footprint((), 0, Trace((), (), ()), ()))
     assert plans[0].predicted.stages["encode"] == nothing
     graph = read_graph(mixed / "text_encoder" / "model.onnx")
     assert graph.stored_bytes < plans[0].predicted.host_bytes - engine._SESSION < 20 * graph.stored_bytes
@@ -509,3 +509,43 @@ def test_gpu_memory_is_capped():
     assert (options["gpu_mem_limit"], options["arena_extend_strategy"]) == (str(3 * 2**30), "kSameAsRequested")
     assert "gpu_mem_limit" not in engine.provider_options("CUDAExecutionProvider", None)
     assert engine.provider_options("CPUExecutionProvider", 1) == {}
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_a_provider_that_is_listed_but_cannot_be_loaded(onnx_models):
+    """ONNX Runtime would compute on the CPU and say nothing."""
+    graph = tightfit.inspect(str(onnx_models("sd1", "fp32"))).components["unet"].graph
+    assert graph
+    cure = r"cannot load CUDAExecutionProvider here: pip install 'onnxruntime-gpu\[cuda,cudnn\]'[^\n]*$"
+    with pytest.raises(TightfitError, match=cure):
+        engine.OnnxSession(graph, "CUDAExecutionProvider", engine.ProcessMeter())
+
+
+def test_a_session_never_falls_back_on_the_cpu(onnx_models, monkeypatch):
+    """It would where there is no memory on the GPU, and print."""
+    graph = tightfit.inspect(str(onnx_models("sd1", "fp32"))).components["unet"].graph
+    assert graph
+    tried = []
+
+    def fails(self, providers, *_):
+        tried.append(providers)
+        raise RuntimeError("Failed to allocate memory for requested buffer of size 1")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fails)
+    with pytest.raises(OutOfMemoryError, match="Failed to allocate"):
+        engine.OnnxSession(graph, "CUDAExecutionProvider", engine.ProcessMeter())
+    assert len(tried) == 1
+
+
+def test_fp32_on_cuda_is_no_tf32():
+    assert engine.provider_options("CUDAExecutionProvider", None)["use_tf32"] == "0"
+
+
+def test_fp16_graphs_are_refused_where_they_answer_nan(onnx_models):
+    specs = {kind: tightfit.inspect(str(onnx_models(family, kind))) for family, kind in (("sd1", "fp32"), ("sdxl", "fp16"))}
+    for card, precision, why in (("gtx-1650", "fp16", "NaN"), ("gtx-1650", "fp32", ""), ("rtx-2060", "fp16", "")):
+        hardware, spec = tightfit.profile(card), specs[precision]
+        placement = Placement("onnx", precision, precision, "staged", "sdpa", "whole", "CUDAExecutionProvider")
+        refused = engine.OnnxBackend.refuses(spec, spec.components["unet"], placement, hardware, (1, 64, 64))
+        assert why in (refused or "")
+        assert bool(refused) == bool(why)

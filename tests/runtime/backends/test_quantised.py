@@ -124,6 +124,14 @@ def test_the_workspace_is_the_largest_layers():
     assert list(quantised.quantised_layers(network)) == ["a", "b", "c"]
 
 
+def test_a_gpus_workspace_has_no_room_for_codes():
+    """Triton needs none; a CPU's has."""
+    for device, codes in (("cuda", 0), ("cpu", 16 * 8 * 9 // 2)):
+        network = nn.ModuleDict({"a": nn.Conv2d(8, 16, 3)})
+        quantised.quantise_layers(network, {"a": "int4-g64"}, device)
+        assert quantised.workspace(network).bytes(torch.float16) == 16 * 8 * 9 * 2 + codes
+
+
 @pytest.mark.parametrize("formats", [{"nothing": "int8"}, {"a": "int3"}, {"norm": "int8"}])
 def test_a_manifest_that_fits_no_network(formats):
     network = nn.ModuleDict({"a": nn.Linear(64, 10), "norm": nn.LayerNorm(10)})

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import tightfit
 from safetensors.torch import load_file, save_file
-from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.errors import OutOfMemoryError, TightfitError
+from tightfit.runtime.hardware import Hardware, half_is_broken
+from tightfit.runtime.hub import inspect
+from tightfit.runtime.plan import Placement
 
 OPTIONS = {"seed": 1, "num_inference_steps": 1, "scheduler": "euler"}
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -176,3 +180,139 @@ def test_loading_never_holds_the_file_beside_the_weights(tmp_path):
     if grown < 0:
         pytest.skip("this system cannot reset the peak")
     assert 15 * 8 * 2**20 < grown < 1.2 * 16 * 8 * 2**20
+
+
+TEXTS = (
+    "GET was unable to find an engine to execute this computation",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_what_may_mean_out_of_memory(monkeypatch, text):
+    """Only if torch's allocator found no room meanwhile, or hardly anything of the card is free; else it is a kernel that lacks."""
+    import torch
+    from tightfit.runtime.backends.torch import _memory_errors_explained
+
+    card = SimpleNamespace(ooms=3, free=2**30)
+    fake = SimpleNamespace(memory_stats=lambda: {"num_ooms": card.ooms}, mem_get_info=lambda: (card.free, 2**32))
+    monkeypatch.setattr(torch, "cuda", fake)
+
+    def raised(full: bool = False, device: str = "cuda") -> TightfitError:
+        with pytest.raises(TightfitError) as caught, _memory_errors_explained(torch.device(device)):
+            card.ooms += full
+            raise RuntimeError(f"{text}\nException raised from somewhere")
+        assert "\n" not in str(caught.value)
+        return caught.value
+
+    for device in ("cuda", "cpu"):
+        error = raised(device=device)
+        assert not isinstance(error, OutOfMemoryError)
+        assert "--precision, or fp32" in str(error)
+    assert isinstance(raised(full=True), OutOfMemoryError)
+    assert not isinstance(raised(), OutOfMemoryError)  # that was the call before
+    card.free = 30 * 2**20
+    assert isinstance(raised(), OutOfMemoryError)
+
+
+def test_what_says_out_of_memory(monkeypatch):
+    import torch
+    from tightfit.runtime.backends.torch import _memory_errors_explained
+
+    cuda = SimpleNamespace(memory_stats=dict, mem_get_info=lambda: (2**30, 2**32))  # before the first allocation
+    monkeypatch.setattr(torch, "cuda", cuda)
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")):
+        with pytest.raises(OutOfMemoryError), _memory_errors_explained(torch.device("cuda")):
+            raise error
+    with pytest.raises(RuntimeError, match="an illegal memory access"), _memory_errors_explained(torch.device("cuda")):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "precision", "compute", "words"),
+    [
+        ("NVIDIA GeForce RTX 2060", (7, 5), "bf16", "bf16", "below compute capability 8.0: choose fp16, or int8"),
+        ("NVIDIA GeForce GTX 1060 6GB", (6, 1), "int8", "bf16", "below compute capability 8.0: choose fp16, or int8"),
+        ("NVIDIA GeForce RTX 3060", (8, 6), "bf16", "bf16", None),
+        ("AMD Radeon RX 6600", None, "bf16", "bf16", None),
+        ("NVIDIA GeForce RTX 2060", (7, 5), "fp16", "fp16", None),
+        ("NVIDIA T600 Laptop GPU", (7, 5), "fp16", "fp16", "answer NaN on a NVIDIA T600 Laptop GPU: choose fp32, or int8 or int4"),
+        (
+            "NVIDIA GeForce GTX 1650",
+            (7, 5),
+            "int4",
+            "fp16",
+            "answer NaN on a NVIDIA GeForce GTX 1650: choose fp32, or int8 or int4",
+        ),
+        ("NVIDIA GeForce GTX 1650", (7, 5), "int4", "fp32", None),
+    ],
+)
+def test_what_a_card_cannot_compute(sd1, name, capability, precision, compute, words):
+    from tightfit.runtime.backends.torch import TorchBackend
+
+    spec = inspect(str(sd1))
+    halves = () if half_is_broken(name, capability) else ("fp16",)
+    card = Hardware("cuda", name, 2**33, 2**33, (*halves, "fp32"), capability)
+    placement = Placement("torch", precision, compute, "staged", "sdpa", "whole")
+    why = TorchBackend.refuses(spec, spec.components["unet"], placement, card, (1, 64, 64))
+    assert why is None if words is None else words in str(why)
+
+
+def test_nothing_is_set_for_a_card_that_answers_nan(monkeypatch):
+    """cudnn.benchmark would try workspaces of whatever is free."""
+    import torch
+    from tightfit.runtime.backends import torch as engine
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA GeForce GTX 1650")
+    monkeypatch.setattr(engine, "meter", lambda device: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    engine.TorchBackend("cuda")
+    assert not torch.backends.cudnn.benchmark
+
+
+@pytest.mark.parametrize(
+    ("capability", "width", "fp32_answer"),
+    [((7, 5), 128, False), ((7, 5), 160, True), ((8, 6), 160, False), ((8, 6), 512, True), ((7, 5), 512, True)],
+)
+@pytest.mark.parametrize("side", [64, 128])
+def test_wide_heads_keep_an_fp32_answer(capability, width, fp32_answer, side):
+    """The VAE's head of 512 at 512x512 and 1024x1024 pixels: 8 and 32 MiB; of fp32 it is the answer itself."""
+    import torch
+    from tightfit.runtime.backends.dryrun import attention_bytes
+
+    shape, flash = (1, 1, side * side, side * side, width), capability >= (8, 0)
+    log_sum = 4 * side * side
+    taken = attention_bytes("sdpa", shape, torch.float16, "cuda", True, flash)
+    assert taken - log_sum == (side * side * width * 4 if fp32_answer else 0)
+    if width == 512:
+        assert taken - log_sum == {64: 8, 128: 32}[side] * 2**20
+    assert attention_bytes("sdpa", shape, torch.float32, "cuda", True, flash) == log_sum
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4", "int8-dynamic", "fp16"])
+def test_without_triton_a_notice_and_torchs_path(sd1, monkeypatch, precision):
+    """On a GPU: weights stay stored in so many bits, but no layer multiplies whole numbers, which Triton alone does there."""
+    import torch
+    from tightfit.runtime.backends import quantised
+    from tightfit.runtime.backends import torch as engine
+    from tightfit.runtime.hub import inspect
+    from tightfit.runtime.plan import Placement
+
+    backend = engine.TorchBackend("cpu")
+    backend.device = torch.device("cuda")
+    monkeypatch.setattr(engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler")
+    monkeypatch.setattr(engine.TorchSession, "load", lambda *_: None)
+    spec = inspect(str(sd1))
+    session = backend.load(spec, spec.components["unet"], Placement("torch", precision, "fp16", "staged", "sdpa", "whole"))
+    assert session.module is not None
+    layers = quantised.quantised_layers(session.module).values()
+    assert not any(isinstance(layer, quantised.LinearInt8) for layer in layers)
+    if precision == "fp16":
+        assert (session.notices, len(layers)) == ((), 0)
+        return
+    assert len(layers) > 0
+    (notice,) = session.notices
+    assert "\n" not in notice
+    assert "(RuntimeError: Failed to find C compiler)" in notice
+    assert "install triton, a C compiler" in notice

@@ -1,0 +1,67 @@
+"""What streaming costs on each card of profiles/: seconds of one U-Net call whose weights flow through, by several ways of copying.
+
+    python -m tightfit.benchmarks.streaming sd15:512 sdxl:1024
+
+`bound` is the larger of all computing and all copying, which nothing can beat; `one ahead` copies each unit while the one before
+it computes; `ring` copies ahead as far as the buffer goes; `kept` also keeps loaded what the card has room for, as a plan would.
+Nothing is measured and no weight is read.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .. import Hardware, Request, inspect, plan
+from ..runtime.backends import engine
+from ..runtime.hardware import cards, profile
+from ..runtime.latency import arrival_spans, bus_rate, call_seconds
+from ..runtime.memory import shown
+from ..runtime.plan import Placement, Wishes
+from ..runtime.spec import ModelSpec
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("models", nargs="+", metavar="MODEL:SIZE")
+    for each in parse.parse_args().models:
+        name, _, side = each.rpartition(":")
+        spec = inspect(name)
+        print(f"\n## {spec.folder.name}, {side}x{side}\n")
+        print("| card | bound | one ahead | ring | kept | of it loaded |")
+        print("|---|---|---|---|---|---|")
+        for card in cards():
+            if (hardware := profile(card)).device == "cuda" and not hardware.unified:
+                print(f"| {card} | {' | '.join(row(hardware, spec, int(side)))} |", flush=True)
+
+
+def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:
+    precision = hardware.precisions[0]
+    placement = Placement("torch", precision, precision, "streamed", "sdpa", "whole")
+    own = engine("torch").footprint(spec, spec.components["unet"], placement, hardware, (2, side, side))
+    head, spans = arrival_spans(hardware, placement, own)
+    copies = [each.bytes / bus_rate(hardware, own) for each in own.arrivals]
+    ways = [max(sum(copies), head + sum(spans)), head + one_ahead(copies, spans), call_seconds(hardware, placement, own)]
+    wishes = Wishes(precision=precision, residency="streamed", cfg="batched", attention="sdpa", budget=hardware.free_bytes)
+    best = plan(hardware, spec, Request("a", width=side, height=side), wishes)[0].placements["unet"]
+    kept = engine("torch").footprint(spec, spec.components["unet"], best, hardware, (2, side, side))
+    ways.append(call_seconds(hardware, replace(placement, kept_bytes=best.kept_bytes), kept))
+    return [f"{seconds:.3f}" for seconds in ways] + [shown(best.kept_bytes)]
+
+
+def one_ahead(copies: Sequence[float], spans: Sequence[float]) -> float:
+    """Two slots: a unit is copied once the one before it begins to compute, which frees the slot of the one before that."""
+    began, ended, there = 0.0, 0.0, 0.0
+    ends = []
+    for _ in range(2):
+        for copy, span in zip(copies, spans, strict=True):
+            there = max(there, began) + copy
+            began = max(ended, there)
+            ended = began + span
+        ends.append(ended)
+    return ends[1] - ends[0]
+
+
+if __name__ == "__main__":
+    main()
