@@ -1,251 +1,212 @@
-"""Everything only a GPU can tell, in one command of under nine minutes:
+"""Everything only a GPU can tell, in one command that ends in time:
 
-    pip install --no-deps --no-build-isolation -e . && python -m tightfit.benchmarks.gpu_check
+    python -m tightfit.benchmarks.gpu_check --limit 360
 
-In sections, the most wanted first, each with a time after which it is left: the GPU tests; plans of a full-size random SD 1.5 in
-fp16, each once, with the allocator capped at the least of 2, 4, 6 and 8 GB that it fits, predicted beside measured; our fp16 beside
-diffusers' best in the same process; the kernels that take the most time; single layers (layers.py); the same of 8 and 4 bits, and
-of ONNX Runtime if it has a provider for the device; a full-size random SDXL; diffusers with its U-Net compiled. Each section is a
-line of gpu_check.jsonl under $OUT, else in benchmarks/results, as soon as it is done; one that fails says so, and the next begins.
-`--tiny --device cpu` rehearses it without a GPU.
+On a machine with PyTorch and Triton but without a network, bring the wheels that it lacks (diffusers at least; rich, typer, psutil
+and pytest if they are not there): on one with a network, in the checkout,
+
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d .whl diffusers
+
+where the folder .whl is in .git/info/exclude; then there, in the checkout,
+
+    pip install --no-index --no-deps --target /tmp/site .whl/*.whl
+    ln -s "$PWD" /tmp/site/tightfit     # in place of an installation, for which setuptools may be too old (77 is needed)
+    PYTHONPATH=/tmp/site python -m tightfit.benchmarks.gpu_check --limit 360
+
+Sections, the most wanted first: the probe (gpu_probe.py); a full-size random SD 1.5 in fp16 by eight plans that differ, under caps
+of 2 to 8 GB; beside diffusers' best; in int8, int4 and whole numbers; the GPU tests; kernels and single layers; SDXL; diffusers
+compiled; ONNX Runtime. Each runs in a process of its own for so long and no longer; one that fails, hangs or dies costs itself
+alone, and the rows that it had are kept. Models are written once, by other processes beside the probe and the tests. Pictures are
+held against fp32's, bytes against what the card says that it holds, so close what else uses it. One screen tells what was wrong,
+worst first; all else is in gpu_check.jsonl under $OUT, else in benchmarks/results. `--tiny --device cpu` rehearses it anywhere.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
-from functools import partial
-from itertools import groupby
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .. import Hardware, Pipeline, Plan, Request, TightfitError, Wishes, inspect, load, plan
-from ..export import random_model
 from ..runtime.errors import first_line
-from ..runtime.hardware import CPU_PROVIDER
-from . import layers
-from .record import envelope, record
+from ..runtime.hardware import Hardware
+from .gpu_report import faults, screen
+from .record import command, envelope, record
 
-CAPS = (2, 4, 6, 8)  # decimal gigabytes, as cards are sold
+LEAST = 15  # seconds that a section must have left: less, and it hardly starts
+WAIT = 60  # seconds for models that are not yet written when their section has ended; whoever wants one then writes it
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of the check: after so many `seconds` it is ended. `meanwhile` are models that are written while it runs."""
+
+    name: str
+    seconds: float
+    meanwhile: tuple[str, ...] = ()
+
+
+def sections(half: str) -> tuple[Section, ...]:
+    few_bits = ("sd1", "sd1-int8", "sd1-int4", "tiny-sd1-int8", "tiny-sd1-int4")
+    return (
+        Section("probe", 90, few_bits),
+        Section(f"{half} under caps", 60),
+        Section("speed", 50),
+        Section("few bits", 100),
+        Section("GPU tests", 60, ("sdxl",)),
+        Section("kernels and layers", 60),
+        Section("SDXL", 80),
+        Section("compiled", 90),
+        Section("ONNX Runtime", 60),
+    )
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--device", default="cuda")
+    parse.add_argument("--limit", type=float, default=360, help="seconds for all of it")
+    parse.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parse.add_argument("--tiny", action="store_true", help="tiny models, to rehearse this script")
     parse.add_argument("--steps", type=int, default=10)
+    parse.add_argument("--section", help="one alone, by its name")
+    parse.add_argument("--models", nargs="*", default=[], help=argparse.SUPPRESS)
+    parse.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    parse.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parse.parse_args()
-    envelope("")  # what every line needs, before anything takes time
-    request = Request("a red heart", seed=0, num_inference_steps=args.steps, scheduler="euler")
-    with tempfile.TemporaryDirectory() as folder:
-        check = Check(Path(folder), args.device, args.tiny, request)
-        sections: dict[str, tuple[float, Callable[[], Iterator[Row]]]] = {
-            "tests": (100, check.tests),
-            "fp16 under caps": (110, lambda: check.capped(check.plain(), check.half)),
-            "speed": (50, lambda: check.speed(check.plain(), ["diffusers", check.half])),
-            "kernels": (20, check.kernels),
-            "layers": (30, lambda: iter(layers.rows(args.device, layers.SHAPES[-1:] if args.tiny else layers.SHAPES))),
-            "few bits": (110, check.quantised),
-            "ONNX Runtime": (60, check.onnx),
-            "SDXL": (70, lambda: check.capped(check.written("sdxl"), check.half, every=False)),
-            "compiled": (90, lambda: check.speed(check.plain(), ["diffusers", "diffusers, U-Net compiled", check.half])),
-        }
-        begun, failed, lines = time.perf_counter(), 0, list[str]()
-        for name, (seconds, section) in sections.items():
-            rows = list(within(seconds, section, begun))
-            failed += any("failed" in row for row in rows)
-            record("gpu_check", {"section": name, "rows": rows})
-            lines += [f"{name}: {line}" for line in summary(rows)]
-            print(f"{time.perf_counter() - begun:.0f} s: {name}", flush=True)
-    print(*lines, sep="\n")
-    sys.exit(1 if failed else 0)
+    sys.exit(within(args) if args.rows else every(args))
 
 
-LIMIT = 540  # seconds; no section is begun that might end later
+def every(args: argparse.Namespace) -> int:
+    """Every section in turn, or the one asked for. 1 if something was wrong, else 0; to be slow is not wrong."""
+    begun, found, file = time.perf_counter(), dict[str, list[Row]](), None
+    known: Row = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for section in sections("fp16" if args.device == "cuda" else "bf16"):
+            if args.section not in (None, section.name):
+                continue
+            left = args.limit - (time.perf_counter() - begun)
+            setup, rows = _section(section, args, Path(folder), left) if left > LEAST else ({}, [{"left": "for want of time"}])
+            found[section.name] = rows
+            known = setup or known or envelope("", Hardware(args.device, "unknown", 0, 0, ("fp32",)))
+            file = record("gpu_check", {"section": section.name, "rows": rows}, known | {"command": command()})
+            print(f"{time.perf_counter() - begun:4.0f} s: {section.name}, {len(rows)} rows", file=sys.stderr, flush=True)
+    if not found:
+        print(f"no section is called '{args.section}': choose {', '.join(each.name for each in sections('fp16'))}")
+        return 2
+    versions = known["versions"]
+    told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "cuda", "diffusers", "transformers") if name in versions)
+    print(f"{known['hardware']['name']}: {told}", *screen(found), sep="\n")
+    print(f"everything in {file}, in {time.perf_counter() - begun:.0f} s")
+    return int(any(fault.kind != "slower" for fault in faults(found)))
 
 
-def within(seconds: float, section: Callable[[], Iterator[Row]], begun: float) -> Iterator[Row]:
-    """The rows of a section until its time is over; what it raises is a row, and goes to standard error."""
-    start = time.perf_counter()
-    if start - begun + seconds > LIMIT:
-        yield {"left": "for want of time"}
-        return
+def _section(section: Section, args: argparse.Namespace, folder: Path, left: float) -> tuple[Row, list[Row]]:
+    """The envelope and the rows of a section, with `left` seconds for all that is still to come."""
+    own = [sys.executable, "-m", "tightfit.benchmarks.gpu_check", "--device", args.device, "--steps", str(args.steps)]
+    own += ["--folder", str(folder), *(["--tiny"] if args.tiny else [])]
+    file, start = folder / f"{section.name.replace(' ', '-')}.jsonl", time.perf_counter()
+    writer = None
+    if section.meanwhile:
+        models = folder / f"models-{file.name}"
+        writer = Apart([*own, "--section", "models", "--rows", str(models), "--models", *section.meanwhile], models)
     try:
-        for row in section():
-            yield row
-            if time.perf_counter() - start > seconds:
-                yield {"left": f"after {time.perf_counter() - start:.0f} s"}
-                return
-    except Exception as error:
-        traceback.print_exc()
-        yield {"failed": f"{type(error).__name__}: {first_line(error)}"}
+        # one that is asked for alone has all the time; a CPU only rehearses
+        seconds = left if args.section else section.seconds * (1 if args.device == "cuda" else 2)
+        rows = Apart([*own, "--section", section.name, "--rows", str(file)], file).rows(seconds, left)
+    except BaseException:
+        if writer:
+            writer.end()
+        raise
+    if writer:
+        rows += writer.rows(WAIT, left - (time.perf_counter() - start))
+    setup = next((row["setup"] for row in rows if "setup" in row), {})
+    return setup, [row for row in rows if "setup" not in row]
 
 
-def summary(rows: list[Row]) -> list[str]:
-    """What fits on one screen: plans under a cap in a line for each model, with the worst of them; the rest as it is."""
-    lines = []
-    for (cap, model), group in groupby((row for row in rows if "cap" in row), key=lambda row: (row["cap"], row["model"])):
-        own = list(group)
-        ran = [row for row in own if "error" in row]
-        worst = max((row["error"] for row in ran), key=abs, default=0.0)
-        over = sum(not row["held"] for row in ran)
-        count = f"{len(ran)} plans ran, {len(own) - len(ran)} failed"
-        lines.append(f"{cap} {model}: {count}, {over} above the cap, worst prediction {worst:+.1%}")
-        lines += [f"{row['plan']}: {row['failed']}" for row in own if "failed" in row]
-    rest = [row for row in rows if "cap" not in row]
-    return lines + ["  ".join(f"{name} {value}" for name, value in row.items()) for row in rest]
+class Apart:
+    """A command in a process of its own, which writes rows into `file`, one of JSON a line; what it prints goes beside that."""
 
+    def __init__(self, call: Sequence[str], file: Path) -> None:
+        self.file, self.log = file, file.with_suffix(".log")
+        with self.log.open("wb") as stream:
+            how: dict[str, Any] = {"stdout": stream, "stderr": subprocess.STDOUT, "start_new_session": True}
+            self.process = subprocess.Popen(call, env=_environment(call), **how)
 
-class Check:
-    """What sections share: models written into `folder` when they are first wanted, the device and what to paint."""
-
-    def __init__(self, folder: Path, device: str, tiny: bool, request: Request) -> None:
-        self.folder, self.device, self.tiny, self.request = folder, device, tiny, request
-        self.half = "fp16" if device == "cuda" else "bf16"
-
-    def plain(self) -> str:
-        return self.written("sd1")
-
-    def written(self, family: str) -> str:
-        """A model of random weights in fp16."""
-        model = self.folder / family
-        if not model.exists():
-            random_model.write(family, model, tiny=self.tiny, precision="fp16")
-        return str(model)
-
-    def exported(self, *options: str) -> str:
-        model = self.folder / "-".join(options)
-        if not model.exists():
-            command = [sys.executable, "-m", "tightfit", "export", self.plain(), "--precision", *options, "-o", str(model)]
-            subprocess.run(command, check=True)
-        return str(model)
-
-    def tests(self) -> Iterator[Row]:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", str(Path(__file__).parents[1] / "tests")]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, timeout=300)
-        print(done.stdout, flush=True)
-        counts = {what: int(count) for count, what in re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", done.stdout)}
-        what = {"failed": "the GPU tests"} if done.returncode else {}
-        yield {name: counts.get(name, 0) for name in ("passed", "skipped")} | {"exit code": done.returncode} | what
-
-    def capped(self, model: str, precision: str, every: bool = True) -> Iterator[Row]:
-        """Each plan that fits some cap, under the least of them; if not every, under each cap the fastest of each residency."""
-        hardware, spec, seen = Hardware.detect(self.device), inspect(model), set[str]()
-        for gigabytes in CAPS:
-            wishes = Wishes(precision=precision, budget=int(gigabytes * 1e9))
-            fitting = [each for each in plan(hardware, spec, self._short(), wishes) if each.fits]
-            if not every:
-                fitting = list({p.placements["unet"].residency: p for p in reversed(fitting)}.values())
-            for one in (one for one in fitting if one.summary() not in seen):
-                seen.add(one.summary())
-                head: Row = {"cap": f"{gigabytes} GB", "model": f"{Path(model).name} {precision}", "plan": one.summary()}
-                yield head | self._ran(Pipeline(spec, hardware, wishes, one), one, gigabytes * 10**9)
-
-    def _short(self) -> Request:
-        """Two steps take as much memory as any number."""
-        return Request(self.request.prompt, seed=0, num_inference_steps=2, scheduler="euler")
-
-    def _ran(self, pipeline: Pipeline, one: Plan, cap: int) -> Row:
-        """Predicted and measured bytes and seconds; bytes of each stage in pairs."""
-        told = one.predicted
+    def rows(self, seconds: float, left: float) -> list[Row]:
+        """Its rows once it ended, or was ended after `seconds` or when no time is `left`; a row more says what went wrong."""
         try:
-            with pipeline as pipe:
-                result = pipe.generate(self._short())
-        except TightfitError as error:
-            return {"predicted": told.peak_bytes, "failed": str(error)}
-        took = result.peak_bytes
-        return {
-            "predicted": told.peak_bytes,
-            "measured": took,
-            "error": told.peak_bytes / took - 1 if took else 0.0,
-            "held": took + told.context_bytes <= cap,
-            "stages": {name: (told.stages[name], result.stages[name].peak_bytes) for name in told.stages},
-            "seconds": (round(told.seconds, 3), round(result.seconds, 3)),
-            "notices": result.notices,
-        }
+            code: int | None = self.process.wait(max(0.0, min(seconds, left)))
+        except subprocess.TimeoutExpired:
+            code = None
+        finally:
+            self.end()
+        rows = list(_read(self.file))
+        if code is None:
+            rows.append({"failed": f"ended after {seconds:.0f} s"} if seconds <= left else {"left": "when the time was over"})
+        elif code and not any("failed" in row for row in rows[-1:]):
+            died = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+            said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            rows.append({"failed": f"{died}: {said[-1][:200]}" if said else died})
+        if any("failed" in row for row in rows):
+            rows.append({"log": self.log.read_text(encoding="utf-8", errors="replace")[-4000:]})
+        return rows
 
-    def quantised(self) -> Iterator[Row]:
-        """In 8 and 4 bits: under caps, and beside fp16."""
-        int8, int4 = self.exported("int8"), self.exported("int4")
-        kinds = [(int8, "int8"), (int4, "int4")]
-        if "int8" in Hardware.detect(self.device).rates:
-            kinds.append((int8, "int8-dynamic"))
-        yield from self.speed(self.plain(), [self.half, *kinds])
-        for model, precision in kinds:
-            yield from self.capped(model, precision, every=False)
-
-    def onnx(self) -> Iterator[Row]:
-        """On ONNX Runtime, if it computes on this device."""
-        if self.device != "cpu" and all(each == CPU_PROVIDER for each in Hardware.detect(self.device).onnx_providers()):
-            yield {"left": "onnxruntime has no provider for this device: onnxruntime-gpu is not here"}
-            return
-        graph = self.exported("fp16", "--to", "onnx")
-        yield from self.speed(self.plain(), [self.half, (graph, "auto")])
-        yield from self.capped(graph, "auto", every=False)
-
-    def speed(self, model: str, names: list[Any]) -> Iterator[Row]:
-        """Seconds of a warm run, each contender's best of two turns of two, a run before each turn not counted: diffusers as its
-        documentation makes it fastest, and ours in a precision, or (model, precision)."""
-        best: dict[str, float] = {}
-        with ExitStack() as stack:
-            runs: dict[str, Callable[[], Any]] = {}
-            for name in names:
-                if str(name).startswith("diffusers"):
-                    runs[name] = partial(diffusers_best(model, self.device, "compiled" in name), self.request)
-                    continue
-                own, precision = (model, name) if isinstance(name, str) else name
-                pipe = stack.enter_context(load(own, device=self.device, residency="resident", precision=precision))
-                runs[f"{Path(own).name} {precision}"] = partial(pipe.generate, self.request)
-            for _ in range(2):
-                for name, run in runs.items():
-                    run()
-                    for _ in range(2):
-                        start = time.perf_counter()
-                        run()
-                        best[name] = min(best.get(name, float("inf")), time.perf_counter() - start)
-        first = next(iter(best))
-        for name, seconds in best.items():
-            yield {"pipeline": name, "seconds": round(seconds, 3), f"of {first}": round(seconds / best[first], 3)}
-
-    def kernels(self) -> Iterator[Row]:
-        """The ten kernels (on a CPU: operators) that take the most time of a picture, and their shares."""
-        from torch.profiler import ProfilerActivity, profile
-
-        gpu = self.device == "cuda"
-        with load(self.plain(), device=self.device, residency="resident", precision=self.half) as pipe:
-            pipe.generate(self._short())
-            with profile(activities=[ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU]) as seen:
-                pipe.generate(self._short())
-        field = "self_device_time_total" if gpu else "self_cpu_time_total"
-        found = sorted(((getattr(each, field), each.key) for each in seen.key_averages()), reverse=True)
-        total = sum(time for time, _ in found) or 1
-        yield from ({"kernel": name[:60], "share": f"{time / total:.1%}"} for time, name in found[:10])
+    def end(self) -> None:
+        """End it, and whatever it started."""
+        with suppress(ProcessLookupError, PermissionError):  # it is gone, or on macOS its end not yet noticed
+            if hasattr(os, "killpg"):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            else:
+                self.process.kill()
+        self.process.wait()
 
 
-def diffusers_best(model: str, device: str, compiled: bool) -> Callable[[Request], Any]:
-    """diffusers as its documentation makes it fastest: channels last, SDPA (its default), projections fused, its U-Net compiled if
-    so (in torch.compile's own mode: max-autotune tries for minutes)."""
-    from diffusers import DiffusionPipeline, EulerDiscreteScheduler
+def _environment(call: Iterable[str]) -> dict[str, str]:
+    """Models are written by half the cores: a section that is measured has the others."""
+    few = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))} if "models" in call else {}
+    return {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **few}
 
-    dtype = torch.float16 if device == "cuda" else torch.bfloat16
-    theirs: Any = DiffusionPipeline.from_pretrained(model, dtype=dtype).to(device)
-    theirs.scheduler = EulerDiscreteScheduler.from_config(theirs.scheduler.config)
-    theirs.set_progress_bar_config(disable=True)
-    theirs.fuse_qkv_projections()
-    theirs.unet.to(memory_format=torch.channels_last)
-    if compiled:
-        theirs.unet = torch.compile(theirs.unet, fullgraph=True)
-    return lambda request: theirs(request.prompt, num_inference_steps=request.num_inference_steps)
+
+def _read(file: Path) -> Iterable[Row]:
+    """Whole lines; one that was being written when its process ended is left out."""
+    if file.exists():
+        for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def within(args: argparse.Namespace) -> int:
+    """One section, in this process: rows are written as they come, and what it raises is the last of them."""
+    from .gpu_sections import Check
+
+    begun = time.perf_counter()
+    with args.rows.open("a", encoding="utf-8") as stream:
+        try:
+            check = Check(args.folder, args.device, args.tiny, args.steps)
+            write(stream, {"setup": envelope(command(), check.card.name())})
+            made = check.models(args.models) if args.section == "models" else check.sections()[args.section]()
+            for row in made:
+                write(stream, row | {"at": round(time.perf_counter() - begun, 1)})
+        except Exception as error:
+            traceback.print_exc()
+            write(stream, {"failed": f"{type(error).__name__}: {first_line(error)}"})
+            return 1
+    return 0
+
+
+def write(stream: Any, row: Row) -> None:
+    stream.write(json.dumps(row, default=str) + "\n")
+    stream.flush()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ quantising the inputs included. Hold both against what the device can do (`tight
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -41,15 +41,16 @@ CONTENDERS = (("int8", "int8", False), ("int4", "int4-g64", False), ("int8-dynam
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--device", default="cpu")
-    found = rows(parse.parse_args().device, SHAPES)
-    for row in found:
-        print("  ".join(f"{name} {value}" for name, value in row.items()))
+    found = list[dict[str, Any]]()
+    for row in rows(parse.parse_args().device, SHAPES):
+        found.append(row)
+        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
     record("layers", found)
 
 
-def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
-    """One for each shape. 16 bits are fp16 on a GPU, bf16 elsewhere."""
-    found, dtype = [], torch.float16 if device == "cuda" else torch.bfloat16
+def rows(device: str, shapes: Sequence[Shape]) -> Iterator[dict[str, Any]]:
+    """One for each shape, as it is measured. 16 bits are fp16 on a GPU, bf16 elsewhere."""
+    dtype = torch.float16 if device == "cuda" else torch.bfloat16
     contenders = CONTENDERS if "int8" in Hardware.detect(device).rates else CONTENDERS[:-1]
     for pixels, channels, out, taps in shapes:
         side = round((pixels // 2) ** 0.5)
@@ -68,8 +69,7 @@ def rows(device: str, shapes: Sequence[Shape]) -> list[dict[str, Any]]:
                 row["unpacking GB/s"] = round(moved / 1e3 / microseconds(partial(_unpack, made), device), 1)
             if isinstance(made, quantised.LinearInt8):
                 row["TOP/s"] = round(2e-6 * pixels * weight.numel() / row[name], 2)
-        found.append(row)
-    return found
+        yield row
 
 
 def _unpack(layer: quantised.Quantised) -> None:

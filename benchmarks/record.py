@@ -53,11 +53,17 @@ def own_version() -> str:
     return f"{__version__}+{commit}" if commit else __version__
 
 
-def record(name: str, results: Any) -> Path:
-    """Append `results` to `name`.jsonl under $OUT, else in benchmarks/results/, and return that file."""
+def command() -> str:
+    """The one that runs now, as it would be typed."""
     program = Path(sys.argv[0])
     module = program.parent.name if program.stem == "__main__" else program.stem
-    line = envelope(shlex.join(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]])) | {"results": results}
+    return shlex.join(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]])
+
+
+def record(name: str, results: Any, setup: dict[str, Any] | None = None) -> Path:
+    """Append `results` to `name`.jsonl under $OUT, else in benchmarks/results/, and return that file. `setup` is the envelope, if
+    another process measured them."""
+    line = (setup or envelope(command())) | {"results": results}
     folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.jsonl"

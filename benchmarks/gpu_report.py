@@ -1,0 +1,135 @@
+"""What gpu_check found, on one screen: what was wrong, worst first, then speeds in short."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..runtime.memory import shown
+
+LINES, COLUMNS = 38, 140  # gpu_check says two more
+PREDICTED_WITHIN, AS_FAST = 0.05, 1.02
+# The worst first, and how each is called.
+KINDS = {
+    "picture": "wrong pictures and answers",
+    "budget": "budgets not held, as the card says",
+    "prediction": f"predictions off by more than {PREDICTED_WITHIN:.0%}",
+    "failure": "failures",
+    "slower": "slower than diffusers",
+}
+_SPEED_LINES = 18
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One of KINDS; `size` orders those of a kind, the largest first."""
+
+    kind: str
+    size: float
+    text: str
+
+
+def faults(sections: Mapping[str, Sequence[Row]]) -> list[Fault]:
+    """What is wrong in the rows of sections, worst first; the same failure of several is told once."""
+    found, failures = list[Fault](), Counter[tuple[str, str]]()
+    for section, rows in sections.items():
+        for row in rows:
+            found += _of(row)
+            if why := row.get("failed"):
+                failures[f"{section}, {name(row)}" if name(row) else section, str(why)] += 1
+    same = Counter(why for (_, why), _ in failures.items())
+    told = {why: where for (where, why) in reversed(failures)}  # the first that had it
+    for why, count in same.items():
+        more = f" and {count - 1} more" if count > 1 else ""
+        found.append(Fault("failure", count, f"{told[why]}{more}: {why}"))
+    order = list(KINDS)
+    return sorted(found, key=lambda fault: (order.index(fault.kind), -fault.size))
+
+
+def name(row: Row) -> str:
+    """What ran."""
+    keys = ("plan", "pipeline", "kernel", "picture", "test", "model", "what", "doubt")
+    return str(next((row[key] for key in keys if key in row), ""))
+
+
+def _of(row: Row) -> Iterator[Fault]:
+    """All but failures."""
+    if "decibels" in row and not row["decibels"] >= row["floor"]:
+        off = row["floor"] - row["decibels"]
+        yield Fault("picture", off, f"{row['decibels']} dB, less than {row['floor']:g}, beside {row['beside']}: {name(row)}")
+    if row.get("wrong"):
+        text = f"{row['wrong']} of {row['cases']} wrong, off by {row['worst']:g} where {row['bound']:g} may be: {name(row)}"
+        yield Fault("picture", 100 * row["wrong"] / row["cases"], text)
+    if row.get("held") is False:
+        over = row["used"] - row["cap"]
+        yield Fault("budget", over, f"{shown(over)} above {row['cap'] / 1e9:g} GB: {name(row)}")
+    stages = {stage: predicted / measured - 1 for stage, (predicted, measured) in row.get("stages", {}).items() if measured}
+    # what is loaded when it is first wanted is not there yet in a first run, so a stage may take less
+    errors = {"in all": row.get("error", 0.0)} | {f"to {stage}": error for stage, error in stages.items() if error < 0}
+    if row.get("context", (0, 0))[1]:
+        errors["context"] = row["context"][0] / row["context"][1] - 1
+    worst = max(errors, key=lambda where: abs(errors[where]))
+    if abs(errors[worst]) > PREDICTED_WITHIN:
+        yield Fault("prediction", abs(errors[worst]), f"{errors[worst]:+.1%} {worst}: {name(row)}")
+    beside_theirs = str(row.get("of", "")).startswith("diffusers") and not name(row).startswith("diffusers")
+    if beside_theirs and row["times"] > AS_FAST:
+        yield Fault("slower", row["times"], f"{row['times']:.2f} times the seconds of {row['of']}: {name(row)}")
+
+
+def screen(sections: Mapping[str, Sequence[Row]]) -> list[str]:
+    """At most LINES lines of COLUMNS: the faults of each kind that fit, then speeds, then what did not run."""
+    found, speeds, missing = faults(sections), _speeds(sections), _missing(sections)
+    counts = Counter(fault.kind for fault in found)
+    lines = list[str]()
+    room = LINES - min(len(speeds), _SPEED_LINES) - len(missing) - 2 * len(counts)
+    for i, (kind, count) in enumerate(counts.items()):
+        own = [fault.text for fault in found if fault.kind == kind]
+        most = max(1, min(count, room // (len(counts) - i)))
+        room -= most
+        lines.append(f"{KINDS[kind]}: {count}")
+        lines += [f"  {text}" for text in own[:most]] + ([f"  … {count - most} more"] if count > most else [])
+    lines = lines or [f"nothing wrong in {sum(len(rows) for rows in sections.values())} rows"]
+    return [_cut(line) for line in (*lines, *speeds[:_SPEED_LINES], *missing)]
+
+
+def _cut(line: str) -> str:
+    line = " ".join(line.split()) if not line.startswith("  ") else "  " + " ".join(line.split())
+    return line if len(line) <= COLUMNS else line[: COLUMNS - 1] + "…"
+
+
+def _speeds(sections: Mapping[str, Sequence[Row]]) -> list[str]:
+    lines = []
+    for section, rows in sections.items():
+        told = [row for row in rows if "times" in row]
+        if told:
+            decibels = {name(row): f", {row['decibels']} dB" for row in rows if "decibels" in row}
+            for row in told:
+                predicted = f", predicted {row['predicted s']} s" if "predicted s" in row else ""
+                beside = f", {row['times']:.2f} times {row['of']}{decibels.get(name(row), '')}" if name(row) != row["of"] else ""
+                lines.append(f"{section}: {name(row)} {row['seconds']} s{predicted}{beside}")
+        ran = [row for row in rows if "cap" in row and "measured" in row]
+        if ran:
+            errors, worst = [row["error"] for row in ran], min(row.get("decibels", 99.0) for row in ran)
+            most = max(errors, key=abs)
+            lines.append(f"{section}: {len(ran)} plans ran, worst prediction {most:+.1%}, worst picture {worst} dB")
+        kernels = [row for row in rows if "cases" in row]
+        if kernels:
+            lines.append(f"{section}: {sum(row['cases'] for row in kernels)} answers of {len(kernels)} kernels compared")
+        unpacked = [f"{row['unpacked']} {row['GB/s']}" for row in rows if "unpacked" in row]
+        lines += [f"{section}, unpacking GB/s: {', '.join(unpacked)}"] if unpacked else []
+        copied = [row for row in rows if "copied MiB" in row]
+        if copied:
+            last = copied[-1]
+            rates = f"pinned {last['pinned GB/s']} GB/s, pageable {last['pageable GB/s']} GB/s, pinning {last['pinning s']} s"
+            lines.append(f"{section}, {last['copied MiB']} MiB to the card: {rates}")
+    return lines
+
+
+def _missing(sections: Mapping[str, Sequence[Row]]) -> list[str]:
+    left = [section for section, rows in sections.items() if any("left" in row for row in rows)]
+    skipped = [name(row) or section for section, rows in sections.items() for row in rows if "skipped" in row]
+    lines = [f"no time for: {', '.join(left)}"] if left else []
+    return lines + ([f"skipped: {', '.join(skipped)}"] if skipped else [])
