@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that have two threads each wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 
@@ -28,14 +34,31 @@ def own_cache(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def tiny_models(tmp_path_factory) -> dict[str, Path]:
+def tiny_models(made_once) -> dict[str, Path]:
     """A diffusers folder per family, fp32, written once; tests must not change them."""
     from tightfit.export import random_model
 
-    root = tmp_path_factory.mktemp("models")
-    for family in FAMILIES:
-        random_model.write(family, root / family, tiny=True, precision="fp32")
-    return {family: root / family for family in FAMILIES}
+    write = functools.partial(random_model.write, tiny=True, precision="fp32")
+    return {family: made_once(f"models/{family}", functools.partial(write, family)) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Called with a name and what writes a folder, whole or not at all: the folder, which all processes of a run share."""
+    from filelock import FileLock  # huggingface_hub's
+
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+
+    def make(name: str, write: Callable[[Path], object]) -> Path:
+        folder = shared / name
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                write(folder)
+        return folder
+
+    return make
 
 
 # Half as deep as the tiny ones, as tracing takes its time from the number of operators.
@@ -51,11 +74,11 @@ _SHALLOW = {
 
 
 @pytest.fixture(scope="session")
-def shallow_models(tmp_path_factory) -> dict[str, Path]:
+def shallow_models(made_once) -> dict[str, Path]:
     """A diffusers folder per family, fp32, that is quickly exported to ONNX; tests must not change them."""
     from tightfit.export import random_model
 
-    root = tmp_path_factory.mktemp("shallow")
+    made = {}
     with pytest.MonkeyPatch.context() as patch:
         for family in FAMILIES:
             tiny = {name: dict(each) for name, each in random_model.TINY[family].items()}
@@ -65,26 +88,22 @@ def shallow_models(tmp_path_factory) -> dict[str, Path]:
                 if isinstance(value := {**random_model.MODELS[family]["unet"], **tiny["unet"]}.get(field), tuple | list):
                     tiny["unet"][field] = value[:2]
             patch.setitem(random_model.TINY, family, tiny)
-            random_model.write(family, root / family, tiny=True, precision="fp32")
-    return {family: root / family for family in FAMILIES}
+            write = functools.partial(random_model.write, family, tiny=True, precision="fp32")
+            made[family] = made_once(f"shallow/{family}", write)
+    return made
 
 
 @pytest.fixture(scope="session")
-def onnx_models(shallow_models, tmp_path_factory):
+def onnx_models(shallow_models, made_once):
     """Called with a family and a precision: the shallow model exported to ONNX, once; tests must not change it."""
     from tightfit.runtime.cli import app
     from typer.testing import CliRunner
 
-    root, known = tmp_path_factory.mktemp("onnx"), {}
-
     def exported(family: str, precision: str) -> Path:
-        if (family, precision) not in known:
-            folder = root / f"{family}-{precision}"
-            arguments = [str(shallow_models[family]), "--to", "onnx", "--precision", precision, "-o", str(folder)]
-            arguments += ["--compute", "fp32"] if precision.startswith("int") else []
-            CliRunner().invoke(app, ["export", *arguments], catch_exceptions=False)
-            known[family, precision] = folder
-        return known[family, precision]
+        arguments = ["export", str(shallow_models[family]), "--to", "onnx", "--precision", precision]
+        arguments += ["--compute", "fp32"] if precision.startswith("int") else []
+        write = lambda folder: CliRunner().invoke(app, [*arguments, "-o", str(folder)], catch_exceptions=False)  # noqa: E731
+        return made_once(f"onnx/{family}-{precision}", write)
 
     return exported
 
