@@ -102,7 +102,7 @@ def calibrated(precision: str, bits: float, feedback: bool = True, formats_too: 
 
     def make() -> Rounding:
         effort = calibrate.Effort(8, 20, None, 3.0, bits)
-        scheme = calibrate.calibrated(inspect("emoji").folder, precision, effort, lambda _: None)
+        scheme = calibrate.calibrated(inspect("emoji"), precision, effort, lambda _: None)
 
         def rounding(component: str, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
             name = recipe(precision, component, layer, weight.shape)

@@ -44,6 +44,7 @@ from .gpu_report import faults, screen
 from .record import command, envelope, record
 
 LEAST = 15  # seconds that a section must have left: less, and it hardly starts
+QUIET = 20  # seconds before models are written: the probe times copies from the host's memory first
 WAIT = 60  # seconds for models that are not yet written when their section has ended; whoever wants one then writes it
 Row = dict[str, Any]
 
@@ -83,7 +84,15 @@ def main() -> None:
     parse.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     parse.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parse.parse_args()
+    if args.device == "cuda" and not gpu_is_here():
+        parse.error("no cuda device is here: --tiny --device cpu rehearses it")
     sys.exit(within(args) if args.rows else every(args))
+
+
+def gpu_is_here() -> bool:
+    """Asked in another process: this one makes no context, which would count as used."""
+    asked = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
 
 
 def every(args: argparse.Namespace) -> int:
@@ -128,7 +137,7 @@ def _section(section: Section, args: argparse.Namespace, folder: Path, left: flo
             writer.end()
         raise
     if writer:
-        rows += writer.rows(WAIT, left - (time.perf_counter() - start))
+        rows += [{"what": "models"} | row for row in writer.rows(WAIT, left - (time.perf_counter() - start))]
     setup = next((row["setup"] for row in rows if "setup" in row), {})
     return setup, [row for row in rows if "setup" not in row]
 
@@ -194,6 +203,8 @@ def within(args: argparse.Namespace) -> int:
         try:
             check = Check(args.folder, args.device, args.tiny, args.steps)
             write(stream, {"setup": envelope(command(), check.card.name())})
+            if args.section == "models" and check.card.is_gpu:
+                time.sleep(QUIET)
             made = check.models(args.models) if args.section == "models" else check.sections()[args.section]()
             for row in made:
                 write(stream, row | {"at": round(time.perf_counter() - begun, 1)})

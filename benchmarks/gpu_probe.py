@@ -76,12 +76,21 @@ PINNED = (1, 16, 64, 256, 1024, 2048)  # MiB
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parse.add_argument("--device", default="cuda", type=there)
     found, begun = list[Row](), time.perf_counter()
     for row in rows(parse.parse_args().device):
         found.append(row)
         print(f"{time.perf_counter() - begun:6.1f} s", *(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
     record("gpu_probe", found)
+
+
+def there(device: str) -> str:
+    """The device, if it is here; argparse says why not."""
+    if device not in ("cuda", "cpu"):
+        raise argparse.ArgumentTypeError(f"{device!r} is neither cuda nor cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError("no cuda device is here: --device cpu rehearses it")
+    return device
 
 
 def rows(device: str) -> Iterator[Row]:
@@ -443,9 +452,9 @@ def context_at_the_end(card: Card) -> Iterator[Row]:
 DOUBTS: Sequence[tuple[Callable[[Card], Iterator[Row]], bool]] = (
     (versions, False),
     (context_and_workspaces, True),
+    (copies, True),
     (cudnn_workspaces, True),
     (attention, False),
-    (copies, True),
     (pictures_right, False),
     (unpacking, True),
     (weights_unpacked_right, False),

@@ -36,6 +36,7 @@ def faults(sections: Mapping[str, Sequence[Row]]) -> list[Fault]:
     """What is wrong in the rows of sections, worst first; the same failure of several is told once."""
     found, failures = list[Fault](), Counter[tuple[str, str]]()
     for section, rows in sections.items():
+        found += _context(section, rows)
         for row in rows:
             found += _of(row)
             if why := row.get("failed"):
@@ -47,6 +48,13 @@ def faults(sections: Mapping[str, Sequence[Row]]) -> list[Fault]:
         found.append(Fault("failure", count, f"{told[why]}{more}: {why}"))
     order = list(KINDS)
     return sorted(found, key=lambda fault: (order.index(fault.kind), -fault.size))
+
+
+def _context(section: str, rows: Sequence[Row]) -> Iterator[Fault]:
+    """The context is the card's, not a plan's: told once for each section."""
+    off = [told / seen - 1 for told, seen in (row["context"] for row in rows if "context" in row) if seen]
+    if off and abs(worst := max(off, key=abs)) > PREDICTED_WITHIN:
+        yield Fault("prediction", abs(worst), f"{worst:+.1%} context: {section}")
 
 
 def name(row: Row) -> str:
@@ -69,8 +77,6 @@ def _of(row: Row) -> Iterator[Fault]:
     stages = {stage: predicted / measured - 1 for stage, (predicted, measured) in row.get("stages", {}).items() if measured}
     # what is loaded when it is first wanted is not there yet in a first run, so a stage may take less
     errors = {"in all": row.get("error", 0.0)} | {f"to {stage}": error for stage, error in stages.items() if error < 0}
-    if row.get("context", (0, 0))[1]:
-        errors["context"] = row["context"][0] / row["context"][1] - 1
     worst = max(errors, key=lambda where: abs(errors[where]))
     if abs(errors[worst]) > PREDICTED_WITHIN:
         yield Fault("prediction", abs(errors[worst]), f"{errors[worst]:+.1%} {worst}: {name(row)}")
@@ -129,7 +135,7 @@ def _speeds(sections: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def _missing(sections: Mapping[str, Sequence[Row]]) -> list[str]:
-    left = [section for section, rows in sections.items() if any("left" in row for row in rows)]
+    left = [row.get("what", section) for section, rows in sections.items() for row in rows if "left" in row]
     skipped = [name(row) or section for section, rows in sections.items() for row in rows if "skipped" in row]
     lines = [f"no time for: {', '.join(left)}"] if left else []
     return lines + ([f"skipped: {', '.join(skipped)}"] if skipped else [])

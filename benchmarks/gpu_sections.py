@@ -264,7 +264,7 @@ def differing(plans: Sequence[tuple[int, Plan]], most: int) -> list[tuple[int, P
     pairs = []
     for cap, one in plans:
         unet, vae = one.placements["unet"], one.placements["vae_decoder"]
-        choices = (cap, unet.residency, unet.attention, unet.compute, vae.tiling, vae.residency, one.cfg)
+        choices = (cap, unet.residency, unet.kept_bytes > 0, unet.attention, unet.compute, vae.tiling, vae.residency, one.cfg)
         pairs.append(set(combinations(enumerate(choices), 2)))
     chosen, seen = list[int](), set[Any]()
     while len(chosen) < min(most, len(plans)):

@@ -7,26 +7,25 @@ from __future__ import annotations
 
 import argparse
 
-from .. import Request, inspect, plan
+from .. import Request, TightfitError, inspect, plan
 from ..runtime.hardware import cards, profile
 from ..runtime.memory import shown
 from ..runtime.plan import Wishes
 from ..runtime.planner import none_fits
+from ..runtime.spec import ModelSpec
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("models", nargs="+", metavar="MODEL:SIZE")
+    parse.add_argument("models", nargs="+", metavar="MODEL:SIZE", type=sized)
     parse.add_argument("--steps", type=int, default=20)
     args = parse.parse_args()
     print("# What runs on which card\n")
     print("Chosen plans, predicted. The fp16 files of each model; a desktop on the card. Seconds are by the makers' rates, scaled")
     print("by what published runs of such cards reach (`profiles/classes.toml`); those with a + by the rates alone, so at best.")
-    print(f"Made by `python -m tightfit.benchmarks.plans {' '.join(args.models)}`.")
-    for each in args.models:
-        name, _, side = each.rpartition(":")
-        spec = inspect(name)
-        request = Request("a", None, int(side), int(side), args.steps, scheduler="euler").resolve(spec)
+    print(f"Made by `python -m tightfit.benchmarks.plans {' '.join(f'{spec.folder.name}:{side}' for spec, side in args.models)}`.")
+    for spec, side in args.models:
+        request = Request("a", None, side, side, args.steps, scheduler="euler").resolve(spec)
         print(f"\n## {spec.folder.name}, {side}x{side}, {args.steps} steps\n")
         print("| card | to fit in | precision | residency | CFG | attention | VAE | encode | denoise | decode | seconds |")
         print("|---|---|---|---|---|---|---|---|---|---|---|")
@@ -42,6 +41,19 @@ def main() -> None:
             stages = (shown(count) for count in best.predicted.stages.values())
             seconds = f"{best.predicted.seconds:.1f}{'' if hardware.efficiency else '+'}"
             print(f"| {card} | {room} | {' | '.join((*how, *stages, seconds))} |", flush=True)
+
+
+def sized(text: str) -> tuple[ModelSpec, int]:
+    """A model and the side of its pictures, of MODEL:SIZE; argparse says what is wrong with another text."""
+    name, _, side = text.rpartition(":")
+    if not name or not side.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not MODEL:SIZE, such as emoji:128")
+    try:
+        spec = inspect(name)
+        Request("a", width=int(side), height=int(side)).resolve(spec)
+    except TightfitError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return spec, int(side)
 
 
 if __name__ == "__main__":

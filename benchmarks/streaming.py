@@ -2,8 +2,8 @@
 
     python -m tightfit.benchmarks.streaming sd15:512 sdxl:1024
 
-`bound` is the larger of all computing and all copying, which nothing can beat; `one ahead` copies each unit while the one before
-it computes; `ring` copies ahead as far as the buffer goes; `kept` also keeps loaded what the card has room for, as a plan would.
+`bound` is the larger of all computing and all copying, which no order of copies beats; `one ahead` copies each unit while the one
+before it computes; `ring` copies ahead as far as the buffer goes; `kept` also keeps loaded what the card has room for.
 Nothing is measured and no weight is read.
 """
 
@@ -13,27 +13,26 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
-from .. import Hardware, Request, inspect, plan
+from .. import Hardware, Request, plan
 from ..runtime.backends import engine
 from ..runtime.hardware import cards, profile
 from ..runtime.latency import arrival_spans, bus_rate, call_seconds
 from ..runtime.memory import shown
 from ..runtime.plan import Placement, Wishes
 from ..runtime.spec import ModelSpec
+from .plans import sized
 
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("models", nargs="+", metavar="MODEL:SIZE")
-    for each in parse.parse_args().models:
-        name, _, side = each.rpartition(":")
-        spec = inspect(name)
+    parse.add_argument("models", nargs="+", metavar="MODEL:SIZE", type=sized)
+    for spec, side in parse.parse_args().models:
         print(f"\n## {spec.folder.name}, {side}x{side}\n")
         print("| card | bound | one ahead | ring | kept | of it loaded |")
         print("|---|---|---|---|---|---|")
         for card in cards():
             if (hardware := profile(card)).device == "cuda" and not hardware.unified:
-                print(f"| {card} | {' | '.join(row(hardware, spec, int(side)))} |", flush=True)
+                print(f"| {card} | {' | '.join(row(hardware, spec, side))} |", flush=True)
 
 
 def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:

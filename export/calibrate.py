@@ -12,8 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,15 @@ from torch import Tensor, nn
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import LEAST, recipe
+from ..runtime import schedulers
+from ..runtime.backends import networks, weights
+from ..runtime.plan import Placement
+from ..runtime.spec import LCM_PIPELINE
+from ..runtime.tokenizer import read_tokenizer
 from .quantised import Scheme, energy
+
+if TYPE_CHECKING:
+    from ..runtime.spec import ModelSpec
 
 # One for each kind of picture that people ask for; none is of emoji's training, which have one or two words.
 PROMPTS = (
@@ -36,6 +43,7 @@ BITS = {"int8": 8.15, "int4": 5.0}  # a value of the U-Net, on average
 MOST_BITS = {"int8": 12, "int4": 8}  # beyond which a model would hardly deserve its precision's name
 _ROWS = 4096  # of a layer's inputs that a call adds to its moment, at most
 _STATES = 8  # calls of the U-Net by which layers are judged
+_PLAINLY = Placement("torch", "fp32", "fp32", "resident", "sdpa", "whole")
 
 
 @dataclass(frozen=True)
@@ -205,17 +213,42 @@ class Effort:
     bits: float
 
 
-@torch.inference_mode()
-def calibrated(folder: Path, precision: str, effort: Effort, tell: Callable[[str], object]) -> Scheme:
-    """The scheme for the U-Net of the diffusers model in `folder`, found by running it in fp32."""
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
+def pipeline(spec: ModelSpec, steps: int) -> Any:
+    """diffusers' pipeline for the family, in fp32 on the CPU, to paint latents with; its VAE has no weights.
 
-    for logging in (of_diffusers, of_transformers):  # of files that take a second
-        logging.disable_progress_bar()
-        logging.set_verbosity_error()
-    pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    Made of classes that are named here, never by diffusers' DiffusionPipeline.from_pretrained: before 0.38 that ran Python code of
+    the folder when model_index.json named some, and it opens a safety checker's pickle.
+    """
+    import diffusers
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    parts: dict[str, Any] = {"scheduler": schedulers.make(schedulers.default(spec), spec, steps)}
+    with torch.device("meta"):
+        parts["unet"] = UNet2DConditionModel.from_config(dict(spec.unet))
+        vae: Any = AutoencoderKL.from_config(dict(spec.vae))
+        for encoder in spec.text_encoders:
+            parts[encoder.name] = networks.build(encoder, _PLAINLY, "cpu")
+    parts["vae"] = vae.to_empty(device="cpu")  # whose pages nobody touches, so that they take no memory
+    for name in ("unet", *(encoder.name for encoder in spec.text_encoders)):
+        component, module = spec.components[name], parts[name].eval().requires_grad_(False)
+        weights.fill(module, weights.match(component, module), torch.float32, torch.device("cpu"))
+    for encoder in spec.text_encoders:
+        tokenizer = encoder.name.replace("text_encoder", "tokenizer")
+        parts[tokenizer] = read_tokenizer(spec.folder / tokenizer)
+    if spec.family == "sdxl":
+        return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=spec.force_zeros, add_watermarker=False)
+    kind: Any = diffusers.LatentConsistencyModelPipeline if spec.pipeline == LCM_PIPELINE else diffusers.StableDiffusionPipeline
+    return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+
+
+@torch.inference_mode()
+def calibrated(spec: ModelSpec, precision: str, effort: Effort, tell: Callable[[str], object]) -> Scheme:
+    """The scheme for the U-Net of the model `spec`, found by running it in fp32. Raises TightfitError for a broken model."""
+    from diffusers.utils import logging as of_diffusers
+
+    of_diffusers.set_verbosity_error()
+    pipe = pipeline(spec, effort.steps)
     pipe.set_progress_bar_config(disable=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe.to(device)

@@ -21,9 +21,10 @@ import torch
 
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
+from ..runtime.files import sha256
 from . import onnx_check, onnx_graph, onnx_trace
 from .folder import appearing, copy_the_rest
-from .quantised import VERSION, Scheme, Tensors, read, sha256
+from .quantised import VERSION, Scheme, Tensors, read
 
 if TYPE_CHECKING:
     from ..runtime.files import Tensor

@@ -4,7 +4,6 @@ tracing a toy. Inputs, outputs and folders are named as Optimum names them, so t
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,8 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ..runtime.files import read_json
+
 OPSET = 23  # the first with Attention; GroupNormalization is since 21
 _AUTO = torch.export.Dim.AUTO
 
@@ -26,7 +27,8 @@ class Network:
     """One ONNX file: its folder, the diffusers or transformers `module`, and the function of its submodules that is exported.
 
     `inputs` give each input's shape, with names for the sides that vary; whole numbers where `integers` has its name.
-    `outputs` name the answers. `sides` are lengths of those sides that it can be called with.
+    `outputs` name the answers. `sides` are lengths of those sides that it is traced with, `checked` others that it can be called
+    with.
     """
 
     folder: str
@@ -35,6 +37,7 @@ class Network:
     inputs: Mapping[str, tuple[str | int, ...]]
     outputs: tuple[str, ...]
     sides: Mapping[str, int]
+    checked: tuple[Mapping[str, int], ...]
     integers: frozenset[str] = frozenset()
 
     def arguments(self, sides: Mapping[str, int], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -68,6 +71,11 @@ class Wrapped(nn.Module):
 
 PREFIX = "m."
 _LATENT = {"batch_size": 2, "height": 16, "width": 24}
+_OTHER_LATENT = {"batch_size": 1, "height": 32, "width": 16}
+# diffusers' U-Net tells its upsamplers the size of the skip connection only where a side does not halve evenly, and doubles else.
+# Traced with odd sides its graph always has the size, which is twice the side where that is even: the same values either way.
+_ODD = {"batch_size": 2, "height": 17, "width": 25}
+_UNEVEN = {"batch_size": 1, "height": 20, "width": 15}  # 20, 10, 5, 3 and 15, 8, 4, 2
 
 
 def networks(model: Path, folders: Mapping[str, Path]) -> Iterator[Network]:
@@ -122,7 +130,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return read_json(folder / "config.json")
 
 
 def _unet(folder: Path) -> Network:
@@ -140,7 +148,8 @@ def _unet(folder: Path) -> Network:
     if config.addition_embed_type == "text_time":
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         inputs |= {"text_embeds": ("batch_size", pooled), "time_ids": ("batch_size", 6)}
-    return Network("unet", module, _predict, inputs, ("out_sample",), _LATENT | {"sequence_length": 77})
+    checked = tuple(latent | {"sequence_length": 58} for latent in (_OTHER_LATENT, _UNEVEN))
+    return Network("unet", module, _predict, inputs, ("out_sample",), _ODD | {"sequence_length": 77}, checked)
 
 
 def _predict(m: Any, sample, timestep, encoder_hidden_states, timestep_cond=None, **added) -> tuple[torch.Tensor, ...]:
@@ -155,7 +164,7 @@ def _decoder(folder: Path) -> Network:
     module: Any = AutoencoderKL.from_config(_config(folder))
     module.encoder = module.quant_conv = None
     inputs = {"latent_sample": ("batch_size", module.config.latent_channels, "height", "width")}
-    return Network("vae_decoder", module, _decode, inputs, ("sample",), _LATENT)
+    return Network("vae_decoder", module, _decode, inputs, ("sample",), _LATENT, (_OTHER_LATENT,))
 
 
 def _decode(m: Any, latent_sample) -> tuple[torch.Tensor, ...]:
@@ -168,7 +177,8 @@ def _encoder(folder: Path) -> Network:
     module: Any = AutoencoderKL.from_config(_config(folder))
     module.decoder = module.post_quant_conv = None
     inputs = {"sample": ("batch_size", module.config.in_channels, "height", "width")}
-    return Network("vae_encoder", module, _encode, inputs, ("latent_parameters",), _LATENT | {"height": 128, "width": 192})
+    sides, checked = ({"batch_size": 2, "height": 128, "width": 192}, {"batch_size": 1, "height": 256, "width": 128})
+    return Network("vae_encoder", module, _encode, inputs, ("latent_parameters",), sides, (checked,))
 
 
 def _encode(m: Any, sample) -> tuple[torch.Tensor, ...]:
@@ -180,7 +190,9 @@ def _text_encoder(folder: str, config: Path, sdxl: bool) -> Network:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     settings = _config(config)
-    projects = "CLIPTextModelWithProjection" in (settings.get("architectures") or ())
+    listed = (read_json(config.parent / "model_index.json").get(config.name) or [""])[-1]  # as in runtime/spec.py
+    kinds = [listed] if str(listed).startswith("CLIPTextModel") else settings.get("architectures") or ()
+    projects = "CLIPTextModelWithProjection" in kinds
     module: Any = (CLIPTextModelWithProjection if projects else CLIPTextModel)(CLIPTextConfig.from_dict(settings))
     for owner in module.modules():  # made on meta, they would have no values
         if "position_ids" in owner._buffers:
@@ -189,8 +201,9 @@ def _text_encoder(folder: str, config: Path, sdxl: bool) -> Network:
     if sdxl:
         outputs += tuple(f"hidden_states.{i}" for i in range(module.config.num_hidden_layers + 1))
     inputs = {"input_ids": ("batch_size", "sequence_length")}
-    sides = {"batch_size": 2, "sequence_length": module.config.max_position_embeddings}
-    return Network(folder, module, _read(outputs), inputs, outputs, sides, frozenset(inputs))
+    length = module.config.max_position_embeddings
+    sides, checked = {"batch_size": 2, "sequence_length": length}, {"batch_size": 1, "sequence_length": round(length * 0.75)}
+    return Network(folder, module, _read(outputs), inputs, outputs, sides, (checked,), frozenset(inputs))
 
 
 def _read(outputs: tuple[str, ...]) -> Callable[..., tuple[torch.Tensor, ...]]:

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -19,6 +18,7 @@ import torch
 from ..kernels.formats import FORMATS, Format, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
+from ..runtime.files import sha256
 from .folder import appearing, copy_the_rest
 from .safetensors_file import NAMES, SafetensorsFile
 
@@ -146,9 +146,3 @@ def _error(values: torch.Tensor, parts: Mapping[str, torch.Tensor], form: Format
         made = dequantise({name: part[start : start + _ROWS] for name, part in parts.items()}, form, some.shape)
         total += energy(made.sub_(some))
     return total
-
-
-def sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else hashlib.sha256(stream.read())
-    return digest.hexdigest()

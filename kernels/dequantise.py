@@ -113,7 +113,8 @@ def _problem(device: torch.device) -> str | None:
         raise
     except Exception as error:  # a compiler's, a linker's, the driver's, triton's own
         line = next(iter(str(error).strip().splitlines()), "")
-        return textwrap.shorten(f"{type(error).__name__}: {line}", 160, placeholder=" …")
+        why = textwrap.shorten(f"{type(error).__name__}: {line}", 160, placeholder=" …")
+        return f"{why}; install triton, a C compiler and Python's headers"
 
 
 def _trial(device: torch.device) -> bool:

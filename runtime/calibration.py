@@ -10,7 +10,7 @@ from typing import Any
 
 from .backends.autotune import turn_seconds
 from .errors import TightfitError
-from .files import replacing
+from .files import parsed, read_bytes, replacing
 from .hardware import Hardware, calibration_file
 from .plan import ATTENTIONS
 
@@ -67,8 +67,8 @@ def save(hardware: Hardware, found: dict[str, Any]) -> Path:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            known = json.loads(file.read_text())
-        except (FileNotFoundError, ValueError):
+            known = dict(parsed(read_bytes(file)))
+        except (FileNotFoundError, ValueError, TypeError):
             known = {}
         with replacing(file) as partial:
             partial.write_text(json.dumps(known | {f"{hardware.device} {hardware.name}": found}, indent=1))

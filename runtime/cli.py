@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import os
@@ -9,6 +10,7 @@ import re
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -20,16 +22,20 @@ import typer
 from .. import __version__
 from . import cli_bench
 from .cli_export import export
-from .cli_output import progress_bar, show_table, write
-from .errors import TightfitError
+from .cli_output import progress_bar, say, say_json, show_table, write
+from .cli_words import as_command, usage
+from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory, printable
 from .events import Event, Result
+from .files import cache_folder
 from .hardware import Hardware
 from .memory import parse_bytes, shown
 from .plan import ATTENTIONS, BACKENDS, COMPUTES, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
 from .request import Request
-from .schedulers import SCHEDULERS
+from .schedulers import KINDS, SCHEDULERS
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from .parameters import Carried
     from .pipeline import Pipeline
 
@@ -40,7 +46,7 @@ app.add_typer(cli_bench.app, name="bench")
 
 _Model = Annotated[str | None, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")]
 _Precision = Annotated[str | None, typer.Option(help=f"auto, {', '.join(PRECISIONS)}.", metavar="NAME")]
-_Compute = Annotated[str, typer.Option(help=f"Of int8, int4: {', '.join(COMPUTES)}.", metavar="NAME", show_default=False)]
+_Compute = Annotated[str, typer.Option(help=f"int8/int4: {', '.join(COMPUTES)}.", metavar="NAME", show_default=False)]
 _Backend = Annotated[str, typer.Option(help=f"auto, {', '.join(BACKENDS)}.", metavar="NAME", show_default=False)]
 _Provider = Annotated[str, typer.Option(help="Of onnx: cuda, dml, cpu …", metavar="NAME", show_default=False)]
 _Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
@@ -75,8 +81,8 @@ def generate(
     guidance_scale: Annotated[float | None, typer.Option(help="Default: model's.", metavar="X")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
-    seed: Annotated[int | None, typer.Option(help="Default random.", metavar="N")] = None,
-    scheduler: Annotated[str | None, typer.Option(help=f"{', '.join(SCHEDULERS)}.", metavar="NAME")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default, and -1: random.", metavar="N")] = None,
+    scheduler: Annotated[str | None, typer.Option(help=f"{', '.join(sorted(SCHEDULERS, key=len))}.", metavar="NAME")] = None,
     num_images: Annotated[int | None, typer.Option(help="From seed, seed + 1 …", metavar="N")] = None,
     model: _Model = None,
     precision: _Precision = None,
@@ -91,6 +97,7 @@ def generate(
     min_psnr: _MinPsnr = None,
     plan_file: Annotated[Path | None, typer.Option("--plan", help="Run by a saved plan.", metavar="FILE")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG file or folder.", metavar="PATH")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace, do not number.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Paint a picture from a prompt."""
@@ -110,7 +117,7 @@ def generate(
     given = {name: value for name, value in given.items() if value is not None}
     carried = _carried(source)
     request = Request(**{"prompt": "", **carried.request, **given}).checked()
-    target = _target(output, request.prompt, request.num_images)
+    saver = _Saver(*_target(output, request.prompt, request.num_images), request.num_images, overwrite)
     if source and not (model or carried.model):
         raise TightfitError(f"{source} does not say where its model is: name it with --model")
     fetch = source is None or model is not None  # a picture alone never starts a download
@@ -125,17 +132,22 @@ def generate(
     }
     other = model is not None and carried.model is not None and carried.model not in (model, str(Path(model).absolute()))
     if other and carried.precision and not precision:
-        typer.echo(f"note: {source} was painted in {carried.precision}, by another model: --precision says if in that", err=True)
+        say(f"note: {source} was painted in {carried.precision}, by another model: --precision says if in that", err=True)
     wishes = _wishes(precision or (None if other else carried.precision), vram, chosen)
     plan = Plan.read(plan_file) if plan_file else None
     where = model or carried.model or (plan.model if plan else "emoji")
     with load(where, device=device, plan=plan, local_files_only=not fetch, **wishes) as pipeline:
         for note in pipeline.hardware.passed_over:
-            typer.echo(f"note: {note}", err=True)
-        result = _run(pipeline, request)
-    named = output is not None and not output.is_dir() and request.num_images == 1
-    paths = _save(result, *target, overwrite=named)
-    typer.echo(json.dumps(_report(result, paths)) if as_json else _closing_line(result, paths))
+            say(f"note: {note}", err=True)
+        try:
+            result = _run(pipeline, request, saver)
+        except BaseException:
+            saver.tell()
+            raise
+    if as_json:
+        say_json(_report(result, saver.paths))
+    else:
+        say(_closing_line(result, saver.paths))
 
 
 @app.command("plan")
@@ -143,7 +155,9 @@ def show_plan(
     model: _Model = "emoji",
     width: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
-    num_inference_steps: Annotated[int, typer.Option("--num-inference-steps", "--steps", help="Default 20.", metavar="N")] = 20,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--num-inference-steps", "--steps", help="Default 20.", metavar="N")
+    ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: model's.", metavar="X")] = None,
     hardware: Annotated[str | None, typer.Option(help="A card that is not here: rtx-2060.", metavar="NAME")] = None,
     device: _Device = "auto",
@@ -179,10 +193,13 @@ def show_plan(
     }
     wishes = Wishes(**_wishes(precision, vram, chosen))
     spec = inspect(model or "emoji")
-    request = Request("a", None, width, height, num_inference_steps, guidance_scale, scheduler="euler").resolve(spec)
+    own = spec.scheduler.get("_class_name") in KINDS  # others paint with a --scheduler, most of which call the U-Net once a step
+    sampler = None if own else "euler"
+    request = Request("a", None, width, height, num_inference_steps, guidance_scale, scheduler=sampler).resolve(spec)
+    planner.refuse_hopeless(machine, spec, request, wishes)
     plans = planner.plan(machine, spec, request, wishes)
     if as_json:
-        typer.echo(json.dumps({"plans": [each.to_json() for each in plans]}, ensure_ascii=False))
+        say_json({"plans": [each.to_json() for each in plans]})
     else:
         _print_plans(plans, machine, request, every)
     if not plans[0].fits:
@@ -194,8 +211,6 @@ def show_plan(
 @app.command()
 def info(device: _Device = "auto") -> None:
     """Say what this machine is, what is free on it now, and what could not be found out."""
-    from rich.console import Console
-
     from .hardware import providers
 
     found = Hardware.detect(device)
@@ -210,8 +225,8 @@ def info(device: _Device = "auto") -> None:
         f"computes in: {rates} TFLOP/s, {found.bandwidth / 1e9:.0f} GB/s ({'measured here' if found.calibrated else 'estimated'})"
     )
     rows.append(f"ONNX Runtime: {', '.join(providers()) or 'not installed'}")
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(*rows, *(f"note: {note}" for note in found.notes), sep="\n")
+    for row in (*rows, *(f"note: {note}" for note in found.notes)):
+        say(row)
 
 
 @app.command()
@@ -223,11 +238,11 @@ def calibrate(device: _Device = "auto") -> None:
     found = calibration.calibrate(hardware)
     rates = ", ".join(f"{precision} {rate / 1e12:.3f}" for precision, rate in found["rates"].items())
     attention = ", ".join(f"{kind} {rate / 1e12:.3f}" for kind, rate in found["attention_rates"].items())
-    typer.echo(f"TFLOP/s: {rates}; attention: {attention}")
+    say(f"TFLOP/s: {rates}; attention: {attention}")
     speeds = ", ".join(f"{name} {found[name] / 1e9:.1f}" for name in ("bandwidth", "bus", "read"))
     starts = ", ".join(f"{kind} {seconds * 1e6:.0f}" for kind, seconds in found["starts"].items())
-    typer.echo(f"GB/s: {speeds}; µs to start an operator: {starts}, others {found['call_seconds'] * 1e6:.1f}")
-    typer.echo(f"kept in {calibration.save(hardware, found)}")
+    say(f"GB/s: {speeds}; µs to start an operator: {starts}, others {found['call_seconds'] * 1e6:.1f}")
+    say(f"kept in {calibration.save(hardware, found)}")
 
 
 def _wishes(precision: str | None, budget: str | None, chosen: dict[str, Any]) -> dict[str, Any]:
@@ -241,12 +256,11 @@ _WIDE = 130  # columns of a terminal that has room for the table
 
 def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: bool) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.console import Console
     from rich.table import Table
 
     first = plans[0]
     title = f"{first.model}, {request.width}x{request.height}, {request.num_inference_steps} steps, on {machine.name}"
-    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("precision", "residency", "CFG", "attention", "VAE"):
         table.add_column(column, no_wrap=True)
     for column in ("encode", "denoise", "decode", "seconds", "dB"):
@@ -262,32 +276,56 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
         style = "bold" if p.chosen else None if p.fits else "dim"
         seconds = f"{p.predicted.seconds:.1f}"
         reason = f"✓ {p.reason}" if p.chosen else p.reason
-        table.add_row(*names, *stages, seconds, f"{p.predicted.psnr:.0f}", reason, style=style)
+        table.add_row(*names, *stages, seconds, f"{p.predicted.psnr:.0f}", printable(reason), style=style)
     lines = []
     for p in listed:
         stages = ", ".join(f"{name} {shown(count)}" for name, count in p.predicted.stages.items())
         what = f"{p.summary()}: {stages}, {p.predicted.seconds:.1f} s, {p.predicted.psnr:.0f} dB"
-        lines.append((f"{what}\n  {'✓ ' if p.chosen else ''}{p.reason}", "bold" if p.chosen else None))
-    show_table(table, lines, _WIDE)
+        lines.append(((what, f"{'✓ ' if p.chosen else ''}{p.reason}"), "bold" if p.chosen else None))
+    show_table(title, table, lines, _WIDE)
     room = f"{shown(first.budget_bytes)} to fit in, {shown(first.predicted.context_bytes)} of it "
     notes = [room + ("for the process itself" if first.device == "cpu" else "for the device's context")]
     if hidden := len(plans) - len(listed):
         notes.append(f"{hidden} more candidates are refused, or beaten in memory, seconds and quality alike: --all lists them")
-    console = Console(highlight=False)
-    console.print(*(f"• {note}" for note in (*notes, *machine.notes)), sep="\n", markup=False, soft_wrap=True)
+    for note in (*notes, *machine.notes):
+        say(f"• {note}")
+
+
+_MOST_TEXT = 2**20  # bytes of a prompt: a text encoder reads some hundred, and what a pipe or a device holds may have no end
 
 
 def _prompt(prompt: str | None, file: Path | None) -> str | None:
     if prompt is not None and file is not None:
         raise TightfitError("give the prompt as an argument or with --prompt-file, not both")
+    if prompt != "-" and file is None:
+        return prompt
+    where = file or "standard input"
     try:
-        if prompt == "-":
-            return sys.stdin.read().strip() if sys.stdin else ""
-        return prompt if file is None else file.read_text(encoding="utf-8-sig").strip()
+        if file is None:
+            data = _standard_input()
+        else:
+            with file.open("rb") as stream:
+                data = stream.read(_MOST_TEXT + 1)
+        if len(data) > _MOST_TEXT:
+            raise TightfitError(f"{where} has more than {shown(_MOST_TEXT)}: no prompt is so long")
+        return _text(data).strip()
     except UnicodeDecodeError:
-        raise TightfitError(f"{file or 'standard input'} is not UTF-8 text") from None
+        raise TightfitError(f"{where} is not UTF-8 text") from None
     except OSError as error:
-        raise TightfitError(f"{file} cannot be read: {error.strerror}") from None
+        raise TightfitError(f"{where} cannot be read: {error.strerror}") from None
+
+
+def _standard_input() -> bytes:
+    if sys.stdin is None:
+        return b""
+    stream = getattr(sys.stdin, "buffer", None)
+    return stream.read(_MOST_TEXT + 1) if stream else sys.stdin.read(_MOST_TEXT + 1).encode()
+
+
+def _text(data: bytes) -> str:
+    """Text as editors and shells write it: UTF-8, or UTF-16 with its mark, as PowerShell 5 writes files. The mark is dropped."""
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8").lstrip("\ufeff")  # PowerShell marks what it pipes, at times twice
 
 
 def _carried(source: Path | None) -> Carried:
@@ -296,7 +334,7 @@ def _carried(source: Path | None) -> Carried:
 
     carried = read(source) if source else Carried({})
     for notice in carried.notices:
-        typer.echo(f"note: {notice}", err=True)
+        say(f"note: {notice}", err=True)
     return carried
 
 
@@ -311,11 +349,10 @@ def _target(output: Path | None, prompt: str, num_images: int) -> tuple[Path, st
             if output.suffix.lower() != ".png":
                 raise TightfitError(f"--output {output} is no folder that exists (make it first) and does not end in .png")
             folder, name = output.parent, output.name
-        if not folder.is_dir():
-            raise TightfitError(f"the folder {folder} does not exist: make it first, or name another with --output")
+        there = next(each for each in (folder, *folder.parents) if each.exists())  # the rest is made for the first picture
         with suppress(FileNotFoundError):
-            (folder / f"{num_images}-{name}").lstat()  # too long a name for the file system fails here, not after the work
-        TemporaryFile(dir=folder).close()
+            (there / f"{num_images}-{name}").lstat()  # too long a name for the file system fails here, not after the work
+        TemporaryFile(dir=there).close()
     except OSError as error:
         raise TightfitError(
             f"nothing can be written to {folder / name} ({error.strerror}): name another place with --output"
@@ -323,32 +360,59 @@ def _target(output: Path | None, prompt: str, num_images: int) -> tuple[Path, st
     return folder, name
 
 
-def _run(pipeline: Pipeline, request: Request) -> Result:
+def _run(pipeline: Pipeline, request: Request, save: Callable[[Image.Image, int], object]) -> Result:
+    """Run to the end, each picture saved as soon as it is decoded. Ctrl-C ends it after those that are painted, twice at once."""
     with progress_bar(8) as bar:
-        task = bar.add_task("loading", total=1)
+        task, events, result = bar.add_task("loading", total=1), pipeline.run(request), None
+        advance: Callable[[], Event] = lambda: next(events)  # noqa: E731
+        interrupted, unsaved = False, None
+        while result is None:
+            try:
+                event = advance()
+                unsaved = event if event.picture else None
+                for notice in event.notices:
+                    bar.console.print(printable(f"note: {notice}"), markup=False, emoji=False, soft_wrap=True)
+                bar.update(task, description=event.stage, completed=event.step, total=event.steps)
+                unsaved = _save(unsaved, save)
+                result, advance = event.result, lambda: next(events)
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted, advance = True, lambda: events.throw(KeyboardInterrupt())
+                unsaved = _save(unsaved, save)
+    return result
 
-        def show(event: Event) -> None:
-            for notice in event.notices:
-                bar.console.print(f"note: {notice}", markup=False, soft_wrap=True)
-            bar.update(task, description=event.stage, completed=event.step, total=event.steps)
 
-        return pipeline.generate(request, show)
+def _save(event: Event | None, save: Callable[[Image.Image, int], object]) -> None:
+    if event and event.picture:
+        save(event.picture, event.image)
 
 
-def _save(result: Result, folder: Path, name: str, overwrite: bool) -> list[Path]:
-    """Write every picture; a name that was not asked for never replaces a file."""
-    from .parameters import save
+class _Saver:
+    """Writes pictures as they come, and never over a file that is there, unless told to."""
 
-    stem, suffix = Path(name).stem, Path(name).suffix
-    paths = []
-    for i, image in enumerate(result.images):
-        numbered = f"{stem}-{i + 1}" if len(result.images) > 1 else stem
-        path, more = folder / f"{numbered}{suffix}", 1
-        while path.exists() and not overwrite:
-            more += 1
-            path = folder / f"{numbered}-{more}{suffix}"
-        paths.append(save(image, path))
-    return paths
+    def __init__(self, folder: Path, name: str, count: int, overwrite: bool) -> None:
+        self.paths: list[Path] = []
+        self._folder, self._name, self._count, self._overwrite = folder, Path(name), count, overwrite
+
+    def __call__(self, image: Image.Image, index: int) -> None:
+        from .parameters import save
+
+        numbered = f"{self._name.stem}-{index + 1}{self._name.suffix}" if self._count > 1 else self._name.name
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TightfitError(f"the folder {self._folder} cannot be made ({error.strerror}): name another place") from None
+        path = save(image, self._folder / numbered, self._overwrite)
+        if path.name != numbered:
+            say(f"note: {self._folder / numbered} is there, so this is {path.name}: --overwrite replaces files", err=True)
+        self.paths.append(path)
+
+    def tell(self) -> None:
+        """What there is of a request that did not end."""
+        if self.paths:
+            some = f"{self.paths[0]} … {self.paths[-1].name}" if len(self.paths) > 1 else f"{self.paths[0]}"
+            say(f"note: {len(self.paths)} of {self._count} pictures are saved: {some}", err=True)
 
 
 def _closing_line(result: Result, paths: list[Path]) -> str:
@@ -378,9 +442,17 @@ def _report(result: Result, paths: list[Path]) -> dict[str, Any]:
     }
 
 
+_LONGEST = 2000  # characters of an error; what a file says may have millions
+
+
 def _fail(message: str) -> NoReturn:
-    typer.echo(f"tightfit: {' '.join(message.split())}", err=True)
+    line = " ".join(message.split())
+    say(f"tightfit: {line if len(line) <= _LONGEST else f'{line[:_LONGEST]} …'}", err=True)
     sys.exit(2)
+
+
+def _no_memory(error: Exception) -> str:
+    return f"out of memory ({first_line(error)}): close what else uses the memory, or paint a smaller picture"
 
 
 def _stop(number: int, _: Any) -> None:
@@ -395,24 +467,27 @@ def main() -> None:
     # With one of two cores busy a picture took 1.1 s while OpenMP's threads spun and 0.5 s while they slept (docs/decisions.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # 0.36 tells of Optimum's two packages, and that there is no CUDA
+    if os.path.expanduser("~") == "~":  # noqa: PTH111  no HOME and no such user: the hub's library would make a folder called ~
+        os.environ.setdefault("HF_HOME", str(cache_folder().parent / "huggingface"))
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", "CUDA is not available or torch_xla is imported")
     for name in ("SIGTERM", "SIGHUP"):  # so that what was half written goes
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)
-    arguments = sys.argv[1:]
-    if arguments and arguments[0] not in {"generate", "plan", "info", "calibrate", "export", "bench", "-h", "--help", "--version"}:
-        arguments.insert(0, "generate")
     usage_error: Any = typer.BadParameter.__mro__[1]  # click's UsageError, which newer typers keep inside themselves
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(as_command(sys.argv[1:]), standalone_mode=False)
     except TightfitError as error:
-        _fail(str(error))
+        _fail(_no_memory(error) if type(error) is OutOfMemoryError and "out of memory" not in str(error) else str(error))
     except usage_error as error:
-        message = error.format_message()
-        _fail(f"{message}: put the prompt in quotes" if "extra argument" in message else message)
+        _fail(usage(error))
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        _fail(_no_memory(error))
     if code == 130:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # what was begun is tidied up already; leaving takes a moment
         typer.echo("tightfit: stopped", err=True)
     sys.exit(code if isinstance(code, int) else 0)

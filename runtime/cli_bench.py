@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_output import progress_bar, show_table, write
-from .errors import TightfitError, explained
+from .cli_output import progress_bar, say, say_json, show_table, write
+from .errors import TightfitError, explained, printable
 from .hardware import Hardware
 from .memory import parse_bytes
 from .plan import Plan, Wishes
@@ -89,7 +87,7 @@ def bench(
             break
     rows = _measure(suite.in_time(todo), output, machine, again)
     if as_json:
-        typer.echo(json.dumps(rows, ensure_ascii=False))
+        say_json(rows)
     else:
         _print(rows, machine, {job.key for job in todo if job.plan.chosen})
     if report and rows:
@@ -121,24 +119,24 @@ def compare(
     machines = [side.machine(table.values()) for table in tables]
     _side_by_side([f"{file}\n{name}" for file, name in zip(files, machines, strict=True)], list(side.merged(tables)))
     if len(files) > 2 or machines[0] != machines[1]:
-        typer.echo("nothing is judged: that takes two files of one machine")
+        say("nothing is judged: that takes two files of one machine")
         return
     before, after = tables
     for line in side.versions(before.values(), after.values()):
-        typer.echo(f"differs: {line}")
+        say(f"differs: {line}")
     both = [key for key in before if key in after]
     if not both:
         raise TightfitError("no plan is in both files: measure the same model, sizes and steps in each")
     found = [change for key in both for change in side.changes(before[key], after[key])]
     for change in found:
-        typer.echo(f"{'better' if change.better else 'worse'}: {change.what} {change.before} → {change.after}, {change.plan}")
+        say(f"{'better' if change.better else 'worse'}: {change.what} {change.before} → {change.after}, {change.plan}")
     missing = [side.name(row) for key, row in before.items() if key not in after]
     for name in missing:
-        typer.echo(f"missing: {name}")
+        say(f"missing: {name}")
     if few := [key for key in both if before[key]["outcome"] == "ok" and min(_runs(before[key]), _runs(after[key])) < side.FEW]:
-        typer.echo(f"seconds of {len(few)} plans are not judged: that takes {side.FEW} processes of each (--rounds)")
+        say(f"seconds of {len(few)} plans are not judged: that takes {side.FEW} processes of each (--rounds)")
     worse = sum(not change.better for change in found)
-    typer.echo(f"{len(both)} plans in both, {len(missing)} missing: {worse} figures worse, {len(found) - worse} better")
+    say(f"{len(both)} plans in both, {len(missing)} missing: {worse} figures worse, {len(found) - worse} better")
     if worse or missing:
         raise typer.Exit(1)
 
@@ -151,12 +149,12 @@ def _side_by_side(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]]) 
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("plan", *heads, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table("plan", *("\n".join(map(printable, head.split("\n"))) for head in heads), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for text, row in lines:
-        table.add_row(text, *row)
-    texts = [(f"{text}: {' | '.join(row)}", None) for text, row in lines]
+        table.add_row(*map(printable, (text, *row)))
+    texts = [((f"{text}: {' | '.join(row)}",), None) for text, row in lines]
     columns = " | ".join(head.replace("\n", " ") for head in heads)
-    show_table(table, [(columns, None), *texts], 100 + 30 * len(heads))
+    show_table(None, table, [((columns,), None), *texts], 100 + 30 * len(heads))
 
 
 def _detected(device: str) -> Hardware:
@@ -224,14 +222,14 @@ def _plans(machine: Hardware, spec: ModelSpec, request: Request, wishes: Mapping
 def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) -> list[dict[str, Any]]:
     """The rows of all jobs, those that the folder has and those that are measured now."""
     from ..benchmarks import suite
-    from ..benchmarks.record import envelope
+    from ..benchmarks.record import envelope, typed
 
     try:
-        folder = suite.Folder(output, envelope(shlex.join(["tightfit", *sys.argv[1:]]), machine))
+        folder = suite.Folder(output, envelope(typed(["tightfit", *sys.argv[1:]]), machine))
         every = folder.missing(todo, again=True)
         missing = every if again else folder.missing(todo)
         if len(missing) < len(every):
-            typer.echo(f"{len(every) - len(missing)} of {len(every)} runs are in {output} already; --again repeats them", err=True)
+            say(f"{len(every) - len(missing)} of {len(every)} runs are in {output} already; --again repeats them", err=True)
         left = len(missing)
         if missing:
             with _told(missing) as (begin, end):
@@ -239,10 +237,10 @@ def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) 
                     end(line)
                     left -= 1
         if left:
-            typer.echo(f"{left} runs were not begun, as the time was over: the same command goes on", err=True)
+            say(f"{left} runs were not begun, as the time was over: the same command goes on", err=True)
         return folder.rows(todo)
     except KeyboardInterrupt:
-        typer.echo(f"what is measured is in {output}: the same command goes on from there", err=True)
+        say(f"what is measured is in {output}: the same command goes on from there", err=True)
         raise
     except OSError as error:
         raise TightfitError(f"{output} cannot be written ({error.strerror}): name another folder with --output") from None
@@ -264,7 +262,8 @@ def _told(missing: Sequence[tuple[Job, int]]) -> Iterator[tuple[Callable[[Job], 
         def end(line: dict[str, Any]) -> None:
             del left[0]
             bar.advance(task)
-            bar.console.print(f"{len(missing) - len(left)}/{len(missing)} {_line(line)}", markup=False, soft_wrap=True)
+            text = printable(f"{len(missing) - len(left)}/{len(missing)} {_line(line)}")
+            bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
         yield begin, end
 
@@ -293,30 +292,30 @@ def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) 
         columns, lines = report.table(own)
         kept = [i for i, name in enumerate(columns) if name in _NARROW or not console.is_terminal or console.width >= _WIDE]
         title = f"{report.title(own)} on {machine.name}"
-        table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("plan")
         for i in kept:
             table.add_column(columns[i], justify="right", no_wrap=True)
         for row, cells in lines:
             name = f"{row['summary']}: {row['outcome']}" if not cells else row["summary"]
-            table.add_row(name, *(cells[i] for i in kept if cells), style=None if cells else "dim")
-        show_table(table, [(_line(row), None) for row, _ in lines], 100)
+            table.add_row(printable(name), *(cells[i] for i in kept if cells), style=None if cells else "dim")
+        show_table(title, table, [((_line(row),), None) for row, _ in lines], 100)
         for line in report.advice(own):
-            typer.echo(line)
+            say(line)
         ran = [row for row in own if row["outcome"] == "ok"]
         for row in ran:
             if row["key"] in chosen:
                 ratio = seconds(row) / min(map(seconds, ran))
-                typer.echo(f"tightfit takes: {_line(row)}; {ratio:.2f} of the fastest's seconds")
+                say(f"tightfit takes: {_line(row)}; {ratio:.2f} of the fastest's seconds")
         for row in own:
             if row["outcome"] not in ("ok", "does not fit"):
-                typer.echo(_line(row))
+                say(_line(row))
     if not machine.calibrated:
-        typer.echo("predicted seconds are rough: 'tightfit calibrate' measures this machine's rates, once")
+        say("predicted seconds are rough: 'tightfit calibrate' measures this machine's rates, once")
 
 
 def _page(file: Path, rows: list[dict[str, Any]], output: Path) -> None:
     from ..benchmarks.report import page
 
     write(file, page(rows, output / "pictures"))
-    typer.echo(f"{file} · {len(rows)} plans", err=True)
+    say(f"{file} · {len(rows)} plans", err=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
-from .cli_output import progress_bar
-from .errors import TightfitError, first_line
+from .cli_output import progress_bar, say
+from .errors import TightfitError, explained, first_line, printable
 from .files import read_json
 from .hardware import CPU_PROVIDER, PROVIDERS, providers
 from .memory import shown
-from .plan import BACKENDS, DYNAMIC, STORED
+from .plan import BACKENDS, DYNAMIC, STORED, Placement
 
 if TYPE_CHECKING:
     from ..export.quantised import Scheme, Tensors
@@ -50,6 +51,7 @@ def export(
     if spec.precision and (to == "torch" or calibrate or spec.precision != precision):
         raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
     tensors = {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
+    _check_weights(spec, tensors["vae"])
     schemes = _schemes(spec, precision, tensors)
     if calibrate:
         schemes["unet"] = _calibrated(spec, precision, tensors["unet"], calibrate, (bits, steps, size))
@@ -58,11 +60,11 @@ def export(
         if to == "torch":
             from ..export import quantised
 
-            quantised.write(spec.folder, output, tensors, schemes, manifest, partial(typer.echo, err=True))
+            quantised.write(spec.folder, output, tensors, schemes, manifest, partial(say, err=True))
         else:
             _to_onnx(spec, output, tensors, schemes, manifest, compute)
     total = sum(file.stat().st_size for pattern in ("*.safetensors", "*.onnx*") for file in output.rglob(pattern))
-    typer.echo(f"{output} · {precision} · {shown(total)}")
+    say(f"{output} · {precision} · {shown(total)}")
 
 
 def _check(precision: str, to: str, compute: str, calibrate: int, effort: tuple[float | None, ...]) -> None:
@@ -82,6 +84,24 @@ def _check(precision: str, to: str, compute: str, calibrate: int, effort: tuple[
         raise TightfitError("--bits, --steps and --size are of a calibration: add --calibrate 8")
     if calibrate < 0 or (effort[1] is not None and effort[1] < 1):
         raise TightfitError("--calibrate counts from 0 up, --steps from 1")
+
+
+def _check_weights(spec: ModelSpec, vae: Tensors) -> None:
+    """The tensors are those that the configs build, so that what is written can be read again; the encoder of the VAE too."""
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from .backends import networks, weights
+
+    compute = spec.precision or "fp32"
+    as_stored = Placement("torch", compute, "fp32", "resident", "sdpa", "whole")
+    for component in spec.components.values():
+        weights.match(component, networks.build(component, as_stored, "cpu"))
+    if not spec.precision and any(name.startswith("encoder.") for name in vae):
+        decoder = spec.components["vae_decoder"]
+        with torch.device("meta"):
+            whole: Any = AutoencoderKL.from_config(dict(decoder.config))
+        weights.match(replace(decoder, tensors=vae), whole)
 
 
 def _schemes(spec: ModelSpec, precision: str, tensors: Mapping[str, Tensors]) -> dict[str, Scheme]:
@@ -112,11 +132,8 @@ def _calibrated(
     if size is not None and (size < side or size % side):
         raise TightfitError(f"--size must be a multiple of {side} pixels, not {size}")
     effort = calibration.Effort(prompts, steps or 20, size, spec.default_guidance, max(least, bits or calibration.BITS[precision]))
-    try:
-        return calibration.calibrated(spec.folder, precision, effort, partial(typer.echo, err=True))
-    except (OSError, ValueError) as error:
-        cure = "copy or download it again, or leave out --calibrate"
-        raise TightfitError(f"{spec.name} cannot be run by diffusers ({first_line(error)}): {cure}") from None
+    with explained(f"{spec.name} cannot be run by diffusers", "copy or download it again, or leave out --calibrate"):
+        return calibration.calibrated(spec, precision, effort, partial(say, err=True))
 
 
 def _to_onnx(
@@ -160,7 +177,7 @@ def _progress() -> Iterator[Callable[[str, str, int, int], None]]:
 
         def tell(network: str, what: str, done: int, total: int) -> None:
             if total < 0:
-                bar.console.print(f"{network}: {what}", markup=False, soft_wrap=True)
+                bar.console.print(printable(f"{network}: {what}"), markup=False, emoji=False, soft_wrap=True)
             else:
                 bar.update(task, description=f"{network}: {what}", completed=done, total=total)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,24 +10,42 @@ from typing import Any
 
 import typer
 
-from .errors import TightfitError
+from .errors import TightfitError, printable
 from .files import replacing
 
 _PLAIN = 180  # columns of a table that goes to a file
 
 
-def show_table(table: Any, lines: Sequence[tuple[str, str | None]], columns: int) -> None:
-    """Print a rich table where there are so many columns, or where it is no terminal; else `lines`, each with its style."""
+def say(text: object, err: bool = False) -> None:
+    """Print one line, which may hold what others wrote, on standard output or standard error."""
+    typer.echo(printable(text), err=err)
+
+
+def say_json(value: Any) -> None:
+    """Print one JSON object. Whatever is not ASCII is escaped, control characters among it."""
+    typer.echo(json.dumps(value).replace("\x7f", "\\u007f"))
+
+
+def show_table(title: str | None, table: Any, lines: Sequence[tuple[Sequence[str], str | None]], columns: int) -> None:
+    """Print a rich table where there are so many columns, or where it is no terminal; else `lines`, each with its style.
+
+    Both below the title. Cells of the table are `printable` text; that of the title and of `lines` is made so here.
+    """
     from rich.console import Console
 
-    console = Console(highlight=False)
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # a model may be called [bold] or :heart:
+    console = Console(**plain)
+    if title and console.is_terminal:
+        console.print(printable(title), style="bold", soft_wrap=True)
     if console.is_terminal and console.width >= columns:
         console.print(table)
     elif console.is_terminal:
-        for text, style in lines:
-            console.print(text, markup=False, style=style)
+        for texts, style in lines:
+            console.print(*map(printable, texts), sep="\n  ", style=style)
     else:
-        wide = Console(highlight=False, width=_PLAIN)
+        if title:
+            say(title)
+        wide = Console(**plain, width=_PLAIN)
         with wide.capture() as captured:
             wide.print(table)
         typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
@@ -37,7 +56,7 @@ def progress_bar(width: int) -> Any:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    text = TextColumn(f"{{task.description:<{width}}}")
+    text = TextColumn(f"{{task.description:<{width}}}", markup=False)
     columns = (text, BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
     console = Console(stderr=True, highlight=False)
     return Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())

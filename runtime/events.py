@@ -26,6 +26,12 @@ class Measured:
     peak_bytes: int
     process_bytes: int
 
+    def and_then(self, later: Measured) -> Measured:
+        """Both, of a stage that was run in parts."""
+        seconds, load_seconds = self.seconds + later.seconds, self.load_seconds + later.load_seconds
+        most = max(self.peak_bytes, later.peak_bytes), max(self.process_bytes, later.process_bytes)
+        return Measured(seconds, load_seconds, *most)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -54,7 +60,8 @@ class Result:
 class Event:
     """`stage` is encode, denoise, decode or done; `step` of `steps` are finished; the last event carries the result.
 
-    Steps count on over all pictures of a request; `image` says which picture (from 0) the step belongs to. The notices,
+    Steps count on over all pictures of a request; `image` says which picture (from 0) the step belongs to. One that is decoded
+    is `picture`. The notices,
     such as the end of a prompt that was cut, come with the first event after what they tell of.
     """
 
@@ -65,3 +72,4 @@ class Event:
     preview: Image.Image | None = None
     notices: tuple[str, ...] = ()
     result: Result | None = None
+    picture: Image.Image | None = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from .errors import TightfitError, first_line
-from .files import cache_folder
+from .files import cache_folder, parsed, read_bytes
 from .process import resident
 
 DEVICES = ("cuda", "xpu", "mps", "cpu")
@@ -172,7 +172,9 @@ def cards() -> tuple[str, ...]:
 def profile(name: str) -> Hardware:
     """The card or machine of `profiles/NAME.toml`, with a desktop running on it. Raises TightfitError for an unknown one."""
     if name.lower() not in cards():
-        raise TightfitError(f"unknown hardware '{name}': choose {', '.join(cards())}")
+        close = get_close_matches(name.lower(), cards(), 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise TightfitError(f"unknown hardware '{name}'{meant}: choose {', '.join(cards())}")
     data = read_profile(PROFILES / f"{name.lower()}.toml")
     total, unified, device = int(data["memory_gib"] * GIB), data["unified"], data["device"]
     of_amd = device == "cuda" and "capability" not in data  # torch calls AMD's cards cuda too
@@ -243,6 +245,10 @@ def _with_origin(made: Hardware) -> Hardware:
     return replace(made, notes=(f"seconds come from {made.seconds_from}", *made.notes))
 
 
+# torch's allocator, the driver, cuBLAS and cuDNN when there is no room for a handle, a workspace or a kernel's code
+_FULL = re.compile("out of memory|ALLOC_FAILED|STATUS_NOT_INITIALIZED")
+
+
 def _is_there(device: str, notes: list[str]) -> bool:
     """Whether torch can use it; a driver that fails, or a build without kernels for the card, is noted, not raised."""
     import torch
@@ -252,10 +258,11 @@ def _is_there(device: str, notes: list[str]) -> bool:
         if here and device != "mps":
             getattr(torch, device).mem_get_info()
             _workspaces_kept(device)
-    except torch.OutOfMemoryError:  # full, for now: the planner says what is free
-        return True
     except (RuntimeError, AssertionError, AttributeError) as error:
-        notes.append(f"torch could not use {device}: {_lacks_kernels(device) or first_line(error)}")
+        lacks = _lacks_kernels(device)
+        if not lacks and _FULL.search(str(error)):  # for now: the planner says what is free
+            return True
+        notes.append(f"torch could not use {device}: {lacks or first_line(error)}")
         return False
     return here
 
@@ -331,7 +338,7 @@ def _gpu(device: str) -> Hardware:
     capability = module.get_device_capability() if device == "cuda" and not rocm else None
     try:
         workspaces = _workspaces_kept(device)
-    except torch.OutOfMemoryError:
+    except RuntimeError:  # no memory for it, as it has run before
         workspaces = workspaces_of(capability, rocm) if device == "cuda" else ()
     empty_cache(device)
     free, total = module.mem_get_info()
@@ -502,10 +509,15 @@ def _cpu(_: str) -> Hardware:
         bus=20e9,
         starts={"product": 4e-5, "int8": 25e-5, "unpack": 5e-5},
         host_bytes=free,
-        context_bytes=max(PROCESS, own + 100 * 2**20),  # of which 100 MiB for the holes
+        context_bytes=process_context(own),
         unified=True,
         seconds_from="rates estimated from its cores and instructions: run 'tightfit calibrate'",
     )
+
+
+def process_context(own: int | None = None) -> int:
+    """Bytes that this process takes before any tensor, from those that it holds now: 100 MiB more for the holes in its heap."""
+    return max(PROCESS, (resident() if own is None else own) + 100 * 2**20)
 
 
 def _cpu_memory() -> tuple[int, int]:
@@ -609,7 +621,7 @@ def calibration_file() -> Path:
 def _calibrated(found: Hardware) -> Hardware:
     """With the rates that `tightfit calibrate` measured here, if it did."""
     try:
-        known = json.loads(calibration_file().read_text()).get(f"{found.device} {found.name}")
+        known = parsed(read_bytes(calibration_file())).get(f"{found.device} {found.name}")
         if not known:
             return found
         notes = tuple(note for note in found.notes if "tightfit calibrate" not in note)
@@ -620,7 +632,7 @@ def _calibrated(found: Hardware) -> Hardware:
         return replace(found, **known | origin, calibrated=True, notes=notes)
     except FileNotFoundError:
         return found
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, TightfitError, ValueError, TypeError, AttributeError) as error:
         note = f"{calibration_file()} cannot be read ({first_line(error)}): run 'tightfit calibrate' again"
         return replace(found, notes=(*found.notes, note))
 

@@ -6,12 +6,14 @@ import fnmatch
 import re
 from pathlib import Path
 
+from .cures import of_pickles
 from .errors import TightfitError, first_line
 from .files import PICKLES
-from .spec import ModelSpec, read_model
+from .spec import ModelSpec, near, read_model
 
 BUILT_IN = {"emoji": Path(__file__).parent / "models" / "emoji"}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WEIGHTS, _PICKLED = re.compile(r"unet/.*\.(safetensors|onnx)"), re.compile(r"unet/.*\.bin")
 _SMALL = ("*.json", "*.txt")
 
 
@@ -22,6 +24,8 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
     TightfitError.
     """
     name = str(model)
+    if "://" in name:
+        raise TightfitError(_address(name))
     if name in BUILT_IN:
         return read_model(BUILT_IN[name], name)
     try:
@@ -29,10 +33,17 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
         exists = path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a null character
         raise TightfitError(f"no model can be called '{name[:60]}' ({first_line(error)})") from None
-    single_file = path.suffix in {pattern[1:] for pattern in PICKLES} | {".safetensors"}
+    single_file = path.suffix in {pattern[1:] for pattern in PICKLES} | {".safetensors", ".gguf"}
     if exists or single_file or not _HUB_ID.fullmatch(name):
         return read_model(path)
     return _fetch(name, local_files_only)
+
+
+def _address(url: str) -> str:
+    """Why an address is no model, and what to give instead: of a page of the hub, its id."""
+    page = re.match(r"https?://[\w.-]*(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", url)
+    cure = f"give --model {page[1]}" if page else "download the model first, and give --model its folder, or a hub id"
+    return f"{url[:200]} is an address, which no model is read from: {cure}"
 
 
 def wanted(files: list[str]) -> list[str]:
@@ -59,7 +70,11 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
     if not local_files_only:
         try:
             files = [entry.rfilename for entry in HfApi().model_info(repository).siblings or []]
+            if not any(map(_WEIGHTS.match, wanted(files))) and any(map(_PICKLED.match, files)):
+                raise TightfitError(f"'{repository}' has its weights as pickles only: {of_pickles(repository)}")
             folder = Path(snapshot_download(repository, allow_patterns=wanted(files)))
+        except TightfitError:
+            raise
         except Exception as error:  # the hub's HTTP library has changed before, and any failure has the same cure
             problem = " ".join(str(error).split())[:300] or type(error).__name__
             cure = "check the name and the connection, or give --model a diffusers folder on this machine"
@@ -71,4 +86,4 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
         found = "is not in the hub's cache"
     except TightfitError as error:
         found = f"is in the hub's cache but cannot be used as it is there ({error})"
-    raise TightfitError(f"'{repository}' {found}, and was not fetched ({problem}): {cure}")
+    raise TightfitError(f"'{repository}'{near(Path(repository))} {found}, and was not fetched ({problem}): {cure}")

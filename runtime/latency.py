@@ -38,7 +38,7 @@ def arrival_spans(hardware: Hardware, placement: Placement, footprint: Footprint
     trace = footprint.trace
     here = placement.provider != CPU_PROVIDER or hardware.device == "cpu"
     share = hardware.efficiency.get(placement.compute, 1.0) if here else 1.0
-    work = _sums(each / share for each in _operation_seconds(hardware, placement, footprint))
+    work = _sums(_operation_seconds(hardware, placement, footprint, share))
     attention = _sums(attention_seconds(hardware, placement, shape) / share for shape in trace.attentions)
     # ONNX Runtime starts operators in C++, which `call_seconds` has
     told = hardware.operator_seconds if placement.backend == "torch" and hardware.device != "cpu" else 0.0
@@ -54,7 +54,7 @@ def arrival_spans(hardware: Hardware, placement: Placement, footprint: Footprint
     return head, spans
 
 
-def _operation_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> Iterator[float]:
+def _operation_seconds(hardware: Hardware, placement: Placement, footprint: Footprint, share: float) -> Iterator[float]:
     rates, bandwidth = {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")}, hardware.bandwidth
     if placement.backend == "onnx" and hardware.device == "cpu":
         rates = {kind: rate / ONNX_SHARE for kind, rate in rates.items()}
@@ -62,7 +62,7 @@ def _operation_seconds(hardware: Hardware, placement: Placement, footprint: Foot
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
     torchs = placement.backend == "torch"
     for each in footprint.trace.operations:
-        work = max(each.flops / rates.get(each.kind, rates[""]), each.bytes / bandwidth)
+        work = max(each.flops / rates.get(each.kind, rates[""]), each.bytes / bandwidth) / share
         start = hardware.start(each.kind) if torchs else hardware.call_seconds
         yield work + start if torchs and hardware.device == "cpu" else max(work, start)
 

@@ -15,7 +15,7 @@ _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 _UNITS |= {unit: 2**bits for bits, units in ((10, ("k", "kib")), (20, ("m", "mib")), (30, ("g", "gib"))) for unit in units}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Operation:
     """One arithmetic operator of a dry run: its operations (multiply and add are two) and bytes moved. `kind` is product, int8 if
     that is of whole numbers, unpack for weights in few bits, or "" for all else."""
@@ -40,7 +40,7 @@ class Trace:
     calls: tuple[tuple[str, int, int], ...] = ()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Arrival:
     """Weights that stream in, `unit` of `bytes`, needed before a call's operation and attention of these numbers."""
 
@@ -105,11 +105,15 @@ def replay(memory: Allocator, events: Sequence[tuple[int, int]], scratch: Sequen
 
 
 def parse_bytes(text: str | float, option: str) -> int:
-    """Bytes from '4GiB', '3.5GB', '800 MiB' or a number of bytes; raises TightfitError naming `option`."""
+    """Bytes from '4GiB', '3.5GB', '800 MiB' or a number of bytes, of which there are a million at least, as nobody means 8 of
+    them; raises TightfitError naming `option`."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", str(text).lower())
-    if not found or found[2] not in _UNITS or float(found[1]) * _UNITS[found[2]] < 1:
+    if not found or found[2] not in _UNITS or float(found[1]) == 0 or (found[2] and float(found[1]) * _UNITS[found[2]] < 1):
         raise TightfitError(f"{option} must be an amount such as 4GiB or 3500MB, not {str(text)!r}")
-    return int(float(found[1]) * _UNITS[found[2]])
+    count = int(float(found[1]) * _UNITS[found[2]])
+    if not found[2] and count < 2**20:
+        raise TightfitError(f"{option} is {found[1]} bytes: did you mean {found[1]}{'GiB' if count < 1000 else 'MiB'}?")
+    return count
 
 
 def shown(count: float) -> str:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import TightfitError, first_line
-from .files import replacing
+from . import png
+from .errors import TightfitError
+from .files import adding, replacing
 from .request import Request
 from .schedulers import SCHEDULERS
 
 if TYPE_CHECKING:
     from PIL import Image
 
-_PAIR = re.compile(r'\s*(\w[\w \-/]*):\s*("(?:\\.|[^\\"])*"|[^,]*)(?:,|$)')
+_NAME = re.compile(r"\w[\w \-/]*")
+_QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
+_SETTINGS = re.compile(r"\s*Steps:\s*\d")
+_TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
 _NAMES = tuple(field.name for field in dataclasses.fields(Request))
 _UNDERSTOOD = {"Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Model hash", "Version"}
 
@@ -54,34 +57,27 @@ def write(request: Request, model: str, precision: str) -> str:
 
 
 def read(picture: Path) -> Carried:
-    """What `picture` carries. Raises TightfitError if it is no picture or says nothing that can be repeated."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(picture) as image:
-                text = image.info.get("parameters")
-    except FileNotFoundError:
-        raise TightfitError(f"{picture} does not exist") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise TightfitError(f"{picture} is not a picture that can be read ({first_line(error)})") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise TightfitError(f"{picture} is too large to be a picture made by tightfit or A1111") from None
-    if not isinstance(text, str) or not text:
+    """What `picture` carries. Raises TightfitError if it is no PNG or says nothing that can be repeated."""
+    if not (text := png.read_text(picture, "parameters")):
         raise TightfitError(f"{picture} carries no 'parameters' text: only pictures made by tightfit or A1111 can be repeated")
     return parse(text, str(picture))
 
 
 def parse(text: str, source: str) -> Carried:
-    """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and the fields of the last line."""
-    *prompt, last = text.rstrip().split("\n")
-    fields = {name: _unquoted(value.strip()) for name, value in _PAIR.findall(last)}
+    """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and a line of settings, the last that looks like one.
+
+    Extensions of A1111 write below it: Dynamic Prompts a template. Takes time in proportion to the text.
+    """
+    if len(text) > png.MAX_TEXT_BYTES:
+        raise TightfitError(f"the 'parameters' text of {source} has {len(text)} characters, too many to be a request")
+    lines = text.rstrip().split("\n")
+    place = next((i for i in reversed(range(len(lines))) if _SETTINGS.match(lines[i])), len(lines) - 1)
+    prompt, fields = lines[:place], {name: _unquoted(value) for name, value in _pairs(lines[place])}
     if "tightfit" in fields:
         try:
             exact = json.loads(fields["tightfit"])
             carried = Carried({name: exact[name] for name in _NAMES}, exact["model"], exact["precision"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             carried = Carried({})
         if not isinstance(carried.model, str) or not isinstance(carried.precision, str):
             raise TightfitError(f"the request inside {source} is damaged: it cannot be repeated")
@@ -89,8 +85,25 @@ def parse(text: str, source: str) -> Carried:
     if "Steps" not in fields:
         raise TightfitError(f"the 'parameters' text of {source} has no line of settings: it cannot be repeated")
     positive, _, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
-    request = {"prompt": positive.strip(), "negative_prompt": negative.strip(), **_a1111(fields, source)}
-    return Carried(request, notices=_differences(positive + negative, fields))
+    # A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its modules/sd_models_xl.py): here that is None.
+    request = {"prompt": positive.strip(), "negative_prompt": negative.strip() or None, **_a1111(fields, source)}
+    return Carried(request, notices=_differences(fields))
+
+
+def _pairs(line: str) -> Iterator[tuple[str, str]]:
+    """Names and values of "name: value, name: "quoted, value"", as A1111's regular expression finds them, but in one pass."""
+    place = 0
+    while (colon := line.find(":", place)) >= 0:
+        comma = line.rfind(",", place, colon)
+        name = line[max(place, comma + 1) : colon].strip()
+        if quoted := _QUOTED.match(line, colon + 1):
+            value, place = quoted[1], quoted.end()
+        else:
+            end = line.find(",", colon + 1)
+            end = len(line) if end < 0 else end
+            value, place = line[colon + 1 : end].strip(), end + 1
+        if _NAME.fullmatch(name):
+            yield name, value
 
 
 def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
@@ -114,12 +127,12 @@ def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
         raise TightfitError(f"the settings inside {source} are damaged: give the request by options instead") from None
 
 
-def _differences(prompt: str, fields: Mapping[str, str]) -> tuple[str, ...]:
-    """What of an A1111 picture is not honoured here, in one notice; and that the noise differs."""
-    left = [f"{name} {value}" for name, value in fields.items() if name not in _UNDERSTOOD]
-    if re.search(r"<\w+:|\([^()]*:[\d.]+\)", prompt):
-        left.append("weights and adapters in the prompt")
-    honoured = f"; not honoured: {', '.join(left)}" if left else ""
+def _differences(fields: Mapping[str, str]) -> tuple[str, ...]:
+    """What of an A1111 picture's settings is not honoured here, in one notice; and that the noise differs."""
+    most, letters = _TOLD
+    left = [f"{name} {value}"[:letters] for name, value in fields.items() if name not in _UNDERSTOOD]
+    more = [f"{len(left) - most} more"] if len(left) > most else []
+    honoured = f"; not honoured: {', '.join([*left[:most], *more])}" if left else ""
     return (f"A1111 draws its noise on the GPU unless told otherwise, so the picture may differ{honoured}",)
 
 
@@ -132,9 +145,10 @@ def _unquoted(value: str) -> str:
         return value
 
 
-def save(image: Image.Image, path: str | Path) -> Path:
+def save(image: Image.Image, path: str | Path, overwrite: bool = True) -> Path:
     """Write `image` as a PNG with its `parameters`, through a temporary sibling, so that no half picture is ever seen.
 
+    Without `overwrite` a file that is there stays: heart-2.png is written beside heart.png. Answers where the picture is.
     Raises TightfitError if `path` does not end in .png or cannot be written.
     """
     from PIL.PngImagePlugin import PngInfo
@@ -148,8 +162,12 @@ def save(image: Image.Image, path: str | Path) -> Path:
     if "parameters" in image.info:
         text.add_text("parameters", image.info["parameters"])
     try:
-        with replacing(path) as partial:
-            image.save(partial, format="PNG", pnginfo=text)
+        if overwrite:
+            with replacing(path) as partial:
+                image.save(partial, format="PNG", pnginfo=text)
+            return path
+        with adding(path) as places:
+            image.save(places[0], format="PNG", pnginfo=text)
+        return places[-1]
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
         raise TightfitError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
-    return path

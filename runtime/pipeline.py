@@ -13,7 +13,7 @@ from PIL import Image
 
 from . import parameters, planner, schedulers
 from .backends import Backend, Session, backend
-from .errors import OutOfMemoryError, TightfitError
+from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from .events import Event, Measured, Result
 from .hardware import Hardware
 from .hub import inspect
@@ -21,7 +21,7 @@ from .memory import shown
 from .plan import Placement, Plan, Wishes
 from .planner import guided
 from .process import ProcessPeak
-from .prompt import Tokens, tokenize
+from .prompt import Tokens, painted_as_words, tokenize
 from .request import Request
 from .spec import ModelSpec
 
@@ -63,6 +63,7 @@ class Pipeline:
         self.spec, self.hardware, self.wishes = spec, hardware, wishes or Wishes()
         self._saved, self._planned = plan, ([], [])
         self._plan: Plan | None = None
+        self._request = Request("")
         self._backends: dict[str, Backend] = {}
         self._rooms: dict[str, int] = {}
         self._loaded: dict[str, tuple[Placement, Session]] = {}
@@ -75,16 +76,23 @@ class Pipeline:
     def plans(self, request: Request) -> list[Plan]:
         """Every way to run `request` here, the one that will be taken first. Raises TightfitError if none fits."""
         request = request.resolve(self.spec)
-        key = [request.width, request.height, request.num_inference_steps, request.num_images, guided(self.spec, request)]
+        steps = schedulers.calls(str(request.scheduler), self.spec, int(request.num_inference_steps or 0))
+        key = [request.width, request.height, steps, request.num_images, guided(self.spec, request)]
         if key != self._planned[0]:
+            saved = self._checked(request)
+            if not saved:
+                planner.refuse_hopeless(self.hardware, self.spec, request, self.wishes)
             plans = planner.plan(self.hardware, self.spec, request, self.wishes)
-            if self._saved:
-                saved = planner.checked(self._saved, self.hardware, self.spec, request, self.wishes)
-                plans = [saved, *(replace(each, chosen=False) for each in plans)]
+            if saved:
+                plans = [*saved, *(replace(each, chosen=False) for each in plans)]
             elif not plans[0].fits:
                 raise planner.none_fits(plans, self.hardware, self.spec, request, self.wishes)
             self._planned = key, plans
         return list(self._planned[1])
+
+    def _checked(self, request: Request) -> list[Plan]:
+        """The plan that was given for all requests, predicted for this one; nothing without one."""
+        return [planner.checked(self._saved, self.hardware, self.spec, request, self.wishes)] if self._saved else []
 
     def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
@@ -108,8 +116,12 @@ class Pipeline:
         assert result is not None  # the last event has it
         return result
 
-    def run(self, request: Request, preview_every: int = 0) -> Iterator[Event]:
+    def run(self, request: Request, preview_every: int = 0) -> Generator[Event, None, None]:
         """Events while `request` runs; the last has stage "done" and the result. Closing the generator stops the run.
+
+        A picture comes with the event of its decoding: as soon as it is painted where U-Net and VAE stay loaded together, else
+        after all are painted, as the VAE takes the U-Net's place. On KeyboardInterrupt, raised here or thrown in, those that are
+        painted are decoded before it is raised; on a second at once.
 
         With `preview_every` every n-th step's event has a picture of the latents as they are then, which costs a
         decode each time, and its memory on top of what is predicted; without room for that there is none. A pipeline runs
@@ -121,6 +133,11 @@ class Pipeline:
         self._running = True
         try:
             yield from self._run(request, preview_every)
+        except (MemoryError, RuntimeError, ImportError, OSError) as error:  # of planning too, and of a library that comes late
+            if not out_of_memory(error):
+                raise
+            cure = "make the picture smaller, or close what else uses the memory"
+            raise OutOfMemoryError(f"out of memory to {self._stage} ({first_line(error)}): {cure}") from error
         finally:
             self._running = False
 
@@ -130,7 +147,7 @@ class Pipeline:
         for name in list(self._loaded):
             self._drop(name)
         for each in self._backends.values():
-            each.free()
+            each.keep({})
             each.meter.limit(None)
         self._rooms.clear()
 
@@ -144,18 +161,31 @@ class Pipeline:
         stages: dict[str, Measured] = {}
         self._notices, self._told, self._closed = [], 0, False
         with self._measured("prepare", stages):
-            self._take(self.plans(request)[0])
+            self._request = request
+            self._take((self._checked(request) or self.plans(request))[0])
             tokens = self._prepare(request)
         with self._measured("encode", stages):
             conditioning = self._encode(request, tokens)
         yield Event("encode", 1, 1, notices=self._news())
-        with self._measured("denoise", stages):
-            latents = yield from self._denoise(request, conditioning, preview_every)
-        images = []
-        with self._measured("decode", stages):
-            for i, one in enumerate(latents):
-                images.append(self._picture(self._surviving(lambda one=one: self._decoded(one)), request, i))
-                yield Event("decode", i + 1, request.num_images, i, notices=self._news())
+        finished: list[np.ndarray] = []
+        images: list[Image.Image] = []
+        while len(images) < request.num_images:
+            stopped = None
+            try:
+                with self._measured("denoise", stages):
+                    yield from self._denoise(request, conditioning, preview_every, finished)
+            except KeyboardInterrupt as interrupt:
+                if len(images) == len(finished):
+                    raise
+                stopped = interrupt
+                self._notices.append(f"stopped; {len(finished) - len(images)} finished pictures are decoded first")
+                yield Event("decode", len(images), request.num_images, len(images), notices=self._news())
+            with self._measured("decode", stages):
+                for i in range(len(images), len(finished)):
+                    images.append(self._picture(self._surviving(lambda i=i: self._decoded(finished[i])), request, i))
+                    yield Event("decode", i + 1, request.num_images, i, notices=self._news(), picture=images[i])
+            if stopped:
+                raise stopped
         assert self._plan
         result = Result(request, self._plan, tuple(images), stages, tuple(self._notices))
         yield Event("done", request.num_images, request.num_images, notices=self._news(), result=result)
@@ -173,6 +203,8 @@ class Pipeline:
         for name, (placement, _) in list(self._loaded.items()):
             if placement != plan.placements[name]:
                 self._drop(name)
+        for each in self._backends.values():
+            each.keep(plan.placements)
         # arenas of a larger picture give nothing back
         crowded = {engine for engine, each in self._backends.items() if each.meter.held() > plan.predicted.peak_bytes}
         for name in [name for name, (placement, _) in self._loaded.items() if placement.backend in crowded]:
@@ -204,7 +236,8 @@ class Pipeline:
                 if not self._plan or self._plan.placements[component].residency != "resident":
                     self._drop(component)
         process = self._process.bytes()
-        stages[name] = Measured(time.perf_counter() - start, self._load_seconds, max(held, default=0), process)
+        now = Measured(time.perf_counter() - start, self._load_seconds, max(held, default=0), process)
+        stages[name] = now if name not in stages else stages[name].and_then(now)
         if self.hardware.device == "cpu" and self._plan and process > self._plan.budget_bytes:
             over = f"to {name}, the process held {shown(process)}, more than the {shown(self._plan.budget_bytes)} it was to keep to"
             self._notices.append(over)
@@ -235,8 +268,10 @@ class Pipeline:
         while True:
             try:
                 return work()
-            except OutOfMemoryError as error:
-                failure = str(error)  # the error itself holds on to frames, and these to tensors
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                failure = first_line(error)  # the error itself holds on to frames, and these to tensors
             self._step_down(failure)
 
     def _step_down(self, failure: str) -> None:
@@ -244,7 +279,7 @@ class Pipeline:
         now = self._plan
         assert now
         needs = now.predicted.stages[self._stage]
-        lower = [p for p in self._planned[1] if p.fits and p.predicted.stages[self._stage] < needs]
+        lower = [p for p in self.plans(self._request) if p.fits and p.predicted.stages[self._stage] < needs]
         for name in list(self._loaded):
             self._drop(name)
         if not lower:
@@ -256,11 +291,11 @@ class Pipeline:
 
     def _prepare(self, request: Request) -> dict[str, Tokens]:
         """Find out whatever else can fail before any weight is read; the tokens, by text encoder, are kept."""
-        schedulers.make(str(request.scheduler), self.spec, request.num_inference_steps)
+        schedulers.rehearse(str(request.scheduler), self.spec, int(request.num_inference_steps or 0))
         texts = {"negative prompt": request.negative_prompt or ""} if guided(self.spec, request) else {}
         texts["prompt"] = request.prompt
         tokens = {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
-        self._notices += _cut(tokens)
+        self._notices += (*painted_as_words(texts), *_cut(tokens))
         return tokens
 
     def _encode(self, request: Request, tokens: dict[str, Tokens]) -> dict[str, np.ndarray]:
@@ -290,36 +325,44 @@ class Pipeline:
         return self._surviving(lambda: self._session(name)(tokens=ids[None]))
 
     def _denoise(
-        self, request: Request, conditioning: dict[str, np.ndarray], preview_every: int
-    ) -> Generator[Event, None, list[np.ndarray]]:
-        """The latents of every picture, one after another."""
-        finished: list[np.ndarray] = []
-        for i in range(request.num_images):
+        self, request: Request, conditioning: dict[str, np.ndarray], preview_every: int, finished: list[np.ndarray]
+    ) -> Iterator[Event]:
+        """The next picture's latents, added to `finished`; all that are left, unless U-Net and VAE stay loaded together anyway."""
+        for i in range(len(finished), request.num_images):
+            latents = np.empty(0)
             for number, (event, latents) in enumerate(self._steps(request, conditioning, i), 1):
                 if preview_every and number % preview_every == 0:
                     event = replace(event, preview=self._preview(latents, request, i))
                 yield event
-                finished[i:] = [latents]
-        return finished
+            finished.append(latents)
+            assert self._plan
+            if all(self._plan.placements[name].residency == "resident" for name in ("unet", "vae_decoder")):
+                return
 
     def _steps(self, request: Request, conditioning: dict[str, np.ndarray], index: int) -> Iterator[tuple[Event, np.ndarray]]:
-        """The steps of picture `index` with its latents (1, channels, h, w); noise and scheduler stay on the CPU in fp32."""
+        """The steps of picture `index` with its latents (1, channels, h, w); noise and scheduler stay on the CPU in fp32.
+
+        A step is done after one call of the U-Net, or two, as its scheduler has it.
+        """
         import torch
 
         assert request.seed is not None and request.width is not None and request.height is not None
+        assert request.num_inference_steps is not None
         generator = torch.Generator("cpu").manual_seed(request.seed + index)
-        scheduler = schedulers.make(str(request.scheduler), self.spec, request.num_inference_steps)
+        steps = request.num_inference_steps
+        scheduler = schedulers.make(str(request.scheduler), self.spec, steps, request.seed + index)
         options = schedulers.step_options(scheduler, generator)
         factor = self.spec.downsampling
         shape = (1, self.spec.unet["in_channels"], request.height // factor, request.width // factor)
-        latents = torch.randn(shape, generator=generator) * scheduler.init_noise_sigma
-        steps = len(scheduler.timesteps)
-        for step, timestep in enumerate(scheduler.timesteps):
-            sample = scheduler.scale_model_input(latents, timestep).numpy()
+        latents = torch.randn(shape, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
+        ends = schedulers.ends(scheduler, steps)
+        for call, timestep in enumerate(scheduler.timesteps):
+            sample = schedulers.scaled(scheduler, latents, timestep).numpy()
             noise = torch.from_numpy(self._surviving(lambda: self._predict(request, sample, float(timestep), conditioning)))  # noqa: B023
             latents = scheduler.step(noise, timestep, latents, **options).prev_sample
-            done = index * steps + step + 1
-            yield Event("denoise", done, request.num_images * steps, index, notices=self._news()), latents.numpy()
+            if call in ends:
+                done = index * len(ends) + ends.index(call) + 1
+                yield Event("denoise", done, request.num_images * len(ends), index, notices=self._news()), latents.numpy()
 
     def _predict(self, request: Request, sample: np.ndarray, timestep: float, conditioning: dict[str, np.ndarray]) -> np.ndarray:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each half."""
@@ -350,7 +393,10 @@ class Pipeline:
 
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         """(height, width, 3) in -1..1."""
-        return self._session("vae_decoder")(latents=latents / np.float32(self.spec.latent_scale))[0][0].transpose(1, 2, 0)
+        deviation, scale, mean = self.spec.latent_affine
+        widened = latents * np.array(deviation, np.float32)[:, None, None] / np.float32(scale)
+        latents = widened + np.array(mean, np.float32)[:, None, None]
+        return self._session("vae_decoder")(latents=latents)[0][0].transpose(1, 2, 0)
 
     def _picture(self, values: np.ndarray, request: Request, index: int) -> Image.Image:
         """One PIL picture with its own request in `info["parameters"]`."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import TightfitError
+from .files import read_bytes
 from .hardware import DEVICES
 from .memory import parse_bytes, shown
 
@@ -98,7 +99,8 @@ class Plan:
         unet, vae = self.placements["unet"], self.placements["vae_decoder"]
         precision = unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
         how = f"{unet.backend} {precision} on {self.device}, {self.residency}, {self.cfg} CFG, {unet.attention}"
-        return f"{how}, VAE {vae.tiling}{self.elsewhere}"
+        vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
+        return f"{how}, VAE {vaes}{self.elsewhere}"
 
     @property
     def residency(self) -> str:
@@ -128,7 +130,7 @@ class Plan:
     def read(cls, file: Path) -> Plan:
         """What `from_json` makes of a file; raises TightfitError that names it."""
         try:
-            return cls.from_json(file.read_text(encoding="utf-8"))
+            return cls.from_json(read_bytes(file).decode("utf-8"))
         except TightfitError as error:
             raise TightfitError(f"{file}: {error}") from None
         except (OSError, UnicodeDecodeError) as error:

@@ -6,16 +6,18 @@ import math
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any, TypeVar
 
+from . import schedulers
 from .backends import engine
 from .errors import TightfitError
-from .hardware import CPU_PROVIDER, PACKAGES, PROVIDERS, Hardware, provider_name, provider_problems
+from .hardware import CPU_PROVIDER, PACKAGES, PROCESS, PROVIDERS, Hardware, process_context, provider_name, provider_problems
 from .latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
 from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, STORED, TILINGS, Placement, Plan, Predicted, Wishes
+from .recent import Recent
 from .request import Request
 from .spec import Component, ModelSpec
 
@@ -35,7 +37,7 @@ def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wi
     wishes = wishes or Wishes()
     request = (request or Request("a")).resolve(spec)
     job = _job(hardware, spec, request, wishes)
-    budget = hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
+    budget = _budget(hardware, wishes)
     found = [each for way in _candidates(hardware, spec, request, wishes) for each in job.plans(*way, budget)]
     if not found:
         raise TightfitError(f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto")
@@ -82,34 +84,97 @@ def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, 
 
 
 def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> TightfitError:
-    """The error that says what would fit: a smaller picture, or a larger budget."""
-    least = min((p for p in plans if p.reason.startswith(_NEEDS)), key=lambda p: p.predicted.peak_bytes, default=plans[0])
-    option = "--ram" if hardware.device == "cpu" else "--vram"
-    needed = least.predicted.peak_bytes + least.predicted.context_bytes
+    """The error that says what would fit: a smaller picture, or a larger budget; or that what is asked for runs nowhere."""
     asked = f"{request.width}x{request.height}"
-    if needed <= least.budget_bytes:  # it is not the memory
-        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {least.reason.removeprefix('is refused: ')}")
-    cures = []
-    if smaller := _largest_that_fits(hardware, spec, request, wishes):
+    least = min((p for p in plans if p.reason.startswith(_NEEDS)), key=lambda p: p.predicted.peak_bytes, default=None)
+    if least is None:  # no memory would help
+        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {plans[0].reason.removeprefix('is refused: ')}")
+    budget, context = least.budget_bytes, least.predicted.context_bytes
+    if least.predicted.peak_bytes + context <= budget:  # it is not the memory of the device
+        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: it {least.reason}")
+    if hardware.device == "cpu" and hardware.providers is None and context >= PROCESS:
+        context = max(context, process_context())  # planning has made this process larger, and whoever detects next counts that
+    needed, cures, joint = least.predicted.peak_bytes + context, [], ", or "
+    if least.predicted.context_bytes >= budget:
+        cures.append(f"{_holder(hardware)} alone takes {shown(context)}")
+        joint = ", and "
+    elif smaller := _largest_that_fits(hardware, spec, request, wishes, least):
         cures.append(f"the largest of this shape that fits is {smaller}")
-    enough = f"{-(-needed // 2**20)}MiB"
     cures.append(
-        f"{asked} needs {option} {enough}"
+        f"{asked} needs {_option(hardware)} {-(-needed // 2**20)}MiB"
         if needed <= hardware.free_bytes
         else f"{asked} needs {shown(needed)} free, {shown(hardware.free_bytes)} are"
     )
-    return TightfitError(f"{spec.name} does not fit {shown(least.budget_bytes)}: {', or '.join(cures)} (with {least.summary()})")
+    return TightfitError(f"{spec.name} does not fit {shown(budget)}: {joint.join(cures)} (with {least.summary()})")
 
 
-def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> str | None:
+def refuse_hopeless(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> None:
+    """Raise TightfitError for what no way of running can fit, found out without following all of them: where there is no room
+    beside the context, or none for one feature map of the picture. Following how 16384x16384 runs takes minutes."""
+    request, budget = request.resolve(spec), _budget(hardware, wishes)
+    room = budget - hardware.context_bytes
+    if room > 0 and _largest_map(hardware, spec, int(request.width or 0), int(request.height or 0)) <= room:
+        return
+    if room <= 0:
+        few = _frugal(spec, request, wishes)
+        raise none_fits(plan(hardware, spec, request, few), hardware, spec, request, wishes)
+    native = replace(request, width=spec.native_size[1], height=spec.native_size[0])
+    plans = plan(hardware, spec, native, _frugal(spec, native, wishes))
+    runs = [p for p in plans if p.fits or p.reason.startswith(_NEEDS)]
+    if not runs:
+        raise none_fits(plans, hardware, spec, request, wishes)
+    least = min(runs, key=lambda p: p.predicted.peak_bytes)
+    smaller = _largest_that_fits(hardware, spec, request, wishes, least)
+    cure = f"the largest of this shape that fits is {smaller}" if smaller else "no size of this shape fits"
+    most = _largest_map(hardware, spec, int(request.width or 0), int(request.height or 0))
+    raise TightfitError(
+        f"{spec.name} does not fit {shown(budget)}: one feature map of {request.width}x{request.height} takes {shown(most)}, {cure}"
+    )
+
+
+def _frugal(spec: ModelSpec, request: Request, wishes: Wishes) -> Wishes:
+    """Wishes for the ways that take little memory, where they are torch's: half as many calls are followed for these."""
+    if any(component.graph for component in spec.components.values()):
+        return wishes
+    least: dict[str, str] = {"tiling": "tiled"}
+    if guided(spec, request):
+        least["cfg"] = "sequential"
+    return replace(wishes, **{name: value for name, value in least.items() if getattr(wishes, name) == "auto"})
+
+
+def _budget(hardware: Hardware, wishes: Wishes) -> int:
+    return hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
+
+
+def _option(hardware: Hardware) -> str:
+    return "--ram" if hardware.device == "cpu" else "--vram"
+
+
+def _holder(hardware: Hardware) -> str:
+    return "the process" if hardware.device == "cpu" else "the device's context"
+
+
+def _largest_map(hardware: Hardware, spec: ModelSpec, width: int, height: int) -> int:
+    """Bytes, in 16 bits, of the widest map that the U-Net or the VAE has of a whole picture, however it runs."""
+    if hardware.device != "cpu" and any(component.graph for component in spec.components.values()):
+        return 0  # it may run on the CPU beside
+    pixels = width * height
+    latent_pixels = pixels // spec.downsampling**2
+    return 2 * max(pixels * spec.vae["block_out_channels"][0], latent_pixels * spec.unet["block_out_channels"][0])
+
+
+def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, least: Plan) -> str | None:
+    """The largest size of the request's shape that runs as `least` does, which takes the least memory of all."""
     width, height, step = int(request.width or 0), int(request.height or 0), spec.downsampling * 8
-    shorter = min(width, height)
-    sizes = [tuple(round(each * side / shorter / step) * step for each in (width, height)) for side in range(step, shorter, step)]
+    shorter, budget = min(width, height), _budget(hardware, wishes)
+    sizes = [(round(width * side / shorter / step) * step, round(height * side / shorter / step) * step)
+             for side in range(step, shorter, step)]  # fmt: skip
+    sizes = [size for size in sizes if hardware.context_bytes + _largest_map(hardware, spec, *size) <= budget]
     low, high, best = 0, len(sizes) - 1, None
     while low <= high:  # the sizes grow
         middle = (low + high) // 2
         smaller = replace(request, width=sizes[middle][0], height=sizes[middle][1])
-        if plan(hardware, spec, smaller, wishes)[0].fits:
+        if _job(hardware, spec, smaller, wishes).plan(least.cfg, least.placements, budget).fits:
             best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
         else:
             high = middle - 1
@@ -288,18 +353,13 @@ def guided(spec: ModelSpec, request: Request) -> bool:
     return (request.guidance_scale or 0) > 1 and not spec.guidance_width
 
 
-_KEPT = 64
-_jobs: dict[tuple[Any, ...], _Job] = {}
+_costs: Recent[dict[Any, Any]] = Recent(4)
 
 
 def _job(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> _Job:
     """One that remembers what an earlier one of the same machine, model and size computed."""
-    key = (id(hardware), id(spec), request.width, request.height, guided(spec, request))
-    if key not in _jobs:
-        if len(_jobs) >= _KEPT:
-            _jobs.clear()
-        _jobs[key] = _Job(hardware, spec, request, wishes)  # which keeps both, so that their ids stay their own
-    return replace(_jobs[key], request=request, wishes=wishes)
+    key = (request.width, request.height, guided(spec, request))
+    return _Job(hardware, spec, request, wishes, _costs.get(key, dict, hardware, spec))
 
 
 @dataclass(frozen=True)
@@ -310,7 +370,7 @@ class _Job:
     spec: ModelSpec
     request: Request
     wishes: Wishes
-    _known: dict[Any, Any] = field(default_factory=dict)
+    _known: dict[Any, Any]
 
     def plan(self, cfg: str, placements: Mapping[str, Placement], budget: int) -> Plan:
         predicted = self._predict(cfg, placements)
@@ -325,9 +385,10 @@ class _Job:
         one = self.plan(cfg, placements, budget)
         yield one
         room = budget - one.predicted.context_bytes
-        unasked = self.wishes.residency == "auto" or self.wishes.budget is not None
+        # who asks for streaming, and names no budget, wants the least memory
+        may_keep = self.wishes.residency == "auto" or self.wishes.budget is not None
         streams = placements["unet"].residency == "streamed" and not self._refused(cfg, placements)
-        if not streams or not unasked or one.predicted.peak_bytes > room:
+        if not streams or not may_keep or one.predicted.peak_bytes > room:
             return
         room = int(room * (1 - SLACK))
         filled = {name: self._filled(name, placement, cfg, placements, room) for name, placement in placements.items()}
@@ -410,7 +471,8 @@ class _Job:
         for name, placement in placements.items():
             calls = both  # texts are encoded one by one
             if name == "unet":
-                calls = self.request.num_inference_steps * (both if cfg == "sequential" else 1) * self.request.num_images
+                one_picture = schedulers.calls(str(self.request.scheduler), self.spec, int(self.request.num_inference_steps or 0))
+                calls = one_picture * (both if cfg == "sequential" else 1) * self.request.num_images
             elif name == "vae_decoder":
                 calls = self.request.num_images
             one = ("seconds", name, placement, cfg)
@@ -457,7 +519,9 @@ class _Job:
         room = budget - predicted.context_bytes
         if predicted.peak_bytes > room:
             stage = max(predicted.stages, key=lambda name: predicted.stages[name])
-            return f"{_NEEDS} {shown(predicted.stages[stage])} to {stage}, {shown(predicted.stages[stage] - room)} too much"
+            beside = f" beside the {shown(predicted.context_bytes)} of {_holder(self.hardware)}" if room <= 0 else ""
+            most = predicted.stages[stage]
+            return f"{_NEEDS} {shown(most)} to {stage}{beside}, {shown(most - room)} too much"
         if predicted.host_bytes > self.hardware.host_bytes:
             return f"{_NEEDS} {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
         return None
@@ -488,6 +552,8 @@ def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
         else f"; {hardware.name} has no arithmetic for {best.placements['unet'].compute}, expect it to be slow"
     )
     by = f" ({', '.join(asked)} asked for)" if asked else ""
+    if wishes.residency == "streamed" and wishes.budget is None:
+        by += f"; nothing is kept loaded, {'--ram' if hardware.device == 'cpu' else '--vram'} BYTES keeps what it allows"
     return f"the fastest that fits, with {shown(left)} to spare{by}{slow}"
 
 

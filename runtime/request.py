@@ -20,6 +20,7 @@ _WHOLE = {
     "num_images": (1, 10_000),
     "seed": (0, 2**63 - 1),
 }
+RANDOM_SEED = -1  # as A1111 has it: the seed that is drawn is told, and written into the picture
 _TEXT = ("prompt", "negative_prompt", "scheduler")
 
 
@@ -28,14 +29,15 @@ class Request:
     """One text-to-image request, in diffusers' words; None means "as the model likes it" until `resolve` decides.
 
     Sizes are pixels. Picture i of `num_images` is made from seed + i, so each can be made again alone. A negative
-    prompt of None is no negative prompt, which SDXL treats differently from an empty one, as diffusers does.
+    prompt of None is no negative prompt, which SDXL treats differently from an empty one, as diffusers does. A seed of -1 is
+    a random one, as None is.
     """
 
     prompt: str
     negative_prompt: str | None = None
     width: int | None = None
     height: int | None = None
-    num_inference_steps: int = 20
+    num_inference_steps: int | None = None
     guidance_scale: float | None = None
     seed: int | None = None
     scheduler: str | None = None
@@ -47,7 +49,10 @@ class Request:
             _check_text(name, getattr(self, name))
         if not self.prompt.strip():
             raise TightfitError('the prompt is empty: say what to paint, for example "a red heart"')
-        whole = {name: _whole(name, getattr(self, name), *limits) for name, limits in _WHOLE.items()}
+        given = {name: getattr(self, name) for name in _WHOLE}
+        if type(self.seed) is int and self.seed == RANDOM_SEED:
+            given["seed"] = None
+        whole = {name: _whole(name, given[name], *limits) for name, limits in _WHOLE.items()}
         if (whole["seed"] or 0) + (whole["num_images"] or 1) > _WHOLE["seed"][1] + 1:
             raise TightfitError(f"seed {whole['seed']} leaves no seeds for {whole['num_images']} pictures: choose a smaller one")
         if self.scheduler is not None and self.scheduler not in schedulers.SCHEDULERS:
@@ -59,11 +64,12 @@ class Request:
     def resolve(self, spec: ModelSpec) -> Request:
         """The same request with everything decided for `spec`; raises TightfitError for what cannot be done."""
         request = self.checked()
-        height, width = spec.native_size
+        height, width = (request.height, request.width) if request.height and request.width else spec.native_size
         whole = dataclasses.replace(
             request,
             width=request.width or width,
             height=request.height or height,
+            num_inference_steps=request.num_inference_steps or spec.default_steps,
             guidance_scale=_scale(spec.default_guidance) if request.guidance_scale is None else request.guidance_scale,
             seed=random.SystemRandom().randrange(2**32) if request.seed is None else request.seed,
             scheduler=request.scheduler or schedulers.default(spec),
@@ -86,11 +92,11 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int | None:
-    if value is None and name not in ("num_inference_steps", "num_images"):
+    if value is None and name != "num_images":
         return None
     number = operator.index(value) if isinstance(value, SupportsIndex) else None  # numpy's integers too
     if number is None or isinstance(value, bool) or not least <= number <= most:
-        random_one = "; leave it out for a random one" if name == "seed" else ""
+        random_one = f"; leave it out, or give {RANDOM_SEED}, for a random one" if name == "seed" else ""
         raise TightfitError(f"{name} must be a whole number from {least} to {most}, not {value!r}{random_one}")
     return number
 

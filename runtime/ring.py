@@ -24,6 +24,10 @@ class Ring(Generic[K]):
         """Where the unit begins. KeyError if it is not there."""
         return self._places[unit][0]
 
+    def drop(self, unit: K) -> None:
+        """Forget the unit."""
+        del self._places[unit]
+
     def put(self, unit: K, count: int, needed: Container[K] = ()) -> list[K] | None:
         """Place `count` bytes, and answer the units that had to go for them. None, and nothing is changed, if one that is `needed`
         is in the way."""

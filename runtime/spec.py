@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from . import cures
 from .errors import TightfitError
-from .files import CONVERT, PICKLES, Tensor, read_header, read_json, weight_files
+from .files import PICKLES, Tensor, check_classes, read_header, read_json, sha256, weight_files
 from .onnx_file import Graph, read_graph
 
 MANIFEST_VERSION = 1  # of tightfit.json
@@ -43,12 +47,13 @@ class Component:
 
     def setting(self, field: str) -> Any:
         """A field of the config, or what the libraries take where it is missing."""
-        return self.config.get(field, _DEFAULTS.get(field))
+        return self.config.get(field)
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A Stable Diffusion model in a diffusers folder. `family` is sd1, sd2 or sdxl; `scheduler` is its scheduler config.
+    """A Stable Diffusion model in a diffusers folder. `family` is sd1, sd2 or sdxl; `scheduler` is its scheduler config, and
+    `pipeline` the class that its model_index.json names.
 
     `components` are text_encoder, text_encoder_2 (sdxl), unet and vae_decoder, in the order a picture needs them.
     `defaults` are what the folder's tightfit.json, if it has one, says of requests that leave something open, `precision`
@@ -64,6 +69,7 @@ class ModelSpec:
     defaults: Mapping[str, Any]
     precision: str | None = None
     source: str | None = None
+    pipeline: str = "StableDiffusionPipeline"
 
     @property
     def unet(self) -> Mapping[str, Any]:
@@ -80,20 +86,55 @@ class ModelSpec:
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures the model was trained on."""
+        """Height and width in pixels of the pictures the model was trained on. Raises TightfitError if its config says none."""
         size = self.unet["sample_size"]
+        if size is None:
+            raise TightfitError(
+                f"{self.components['unet'].folder / 'config.json'} has no sample_size: say --width and --height, or add it"
+            )
+        if self.corrected and isinstance(size, int) and _before_0_9(self.unet.get("_diffusers_version")):
+            size = max(size, 64)  # as StableDiffusionPipeline corrects the configs of 2022
         height, width = (size, size) if isinstance(size, int) else size
         return height * self.downsampling, width * self.downsampling
 
     @property
-    def default_guidance(self) -> float:
-        """What the model's own manifest says, else diffusers' defaults: 7.5, and 5.0 for SDXL."""
-        return self.defaults.get("guidance_scale", 5.0 if self.family == "sdxl" else 7.5)
+    def some_size(self) -> tuple[int, int]:
+        """Height and width in pixels of a picture to try the networks with: the native size, if the config says one."""
+        side = 64 * self.downsampling
+        return (side, side) if self.unet["sample_size"] is None else self.native_size
 
     @property
-    def latent_scale(self) -> float:
-        """By which latents are larger in the U-Net than in the VAE."""
-        return self.components["vae_decoder"].setting("scaling_factor")
+    def corrected(self) -> bool:
+        """Whether diffusers' pipeline corrects older configs as it loads them: StableDiffusionPipeline does, those of SDXL and
+        LCM take them as they are."""
+        return self.family != "sdxl" and self.pipeline != LCM_PIPELINE
+
+    @property
+    def _consistent(self) -> bool:
+        return self.pipeline == LCM_PIPELINE or bool(self.guidance_width)
+
+    @property
+    def default_guidance(self) -> float:
+        """What the model's own manifest says, else diffusers' defaults: 7.5, 5.0 for SDXL, 8.5 for latent consistency models."""
+        return self.defaults.get("guidance_scale", 8.5 if self._consistent else 5.0 if self.family == "sdxl" else 7.5)
+
+    @property
+    def default_steps(self) -> int:
+        """20, and 4 for latent consistency models, as in diffusers' pipeline for them."""
+        return 4 if self._consistent else 20
+
+    @property
+    def latent_affine(self) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+        """What the VAE wants of the U-Net's latents, by channel: latents * first / second + third.
+
+        First and third are ones and zeros unless the VAE has latents_std and latents_mean, which diffusers reads in SDXL alone.
+        """
+        vae = self.components["vae_decoder"]
+        mean, deviation = (vae.setting(field) for field in ("latents_mean", "latents_std"))
+        if self.family != "sdxl" or mean is None or deviation is None:
+            channels = vae.setting("latent_channels")
+            deviation, mean = (1.0,) * channels, (0.0,) * channels
+        return tuple(deviation), vae.setting("scaling_factor"), tuple(mean)
 
     @property
     def guidance_width(self) -> int | None:
@@ -108,7 +149,7 @@ class ModelSpec:
             return {"latents": (1, *latents[1:])}
         if component.name != "unet":
             return {"tokens": (1, length)}
-        shapes = {"sample": latents, "timestep": (), "hidden": (batch, length, component.setting("cross_attention_dim"))}
+        shapes = {"sample": latents, "timestep": (), "hidden": (batch, length, _text_width(self.components))}
         if self.guidance_width:
             shapes["time_condition"] = (1, self.guidance_width)
         if self.family == "sdxl":
@@ -123,7 +164,8 @@ class ModelSpec:
 
 def read_model(folder: Path, name: str | None = None) -> ModelSpec:
     """Read the diffusers folder `folder`. Raises TightfitError for whatever is missing, broken or not supported."""
-    index = read_json(_index_file(folder))
+    index = read_json(file := _index_file(folder))
+    check_classes(file, index)
     pipeline = index.get("_class_name", "unknown")
     listed = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
     for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
@@ -133,14 +175,11 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
     components = {}
     for part in ("text_encoder", "text_encoder_2", "unet", "vae_decoder"):
         if part != "text_encoder_2" or part in listed:
-            components[part] = _component(part, folder, manifest)
+            components[part] = _component(part, folder, manifest, index[part.removesuffix("_decoder")])
     for component in components.values():
         _check_config(component)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    if str(scheduler.get("_class_name")).startswith(("EDM", "FlowMatch")):
-        raise TightfitError(
-            f"{folder} was trained for {scheduler['_class_name']}, whose noise is not that of SD: it cannot run here"
-        )
+    _check_fields(folder / "scheduler" / "scheduler_config.json", scheduler, _SCHEDULER)
     return ModelSpec(
         name=name or str(folder.absolute()),
         folder=folder,
@@ -151,6 +190,7 @@ def read_model(folder: Path, name: str | None = None) -> ModelSpec:
         defaults=manifest.get("defaults", {}),
         precision=manifest.get("precision") if components["unet"].formats is not None else None,
         source=manifest.get("source"),
+        pipeline=str(pipeline),
     )
 
 
@@ -179,44 +219,201 @@ def _understood(manifest: Mapping[str, Any]) -> bool:
     return all(isinstance(each, dict) for each in parts) and all(isinstance(name, str | None) for name in told)
 
 
-def _counts(value: Any) -> bool:
-    return isinstance(value, list) and value != [] and all(isinstance(v, int) and v > 0 for v in value)
+LCM_PIPELINE = "LatentConsistencyModelPipeline"
+MOST_LEVELS = 100_000  # of a scheduler's noise; SD has 1000
+_MOST_WIDTH = 2**20
+# Of what is counted before anything is built: more than any model of these families has, by far.
+_MOST_LAYERS, _MOST_BLOCKS, _MOST_ALL = 512, 16, 4096
+Check = Callable[[Any], bool]
 
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and value > 0
-
-
-def _side(value: Any) -> bool:
-    return _count(value) or (_counts(value) and len(value) == 2)
+def _whole(least: int, most: int) -> Check:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and value > 0
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 <= value <= 1e9  # neither NaN nor infinite
 
 
-# What is read here, before the libraries that own the configs see them, and what it must be; the rest is theirs to check.
-_FIELDS = {
-    "unet": {"in_channels": _count, "block_out_channels": _counts, "sample_size": _side},
-    "vae_decoder": {"latent_channels": _count, "block_out_channels": _counts, "scaling_factor": _number},
-    "text_encoder": {"max_position_embeddings": _count, "hidden_size": _count},
+def _positive(value: Any) -> bool:
+    return _number(value) and value > 0
+
+
+def _truth(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 100
+
+
+def _many(check: Check, most: int = _MOST_BLOCKS) -> Check:
+    return lambda value: isinstance(value, list | tuple) and 0 < len(value) <= most and all(map(check, value))
+
+
+def _or_many(check: Check) -> Check:
+    return lambda value: check(value) or _many(check)(value)
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+_count, _layers = _whole(1, _MOST_WIDTH), _whole(0, _MOST_LAYERS)
+_size = lambda value: _count(value) or (_many(_count, 2)(value) and len(value) == 2)  # noqa: E731
+# What is read here, before the libraries that own the configs see it, and what it must be.
+_TEXT_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "vocab_size",
+)
+_TEXT = {
+    **dict.fromkeys(_TEXT_COUNTS, _count),
+    "num_hidden_layers": _whole(1, _MOST_LAYERS),
+    "hidden_act": _text,
+    "layer_norm_eps": _positive,
 }
-_DEFAULTS = {
-    "scaling_factor": 0.18215,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "hidden_size": 512,
-    "cross_attention_dim": 1280,
-}  # the libraries' own
+_VAE = {
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), _count),
+    **dict.fromkeys(("down_block_types", "up_block_types"), _many(_text)),
+    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast"), _or_none(_truth)),
+    **dict.fromkeys(("latents_mean", "latents_std"), _or_none(_many(_number, _MOST_WIDTH))),
+    "block_out_channels": _many(_count),
+    "layers_per_block": _layers,
+    "norm_num_groups": _count,
+    "act_fn": _text,
+    "scaling_factor": _positive,
+    "shift_factor": _or_none(_number),
+}
+_UNET_COUNTS = (
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim", "time_embedding_dim",
+    "encoder_hid_dim", "num_class_embeds", "addition_embed_type_num_heads", "norm_num_groups",
+)  # fmt: skip
+_UNET_TRUTHS = (
+    "flip_sin_to_cos", "use_linear_projection", "upcast_attention", "dual_cross_attention", "center_input_sample",
+    "resnet_skip_time_act", "class_embeddings_concat", "mid_block_only_cross_attention",
+)  # fmt: skip
+_UNET_TEXTS = (
+    "mid_block_type", "act_fn", "time_embedding_type", "time_embedding_act_fn", "timestep_post_act", "class_embed_type",
+    "addition_embed_type", "encoder_hid_dim_type", "resnet_time_scale_shift", "attention_type", "cross_attention_norm",
+)  # fmt: skip
+_nested_layers = _or_many(_or_many(_layers))
+_UNET = {
+    **dict.fromkeys(("in_channels", "out_channels"), _count),
+    **dict.fromkeys(_UNET_COUNTS, _or_none(_count)),
+    **dict.fromkeys(_UNET_TRUTHS, _or_none(_truth)),
+    **dict.fromkeys(_UNET_TEXTS, _or_none(_text)),
+    **dict.fromkeys(("down_block_types", "up_block_types"), _many(_text)),
+    **dict.fromkeys(("attention_head_dim", "cross_attention_dim"), _or_many(_count)),
+    **dict.fromkeys(("norm_eps", "mid_block_scale_factor"), _positive),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), _whole(1, 15)),
+    "block_out_channels": _many(_count),
+    "num_attention_heads": _or_none(_or_many(_count)),
+    "only_cross_attention": _or_none(_or_many(_truth)),
+    "sample_size": _or_none(_size),
+    "layers_per_block": _or_many(_layers),
+    "transformer_layers_per_block": _nested_layers,
+    "reverse_transformer_layers_per_block": _or_none(_nested_layers),
+    "downsample_padding": _whole(0, 1),
+    "freq_shift": _number,
+    "dropout": _number,
+}
+_FIELDS: dict[str, Mapping[str, Check]] = {"unet": _UNET, "vae_decoder": _VAE, "text_encoder": _TEXT}
+_SCHEDULER: Mapping[str, Check] = {
+    "num_train_timesteps": _whole(1, MOST_LEVELS),
+    "original_inference_steps": _or_none(_whole(1, MOST_LEVELS)),
+    "steps_offset": _whole(0, MOST_LEVELS),
+    "prediction_type": lambda value: value in ("epsilon", "sample", "v_prediction", "flow_prediction"),
+    "trained_betas": _or_none(_many(_number, MOST_LEVELS)),
+    **dict.fromkeys(("solver_order", "predictor_order", "corrector_order"), _whole(1, 16)),
+    **dict.fromkeys(("beta_start", "beta_end"), _positive),
+}
+# What the libraries take for fields that a config leaves out.
+_DEFAULTS: dict[str, Mapping[str, Any]] = {
+    "unet": {
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "transformer_layers_per_block": 1,
+        "cross_attention_dim": 1280,
+        "sample_size": None,
+    },
+    "vae_decoder": {
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": (64,),
+        "layers_per_block": 1,
+        "scaling_factor": 0.18215,
+    },
+    "text_encoder": {
+        "max_position_embeddings": 77,
+        "vocab_size": 49408,
+        "hidden_size": 512,
+        "projection_dim": 512,
+        "num_hidden_layers": 12,
+    },
+}
+
+
+def _check_fields(file: Path, config: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    for field, fits in checks.items():
+        if field in config and not fits(config[field]):
+            raise TightfitError(f"{file} has {field} {_brief(config[field])}, which cannot be: copy or download it again")
+
+
+def _brief(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "of more digits than can be shown"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def _check_config(component: Component) -> None:
-    for field, fits in _FIELDS[component.name.removesuffix("_2")].items():
-        value = component.setting(field)
-        if not fits(value):
+    """Every field that decides what is built, before it is: a count of layers may not exceed the tensors that are there."""
+    file, kind = component.folder / "config.json", component.name.removesuffix("_2")
+    _check_fields(file, component.config, _FIELDS[kind])
+    there = min(len(component.tensors) or _MOST_ALL, _MOST_ALL)
+    if kind == "text_encoder":
+        counted = {"num_hidden_layers": component.setting("num_hidden_layers")}
+    else:
+        blocks = len(component.setting("block_out_channels"))
+        deep = {"layers_per_block": _most(component.setting("layers_per_block")) * blocks}
+        if kind == "unet":
+            inner = _most(component.setting("transformer_layers_per_block"))
+            inner = max(inner, _most(component.config.get("reverse_transformer_layers_per_block") or 0))
+            deep["transformer_layers_per_block"] = deep["layers_per_block"] * inner
+        counted = deep
+    for field, count in counted.items():
+        if count > there:
             raise TightfitError(
-                f"{component.folder / 'config.json'} has {field} {value!r}, which cannot be: copy or download it again"
+                f"{file} has {field} {_brief(component.setting(field))}, more layers than the {there} tensors beside it can be of: "
+                "files of different models were mixed; copy or download it again"
             )
+    for field in ("latents_mean", "latents_std"):
+        if kind == "vae_decoder" and (given := component.setting(field)) and len(given) != component.setting("latent_channels"):
+            raise TightfitError(
+                f"{file} has {field} of {len(given)} channels, not of its latent_channels: copy or download it again"
+            )
+
+
+def _most(value: Any) -> int:
+    """The largest number of a count that may be given for each block, and each layer of it."""
+    return max(map(_most, value)) if isinstance(value, list | tuple) else value
+
+
+def _before_0_9(version: Any) -> bool:
+    parts = re.match(r"v?(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
+    return bool(parts) and (int(parts[1]), int(parts[2] or 0)) < (0, 9)
+
+
+def _text_width(components: Mapping[str, Component]) -> int:
+    """Of the texts that the U-Net reads: all text encoders' side by side."""
+    return sum(c.setting("hidden_size") for name, c in components.items() if name.startswith("text_encoder"))
 
 
 def _family(folder: Path, pipeline: str, components: Mapping[str, Component]) -> str:
@@ -233,11 +430,11 @@ def _family(folder: Path, pipeline: str, components: Mapping[str, Component]) ->
         )
     if vae.get("out_channels", 3) != 3 or unet.get("out_channels", 4) != vae["latent_channels"]:
         raise TightfitError(f"{folder} paints more than red, green and blue, or predicts more than noise: use a plain model")
-    widths = sum(c.setting("hidden_size") for name, c in components.items() if name.startswith("text_encoder"))
-    reads = components["unet"].setting("cross_attention_dim")
-    if isinstance(reads, int) and reads != widths and not unet.get("encoder_hid_dim"):
+    widths, reads = _text_width(components), components["unet"].setting("cross_attention_dim")
+    other = next((width for width in ([reads] if isinstance(reads, int) else reads) if width != widths), None)
+    if other is not None and not unet.get("encoder_hid_dim"):
         raise TightfitError(
-            f"{folder} has texts {widths} wide from its text encoders, {reads} wide in its U-Net: "
+            f"{folder} has texts {widths} wide from its text encoders, {other} wide in its U-Net: "
             "files of different models were mixed; copy or download it again"
         )
     embedding = unet.get("addition_embed_type")
@@ -249,13 +446,14 @@ def _family(folder: Path, pipeline: str, components: Mapping[str, Component]) ->
 
 
 def _index_file(folder: Path) -> Path:
-    if folder.suffix in {pattern[1:] for pattern in PICKLES}:
-        raise TightfitError(f"{folder} is not opened: {CONVERT}")
+    if folder.suffix in {pattern[1:] for pattern in PICKLES} and not folder.is_dir():
+        raise TightfitError(f"{folder} is not opened: {cures.of_pickle(folder)}")
     if folder.is_file():
-        how = "convert it once with diffusers' from_single_file(...).save_pretrained('folder')"
-        raise TightfitError(f"{folder} is a single file; a model is a diffusers folder or a hub id: {how}")
+        raise TightfitError(_single_file(folder))
     if not folder.is_dir():
-        raise TightfitError(f"{folder} does not exist: a model is 'emoji', a diffusers folder or a hub id such as owner/name")
+        raise TightfitError(
+            f"{folder} does not exist{near(folder)}: a model is 'emoji', a diffusers folder or a hub id such as owner/name"
+        )
     index = folder / "model_index.json"
     try:
         found = index.exists()
@@ -263,9 +461,33 @@ def _index_file(folder: Path) -> Path:
         raise TightfitError(f"{folder} may not be entered: allow it, or copy the model to a folder of yours") from None
     if not found:
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
-            raise TightfitError(f"{folder} holds a pickle and no diffusers model: {CONVERT}")
+            pickle = min(path for pattern in PICKLES for path in folder.glob(pattern))
+            raise TightfitError(f"{folder} holds a pickle and no diffusers model: {cures.of_pickle(pickle)}")
+        if single := sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf")):
+            raise TightfitError(f"{folder} has no model_index.json: {_single_file(single[0])}")
         raise TightfitError(f"{folder} has no model_index.json: it is not a diffusers folder (name the folder that has one)")
     return index
+
+
+def _single_file(file: Path) -> str:
+    """Why a file is no model here, and how it becomes one."""
+    if file.suffix.lower() == ".gguf":
+        return f"{file} is not opened: {cures.GGUF}"
+    if file.suffix.lower() != ".safetensors":
+        return f"{file} is no model: a model is 'emoji', a diffusers folder or a hub id such as owner/name"
+    tensors = frozenset(read_header(file))
+    if cures.is_adapter(tensors):
+        return f"{file} is a LoRA, an addition to a model, which is not read in this version: name the model itself"
+    return f"{file} is a single file; a model is a diffusers folder or a hub id: {cures.of_file(file, tensors)}"
+
+
+def near(folder: Path) -> str:
+    """' (did you mean emoji?)', if a name beside it, or a built-in one, is like that of `folder`."""
+    beside: list[str] = []
+    with suppress(OSError):
+        beside = [path.name for path in islice(folder.parent.iterdir(), 1000) if path.is_dir()]
+    close = get_close_matches(folder.name, ["emoji", *beside], 1)
+    return f" (did you mean {close[0] if close[0] == 'emoji' else folder.parent / close[0]}?)" if close else ""
 
 
 def all_tensors(folder: Path) -> dict[str, Tensor]:
@@ -273,12 +495,14 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
     return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
 
 
-def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component:
-    """What is there of it: tensors as diffusers keeps them, a graph as Optimum does, or both."""
+def _component(name: str, model: Path, manifest: Mapping[str, Any], listed: Sequence[Any]) -> Component:
+    """What is there of it: tensors as diffusers keeps them, a graph as Optimum does, or both. `listed` is what model_index.json
+    says of it, a library and a class."""
     folder, file = model / name.removesuffix("_decoder"), model / name / "model.onnx"
     torch = any(folder.glob("*.safetensors"))
     if file.exists() and not torch:
-        config = read_json(next((f for f in (folder, model / name) if (f / "config.json").exists()), model / name) / "config.json")
+        beside = next((f for f in (folder, model / name) if (f / "config.json").exists()), model / name)
+        config = _config(name, beside / "config.json", listed)
         _check_unmixed(file, manifest)
         return Component(name, model / name, config, {}, None, _graph(name, config, file))
     if not any(path for pattern in ("*.safetensors", *PICKLES) for path in folder.glob(pattern)) and any(model.glob("*/*.onnx")):
@@ -286,7 +510,7 @@ def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component
         renamed = next((f"rename {each}, which is there, or " for each in others), "")
         raise TightfitError(f"{file if file.parent.is_dir() else file.parent} is missing: {renamed}copy or export the model again")
     prefixes = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("",)
-    config = read_json(folder / "config.json")
+    config = _config(name, folder / "config.json", listed)
     tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(prefixes)}
     if not tensors:
         raise TightfitError(f"the weight files in {folder} hold nothing of a {name}: copy or download them again")
@@ -301,10 +525,21 @@ def _component(name: str, model: Path, manifest: Mapping[str, Any]) -> Component
     return Component(name, folder, config, tensors, of_these if stored else None, graph, unreadable)
 
 
+def _config(name: str, file: Path, listed: Sequence[Any]) -> dict[str, Any]:
+    """A network's config with what the libraries take for what it leaves out. The class of a text encoder is, as in diffusers,
+    the one that model_index.json names, unless its own config says that it is of another kind."""
+    config = {**_DEFAULTS[name.removesuffix("_2")], **read_json(file)}
+    if name.startswith("text_encoder"):
+        classes = (*(config.get("architectures") or ()), listed[-1])
+        if all(str(each).startswith("CLIPTextModel") for each in classes):
+            config["architectures"] = [listed[-1]]
+    return config
+
+
 def _check_unmixed(file: Path, manifest: Mapping[str, Any]) -> None:
     """A graph of another export would read its weights from wrong places in the file beside it. The weights are not read here."""
     told = manifest.get("components", {}).get(file.parent.name, {}).get("sha256", {}).get(file.name)
-    if told and hashlib.sha256(file.read_bytes()).hexdigest() != told:
+    if told and sha256(file) != told:
         raise TightfitError(
             f"{file} is not the one that was exported into this folder: copy or export the model again "
             "(or delete its tightfit.json, if you changed the graph yourself)"

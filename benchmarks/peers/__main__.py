@@ -26,6 +26,7 @@ from PIL import Image
 
 from ...runtime.errors import TightfitError
 from ...runtime.hardware import Hardware
+from ...runtime.hub import inspect
 from ...runtime.memory import shown
 from ..metrics import MOST_PSNR, psnr
 from ..record import record
@@ -100,6 +101,7 @@ def main() -> None:
     args = parse.parse_args()
     if args.steps < 2:
         parse.error("--steps: a step is timed from the end of the one before, so at least 2")
+    inspect(args.model)  # refuses a model that names classes of its own: other programs would run their code
     model, work = args.model.absolute(), args.work.absolute()
     chosen = [c for c in contenders(Hardware.detect().device) if not args.only or c.name.startswith(tuple(args.only))]
     try:

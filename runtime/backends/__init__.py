@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import TightfitError, explained
@@ -60,8 +61,9 @@ class Backend(Protocol):
         """Raises OutOfMemoryError if there is no room for it, and leaves nothing behind then."""
         ...
 
-    def free(self) -> None:
-        """Let go of what is kept of the host's memory between requests. Nothing that was loaded is called again."""
+    def keep(self, placements: Mapping[str, Placement]) -> None:
+        """Let go of what is kept of the host's memory between requests for components placed otherwise than these, by name. No
+        session of theirs is called again."""
         ...
 
 

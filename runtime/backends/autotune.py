@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import cache_folder, replacing
+from ..errors import TightfitError
+from ..files import cache_folder, parsed, read_bytes, replacing
 
 _TURNS = 3  # of which the fastest counts, after one that compiles
 # A turn on a GPU, whose calls come one after the other: a launch and the wait for the end, some 20 µs, are then 1 % of it.
@@ -83,9 +84,9 @@ def _version(package: str) -> str:
 def _read() -> dict[str, str]:
     """Nothing of a file that cannot be read, or is not ours: all is then tried again, and written."""
     try:
-        known = json.loads((cache_folder() / "autotune.json").read_text())
+        known = parsed(read_bytes(cache_folder() / "autotune.json"))
         return {str(key): str(name) for key, name in known.items()}
-    except (OSError, ValueError, AttributeError):
+    except (OSError, TightfitError, ValueError, AttributeError):
         return {}
 
 

@@ -15,18 +15,19 @@ from ..files import Tensor
 from ..hardware import Hardware
 from ..memory import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
 from ..plan import QUANTISED, Placement
+from ..recent import Recent
 from ..spec import Component, ModelSpec
 from . import networks, streaming, weights
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .meter import LiveBytes, tensors_in
 from .quantised import CONV2D_INT8, LINEAR_INT8, quantised_layers, workspace
 
-_KEPT = 32
 T = TypeVar("T")
-# By the component's id; it is kept too, so that its id stays its own.
-_modules: dict[Any, tuple[Component, torch.nn.Module, Mapping[str, Tensor], str]] = {}
-_sizes_of: dict[Any, Any] = {}
-_traces: dict[Any, Trace] = {}
+# Of one size a model of three components has 20 to 30 ways to be called, and 12 modules on `meta`.
+_modules: Recent[tuple[torch.nn.Module, Mapping[str, Tensor], str]] = Recent(16)
+_sizes_of: Recent[Any] = Recent(256)
+_traces: Recent[Trace] = Recent(64)
+_orders: Recent[tuple[str, ...]] = Recent(64)
 
 
 class Recorder(LiveBytes):
@@ -102,13 +103,14 @@ def footprint(
     module, stored, what = _module(component, placement, device.type)
     half = dtype.itemsize == 2  # fp16 and bf16 take the same
     key = (component.name, what, spec.family, half, placement.tiling, device.type, tuple(shapes.items()))
-    if key not in _traces:
-        if len(_traces) >= 8 * _KEPT:
-            _traces.clear()
+
+    def traced() -> Trace:
         torch.nn.Module.to(module, dtype)  # past diffusers' own `to`, which warns
         workspace(module).allocate(dtype, torch.device("meta"))
-        _traces[key] = _trace(module, networks.forward(spec, component, placement), shapes, dtype, device.type)
-    trace = _traces[key]
+        return _trace(module, networks.forward(spec, component, placement), shapes, dtype, device.type)
+
+    trace = _traces.get(key, traced)
+    _orders.get((component.name, what), lambda: tuple(path for path, *_ in trace.calls))
     kind, fused = placement.attention, hardware.fused_attention
     flash = (hardware.capability or (0, 0)) >= (8, 0)
     scratch = tuple(attention_bytes(kind, shape, dtype, device.type, fused, flash) for shape in trace.attentions)
@@ -117,6 +119,11 @@ def footprint(
     held = _kept(module, dtype, device, "held", lambda: weights.held(module, dtype))
     loading = _kept(module, dtype, device, "loading", lambda: weights.loading_bytes(module, stored, dtype, device))
     return Footprint((*held, *_beside(module, dtype, device)), loading, trace, scratch)
+
+
+def call_order(component: Component, placement: Placement, device: str) -> tuple[str, ...]:
+    """The paths of the component's parts as a call begins them, of whatever size it was planned for; empty if it was not."""
+    return _orders.get((component.name, _module(component, placement, device)[2]), tuple)
 
 
 def _streamed(
@@ -149,26 +156,20 @@ def _beside(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -
 
 def _kept(module: torch.nn.Module, dtype: torch.dtype, device: torch.device, what: str, compute: Callable[[], T]) -> T:
     """What is computed once for a module, as every candidate asks; forgotten with it."""
-    key = (id(module), dtype, device.type, what)
-    if key not in _sizes_of:
-        _sizes_of[key] = compute()
-    return _sizes_of[key]
+    return _sizes_of.get((dtype, device.type, what), compute, module)
 
 
 def _module(component: Component, placement: Placement, device: str) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
     """The component's module on `meta`, its tensors in the files, checked, and what it is, in words; kept, as every candidate
     asks."""
     precision = placement.precision if placement.precision in QUANTISED else ""
-    key = (id(component), precision, device)
-    if key not in _modules:
-        if len(_modules) >= _KEPT:
-            _modules.clear()
-            _sizes_of.clear()
+
+    def built() -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
         module = networks.build(component, replace(placement, attention="sdpa"), device)  # which a Recorder notes, not runs
         layers = {path: (type(part).__name__, part.form) for path, part in quantised_layers(module).items()}
-        what = json.dumps([dict(component.config), layers], sort_keys=True, default=str)
-        _modules[key] = component, module, weights.match(component, module), what
-    return _modules[key][1:]
+        return module, weights.match(component, module), json.dumps([dict(component.config), layers], sort_keys=True, default=str)
+
+    return _modules.get((precision, device), built, component)
 
 
 def _trace(

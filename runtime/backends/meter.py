@@ -32,7 +32,11 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.device, self.limit = device, limit
-        self._alive: dict[int, int] = {}
+        self._alive: dict[int, tuple[int, weakref.ref]] = {}
+
+    def __exit__(self, *of: Any) -> None:
+        super().__exit__(*of)
+        self._alive.clear()  # weights live on: what waits for their end would stay as long, and this with it
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors_in(args):
@@ -62,13 +66,12 @@ class LiveBytes(TorchDispatchMode):
             raise OutOfMemoryError(f"{shown(count)} of tensors where {shown(self.limit)} are allowed")
 
     def _made(self, key: int, count: int, tensor: torch.Tensor) -> None:
-        self._alive[key] = count
-        weakref.finalize(tensor.untyped_storage(), self._freed, key).atexit = False
+        self._alive[key] = count, weakref.ref(tensor.untyped_storage(), lambda _: self._freed(key))
         self.now += count
         self.reach(self.now)
 
     def _freed(self, key: int) -> None:
-        self.now -= self._alive.pop(key, 0)
+        self.now -= self._alive.pop(key, (0, None))[0]
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
@@ -169,6 +172,8 @@ class AllocatorMeter:
     def limit(self, count: int | None) -> None:
         self._limit = count
         self._look()
+        if self._held:
+            self._cap()
 
     def reset(self) -> None:
         self._look()  # each stage is predicted from what is held, not from what the last one left
@@ -185,17 +190,23 @@ class AllocatorMeter:
 
     def _look(self) -> None:
         """Give back what is cached; with nothing of ours loaded, read anew what others in this process hold, libraries' workspaces
-        not among it, as these count as ours once a product has made them. Then cap what all may have."""
+        not among it, as these count as ours once a product has made them, and cap what all may have."""
         if self._held:
             self._torch.empty_cache()
         else:
             empty_cache(self._device)
             self._others = self._torch.memory_reserved()
             self._start = self._state()
+            self._cap()
+
+    def _cap(self) -> None:
         total = self._torch.get_device_properties(self._torch.current_device()).total_memory
-        # torch cuts the product off, so a byte more; Intel GPUs can be capped from torch 2.9 on
-        share = 1.0 if self._limit is None else min(1.0, (max(0, self._limit) + self._others + 1) / total)
-        if cap := getattr(self._torch, "set_per_process_memory_fraction", None):
+        share = 1.0
+        if self._limit is not None:
+            # what others took since they were looked at is not ours to give back
+            most = max(self._limit + self._others, self._torch.memory_reserved() + self._limit - self._held)
+            share = min(1.0, (max(0, most) + 1) / total)  # torch cuts the product off, so a byte more
+        if cap := getattr(self._torch, "set_per_process_memory_fraction", None):  # of Intel's GPUs from torch 2.9 on
             cap(share)
 
     def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import onnx
 import onnxruntime
 
 from ..allocator import OnnxArena
-from ..errors import OutOfMemoryError, TightfitError, explained, first_line
+from ..errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ..hardware import CPU_PROVIDER, Hardware, provider_name
 from ..memory import END, Footprint, Trace, peak, replay, shown
 from ..onnx_file import Graph
@@ -26,6 +27,9 @@ from . import onnx_trace
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 _FLOAT = onnx.TensorProto.FLOAT
+_WHOLE = {onnx.TensorProto.INT32, onnx.TensorProto.INT64}
+_REAL = {_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
+_ANSWERS = {"out_sample", "sample", "last_hidden_state", "text_embeds"}
 # What a Session's arrays are called in the graphs.
 NAMES = {
     "tokens": "input_ids",
@@ -56,7 +60,7 @@ class OnnxBackend:
         if placement.provider not in there:
             return f"ONNX Runtime has no {placement.provider} here, but {', '.join(there) or 'nothing, as it is not installed'}"
         if placement.provider == CUDA_PROVIDER and placement.compute == "fp16" and hardware.half_is_broken:
-            return f"fp16 convolutions answer NaN on a {hardware.name}: export the model in fp32, or choose --provider cpu"
+            return f"fp16 convolutions answer NaN on {hardware.name}: export the model in fp32, or choose --provider cpu"
         if placement.residency == "streamed":
             return "ONNX Runtime cannot stream weights: leave out --residency streamed"
         if placement.attention != "sdpa":
@@ -75,31 +79,34 @@ class OnnxBackend:
                     f"{component.graph.file} takes {name} of {list(sides)} only, not of {list(shape)}: ask for what it was made "
                     "for, or export the model again"
                 )
-        return None
+        return _problem(spec, component, placement.provider == CPU_PROVIDER, size)
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:
         """Raise TightfitError for a graph that is not of this component, or that cannot be followed."""
         assert component.graph is not None
         file, given = component.graph.file, component.graph.inputs.keys()
-        wanted = {NAMES.get(name, name) for name in spec.inputs(component, 1, *spec.native_size)}
+        wanted = {NAMES.get(name, name) for name in spec.inputs(component, 1, *spec.some_size)}
         if given != wanted:
             raise TightfitError(
                 f"{file} has the inputs {', '.join(sorted(given))}, its config wants {', '.join(sorted(wanted))}: "
                 "files of different models were mixed; copy or export the model again"
             )
-        with explained(f"{file} is no graph that can be followed", "export the model again"):
-            answers(component.graph, spec.family == "sdxl")
-            call_footprint(component.graph, True, _shapes(spec, component, (1, *spec.native_size)))
+        _check_types(component.graph)
+        answers(component.graph, spec.family == "sdxl")
+        if problem := _problem(spec, component, True, (1, *spec.some_size)):
+            raise TightfitError(problem)
 
     @staticmethod
     def footprint(
         spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
     ) -> Footprint:
-        """Weights as the provider holds them, and one call of the graph by onnx_trace.py, in ONNX Runtime's arena."""
+        """Weights as the provider holds them, and one call of the graph by onnx_trace.py, in ONNX Runtime's arena. Nothing, of
+        what is refused."""
         assert component.graph is not None
         on_cpu = placement.provider == CPU_PROVIDER
-        whole = call_footprint(component.graph, on_cpu, _shapes(spec, component, size))
+        call = _call(component.graph, on_cpu, _shapes(spec, component, size))
+        whole = Footprint((), 0, Trace((), (), ()), ()) if isinstance(call, str) else call.footprint
         if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
             nothing = Trace((), (), whole.trace.operations)
             return Footprint((), 0, nothing, (), host=peak("cpu", (), whole))
@@ -111,7 +118,7 @@ class OnnxBackend:
         meter = self._host if placement.provider == CPU_PROVIDER else self.meter
         return OnnxSession(component.graph, placement.provider, meter, spec.family == "sdxl")
 
-    def free(self) -> None:
+    def keep(self, placements: Mapping[str, Placement]) -> None:
         """Nothing is kept."""
 
 
@@ -284,18 +291,16 @@ def _rewritten(model: Any) -> Any:
     return copy if changed else model
 
 
-_KEPT = 64
-_known: dict[Any, Any] = {}
+_KEPT = 64  # calls of a graph
 
 
 def _once(graph: Graph, key: Any, compute: Any) -> Any:
-    """Kept with the graph, so that its id stays its own."""
-    key = (id(graph), *key)
-    if key not in _known:
-        if len(_known) >= _KEPT:
-            _known.clear()
-        _known[key] = graph, compute()
-    return _known[key][1]
+    """Kept with the graph, and gone with it."""
+    if key not in graph.known:
+        while len(graph.known) >= _KEPT:
+            del graph.known[next(iter(graph.known))]
+        graph.known[key] = compute()
+    return graph.known[key]
 
 
 def _model(graph: Graph) -> Any:
@@ -318,14 +323,41 @@ def _for_runtime(graph: Graph) -> tuple[bytes, Path] | None:
     return None if model is graph.model else (model.SerializeToString(), folder.absolute())
 
 
-def call_footprint(graph: Graph, on_cpu: bool, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> Footprint:
-    """What a graph takes when it is called with inputs of these shapes, by their names."""
-    return _once(graph, ("footprint", on_cpu, shapes), lambda: _call_footprint(graph, on_cpu, dict(shapes)))
+@dataclass(frozen=True)
+class _Call:
+    """What a call of a graph takes, and the shapes of what it answers."""
+
+    footprint: Footprint
+    answers: Mapping[str, tuple[int, ...]]
 
 
-def _call_footprint(graph: Graph, on_cpu: bool, shapes: Mapping[str, tuple[int, ...]]) -> Footprint:
+Inputs = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def call_footprint(graph: Graph, on_cpu: bool, shapes: Inputs) -> Footprint:
+    """What a graph takes when it is called with inputs of these shapes, by their names. Raises TightfitError if it cannot be."""
+    call = _call(graph, on_cpu, shapes)
+    if isinstance(call, str):
+        raise TightfitError(f"{graph.file} is no graph that can be followed ({call}): export the model again")
+    return call.footprint
+
+
+def _call(graph: Graph, on_cpu: bool, shapes: Inputs) -> _Call | str:
+    """A call with inputs of these shapes, or why there can be none."""
+
+    def follow() -> _Call | str:
+        try:
+            return _followed(graph, on_cpu, dict(shapes))
+        except Exception as error:  # onnx has classes of its own, and promises none
+            return first_line(error)
+
+    return _once(graph, ("call", on_cpu, shapes), follow)
+
+
+def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]]) -> _Call:
     own = functools.partial(_own, graph.tensors.keys(), on_cpu)
-    call = onnx_trace.trace(_model(graph), shapes, own, wide=on_cpu)
+    shapes = onnx_trace.Shapes(_model(graph), inputs, wide=on_cpu)
+    call = onnx_trace.trace_of(shapes, own)
     arena, held = OnnxArena(exact=not on_cpu), [_PER_NODE * len(graph.model.graph.node)]
     for i, count in enumerate(_weights(graph, on_cpu)):
         if on_cpu:
@@ -336,10 +368,59 @@ def _call_footprint(graph: Graph, on_cpu: bool, shapes: Mapping[str, tuple[int, 
     replay(arena, call.events, (), iter(range(10**9, 2 * 10**9)))
     taken = arena.peak - held[-1]
     trace = Trace(((1, taken), (2, _SESSION)), (), call.operations)  # the process takes the latter once, for all sessions
-    return Footprint(tuple(held), _SESSION + _loading_bytes(graph) if on_cpu else 0, trace, (), kept=taken)
+    footprint = Footprint(tuple(held), _SESSION + _loading_bytes(graph) if on_cpu else 0, trace, (), kept=taken)
+    return _Call(footprint, {value.name: shapes.shapes[value.name] for value in graph.model.graph.output})
 
 
-def _shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+def _check_types(graph: Graph) -> None:
+    """Raise TightfitError for inputs and answers that are no tensors of numbers, or of another kind than they mean."""
+    for name, (kind, _) in (graph.inputs | graph.outputs).items():
+        known = {"input_ids": _WHOLE, "timestep": _WHOLE | _REAL, "time_ids": _WHOLE | _REAL}.get(name, _REAL)
+        if kind not in known and (name in graph.inputs or name in _ANSWERS):
+            kinds = {value: key.lower() for key, value in onnx.TensorProto.DataType.items()} | {0: "no tensor"}
+            raise TightfitError(f"{graph.file} has {name} as {kinds.get(kind, kind)}: export the model again")
+
+
+def _problem(spec: ModelSpec, component: Component, on_cpu: bool, size: tuple[int, int, int]) -> str | None:
+    """Why a graph cannot be called for a batch and the picture's height and width in pixels, or None if it can."""
+    graph, inputs = component.graph, _shapes(spec, component, size)
+    assert graph is not None
+    call = _call(graph, on_cpu, inputs)
+    if isinstance(call, str):
+        if _halves_evenly(spec, component, size):
+            return f"{graph.file} is no graph that can be followed ({call}): export the model again"
+        step = _even_step(spec, component)
+        near = "x".join(str(max(step, round(side / step) * step)) for side in (size[2], size[1]))
+        return (
+            f"{graph.file} can do multiples of {step} pixels only, as it was exported for these: ask for {near}, or export the "
+            "model again, with --to onnx"
+        )
+    (name, *_), given = answers(graph, spec.family == "sdxl"), dict(inputs)
+    wanted: tuple[int | None, ...]
+    if component.name == "unet":
+        wanted = given["sample"]
+    elif component.name == "vae_decoder":
+        batch, _, height, width = given["latent_sample"]
+        wanted = (batch, None, height * spec.downsampling, width * spec.downsampling)
+    else:
+        wanted = (*given["input_ids"], None)
+    found = call.answers[name]
+    if len(found) != len(wanted) or any(need not in (None, side) for need, side in zip(wanted, found, strict=True)):
+        shown_wanted = [side or "any" for side in wanted]
+        return f"{graph.file} answers {name} of {list(found)}, not of {shown_wanted}: export the model again"
+    return None
+
+
+def _even_step(spec: ModelSpec, component: Component) -> int:
+    """Pixels of which each side of a picture is a multiple where the U-Net's latents halve evenly at each of its levels."""
+    return spec.downsampling * 2 ** max(0, len(component.config.get("block_out_channels") or ()) - 1)
+
+
+def _halves_evenly(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> bool:
+    return component.name != "unet" or not any(side % _even_step(spec, component) for side in size[1:])
+
+
+def _shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> Inputs:
     """Shapes of the graph's inputs, by their names there, for a batch and the picture's height and width in pixels."""
     assert component.graph is not None
     wanted = {NAMES.get(name, name): shape for name, shape in spec.inputs(component, *size).items()}
@@ -495,7 +576,7 @@ def _errors_explained(graph: Graph) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if re.search(_NO_MEMORY, str(error)):
+        if re.search(_NO_MEMORY, str(error)) or out_of_memory(error):
             raise OutOfMemoryError(first_line(error)) from error
         raise TightfitError(
             f"{graph.file} cannot be run ({first_line(error)}): export it again, or use another provider"

@@ -174,6 +174,8 @@ class CudaLane:
 
     def __init__(self, store: HostStore) -> None:
         self._store, self._stream = store, torch.cuda.Stream()
+        # the ring may have been another tensor's, with which something still computes
+        self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, out: Tensor, unit: Unit, after: Sequence[Any]) -> Any:
         for mark in after:
@@ -231,30 +233,32 @@ class Streamer:
     another order, or whose pass failed has its weights all the same, at worst later.
     """
 
-    def __init__(self, module: nn.Module, parts: Parts, lane: Lane, dtype: torch.dtype, buffer: Tensor) -> None:
-        """`buffer` is uint8, of `ring_bytes`."""
+    def __init__(
+        self, module: nn.Module, parts: Parts, lane: Lane, dtype: torch.dtype, buffer: Tensor, order: Sequence[str] = ()
+    ) -> None:
+        """`buffer` is uint8, of `ring_bytes`; `order` are the paths of parts in the order of a pass, as far as it is known."""
         self._parts, self._lane, self._dtype, self._buffer = parts, lane, dtype, buffer
         self._ring: Ring[nn.Module] = Ring(len(buffer))
         self._sizes = {part: unit.bytes for part, unit in parts.items()}
         self._meta = {part: [owner._parameters[leaf] for owner, leaf, _, _ in unit.weights] for part, unit in parts.items()}
         self._used: dict[nn.Module, Any] = {}
         self._copied: dict[nn.Module, Any] = {}
-        self._order: list[nn.Module] = []
+        by_path = {unit.path: part for part, unit in parts.items()}
+        self._order = [by_path[path] for path in order if path in by_path]
         self._seen: list[nn.Module] = []
         self._open: nn.Module | None = None
-        # The buffer may have been another tensor's, with which something still computes.
-        self._free = lane.mark()
+        self._failed: list[Any] = []
         self._hooks: list[Any] = [module.register_forward_pre_hook(self._begin)]
         self._hooks += [part.register_forward_pre_hook(self._bring) for part in parts]
         self._hooks += [part.register_forward_hook(self._take) for part in parts]
 
     def close(self) -> None:
         """Let go of the module, which holds on to this by its hooks, once the copies that are under way are done."""
+        for hook in self._hooks:
+            hook.remove()
         if self._open is not None:
             self._put_away(self._open)
         self._lane.finish()
-        for hook in self._hooks:
-            hook.remove()
 
     def _begin(self, *_: Any) -> None:
         """A new pass; what the last one called is what this one is expected to."""
@@ -272,9 +276,6 @@ class Streamer:
             owner._parameters[leaf] = nn.Parameter(view, requires_grad=False)
         self._open = part
         self._seen.append(part)
-        if self._lane.beside:
-            for other, gone in ahead(self._ring, part, self._upcoming(part), self._sizes):
-                self._copy(other, gone)
 
     def _upcoming(self, part: nn.Module) -> Iterator[nn.Module]:
         """What came after `part` in the last pass, and begins the next; nothing if this pass takes another way."""
@@ -285,6 +286,9 @@ class Streamer:
 
     def _take(self, part: nn.Module, _: Any, __: Any) -> None:
         self._put_away(part)
+        if self._lane.beside:  # once the device has been told to compute: copies from memory that is not pinned hold up the host
+            for other, gone in ahead(self._ring, part, self._upcoming(part), self._sizes):
+                self._copy(other, gone)
 
     def _put_away(self, part: nn.Module) -> None:
         self._used[part], self._open = self._lane.mark(), None
@@ -293,5 +297,10 @@ class Streamer:
 
     def _copy(self, part: nn.Module, gone: Sequence[nn.Module]) -> None:
         unit, start = self._parts[part], self._ring.start(part)
-        after = [self._used[other] for other in gone if other in self._used]
-        self._copied[part] = self._lane.copy(self._buffer[start : start + unit.bytes], unit, [self._free, *after])
+        after = [*self._failed, *(self._used[other] for other in gone if other in self._used)]
+        try:
+            self._copied[part] = self._lane.copy(self._buffer[start : start + unit.bytes], unit, after)
+        except BaseException:
+            self._ring.drop(part)  # its weights are not there, and those that went for it may still be computed with
+            self._failed = [self._lane.mark()]
+            raise

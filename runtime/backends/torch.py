@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from ...kernels.dequantise import triton_problem
-from ..errors import OutOfMemoryError, TightfitError, first_line
+from ..errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ..files import Tensor
 from ..hardware import Hardware, pinnable
 from ..memory import Footprint, shown
@@ -29,7 +29,7 @@ class TorchBackend:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.meter = meter(self.device)
-        self._stores: dict[str, tuple[Component, Placement, streaming.HostStore]] = {}
+        self._stores: dict[str, tuple[Placement, streaming.HostStore]] = {}
 
     @staticmethod
     def refuses(
@@ -44,6 +44,8 @@ class TorchBackend:
             return f"the {component.name} is here as ONNX only: use --backend onnx, or the model that it was exported from"
         if placement.precision == DYNAMIC and "int8" not in hardware.rates:
             return "this device has no fast products of 8-bit whole numbers that tightfit can use: choose int8"
+        if placement.precision == DYNAMIC and (why := _triton_problem(hardware)):
+            return f"int8-dynamic needs Triton, which does not run here ({why}): choose int8"
         if placement.precision == DYNAMIC and hardware.device == "cpu" and placement.compute not in hardware.precisions:
             return f"oneDNN makes no {placement.compute} of sums of whole numbers here but by a slow loop: choose int8"
         if placement.precision == DYNAMIC and placement.residency == "streamed":
@@ -52,12 +54,12 @@ class TorchBackend:
             return f"int8-dynamic is for U-Nets: choose int8 for the {component.name}"
         if placement.residency == "streamed" and placement.precision in QUANTISED and component.formats is None:
             return "weights that are quantised while they load cannot stream: export the model first"
-        if placement.residency == "streamed" and component.name == "vae_decoder" and placement.tiling == "tiled":
-            return "strips read a convolution's weights many times: they must stay loaded"
+        if placement.residency == "streamed" and component.name == "vae_decoder":
+            return "a VAE's weights, a hundredth of a U-Net's, must stay loaded: its strips read them many times"
         if placement.compute == "bf16" and hardware.capability and hardware.capability < (8, 0):
             return f"cuDNN has no bf16 convolutions below compute capability 8.0: choose {_instead(hardware)}"
         if placement.compute == "fp16" and hardware.half_is_broken:
-            return f"fp16 convolutions answer NaN on a {hardware.name}: choose {_instead(hardware)}"
+            return f"fp16 convolutions answer NaN on {hardware.name}: choose {_instead(hardware)}"
         if placement.residency == "streamed" and hardware.unified and hardware.device == "cuda":
             return "GPU and host share one memory: the weights would be in it twice"
         if hardware.device == "cpu" and placement.compute == "fp16" and placement.attention == "sliced":
@@ -79,26 +81,18 @@ class TorchBackend:
         dtype = weights.DTYPES[placement.compute]
         with _memory_errors_explained(self.device):
             problem = self._trouble(component, placement)
-        if problem and placement.precision == DYNAMIC:
-            placement = replace(placement, precision="int8")
-        module = networks.build(component, placement, self.device.type)
-        stored = weights.match(component, module)
+            module = networks.build(component, placement, self.device.type)
+            stored = weights.match(component, module)
         session = TorchSession(module, networks.forward(spec, component, placement), dtype, self.device, self.meter)
         with _memory_errors_explained(self.device):
             if placement.residency == "streamed":
-                session.stream(stored, placement.kept_bytes, lambda *of: self._lane(component, placement, *of))
+                lane = functools.partial(self._lane, session, component, placement)
+                session.stream(stored, placement.kept_bytes, lane, dryrun.call_order(component, placement, self.device.type))
             else:
                 session.load(stored)
         if problem:
             session.notices += (
-                f"Triton does not run here ({problem}): weights in 8 and 4 bits are unpacked by torch, which is slower; install "
-                "triton, a C compiler and Python's headers",
-            )
-        *_, store = self._stores.get(component.name, (None,))
-        if session.streamer and store and store.pageable_bytes:
-            session.notices += (
-                f"{shown(store.pageable_bytes)} of the {component.name}'s weights stream from memory that is not pinned, which is "
-                "slower: choose --precision int8 or int4 for less of them",
+                f"Triton does not run here ({problem}): weights in 8 and 4 bits are unpacked by torch, which is slower",
             )
         return session
 
@@ -107,23 +101,35 @@ class TorchBackend:
         stored = placement.precision in QUANTISED or component.formats is not None
         return triton_problem(self.device) if stored and self.device.type == "cuda" else None
 
-    def _lane(self, component: Component, placement: Placement, parts: streaming.Parts, scratch: torch.Tensor) -> streaming.Lane:
-        """How the weights of `parts` come to the device. What a GPU copies from is filled once and kept until `free`."""
+    def _lane(
+        self, session: TorchSession, component: Component, placement: Placement, parts: streaming.Parts, scratch: torch.Tensor
+    ) -> streaming.Lane:
+        """How the weights of `parts` come to the device. What a GPU copies from is filled once and kept until `keep` says else."""
         dtype = weights.DTYPES[placement.compute]
         if self.device.type != "cuda":
             return streaming.FileLane(dtype, scratch)
-        of, how, store = self._stores.get(component.name, (None, None, None))
-        if store is None or of is not component or how != placement:
-            self._stores.pop(component.name, None)  # before the next one is made
-            most = pinnable(psutil.virtual_memory().total) - sum(other.pinned_bytes for *_, other in self._stores.values())
-            store = streaming.HostStore(parts, dtype, scratch, most)
-            self._stores[component.name] = component, placement, store
+        if component.name not in self._stores:
+            most = pinnable(psutil.virtual_memory().total) - sum(other.pinned_bytes for _, other in self._stores.values())
+            self._stores[component.name] = placement, streaming.HostStore(parts, dtype, scratch, most)
+        _, store = self._stores[component.name]
+        if store.pageable_bytes:
+            session.notices += (
+                f"{shown(store.pageable_bytes)} of the {component.name}'s weights stream from memory that is not pinned, which is "
+                "slower: choose --precision int8 or int4 for less of them",
+            )
         return streaming.CudaLane(store)
 
-    def free(self) -> None:
-        """Let go of the host's memory that weights stream from."""
-        self._stores.clear()
-        _empty_cache(self.device)
+    def keep(self, placements: Mapping[str, Placement]) -> None:
+        """Let go of the host's memory that weights of components placed otherwise stream from. A backend is of one model."""
+        for name in [name for name, (placement, _) in self._stores.items() if placements.get(name) != placement]:
+            del self._stores[name]
+            _empty_cache(self.device)
+
+
+def _triton_problem(hardware: Hardware) -> str | None:
+    """Of the GPU that is here; None of one that is planned for."""
+    here = hardware.device == "cuda" and hardware.providers is None and torch.cuda.is_available()
+    return triton_problem(torch.device("cuda")) if here else None
 
 
 def _instead(hardware: Hardware) -> str:
@@ -157,9 +163,11 @@ class TorchSession:
             weights.fill(module, stored, self.dtype, self.device)
             self._hold(-here)
 
-    def stream(self, stored: Mapping[str, Tensor], kept_bytes: int, lane: Callable[..., streaming.Lane]) -> None:
-        """Bring in what may stay, and have the rest come by way of a lane, made of its units and a buffer to read them by.
-        OutOfMemoryError leaves nothing behind."""
+    def stream(
+        self, stored: Mapping[str, Tensor], kept_bytes: int, lane: Callable[..., streaming.Lane], order: Sequence[str]
+    ) -> None:
+        """Bring in what may stay, and have the rest come by way of a lane, made of its units and a buffer to read them by. `order`
+        are the module's parts as they are called. OutOfMemoryError leaves nothing behind."""
         module = self._module()
         with self._nothing_behind():
             kept, rest = streaming.split(streaming.units(module, stored, self.dtype), kept_bytes)
@@ -173,7 +181,7 @@ class TorchSession:
             weights.fill(module, loaded, self.dtype, self.device, scratch)
             if rest:
                 buffer = torch.empty(streaming.ring_bytes(rest, self.device), dtype=torch.uint8, device=self.device)
-                self.streamer = streaming.Streamer(module, rest, lane(rest, scratch), self.dtype, buffer)
+                self.streamer = streaming.Streamer(module, rest, lane(rest, scratch), self.dtype, buffer, order)
 
     def _module(self) -> torch.nn.Module:
         if self.module is None:
@@ -197,8 +205,13 @@ class TorchSession:
             return tuple(out.cpu().numpy() for out in outs)
 
     def close(self) -> None:
-        if self.streamer:
-            self.streamer.close()
+        try:
+            if self.streamer:
+                self.streamer.close()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         if self.module:
             quantised.workspace(self.module).free()
         for part in self.module.modules() if self.module else ():
@@ -213,7 +226,6 @@ class TorchSession:
         self._held += count
 
 
-_NO_MEMORY = "out of memory|allocate memory|not enough memory"  # CUDA, MPS and CPU; Windows' CPU
 # cuBLAS when there is no room for its handle or workspace, or the driver is not the one it needs; cuDNN when none of its algorithms
 # finds room for its workspace, or it has none for this precision on this card
 _MAYBE_NO_MEMORY = "ALLOC_FAILED|STATUS_NOT_INITIALIZED|unable to find an engine"
@@ -222,14 +234,14 @@ _FULL = 64 * 2**20  # of a card with less than this free nothing can be had: a s
 
 @contextmanager
 def _memory_errors_explained(device: torch.device) -> Iterator[None]:
-    """torch has a class for CUDA's own; MPS, cuBLAS and the CPU only say so in their text, which some say for other reasons too."""
+    """torch has a class for CUDA's own; others only say so in their text, which some say for other reasons too."""
     before = _times_full(device)
     try:
         yield
-    except RuntimeError as error:
-        if re.search(_NO_MEMORY, str(error)):
+    except (RuntimeError, MemoryError, ImportError, OSError) as error:
+        if out_of_memory(error):
             raise OutOfMemoryError(first_line(error)) from error
-        if not re.search(_MAYBE_NO_MEMORY, str(error)):
+        if not isinstance(error, RuntimeError) or not re.search(_MAYBE_NO_MEMORY, str(error)):
             raise
         if _times_full(device) > before or _is_full(device):
             raise OutOfMemoryError(first_line(error)) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import torch
@@ -23,8 +24,8 @@ _QUANTISING, _CONVERTING = 9, 4
 def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
     """For each tensor of `module` the one in the component's files; they are all there and of the right shape.
 
-    A quantised layer has its stored parts, or the plain weight that they will be made of. Tensors that the module does not know
-    are left alone, as diffusers and transformers leave them.
+    A quantised layer has its stored parts, or the plain weight that they will be made of. Tensors of other names than the
+    families' networks have are left alone, as diffusers and transformers leave them: averages, positions, a safety checker.
     """
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()}
     layers = quantised_layers(module)
@@ -39,6 +40,11 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
         unknown = [name for name in stored if name not in expected]
         instead = f", but have {unknown[0]}" if unknown else ""
         raise TightfitError(f"{where} lack {len(missing)}, such as {missing[0]}{instead}: {cure}")
+    if left := next((name for name in stored if name not in expected and left_out(component.name, name)), None):
+        field = left_out(component.name, left)
+        raise TightfitError(
+            f"{where} have {left}, which their config.json leaves out (its {field}): copy or download both again from one place"
+        )
     for name, (shape, dtype) in expected.items():
         tensor = stored[name]
         if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:  # (C, C, 1, 1) is (C, C)
@@ -46,6 +52,37 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
         if STORED.get(tensor.dtype) != dtype if name in parts else tensor.dtype not in FLOATS:
             raise TightfitError(f"{where} have {name} as {tensor.dtype}, which plain models have not: use the original model")
     return {name: stored[name] for name in expected}
+
+
+# Names of the families' networks, and the field of the config that decides whether there is such a layer.
+_UNET_FIELDS = {
+    r"mid_block\.": "mid_block_type",
+    r"(down|up)_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.[1-9]": "transformer_layers_per_block",
+    r"(down|up)_blocks\.\d+\.(resnets|attentions)\.": "layers_per_block",
+    r"(down|up)_blocks\.\d+\.(up|down)samplers\.": "block_out_channels",
+    r"(down|up)_blocks\.": "block_out_channels",
+    r"time_embedding\.cond_proj\.": "time_cond_proj_dim",
+    r"conv_norm_out\.": "norm_num_groups",
+    r"add_embedding\.": "addition_embed_type",
+    r"class_embedding\.": "class_embed_type",
+    r"encoder_hid_proj\.": "encoder_hid_dim_type",
+}
+_FIELDS = {
+    "unet": _UNET_FIELDS,
+    "vae_decoder": {
+        r"post_quant_conv\.": "use_post_quant_conv",
+        r"decoder\.mid_block\.attentions\.": "mid_block_add_attention",
+        r"decoder\.up_blocks\.\d+\.resnets\.": "layers_per_block",
+        r"decoder\.": "block_out_channels",
+    },
+    "text_encoder": {r"(text_model\.)?encoder\.layers\.\d+\.": "num_hidden_layers"},
+}
+
+
+def left_out(network: str, name: str) -> str | None:
+    """The config field that decides whether `network` has the tensor `name`, None if the families have no such tensor."""
+    fields = _FIELDS[network.removesuffix("_2")]
+    return next((field for pattern, field in fields.items() if re.match(pattern, name)), None)
 
 
 def fill(

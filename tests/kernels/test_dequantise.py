@@ -113,7 +113,8 @@ def test_without_a_compiler_torch_unpacks(card):
         torch.testing.assert_close(made, right, rtol=1e-5, atol=1e-6)
     assert len(launched) == 1
     problem = triton_problem(torch.device("cpu"))
-    assert problem == "RuntimeError: Failed to find C compiler. Please specify via CC environment variable"
+    assert problem is not None
+    assert problem.startswith("RuntimeError: Failed to find C compiler. Please specify via CC environment variable; install triton")
 
 
 def test_a_wrong_answer_is_a_problem_too(card):

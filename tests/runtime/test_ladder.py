@@ -229,6 +229,6 @@ def test_cuda_budgets_are_held(tiny_models, whole):
             result = pipe.generate(REQUEST)
         predicted = result.plan.predicted.peak_bytes
         assert result.peak_bytes <= ROOM
-        assert abs(result.peak_bytes - predicted) <= 0.05 * predicted + 2 * MIB, residency
+        assert abs(result.peak_bytes - predicted) <= 0.05 * predicted + 20 * MIB, residency  # a segment of torch's allocator
         assert psnr(result.images[0], whole["sd1"]) > 50
     assert torch.cuda.memory_reserved() < 64 * MIB

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tightfit.runtime.memory import END, Footprint, Trace, peak, shown
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.memory import END, Footprint, Trace, parse_bytes, peak, shown
 from tightfit.runtime.process import ProcessPeak
 
 
@@ -26,6 +27,17 @@ def test_what_is_loaded_later_is_not_beside_the_loading():
     assert peak("cpu", (1,), own, (4,)) == 1 + 2 + 8
     assert peak("cpu", (1,), own, (6,)) == 1 + 2 + 6 + 3
     assert peak("cpu", (1, 4), own) == 1 + 4 + 2 + 8
+
+
+def test_a_bare_number_is_bytes_and_not_a_few():
+    for few, meant in (("8", "8GiB"), ("3.5", "3.5GiB"), (8, "8GiB"), ("4000", "4000MiB"), ("0.5", "0.5GiB")):
+        with pytest.raises(TightfitError, match=f"did you mean {meant}"):
+            parse_bytes(few, "--vram")
+    assert parse_bytes("8GiB", "--vram") == 8 * 2**30
+    assert parse_bytes("8 b", "--vram") == 8
+    assert parse_bytes(2**20, "budget") == parse_bytes("1048576", "--ram") == 2**20
+    with pytest.raises(TightfitError, match="must be an amount"):
+        parse_bytes("0", "--vram")
 
 
 def test_shown():

@@ -91,6 +91,123 @@ def test_places_that_cannot_be(external, place):
         read_graph(external)
 
 
+@pytest.mark.parametrize(
+    ("place", "why"),
+    [
+        ({"location": "nowhere/at/all"}, "all is missing"),
+        ({"location": "a\0b"}, "outside of its folder"),
+        ({"location": "a\x1b[2Jb"}, "outside of its folder"),
+        ({"location": "x" * 5000}, "is missing"),
+        ({"location": "."}, "is no file"),
+        ({"location": "circle"}, "is missing"),
+        ({"offset": 10**30}, "is truncated"),
+        ({"offset": "9" * 5000}, "no place for w"),
+        ({"length": 10**30}, "its shape needs 8192"),
+    ],
+)
+def test_places_that_are_none(external, place, why):
+    """In one line, though the system has errors of its own for each."""
+    (external.parent / "circle").symlink_to("circle")
+    rewritten(external, **place)
+    with pytest.raises(TightfitError, match=why) as caught:
+        read_graph(external)
+    assert str(caught.value).isprintable() and str(caught.value).startswith(str(external.parent))
+
+
+def initializer(proto, **fields):
+    """The weight of `model`, with other fields."""
+    for name, value in fields.items():
+        if isinstance(value, list):
+            del getattr(proto.graph.initializer[0], name)[:]
+            getattr(proto.graph.initializer[0], name).extend(value)
+        else:
+            setattr(proto.graph.initializer[0], name, value)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m: m.graph.initializer.append(m.graph.initializer[0]), "'w' twice"),
+        (lambda m: m.graph.initializer.append(m.graph.initializer[1]), "'small' twice"),
+        (lambda m: m.graph.node.append(m.graph.node[0]), "'y' twice"),
+        (lambda m: m.graph.input.append(m.graph.input[0]), "'x' twice"),
+        (lambda m: initializer(m, dims=[-64, -32]), "w in a shape that cannot be"),
+        (lambda m: initializer(m, dims=[2**62] * 900), "w in a shape that cannot be, of 900 sides"),
+        (lambda m: initializer(m, dims=[2**62, 4]), "its shape needs"),
+        (lambda m: initializer(m, name="w\x1b]0;"), "a name that is none"),
+        (lambda m: initializer(m, data_type=999), "a type"),
+        (lambda m: setattr(m.graph.node[0], "op_type", "x" * 2000), "a name that is none"),
+        (lambda m: m.functions.add(), "functions of its own"),
+        (lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "x" * 5000), "a value that is told of"),
+    ],
+)
+def test_graphs_that_contradict_themselves(tmp_path, change, why):
+    proto = model()
+    change(proto)
+    file = tmp_path / "model.onnx"
+    file.write_bytes(proto.SerializeToString())
+    with pytest.raises(TightfitError, match=why) as caught:
+        read_graph(file)
+    assert str(caught.value).isprintable()
+
+
+def field(number, content):
+    length = len(content)
+    varint = bytes([length >> 7 * i & 127 | 128 for i in range(4)]) + bytes([length >> 28])
+    return bytes([number << 3 | 2]) + varint + content
+
+
+EMPTY = 2**20  # each of two bytes
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        field(7, b"\x0a\x00" * EMPTY),
+        field(7, b"\x2a\x00" * EMPTY),
+        field(7, b"\x6a\x00" * EMPTY),
+        b"\x42\x00" * EMPTY,
+        field(7, field(1, b"\x2a\x00" * EMPTY)),
+        field(7, field(1, field(5, field(6, b"\x0a\x00" * EMPTY)))),
+        field(7, field(1, field(5, field(5, b"\x08\x01" * EMPTY)))),
+        field(7, field(5, b"\x08\x01" * EMPTY)),
+        field(7, field(5, field(1, b"\x01\x01" * 10 * EMPTY))),
+        field(7, field(11, field(2, b"\x0a\x00" * EMPTY))),
+        field(7, field(1, field(3, b"xx" * 10 * EMPTY))),
+        field(7, field(5, b"\x0a\x00" * 400) * 30_000),
+    ],
+    ids=(
+        "nodes", "initializers", "inferred shapes", "opsets", "attributes", "a graph of a node", "sides of a constant",
+        "sides of a weight", "packed sides", "a type's sides", "a name", "many small weights",
+    ),
+)  # fmt: skip
+def test_bombs_are_refused_before_protobuf_has_them(tmp_path, content, monkeypatch):
+    """Millions of fields of two bytes, of each of which protobuf would make up to 150: they do not reach it."""
+    file, seen = tmp_path / "model.onnx", []
+    file.write_bytes(b"\x08\x09" + content)
+    parse = onnx.load_from_string
+    monkeypatch.setattr(onnx, "load_from_string", lambda text: seen.append(len(text)) or parse(text))
+    try:
+        read_graph(file)
+    except TightfitError as error:
+        assert "no graph of Stable Diffusion has" in str(error)
+        assert seen == []
+    else:
+        assert seen < [1000]  # what nobody reads is not kept
+
+
+def test_what_nobody_reads_is_not_kept(tmp_path):
+    """Inferred shapes, text, what was measured: as much as the rest in what torch's exporter writes."""
+    proto, file = model(), tmp_path / "model.onnx"
+    proto.graph.value_info.append(proto.graph.output[0])
+    proto.graph.doc_string = proto.graph.node[0].doc_string = proto.producer_name = "text"
+    proto.graph.node[0].metadata_props.add(key="a", value="b")
+    file.write_bytes(proto.SerializeToString())
+    graph = read_graph(file).model.graph
+    assert (len(graph.value_info), graph.doc_string, graph.node[0].doc_string, len(graph.node[0].metadata_props)) == (0, "", "", 0)
+    assert (graph.node[0].op_type, *graph.node[0].input) == ("MatMul", "x", "w")
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_broken_files_never_raise_anything_else(tmp_path, data):

@@ -16,7 +16,7 @@ def spec(sd1):
 
 
 def test_resolves_to_total(tiny_models):
-    for family, guidance, scheduler in (("sd1", 7.5, "dpmpp_2m_karras"), ("sd2", 7.5, "ddim"), ("sdxl", 5.0, "euler")):
+    for family, guidance, scheduler in (("sd1", 7.5, "own"), ("sd2", 7.5, "ddim"), ("sdxl", 5.0, "euler")):
         whole = Request("a heart").resolve(inspect(tiny_models[family]))
         assert None not in {n: v for n, v in dataclasses.asdict(whole).items() if n != "negative_prompt"}.values()
         assert (whole.guidance_scale, whole.scheduler, whole.width, whole.height) == (guidance, scheduler, 64, 64)
@@ -32,7 +32,10 @@ def test_numbers_of_numpy(spec):
 
 
 def test_random_seeds_differ(spec):
-    assert len({Request("a").resolve(spec).seed for _ in range(8)}) > 1
+    for seed in (None, -1):  # the second as A1111 has it
+        drawn = {Request("a", seed=seed).resolve(spec).seed for _ in range(8)}
+        assert len(drawn) > 1
+        assert min(each for each in drawn if each is not None) >= 0
 
 
 @pytest.mark.parametrize(
@@ -47,7 +50,8 @@ def test_random_seeds_differ(spec):
         ({"num_inference_steps": 0}, ["num_inference_steps"]),
         ({"num_inference_steps": 2.5}, ["whole number"]),
         ({"num_images": -1}, ["num_images"]),
-        ({"seed": -1}, ["seed", "leave it out"]),
+        ({"seed": -2}, ["seed", "leave it out", "-1"]),
+        ({"seed": -1.0}, ["seed"]),
         ({"seed": "7"}, ["seed"]),
         ({"guidance_scale": float("nan")}, ["guidance_scale"]),
         ({"guidance_scale": -1}, ["guidance_scale"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -122,6 +124,19 @@ def test_views_and_what_was_there_count_nothing():
         assert (live.now, live.peak) == (0, 4000)
         kept = views + 1
     assert live.now == kept.nbytes
+
+
+def test_nothing_is_left_with_what_was_there():
+    """A process that lives long looks at the same weights many times."""
+    weight = torch.ones(1000)
+    storage = weight.untyped_storage()
+    with LiveBytes("cpu") as live:
+        kept = weight * 2
+    seen = weakref.ref(live)
+    del live
+    gc.collect()
+    assert seen() is None
+    assert weakref.getweakrefcount(storage) == weakref.getweakrefcount(kept.untyped_storage()) == 0
 
 
 def test_limits():
@@ -302,3 +317,23 @@ def test_what_is_loaded_stays_ours(monkeypatch):
     meter.hold(-100 * MIB)
     meter.reset()
     assert (meter.bytes(), cuda.memory_reserved()) == (0, 0)
+
+
+def test_two_pipelines_in_turns(monkeypatch):
+    """Each may take 300 MiB and holds 250: a stage that begins lowers no cap under what both hold, and what is left of its own."""
+    card = FakeCuda(monkeypatch)
+    meters = []
+    for _ in range(2):
+        meter = AllocatorMeter(torch.device("cuda"))
+        meter.limit(300 * MIB)
+        meter.reset()
+        meter.hold(250 * MIB)
+        meters.append((meter, card.take(250 * MIB)))
+    for meter, _ in [*meters, *meters]:
+        meter.reset()
+        card.give(card.take(40 * MIB))
+        meter.limit(300 * MIB)
+        card.give(card.take(40 * MIB))
+        card.empty_cache()
+    with pytest.raises(torch.OutOfMemoryError):
+        card.take(60 * MIB)

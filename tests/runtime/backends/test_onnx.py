@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -435,6 +438,17 @@ def broken(folder, change):
     file.write_bytes(proto.SerializeToString())
 
 
+def big(model):
+    model.graph.initializer.append(numpy_helper.from_array(np.array([40000, 40000]), "big"))
+
+
+def answer(model, node):
+    """Another operator makes the answer, of what was it before."""
+    last = next(each for each in model.graph.node if "out_sample" in each.output)
+    last.output[0] = "before"
+    model.graph.node.append(node)
+
+
 @pytest.mark.parametrize(
     ("change", "cure"),
     [
@@ -442,8 +456,31 @@ def broken(folder, change):
         (lambda m: setattr(m.graph.node[5], "op_type", "Elephant"), "is no graph that can be followed"),
         (lambda m: m.graph.node[9].input.__setitem__(0, "nowhere"), "is no graph that can be followed"),
         (lambda m: m.graph.input.append(helper.make_tensor_value_info("time_ids", 1, ["b", 6])), "its config wants"),
+        (lambda m: m.graph.node.insert(0, helper.make_node("ConstantOfShape", ["big"], ["e"])) or big(m), "1600000000 values of"),
+        (lambda m: m.graph.node.extend(a_loop()), "it has Loop"),
+        (lambda m: answer(m, helper.make_node("ReduceSum", ["before"], ["out_sample"], keepdims=0)), r"out_sample of \[\], not of"),
+        (lambda m: answer(m, helper.make_node("Shape", ["before"], ["out_sample"])), r"out_sample of \[4\], not of"),
+        (lambda m: m.graph.output[0].type.Clear(), "out_sample as no tensor"),
+        (lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.STRING), "has sample as string"),
+        (lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.INT64), "has sample as int64"),
+        (lambda m: setattr(m.graph.input[0].type.sequence_type.elem_type.tensor_type, "elem_type", 1), "has sample as no tensor"),
+        (lambda m: m.graph.node[9].attribute.add(name="a", i=1, type=2), "Unrecognized attribute"),
     ],
-    ids=("no answers", "an unknown operator", "an unknown value", "inputs of SDXL"),
+    ids=(
+        "no answers",
+        "an unknown operator",
+        "an unknown value",
+        "inputs of SDXL",
+        "a bomb",
+        "a loop",
+        "a scalar",
+        "a shape",
+        "no type",
+        "text",
+        "whole numbers",
+        "a sequence",
+        "an unknown attribute",
+    ),
 )
 def test_graphs_that_cannot_be_run(onnx_models, shallow_models, tmp_path, change, cure):
     """One line where there is nothing else; torch's weights are used where there are."""
@@ -459,6 +496,48 @@ def test_graphs_that_cannot_be_run(onnx_models, shallow_models, tmp_path, change
     assert {plan.placements["unet"].backend for plan in plans} == {"torch"}
 
 
+def doubles(model):
+    """As a U-Net traced at a size that halves evenly has it, by Optimum too: what is upsampled is two times as large, always."""
+    model.graph.initializer.append(numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "twice"))
+    for node in model.graph.node:
+        if node.op_type == "Resize":
+            del node.input[1:]
+            node.input.extend(["", "twice"])
+
+
+def test_sizes_that_a_graph_was_not_made_for(onnx_models, shallow_models, tmp_path, here):
+    """Latents of 25 x 19 in a graph that only doubles: one line in a plan and in painting, and torch runs them where it can."""
+    folder = tmp_path / "model"
+    shutil.copytree(onnx_models("sd1", "fp32"), folder)
+    broken(folder, doubles)
+    spec, cure = tightfit.inspect(str(folder)), r"can do multiples of 4 pixels only, .*: ask for 48x40, or export the model again"
+    even, uneven = (tightfit.Request("a", num_inference_steps=1, width=w, height=h) for w, h in ((48, 40), (50, 38)))
+    assert planner.plan(here, spec, even)[0].fits
+    plans = planner.plan(here, spec, uneven)
+    assert not any(plan.fits for plan in plans)
+    with tightfit.load(str(folder), device="cpu") as pipe:
+        with pytest.raises(TightfitError, match=cure):
+            pipe.generate(uneven)
+        pipe.generate(even)
+    weights = "diffusion_pytorch_model.safetensors"
+    shutil.copyfile(shallow_models["sd1"] / "unet" / weights, folder / "unet" / weights)
+    plans = planner.plan(here, tightfit.inspect(str(folder)), uneven, Wishes(precision="fp32"))
+    assert plans[0].fits
+    assert plans[0].placements["unet"].backend == "torch"
+
+
+def test_what_is_known_of_a_graph_goes_with_it(onnx_models):
+    """Calls of many sizes are kept no longer than the graph, and never more than 64 of them."""
+    graph = read_graph(onnx_models("sd1", "fp32") / "vae_decoder" / "model.onnx")
+    for side in range(8, 80):
+        engine.call_footprint(graph, True, (("latent_sample", (1, 4, side, 8)),))
+    assert len(graph.known) == 64
+    alive = weakref.ref(graph)
+    del graph
+    gc.collect()
+    assert alive() is None
+
+
 def test_a_constant_of_whole_numbers():
     """As other exporters write shapes."""
     model = chain()
@@ -466,6 +545,158 @@ def test_a_constant_of_whole_numbers():
     model.graph.node.insert(0, helper.make_node("Constant", [], ["shape"], value_ints=[-1]))
     call = onnx_trace.trace(model, {"x": (256, 256)})
     assert peak("cpu", (), Footprint((), 0, call, (), 0)) == 4 * MIB
+
+
+def tiny_graph(nodes, out="y"):
+    """A graph of `nodes` from x (a, b) to `out`."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", out)]
+    graph = helper.make_graph([*nodes], "g", values[:1], values[1:])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+def whole(name, *values):
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.int64), "v"))
+
+
+def scalar(name, value):
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(value, np.int64), "v"))
+
+
+def a_loop():
+    """Of 2**62 rounds."""
+    values = [helper.make_tensor_value_info(name, kind, []) for name, kind in (("i", 7), ("c", 9), ("n", 9))]
+    body = helper.make_graph([helper.make_node("Identity", ["c"], ["n"])], "body", values[:2], values[2:])
+    cond = helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True), "v"))
+    return [scalar("rounds", 2**62), cond, helper.make_node("Loop", ["rounds", "yes"], ["end"], body=body)]
+
+
+def a_choice():
+    branch = helper.make_graph([scalar("z", 1)], "branch", [], [helper.make_tensor_value_info("z", 7, [])])
+    cond = helper.make_node("Constant", [], ["yes"], value=numpy_helper.from_array(np.array(True), "v"))
+    return [cond, helper.make_node("If", ["yes"], ["end"], then_branch=branch, else_branch=branch)]
+
+
+def doubled(rounds, kind):
+    """Values that are two times as many in each round, or have a side more."""
+    double = {
+        "Concat": lambda i: helper.make_node("Concat", [f"v{i}", f"v{i}"], [f"v{i + 1}"], axis=0),
+        "Unsqueeze": lambda i: helper.make_node("Unsqueeze", [f"v{i}", "v0"], [f"v{i + 1}"]),
+    }[kind]
+    return [whole("v0", 0), *map(double, range(rounds))]
+
+
+BOMBS = {
+    "ConstantOfShape": [whole("s", 40000, 40000), helper.make_node("ConstantOfShape", ["s"], ["end"])],
+    "Range": [scalar("a", 0), scalar("b", 2 * 10**9), scalar("c", 1), helper.make_node("Range", ["a", "b", "c"], ["end"])],
+    "Expand": [whole("a", 1), whole("s", 40000, 40000), helper.make_node("Expand", ["a", "s"], ["end"])],
+    "Tile": [whole("a", 1), whole("s", 2**40), helper.make_node("Tile", ["a", "s"], ["end"])],
+    "OneHot": [whole("a", 1), scalar("d", 2**40), whole("v", 0, 1), helper.make_node("OneHot", ["a", "d", "v"], ["end"])],
+    "Pad": [whole("a", 1), whole("p", 0, 2**40), helper.make_node("Pad", ["a", "p"], ["end"])],
+    "RandomNormal": [helper.make_node("RandomNormal", [], ["end"], shape=[2**40])],
+    "Split": [whole("a", 1, 2), helper.make_node("Split", ["a"], ["end"], axis=0, num_outputs=2**24)],
+    "Loop": a_loop(),
+    "If": a_choice(),
+    "Concat": doubled(64, "Concat"),
+    "Unsqueeze": doubled(40, "Unsqueeze"),
+    "Div": [scalar("a", 1), scalar("b", 0), helper.make_node("Div", ["a", "b"], ["end"])],
+    "broadcast": [
+        whole("a", *range(2000)), whole("one", 1), whole("many", 1, 100), helper.make_node("Unsqueeze", ["a", "one"], ["b"]),
+        helper.make_node("Add", ["a", "b"], ["c"]), helper.make_node("Tile", ["c", "many"], ["end"]),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_planning_executes_nothing_that_grows(kind, monkeypatch):
+    """Graphs of a few hundred bytes that would take gigabytes or years. No operator makes more than 4,096 values here, and one that
+    makes gigabytes of nothing, loops or chooses is refused."""
+    made = []
+    for name, compute in onnx_trace.VALUES.items():
+
+        def watched(*given, compute=compute):
+            out = compute(*given)
+            made.append(0 if out is None else out.size)
+            return out
+
+        monkeypatch.setitem(onnx_trace.VALUES, name, watched)
+    model = tiny_graph([*BOMBS[kind], helper.make_node("Identity", ["x"], ["y"])])
+    tracemalloc.start()
+    try:
+        with pytest.raises((TightfitError, ArithmeticError)):
+            onnx_trace.trace(model, {"x": (2, 3)})
+        assert tracemalloc.get_traced_memory()[1] < 8 * MIB
+    finally:
+        tracemalloc.stop()
+    assert max(made, default=0) <= 4096
+
+
+def test_only_operators_of_shapes_are_executed(monkeypatch):
+    """Any other's answer is told by its shape, though its inputs are small and known."""
+    import onnx.reference
+
+    def never(*_):
+        raise AssertionError("a graph was executed")
+
+    monkeypatch.setattr(onnx.reference.ReferenceEvaluator, "run", never)
+    nodes = [
+        helper.make_node("Constant", [], ["a"], value=numpy_helper.from_array(np.ones((4, 4), np.float32), "v")),
+        helper.make_node("MatMul", ["a", "a"], ["b"]),
+        helper.make_node("Softmax", ["b"], ["c"]),
+        helper.make_node("Add", ["x", "c"], ["y"]),
+    ]
+    shapes = onnx_trace.Shapes(tiny_graph(nodes), {"x": (4, 4)})
+    assert shapes.shapes["y"] == (4, 4)
+    assert "b" not in shapes.values
+
+
+def values_of_shapes():
+    """Operators of whole numbers and their inputs, as exporters make sizes with them."""
+    i, f, b = (lambda *v: np.array(v, np.int64)), (lambda *v: np.array(v, np.float32)), (lambda *v: np.array(v, bool))
+    yield from (
+        (name, {}, (i(-7, 7, 9), i(2, -2, 4)))
+        for name in ("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Equal", "Less", "Greater")
+    )
+    yield from ((name, {}, (f(2.5, 0.25),)) for name in ("Neg", "Abs", "Floor", "Ceil", "Sqrt", "Reciprocal"))
+    yield from ((name, {}, (b(True, False), b(True, True))) for name in ("And", "Or"))
+    yield "Not", {}, (b(True, False),)
+    yield "Where", {}, (b(True, False), i(1, 2), i(3, 4))
+    yield "Mod", {"fmod": 1}, (i(-7, 7), i(3, 3))
+    yield "Gather", {"axis": 0}, (i(5, 6, 7), np.array(-1))
+    yield "Slice", {}, (np.arange(12).reshape(3, 4), i(0, 1), i(2, 2**62), i(0, -1), i(1, 2))
+    yield "Slice", {}, (np.arange(6), i(-1), i(-(2**62)), i(0), i(-2))
+    yield "Slice", {}, (np.arange(6), i(1), i(3))
+    yield "Range", {}, (np.array(9), np.array(2), np.array(-3))
+    yield "ConstantOfShape", {"value": numpy_helper.from_array(i(7), "v")}, (i(2, 3),)
+    yield "ConstantOfShape", {}, (i(2),)
+    yield "Expand", {}, (i(1, 2), i(3, 1))
+    yield "Reshape", {}, (np.arange(6).reshape(2, 3), i(0, -1))
+    yield "ReduceProd", {"keepdims": 0}, (i(2, 3, 4),)
+    yield "Transpose", {"perm": [1, 0]}, (np.arange(6).reshape(2, 3),)
+    yield "Size", {}, (np.arange(6).reshape(2, 3),)
+    yield "Concat", {"axis": 0}, (i(1), i(2, 3), i())
+    yield "Cast", {"to": TensorProto.FLOAT}, (i(1, 2),)
+    yield "Squeeze", {}, (np.ones((1, 2, 1), np.int64), i(0))
+    yield "Squeeze", {}, (np.ones((1, 2, 1), np.int64),)
+    yield "Unsqueeze", {}, (i(1, 2), i(0, 2))
+
+
+@pytest.mark.parametrize(("kind", "attributes", "given"), list(values_of_shapes()))
+def test_values_are_onnx_runtimes(kind, attributes, given):
+    """Of each operator that is executed here."""
+    names = [f"i{n}" for n in range(len(given))]
+    node = helper.make_node(kind, names, ["y"], **attributes)
+    inputs = [
+        helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+        for n, v in zip(names, given, strict=True)
+    ]
+    got = onnx_trace.VALUES[kind](node, *given)
+    kinds = [helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(got.dtype), None)]
+    model = helper.make_model(
+        helper.make_graph([node], "g", inputs, kinds), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+    )
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, dict(zip(names, given, strict=True)))
+    np.testing.assert_array_equal(got, expected, strict=True)
 
 
 def test_a_damaged_graph_beside_torchs_weights(mixed, here):

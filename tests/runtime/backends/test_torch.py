@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -41,6 +42,38 @@ def test_old_names(sd1, sd1_copy):
 
     rewrite(sd1_copy / VAE, lambda weights: {older(n): w for n, w in weights.items()})
     rewrite(sd1_copy / TEXT, lambda weights: weights | {"text_model.embeddings.position_ids": torch.arange(77)[None]})
+    assert paint(sd1_copy) == paint(sd1)
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "words"),
+    [
+        ("text_encoder", {"num_hidden_layers": 1}, ("encoder.layers.1.", "num_hidden_layers")),
+        ("unet", {"mid_block_type": None}, ("mid_block.", "mid_block_type")),
+        ("vae", {"use_post_quant_conv": False}, ("post_quant_conv.", "use_post_quant_conv")),
+        ("vae", {"mid_block_add_attention": False}, ("decoder.mid_block.attentions.0", "mid_block_add_attention")),
+        ("vae", {"layers_per_block": 1}, ("decoder.up_blocks.0.resnets.2", "layers_per_block")),
+    ],
+)
+def test_weights_that_the_config_leaves_out(sd1_copy, part, changes, words):
+    """Painting without them gives another picture without a word."""
+    file = sd1_copy / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(TightfitError, match=r"which their config.json leaves out") as caught:
+        paint(sd1_copy)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_what_is_of_no_network_is_ignored(sd1, sd1_copy):
+    import torch
+
+    extra = {
+        UNET: ("model_ema.decay", "ema.down_blocks.0.x", "steps"),
+        VAE: ("encoder.more", "loss.logvar"),
+        TEXT: ("text_projection.weight", "logit_scale", "vision_model.encoder.layers.0.x"),
+    }
+    for file, names in extra.items():
+        rewrite(sd1_copy / file, lambda weights, names=names: weights | {name: torch.zeros(2) for name in names})
     assert paint(sd1_copy) == paint(sd1)
 
 
@@ -237,13 +270,13 @@ def test_what_says_out_of_memory(monkeypatch):
         ("NVIDIA GeForce RTX 3060", (8, 6), "bf16", "bf16", None),
         ("AMD Radeon RX 6600", None, "bf16", "bf16", None),
         ("NVIDIA GeForce RTX 2060", (7, 5), "fp16", "fp16", None),
-        ("NVIDIA T600 Laptop GPU", (7, 5), "fp16", "fp16", "answer NaN on a NVIDIA T600 Laptop GPU: choose fp32, or int8 or int4"),
+        ("NVIDIA T600 Laptop GPU", (7, 5), "fp16", "fp16", "answer NaN on NVIDIA T600 Laptop GPU: choose fp32, or int8 or int4"),
         (
             "NVIDIA GeForce GTX 1650",
             (7, 5),
             "int4",
             "fp16",
-            "answer NaN on a NVIDIA GeForce GTX 1650: choose fp32, or int8 or int4",
+            "answer NaN on NVIDIA GeForce GTX 1650: choose fp32, or int8 or int4",
         ),
         ("NVIDIA GeForce GTX 1650", (7, 5), "int4", "fp32", None),
     ],
@@ -290,29 +323,41 @@ def test_wide_heads_keep_an_fp32_answer(capability, width, fp32_answer, side):
     assert attention_bytes("sdpa", shape, torch.float32, "cuda", True, flash) == log_sum
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4", "int8-dynamic", "fp16"])
+@pytest.mark.parametrize("precision", ["int8", "int4", "fp16"])
 def test_without_triton_a_notice_and_torchs_path(sd1, monkeypatch, precision):
-    """On a GPU: weights stay stored in so many bits, but no layer multiplies whole numbers, which Triton alone does there."""
+    """On a GPU: weights stay stored in so many bits."""
     import torch
     from tightfit.runtime.backends import quantised
     from tightfit.runtime.backends import torch as engine
-    from tightfit.runtime.hub import inspect
-    from tightfit.runtime.plan import Placement
 
     backend = engine.TorchBackend("cpu")
     backend.device = torch.device("cuda")
-    monkeypatch.setattr(engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler")
+    monkeypatch.setattr(engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler; install one")
     monkeypatch.setattr(engine.TorchSession, "load", lambda *_: None)
     spec = inspect(str(sd1))
     session = backend.load(spec, spec.components["unet"], Placement("torch", precision, "fp16", "staged", "sdpa", "whole"))
     assert session.module is not None
     layers = quantised.quantised_layers(session.module).values()
-    assert not any(isinstance(layer, quantised.LinearInt8) for layer in layers)
     if precision == "fp16":
         assert (session.notices, len(layers)) == ((), 0)
         return
     assert len(layers) > 0
     (notice,) = session.notices
     assert "\n" not in notice
-    assert "(RuntimeError: Failed to find C compiler)" in notice
-    assert "install triton, a C compiler" in notice
+    assert "(RuntimeError: Failed to find C compiler; install one)" in notice
+
+
+def test_whole_numbers_are_refused_where_triton_does_not_run(sd1, monkeypatch):
+    """Of the card that is here; a card that is planned for is taken to have it."""
+    import torch
+    from tightfit.runtime.backends import torch as engine
+
+    monkeypatch.setattr(engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler; install one")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    spec, placement = inspect(str(sd1)), Placement("torch", "int8-dynamic", "fp16", "staged", "sdpa", "whole")
+    rates = {"fp32": 1e13, "fp16": 2e13, "int8": 4e13}
+    card = Hardware("cuda", "NVIDIA GeForce RTX 3060", 2**33, 2**33, ("fp16", "fp32"), (8, 6), rates)
+    for providers, words in ((None, "Failed to find C compiler; install one): choose int8"), ((), None)):
+        there = replace(card, providers=providers)
+        why = engine.TorchBackend.refuses(spec, spec.components["unet"], placement, there, (1, 64, 64))
+        assert why is None if words is None else words in str(why)
