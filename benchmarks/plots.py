@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -60,40 +60,38 @@ class Point:
     text: str
 
 
-def scatter(x: Axis, y: Axis, points: Sequence[Point], line: Sequence[tuple[float, float]] = ()) -> str:
-    """Points and a line, with the kinds named below; kinds are coloured in the order in which they come."""
+def scatter(x: Axis, y: Axis, points: Sequence[Point], colours: Mapping[str, str], line: Sequence[tuple[float, float]] = ()) -> str:
+    """Points and a line, with the kinds named below; `colours` has the CSS class of each, the same in every plot of a page."""
     kinds = list(dict.fromkeys(point.kind for point in points))
     parts = [_frame(x, y)]
     if line:
         way = " ".join(f"{_x(x, a):.1f},{_y(y, b):.1f}" for a, b in line)
         parts.append(f'<polyline class="front" points="{way}"/>')
     for point in points:
-        colour = f"k{kinds.index(point.kind) % 6}"
         place = f'cx="{_x(x, point.x):.1f}" cy="{_y(y, point.y):.1f}"'
-        parts.append(f'<circle class="{colour}" {place} r="5"><title>{escape(point.text)}</title></circle>')
-    return _svg(f"{y.label} against {x.label}", parts, _HEIGHT) + legend(kinds)
+        parts.append(f'<circle class="{colours[point.kind]}" {place} r="5"><title>{escape(point.text)}</title></circle>')
+    return _svg(f"{y.label} against {x.label}", parts, _HEIGHT) + legend({kind: colours[kind] for kind in kinds})
 
 
-def bars(rows: Sequence[tuple[str, Sequence[float]]], kinds: Sequence[str], unit: str) -> str:
-    """A stacked bar for each row: its name above it, its parts in the colours of `kinds`, their sum behind it."""
+def bars(rows: Sequence[tuple[str, Sequence[float]]], colours: Mapping[str, str], unit: str) -> str:
+    """A stacked bar for each row: its name above it, its parts of the kinds of `colours` in their order, their sum behind it."""
     most = max((sum(parts) for _, parts in rows), default=1.0) or 1.0
-    height, out = 40 * len(rows) + 8, []
+    height, out, kinds = 40 * len(rows) + 8, [], list(colours)
     for number, (name, parts) in enumerate(rows):
         top, start = 40 * number + 4, 0.0
         out.append(f'<text x="2" y="{top + 12}" class="name">{escape(name)}</text>')
         for place, part in enumerate(parts):
             width = part / most * (_WIDTH - 70)
             title = f"<title>{escape(f'{kinds[place]}: {part:.3g} {unit}')}</title>"
-            out.append(
-                f'<rect class="k{place % 6}" x="{2 + start:.1f}" y="{top + 17}" width="{width:.1f}" height="14">{title}</rect>'
-            )
+            colour = colours[kinds[place]]
+            out.append(f'<rect class="{colour}" x="{2 + start:.1f}" y="{top + 17}" width="{width:.1f}" height="14">{title}</rect>')
             start += width
         out.append(f'<text x="{start + 8:.1f}" y="{top + 29}">{sum(parts):.3g} {unit}</text>')
-    return _svg(f"{unit} of each", out, height) + legend(kinds)
+    return _svg(f"{unit} of each", out, height) + legend(colours)
 
 
-def legend(kinds: Sequence[str]) -> str:
-    items = "".join(f'<li><span class="k{i % 6}"></span>{escape(kind)}</li>' for i, kind in enumerate(kinds))
+def legend(colours: Mapping[str, str]) -> str:
+    items = "".join(f'<li><span class="{colour}"></span>{escape(kind)}</li>' for kind, colour in colours.items())
     return f'<ul class="legend">{items}</ul>'
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -54,10 +55,19 @@ def own_version() -> str:
 
 
 def command() -> str:
-    """The one that runs now, as it would be typed."""
+    """The one that runs now, as it would be typed in the folder that its models are in."""
     program = Path(sys.argv[0])
     module = program.parent.name if program.stem == "__main__" else program.stem
-    return shlex.join(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]])
+    return typed(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]])
+
+
+# A path that begins at a root or leads out of the folder, alone or behind an option's "=".
+_PLACE = re.compile(r"(?:(?<==)|^)(?:/|~|[A-Za-z]:[\\/]|\.\.?[\\/]).*?([^\\/]+)[\\/]?$")
+
+
+def typed(arguments: Sequence[str]) -> str:
+    """A command with the names of files and folders alone: where they are on this machine is nobody else's concern."""
+    return shlex.join(",".join(_PLACE.sub(r"\1", part) for part in argument.split(",")) for argument in arguments)
 
 
 def record(name: str, results: Any, setup: dict[str, Any] | None = None) -> Path:

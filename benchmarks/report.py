@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..runtime.memory import shown
-from ..runtime.plan import STAGES
+from ..runtime.plan import BACKENDS, PRECISIONS, STAGES
 from .compare import figures, seconds, spread
 from .metrics import difference
 from .plots import Axis, Point, axis, bars, scatter
@@ -39,6 +39,9 @@ svg text { font-size: 12px; fill: var(--pale); } svg .name { fill: var(--ink); }
 .legend span { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 .k0 { fill: #0072b2; background: #0072b2; } .k1 { fill: #e69f00; background: #e69f00; } .k2 { fill: #009e73; background: #009e73; }
 .k3 { fill: #cc79a7; background: #cc79a7; } .k4 { fill: #d55e00; background: #d55e00; } .k5 { fill: #56b4e9; background: #56b4e9; }
+.encode { fill: #b8b8b8; background: #b8b8b8; } .denoise { fill: #7a5195; background: #7a5195; }
+.decode { fill: #8c6d31; background: #8c6d31; } circle.onnx { fill-opacity: .25; stroke: currentColor; }
+.legend .onnx { opacity: .45; outline: 1px solid; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85em; white-space: nowrap; }
 th, td { text-align: right; padding: .25em .5em; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
 th:first-child, td:first-child, td.why { text-align: left; } tr.not td { color: var(--pale); } td.why { white-space: normal; }
@@ -88,6 +91,20 @@ def _section(rows: list[Row], pictures: Path) -> str:
     return heading + about + (_plots(ran) if ran else "") + _table(rows) + best + _grid(ran, pictures)
 
 
+# What a colour means, on every plot of every page: a precision has its own, and one of another engine that of its precision, paler.
+_STAGE_COLOURS = {name: name for name in STAGES}
+
+
+def _colours() -> dict[str, str]:
+    plain = {precision: f"k{number}" for number, precision in enumerate(PRECISIONS)}
+    others = {_kind(precision, engine): f"{colour} {engine}" for precision, colour in plain.items() for engine in BACKENDS[1:]}
+    return plain | others
+
+
+def _kind(precision: str, engine: str) -> str:
+    return precision if engine == BACKENDS[0] else f"{precision}, {engine}"
+
+
 def _plots(ran: list[Row]) -> str:
     """Each row as a point of each plot, and as a bar."""
     peaks = _bytes_axis("peak memory", [row["peak_bytes"] for row in ran])
@@ -102,12 +119,13 @@ def _plots(ran: list[Row]) -> str:
     worth = [_point(row, row["peak_bytes"], row["quality"]["psnr"]) for row in judged]
     bytes_ = [Point(x, y, name, f"{row['summary']}, {name}: {shown(x)}, {shown(y)}") for x, y, name, row in stages if x and y]
     times = [_point(row, row["plan"]["predicted"]["seconds"], seconds(row)) for row in ran]
+    kinds = _colours()
     parts = {
-        "Seconds against memory; dashed: no other is better in both": scatter(peaks, paces, costs, front(ran)),
-        "Quality against memory": scatter(peaks, decibels, worth) if worth else "",
-        "Bytes of each stage, predicted and measured; dashed: the same": _against(bytes_, _bytes_axis, "bytes"),
-        "Seconds, predicted and measured; dashed: the same": _against(times, _seconds_axis, "seconds"),
-        "Where the seconds go": bars([(row["summary"], _by_stage(row)) for row in ran], STAGES, "s"),
+        "Seconds against memory; dashed: no other is better in both": scatter(peaks, paces, costs, kinds, front(ran)),
+        "Quality against memory": scatter(peaks, decibels, worth, kinds) if worth else "",
+        "Bytes of each stage, predicted and measured; dashed: the same": _against(bytes_, _STAGE_COLOURS, _bytes_axis, "bytes"),
+        "Seconds, predicted and measured; dashed: the same": _against(times, kinds, _seconds_axis, "seconds"),
+        "Where the seconds go": bars([(row["summary"], _by_stage(row)) for row in ran], _STAGE_COLOURS, "s"),
     }
     figures = (f"<figure><figcaption>{name}</figcaption>{plot}</figure>" for name, plot in parts.items() if plot)
     return f'<div class="plots">{"".join(figures)}</div>'
@@ -116,7 +134,7 @@ def _plots(ran: list[Row]) -> str:
 def _point(row: Row, x: float, y: float) -> Point:
     text = f"{row['summary']}: {figures(row)}"
     unet = row["plan"]["placements"]["unet"]
-    return Point(x, y, unet["precision"] + ("" if unet["backend"] == "torch" else f", {unet['backend']}"), text)
+    return Point(x, y, _kind(unet["precision"], unet["backend"]), text)
 
 
 def _by_stage(row: Row) -> list[float]:
@@ -131,10 +149,10 @@ def _seconds_axis(label: str, values: Sequence[float]) -> Axis:
     return axis(label, values, _number)
 
 
-def _against(points: list[Point], make: Callable[[str, Sequence[float]], Axis], what: str) -> str:
+def _against(points: list[Point], colours: Mapping[str, str], make: Callable[[str, Sequence[float]], Axis], what: str) -> str:
     values = [value for point in points for value in (point.x, point.y)]
     x, y = make(f"predicted {what}", values), make(f"measured {what}", values)
-    return scatter(x, y, points, [(x.low, x.low), (x.high, x.high)])
+    return scatter(x, y, points, colours, [(x.low, x.low), (x.high, x.high)])
 
 
 def front(ran: Sequence[Row]) -> list[tuple[float, float]]:
