@@ -74,10 +74,10 @@ class Footprint:
         return sum(self.held)
 
 
-def peak(device: str, held: Iterable[int], own: Footprint, later: Iterable[int] = (), memory: Allocator | None = None) -> int:
+def peak(device: str, held: Iterable[int], own: Footprint, later: Iterable[int] = ()) -> int:
     """Peak bytes that torch's allocator on `device` reserves (on the CPU: that are alive) while `own` is loaded and called. `held`
-    was allocated before it, `later` between its loading and its call. `memory` is an allocator in place of the device's own."""
-    memory = memory or allocator(device)
+    was allocated before it, `later` between its loading and its call."""
+    memory = allocator(device)
     names = iter(range(-1, -(10**9), -1))  # those of storages in a trace are positive
     for count in (*held, *own.held):
         memory.allocate(next(names), count)

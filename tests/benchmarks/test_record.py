@@ -16,7 +16,7 @@ FOLDER = re.compile(r"(^|[\s=,'\"])(/|~|\.\.?[/\\]|[A-Za-z]:[/\\])")
 @pytest.mark.parametrize(
     ("argument", "kept"),
     [
-        ("/work/tmp/emoji", "emoji"),
+        ("/srv/models/emoji", "emoji"),
         ("../sdxl", "sdxl"),
         ("~/models/sd15/", "sd15"),
         (r"C:\models\sd15", "sd15"),
