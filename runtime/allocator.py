@@ -25,6 +25,10 @@ class Allocator(Protocol):
 
     def free(self, name: int) -> None: ...
 
+    def moment(self, count: int) -> None:
+        """Allocate and free again at once."""
+        ...
+
 
 class ExactAllocator:
     """The CPU's and MPS's: what is asked for is what is taken."""
@@ -41,8 +45,11 @@ class ExactAllocator:
     def free(self, name: int) -> None:
         self._now -= self._sizes.pop(name)
 
+    def moment(self, count: int) -> None:
+        self.peak = max(self.peak, self._now + count)
 
-@dataclass(eq=False)
+
+@dataclass(eq=False, slots=True)
 class _Block:
     size: int
     small: bool
@@ -83,6 +90,13 @@ class CachingAllocator:
                 if other and not other.used:
                     self._join(block, other)
             self._release(block)
+
+    def moment(self, count: int) -> None:
+        size = -(-count // _ROUND) * _ROUND
+        small = size <= _SMALL
+        free = self._free[small]
+        if count and bisect_left(free, (size, -1)) == len(free):  # else a block is split, and joined again
+            self._release(self._segment(size, small))
 
     def _best(self, size: int, small: bool) -> _Block | None:
         free = self._free[small]
@@ -159,6 +173,10 @@ class OnnxArena:
             self._free.remove(other)
             size, offset = size + other[0], min(offset, other[2])
         insort(self._free, (size, region, offset))
+
+    def moment(self, count: int) -> None:
+        self.allocate(-(2**62), count)
+        self.free(-(2**62))
 
     def _extend(self, size: int) -> None:
         if self._exact:

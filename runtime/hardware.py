@@ -20,7 +20,7 @@ import psutil
 
 from .errors import TightfitError, first_line
 from .files import cache_folder, parsed, read_bytes
-from .process import resident
+from .process import check_address_space, may_hold, resident
 
 DEVICES = ("cuda", "xpu", "mps", "cpu")
 PROFILES = Path(__file__).parents[1] / "profiles"
@@ -136,6 +136,7 @@ class Hardware:
         """The named device, or with "auto" the first of DEVICES that is there. Raises TightfitError if it is not."""
         if device not in ("auto", *DEVICES):
             raise TightfitError(f"unknown device '{device}': choose auto, {', '.join(DEVICES)}")
+        check_address_space()
         notes: list[str] = []
         for name in DEVICES if device == "auto" else (device,):
             if name == "cpu" or _is_there(name, notes):
@@ -172,8 +173,9 @@ def cards() -> tuple[str, ...]:
 def profile(name: str) -> Hardware:
     """The card or machine of `profiles/NAME.toml`, with a desktop running on it. Raises TightfitError for an unknown one."""
     if name.lower() not in cards():
-        close = get_close_matches(name.lower(), cards(), 1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
+        same = [card for card in cards() if name and card.startswith(name.lower())]  # rtx-3060 is sold with two memories
+        close = same or get_close_matches(name.lower(), cards(), 1)
+        meant = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise TightfitError(f"unknown hardware '{name}'{meant}: choose {', '.join(cards())}")
     data = read_profile(PROFILES / f"{name.lower()}.toml")
     total, unified, device = int(data["memory_gib"] * GIB), data["unified"], data["device"]
@@ -524,9 +526,10 @@ def _cpu_memory() -> tuple[int, int]:
     """Total and available bytes of RAM, as far as the container may use them."""
     memory = psutil.virtual_memory()
     limit, used = cgroup_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    own = may_hold() - resident()  # by RLIMIT_AS
     if limit is None or limit >= memory.total:
-        return memory.total, memory.available
-    return limit, max(0, min(memory.available, limit - used))
+        return memory.total, int(max(0, min(memory.available, own)))
+    return limit, int(max(0, min(memory.available, limit - used, own)))
 
 
 def cgroup_memory(root: Path, own: Path) -> tuple[int | None, int]:

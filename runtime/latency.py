@@ -61,10 +61,11 @@ def _operation_seconds(hardware: Hardware, placement: Placement, footprint: Foot
     if placement.provider == CPU_PROVIDER and hardware.device != "cpu":
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
     torchs = placement.backend == "torch"
+    starts = {kind: hardware.start(kind) if torchs else hardware.call_seconds for kind in ("", "product", "int8", "unpack")}
+    summed = torchs and hardware.device == "cpu"
     for each in footprint.trace.operations:
         work = max(each.flops / rates.get(each.kind, rates[""]), each.bytes / bandwidth) / share
-        start = hardware.start(each.kind) if torchs else hardware.call_seconds
-        yield work + start if torchs and hardware.device == "cpu" else max(work, start)
+        yield work + starts[each.kind] if summed else max(work, starts[each.kind])
 
 
 def streamed_seconds(footprint: Footprint, spans: Sequence[float], bus: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .allocator import Allocator, allocator
@@ -81,25 +81,23 @@ def peak(device: str, held: Iterable[int], own: Footprint, later: Iterable[int] 
     names = iter(range(-1, -(10**9), -1))  # those of storages in a trace are positive
     for count in (*held, *own.held):
         memory.allocate(next(names), count)
-    if device == "cpu" and own.loading:
-        loading = next(names)
-        memory.allocate(loading, own.loading)
-        memory.free(loading)
+    if device == "cpu":
+        memory.moment(own.loading)
     for count in later:
         memory.allocate(next(names), count)
-    replay(memory, own.trace.events, own.scratch, names)
+    replay(memory, own.trace.events, own.scratch)
     return memory.peak
 
 
-def replay(memory: Allocator, events: Sequence[tuple[int, int]], scratch: Sequence[int], names: Iterator[int]) -> None:
-    """Have the storages of a trace come and go; `names` are for what a kernel takes for a moment."""
+def replay(memory: Allocator, events: Sequence[tuple[int, int]], scratch: Sequence[int]) -> None:
+    """Have the storages of a trace come and go, and what kernels take for a moment."""
     for name, count in events:
         if count == END:
             memory.free(name)
-        elif count in (ATTENTION, MOMENT):
-            temporary = next(names)
-            memory.allocate(temporary, scratch[name] if count == ATTENTION else name)
-            memory.free(temporary)
+        elif count == ATTENTION:
+            memory.moment(scratch[name])
+        elif count == MOMENT:
+            memory.moment(name)
         else:
             memory.allocate(name, count)
 

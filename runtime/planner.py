@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any, TypeVar
@@ -17,6 +19,7 @@ from .hardware import CPU_PROVIDER, PACKAGES, PROCESS, PROVIDERS, Hardware, proc
 from .latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from .memory import Footprint, peak, shown
 from .plan import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STAGES, STORED, TILINGS, Placement, Plan, Predicted, Wishes
+from .process import address_space
 from .recent import Recent
 from .request import Request
 from .spec import Component, ModelSpec
@@ -38,7 +41,8 @@ def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wi
     request = (request or Request("a")).resolve(spec)
     job = _job(hardware, spec, request, wishes)
     budget = _budget(hardware, wishes)
-    found = [each for way in _candidates(hardware, spec, request, wishes) for each in job.plans(*way, budget)]
+    with _cycles_left():
+        found = [each for way in _candidates(hardware, spec, request, wishes) for each in job.plans(*way, budget)]
     if not found:
         raise TightfitError(f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto")
     fitting = sorted((p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes))
@@ -49,6 +53,19 @@ def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wi
         rest = [_beaten(p, best) for p in fitting if p is not best]
         fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
     return fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+
+
+@contextmanager
+def _cycles_left() -> Iterator[None]:
+    """Without Python's search for cycles, which takes a fifth of the time of importing torch, diffusers and transformers, and of
+    following what they build: hardly anything of all that is ever freed."""
+    searched = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searched:
+            gc.enable()
 
 
 def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Plan:
@@ -103,7 +120,7 @@ def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, reques
     cures.append(
         f"{asked} needs {_option(hardware)} {-(-needed // 2**20)}MiB"
         if needed <= hardware.free_bytes
-        else f"{asked} needs {shown(needed)} free, {shown(hardware.free_bytes)} are"
+        else f"{asked} needs {shown(needed)} free, {shown(hardware.free_bytes)} are{_limit(hardware)}"
     )
     return TightfitError(f"{spec.name} does not fit {shown(budget)}: {joint.join(cures)} (with {least.summary()})")
 
@@ -145,6 +162,11 @@ def _budget(hardware: Hardware, wishes: Wishes) -> int:
     return hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
 
 
+def _limit(hardware: Hardware) -> str:
+    bounded = hardware.device == "cpu" and hardware.providers is None and address_space() < math.inf
+    return f" under this process's limit of {shown(address_space())} (ulimit -v)" if bounded else ""
+
+
 def _option(hardware: Hardware) -> str:
     return "--ram" if hardware.device == "cpu" else "--vram"
 
@@ -181,13 +203,14 @@ def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wi
              for side in range(step, shorter, step)]  # fmt: skip
     sizes = [size for size in sizes if hardware.context_bytes + _largest_map(hardware, spec, *size) <= budget]
     low, high, best = 0, len(sizes) - 1, None
-    while low <= high:  # the sizes grow
-        middle = (low + high) // 2
-        smaller = replace(request, width=sizes[middle][0], height=sizes[middle][1])
-        if _job(hardware, spec, smaller, wishes).plan(least.cfg, least.placements, budget).fits:
-            best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
-        else:
-            high = middle - 1
+    with _cycles_left():
+        while low <= high:  # the sizes grow
+            middle = (low + high) // 2
+            smaller = replace(request, width=sizes[middle][0], height=sizes[middle][1])
+            if _job(hardware, spec, smaller, wishes).plan(least.cfg, least.placements, budget).fits:
+                best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
+            else:
+                high = middle - 1
     return best
 
 

@@ -309,3 +309,25 @@ def test_onnx_runtimes_arena_keeps_large_rests_and_gives_away_small_ones():
     arena.allocate(2, MIB * 3 // 4)  # all of it is taken
     arena.allocate(3, MIB // 4)
     assert arena.peak == MIB + MIB // 4
+
+
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30 * MIB)), max_size=60))
+@settings(max_examples=100, deadline=None)
+def test_a_moment_is_an_allocation_that_is_freed_at_once(steps):
+    """Name 0 to 9: of a moment; others come, and go where they are there."""
+    for make in (ExactAllocator, CachingAllocator, OnnxArena):
+        one, other, alive = make(), make(), set()
+        for name, count in steps:
+            if name < 10:
+                one.moment(count)
+                other.allocate(-1, count)
+                other.free(-1)
+            elif name in alive:
+                alive.remove(name)
+                one.free(name)
+                other.free(name)
+            else:
+                alive.add(name)
+                one.allocate(name, count)
+                other.allocate(name, count)
+            assert one.peak == other.peak

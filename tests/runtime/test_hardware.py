@@ -305,6 +305,11 @@ def test_cards_whose_halves_are_broken(monkeypatch, name, capability, broken):
     assert found.precisions == (("fp32",) if broken else ("fp16", "bf16", "fp32") if capability >= (8, 0) else ("fp16", "fp32"))
 
 
+def test_a_card_of_two_memories_is_asked_about():
+    with pytest.raises(TightfitError, match=r"'rtx-3060' \(did you mean rtx-3060-12gb or rtx-3060-8gb\?\)"):
+        profile("rtx-3060")
+
+
 def test_profiles_whose_halves_are_broken():
     assert profile("gtx-1650").precisions == profile("gtx-1660-super").precisions == ("fp32",)
     assert profile("rtx-2060").precisions == ("fp16", "fp32")
