@@ -18,7 +18,8 @@ of 2 to 8 GB; beside diffusers' best; in int8, int4 and whole numbers; the GPU t
 compiled; ONNX Runtime. Each runs in a process of its own for so long and no longer; one that fails, hangs or dies costs itself
 alone, and the rows that it had are kept. Models are written once, by other processes beside the probe and the tests. Pictures are
 held against fp32's, bytes against what the card says that it holds, so close what else uses it. One screen tells what was wrong,
-worst first; all else is in gpu_check.jsonl under $OUT, else in benchmarks/results. `--tiny --device cpu` rehearses it anywhere.
+worst first; all else is in gpu_check.jsonl under $OUT, else in benchmarks/results. `--tiny --device cpu` rehearses it anywhere, and
+writes to the cache folder.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ def every(args: argparse.Namespace) -> int:
             setup, rows = _section(section, args, Path(folder), left) if left > LEAST else ({}, [{"left": "for want of time"}])
             found[section.name] = rows
             known = setup or known or envelope("", Hardware(args.device, "unknown", 0, 0, ("fp32",)))
-            file = record("gpu_check", {"section": section.name, "rows": rows}, known | {"command": command()})
+            setup, rehearsal = known | {"command": command()}, args.tiny or args.device == "cpu"
+            file = record("gpu_check", {"section": section.name, "rows": rows}, setup, rehearsal)
             print(f"{time.perf_counter() - begun:4.0f} s: {section.name}, {len(rows)} rows", file=sys.stderr, flush=True)
     if not found:
         print(f"no section is called '{args.section}': choose {', '.join(each.name for each in sections('fp16'))}")

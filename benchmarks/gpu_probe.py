@@ -78,10 +78,11 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--device", default="cuda", type=there)
     found, begun = list[Row](), time.perf_counter()
-    for row in rows(parse.parse_args().device):
+    device = parse.parse_args().device
+    for row in rows(device):
         found.append(row)
         print(f"{time.perf_counter() - begun:6.1f} s", *(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
-    record("gpu_probe", found)
+    record("gpu_probe", found, rehearsal=device == "cpu")
 
 
 def there(device: str) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from ..runtime.hub import inspect
 from ..runtime.memory import shown
 from ..runtime.process import ProcessPeak
-from .record import record
+from .record import named, record
 
 
 def diffusers_run(args: argparse.Namespace) -> int:
@@ -77,7 +77,9 @@ def main() -> None:
     print(f"tightfit's peak is {ratio:.2f} of diffusers'")
     record(
         "memory",
-        results | {"model": args.model, "precision": args.precision, "size": args.size, "steps": args.steps, "ram": args.ram},
+        results
+        | {"model": named(args.model), "precision": args.precision}
+        | {"size": args.size, "steps": args.steps, "ram": args.ram},
     )
 
 

@@ -23,7 +23,7 @@ from .. import Request, load
 from ..runtime.memory import shown
 from ..runtime.plan import CFG
 from .metrics import MOST_PSNR, psnr
-from .record import record
+from .record import named, record
 
 KINDS = ("fp32", "fp16", "int8", "int4")
 Row = dict[str, Any]
@@ -51,7 +51,7 @@ def predicted(models: list[str]) -> Iterator[Row]:
             told, took = max(row["predicted"].values()), max(row["measured"].values())
             errors.append(told / took - 1)
             print(model, residency, cfg, shown(told), shown(took), f"{errors[-1]:+.1%}", flush=True)
-            yield {"what": f"{model} {residency} {cfg}", "error": errors[-1], **row}
+            yield {"what": f"{named(model)} {residency} {cfg}", "error": errors[-1], **row}
     sizes = sorted(map(abs, errors))
     print(f"{len(sizes)} plans: median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
     yield {"what": "summary", "plans": len(sizes), "median_error": statistics.median(sizes), "worst_error": sizes[-1]}
@@ -85,7 +85,7 @@ def pictures(work: Path, models: list[str]) -> Iterator[Row]:
                 request = {"seed": 0, "num_inference_steps": 8, "scheduler": scheduler, "width": width, "height": height}
                 found = min(psnr(ours("a red heart", **request), torchs("a red heart", **request)), MOST_PSNR)
                 print(f"{text} {kind} {scheduler}: {found:.1f} dB", flush=True)
-                yield {"what": f"{text} {kind} {scheduler}", "psnr": found}
+                yield {"what": f"{named(text)} {kind} {scheduler}", "psnr": found}
 
 
 if __name__ == "__main__":

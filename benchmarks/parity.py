@@ -1,14 +1,22 @@
 """PSNR of our fp32 pictures against diffusers' own pipelines: same weights, prompt, seed and scheduler.
 
     python -m tightfit.benchmarks.parity FOLDER…
+    python -m tightfit.benchmarks.parity --cases > docs/parity.md
 
-Each FOLDER is a diffusers folder; `python -m tightfit.export.random_model sdxl DIR --tiny` makes a small one.
+Each FOLDER is a diffusers folder, painted by six schedulers; `python -m tightfit.export.random_model sdxl DIR --tiny` makes a small
+one. `--cases` makes tiny models of every kind in parity_cases.py and prints a page.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +24,13 @@ import diffusers
 import torch
 from PIL import Image
 
-from .. import inspect, load
+from .. import Pipeline, inspect, load
+from ..export import random_model
 from .metrics import psnr
-from .record import record
+from .parity_cases import SCHEDULERS, Case, cases
+from .record import command, envelope, record
 
-SCHEDULERS = {
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
-    "ddim": ("DDIMScheduler", {}),
-    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
+PROMPT, SEED = "a red heart", 7
 
 
 def reference(pipeline: Any, scheduler: str, prompt: str, seed: int, **options: Any) -> Image.Image:
@@ -41,27 +44,133 @@ def reference(pipeline: Any, scheduler: str, prompt: str, seed: int, **options: 
         pipeline.scheduler = before
 
 
+class FlowMatching(diffusers.FlowMatchEulerDiscreteScheduler):
+    """With the two names that diffusers' pipelines of SD and SDXL look for, which do nothing."""
+
+    init_noise_sigma = 1.0
+
+    def scale_model_input(self, sample: Any, timestep: Any) -> Any:  # noqa: ARG002
+        return sample
+
+
+def made(config: Mapping[str, Any]) -> Any:
+    """diffusers' scheduler of a config."""
+    name = config["_class_name"]
+    kind: Any = FlowMatching if name == "FlowMatchEulerDiscreteScheduler" else getattr(diffusers, name)
+    return kind.from_config(dict(config))
+
+
+def with_scheduler(pipeline: Any, config: Mapping[str, Any]) -> Any:
+    """diffusers' pipeline made anew of the same components, as it corrects what it is made with."""
+    again = type(pipeline)(**{**pipeline.components, "scheduler": made(config)})
+    again.set_progress_bar_config(disable=True)
+    return again
+
+
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("folders", nargs="+", type=Path)
+    parse.add_argument("folders", nargs="*", type=Path)
     parse.add_argument("--steps", type=int, default=8)
+    parse.add_argument("--cases", action="store_true", help="every kind of model and scheduler, in place of folders")
     args = parse.parse_args()
-    options = {"num_inference_steps": args.steps, "guidance_scale": 6.0}
+    if args.cases == bool(args.folders):
+        parse.error("name folders, or --cases")
+    if args.cases:
+        of_cases()
+    else:
+        of_folders(args.folders, args.steps)
+
+
+def of_folders(folders: list[Path], steps: int) -> None:
+    options = {"num_inference_steps": steps, "guidance_scale": 6.0}
     table: dict[str, dict[str, float]] = {}
-    for folder in args.folders:
+    for folder in folders:
         theirs: Any = diffusers.DiffusionPipeline.from_pretrained(inspect(str(folder)).folder, dtype=torch.float32)
         theirs.set_progress_bar_config(disable=True)
         with load(str(folder), precision="fp32", device="cpu") as pipe:
             table[folder.name] = {
-                name: psnr(
-                    reference(theirs, name, "a red heart", 7, **options), pipe("a red heart", seed=7, scheduler=name, **options)
-                )
+                name: psnr(reference(theirs, name, PROMPT, SEED, **options), pipe(PROMPT, seed=SEED, scheduler=name, **options))
                 for name in SCHEDULERS
             }
     print(f"{'dB':<10}", *(f"{name:>16}" for name in SCHEDULERS))
     for model, row in table.items():
         print(f"{model:<10}", *(f"{shown(value):>16}" for value in row.values()))
     record("parity", {model: {name: shown(value) for name, value in row.items()} for model, row in table.items()})
+
+
+def of_cases() -> None:
+    """A page with a table of every case, and a row of results."""
+    setup, rows = envelope(command()), list[dict[str, str]]()
+    facts, versions = setup["hardware"], setup["versions"]
+    print("# Pictures beside diffusers' own\n")
+    print("Decibels of PSNR in 8 bits between our picture in fp32 and that of diffusers' own pipeline: the same tiny model with")
+    print(f"random weights, the prompt {PROMPT!r}, the seed {SEED}, four steps unless it says otherwise. Of 64x64 pixels 89 dB")
+    print("is one value of one channel that is off by one.\n")
+    print(f"Made by `{setup['command']} > docs/parity.md` on {facts['name']} ({facts['device']}, {facts['threads']} threads),")
+    print(f"{setup['date']}: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
+    with Pairs() as pairs:
+        for kind, own in groupby(cases(), key=lambda case: case.kind):
+            print(f"\n## {kind[0].upper()}{kind[1:]}\n\n| case | model | diffusers' scheduler | dB |\n|---|---|---|---|")
+            for case in own:
+                decibels = f"needs {case.lacks}" if case.lacks else shown(pairs.decibels(case))
+                print(f"| {case.name} | {case.family} | {described(case)} | {decibels} |", flush=True)
+                rows.append({"kind": kind, "case": case.name, "model": case.family, "dB": decibels})
+    same = sum(row["dB"] == "identical" for row in rows)
+    print(f"\n{same} of {len(rows)} are identical.")
+    record("parity_cases", rows, setup)
+
+
+class Pairs(ExitStack):
+    """Tiny models in a temporary folder, each loaded once by diffusers and once by us."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._work = Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self._loaded: dict[str, tuple[Any, Pipeline]] = {}
+
+    def decibels(self, case: Case) -> float:
+        """Between the two pictures of a case."""
+        key = json.dumps([case.family, case.pipeline, case.changes])
+        if key not in self._loaded:
+            folder = self._work / str(len(self._loaded))
+            write(case, folder)
+            theirs: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+            ours = self.enter_context(load(str(folder), precision="fp32", device="cpu", residency="resident", **_AS_DIFFUSERS))
+            self._loaded[key] = theirs, ours
+        theirs, ours = self._loaded[key]
+        ours.spec = replace(ours.spec, scheduler=dict(case.own))
+        generator = torch.Generator("cpu").manual_seed(SEED)
+        image = with_scheduler(theirs, case.theirs)(PROMPT, generator=generator, **case.options).images[0]
+        return psnr(ours(PROMPT, seed=SEED, scheduler=case.asked, **case.options), image)
+
+
+# Of the ways that differ in rounding the one that diffusers has.
+_AS_DIFFUSERS: dict[str, Any] = {"attention": "sdpa", "tiling": "whole", "cfg": "batched"}
+
+
+def write(case: Case, folder: Path) -> None:
+    """A case's model as a diffusers folder. One whose U-Net has other layers than the tiny ones gets random weights anew."""
+    random_model.write(case.family, folder, tiny=True, precision="fp32")
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(case.own))
+    for component, fields in case.changes.items():
+        file = folder / component / "config.json"
+        config = json.loads(file.read_text("utf-8")) | fields
+        file.write_text(json.dumps(config))
+        if "time_cond_proj_dim" in fields:
+            torch.manual_seed(0)
+            unet: Any = diffusers.UNet2DConditionModel.from_config(config)
+            unet.save_pretrained(folder / component)
+    index = folder / "model_index.json"
+    facts = json.loads(index.read_text("utf-8")) | {"scheduler": ["diffusers", case.own["_class_name"]]}
+    index.write_text(json.dumps(facts | ({"_class_name": case.pipeline} if case.pipeline else {})))
+
+
+def described(case: Case) -> str:
+    """The class and the options of diffusers' scheduler that are not the usual betas, and what else is asked for."""
+    kind = case.theirs["_class_name"].removesuffix("Scheduler")
+    usual = {"_class_name", "beta_start", "beta_end", "beta_schedule"}
+    options = [f"{name} {value}" for name, value in case.theirs.items() if name not in usual]
+    return ", ".join([kind, *options, *([f"asked for as {case.asked}"] if case.asked else [])])
 
 
 def shown(decibels: float) -> str:

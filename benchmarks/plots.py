@@ -24,7 +24,7 @@ class Axis:
     def place(self, value: float) -> float:
         """0 at the low end, 1 at the high one."""
         if self.logarithmic:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:

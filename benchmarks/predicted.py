@@ -24,7 +24,7 @@ from ..runtime.backends.quantised import workspace
 from ..runtime.hardware import Hardware
 from ..runtime.memory import shown
 from ..runtime.plan import ATTENTIONS, CFG, RESIDENCIES, STAGES, TILINGS
-from .record import record
+from .record import named, record
 
 Row = dict[str, Any]
 
@@ -64,7 +64,7 @@ def model(text: str, args: argparse.Namespace, hardware: Hardware) -> Iterator[R
         with Marked(spec, hardware, Wishes(precision=args.precision, **choices)) as pipe:
             if residency == "resident":
                 pipe.generate(request)
-            yield from combination(pipe, request, {"model": text, **choices})
+            yield from combination(pipe, request, {"model": named(text), **choices})
 
 
 def combination(pipe: Pipeline, request: Request, names: Row) -> Iterator[Row]:

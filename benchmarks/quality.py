@@ -20,7 +20,7 @@ import torch
 
 from .. import Request, load
 from .metrics import summary
-from .record import record
+from .record import named, record
 
 PROMPTS = ("a red heart", "pizza", "cat", "rocket", "umbrella", "rose", "train", "grinning face")
 SEEDS = (1, 2, 3)
@@ -42,7 +42,8 @@ def main() -> None:
     exact, rows = paint(args.reference, requests), []
     for contender in (args.reference, *args.contenders):
         pictures = exact if contender == args.reference else paint(contender, requests)
-        row: dict[str, Any] = {"contender": contender, **summary(pictures, exact)} | ({"match": judge(pictures)} if judge else {})
+        row: dict[str, Any] = {"contender": named(contender), **summary(pictures, exact)}
+        row |= {"match": judge(pictures)} if judge else {}
         print(row, flush=True)
         rows.append(row)
     record("quality", {"pictures": len(requests), "steps": args.steps, "rows": rows})

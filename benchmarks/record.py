@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..runtime.files import cache_folder
 from ..runtime.hardware import Hardware
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "bitsandbytes")
@@ -67,14 +68,20 @@ _PLACE = re.compile(r"(?:(?<==)|^)(?:/|~|[A-Za-z]:[\\/]|\.\.?[\\/]).*?([^\\/]+)[
 
 def typed(arguments: Sequence[str]) -> str:
     """A command with the names of files and folders alone: where they are on this machine is nobody else's concern."""
-    return shlex.join(",".join(_PLACE.sub(r"\1", part) for part in argument.split(",")) for argument in arguments)
+    return shlex.join(",".join(map(named, argument.split(","))) for argument in arguments)
 
 
-def record(name: str, results: Any, setup: dict[str, Any] | None = None) -> Path:
-    """Append `results` to `name`.jsonl under $OUT, else in benchmarks/results/, and return that file. `setup` is the envelope, if
-    another process measured them."""
+def named(model: str) -> str:
+    """The name alone of what may be a path of this machine: `../sdxl:512` is `sdxl:512`. A hub id stays as it is."""
+    return _PLACE.sub(r"\1", model)
+
+
+def record(name: str, results: Any, setup: dict[str, Any] | None = None, rehearsal: bool = False) -> Path:
+    """Append `results` to `name`.jsonl and return that file, which is under $OUT, else in benchmarks/results/, or in the cache
+    folder if it is only a `rehearsal`. `setup` is the envelope, if another process measured them."""
     line = (setup or envelope(command())) | {"results": results}
-    folder = Path(os.environ.get("OUT") or Path(__file__).parent / "results")
+    usual = cache_folder() / "rehearsals" if rehearsal else Path(__file__).parent / "results"
+    folder = Path(os.environ.get("OUT") or usual)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"{name}.jsonl"
     with file.open("a", encoding="utf-8") as stream:

@@ -13,6 +13,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..runtime.errors import explained
 from ..runtime.memory import shown
 from ..runtime.plan import BACKENDS, PRECISIONS, STAGES
 from .compare import figures, seconds, spread
@@ -257,9 +258,10 @@ def _card(row: Row, pictures: Path) -> Iterator[str]:
     own, other = (pictures / row[name] / "0.png" for name in ("key", "reference"))
     if not own.exists():
         return
-    images = [_embedded(Image.open(own), row["summary"])]
-    if own != other and other.exists():
-        images.append(_embedded(difference(Image.open(own), Image.open(other), _GAIN), "difference"))
+    with explained(f"{own} or {other} is no picture that can be shown", "remove it"):
+        images = [_embedded(Image.open(own), row["summary"])]
+        if own != other and other.exists():
+            images.append(_embedded(difference(Image.open(own), Image.open(other), _GAIN), "difference"))
     yield f"<figure>{''.join(images)}<figcaption>{escape(row['summary'])}: {figures(row)}</figcaption></figure>"
 
 

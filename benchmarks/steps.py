@@ -20,7 +20,7 @@ from ..runtime.hardware import Hardware
 from ..runtime.memory import shown
 from ..runtime.plan import Placement
 from ..runtime.spec import ModelSpec
-from .record import record
+from .record import named, record
 
 
 def main() -> None:
@@ -55,6 +55,7 @@ def main() -> None:
         row |= {"seconds": round(best[model], 3), "ratio": round(best[model] / best[args.models[0]], 3)}
         sizes = ", ".join(f"{name.removesuffix('_bytes')} {shown(row[name])}" for name in row if name.endswith("_bytes"))
         print(f"{model}: {sizes}; {row['seconds']} s, {row['ratio']} of {args.models[0]}'s")
+    rows = {named(model): row for model, row in rows.items()}
     record("steps", {"compute": compute, "attention": args.attention, "size": args.size, "rows": rows})
 
 

@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from .. import ModelSpec, Plan, Request, TightfitError
-from ..runtime.errors import first_line
+from ..runtime.errors import explained, first_line
+from ..runtime.files import parsed, read_bytes, read_json
 from ..runtime.pipeline import MANY
-from ..runtime.plan import Wishes
+from ..runtime.plan import BACKENDS, PRECISIONS, STAGES, Wishes
 from ..runtime.planner import plan as every_plan
+from .record import named
 
 VERSION = 2
 # What emoji knows, four themes in turns.
@@ -40,10 +42,24 @@ PROMPTS = (
     "ghost", "butterfly", "hot beverage", "rainbow",
     "alien", "octopus", "ice cream", "snowman",
 )  # fmt: skip
-# What a line has, and what it has if it is ok.
-_FIELDS = {"version", "key", "round", "reference", "model", "request", "summary", "plan", "outcome", "why", "hardware", "versions"}
-_MEASURED = {"seconds", "warmup_seconds", "peak_bytes", "process_bytes", "stages", "joules", "quality", "disk_bytes"}
 Row = dict[str, Any]
+_MOST_BYTES = 2**28  # of a results file: a line has some 4,000
+_BYTES, _SECONDS = (int, 0, 2**60), (float, 0.0, 1e9)
+_STAGE = {"seconds": [_SECONDS], "load_seconds": [_SECONDS], "peak_bytes": _BYTES, "process_bytes": _BYTES}
+# What a line has at least, and what more it has if it is ok: types, and the least and the most of numbers; {} holds anything.
+_LINE = {
+    "key": str, "round": (int, 0, 10**6), "reference": str, "model": str, "summary": str, "outcome": str, "why": str, "date": str,
+    "command": str, "versions": {}, "request": dict.fromkeys(("width", "height", "steps"), (int, 1, 2 ** 16)),
+    "hardware": {"name": str, "bytes": _BYTES, "threads": (int, 1, 10**6)},
+    "plan": {
+        "device": str, "cfg": str, "placements": {"unet": {"precision": PRECISIONS, "backend": BACKENDS}},
+        "predicted": {"seconds": _SECONDS, "peak_bytes": _BYTES, "context_bytes": _BYTES, "stages": dict.fromkeys(STAGES, _BYTES)},
+    },
+}  # fmt: skip
+_MEASURED = {
+    "seconds": [_SECONDS], "warmup_seconds": _SECONDS, "peak_bytes": _BYTES, "process_bytes": _BYTES, "disk_bytes": _BYTES,
+    "stages": dict.fromkeys(STAGES, _STAGE), "quality": [{"psnr": (float, -1000.0, 1000.0)}],
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,8 @@ class Job:
 
 def _age(spec: ModelSpec) -> int:
     """When the youngest of the model's weights was written: another export to the same folder is another model."""
-    return max((file.stat().st_mtime_ns for kind in ("safetensors", "onnx") for file in spec.folder.rglob(f"*.{kind}")), default=0)
+    files = [file for kind in ("safetensors", "onnx") for file in spec.folder.rglob(f"*.{kind}")]
+    return max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
 
 
 def jobs(spec: ModelSpec, plans: Sequence[Plan], request: Request, effort: Effort, budget: int | None = None) -> list[Job]:
@@ -141,6 +158,7 @@ class Folder:
         written."""
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.pictures, self.setup = folder / "results.jsonl", folder / "pictures", setup
+        self.pictures.mkdir(exist_ok=True)
         _end(self.file)
         self.lines = read(self.file)
 
@@ -183,8 +201,8 @@ class Folder:
 
 def _end(file: Path) -> None:
     """Take away a last line that was cut off, as when the machine stopped, lest the next be written behind it."""
-    text = file.read_bytes() if file.exists() else b""
-    if text and not text.endswith(b"\n"):
+    text = read_bytes(file, _MOST_BYTES) if file.exists() else b"\n"
+    if not text.endswith(b"\n"):
         os.truncate(file, text.rfind(b"\n") + 1)
 
 
@@ -219,11 +237,12 @@ def added(rounds: Sequence[Row]) -> Row:
     last = next((line for line in rounds if line["outcome"] != "ok"), rounds[-1])
     if last["outcome"] != "ok":
         return last
-    every = {name: [line["stages"][name] for line in rounds] for name in last["stages"]}
+    names = [name for name in last["stages"] if all(name in line["stages"] for line in rounds)]
+    every = {name: [line["stages"][name] for line in rounds] for name in names}
     joules = [line["joules"] for line in rounds if line["joules"] is not None]
     return last | {
         **{field: _of_all(rounds, field) for field in ("seconds", "warmup_seconds", "peak_bytes", "process_bytes")},
-        "stages": {name: {field: _of_all(own, field) for field in own[0]} for name, own in every.items()},
+        "stages": {name: {field: _of_all(own, field) for field in _STAGE} for name, own in every.items()},
         "runs": [statistics.median(line["seconds"]) for line in rounds],
         "joules": statistics.mean(joules) if joules else None,
         "quality": summed([each for line in rounds for each in line["quality"]]),
@@ -240,7 +259,8 @@ def summed(qualities: Sequence[Mapping[str, float]]) -> Row | None:
     if not qualities:
         return None
     middle = {"match": statistics.mean}
-    found = {name: middle.get(name, statistics.median)(each[name] for each in qualities) for name in qualities[0]}
+    names = [name for name in qualities[0] if all(name in each for each in qualities)]
+    found = {name: middle.get(name, statistics.median)(each[name] for each in qualities) for name in names}
     return found | {"psnr_worst": min(each["psnr"] for each in qualities)}
 
 
@@ -255,11 +275,11 @@ def described(job: Job) -> Row:
     return {
         "version": VERSION,
         "key": job.key,
-        "model": job.spec.name,
+        "model": named(job.spec.name),
         "request": {"width": request.width, "height": request.height, "steps": job.effort.steps},
         "budget": job.budget,
         "summary": job.plan.summary(),
-        "plan": job.plan.to_json(),
+        "plan": job.plan.to_json() | {"model": named(job.plan.model)},
         "disk_bytes": stored,
     }
 
@@ -301,7 +321,8 @@ def judged(pictures: Path, job: Job, line: Row) -> Row:
     for prompt, seed in prompts(job, line["round"]) if line["outcome"] == "ok" else ():
         own, exact = (pictures / key / f"{seed}.png" for key in (job.key, job.reference))
         if own.exists() and exact.exists():
-            with Image.open(own) as one, Image.open(exact) as other:
+            unreadable = explained(f"{own} or {exact} is no picture that can be compared", "remove it")
+            with unreadable, Image.open(own) as one, Image.open(exact) as other:
                 found.append(compare(one, other) | ({"match": match(one, prompt)} if _is_emoji(job.spec) else {}))
     return {"reference": job.reference, "quality": found}
 
@@ -309,28 +330,63 @@ def judged(pictures: Path, job: Job, line: Row) -> Row:
 def _is_emoji(spec: ModelSpec) -> bool:
     """The model in the box, or an export of it."""
     manifest = spec.folder / "tightfit.json"
-    return manifest.exists() and json.loads(manifest.read_text("utf-8")).get("source") in ("tightfit.export.emoji", "emoji")
+    return manifest.exists() and read_json(manifest).get("source") in ("tightfit.export.emoji", "emoji")
 
 
 def read(file: Path) -> list[Row]:
     """The lines of a results file; none of one that is not there. Raises TightfitError for what is no such file."""
     if not file.exists():
         return []
-    found: list[Row] = []
+    found, number = list[Row](), 0
     try:
-        for text in file.read_text(encoding="utf-8").splitlines():
-            line = json.loads(text)
-            if line["version"] != VERSION:
-                raise TightfitError(f"{file} is of version {line['version']} of the results, not {VERSION}: measure again")
-            if absent := _FIELDS - line.keys() or (line["outcome"] == "ok" and _MEASURED - line.keys()):
-                raise ValueError(f"without {', '.join(sorted(absent))}")
-            if line["outcome"] == "ok" and not (line["seconds"] and min(*line["seconds"], line["peak_bytes"]) >= 0):
-                raise ValueError("figures are numbers")
-            found.append(line)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TightfitError(
-            f"line {len(found) + 1} of {file} is no result of 'tightfit bench' ({first_line(error)}): remove it"
-        ) from None
+        for text in read_bytes(file, _MOST_BYTES).splitlines():
+            number += 1
+            found.append(_checked(parsed(text), file))
+    except ValueError as error:
+        raise TightfitError(f"line {number} of {file} is no result of 'tightfit bench' ({first_line(error)}): remove it") from None
     except OSError as error:
         raise TightfitError(f"{file} cannot be read ({error.strerror}): name another") from None
     return found
+
+
+def _checked(line: Any, file: Path) -> Row:
+    """The line, if it has all that tables and plots are made of; else ValueError says what is wrong."""
+    version = line.get("version") if isinstance(line, dict) else None
+    if type(version) is int and version != VERSION:
+        raise TightfitError(f"{file} is of version {version} of the results, not {VERSION}: measure again")
+    _check(line, {"version": (int, VERSION, VERSION), **_LINE}, "it")
+    if line["outcome"] == "ok":
+        _check(line, _MEASURED, "it")
+        for stage in line["stages"].values():
+            _check(stage, _STAGE, "a stage")
+        for picture in line["quality"]:
+            _check(picture, dict.fromkeys(picture, (float, -1000.0, 1000.0)), "quality")
+        if not min(line["seconds"], default=0) > 0:
+            raise ValueError("seconds are more than 0")
+        if line.setdefault("joules", None) is not None:
+            _check(line["joules"], (float, 0.0, 1e12), "joules")
+    if line.setdefault("budget", None) is not None:
+        _check(line["budget"], _BYTES, "budget")
+    return line
+
+
+def _check(value: Any, shape: Any, name: str) -> None:
+    """ValueError if a value of JSON is not of the shape that _LINE describes."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} is no object")
+        if absent := shape.keys() - value.keys():
+            raise ValueError(f"{name} is without {', '.join(sorted(absent))}")
+        for key, own in shape.items():
+            _check(value[key], own, key)
+    elif isinstance(shape, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} is no list")
+        for each in value:
+            _check(each, shape[0], name)
+    elif isinstance(shape, tuple) and isinstance(shape[0], type):
+        kind, least, most = shape
+        if not isinstance(value, int | kind) or not least <= value <= most:
+            raise ValueError(f"{name} is no number from {least:g} to {most:g}")
+    elif value not in shape if isinstance(shape, tuple) else not isinstance(value, shape):
+        raise ValueError(f"{name} is {str(value)[:40]!r}")

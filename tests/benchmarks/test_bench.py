@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 import shutil
 import statistics
 import subprocess
+import sys
 from copy import deepcopy
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from PIL import Image
 from tightfit.benchmarks import compare, metrics, one, plots, report, suite
-from tightfit.runtime import planner
+from tightfit.runtime import cli_bench, planner
 from tightfit.runtime.cli import app
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.hardware import Hardware
@@ -207,6 +211,9 @@ def test_quick_begins_with_the_fastest_and_ends_in_time(measured, monkeypatch, t
         (["--plans", "nowhere.json"], "auto, all, quick, or files"),
         (["--ram", "1MiB"], "does not fit"),
         (["--report", "/nowhere/page.html"], "there is no folder /nowhere"),
+        (["--report", "."], "is a folder"),
+        (["--plans", "."], "auto, all, quick, or files"),
+        (["--model", "/dev/null"], "null"),
         (["--steps", "3", "compare", "a", "b"], "leave out --"),
     ],
 )
@@ -326,6 +333,123 @@ def test_results_of_others_are_refused(tmp_path, files):
         file.write_text(json.dumps(line | broken) + "\n")
         with pytest.raises(TightfitError, match="line 1"):
             compared(str(file), str(file))
+
+
+_EVIL = (
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    float("nan"),
+    float("inf"),
+    2**70,
+    "",
+    "x",
+    "\u2028\x1b[31m",
+    [],
+    [[]],
+    {},
+    {"a": 1},
+    [None],
+    0.5,
+)
+
+
+def broken(lines: list[dict], seed: int) -> str:
+    """The text of a results file in which a value or two are something else, or lacking."""
+    rnd, lines = random.Random(seed), deepcopy(lines)
+
+    def places(value, owner=None, key=None):
+        if owner is not None:
+            yield owner, key
+        for name in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+            yield from places(value[name], value, name)
+
+    for _ in range(rnd.choice((1, 1, 2))):
+        owner, key = rnd.choice(list(places(rnd.choice(lines))))
+        if rnd.random() < 0.3:
+            del owner[key]
+        else:
+            owner[key] = rnd.choice(_EVIL)
+    return "".join(json.dumps(line, ensure_ascii=rnd.random() < 0.5) + "\n" for line in lines)
+
+
+def test_results_that_are_damaged(measured, tmp_path, capsys):
+    """Every use of a results file gives its figures, or says in one line what is wrong with it."""
+    _, folder, _ = measured
+    good, bad, refused = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", 0
+    good.write_text("".join(json.dumps(line) + "\n" for line in folder.lines))
+    here = Hardware.detect("cpu")
+    for seed in range(40):
+        bad.write_text(broken(folder.lines, seed), encoding="utf-8")
+        try:
+            rows = suite.rows(suite.read(bad))
+        except TightfitError as error:
+            assert "\n" not in str(error)
+            refused += 1
+            continue
+        report.page(rows, tmp_path / "pictures")
+        cli_bench._print(rows, here, {row["key"] for row in rows})
+        for names in ((good, bad), (bad, good), (bad, good, good)):
+            done = CliRunner().invoke(app, ["bench", "compare", *map(str, names)])
+            assert isinstance(done.exception, TightfitError | SystemExit | None), (seed, done.exception)
+    assert 10 < refused < 40
+
+
+def kept(folder, name, make):
+    folder.mkdir()
+    make(folder / name)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="of pipes and links")
+@pytest.mark.parametrize(
+    ("make", "word"),
+    [
+        (lambda folder: kept(folder, "results.jsonl", os.mkfifo), "a pipe"),
+        (lambda folder: kept(folder, "results.jsonl", Path.mkdir), "a folder"),
+        (lambda folder: kept(folder, "results.jsonl", lambda file: file.symlink_to("/dev/zero")), "a device"),
+        (lambda folder: kept(folder, "results.jsonl", lambda file: file.write_bytes(b"\x00\xff\n")), "line 1 of"),
+        (lambda folder: kept(folder, "results.jsonl", lambda file: file.write_text("[" * 100_000 + "\n")), "nested too deep"),
+        (lambda folder: kept(folder, "pictures", Path.touch), "cannot be written"),
+        (Path.touch, "cannot be written"),
+    ],
+    ids=["pipe", "folder", "device", "binary", "nested", "pictures", "file"],
+)
+def test_output_folders_that_cannot_be(measured, tmp_path, make, word):
+    make(tmp_path / "out")
+    with pytest.raises(TightfitError, match=word) as caught:
+        cli_bench._measure(measured[0], tmp_path / "out", Hardware.detect("cpu"), False)
+    assert "\n" not in str(caught.value)
+
+
+def test_pictures_that_are_damaged(measured, tmp_path):
+    """One that was cut short is named, and not shown as if it were what the plan painted."""
+    jobs, folder, rows = measured
+    shutil.copytree(folder.pictures, tmp_path / "pictures")
+    for line, file in ((rows[0], "0.png"), (rows[1], "0.png")):
+        picture = tmp_path / "pictures" / line["key"] / file
+        whole = picture.read_bytes()
+        picture.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(TightfitError, match=r"0\.png.*remove it"):
+            report.page(rows, tmp_path / "pictures")
+        with pytest.raises(TightfitError, match=r"0\.png.*remove it"):
+            suite.judged(tmp_path / "pictures", jobs[1], folder.lines[1])
+        picture.write_bytes(whole)
+
+
+def test_a_link_that_leads_nowhere_among_the_weights(measured, tmp_path):
+    job = measured[0][0]
+    folder = Path(shutil.copytree(job.spec.folder, tmp_path / "model"))
+    age = suite._age(replace(job.spec, folder=folder))
+    (folder / "lost.safetensors").symlink_to(tmp_path / "nowhere")
+    assert suite._age(replace(job.spec, folder=folder)) == age
+
+
+def test_rows_name_the_model_and_not_its_folder(measured):
+    _, _, rows = measured
+    assert {row["model"] for row in rows} == {row["plan"]["model"] for row in rows} == {measured[0][0].spec.folder.name}
 
 
 class Tags(HTMLParser):

@@ -86,7 +86,8 @@ def test_each_section_is_recorded_and_told(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(gpu_check, "_section", run)
     told: list[Any] = []
 
-    def record(name, results, setup):
+    def record(name, results, setup, rehearsal):
+        assert rehearsal
         told.append((results["section"], setup["hardware"]))
         return tmp_path
 
@@ -101,7 +102,7 @@ def test_each_section_is_recorded_and_told(monkeypatch, tmp_path, capsys):
 
 def test_no_section_begins_without_time(monkeypatch, tmp_path):
     told: list[Any] = []
-    monkeypatch.setattr(gpu_check, "record", lambda name, results, setup: told.append(results["rows"]) or tmp_path)
+    monkeypatch.setattr(gpu_check, "record", lambda name, results, setup, rehearsal: told.append(results["rows"]) or tmp_path)
     args = arguments()
     args.limit = 1.0
     assert gpu_check.every(args) == 0

@@ -46,6 +46,46 @@ def test_stored_commands_name_no_folder_of_the_machine():
     assert [row["command"] for row in rows if FOLDER.search(row["command"])] == []
 
 
+def test_stored_rows_name_no_folder_of_the_machine():
+    """Whatever a model is called in them: `../sdxl` is sdxl."""
+    places = []
+
+    def look(value, key=""):
+        if isinstance(value, dict):
+            places.extend(name for name in value if FOLDER.match(name))
+            for name, each in value.items():
+                look(each, name)
+        elif isinstance(value, list):
+            for each in value:
+                look(each, key)
+        elif isinstance(value, str) and key in ("model", "contender", "what") and FOLDER.match(value):
+            places.append(value)
+
+    for file in sorted((readme.ROOT / "benchmarks" / "results").glob("*.jsonl")):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            look(json.loads(line))
+    assert places == []
+
+
+def test_models_are_named_without_their_folders():
+    for place, name in (("../sdxl", "sdxl"), ("/srv/sd15:512", "sd15:512"), ("owner/name", "owner/name"), ("emoji", "emoji")):
+        assert record.named(place) == name
+
+
+def test_a_rehearsal_leaves_the_results_alone(monkeypatch, tmp_path):
+    monkeypatch.setattr(record, "__file__", str(tmp_path / "benchmarks" / "record.py"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("LOCALAPPDATA", str(tmp_path / "cache"))
+    monkeypatch.delenv("OUT", raising=False)
+    setup = {"command": "x"}
+    assert record.record("a", 1, setup).parent == tmp_path / "benchmarks" / "results"
+    kept = record.record("b", 1, setup, rehearsal=True)
+    assert kept.is_relative_to(tmp_path / "cache")
+    assert [file.name for file in (tmp_path / "benchmarks" / "results").iterdir()] == ["a.jsonl"]
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    assert record.record("b", 1, setup, rehearsal=True).parent == tmp_path / "out"
+
+
 def row(precision: str, backend: str, pace: float) -> dict:
     unet = {"precision": precision, "backend": backend}
     stages = {name: {"peak_bytes": 2**20, "seconds": [pace / 3]} for name in ("encode", "denoise", "decode")}

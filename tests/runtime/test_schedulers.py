@@ -8,53 +8,13 @@ from importlib.util import find_spec
 
 import pytest
 import tightfit
-from tightfit.benchmarks.parity import psnr
+from tightfit.benchmarks.metrics import psnr
+from tightfit.benchmarks.parity import FlowMatching, with_scheduler
+from tightfit.benchmarks.parity_cases import BETAS, CONSISTENT, EDM, FAMILY, FLOWS, NEEDS, OWN, cases
 from tightfit.runtime import schedulers
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.request import Request
-
-_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_DPM, _UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
-_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-# One of each class, as models publish them, and the options that were dropped once.
-OWN = {
-    "ddim": {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True,
-        "prediction_type": "v_prediction"},
-    "ddim-2022": {"_class_name": "DDIMScheduler", "clip_sample": True, "steps_offset": 0},
-    "ddim-parallel": {"_class_name": "DDIMParallelScheduler"},
-    "ddpm": {"_class_name": "DDPMScheduler"},
-    "ddpm-v": {"_class_name": "DDPMScheduler", "prediction_type": "v_prediction", "variance_type": "fixed_large"},
-    "ddpm-parallel": {"_class_name": "DDPMParallelScheduler"},
-    "deis": {"_class_name": "DEISMultistepScheduler"},
-    "dpm-sde": {"_class_name": _DPM, "algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True},
-    "dpm-3": {"_class_name": _DPM, "solver_order": 3, "final_sigmas_type": "sigma_min"},
-    "dpm-lu": {"_class_name": _DPM, "use_lu_lambdas": True, "euler_at_final": True},
-    "dpm-flow": {"_class_name": _DPM, **_FLOW},
-    "dpm-torchsde": {"_class_name": "DPMSolverSDEScheduler", "noise_sampler_seed": 5},
-    "dpm-single": {"_class_name": "DPMSolverSinglestepScheduler", "use_karras_sigmas": True},
-    "edm-dpm": {"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_max": 80.0, "sigma_min": 0.002, "sigma_data": 0.5},
-    "edm-euler": {"_class_name": "EDMEulerScheduler", "sigma_schedule": "exponential"},
-    "euler": {"_class_name": "EulerDiscreteScheduler", "use_karras_sigmas": True, "timestep_spacing": "trailing"},
-    "euler-continuous": {"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous", "prediction_type": "v_prediction",
-        "sigma_min": 0.03, "sigma_max": 14.6, "use_karras_sigmas": True},
-    "euler_a": {"_class_name": "EulerAncestralDiscreteScheduler", "timestep_spacing": "trailing"},
-    "heun": {"_class_name": "HeunDiscreteScheduler", "use_karras_sigmas": True},
-    "heun-2022": {"_class_name": "HeunDiscreteScheduler", "timestep_spacing": "leading"},
-    "kdpm2": {"_class_name": "KDPM2DiscreteScheduler"},
-    "kdpm2_a": {"_class_name": "KDPM2AncestralDiscreteScheduler", "use_karras_sigmas": True},
-    "lcm": {"_class_name": "LCMScheduler", "clip_sample": True, "original_inference_steps": 20},
-    "lms": {"_class_name": "LMSDiscreteScheduler"},
-    "pndm": {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
-    "pndm-prk": {"_class_name": "PNDMScheduler"},
-    "sa": {"_class_name": "SASolverScheduler"},
-    "sa-flow": {"_class_name": "SASolverScheduler", **_FLOW},
-    "tcd": {"_class_name": "TCDScheduler"},
-    "unipc": {"_class_name": _UNIPC, "solver_order": 3, "use_karras_sigmas": True},
-    "unipc-flow": {"_class_name": _UNIPC, **_FLOW},
-}  # fmt: skip
-NEEDS = {"lms": "scipy", "dpm-torchsde": "torchsde"}
-FAMILY = {"ddim": "sd2", "dpm-sde": "sdxl", "euler": "sdxl", "dpm-flow": "sdxl", "edm-dpm": "sdxl", "tcd": "sdxl", "kdpm2": "sdxl"}
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +28,7 @@ def references(tiny_models):
     def pipeline(family: str, config: dict):
         if family not in made:
             made[family] = diffusers.DiffusionPipeline.from_pretrained(tiny_models[family], dtype=torch.float32)
-        scheduler = getattr(diffusers, config["_class_name"]).from_config(config)
-        again = type(made[family])(**{**made[family].components, "scheduler": scheduler})
-        again.set_progress_bar_config(disable=True)
-        return again
+        return with_scheduler(made[family], config)
 
     return pipeline
 
@@ -105,14 +62,31 @@ def test_the_models_own_as_diffusers(references, pipes, name):
     if (package := NEEDS.get(name)) and not find_spec(package):
         pytest.skip(f"{package} is not installed")
     family = FAMILY.get(name, "sd1")
-    assert compared(references, pipes, family, _BETAS | OWN[name], num_inference_steps=4, guidance_scale=4.0) > 75
+    assert compared(references, pipes, family, BETAS | OWN[name], num_inference_steps=4, guidance_scale=4.0) > 75
+
+
+def test_flow_matching_is_the_class_itself():
+    """What the reference adds to it is what the pipelines of SD and SDXL look for, and nothing that it has itself."""
+    import diffusers
+
+    added = {name for name in vars(FlowMatching) if not name.startswith("_")} - {"config_name"}
+    assert added == {"init_noise_sigma", "scale_model_input"}
+    assert not any(hasattr(diffusers.FlowMatchEulerDiscreteScheduler, name) for name in added)
+
+
+def test_every_case_is_one_of_its_kind():
+    """The table has a row for each scheduler above and each name; the two configs differ only where a name is given."""
+    known = list(cases())
+    assert len({(case.kind, case.name) for case in known}) == len(known)
+    assert {case.name for case in known if case.kind == "a model's own scheduler"} == OWN.keys()
+    assert all(case.own == case.theirs for case in known if case.asked is None)
 
 
 def test_calls_are_as_many_as_timesteps(pipes):
     for name, config in OWN.items():
         if (package := NEEDS.get(name)) and not find_spec(package):
             continue
-        spec = pipes("sd1", _BETAS | config).spec
+        spec = pipes("sd1", BETAS | config).spec
         for steps in (1, 2, 3, 4, 5, 11):
             try:
                 made = schedulers.make(schedulers.OWN, spec, steps)
@@ -124,7 +98,7 @@ def test_calls_are_as_many_as_timesteps(pipes):
 
 def test_steps_that_call_the_unet_twice(pipes, monkeypatch):
     """Heun's five steps are shown as five, though they are nine calls."""
-    heun = pipes("sd1", _BETAS | OWN["heun"])
+    heun = pipes("sd1", BETAS | OWN["heun"])
     called, predict = [], Pipeline._predict
     monkeypatch.setattr(Pipeline, "_predict", lambda *args: called.append(1) or predict(*args))
     events = [event for event in heun.run(Request("a", num_inference_steps=5, num_images=2)) if event.stage == "denoise"]
@@ -141,7 +115,7 @@ def test_seconds_are_those_of_the_calls(tiny_models, name, times):
     spec, machine = inspect(tiny_models["sd1"]), Hardware.detect("cpu")
 
     def seconds(config, steps):
-        plans = planner.plan(machine, dataclasses.replace(spec, scheduler=_BETAS | config), Request("a", num_inference_steps=steps))
+        plans = planner.plan(machine, dataclasses.replace(spec, scheduler=BETAS | config), Request("a", num_inference_steps=steps))
         return {plan.summary(): plan.predicted.seconds for plan in plans}
 
     ddim, own = (seconds({"_class_name": "DDIMScheduler"}, steps) for steps in (100, 200)), seconds(OWN[name], 1000)
@@ -156,7 +130,7 @@ def test_plan_counts_the_calls_too(sd1_copy):
     from typer.testing import CliRunner
 
     def seconds(kind):
-        (sd1_copy / "scheduler/scheduler_config.json").write_text(json.dumps(_BETAS | {"_class_name": kind}))
+        (sd1_copy / "scheduler/scheduler_config.json").write_text(json.dumps(BETAS | {"_class_name": kind}))
         asked = ["plan", "--model", str(sd1_copy), "--steps", "1000", "--json", "--hardware", "cpu-16gb"]
         answer = CliRunner().invoke(app, asked, catch_exceptions=False)
         assert answer.exit_code == 0, answer.output
@@ -169,44 +143,20 @@ def test_plan_counts_the_calls_too(sd1_copy):
 
 def test_what_is_no_scheduler_of_these_models(pipes):
     for kind in ("FooScheduler", "CogVideoXDDIMScheduler", "DPMSolverMultistepInverseScheduler", "os", ["evil", "Evil"], None):
-        pipe = pipes("sd1", _BETAS | {"_class_name": kind})
+        pipe = pipes("sd1", BETAS | {"_class_name": kind})
         with pytest.raises(TightfitError, match=r"scheduler_config.json names .*choose --scheduler euler, euler_a") as caught:
             pipe("a cat", num_inference_steps=1)
         assert repr(kind) in str(caught.value)
         assert pipe("a cat", num_inference_steps=1, scheduler="euler")
 
 
-FLOWS = [_BETAS | {"_class_name": _UNIPC, **_FLOW}, {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}]
-
-
-@pytest.fixture
-def with_flow_matching(monkeypatch):
-    """FlowMatchEulerDiscreteScheduler with the two names that diffusers' pipelines of SD and SDXL look for, which do nothing."""
-    import diffusers
-
-    class Shimmed(diffusers.FlowMatchEulerDiscreteScheduler):
-        init_noise_sigma = 1.0
-
-        def scale_model_input(self, sample, timestep):
-            return sample
-
-    monkeypatch.setattr(diffusers, "FlowMatchEulerDiscreteScheduler", Shimmed)
-
-
-@pytest.mark.parametrize(("family", "config"), list(zip(("sdxl", "sd1"), FLOWS, strict=True)), ids=("unipc", "euler"))
-def test_flow_models_by_every_name(references, pipes, with_flow_matching, family, config):
+@pytest.mark.parametrize("which", FLOWS)
+def test_flow_models_by_every_name(references, pipes, which):
     import torch
 
-    options = {"num_inference_steps": 4, "guidance_scale": 4.0}
-    same = {
-        "unipc": _BETAS | {"_class_name": _UNIPC, **_FLOW},
-        "dpmpp_2m_karras": _BETAS | {"_class_name": _DPM, **_FLOW},
-        "euler": FLOWS[1],
-    }
-    if config["_class_name"].startswith("Flow"):  # it says nothing of betas, which flows do not need
-        same = {name: {k: v for k, v in each.items() if not k.startswith("beta")} for name, each in same.items()}
+    options, (family, config, names) = {"num_inference_steps": 4, "guidance_scale": 4.0}, FLOWS[which]
     own = None
-    for name, theirs in same.items():
+    for name, theirs in names.items():
         image = references(family, theirs)("a red heart", generator=torch.Generator("cpu").manual_seed(7), **options).images[0]
         ours = pipes(family, config)("a red heart", seed=7, scheduler=name, **options)
         assert psnr(ours, image) > 75
@@ -219,7 +169,7 @@ def test_flow_models_by_every_name(references, pipes, with_flow_matching, family
             pipes(family, config)("a red heart", scheduler=name, **options)
 
 
-@pytest.mark.parametrize(("name", "kind"), [("euler", "EDMEulerScheduler"), ("dpmpp_2m_karras", "EDMDPMSolverMultistepScheduler")])
+@pytest.mark.parametrize(("name", "kind"), EDM.items())
 def test_models_in_terms_of_edm(references, pipes, name, kind):
     import torch
 
@@ -232,8 +182,15 @@ def test_models_in_terms_of_edm(references, pipes, name, kind):
         pipes("sdxl", config)("a red heart", scheduler="ddim")
 
 
-@pytest.mark.parametrize("clip", [True, False])
-def test_latent_consistency_models(sd1_copy, clip):
+@pytest.mark.parametrize(
+    ("pipeline", "clip"),
+    [
+        ("LatentConsistencyModelPipeline", True),
+        ("LatentConsistencyModelPipeline", False),
+        ("ORTLatentConsistencyModelPipeline", True),  # Optimum's
+    ],
+)
+def test_latent_consistency_models(sd1_copy, pipeline, clip):
     """Guidance, steps and clip_sample are those of diffusers' own pipeline for them."""
     import torch
     from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
@@ -241,10 +198,10 @@ def test_latent_consistency_models(sd1_copy, clip):
     unet = UNet2DConditionModel.from_pretrained(sd1_copy / "unet")
     torch.manual_seed(0)
     UNet2DConditionModel.from_config(dict(unet.config) | {"time_cond_proj_dim": 16}).save_pretrained(sd1_copy / "unet")
-    config = _BETAS | {"_class_name": "LCMScheduler", "clip_sample": clip, "clip_sample_range": 0.5, "steps_offset": 0}
+    config = BETAS | CONSISTENT | {"clip_sample": clip}
     (sd1_copy / "scheduler/scheduler_config.json").write_text(json.dumps(config))
     index = json.loads((sd1_copy / "model_index.json").read_text())
-    index |= {"_class_name": "LatentConsistencyModelPipeline", "scheduler": ["diffusers", "LCMScheduler"]}
+    index |= {"_class_name": pipeline, "scheduler": ["diffusers", "LCMScheduler"]}
     (sd1_copy / "model_index.json").write_text(json.dumps(index))
     theirs = LatentConsistencyModelPipeline.from_pretrained(sd1_copy, dtype=torch.float32, safety_checker=None)
     theirs.set_progress_bar_config(disable=True)
@@ -259,15 +216,30 @@ def test_latent_consistency_models(sd1_copy, clip):
 def test_noise_that_no_generator_draws(pipes, monkeypatch):
     """DPMSolverSDEScheduler takes a seed of its own, or a random one: then the picture's, so that it can be made again."""
     pytest.importorskip("torchsde")
-    config = _BETAS | {"_class_name": "DPMSolverSDEScheduler"}
+    config = BETAS | {"_class_name": "DPMSolverSDEScheduler"}
     first, again, other = (pipes("sd1", config)("a cat", seed=seed, num_inference_steps=3) for seed in (1, 1, 2))
     assert first.tobytes() == again.tobytes() != other.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "package"),
+    [
+        ({"_class_name": "LMSDiscreteScheduler"}, "scipy"),
+        ({"_class_name": "DPMSolverSDEScheduler"}, "torchsde"),
+        ({"_class_name": "EulerDiscreteScheduler", "use_beta_sigmas": True}, "scipy"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_said(pipes, changes, package):
+    if find_spec(package):
+        pytest.skip(f"{package} is installed here")
+    with pytest.raises(TightfitError, match=rf"needs {package}: pip install {package}, or choose another --scheduler"):
+        pipes("sd1", BETAS | changes)("a cat", num_inference_steps=2)
 
 
 def test_what_is_not_installed_is_said(pipes, monkeypatch):
     monkeypatch.setattr(schedulers, "KINDS", (*schedulers.KINDS, "NewScheduler"))
     with pytest.raises(TightfitError, match="has no NewScheduler: pip install -U diffusers, or choose another --scheduler"):
-        pipes("sd1", _BETAS | {"_class_name": "NewScheduler"})("a cat", num_inference_steps=2)
+        pipes("sd1", BETAS | {"_class_name": "NewScheduler"})("a cat", num_inference_steps=2)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +255,7 @@ def test_what_is_not_installed_is_said(pipes, monkeypatch):
 )
 def test_configs_that_cannot_be(sd1_copy, changes, word):
     """Found out before a weight is read, and never called damaged weights."""
-    (sd1_copy / "scheduler/scheduler_config.json").write_text(json.dumps(_BETAS | {"_class_name": "DDIMScheduler"} | changes))
+    (sd1_copy / "scheduler/scheduler_config.json").write_text(json.dumps(BETAS | {"_class_name": "DDIMScheduler"} | changes))
     with pytest.raises(TightfitError, match=word) as caught, tightfit.load(str(sd1_copy), device="cpu") as pipe:
         pipe("a cat", num_inference_steps=4)
     assert "\n" not in str(caught.value)
@@ -291,7 +263,7 @@ def test_configs_that_cannot_be(sd1_copy, changes, word):
 
 
 def test_the_models_own_is_repeated_from_a_picture(pipes, tmp_path):
-    pipe = pipes("sd1", _BETAS | OWN["heun"])
+    pipe = pipes("sd1", BETAS | OWN["heun"])
     image = pipe("a cat", seed=3, num_inference_steps=3)
     exact = json.loads(json.loads(image.info["parameters"].rpartition("tightfit: ")[2]))
     assert (exact["scheduler"], exact["num_inference_steps"]) == ("own", 3)
