@@ -23,7 +23,6 @@ from ..kernels.recipe import LEAST, recipe
 from ..runtime import schedulers
 from ..runtime.backends import networks, weights
 from ..runtime.plan import Placement
-from ..runtime.spec import LCM_PIPELINE
 from ..runtime.tokenizer import read_tokenizer
 from .quantised import Scheme, energy
 
@@ -238,7 +237,7 @@ def pipeline(spec: ModelSpec, steps: int) -> Any:
         parts[tokenizer] = read_tokenizer(spec.folder / tokenizer)
     if spec.family == "sdxl":
         return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=spec.force_zeros, add_watermarker=False)
-    kind: Any = diffusers.LatentConsistencyModelPipeline if spec.pipeline == LCM_PIPELINE else diffusers.StableDiffusionPipeline
+    kind: Any = diffusers.LatentConsistencyModelPipeline if spec.latent_consistency else diffusers.StableDiffusionPipeline
     return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from .. import __version__
-from . import cli_bench
+from . import cli_bench, interrupts
 from .cli_export import export
 from .cli_output import progress_bar, say, say_json, show_table, write
 from .cli_words import as_command, usage
@@ -30,6 +31,7 @@ from .files import cache_folder
 from .hardware import Hardware
 from .memory import parse_bytes, shown
 from .plan import ATTENTIONS, BACKENDS, COMPUTES, PRECISIONS, RESIDENCIES, TILINGS, Plan, Wishes
+from .process import check_address_space
 from .request import Request
 from .schedulers import KINDS, SCHEDULERS
 
@@ -72,11 +74,11 @@ def root(
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="What to paint; - reads standard input.", show_default=False)] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="Prompt from a file.", metavar="FILE")] = None,
-    source: Annotated[Path | None, typer.Option("--from", help="Repeat that picture.", metavar="PNG")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="Prompt from a file.", metavar="FILE", readable=False)] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="Repeat that picture.", metavar="PNG", readable=False)] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What not to paint.", metavar="TEXT")] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--num-inference-steps", "--steps", help="Default 20.", metavar="N")
+        int | None, typer.Option("--num-inference-steps", "--steps", help="Default 20; 4 for LCM.", metavar="N")
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: model's.", metavar="X")] = None,
     width: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
@@ -95,12 +97,15 @@ def generate(
     attention: _Attention = "auto",
     tiling: _Tiling = "auto",
     min_psnr: _MinPsnr = None,
-    plan_file: Annotated[Path | None, typer.Option("--plan", help="Run by a saved plan.", metavar="FILE")] = None,
-    output: Annotated[Path | None, typer.Option("-o", "--output", help="PNG file or folder.", metavar="PATH")] = None,
+    plan_file: Annotated[Path | None, typer.Option("--plan", help="Run by a saved plan.", metavar="FILE", readable=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="PNG file or folder.", metavar="PATH", readable=False)
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace, do not number.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Paint a picture from a prompt."""
+    check_address_space()  # numpy's library ends the process where it has no room
     from .pipeline import load
 
     given = {
@@ -118,7 +123,7 @@ def generate(
     carried = _carried(source)
     request = Request(**{"prompt": "", **carried.request, **given}).checked()
     saver = _Saver(*_target(output, request.prompt, request.num_images), request.num_images, overwrite)
-    if source and not (model or carried.model):
+    if source and model is None and carried.model is None:
         raise TightfitError(f"{source} does not say where its model is: name it with --model")
     fetch = source is None or model is not None  # a picture alone never starts a download
     chosen = {
@@ -135,7 +140,7 @@ def generate(
         say(f"note: {source} was painted in {carried.precision}, by another model: --precision says if in that", err=True)
     wishes = _wishes(precision or (None if other else carried.precision), vram, chosen)
     plan = Plan.read(plan_file) if plan_file else None
-    where = model or carried.model or (plan.model if plan else "emoji")
+    where = next(name for name in (model, carried.model, plan.model if plan else "emoji") if name is not None)
     with load(where, device=device, plan=plan, local_files_only=not fetch, **wishes) as pipeline:
         for note in pipeline.hardware.passed_over:
             say(f"note: {note}", err=True)
@@ -156,7 +161,7 @@ def show_plan(
     width: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
     height: Annotated[int | None, typer.Option(help="Pixels; default: model's.", metavar="N")] = None,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--num-inference-steps", "--steps", help="Default 20.", metavar="N")
+        int | None, typer.Option("--num-inference-steps", "--steps", help="Default 20; 4 for LCM.", metavar="N")
     ] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Default: model's.", metavar="X")] = None,
     hardware: Annotated[str | None, typer.Option(help="A card that is not here: rtx-2060.", metavar="NAME")] = None,
@@ -192,14 +197,15 @@ def show_plan(
         "min_psnr": min_psnr,
     }
     wishes = Wishes(**_wishes(precision, vram, chosen))
-    spec = inspect(model or "emoji")
+    spec = inspect("emoji" if model is None else model)
     own = spec.scheduler.get("_class_name") in KINDS  # others paint with a --scheduler, most of which call the U-Net once a step
     sampler = None if own else "euler"
     request = Request("a", None, width, height, num_inference_steps, guidance_scale, scheduler=sampler).resolve(spec)
     planner.refuse_hopeless(machine, spec, request, wishes)
     plans = planner.plan(machine, spec, request, wishes)
     if as_json:
-        say_json({"plans": [each.to_json() for each in plans]})
+        notes = _plan_notes(plans[0], machine)
+        say_json({"request": _sized(request), "notes": notes, "plans": [each.to_json() for each in plans]})
     else:
         _print_plans(plans, machine, request, every)
     if not plans[0].fits:
@@ -216,10 +222,10 @@ def info(device: _Device = "auto") -> None:
     found = Hardware.detect(device)
     capability = ", capability {}.{}".format(*found.capability) if found.capability else ""
     rows = [f"{found.name} ({found.device}{capability})"]
-    beside = f"{shown(found.context_bytes)} of it for the process itself"
+    beside = [f"{shown(found.context_bytes)} of it for the process itself"] if found.context_bytes else []
     if found.device != "cpu":
-        beside = f"{shown(found.host_bytes)} free in the host"
-    rows.append(f"memory: {shown(found.free_bytes)} free of {shown(found.total_bytes)}; {beside}")
+        beside = [f"{shown(found.host_bytes)} free in the host"] if found.host_bytes else []
+    rows.append("; ".join([f"memory: {shown(found.free_bytes)} free of {shown(found.total_bytes)}", *beside]))
     rates = ", ".join(f"{precision} {found.rate(precision) / 1e12:.2f}" for precision in found.precisions)
     rows.append(
         f"computes in: {rates} TFLOP/s, {found.bandwidth / 1e9:.0f} GB/s ({'measured here' if found.calibrated else 'estimated'})"
@@ -235,6 +241,7 @@ def calibrate(device: _Device = "auto") -> None:
     from . import calibration
 
     hardware = Hardware.detect(device)
+    interrupts.tidily()
     found = calibration.calibrate(hardware)
     rates = ", ".join(f"{precision} {rate / 1e12:.3f}" for precision, rate in found["rates"].items())
     attention = ", ".join(f"{kind} {rate / 1e12:.3f}" for kind, rate in found["attention_rates"].items())
@@ -248,7 +255,9 @@ def calibrate(device: _Device = "auto") -> None:
 def _wishes(precision: str | None, budget: str | None, chosen: dict[str, Any]) -> dict[str, Any]:
     """Fields of Wishes. One run of the command needs each component once, so loading is counted for each."""
     room = None if budget is None else parse_bytes(budget, "--vram or --ram")
-    return chosen | {"precision": precision or "auto", "budget": room, "requests": 1}
+    fields = chosen | {"precision": precision or "auto", "budget": room, "requests": 1}
+    Wishes(**fields)  # raises here, before what takes time is imported
+    return fields
 
 
 _WIDE = 130  # columns of a terminal that has room for the table
@@ -266,29 +275,60 @@ def _print_plans(plans: list[Plan], machine: Hardware, request: Request, every: 
     for column in ("encode", "denoise", "decode", "seconds", "dB"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("", min_width=24)
-    listed = plans if every else [p for p in plans if p.chosen or not any(q.beats(p) for q in plans)]
-    for p in listed:
-        unet, vae = p.placements["unet"], p.placements["vae_decoder"]
-        precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
-        precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
-        stages = (shown(count) for count in p.predicted.stages.values())
-        names = (precision, p.residency, p.cfg, unet.attention, vae.tiling)
-        style = "bold" if p.chosen else None if p.fits else "dim"
-        seconds = f"{p.predicted.seconds:.1f}"
-        reason = f"✓ {p.reason}" if p.chosen else p.reason
-        table.add_row(*names, *stages, seconds, f"{p.predicted.psnr:.0f}", printable(reason), style=style)
+    kept = plans if every else [p for p in plans if p.chosen or not any(q.beats(p) for q in plans)]
+    rows: dict[tuple[str, ...], Plan] = {}
+    for p in kept:  # some differ in what no column says
+        rows.setdefault((*_cells(p), "" if p.fits else p.reason), p)
+    reasons, explained = _short_reasons(list(rows.values()))
     lines = []
-    for p in listed:
+    for (*cells, _), p in rows.items():
+        reason = f"✓ {p.reason}" if p.chosen else reasons.get(p.reason, p.reason)
+        table.add_row(*cells, printable(reason), style="bold" if p.chosen else None if p.fits else "dim")
         stages = ", ".join(f"{name} {shown(count)}" for name, count in p.predicted.stages.items())
         what = f"{p.summary()}: {stages}, {p.predicted.seconds:.1f} s, {p.predicted.psnr:.0f} dB"
-        lines.append(((what, f"{'✓ ' if p.chosen else ''}{p.reason}"), "bold" if p.chosen else None))
+        lines.append(((what, reason), "bold" if p.chosen else None))
     show_table(title, table, lines, _WIDE)
-    room = f"{shown(first.budget_bytes)} to fit in, {shown(first.predicted.context_bytes)} of it "
-    notes = [room + ("for the process itself" if first.device == "cpu" else "for the device's context")]
-    if hidden := len(plans) - len(listed):
+    notes = [*explained]
+    if hidden := len(plans) - len(kept):
         notes.append(f"{hidden} more candidates are refused, or beaten in memory, seconds and quality alike: --all lists them")
-    for note in (*notes, *machine.notes):
+    if same := len(kept) - len(rows):
+        notes.append(f"{same} more are the same in all that is shown here: --json lists them")
+    of_memory, *others = _plan_notes(first, machine)
+    for note in (of_memory, *notes, *others):
         say(f"• {note}")
+
+
+def _cells(p: Plan) -> list[str]:
+    """What the columns of the table say of a plan, but for the reason."""
+    unet, vae = p.placements["unet"], p.placements["vae_decoder"]
+    precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
+    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
+    stages = [shown(count) for count in p.predicted.stages.values()]
+    figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
+    return [precision, p.residency, p.cfg, unet.attention, vae.tiling, *stages, *figures]
+
+
+def _short_reasons(plans: list[Plan]) -> tuple[dict[str, str], list[str]]:
+    """What stands for a refusal that several rows have, and a line that says it once. Lack of memory differs from row to row."""
+    count = Counter(p.reason for p in plans if not p.fits and p.reason.startswith("is "))
+    often = [reason for reason, rows in count.items() if rows > 1]
+    short = {reason: f"refused{f' ({i + 1})' if len(often) > 1 else ''}" for i, reason in enumerate(often)}
+    return short, [f"{short[reason]}: {reason.removeprefix('is refused: ')}" for reason in often]
+
+
+def _plan_notes(plan: Plan, machine: Hardware) -> list[str]:
+    """What a plan has to fit in, and what is known of the machine."""
+    room = f"{shown(plan.budget_bytes)} to fit in"
+    if context := plan.predicted.context_bytes:
+        holder = "the process itself" if plan.device == "cpu" else "the device's context"
+        room += f", {shown(context)} of it for {holder}"
+    return [room, *machine.notes]
+
+
+def _sized(request: Request) -> dict[str, Any]:
+    """What of a request memory and seconds depend on."""
+    names = ("width", "height", "num_images", "num_inference_steps", "guidance_scale", "scheduler")
+    return {name: getattr(request, name) for name in names}
 
 
 _MOST_TEXT = 2**20  # bytes of a prompt: a text encoder reads some hundred, and what a pipe or a device holds may have no end
@@ -341,13 +381,11 @@ def _carried(source: Path | None) -> Carried:
 def _target(output: Path | None, prompt: str, num_images: int) -> tuple[Path, str]:
     """Folder and file name to write to, checked before anything is computed."""
     words = "-".join(re.findall(r"\w+", prompt.lower())).encode()[:60].decode(errors="ignore").strip("-")
-    folder, name = Path(), f"{words or 'picture'}.png"
+    folder, name = output or Path(), f"{words or 'picture'}.png"
     try:
-        if output is not None and output.is_dir():
-            folder = output
-        elif output is not None:
+        if output is not None and output.suffix and not output.is_dir():
             if output.suffix.lower() != ".png":
-                raise TightfitError(f"--output {output} is no folder that exists (make it first) and does not end in .png")
+                raise TightfitError(f"--output {output} is no .png, as which pictures are written: name a .png, or a folder")
             folder, name = output.parent, output.name
         there = next(each for each in (folder, *folder.parents) if each.exists())  # the rest is made for the first picture
         with suppress(FileNotFoundError):
@@ -355,13 +393,14 @@ def _target(output: Path | None, prompt: str, num_images: int) -> tuple[Path, st
         TemporaryFile(dir=there).close()
     except OSError as error:
         raise TightfitError(
-            f"nothing can be written to {folder / name} ({error.strerror}): name another place with --output"
+            f"nothing can be written to {output or name} ({error.strerror}): name another place with --output"
         ) from None
     return folder, name
 
 
 def _run(pipeline: Pipeline, request: Request, save: Callable[[Image.Image, int], object]) -> Result:
     """Run to the end, each picture saved as soon as it is decoded. Ctrl-C ends it after those that are painted, twice at once."""
+    interrupts.tidily()
     with progress_bar(8) as bar:
         task, events, result = bar.add_task("loading", total=1), pipeline.run(request), None
         advance: Callable[[], Event] = lambda: next(events)  # noqa: E731
@@ -467,10 +506,12 @@ def main() -> None:
     # With one of two cores busy a picture took 1.1 s while OpenMP's threads spun and 0.5 s while they slept (docs/decisions.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # 0.36 tells of Optimum's two packages, and that there is no CUDA
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of configs in its own words
     if os.path.expanduser("~") == "~":  # noqa: PTH111  no HOME and no such user: the hub's library would make a folder called ~
         os.environ.setdefault("HF_HOME", str(cache_folder().parent / "huggingface"))
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", "CUDA is not available or torch_xla is imported")
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of a config that no model fits, as is said then
     for name in ("SIGTERM", "SIGHUP"):  # so that what was half written goes
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _stop)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from . import interrupts
 from .cli_output import progress_bar, say, say_json, show_table, write
 from .errors import TightfitError, explained, printable
 from .hardware import Hardware
@@ -69,6 +70,8 @@ def bench(
         )
     if report and not report.absolute().parent.is_dir():
         raise TightfitError(f"there is no folder {report.absolute().parent}: make it, or name another place for --report")
+    if report and report.is_dir():
+        raise TightfitError(f"--report {report} is a folder: name a file in it")
     suite = _suite()
     told = {"steps": steps, "pictures": pictures, "rounds": rounds}
     for name, count in told.items():
@@ -224,6 +227,7 @@ def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) 
     from ..benchmarks import suite
     from ..benchmarks.record import envelope, typed
 
+    interrupts.tidily()
     try:
         folder = suite.Folder(output, envelope(typed(["tightfit", *sys.argv[1:]]), machine))
         every = folder.missing(todo, again=True)

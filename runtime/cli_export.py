@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .. import __version__
+from . import interrupts
 from .cli_output import progress_bar, say
 from .errors import TightfitError, explained, first_line, printable
-from .files import read_json
+from .files import all_tensors, read_json
 from .hardware import CPU_PROVIDER, PROVIDERS, providers
 from .memory import shown
 from .plan import BACKENDS, DYNAMIC, STORED, Placement
@@ -40,7 +41,6 @@ def export(
 ) -> None:
     """Write a model with its weights in 8 or 4 bits, or as ONNX, to be run from then on with --model DIR."""
     from .hub import inspect
-    from .spec import all_tensors
 
     _check(precision, to, compute, calibrate, (bits, steps, size))
     if output.exists() or output.is_symlink():
@@ -53,6 +53,7 @@ def export(
     tensors = {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
     _check_weights(spec, tensors["vae"])
     schemes = _schemes(spec, precision, tensors)
+    interrupts.tidily()
     if calibrate:
         schemes["unet"] = _calibrated(spec, precision, tensors["unet"], calibrate, (bits, steps, size))
     manifest = {"source": spec.name, "tightfit": __version__, "precision": precision, "defaults": dict(spec.defaults)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import typer
 
+from . import interrupts
 from .errors import TightfitError, printable
 from .files import replacing
 
@@ -63,6 +64,7 @@ def progress_bar(width: int) -> Any:
 
 
 def write(file: Path, text: str) -> None:
+    interrupts.tidily()
     try:
         with replacing(file) as partial:
             partial.write_text(text + "\n", encoding="utf-8")

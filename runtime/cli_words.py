@@ -66,6 +66,8 @@ def usage(error: Any) -> str:
     message = error.format_message()
     if "extra argument" in message:
         return f"{message}: put the prompt in quotes"
+    if (kind := re.search(r"valid (integer|number|float)", message)) and (options := re.findall(r"'(--[\w-]+)'", message)):
+        return f"{options[-1]} must be {'a whole number' if kind[1] == 'integer' else 'a number'}"
     if not name or not hasattr(error, "possibilities"):
         return message
     plain = name.lstrip("-").lower().replace("_", "-")

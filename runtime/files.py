@@ -30,9 +30,9 @@ STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 JSON_BYTES = 2**24  # at most; the largest published beside SD, CLIP's tokenizer.json, has 3.6 MB
 WEIGHTS_BYTES = 2**40  # at most in one file; SDXL's U-Net in fp32 has 10 GB
-_TENSORS = 100_000  # at most in one file; SDXL's U-Net has 1,680
+_TENSORS = 10_000  # at most of one network; SDXL's U-Net has 1,680
 _SIDES = 8  # of a tensor at most; a convolution's weight has 4
-_SHARDS = 1_000  # files at most that one network's weights are in
+_SHARDS = 100  # files at most that one network's weights are in
 # Bytes of a value, of types in whose tensors nothing is stored that is used, too: text encoders' positions are I64.
 _VALUE_BYTES = STORED_BYTES | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 
@@ -128,6 +128,18 @@ def parsed(content: bytes) -> Any:
     return value
 
 
+@contextmanager
+def readable(folder: Path) -> Iterator[None]:
+    """Raise TightfitError for whatever in a folder may not be looked at."""
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        raise TightfitError(
+            f"{where} cannot be read ({error.strerror}): allow it, or copy the model to a folder of yours"
+        ) from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         value = parsed(read_bytes(path))
@@ -195,6 +207,11 @@ def inside(path: Path, root: Path) -> bool:
     return place.is_relative_to(home) or (cached and place.is_relative_to(home.parent.parent / "blobs"))
 
 
+def plain_name(name: str) -> bool:
+    """Whether it is a file's name without a folder, which can be looked for: systems have names of at most 255 bytes."""
+    return Path(name).name == name and "\0" not in name and len(name.encode("utf-8", "replace")) <= 255
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one component: the plain file or shards, else the fp16 variant."""
     promised: list[Path] = []
@@ -204,7 +221,7 @@ def weight_files(folder: Path) -> list[Path]:
             if index.exists():
                 places = read_json(index).get("weight_map")
                 names = set(map(str, places.values())) if isinstance(places, dict) else set()
-                if not 0 < len(names) <= _SHARDS or any(Path(shard).name != shard for shard in names):
+                if not 0 < len(names) <= _SHARDS or not all(map(plain_name, names)):
                     raise TightfitError(f"{index} does not list plain file names: copy or download it again")
                 shards = [folder / shard for shard in sorted(names)]
                 if all(shard.exists() for shard in shards):
@@ -225,6 +242,19 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def all_tensors(folder: Path) -> dict[str, Tensor]:
+    """What the safetensors files of one component's folder hold, by name."""
+    found: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        more = read_header(file)
+        if twice := next((name for name in more if name in found), None):
+            raise TightfitError(f"{file} holds {twice}, which {found[twice].file.name} holds too: copy or download both again")
+        found |= more
+        if len(found) > _TENSORS:
+            raise TightfitError(f"{folder} promises more than {_TENSORS} tensors, as no SD model has: copy or download it again")
+    return found
+
+
 def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors that a safetensors file promises, checked against its length. Format: the safetensors README.
 
@@ -240,7 +270,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
             text = stream.read(length) if length <= JSON_BYTES else b""
         if length > JSON_BYTES or text.count(b"{") > _TENSORS + 2:
             raise TightfitError(
-                f"{file} promises more than {_TENSORS} tensors ({length} bytes of header), no SD model has: {again}"
+                f"{file} promises more than {_TENSORS} tensors ({length} bytes of header), as no SD model has: {again}"
             )
         header = json.loads(text, object_pairs_hook=_once)
         tensors = {name: _tensor(entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"}
@@ -275,6 +305,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:
     """One entry of a header whose tensors' bytes begin at `data`; ValueError if its numbers contradict each other."""
+    if not isinstance(entry["data_offsets"], list) or len(entry["data_offsets"]) != 2:
+        raise ValueError("a tensor whose place is not told")
     begin, end = entry["data_offsets"]
     shape, dtype = entry["shape"], entry["dtype"]
     if not isinstance(shape, list) or len(shape) > _SIDES or not isinstance(dtype, str):

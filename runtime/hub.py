@@ -24,6 +24,8 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
     TightfitError.
     """
     name = str(model)
+    if not name.strip():
+        raise TightfitError("the model has no name: give --model emoji, a diffusers folder or a hub id such as owner/name")
     if "://" in name:
         raise TightfitError(_address(name))
     if name in BUILT_IN:

@@ -17,7 +17,7 @@ from stat import S_ISREG
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from .errors import TightfitError
-from .files import WEIGHTS_BYTES, Tensor, open_regular
+from .files import WEIGHTS_BYTES, Tensor, open_regular, plain_name
 
 if TYPE_CHECKING:
     import onnx
@@ -230,7 +230,8 @@ def _size(file: Path, location: str) -> int:
         found = data.stat() if inside else None
     except (OSError, RuntimeError, ValueError):  # RuntimeError: links in a circle, before Python 3.13
         folder = data.parent
-        there = sorted(folder.iterdir()) if folder.is_dir() else ()
+        plain = all(map(plain_name, PurePosixPath(location).parts))
+        there = sorted(folder.iterdir()) if plain and folder.is_dir() else ()
         others = (path.name for path in there if path.is_file() and path.suffix not in (".onnx", ".json"))
         renamed = next((f"rename {name}, which is there, or " for name in others), "")
         raise TightfitError(

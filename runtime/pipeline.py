@@ -178,17 +178,35 @@ class Pipeline:
                 if len(images) == len(finished):
                     raise
                 stopped = interrupt
-                self._notices.append(f"stopped; {len(finished) - len(images)} finished pictures are decoded first")
-                yield Event("decode", len(images), request.num_images, len(images), notices=self._news())
+                yield self._stopping(request, finished, images)
             with self._measured("decode", stages):
-                for i in range(len(images), len(finished)):
-                    images.append(self._picture(self._surviving(lambda i=i: self._decoded(finished[i])), request, i))
-                    yield Event("decode", i + 1, request.num_images, i, notices=self._news(), picture=images[i])
+                stopped = yield from self._decode(request, finished, images, stopped)
             if stopped:
                 raise stopped
         assert self._plan
         result = Result(request, self._plan, tuple(images), stages, tuple(self._notices))
         yield Event("done", request.num_images, request.num_images, notices=self._news(), result=result)
+
+    def _decode(
+        self, request: Request, finished: list[np.ndarray], images: list[Image.Image], stopped: KeyboardInterrupt | None
+    ) -> Generator[Event, None, KeyboardInterrupt | None]:
+        """The pictures of the latents in `finished`, added to `images`. Returns the first interrupt once all are there."""
+        while (i := len(images)) < len(finished):
+            try:
+                images.append(self._picture(self._surviving(lambda i=i: self._decoded(finished[i])), request, i))
+                yield Event("decode", i + 1, request.num_images, i, notices=self._news(), picture=images[i])
+            except KeyboardInterrupt as interrupt:
+                if stopped or len(images) == len(finished):
+                    raise
+                stopped = interrupt
+                yield self._stopping(request, finished, images)
+        return stopped
+
+    def _stopping(self, request: Request, finished: list[np.ndarray], images: list[Image.Image]) -> Event:
+        count = len(finished) - len(images)
+        pictures = "1 picture that is painted is" if count == 1 else f"{count} pictures that are painted are"
+        self._notices.append(f"stopping; {pictures} decoded first, a second Ctrl-C gives up on that")
+        return Event("decode", len(images), request.num_images, len(images), notices=self._news())
 
     def _news(self) -> tuple[str, ...]:
         """The notices that no event has told yet."""
@@ -394,8 +412,9 @@ class Pipeline:
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         """(height, width, 3) in -1..1."""
         deviation, scale, mean = self.spec.latent_affine
-        widened = latents * np.array(deviation, np.float32)[:, None, None] / np.float32(scale)
-        latents = widened + np.array(mean, np.float32)[:, None, None]
+        with np.errstate(all="ignore"):  # what overflows is said of the picture
+            widened = latents * np.array(deviation, np.float32)[:, None, None] / np.float32(scale)
+            latents = widened + np.array(mean, np.float32)[:, None, None]
         return self._session("vae_decoder")(latents=latents)[0][0].transpose(1, 2, 0)
 
     def _picture(self, values: np.ndarray, request: Request, index: int) -> Image.Image:

@@ -50,7 +50,7 @@ class Request:
         if not self.prompt.strip():
             raise TightfitError('the prompt is empty: say what to paint, for example "a red heart"')
         given = {name: getattr(self, name) for name in _WHOLE}
-        if type(self.seed) is int and self.seed == RANDOM_SEED:
+        if isinstance(self.seed, SupportsIndex) and operator.index(self.seed) == RANDOM_SEED:
             given["seed"] = None
         whole = {name: _whole(name, given[name], *limits) for name, limits in _WHOLE.items()}
         if (whole["seed"] or 0) + (whole["num_images"] or 1) > _WHOLE["seed"][1] + 1:

@@ -49,6 +49,7 @@ SCHEDULERS = {
         Scheduler(OWN, "Model's own", ""),
     )
 }
+_PACKAGES = "scipy", "torchsde"  # which some schedulers, and some of their options, ask for
 # The classes of diffusers that paint from text with these families' U-Nets; no other name of a config is looked up.
 KINDS = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler", "DEISMultistepScheduler",
@@ -128,7 +129,13 @@ def make(name: str, spec: ModelSpec, steps: int, seed: int = 0):
         )
     with explained(f"{_file(spec)} describes no {kind} that runs here", "copy or download it again, or choose a --scheduler"):
         known = inspect.signature(made.__init__).parameters  # of what another class has diffusers would warn
-        scheduler = made.from_config({key: value for key, value in {**spec.scheduler, **options}.items() if key in known})
+        try:
+            scheduler = made.from_config({key: value for key, value in {**spec.scheduler, **options}.items() if key in known})
+        except ImportError as error:  # scipy or torchsde, which some ask for
+            package = next((name for name in _PACKAGES if name in str(error)), None)
+            if package is None:
+                raise
+            raise TightfitError(f"{kind} needs {package}: pip install {package}, or choose another --scheduler") from None
         if spec.corrected:  # as StableDiffusionPipeline does
             if getattr(scheduler.config, "steps_offset", 1) != 1:
                 scheduler.register_to_config(steps_offset=1)

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import cures
 from .errors import TightfitError
-from .files import PICKLES, Tensor, check_classes, read_header, read_json, sha256, weight_files
+from .files import PICKLES, Tensor, all_tensors, check_classes, read_header, read_json, readable, sha256
 from .onnx_file import Graph, read_graph
 
 MANIFEST_VERSION = 1  # of tightfit.json
@@ -107,11 +107,16 @@ class ModelSpec:
     def corrected(self) -> bool:
         """Whether diffusers' pipeline corrects older configs as it loads them: StableDiffusionPipeline does, those of SDXL and
         LCM take them as they are."""
-        return self.family != "sdxl" and self.pipeline != LCM_PIPELINE
+        return self.family != "sdxl" and not self.latent_consistency
+
+    @property
+    def latent_consistency(self) -> bool:
+        """Whether its pipeline is that of latent consistency models: diffusers', its image to image kin's, or Optimum's."""
+        return "LatentConsistencyModel" in self.pipeline
 
     @property
     def _consistent(self) -> bool:
-        return self.pipeline == LCM_PIPELINE or bool(self.guidance_width)
+        return self.latent_consistency or bool(self.guidance_width)
 
     @property
     def default_guidance(self) -> float:
@@ -164,6 +169,11 @@ class ModelSpec:
 
 def read_model(folder: Path, name: str | None = None) -> ModelSpec:
     """Read the diffusers folder `folder`. Raises TightfitError for whatever is missing, broken or not supported."""
+    with readable(folder):
+        return _read_model(folder, name)
+
+
+def _read_model(folder: Path, name: str | None) -> ModelSpec:
     index = read_json(file := _index_file(folder))
     check_classes(file, index)
     pipeline = index.get("_class_name", "unknown")
@@ -219,11 +229,11 @@ def _understood(manifest: Mapping[str, Any]) -> bool:
     return all(isinstance(each, dict) for each in parts) and all(isinstance(name, str | None) for name in told)
 
 
-LCM_PIPELINE = "LatentConsistencyModelPipeline"
 MOST_LEVELS = 100_000  # of a scheduler's noise; SD has 1000
 _MOST_WIDTH = 2**20
 # Of what is counted before anything is built: more than any model of these families has, by far.
 _MOST_LAYERS, _MOST_BLOCKS, _MOST_ALL = 512, 16, 4096
+_LEAST_TENSORS = 6  # of a layer: a residual block without a shortcut has 8, a text encoder's layer 16
 Check = Callable[[Any], bool]
 
 
@@ -273,6 +283,8 @@ _TEXT_COUNTS = (
 _TEXT = {
     **dict.fromkeys(_TEXT_COUNTS, _count),
     "num_hidden_layers": _whole(1, _MOST_LAYERS),
+    "eos_token_id": _whole(0, _MOST_WIDTH),  # the token whose place the pooled text is read from
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), _or_none(_whole(-1, _MOST_WIDTH))),
     "hidden_act": _text,
     "layer_norm_eps": _positive,
 }
@@ -377,7 +389,8 @@ def _check_config(component: Component) -> None:
     """Every field that decides what is built, before it is: a count of layers may not exceed the tensors that are there."""
     file, kind = component.folder / "config.json", component.name.removesuffix("_2")
     _check_fields(file, component.config, _FIELDS[kind])
-    there = min(len(component.tensors) or _MOST_ALL, _MOST_ALL)
+    tensors = sum(1 for tensor in component.tensors.values() if tensor.count)
+    there = min(tensors if component.tensors else _MOST_ALL, _MOST_ALL) // _LEAST_TENSORS
     if kind == "text_encoder":
         counted = {"num_hidden_layers": component.setting("num_hidden_layers")}
     else:
@@ -391,7 +404,7 @@ def _check_config(component: Component) -> None:
     for field, count in counted.items():
         if count > there:
             raise TightfitError(
-                f"{file} has {field} {_brief(component.setting(field))}, more layers than the {there} tensors beside it can be of: "
+                f"{file} has {field} {_brief(component.setting(field))}, more layers than {tensors} tensors can be of: "
                 "files of different models were mixed; copy or download it again"
             )
     for field in ("latents_mean", "latents_std"):
@@ -446,7 +459,7 @@ def _family(folder: Path, pipeline: str, components: Mapping[str, Component]) ->
 
 
 def _index_file(folder: Path) -> Path:
-    if folder.suffix in {pattern[1:] for pattern in PICKLES} and not folder.is_dir():
+    if folder.suffix in {pattern[1:] for pattern in PICKLES} and folder.is_file():
         raise TightfitError(f"{folder} is not opened: {cures.of_pickle(folder)}")
     if folder.is_file():
         raise TightfitError(_single_file(folder))
@@ -472,7 +485,7 @@ def _index_file(folder: Path) -> Path:
 def _single_file(file: Path) -> str:
     """Why a file is no model here, and how it becomes one."""
     if file.suffix.lower() == ".gguf":
-        return f"{file} is not opened: {cures.GGUF}"
+        return f"{file} is not opened, as {cures.GGUF}"
     if file.suffix.lower() != ".safetensors":
         return f"{file} is no model: a model is 'emoji', a diffusers folder or a hub id such as owner/name"
     tensors = frozenset(read_header(file))
@@ -488,11 +501,6 @@ def near(folder: Path) -> str:
         beside = [path.name for path in islice(folder.parent.iterdir(), 1000) if path.is_dir()]
     close = get_close_matches(folder.name, ["emoji", *beside], 1)
     return f" (did you mean {close[0] if close[0] == 'emoji' else folder.parent / close[0]}?)" if close else ""
-
-
-def all_tensors(folder: Path) -> dict[str, Tensor]:
-    """What the safetensors files of one component's folder hold, by name."""
-    return {name: tensor for file in weight_files(folder) for name, tensor in read_header(file).items()}
 
 
 def _component(name: str, model: Path, manifest: Mapping[str, Any], listed: Sequence[Any]) -> Component:
@@ -530,6 +538,7 @@ def _config(name: str, file: Path, listed: Sequence[Any]) -> dict[str, Any]:
     the one that model_index.json names, unless its own config says that it is of another kind."""
     config = {**_DEFAULTS[name.removesuffix("_2")], **read_json(file)}
     if name.startswith("text_encoder"):
+        _check_fields(file, config, {"architectures": lambda named: named in (None, []) or _or_many(_text)(named)})
         classes = (*(config.get("architectures") or ()), listed[-1])
         if all(str(each).startswith("CLIPTextModel") for each in classes):
             config["architectures"] = [listed[-1]]

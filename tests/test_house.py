@@ -15,6 +15,7 @@ ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
 RUNTIME = {
     1: {
         "cures",
+        "interrupts",
         "errors",
         "files",
         "onnx_file",

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import TightfitError
+from ..errors import TightfitError, out_of_memory
 from ..files import cache_folder, parsed, read_bytes, replacing
 
 _TURNS = 3  # of which the fastest counts, after one that compiles
 # A turn on a GPU, whose calls come one after the other: a launch and the wait for the end, some 20 µs, are then 1 % of it.
 _TURN_SECONDS, _MOST_CALLS = 2e-3, 1024
 _chosen: dict[str, str] | None = None
+_for_now: dict[str, str] = {}  # chosen while another way lacked memory, which it may have the next time: of this process alone
 Way = Callable[[], Tensor]
 
 
@@ -35,29 +36,36 @@ def fastest(what: str, device: torch.device, ways: Mapping[str, Way]) -> Tensor:
 
     A way that fails is left out: the device may lack registers or shared memory for it, as triton says, or memory, or a compiler
     may not know the device. If none is left, raises that there was no memory, where that was so, or what the last one raised.
+    What is chosen while a way lacked memory is not written: to try it at every call would take longer than the slower way does,
+    so this process keeps it, and the next one tries again.
     """
     global _chosen
     if _chosen is None:
         _chosen = _read()
     key = f"{_place(device)} · {what}"
-    name = _chosen.get(key, "")
+    name = _chosen.get(key) or _for_now.get(key, "")
     if name not in ways:
-        name = _tried(ways, device)
-        _chosen[key] = name
-        _write(_chosen)
+        name, short = _tried(ways, device)
+        if short:
+            _for_now[key] = name
+        else:
+            _chosen[key] = name
+            _write(_chosen)
     return ways[name]()
 
 
-def _tried(ways: Mapping[str, Way], device: torch.device) -> str:
-    best, failure = (float("inf"), ""), None
+def _tried(ways: Mapping[str, Way], device: torch.device) -> tuple[str, bool]:
+    """The name of the fastest, and whether another lacked memory."""
+    best, failure, short = (float("inf"), ""), None, False
     for name, way in ways.items():
         try:
             best = min(best, (_seconds(way, device), name))
         except Exception as error:
-            failure = failure if isinstance(failure, torch.OutOfMemoryError) else error
+            failure = failure if short else error
+            short = short or isinstance(error, torch.OutOfMemoryError) or out_of_memory(error)
     if failure and not best[1]:
         raise failure
-    return best[1]
+    return best[1], short
 
 
 def _seconds(way: Way, device: torch.device) -> float:

@@ -25,6 +25,7 @@ Shape = tuple[int, ...]
 _MOST = 4096  # values of a constant that is computed with
 _MOST_OF_ALL = 2**20  # of all of them; SD 1.5's U-Net has 2,000
 _MOST_CONSTANT = 2**26  # values that a graph may make of nothing, and nobody computes here; a text's mask has 77 x 77
+_NUMBERS = "biuf"  # numpy's kinds: bool, signed and unsigned whole numbers, floating point
 _BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
 _SAME = {"GroupNormalization", "MultiHeadAttention"}  # answer in their first input's shape; onnx 1.23 does not infer it
@@ -46,7 +47,7 @@ class Shapes:
         for tensor in self.graph.initializer:
             self._know(tensor.name, tensor.data_type, tuple(tensor.dims))
             if tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) <= _MOST:
-                self.values[tensor.name] = _array(tensor)
+                self._keep(tensor.name, _array(tensor))
             self._constant.add(tensor.name)
         for value in self.graph.input:
             if value.name not in self.shapes:
@@ -69,6 +70,12 @@ class Shapes:
             raise TightfitError(f"{name} would have {len(shape)} sides, or a negative one")
         self.kinds[name], self.shapes[name] = kind, shape
 
+    def _keep(self, name: str, value: np.ndarray) -> bool:
+        """A value to compute with, if it is of numbers of a fixed size: texts are Python's, whose numbers grow without an end."""
+        if kept := value.dtype.kind in _NUMBERS:
+            self.values[name] = value
+        return kept
+
     def _infer(self, node: Any) -> None:
         ins = [name for name in node.input if name]
         if node.op_type in _SAME:
@@ -77,7 +84,7 @@ class Shapes:
         if node.op_type == "Constant":
             value = _constant(node.attribute[0])
             self._know(node.output[0], helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-            self.values[node.output[0]] = value
+            self._keep(node.output[0], value)
             self._constant.add(node.output[0])
             return
         if node.op_type == "Shape":
@@ -117,10 +124,9 @@ class Shapes:
             return False
         with np.errstate(all="raise"):  # dividing by zero, and what no whole number holds
             out = compute(node, *given)
-        if out is None:
+        if out is None or not self._keep(node.output[0], out):
             return False
         self._room -= out.size
-        self.values[node.output[0]] = out
         self._know(node.output[0], helper.np_dtype_to_tensor_dtype(out.dtype), out.shape)
         return True
 

@@ -56,6 +56,7 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
 
 # Names of the families' networks, and the field of the config that decides whether there is such a layer.
 _UNET_FIELDS = {
+    r"mid_block\.attentions\.\d+\.transformer_blocks\.[1-9]": "transformer_layers_per_block",
     r"mid_block\.": "mid_block_type",
     r"(down|up)_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.[1-9]": "transformer_layers_per_block",
     r"(down|up)_blocks\.\d+\.(resnets|attentions)\.": "layers_per_block",

@@ -22,9 +22,9 @@ from tightfit.export.safetensors_file import SafetensorsFile
 from tightfit.kernels.formats import FORMATS, dequantise
 from tightfit.kernels.quantise import quantise
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.files import all_tensors
 from tightfit.runtime.plan import Wishes
 from tightfit.runtime.planner import checked
-from tightfit.runtime.spec import all_tensors
 
 OPTIONS = {"seed": 3, "num_inference_steps": 3, "scheduler": "euler"}
 SILENT = lambda _: None  # noqa: E731

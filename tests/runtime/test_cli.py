@@ -254,14 +254,16 @@ def test_what_was_cut_is_said(call, sd1):
         (["a", "--guidance-scale", "1e38"], ["guidance_scale"]),
         (["a", "--bogus", "3"], ["No such option", "--bogus"]),
         (["a", "b"], ["unexpected extra argument", "quotes"]),
-        (["a", "--steps", "many"], ["--steps", "integer"]),
+        (["a", "--steps", "many"], ["--steps", "whole number"]),
         (["a", "--steps", "0"], ["num_inference_steps"]),
         (["a", "--width", "70"], ["width 70", "64 or 72"]),
         (["a", "--scheduler", "heun"], ["unknown scheduler 'heun'", "euler_a", "unipc"]),
         (["a", "--precision", "int3"], ["unknown precision", "bf16"]),
         (["a", "--device", "tpu"], ["unknown device", "cuda"]),
         (["a", "--model", "nowhere"], ["nowhere does not exist"]),
-        (["a", "--model", "model.ckpt"], ["pickle"]),
+        (["a", "--model", "model.ckpt"], ["model.ckpt does not exist"]),
+        (["a", "--model", ""], ["the model has no name", "--model emoji"]),
+        (["a", "-o", "x.jpg"], ["--output x.jpg is no .png"]),
         (["a", "-o", "x.jpg"], ["x.jpg", ".png"]),
         (["a", "--prompt-file", "p.txt"], ["not both"]),
         (["--prompt-file", "p.txt"], ["p.txt cannot be read"]),
@@ -447,3 +449,116 @@ def test_export(call, sd1, tmp_path):
     code, _, err = call("a cat", "--model", "small", "--precision", "fp16", *FAST)
     assert code == 2
     assert "stored in int4" in err
+
+
+def test_the_plan_says_its_size_and_its_notes(call, sd1):
+    """Memory and seconds depend on the size, and the notes say what they were worked out from."""
+    arguments = ("plan", "--model", str(sd1), "--hardware", "rtx-2060", "--width", "128", "--steps", "7")
+    data = json.loads(call(*arguments, "--json")[1])
+    size = {"width": 128, "height": 64, "num_images": 1, "num_inference_steps": 7, "guidance_scale": 7.5}
+    assert data["request"].items() >= size.items()
+    out = call(*arguments)[1]
+    assert len(data["notes"]) >= 3
+    assert all(f"• {note}\n" in out for note in data["notes"])
+
+
+def test_a_reason_that_many_rows_have_is_said_once(call, sd1):
+    """One or several, on every width of a terminal; what memory is lacking differs from row to row."""
+    arguments = ("plan", "--model", str(sd1), "--hardware", "cpu-16gb", "--all")
+    refused = ("--residency", "streamed", "--precision", "int8")
+    _, out, err = call(*arguments, *refused)
+    why = "weights that are quantised while they load cannot stream: export the model first"
+    assert err.count(why) == 1
+    assert out.count(why) == out.count(f"• refused: {why}\n") == 1
+    assert out.count(" refused\n") >= 6
+    out = call(*arguments, "--min-psnr", "55")[1]
+    assert "• refused (1): " in out
+    assert "• refused (2): " in out
+    assert out.count("below the floor of 55") <= 4  # a line for each precision
+    assert out.count("refused (") > 10
+
+
+def test_rows_that_are_the_same_are_shown_once(sd1, capsys):
+    """Of two text encoders' residencies no column tells."""
+    from dataclasses import replace
+
+    from tightfit import inspect
+    from tightfit.runtime import planner
+    from tightfit.runtime.hardware import profile
+
+    machine, spec, request = profile("cpu-16gb"), inspect(str(sd1)), cli.Request("a")
+    request = request.resolve(spec)
+    (first, *_) = planner.plan(machine, spec, request)
+    other = replace(first.placements["text_encoder"], residency="streamed")
+    twin = replace(first, chosen=False, reason="fits, no better", placements={**first.placements, "text_encoder": other})
+    slower = replace(twin, predicted=replace(twin.predicted, seconds=9999.0))
+    cli._print_plans([first, twin, slower], machine, request, True)
+    out = capsys.readouterr().out
+    assert "9999" in out
+    assert out.count(f" {first.placements['unet'].attention} ") == 2
+    assert "fits, no better" in out  # of the slower one
+    assert "1 more are the same in all that is shown here" in out
+
+
+@pytest.mark.parametrize(("card", "holder"), [("m1-8gb", None), ("rtx-2060", "the device's context"), ("cpu-16gb", "the process")])
+def test_terms_of_nothing_are_left_out(call, sd1, card, holder):
+    out = call("plan", "--model", str(sd1), "--hardware", card)[1]
+    assert "0 bytes" not in out
+    assert (f"of it for {holder}" in out) if holder else ("of it for" not in out)
+    assert " to fit in" in out
+
+
+def test_help_says_the_steps_of_each_kind(call):
+    for name in ("generate", "plan"):
+        assert "Default 20; 4 for LCM." in call(name, "--help")[1]
+
+
+def test_what_is_imported_before_ctrl_c_is_ours():
+    """Each module is time in which Python prints a traceback of its own: typing alone took most of it."""
+    code = "import sys; before = {*sys.modules}; import tightfit.__main__; print(*{*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ours = {name for name in done.stdout.split() if name.startswith("tightfit")}
+    assert ours == {"tightfit", "tightfit.__main__", "tightfit.runtime", "tightfit.runtime.interrupts"}
+    assert {"typing", "dataclasses", "inspect", "typer"}.isdisjoint(done.stdout.split())
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals work otherwise there")
+def test_interrupted_while_libraries_are_imported():
+    """An exception would be lost in a callback of the import system, and the command go on, or end with 0."""
+    code = """
+import os, signal, sys
+class Dying:
+    def __del__(self):  # what is raised here goes no further
+        os.kill(os.getpid(), signal.SIGINT)
+        for _ in range(1000): pass
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == where:
+            Dying()
+sys.meta_path.insert(0, Interrupting())
+where, sys.argv[1:] = sys.argv[1], ["plan", "--help"]
+from tightfit.__main__ import main
+main()
+"""
+    heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    for where in ("tightfit.runtime.cli", "typer", "rich.table"):
+        done = subprocess.run([sys.executable, "-c", code, where], capture_output=True, text=True, preexec_fn=heard, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "tightfit: stopped\n"), where
+
+
+def test_ctrl_c_raises_once_there_is_something_to_tidy_up():
+    from tightfit.runtime import interrupts
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        interrupts.at_once()
+        assert signal.getsignal(signal.SIGINT) is interrupts._stop
+        interrupts.tidily()
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell's background jobs have it
+        interrupts.at_once()
+        interrupts.tidily()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -187,7 +187,8 @@ def test_only_options_that_are_meant_are_named(option, words, without):
 
 def test_other_usage_errors_stay():
     assert "quotes" in said_of("b")
-    assert "valid integer" in said_of("--steps", "many")
+    assert said_of("--steps", "many") == "--steps must be a whole number"
+    assert said_of("--guidance-scale", "x") == "--guidance-scale must be a number"
 
 
 def test_did_you_mean():

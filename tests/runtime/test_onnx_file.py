@@ -98,6 +98,7 @@ def test_places_that_cannot_be(external, place):
         ({"location": "a\0b"}, "outside of its folder"),
         ({"location": "a\x1b[2Jb"}, "outside of its folder"),
         ({"location": "x" * 5000}, "is missing"),
+        ({"location": f"{'x' * 5000}/y"}, "is missing"),
         ({"location": "."}, "is no file"),
         ({"location": "circle"}, "is missing"),
         ({"offset": 10**30}, "is truncated"),

@@ -324,3 +324,33 @@ def test_cuda_paints_the_same(pipes, tiny_models, family, precision, decibels):
         result = pipe.generate(tightfit.Request("a cat", **options))
     assert psnr(result.images[0], pipes[family]("a cat", **options)) > decibels
     assert 0 < result.peak_bytes < 2**30
+
+
+@pytest.mark.parametrize("residency", ["resident", "staged"])
+@pytest.mark.parametrize("thrown", [False, True], ids=["raised", "thrown in"])
+def test_an_interrupt_while_decoding_keeps_the_pictures_that_are_painted(sd1, monkeypatch, residency, thrown):
+    """The second of four is being decoded, or has been handed over. With the U-Net loaded beside, no other is painted yet."""
+    request = tightfit.Request("a", num_images=4, seed=3, num_inference_steps=1, width=64, height=64, scheduler="euler")
+    decoded, calls = Pipeline._decoded, []
+
+    def interrupted(self, latents):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decoded(self, latents)
+
+    with tightfit.load(str(sd1), device="cpu", residency=residency) as pipeline:
+        whole = [np.asarray(image) for image in pipeline.generate(request).images]
+        if not thrown:
+            monkeypatch.setattr(Pipeline, "_decoded", interrupted)
+        events, found = pipeline.run(request), []
+        with pytest.raises(KeyboardInterrupt):
+            for event in events:
+                if event.picture is not None:
+                    found.append(np.asarray(event.picture))
+                if thrown and len(found) == 2:
+                    thrown = False
+                    assert events.throw(KeyboardInterrupt()).picture is None
+    painted = 2 if residency == "resident" else 4
+    assert len(found) == painted
+    assert all(np.array_equal(*pair) for pair in zip(whole, found, strict=False))

@@ -32,7 +32,9 @@ def test_numbers_of_numpy(spec):
 
 
 def test_random_seeds_differ(spec):
-    for seed in (None, -1):  # the second as A1111 has it
+    import numpy as np
+
+    for seed in (None, -1, np.int64(-1)):  # the second as A1111 has it
         drawn = {Request("a", seed=seed).resolve(spec).seed for _ in range(8)}
         assert len(drawn) > 1
         assert min(each for each in drawn if each is not None) >= 0

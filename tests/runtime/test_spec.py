@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.numpy import save_file
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.files import read_header, weight_files
 from tightfit.runtime.hub import inspect
+from tightfit.runtime.tokenizer import read_tokenizer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 
@@ -178,7 +180,7 @@ def test_shards_and_variants(sd1_copy):
     for shard in ("one", "two"):
         (folder / f"{shard}.safetensors").touch()
     assert [f.name for f in weight_files(folder)] == ["one.safetensors", "two.safetensors"]
-    for places in ({"a": "../../../etc/passwd"}, ["x"], {}, None):
+    for places in ({"a": "../../../etc/passwd"}, {"a": "x" * 300}, ["x"], {}, None):
         index.write_text(json.dumps({"weight_map": places}))
         with pytest.raises(TightfitError, match="plain file names"):
             weight_files(folder)
@@ -220,6 +222,11 @@ def test_shards_and_variants(sd1_copy):
         ("text_encoder", {"num_hidden_layers": 10**9}),
         ("text_encoder", {"num_hidden_layers": 0}),
         ("text_encoder", {"layer_norm_eps": "x"}),
+        ("text_encoder", {"eos_token_id": [1]}),
+        ("text_encoder", {"eos_token_id": None}),
+        ("text_encoder", {"architectures": 3}),
+        ("text_encoder", {"architectures": True}),
+        ("text_encoder", {"architectures": [None]}),
         ("scheduler", {"num_train_timesteps": 10**9}),
         ("scheduler", {"num_train_timesteps": 1000.0}),
         ("scheduler", {"original_inference_steps": 10**9}),
@@ -250,12 +257,61 @@ def test_a_number_too_long_to_write(sd1_copy):
         ("unet", {"transformer_layers_per_block": [1, 1, 1, [1, 500]]}),
         ("vae", {"layers_per_block": 200}),
         ("text_encoder", {"num_hidden_layers": 100}),
+        ("unet", {"layers_per_block": 100}),
     ],
 )
 def test_more_layers_than_tensors(sd1_copy, file, changes):
     """Counts that are possible, but not of the weights that are there: nothing is built to find out."""
     edit(sd1_copy / file / "config.json", **changes)
-    refused(sd1_copy, next(iter(changes)), "more layers than the", "tensors")
+    refused(sd1_copy, next(iter(changes)), "more layers than", "tensors")
+
+
+def header_of(**shapes):
+    """A safetensors file of fp32 tensors of these shapes, all of them empty."""
+    entries = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+def test_empty_tensors_are_no_layers(sd1_copy):
+    """5,000 of them, and a config of 512 layers a block: building these took 108 s and 1.2 GB."""
+    (sd1_copy / UNET).write_bytes(header_of(**{f"t{i}": [0] for i in range(5000)}))
+    edit(sd1_copy / "unet/config.json", layers_per_block=512)
+    refused(sd1_copy, "layers_per_block 512", "more layers than 0 tensors")
+
+
+def test_tensors_are_counted_over_all_shards(sd1_copy):
+    """1,000 files of 100,000 tensors each would fit one file's limit."""
+    (sd1_copy / UNET).unlink()
+    for shard in range(3):
+        names = [f"t{shard}_{i}" for i in range(4000)]
+        (sd1_copy / f"unet/{shard}.safetensors").write_bytes(header_of(**{name: [0] for name in names}))
+    places = {"weight_map": {str(shard): f"{shard}.safetensors" for shard in range(3)}}
+    (sd1_copy / f"{UNET}.index.json").write_text(json.dumps(places))
+    refused(sd1_copy, "promises more than 10000 tensors")
+
+
+def test_a_tensor_in_two_shards(sd1_copy):
+    whole = (sd1_copy / UNET).rename(sd1_copy / "unet/a.safetensors")
+    name = next(iter(read_header(whole)))
+    (sd1_copy / "unet/b.safetensors").write_bytes(header_of(**{name: [0]}))
+    (sd1_copy / f"{UNET}.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    refused(sd1_copy, "b.safetensors holds", "which a.safetensors holds too")
+
+
+@pytest.mark.parametrize("part", ["unet", "tokenizer"])
+def test_a_folder_that_may_not_be_entered(sd1_copy, part, monkeypatch):
+    """As os tells it; root, who may enter all, runs these tests in some places."""
+    stat = os.stat
+
+    def denied(path, *given, **more):
+        if Path(path).parent == sd1_copy / part:
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *given, **more)
+
+    monkeypatch.setattr(os, "stat", denied)
+    with pytest.raises(TightfitError, match=rf"{part}.* cannot be read \(Permission denied\): allow it"):
+        inspect(sd1_copy) if part == "unet" else read_tokenizer(sd1_copy / part)
 
 
 def test_labels_are_not_made(sd1, sd1_copy):

@@ -21,6 +21,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("LOCALAPPDATA", str(tmp_path))
     monkeypatch.setattr(autotune, "_chosen", None)
+    monkeypatch.setattr(autotune, "_for_now", {})
     return tmp_path / "tightfit" / "autotune.json"
 
 
@@ -57,6 +58,34 @@ def test_the_fastest_is_remembered(cache, monkeypatch):
     calls.clear()
     autotune.fastest("another", CPU, ways(calls))
     assert "slow" in calls
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of 2 GiB"), RuntimeError("CUDA error: out of memory"), MemoryError()])
+def test_a_choice_for_want_of_memory_is_not_written(cache, monkeypatch, error):
+    """This process keeps to it; the next one, which may have the memory, tries again."""
+    calls: list[str] = []
+    lacking = True
+
+    def roomy() -> torch.Tensor:
+        calls.append("roomy")
+        if lacking:
+            raise error
+        return torch.ones(1)
+
+    both = {"slow": ways(calls)["slow"], "roomy": roomy}
+    autotune.fastest("a product", CPU, both)
+    assert calls[-1] == "slow"
+    autotune.fastest("another", CPU, {"fast": ways(calls)["fast"]})
+    assert [key.rpartition(" · ")[2] for key in json.loads(cache.read_text())] == ["another"]
+    calls.clear()
+    autotune.fastest("a product", CPU, both)
+    assert calls == ["slow"]
+    lacking = False
+    monkeypatch.setattr(autotune, "_chosen", None)  # as another process has
+    monkeypatch.setattr(autotune, "_for_now", {})
+    autotune.fastest("a product", CPU, both)
+    assert calls[-1] == "roomy"
+    assert "roomy" in json.loads(cache.read_text()).values()
 
 
 def test_a_choice_that_is_there_no_more_is_made_again(cache):
