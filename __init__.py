@@ -13,14 +13,16 @@ TYPE_CHECKING = False  # checkers take it as true; `typing` takes 2.5 ms more be
 if TYPE_CHECKING:
     from .runtime.errors import TightfitError
     from .runtime.events import Event, Result
-    from .runtime.hardware import Hardware, profile
-    from .runtime.hub import inspect
-    from .runtime.parameters import save
+    from .runtime.machine.hardware import Hardware
+    from .runtime.machine.profiles import profile
+    from .runtime.models.hub import inspect
+    from .runtime.models.spec import ModelSpec
     from .runtime.pipeline import Pipeline, load
-    from .runtime.plan import Plan, Wishes
-    from .runtime.planner import plan
+    from .runtime.planner.choose import plan
+    from .runtime.planner.plan import Plan
+    from .runtime.planner.wishes import Wishes
+    from .runtime.png import save
     from .runtime.request import Request
-    from .runtime.spec import ModelSpec
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,14 +45,16 @@ __all__ = [
 _HOMES = {
     "errors": ("TightfitError",),
     "events": ("Event", "Result"),
-    "hardware": ("Hardware", "profile"),
-    "hub": ("inspect",),
-    "parameters": ("save",),
+    "machine.hardware": ("Hardware",),
+    "machine.profiles": ("profile",),
+    "models.hub": ("inspect",),
+    "models.spec": ("ModelSpec",),
     "pipeline": ("Pipeline", "load"),
-    "plan": ("Plan", "Wishes"),
-    "planner": ("plan",),
+    "planner.choose": ("plan",),
+    "planner.plan": ("Plan",),
+    "planner.wishes": ("Wishes",),
+    "png": ("save",),
     "request": ("Request",),
-    "spec": ("ModelSpec",),
 }
 
 

@@ -5,12 +5,23 @@ import sys
 
 from .runtime import interrupts
 
+# Commands of the rooms above the runtime: the module that has each one's typer app.
+COMMANDS = {"export": f"{__package__}.export.cli", "bench": f"{__package__}.benchmarks.cli"}
+
+
+def app():
+    """The typer app of the whole command line."""
+    from .runtime.cli.app import Commands, app
+
+    Commands.others = COMMANDS
+    return app
+
 
 def main() -> None:
     """Run the command. Ctrl-C before there is anything to tidy up ends it at once, with the usual line and exit code."""
     interrupts.at_once()
     try:
-        from .runtime.cli import main as run
+        from .runtime.cli.app import main as run
     except (ImportError, MemoryError, OSError, RuntimeError) as error:
         from .runtime.errors import first_line, out_of_memory
 
@@ -18,6 +29,7 @@ def main() -> None:
             raise
         os.write(2, f"tightfit: out of memory while it was starting ({first_line(error)}): close what else uses it\n".encode())
         sys.exit(2)
+    app()
     try:
         run()
     finally:

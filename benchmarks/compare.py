@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.memory import shown
+from ..runtime.units import shown
 
 Row = Mapping[str, Any]
 # What is noise at least: shares of seconds, of bytes as the allocator and as the process counts them; decibels.

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from ..runtime.hardware import Hardware, cpu_name
-from ..runtime.process import resident
+from ..runtime.machine.detect import cpu_name
+from ..runtime.machine.hardware import Hardware
+from ..runtime.machine.process import resident
 
 MIB = 2**20
 _EVERY = 0.01  # seconds between two looks; torch's allocator gives nothing back within a stage, so hardly a peak is missed

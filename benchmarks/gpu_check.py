@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import first_line
-from ..runtime.hardware import Hardware
+from ..runtime.machine.hardware import Hardware
 from .gpu_report import faults, screen
 from .record import command, envelope, record
 

@@ -29,7 +29,7 @@ from ..kernels import dequantise, int8
 from ..kernels.formats import FORMATS, Format
 from ..kernels.formats import dequantise as reference
 from ..kernels.quantise import quantise
-from ..runtime.backends import quantised
+from ..runtime.backends.torch import quantised
 from ..runtime.errors import first_line
 from .gpu_card import MIB, Card
 from .metrics import MOST_PSNR, psnr

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..runtime.memory import shown
+from ..runtime.units import shown
 
 LINES, COLUMNS = 38, 140  # gpu_check says two more
 PREDICTED_WITHIN, AS_FAST = 0.05, 1.02

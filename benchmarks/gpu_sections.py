@@ -24,7 +24,7 @@ import torch
 from .. import Hardware, Pipeline, Plan, Request, TightfitError, Wishes, inspect, load, plan
 from ..export import random_model
 from ..runtime.errors import first_line
-from ..runtime.hardware import CPU_PROVIDER
+from ..runtime.machine.providers import CPU_PROVIDER
 from . import gpu_probe, layers
 from .gpu_card import Card
 from .gpu_probe import beside

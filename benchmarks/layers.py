@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from ..kernels.formats import FORMATS
-from ..runtime.backends import quantised
-from ..runtime.backends.autotune import turn_seconds
-from ..runtime.hardware import Hardware
+from ..runtime.backends.torch import quantised
+from ..runtime.backends.torch.autotune import turn_seconds
+from ..runtime.machine.hardware import Hardware
 from .record import record
 
 Shape = tuple[int, int, int, int]

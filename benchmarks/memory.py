@@ -14,9 +14,9 @@ import sys
 import time
 from typing import Any
 
-from ..runtime.hub import inspect
-from ..runtime.memory import shown
-from ..runtime.process import ProcessPeak
+from ..runtime.machine.process import ProcessPeak
+from ..runtime.models.hub import inspect
+from ..runtime.units import shown
 from .record import named, record
 
 
@@ -24,7 +24,7 @@ def diffusers_run(args: argparse.Namespace) -> int:
     """diffusers as its documentation starts: load, call; with Euler, as ours. The peak resident bytes of the whole process."""
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
-    from ..runtime.backends.weights import DTYPES
+    from ..runtime.backends.torch.loading import DTYPES
 
     folder = inspect(args.model).folder  # which refuses one that names classes of its own
     peak = ProcessPeak()

@@ -14,7 +14,7 @@ from typing import Any
 
 from .. import Plan, Request, Result, TightfitError, load
 from ..runtime.errors import OutOfMemoryError, first_line
-from ..runtime.hardware import driver
+from ..runtime.machine.detect import driver
 
 
 def main() -> None:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import Request, load
-from ..runtime.memory import shown
-from ..runtime.plan import CFG
+from ..runtime.placement import CFG
+from ..runtime.units import shown
 from .metrics import MOST_PSNR, psnr
 from .record import named, record
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 
 from .. import Request, TightfitError, inspect, plan
-from ..runtime.hardware import cards, profile
-from ..runtime.memory import shown
-from ..runtime.plan import Wishes
-from ..runtime.planner import none_fits
-from ..runtime.spec import ModelSpec
+from ..runtime.machine.profiles import cards, profile
+from ..runtime.models.spec import ModelSpec
+from ..runtime.planner.choose import none_fits
+from ..runtime.planner.wishes import Wishes
+from ..runtime.units import shown
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from .. import Pipeline, Request, Wishes, inspect
-from ..runtime.backends.quantised import workspace
-from ..runtime.hardware import Hardware
-from ..runtime.memory import shown
-from ..runtime.plan import ATTENTIONS, CFG, RESIDENCIES, STAGES, TILINGS
+from ..runtime.backends.torch.quantised import workspace
+from ..runtime.machine.hardware import Hardware
+from ..runtime.placement import ATTENTIONS, CFG, RESIDENCIES, STAGES, TILINGS
+from ..runtime.units import shown
 from .record import named, record
 
 Row = dict[str, Any]

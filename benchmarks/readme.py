@@ -17,8 +17,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..runtime.cli_output import write
-from ..runtime.memory import shown
+from ..runtime.cli.output import write
+from ..runtime.units import shown
 from . import suite
 from .compare import seconds, spread
 from .peers.__main__ import REFERENCE, contenders

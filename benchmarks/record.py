@@ -18,7 +18,7 @@ from typing import Any
 
 from .. import __version__
 from ..runtime.files import cache_folder
-from ..runtime.hardware import Hardware
+from ..runtime.machine.hardware import Hardware
 
 PACKAGES = ("torch", "diffusers", "transformers", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "bitsandbytes")
 

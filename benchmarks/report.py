@@ -14,8 +14,8 @@ from typing import Any
 from PIL import Image
 
 from ..runtime.errors import explained
-from ..runtime.memory import shown
-from ..runtime.plan import BACKENDS, PRECISIONS, STAGES
+from ..runtime.placement import BACKENDS, PRECISIONS, STAGES
+from ..runtime.units import shown
 from .compare import figures, seconds, spread
 from .metrics import difference
 from .plots import Axis, Point, axis, bars, scatter

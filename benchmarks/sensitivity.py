@@ -19,8 +19,8 @@ from .. import inspect
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
-from ..runtime.backends.torch import TorchBackend
-from ..runtime.plan import Placement
+from ..runtime.backends.torch.backend import TorchBackend
+from ..runtime.placement import Placement
 from .record import record
 from .steps import noise
 

@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from .. import inspect
-from ..runtime.backends import networks, weights
-from ..runtime.plan import Placement
-from ..runtime.spec import Component, ModelSpec
+from ..runtime.backends.torch import loading as weights
+from ..runtime.backends.torch import networks
+from ..runtime.models.spec import Component, ModelSpec
+from ..runtime.placement import Placement
 from .record import record
 
 

@@ -15,11 +15,11 @@ import time
 import numpy as np
 
 from .. import inspect
-from ..runtime.backends.torch import TorchBackend
-from ..runtime.hardware import Hardware
-from ..runtime.memory import shown
-from ..runtime.plan import Placement
-from ..runtime.spec import ModelSpec
+from ..runtime.backends.torch.backend import TorchBackend
+from ..runtime.machine.hardware import Hardware
+from ..runtime.models.spec import ModelSpec
+from ..runtime.placement import Placement
+from ..runtime.units import shown
 from .record import named, record
 
 

@@ -15,11 +15,12 @@ from dataclasses import replace
 
 from .. import Hardware, Request, plan
 from ..runtime.backends import engine
-from ..runtime.hardware import cards, profile
-from ..runtime.latency import arrival_spans, bus_rate, call_seconds
-from ..runtime.memory import shown
-from ..runtime.plan import Placement, Wishes
-from ..runtime.spec import ModelSpec
+from ..runtime.costs.latency import arrival_spans, bus_rate, call_seconds
+from ..runtime.machine.profiles import cards, profile
+from ..runtime.models.spec import ModelSpec
+from ..runtime.placement import Placement
+from ..runtime.planner.wishes import Wishes
+from ..runtime.units import shown
 from .plans import sized
 
 

@@ -26,8 +26,9 @@ from .. import ModelSpec, Plan, Request, TightfitError
 from ..runtime.errors import explained, first_line
 from ..runtime.files import parsed, read_bytes, read_json
 from ..runtime.pipeline import MANY
-from ..runtime.plan import BACKENDS, PRECISIONS, STAGES, Wishes
-from ..runtime.planner import plan as every_plan
+from ..runtime.placement import BACKENDS, PRECISIONS, STAGES
+from ..runtime.planner.choose import plan as every_plan
+from ..runtime.planner.wishes import Wishes
 from .record import named
 
 VERSION = 2

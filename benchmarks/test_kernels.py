@@ -16,12 +16,13 @@ from typing import Any
 
 import pytest
 import torch
-from tightfit.kernels import attention, strips
-from tightfit.kernels.formats import FORMATS, dequantise, pack, unpack
-from tightfit.kernels.quantise import quantise
-from tightfit.runtime.backends.quantised import filled
-from tightfit.runtime.hardware import Hardware
 from torch import nn
+
+from ..kernels import attention, strips
+from ..kernels.formats import FORMATS, dequantise, pack, unpack
+from ..kernels.quantise import quantise
+from ..runtime.backends.torch.quantised import filled
+from ..runtime.machine.hardware import Hardware
 
 HERE = Hardware.detect()
 DEVICE, DTYPE = torch.device(HERE.device), {"fp16": torch.float16, "bf16": torch.bfloat16}.get(HERE.precisions[0], torch.float32)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from tightfit import Request, inspect, plan, profile
-from tightfit.export import random_model
-from tightfit.runtime.prompt import tokenize
+
+from .. import Request, inspect, plan, profile
+from ..export import random_model
+from ..runtime.models.tokens import tokenize
 
 
 @pytest.fixture(scope="module")

@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import LEAST, recipe
-from ..runtime import schedulers
-from ..runtime.backends import networks, weights
-from ..runtime.plan import Placement
-from ..runtime.tokenizer import read_tokenizer
-from .quantised import Scheme, energy
+from ..runtime.backends.torch import loading as weights
+from ..runtime.backends.torch import networks
+from ..runtime.models import schedulers
+from ..runtime.models.tokenizer import read_tokenizer
+from ..runtime.placement import Placement
+from .torch_model import Scheme, energy
 
 if TYPE_CHECKING:
-    from ..runtime.spec import ModelSpec
+    from ..runtime.models.spec import ModelSpec
 
 # One for each kind of picture that people ask for; none is of emoji's training, which have one or two words.
 PROMPTS = (

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from ..runtime.errors import TightfitError
 from ..runtime.files import inside, read_bytes, read_json
-from ..runtime.tokenizer import NAMES
+from ..runtime.models.tokenizer import NAMES
 
 # What is copied of a model beside its weights, by folder; nothing else of it is looked at.
 _COPIED = {"tokenizer": NAMES, "tokenizer_2": NAMES, "scheduler": ("scheduler_config.json",)}

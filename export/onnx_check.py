@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from . import onnx_trace
+from . import onnx_networks as onnx_trace
 
 # Of the answer's norm. The same values are multiplied in another order; fp16 has 11 bits, and a network a hundred layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}

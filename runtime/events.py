@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .plan import Plan
+from .planner.plan import Plan
 from .request import Request
 
 if TYPE_CHECKING:

@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
-import re
 import stat
-import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
@@ -23,43 +19,11 @@ from tempfile import gettempdir, mkdtemp
 from typing import Any
 from uuid import uuid4
 
-from .cures import of_pickles
 from .errors import TightfitError
 
-STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 JSON_BYTES = 2**24  # at most; the largest published beside SD, CLIP's tokenizer.json, has 3.6 MB
 WEIGHTS_BYTES = 2**40  # at most in one file; SDXL's U-Net in fp32 has 10 GB
-_TENSORS = 10_000  # at most of one network; SDXL's U-Net has 1,680
-_SIDES = 8  # of a tensor at most; a convolution's weight has 4
-_SHARDS = 100  # files at most that one network's weights are in
-# Bytes of a value, of types in whose tensors nothing is stored that is used, too: text encoders' positions are I64.
-_VALUE_BYTES = STORED_BYTES | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a safetensors file: its dtype in that format's spelling, its shape, and its bytes' place there."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    offset: int
-    stored_bytes: int
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    def read_into(self, buffer: Any) -> None:
-        """Fill a writable buffer of `stored_bytes` bytes: read, not mapped, so that it is in memory once."""
-        try:
-            with open_regular(self.file, WEIGHTS_BYTES) as stream:
-                stream.seek(self.offset)
-                if stream.readinto(buffer) != self.stored_bytes:
-                    raise TightfitError(f"{self.file} was cut short while it was read: copy or download it again")
-        except OSError as error:
-            raise TightfitError(f"{self.file} cannot be read ({error.strerror}): copy or download it again") from None
 
 
 def open_regular(path: Path, most_bytes: int) -> BufferedReader:
@@ -154,41 +118,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-# What model_index.json may say that a part is made by; never imported by that name. Pipelines themselves are told by their parts.
-_CLASSES = {
-    "unet": r"diffusers (UNet2DConditionModel|OnnxRuntimeModel)|optimum\S* ORT\w+",
-    "vae": r"diffusers (AutoencoderKL|OnnxRuntimeModel)|optimum\S* ORT\w+",
-    "text_encoder": r"transformers CLIPTextModel(WithProjection)?|diffusers OnnxRuntimeModel|optimum\S* ORT\w+",
-    "tokenizer": r"transformers CLIPTokenizer(Fast)?",
-    "scheduler": r"diffusers \w+Scheduler",
-} | dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "image_processor"), r"\S+ \w+")  # never loaded
-_ALIKE = {"text_encoder_2": "text_encoder", "tokenizer_2": "tokenizer", "vae_encoder": "vae", "vae_decoder": "vae"}
-
-
-def check_classes(file: Path, index: Mapping[str, Any]) -> None:
-    """Each part that `index`, read from a model_index.json, lists is of a class that is known.
-
-    diffusers before 0.38 ran Python code from the folder for a class that it did not know.
-    """
-    pipeline = index.get("_class_name", "")
-    if not isinstance(pipeline, str) or not re.fullmatch(r"\w{0,100}", pipeline):
-        raise TightfitError(
-            f"{file} wants code of its own to run (_class_name {_short(pipeline)}): tightfit runs none from a model"
-        )
-    for name, value in index.items():
-        known = _CLASSES.get(_ALIKE.get(name, name))
-        if name.startswith("_") or not isinstance(value, list | dict) or (isinstance(value, list) and not any(value)):
-            continue
-        if known is None:
-            raise TightfitError(f"{file} lists a part {_short(name)}, which no SD model has: tightfit runs SD 1.x, SD 2.x and SDXL")
-        pair = isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
-        if not pair or not re.fullmatch(known, " ".join(value)):
-            raise TightfitError(
-                f"{file} has its {name} made by {_short(value)}, which is not known: tightfit runs no code of a model"
-            )
-
-
-def _short(value: Any) -> str:
+def shortened(value: Any) -> str:
     """In one line, and no longer than a person reads."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -212,88 +142,12 @@ def plain_name(name: str) -> bool:
     return Path(name).name == name and "\0" not in name and len(name.encode("utf-8", "replace")) <= 255
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component: the plain file or shards, else the fp16 variant."""
-    promised: list[Path] = []
-    for stem in ("diffusion_pytorch_model", "model"):
-        for variant in ("", ".fp16"):
-            index = folder / f"{stem}.safetensors.index{variant}.json"
-            if index.exists():
-                places = read_json(index).get("weight_map")
-                names = set(map(str, places.values())) if isinstance(places, dict) else set()
-                if not 0 < len(names) <= _SHARDS or not all(map(plain_name, names)):
-                    raise TightfitError(f"{index} does not list plain file names: copy or download it again")
-                shards = [folder / shard for shard in sorted(names)]
-                if all(shard.exists() for shard in shards):
-                    return shards
-                promised = promised or shards  # another variant may be whole
-            single = folder / f"{stem}{variant}.safetensors"
-            if single.exists():
-                return [single]
-    if promised:
-        return promised  # to read one that is missing says so
-    if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
-        raise TightfitError(f"{folder} has its weights only as {pickles[0]}: {of_pickles(folder.parent)}")
-    names = sorted(path.name[:80] for path in folder.iterdir()) if folder.is_dir() else ["no such folder"]
-    found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    raise TightfitError(
-        f"{folder} has no diffusion_pytorch_model.safetensors or model.safetensors (there: {found}): "
-        "rename it back, or copy or download the model again"
-    )
-
-
-def all_tensors(folder: Path) -> dict[str, Tensor]:
-    """What the safetensors files of one component's folder hold, by name."""
-    found: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        more = read_header(file)
-        if twice := next((name for name in more if name in found), None):
-            raise TightfitError(f"{file} holds {twice}, which {found[twice].file.name} holds too: copy or download both again")
-        found |= more
-        if len(found) > _TENSORS:
-            raise TightfitError(f"{folder} promises more than {_TENSORS} tensors, as no SD model has: copy or download it again")
-    return found
-
-
-def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors that a safetensors file promises, checked against its length. Format: the safetensors README.
-
-    As that demands, no name comes twice, and the tensors' bytes follow one another without a hole or an overlap.
-    """
-    again = "copy or download it again"
-    try:
-        with open_regular(file, WEIGHTS_BYTES) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
-            if length > size - 8:
-                raise TightfitError(f"{file} is not a whole safetensors file ({size} bytes): {again}")
-            text = stream.read(length) if length <= JSON_BYTES else b""
-        if length > JSON_BYTES or text.count(b"{") > _TENSORS + 2:
-            raise TightfitError(
-                f"{file} promises more than {_TENSORS} tensors ({length} bytes of header), as no SD model has: {again}"
-            )
-        header = json.loads(text, object_pairs_hook=_once)
-        tensors = {name: _tensor(entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"}
-        end = 8 + length
-        for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.stored_bytes)):
-            if tensor.offset != end:
-                raise ValueError("tensors with a hole between them, or that overlap")
-            end += tensor.stored_bytes
-    except OSError as error:
-        raise TightfitError(f"{file} cannot be read: {error.strerror}; {again}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TightfitError(f"{file} has a broken safetensors header ({_reason(error)}): {again}") from None
-    if end != size:
-        raise TightfitError(f"{file} is truncated or overwritten: it has {size} bytes of {end}; {again}")
-    return tensors
-
-
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Our own words, or that it is no JSON of this kind."""
     return str(error) if type(error) is ValueError else "not JSON of tensors"
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object of which no name comes twice, and every name can be printed."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -301,22 +155,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if not "".join(found).isprintable():
         raise ValueError("a name that cannot be printed")
     return found
-
-
-def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:
-    """One entry of a header whose tensors' bytes begin at `data`; ValueError if its numbers contradict each other."""
-    if not isinstance(entry["data_offsets"], list) or len(entry["data_offsets"]) != 2:
-        raise ValueError("a tensor whose place is not told")
-    begin, end = entry["data_offsets"]
-    shape, dtype = entry["shape"], entry["dtype"]
-    if not isinstance(shape, list) or len(shape) > _SIDES or not isinstance(dtype, str):
-        raise ValueError(f"a tensor of no shape, of more than {_SIDES} sides, or of no type")
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in (begin, end, *shape)) or end < begin:
-        raise ValueError("a size that is no whole number from 0 up")
-    tensor = Tensor(dtype, tuple(shape), file, data + begin, end - begin)
-    if dtype in _VALUE_BYTES and tensor.count * _VALUE_BYTES[dtype] != tensor.stored_bytes:
-        raise ValueError("a tensor of another size than its shape")
-    return tensor
 
 
 @contextmanager

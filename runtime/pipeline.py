@@ -11,19 +11,23 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
-from . import parameters, planner, schedulers
-from .backends import Backend, Session, backend
+from . import infotext as parameters
+from .backends import backend
+from .backends.protocol import Backend, Session
 from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from .events import Event, Measured, Result
-from .hardware import Hardware
-from .hub import inspect
-from .memory import shown
-from .plan import Placement, Plan, Wishes
-from .planner import guided
-from .process import ProcessPeak
-from .prompt import Tokens, painted_as_words, tokenize
-from .request import Request
-from .spec import ModelSpec
+from .machine.hardware import Hardware
+from .machine.process import ProcessPeak
+from .models import schedulers
+from .models.hub import inspect
+from .models.spec import ModelSpec
+from .models.tokens import Tokens, painted_as_words, tokenize
+from .placement import Placement
+from .planner import choose as planner
+from .planner.plan import Plan
+from .planner.wishes import Wishes
+from .request import Request, guided
+from .units import shown
 
 T = TypeVar("T")
 MANY = 100  # requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them

@@ -6,10 +6,13 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 from .errors import TightfitError
-from .files import open_regular
+from .files import adding, open_regular, replacing
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 MAX_TEXT_BYTES = 4 * 2**20  # of one text, inflated; A1111's have a few thousand
 _MOST_BYTES = 2**31
@@ -96,3 +99,31 @@ def _inflated(method: bytes, data: bytes) -> bytes:
     if not inflater.eof:
         raise ValueError("a compressed text is too long or was cut")
     return text
+
+
+def save(image: Image.Image, path: str | Path, overwrite: bool = True) -> Path:
+    """Write `image` as a PNG with its `parameters`, through a temporary sibling, so that no half picture is ever seen.
+
+    Without `overwrite` a file that is there stays: heart-2.png is written beside heart.png. Answers where the picture is.
+    Raises TightfitError if `path` does not end in .png or cannot be written.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    if not hasattr(image, "save"):
+        raise TightfitError(f"save takes one picture, not a {type(image).__name__}: call it for each")
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise TightfitError(f"{path} does not end in .png: pictures are written as PNG, which carries their request")
+    text = PngInfo()
+    if "parameters" in image.info:
+        text.add_text("parameters", image.info["parameters"])
+    try:
+        if overwrite:
+            with replacing(path) as partial:
+                image.save(partial, format="PNG", pnginfo=text)
+            return path
+        with adding(path) as places:
+            image.save(places[0], format="PNG", pnginfo=text)
+        return places[-1]
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise TightfitError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
-from . import schedulers
 from .errors import TightfitError
-from .spec import ModelSpec
+from .models import schedulers
+from .models.spec import ModelSpec
 
 _WHOLE = {
     "width": (1, 2**16),
@@ -117,3 +117,8 @@ def _size_error(name: str, value: int, factor: int) -> str:
     below, above = value // factor * factor, (value // factor + 1) * factor
     near = f"{below} or {above}" if below else str(above)
     return f"{name} {value} is not a multiple of {factor}, by which this model shrinks a picture: the nearest are {near}"
+
+
+def guided(spec: ModelSpec, request: Request) -> bool:
+    """Classifier-free guidance: asked for above one, as in diffusers, but not of models distilled for it."""
+    return (request.guidance_scale or 0) > 1 and not spec.guidance_width

@@ -96,13 +96,13 @@ def shallow_models(made_once) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def onnx_models(shallow_models, made_once):
     """Called with a family and a precision: the shallow model exported to ONNX, once; tests must not change it."""
-    from tightfit.runtime.cli import app
+    from tightfit.__main__ import app
     from typer.testing import CliRunner
 
     def exported(family: str, precision: str) -> Path:
         arguments = ["export", str(shallow_models[family]), "--to", "onnx", "--precision", precision]
         arguments += ["--compute", "fp32"] if precision.startswith("int") else []
-        write = lambda folder: CliRunner().invoke(app, [*arguments, "-o", str(folder)], catch_exceptions=False)  # noqa: E731
+        write = lambda folder: CliRunner().invoke(app(), [*arguments, "-o", str(folder)], catch_exceptions=False)  # noqa: E731
         return made_once(f"onnx/{family}-{precision}", write)
 
     return exported

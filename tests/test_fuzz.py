@@ -933,11 +933,11 @@ def note(told: dict[str, Any], found: list[dict[str, Any]]) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a process took stands in Linux's /proc")
 def test_mutants(shallow_models, onnx_models, made_once, tmp_path):
-    from tightfit.runtime.cli import app
+    from tightfit.__main__ import app
     from typer.testing import CliRunner
 
     def run(*arguments: str) -> None:
-        CliRunner().invoke(app, arguments, catch_exceptions=False)
+        CliRunner().invoke(app(), arguments, catch_exceptions=False)
 
     sd1 = str(shallow_models["sd1"])
     int8 = made_once("fuzz/int8", lambda folder: run("export", sd1, "--precision", "int8", "-o", str(folder)))

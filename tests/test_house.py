@@ -12,45 +12,34 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ENGINES = {"torch", "onnxruntime", "diffusers", "transformers", "safetensors", "bitsandbytes"}
 ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
-RUNTIME = {
-    1: {
-        "cures",
-        "interrupts",
-        "errors",
-        "files",
-        "onnx_file",
-        "spec",
-        "hardware",
-        "memory",
-        "allocator",
-        "process",
-        "latency",
-        "ring",
-        "schedulers",
-        "request",
-        "parameters",
-        "png",
-        "recent",
-        "plan",
-        "hub",
-        "events",
-        "models",
-    },
-    3: {"prompt", "tokenizer", "planner", "pipeline", "calibration"},
-    4: {"cli", "cli_bench", "cli_export", "cli_output", "cli_words", "server"},
-}
+# From the ground up; imports point down only, within a floor they go in no circle.
+FLOORS = (
+    ("kernels", "profiles"),
+    tuple(f"runtime.{leaf}" for leaf in ("errors", "files", "interrupts", "placement", "recent", "ring", "units")),
+    ("runtime.machine",),
+    ("runtime.models",),
+    ("runtime.costs",),
+    ("runtime.request",),
+    ("runtime.backends",),
+    ("runtime.planner",),
+    ("runtime.events", "runtime.infotext", "runtime.png"),
+    ("runtime.pipeline",),
+    ("runtime.cli",),
+    ("export",),
+    ("tightfit",),
+    ("benchmarks",),
+    ("__main__",),
+)
+# Rooms whose modules may import an engine when they are imported.
+WITH_ENGINES = ("runtime.backends.torch", "runtime.backends.onnx", "export", "kernels", "benchmarks")
 
 
 def floor(module: str) -> int:
-    """0 kernels and profiles, 1 what knows no engine, 2 backends, 3 pipeline and export, 4 the ways in and the root."""
-    room, *rest = module.split(".")
-    if room != "runtime":
-        return {"kernels": 0, "profiles": 0, "export": 3, "benchmarks": 4, "tightfit": 4}[room]
-    if not rest:
-        return 1
-    if rest[0] == "backends":
-        return 2
-    return next(number for number, names in RUNTIME.items() if rest[0] in names)
+    """Of a module, by the longest name in FLOORS that it begins with."""
+    names = [".".join(module.split(".")[:count]) for count in range(module.count(".") + 1, 0, -1)]
+    return next(
+        number for name in names for number, rooms in enumerate(FLOORS) if name in rooms or (name == "runtime" and not number)
+    )
 
 
 def sources() -> dict[str, Path]:
@@ -91,11 +80,27 @@ def test_imports_point_down_only(name):
     modules = sources()
     for imported in imports(name, modules[name]) & {*modules, "tightfit"}:
         assert floor(imported) <= floor(name), f"{name} (floor {floor(name)}) imports {imported} (floor {floor(imported)})"
-        upwards = name.split(".")[0] == "runtime" and imported.split(".")[0] == "export"
-        assert not upwards or floor(name) == 4, "the runtime knows of export only in the command line"
 
 
-@pytest.mark.parametrize("name", [n for n in sources() if n.startswith("runtime") and not n.startswith("runtime.backends.")])
+def circles(modules: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import one another, by way of others or at once."""
+    reach = {name: set(imported) for name, imported in modules.items()}
+    for middle in modules:
+        for name in modules:
+            if middle in reach[name]:
+                reach[name] |= reach[middle]
+    return sorted(
+        [name for name in modules if name in reach[name] and other in reach[name]] for other in modules if other in reach[other]
+    )
+
+
+def test_imports_go_in_no_circle():
+    modules = sources()
+    assert not circles({n: (imports(n, f, top_level_only=True) & modules.keys()) - {n} for n, f in modules.items()})
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})[0] == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", [n for n in sources() if not n.startswith(WITH_ENGINES)])
 def test_only_backends_import_an_engine_when_imported(name):
     heavy = {module.split(".")[0] for module in imports(name, sources()[name], top_level_only=True)} & ENGINES
     assert not heavy, f"{name} imports {heavy} at its top"
@@ -108,15 +113,18 @@ def of_ours(name: str, file: Path) -> set[str]:
 
 def test_kernels_import_nothing_of_ours(tmp_path):
     assert not {name for name, file in sources().items() if name.startswith("kernels") and of_ours(name, file)}
-    (tmp_path / "bad.py").write_text("from ..runtime.plan import Plan")
-    assert of_ours("kernels.bad", tmp_path / "bad.py") == {"runtime.plan"}
+    (tmp_path / "bad.py").write_text("from ..runtime.planner.plan import Plan")
+    assert of_ours("kernels.bad", tmp_path / "bad.py") == {"runtime.planner.plan"}
 
 
 def test_direction_test_can_fail(tmp_path):
     bad = tmp_path / "plan.py"
     bad.write_text("def f():\n    from .pipeline import load\n")
     assert "runtime.pipeline" in imports("runtime.plan", bad)
-    assert floor("runtime.pipeline") > floor("runtime.plan")
+    assert (
+        floor("runtime.pipeline") > floor("runtime.planner.plan") > floor("runtime.backends.torch.meter") > floor("runtime.machine")
+    )
+    assert floor("benchmarks.cli") > floor("export.cli") > floor("runtime.cli.app")
     for line in ("from .. import load", "from .. import Pipeline, load", "import tightfit"):
         bad.write_text(line)
         assert "tightfit" in imports("runtime.plan", bad), line

@@ -25,9 +25,9 @@ from typing import Any
 from PIL import Image
 
 from ...runtime.errors import TightfitError
-from ...runtime.hardware import Hardware
-from ...runtime.hub import inspect
-from ...runtime.memory import shown
+from ...runtime.machine.hardware import Hardware
+from ...runtime.models.hub import inspect
+from ...runtime.units import shown
 from ..metrics import MOST_PSNR, psnr
 from ..record import record
 

@@ -125,8 +125,8 @@ def sdcpp(job: Job, clock: Clock) -> list[str]:
 
 def tightfit(job: Job, clock: Clock) -> list[str]:
     """Ours, as the command line runs it; `options` are wishes, such as residency=staged."""
-    from tightfit import Request, load  # pyright: ignore[reportMissingImports]
-    from tightfit.runtime.events import Event  # pyright: ignore[reportMissingImports]
+    from ... import Request, load  # pyright: ignore[reportMissingImports]
+    from ...runtime.events import Event  # pyright: ignore[reportMissingImports]
 
     wishes: dict[str, Any] = dict(option.split("=") for option in job["options"])
     sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
@@ -147,7 +147,7 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
 
 def tightfit_export(job: Job, _: Clock) -> list[str]:
     """Ours; `options` are the command line's."""
-    from tightfit.runtime.cli import main as tightfit_cli  # pyright: ignore[reportMissingImports]
+    from ...runtime.cli.app import main as tightfit_cli  # pyright: ignore[reportMissingImports]
 
     sys.argv = ["tightfit", "export", job["model"], *job["options"], "-o", job["to"]]
     try:

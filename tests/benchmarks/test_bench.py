@@ -17,14 +17,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tightfit.__main__ import app
+from tightfit.benchmarks import cli as cli_bench
 from tightfit.benchmarks import compare, metrics, one, plots, report, suite
-from tightfit.runtime import cli_bench, planner
-from tightfit.runtime.cli import app
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.hardware import Hardware
-from tightfit.runtime.hub import inspect
+from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.pipeline import Pipeline
-from tightfit.runtime.plan import Wishes
+from tightfit.runtime.planner import choose as planner
+from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.request import Request
 from typer.testing import CliRunner
 
@@ -171,14 +172,14 @@ def test_the_same_command_goes_on(tiny_models, tmp_path):
         "--report",
         str(tmp_path / "page.html"),
     ]
-    first = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    first = CliRunner().invoke(app(), arguments, catch_exceptions=False)
     assert first.exit_code == 0, first.output
     lines = suite.read(tmp_path / "out" / "results.jsonl")
     assert len(lines) == 1  # of one size, named twice
-    again = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    again = CliRunner().invoke(app(), arguments, catch_exceptions=False)
     assert "1 of 1 runs are in" in again.output
     assert suite.read(tmp_path / "out" / "results.jsonl") == lines
-    repeated = CliRunner().invoke(app, [*arguments, "--again", "--json"], catch_exceptions=False)
+    repeated = CliRunner().invoke(app(), [*arguments, "--again", "--json"], catch_exceptions=False)
     assert len(suite.read(tmp_path / "out" / "results.jsonl")) == 2
     (row,) = json.loads(repeated.stdout.splitlines()[-1])
     assert row["key"] == lines[0]["key"]
@@ -290,7 +291,7 @@ def files(measured, tmp_path):
 
 
 def compared(*names):
-    return CliRunner().invoke(app, ["bench", "compare", *names], catch_exceptions=False)
+    return CliRunner().invoke(app(), ["bench", "compare", *names], catch_exceptions=False)
 
 
 def test_compare_command(files):
@@ -392,7 +393,7 @@ def test_results_that_are_damaged(measured, tmp_path, capsys):
         report.page(rows, tmp_path / "pictures")
         cli_bench._print(rows, here, {row["key"] for row in rows})
         for names in ((good, bad), (bad, good), (bad, good, good)):
-            done = CliRunner().invoke(app, ["bench", "compare", *map(str, names)])
+            done = CliRunner().invoke(app(), ["bench", "compare", *map(str, names)])
             assert isinstance(done.exception, TightfitError | SystemExit | None), (seed, done.exception)
     assert 10 < refused < 40
 

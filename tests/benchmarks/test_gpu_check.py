@@ -17,7 +17,7 @@ from tightfit.benchmarks import gpu_check, gpu_probe, gpu_report, gpu_sections
 from tightfit.benchmarks.gpu_card import Card, Seen
 from tightfit.kernels.formats import FORMATS
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.plan import PRECISIONS
+from tightfit.runtime.placement import PRECISIONS
 
 ROW = "open(sys.argv[1], 'a').write('{\"n\": 1}\\n')"
 

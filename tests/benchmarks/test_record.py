@@ -8,7 +8,7 @@ import shlex
 
 import pytest
 from tightfit.benchmarks import readme, record, report
-from tightfit.runtime.plan import PRECISIONS
+from tightfit.runtime.placement import PRECISIONS
 
 FOLDER = re.compile(r"(^|[\s=,'\"])(/|~|\.\.?[/\\]|[A-Za-z]:[/\\])")
 

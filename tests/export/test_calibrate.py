@@ -9,8 +9,8 @@ import diffusers
 import pytest
 import tightfit
 import torch
+from tightfit.__main__ import app
 from tightfit.export import calibrate
-from tightfit.runtime.cli import app
 from typer.testing import CliRunner
 
 PIPELINES = {"sd1": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
@@ -56,7 +56,7 @@ def test_nothing_of_the_folder_runs(sd1_copy, tmp_path, monkeypatch):
     index.write_text(json.dumps(json.loads(index.read_text()) | listed))
     monkeypatch.setattr(calibrate, "LEAST", 30_000)  # only a few layers are measured, as each takes its time
     arguments = ["export", str(sd1_copy), "--precision", "int8", "--calibrate", "1", "--steps", "2", "--size", "64", "--bits", "12"]
-    done = CliRunner().invoke(app, [*arguments, "-o", str(tmp_path / "out")], catch_exceptions=False)
+    done = CliRunner().invoke(app(), [*arguments, "-o", str(tmp_path / "out")], catch_exceptions=False)
     assert done.exit_code == 0, done.output
     manifest = json.loads((tmp_path / "out" / "tightfit.json").read_text())
     assert manifest["components"]["unet"]["measured"]["snr"]["calibrated"] > 0
@@ -75,7 +75,7 @@ def test_classes_of_the_folder_are_refused(sd1_copy, tmp_path, changes):
     index = sd1_copy / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | changes))
     arguments = ["export", str(sd1_copy), "--precision", "int4", "--calibrate", "1", "-o", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(app(), arguments)
     assert "code" in f"{done.exception} {done.output}"
     assert not ran.exists()
     assert not (tmp_path / "out").exists()

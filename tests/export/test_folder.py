@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tightfit.__main__ import app
 from tightfit.export import folder as folders
-from tightfit.runtime.cli import app
 from tightfit.runtime.errors import TightfitError
 from typer.testing import CliRunner
 
@@ -104,7 +104,7 @@ def test_tensors_are_those_of_the_config(sd1_copy, tmp_path, file, change, to):
     before = sorted(tmp_path.iterdir())
     precision = "int8" if to == "torch" else "fp32"
     arguments = ["export", str(sd1_copy), "--to", to, "--precision", precision, "-o", str(tmp_path / "out")]
-    done = CliRunner().invoke(app, arguments)
+    done = CliRunner().invoke(app(), arguments)
     assert isinstance(done.exception, TightfitError | SystemExit), done.exception
     assert "the weights of" in f"{done.exception} {done.output}"
     assert sorted(tmp_path.iterdir()) == before

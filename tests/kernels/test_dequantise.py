@@ -13,8 +13,8 @@ from tightfit.kernels.dequantise import dequantise, dequantise_torch, triton_pro
 from tightfit.kernels.formats import FORMATS, Format
 from tightfit.kernels.formats import dequantise as reference
 from tightfit.kernels.quantise import quantise
-from tightfit.runtime.backends.meter import LiveBytes
-from tightfit.runtime.backends.quantised import DEQUANTISE, gpu_bytes
+from tightfit.runtime.backends.torch.meter import LiveBytes
+from tightfit.runtime.backends.torch.quantised import DEQUANTISE, gpu_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SHAPES = [(7, 5), (16, 3, 3, 3), (9, 70, 3, 3), (8, 64, 1, 1), (4, 32, 2, 5), (1, 33, 3, 3), (5, 1, 3, 3), (3, 7, 1, 3)]

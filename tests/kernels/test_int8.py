@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tightfit.kernels import formats, int8, triton_int8
 from tightfit.kernels.quantise import quantise
-from tightfit.runtime.hardware import Hardware
+from tightfit.runtime.machine.hardware import Hardware
 from torch.nn import functional
 
 beside = runpy.run_path(str(Path(__file__).with_name("test_triton_weights.py")))

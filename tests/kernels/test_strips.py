@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from tightfit.kernels import strips
-from tightfit.runtime.backends.networks import decode_in_strips, encode_in_strips
+from tightfit.runtime.backends.torch.vae import decode_in_strips, encode_in_strips
 from torch import nn
 from torch.nn import functional
 

@@ -17,8 +17,9 @@ import pytest
 import tightfit
 from tightfit.runtime import files
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.plan import Plan
-from tightfit.runtime.tokenizer import read_tokenizer
+from tightfit.runtime.models.layouts import safetensors as layout
+from tightfit.runtime.models.tokenizer import read_tokenizer
+from tightfit.runtime.planner.plan import Plan
 
 PLAIN = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pipes and devices in folders")
@@ -65,7 +66,7 @@ def test_only_regular_files_of_a_sane_size_are_opened(tmp_path, kind):
     """Each kind in place of each file that is read: one line at once, where a pipe would be waited for and a device read on."""
     file = tmp_path / "a file"
     irregular(file, kind)
-    for read in (files.read_json, files.read_header, Plan.read, files.read_bytes):
+    for read in (files.read_json, layout.read_header, Plan.read, files.read_bytes):
         try:
             refused(lambda read=read: read(file), "a file")
         except OSError as error:  # read_bytes leaves the system's own to its callers
@@ -196,15 +197,15 @@ def write(file, header, data=8):
     ],
 )  # fmt: skip
 def test_headers_that_the_format_forbids(tmp_path, header, data):
-    refused(lambda: files.read_header(write(tmp_path / "x.safetensors", header, data)), "x.safetensors")
+    refused(lambda: layout.read_header(write(tmp_path / "x.safetensors", header, data)), "x.safetensors")
 
 
 def test_headers_of_too_many_tensors(tmp_path):
     """Held against a limit before they are parsed: the header of 10,010 empty tensors, and one of 17 MB."""
     entry = json.dumps(PLAIN | {"shape": [0], "data_offsets": [0, 0]}).encode()
     many = b"{" + b",".join(b'"%d":%s' % (i, entry) for i in range(10_010)) + b"}"
-    refused(lambda: files.read_header(write(tmp_path / "many.safetensors", many, 0)), "10000 tensors")
-    refused(lambda: files.read_header(write(tmp_path / "long.safetensors", b"{}" + b" " * 2**24, 0)), "10000 tensors")
+    refused(lambda: layout.read_header(write(tmp_path / "many.safetensors", many, 0)), "10000 tensors")
+    refused(lambda: layout.read_header(write(tmp_path / "long.safetensors", b"{}" + b" " * 2**24, 0)), "10000 tensors")
 
 
 def test_headers_that_the_format_allows(tmp_path):
@@ -219,7 +220,7 @@ def test_headers_that_the_format_allows(tmp_path):
         "positions": {"dtype": "I64", "shape": [1, 1], "data_offsets": [16, 24]},
     }
     file = write(tmp_path / "x.safetensors", header, 24)
-    read, theirs = files.read_header(file), load_file(file)
+    read, theirs = layout.read_header(file), load_file(file)
     assert {name: each.shape for name, each in read.items()} == {name: each.shape for name, each in theirs.items()}
     buffer = np.empty(8, np.uint8)
     read["b"].read_into(buffer.data)
@@ -250,7 +251,7 @@ import os, pwd, sys
 def nobody(*_): raise KeyError("getpwuid(): uid not found: 1234")
 pwd.getpwuid = nobody
 from tightfit.runtime.files import cache_folder
-from tightfit.runtime.hardware import Hardware
+from tightfit.runtime.machine.hardware import Hardware
 print(cache_folder(), Hardware.detect("cpu").device)
 """
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}

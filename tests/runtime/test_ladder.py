@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import tightfit
 from tightfit.benchmarks.parity import psnr
-from tightfit.runtime.backends.torch import TorchBackend, TorchSession
+from tightfit.runtime.backends.torch.backend import TorchBackend, TorchSession
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
-from tightfit.runtime.hardware import GIB, Hardware
-from tightfit.runtime.hub import inspect
-from tightfit.runtime.plan import ATTENTIONS, CFG, RESIDENCIES, TILINGS, Wishes
-from tightfit.runtime.process import ProcessPeak
+from tightfit.runtime.machine.hardware import GIB, Hardware
+from tightfit.runtime.machine.process import ProcessPeak
+from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.placement import ATTENTIONS, CFG, RESIDENCIES, TILINGS
+from tightfit.runtime.planner.wishes import Wishes
 
 STEPS = 3
 REQUEST = tightfit.Request("a cat", seed=1, num_inference_steps=STEPS, scheduler="euler_a", width=128, height=128)

@@ -10,16 +10,19 @@ import weakref
 
 import pytest
 import tightfit
-from tightfit.runtime import hardware, planner
-from tightfit.runtime.backends import dryrun
-from tightfit.runtime.backends.torch import TorchSession
+from tightfit.runtime.backends.torch import dryrun
+from tightfit.runtime.backends.torch.backend import TorchSession
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.hardware import GIB, Hardware
-from tightfit.runtime.hub import inspect
-from tightfit.runtime.memory import parse_bytes
-from tightfit.runtime.plan import Plan, Wishes
-from tightfit.runtime.planner import none_fits, plan, refuse_hopeless
+from tightfit.runtime.machine import process
+from tightfit.runtime.machine.hardware import GIB, Hardware
+from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.planner import choose as planner
+from tightfit.runtime.planner import estimate
+from tightfit.runtime.planner.choose import none_fits, plan, refuse_hopeless
+from tightfit.runtime.planner.plan import Plan
+from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.request import Request
+from tightfit.runtime.units import parse_bytes
 
 MIB = 2**20
 CPU = Hardware("cpu", "a processor", 64 * GIB, 60 * GIB, ("fp32",), providers=(), context_bytes=600 * MIB)
@@ -43,7 +46,7 @@ def test_each_new_size_leaves_nothing(monkeypatch, shallow_models):
     """Objects of all kinds that are alive after 4 and after 10 sizes, when caches of a tenth of their length are full."""
     wishes = Wishes(precision="fp32", attention="sdpa")
     monkeypatch.setattr(dryrun._traces, "_most", 8)
-    monkeypatch.setattr(planner._costs, "_most", 2)
+    monkeypatch.setattr(estimate._costs, "_most", 2)
     spec, alive = inspect(shallow_models["sdxl"]), []
     for number in range(1, 11):
         plan(CPU, spec, Request("a", width=64 * number, height=64).resolve(spec), wishes)
@@ -55,19 +58,19 @@ def test_each_new_size_leaves_nothing(monkeypatch, shallow_models):
 
 def test_a_model_goes_with_all_that_is_known_of_it(shallow_models):
     spec = inspect(shallow_models["sd1"])
-    before = len(planner._costs), len(dryrun._modules), len(dryrun._sizes_of)
+    before = len(estimate._costs), len(dryrun._modules), len(dryrun._sizes_of)
     plan(CPU, spec, wishes=Wishes(precision="fp32"))
     there, held = weakref.ref(spec), weakref.ref(spec.components["unet"])
     del spec
     gc.collect()
     assert there() is held() is None
-    assert (len(planner._costs), len(dryrun._modules), len(dryrun._sizes_of)) <= before
+    assert (len(estimate._costs), len(dryrun._modules), len(dryrun._sizes_of)) <= before
 
 
 def test_what_is_named_as_enough_is_so_in_the_same_process(monkeypatch, sd1):
     """Which has grown by planning, and would be taken for others' memory when the next pipeline is made."""
     held = [450 * MIB]
-    monkeypatch.setattr(hardware, "resident", lambda: held[0])
+    monkeypatch.setattr(process, "resident", lambda: held[0])
     monkeypatch.setattr(planner, "plan", lambda *of, plan=planner.plan: (held.append(held.pop() + 70 * MIB), plan(*of))[1])
     for _ in range(2):
         pipe = tightfit.load(str(sd1), device="cpu", budget="601MiB", precision="fp32")

@@ -11,7 +11,7 @@ import tightfit
 from tightfit.benchmarks.parity import SCHEDULERS, psnr, reference
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.pipeline import Pipeline, guidance_embedding
-from tightfit.runtime.plan import Wishes
+from tightfit.runtime.planner.wishes import Wishes
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +215,7 @@ def test_stages_are_freed(tiny_models, monkeypatch, residency, most):
     import gc
     import weakref
 
-    from tightfit.runtime.backends.torch import TorchBackend
+    from tightfit.runtime.backends.torch.backend import TorchBackend
 
     alive, counts, load = [], [], TorchBackend.load
 

@@ -10,12 +10,14 @@ from statistics import median
 
 import pytest
 from tightfit import Request, inspect, plan
-from tightfit.runtime.backends import dryrun, networks
-from tightfit.runtime.hardware import OPERATOR_SECONDS, Hardware, card_class, cards, profile, read_profile
-from tightfit.runtime.latency import call_seconds
-from tightfit.runtime.memory import MOMENT, peak
-from tightfit.runtime.plan import Placement, Wishes
-from tightfit.runtime.planner import none_fits
+from tightfit.runtime.backends.torch import dryrun, networks
+from tightfit.runtime.costs.footprint import MOMENT, peak
+from tightfit.runtime.costs.latency import call_seconds
+from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.machine.profiles import OPERATOR_SECONDS, card_class, cards, profile, read_profile
+from tightfit.runtime.placement import Placement
+from tightfit.runtime.planner.choose import none_fits
+from tightfit.runtime.planner.wishes import Wishes
 
 DATA = read_profile(Path(__file__).parents[2] / "benchmarks" / "published.toml")
 SIZES = {"fp32": 4, "bf16": 2, "fp16": 2}

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.hub import inspect
+from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.request import Request
 
 

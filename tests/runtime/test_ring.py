@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 
 import pytest
-from tightfit.runtime.latency import streamed_seconds
-from tightfit.runtime.memory import Arrival, Footprint, Trace
+from tightfit.runtime.costs.footprint import Arrival, Footprint, Trace
+from tightfit.runtime.costs.latency import streamed_seconds
 from tightfit.runtime.ring import Ring, ahead
 
 

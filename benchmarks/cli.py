@@ -1,0 +1,326 @@
+"""`tightfit bench`: arguments become jobs for benchmarks/suite.py, rows become a table and a page."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ..runtime import interrupts
+from ..runtime.cli.output import progress_bar, say, say_json, show_table, write
+from ..runtime.errors import TightfitError, explained, printable
+from ..runtime.machine.hardware import Hardware
+from ..runtime.planner.plan import Plan
+from ..runtime.planner.wishes import Wishes
+from ..runtime.request import Request
+from ..runtime.units import parse_bytes
+
+if TYPE_CHECKING:
+    from ..runtime.models.spec import ModelSpec
+    from .suite import Effort, Job
+
+app = typer.Typer(invoke_without_command=True, help="Measure every way to run a model here; compare with 'bench compare'.")
+_WAYS = ("auto", "all", "quick")
+
+
+@app.callback()
+def bench(
+    context: typer.Context,
+    model: Annotated[str, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")] = "emoji",
+    plans: Annotated[
+        str | None,
+        typer.Option(help="auto: no other beats them. all. quick: the fastest of each precision. Or FILE,FILE.", metavar="WHICH"),
+    ] = None,
+    sizes: Annotated[str | None, typer.Option(help="256,512x768; default: model's.", metavar="LIST")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of each picture: 20.", metavar="N")] = None,
+    pictures: Annotated[int | None, typer.Option(help="Timed in each process, after a step to warm up: 1.", metavar="N")] = None,
+    rounds: Annotated[int | None, typer.Option(help="Processes of each plan, in turns with the others': 3.", metavar="N")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two minutes: --plans quick --rounds 1, 20 steps or as many as fit.")
+    ] = False,
+    hardware: Annotated[str, typer.Option(help="here, which is all that can be measured.", metavar="NAME")] = "here",
+    device: Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")] = "auto",
+    precision: Annotated[str, typer.Option(help="Only this one, and the best.", metavar="NAME")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, torch, onnx.", metavar="NAME")] = "auto",
+    vram: Annotated[str | None, typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")] = None,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of results.jsonl and pictures.", metavar="DIR")] = Path(
+        "tightfit-bench"
+    ),
+    report: Annotated[Path | None, typer.Option(help="Also write one page with plots and pictures.", metavar="HTML")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure also what the folder has already.")] = False,
+) -> None:
+    """Run each way to paint with a model in processes of its own: seconds, bytes and quality, predicted and measured."""
+    if context.invoked_subcommand:
+        if given := [
+            name for name in context.params if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
+        ]:
+            raise TightfitError(f"'bench {context.invoked_subcommand}' measures nothing: leave out --{given[0]}")
+        return
+    if hardware != "here":
+        raise TightfitError(
+            f"{hardware} is not here to be measured: see what is predicted with 'tightfit plan --hardware {hardware}'"
+        )
+    if report and not report.absolute().parent.is_dir():
+        raise TightfitError(f"there is no folder {report.absolute().parent}: make it, or name another place for --report")
+    if report and report.is_dir():
+        raise TightfitError(f"--report {report} is a folder: name a file in it")
+    suite = _suite()
+    told = {"steps": steps, "pictures": pictures, "rounds": rounds}
+    for name, count in told.items():
+        if count is not None and count < 1:
+            raise TightfitError(f"--{name} counts from 1 up, not from {count}")
+    effort = replace(suite.QUICK if quick else suite.Effort(), **{name: count for name, count in told.items() if count is not None})
+    efforts = [replace(effort, steps=count) for count in suite.QUICK_STEPS] if quick and steps is None else [effort]
+    from ..runtime.models.hub import inspect
+
+    spec, machine = inspect(model), _detected(device)
+    wishes = {"precision": precision, "backend": backend, "budget": None if vram is None else parse_bytes(vram, "--vram or --ram")}
+    todo: list[Job] = []
+    for each in efforts:
+        todo = _jobs(spec, machine, wishes, sizes, plans or ("quick" if quick else "auto"), each)
+        if sum(job.seconds for job in todo) * each.rounds <= 0.75 * each.seconds:  # predictions are best cases
+            break
+    rows = _measure(suite.in_time(todo), output, machine, again)
+    if as_json:
+        say_json(rows)
+    else:
+        _print(rows, machine, {job.key for job in todo if job.plan.chosen})
+    if report and rows:
+        _page(report, rows, output)
+    if any(row["outcome"] == "failed" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="results.jsonl of two runs, or more.", metavar="A.jsonl B.jsonl …")],
+) -> None:
+    """Say what got better or worse beyond noise between two files of one machine: exit code 1 if anything got worse or is missing.
+
+    Of several machines, or of more files, the figures beside each other."""
+    from . import compare as side
+    from .suite import read, rows
+
+    files = [file / "results.jsonl" if file.is_dir() else file for file in files]
+    if len(files) < 2:
+        raise TightfitError("there is nothing to compare with: name two results files or more")
+    tables = []
+    for file in files:
+        if not file.is_file():
+            raise TightfitError(f"{file} is no file: name a results.jsonl of 'tightfit bench'")
+        tables.append(side.by_identity(rows(read(file))))
+        if not tables[-1]:
+            raise TightfitError(f"{file} has no results: name another, or measure with 'tightfit bench'")
+    machines = [side.machine(table.values()) for table in tables]
+    _side_by_side([f"{file}\n{name}" for file, name in zip(files, machines, strict=True)], list(side.merged(tables)))
+    if len(files) > 2 or machines[0] != machines[1]:
+        say("nothing is judged: that takes two files of one machine")
+        return
+    before, after = tables
+    for line in side.versions(before.values(), after.values()):
+        say(f"differs: {line}")
+    both = [key for key in before if key in after]
+    if not both:
+        raise TightfitError("no plan is in both files: measure the same model, sizes and steps in each")
+    found = [change for key in both for change in side.changes(before[key], after[key])]
+    for change in found:
+        say(f"{'better' if change.better else 'worse'}: {change.what} {change.before} → {change.after}, {change.plan}")
+    missing = [side.name(row) for key, row in before.items() if key not in after]
+    for name in missing:
+        say(f"missing: {name}")
+    if few := [key for key in both if before[key]["outcome"] == "ok" and min(_runs(before[key]), _runs(after[key])) < side.FEW]:
+        say(f"seconds of {len(few)} plans are not judged: that takes {side.FEW} processes of each (--rounds)")
+    worse = sum(not change.better for change in found)
+    say(f"{len(both)} plans in both, {len(missing)} missing: {worse} figures worse, {len(found) - worse} better")
+    if worse or missing:
+        raise typer.Exit(1)
+
+
+def _runs(row: Mapping[str, Any]) -> int:
+    return len(row.get("runs", ()))
+
+
+def _side_by_side(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]]) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table("plan", *("\n".join(map(printable, head.split("\n"))) for head in heads), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for text, row in lines:
+        table.add_row(*map(printable, (text, *row)))
+    texts = [((f"{text}: {' | '.join(row)}",), None) for text, row in lines]
+    columns = " | ".join(head.replace("\n", " ") for head in heads)
+    show_table(None, table, [((columns,), None), *texts], 100 + 30 * len(heads))
+
+
+def _detected(device: str) -> Hardware:
+    """In another process where there is a GPU, of which this one must not hold any memory while others are measured."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return Hardware.detect(device)
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(Hardware.detect, device).result()
+
+
+def _suite() -> Any:
+    with explained("the benchmark cannot be run", "pip install 'tightfit[bench]'"):
+        import torchmetrics  # noqa: F401
+
+        from . import suite
+    return suite
+
+
+def _sizes(text: str | None) -> Iterator[tuple[int | None, int | None]]:
+    """Width and height of each: "256,512x768"."""
+    for part in [""] if text is None else text.split(","):
+        sides = part.strip().split("x")
+        if text is not None and (len(sides) > 2 or not all(side.isdecimal() for side in sides)):
+            raise TightfitError(f"--sizes are pixels such as 256,512x768, not '{part}'")
+        yield (None, None) if text is None else (int(sides[0]), int(sides[-1]))
+
+
+def _jobs(
+    spec: ModelSpec, machine: Hardware, wishes: Mapping[str, Any], sizes: str | None, plans: str, effort: Effort
+) -> list[Job]:
+    """What is to be measured, of every size, each thing once."""
+    from . import suite
+
+    found: dict[str, Job] = {}
+    for width, height in _sizes(sizes):
+        request = Request("a", None, width, height, effort.steps, scheduler="euler").resolve(spec)
+        chosen = _plans(machine, spec, request, wishes, plans)
+        found |= {job.key: job for job in suite.jobs(spec, chosen, request, effort, wishes["budget"])}
+    return list(found.values())
+
+
+def _plans(machine: Hardware, spec: ModelSpec, request: Request, wishes: Mapping[str, Any], which: str) -> list[Plan]:
+    """Those that were asked for, and that of the best precision, which they are compared with."""
+    from ..runtime.planner import choose as planner
+    from . import suite
+
+    known = suite.candidates(machine, spec, request, wishes)
+    if which in _WAYS:
+        chosen = suite.choose(known, which)
+        if not any(plan.fits for plan in chosen) and which != "all":
+            raise planner.none_fits(known, machine, spec, request, Wishes(**wishes))
+    else:
+        files = [Path(part) for part in which.split(",")]
+        for file in files:
+            if not file.is_file():
+                raise TightfitError(f"there is no plan {file}: --plans is {', '.join(_WAYS)}, or files of 'tightfit plan --save'")
+        chosen = [planner.checked(Plan.read(file), machine, spec, request, Wishes(**wishes)) for file in files]
+    every = known if wishes["precision"] == "auto" else suite.candidates(machine, spec, request, {**wishes, "precision": "auto"})
+    exact = suite.most_exact(every)
+    return [*chosen, *([exact] if exact else [])]
+
+
+def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) -> list[dict[str, Any]]:
+    """The rows of all jobs, those that the folder has and those that are measured now."""
+    from . import suite
+    from .record import envelope, typed
+
+    interrupts.tidily()
+    try:
+        folder = suite.Folder(output, envelope(typed(["tightfit", *sys.argv[1:]]), machine))
+        every = folder.missing(todo, again=True)
+        missing = every if again else folder.missing(todo)
+        if len(missing) < len(every):
+            say(f"{len(every) - len(missing)} of {len(every)} runs are in {output} already; --again repeats them", err=True)
+        left = len(missing)
+        if missing:
+            with _told(missing) as (begin, end):
+                for line in suite.measured(missing, folder, begin):
+                    end(line)
+                    left -= 1
+        if left:
+            say(f"{left} runs were not begun, as the time was over: the same command goes on", err=True)
+        return folder.rows(todo)
+    except KeyboardInterrupt:
+        say(f"what is measured is in {output}: the same command goes on from there", err=True)
+        raise
+    except OSError as error:
+        raise TightfitError(f"{output} cannot be written ({error.strerror}): name another folder with --output") from None
+
+
+@contextmanager
+def _told(missing: Sequence[tuple[Job, int]]) -> Iterator[tuple[Callable[[Job], None], Callable[[dict[str, Any]], None]]]:
+    """What to call before each run and after it: a bar with the time left, or lines where there is no terminal."""
+    left, start = [job.seconds for job, _ in missing], time.perf_counter()
+    whole = sum(left)
+    with progress_bar(48) as bar:
+        task = bar.add_task("", total=len(missing))
+
+        def begin(job: Job) -> None:
+            done = whole - sum(left)
+            seconds = sum(left) * ((time.perf_counter() - start) / done if done else 1.0)
+            bar.update(task, description=f"{seconds / 60:.0f} min left · {job.plan.summary()}"[:48])
+
+        def end(line: dict[str, Any]) -> None:
+            del left[0]
+            bar.advance(task)
+            text = printable(f"{len(missing) - len(left)}/{len(missing)} {_line(line)}")
+            bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
+
+        yield begin, end
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    from .compare import figures
+
+    why = f" ({row['why']})" if row["why"] else ""
+    return f"{row['summary']}: {figures(row)}{why}"
+
+
+_WIDE, _NARROW = 150, ("s/picture", "±", "predicted s", "peak", "dB")  # columns of a terminal for all figures; else these
+
+
+def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) -> None:
+    """A table of each size, then what to take; `chosen` are the keys of the plans that tightfit takes."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import report
+    from .compare import seconds
+
+    console = Console(highlight=False)
+    for own in report.groups(rows):
+        columns, lines = report.table(own)
+        kept = [i for i, name in enumerate(columns) if name in _NARROW or not console.is_terminal or console.width >= _WIDE]
+        title = f"{report.title(own)} on {machine.name}"
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("plan")
+        for i in kept:
+            table.add_column(columns[i], justify="right", no_wrap=True)
+        for row, cells in lines:
+            name = f"{row['summary']}: {row['outcome']}" if not cells else row["summary"]
+            table.add_row(printable(name), *(cells[i] for i in kept if cells), style=None if cells else "dim")
+        show_table(title, table, [((_line(row),), None) for row, _ in lines], 100)
+        for line in report.advice(own):
+            say(line)
+        ran = [row for row in own if row["outcome"] == "ok"]
+        for row in ran:
+            if row["key"] in chosen:
+                ratio = seconds(row) / min(map(seconds, ran))
+                say(f"tightfit takes: {_line(row)}; {ratio:.2f} of the fastest's seconds")
+        for row in own:
+            if row["outcome"] not in ("ok", "does not fit"):
+                say(_line(row))
+    if not machine.calibrated:
+        say("predicted seconds are rough: 'tightfit calibrate' measures this machine's rates, once")
+
+
+def _page(file: Path, rows: list[dict[str, Any]], output: Path) -> None:
+    from .report import page
+
+    write(file, page(rows, output / "pictures"))
+    say(f"{file} · {len(rows)} plans", err=True)

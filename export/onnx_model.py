@@ -1,0 +1,235 @@
+"""A model as ONNX, in the layout of Optimum: a folder for each network, with its graph and its weights beside it.
+
+`tightfit export MODEL --to onnx --precision fp16 -o DIR` comes here. One network at a time is traced without its weights
+(onnx_trace.py), changed (onnx_graph.py), given its weights tensor by tensor, and checked against torch (onnx_check.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+
+from ..kernels.formats import FORMATS, dequantise
+from ..kernels.quantise import quantise
+from ..runtime.files import sha256
+from . import onnx_check, onnx_graph
+from . import onnx_networks as onnx_trace
+from .folder import appearing, copy_the_rest
+from .torch_model import VERSION, Scheme, Tensors, read
+
+if TYPE_CHECKING:
+    from ..runtime.models.tensors import Tensor
+
+COMPUTES = {"fp32": torch.float32, "fp16": torch.float16}
+DATA = "model.onnx_data"
+_TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to export a model as: `compute` is what its networks compute in, fp32 those in `wide`.
+
+    `renamed` answers what today's libraries call a stored tensor, given the names that they expect; `release` gives freed memory
+    back to the system; `tell` hears of a network, what is being done to it, and how many of how many.
+    """
+
+    compute: str
+    wide: frozenset[str]
+    renamed: Callable[[str, Any], str]
+    release: Callable[[], object]
+    tell: Callable[[str, str, int, int], object]
+
+    def dtype(self, folder: str) -> torch.dtype:
+        return COMPUTES["fp32" if folder in self.wide else self.compute]
+
+
+def write(
+    source: Path,
+    target: Path,
+    components: Mapping[str, Tensors],
+    schemes: Mapping[str, Scheme],
+    job: Job,
+    manifest: Mapping[str, Any],
+) -> None:
+    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must not exist.
+
+    Raises ValueError for weights that do not fit, and onnx_check.DepartureError for a network that does not answer what torch
+    answers.
+    """
+    parts = {name: [name] if name != "vae" else ["vae_encoder", "vae_decoder"] for name in components}
+    origin = {folder: name for name, folders in parts.items() for folder in folders}
+    with appearing(target) as folder:
+        copy_the_rest(source, folder, components, {name: folders for name, folders in parts.items() if name == "vae"})
+        written = {}
+        for network in onnx_trace.networks(source, {folder: source / name for folder, name in origin.items()}):
+            name = origin[network.folder]
+            stored = _stored(network, components[name], schemes[name].formats, job.renamed)
+            written[network.folder] = _network(folder / network.folder, network, stored, schemes[name], job)
+        versions = {each: version(each) for each in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")}
+        text = {
+            "version": VERSION,
+            **manifest,
+            "compute": job.compute,
+            "opset": onnx_trace.OPSET,
+            "versions": versions,
+            "components": written,
+        }
+        (folder / "tightfit.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A weight as the source has it: one tensor, or the parts of a quantised one; and the format it shall have, if any."""
+
+    tensors: Mapping[str, Tensor]
+    form: str | None
+    layer: str
+
+
+def _stored(
+    network: onnx_trace.Network, tensors: Tensors, formats: Mapping[str, str], renamed: Callable[[str, Any], str]
+) -> dict[str, Stored]:
+    """By the names that the network's module has for them."""
+    expected = {name: parameter.shape for name, parameter in network.module.named_parameters()}
+    found: dict[str, dict[str, Tensor]] = {}
+    layers = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        part = leaf if layer in formats and leaf in ("packed", "scale", "zero") else ""
+        key = renamed(f"{layer}.weight" if part else name, expected)
+        if key in expected:
+            found.setdefault(key, {})[part] = tensor
+            layers[key] = layer
+    if missing := [name for name in expected if name not in found]:
+        raise ValueError(f"{network.folder} lacks {len(missing)} weights, such as {missing[0]}")
+    for key, parts in found.items():
+        shape = parts[""].shape if "" in parts else None
+        if shape and _squeezed(shape) != _squeezed(expected[key]):
+            raise ValueError(f"{network.folder} has {layers[key]} as {list(shape)}, its config says {list(expected[key])}")
+    named = ((key, formats.get(layers[key]) if key.endswith(".weight") else None) for key in expected)
+    return {key: Stored(found[key], form, layers[key]) for key, form in named}
+
+
+def _squeezed(shape: Sequence[int]) -> list[int]:
+    """Without the taps of what was a 1x1 convolution and is a linear now."""
+    return list(shape[:2]) if tuple(shape[2:]) == (1, 1) else list(shape)
+
+
+def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job) -> dict[str, Any]:
+    """Write one network's files; what the manifest says of it."""
+    folder.mkdir(exist_ok=True)
+    dtype, total, tell = job.dtype(network.folder), len(stored), job.tell
+    tell(network.folder, "tracing", 0, total)
+    model, program = onnx_trace.trace(network, dtype)
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.module.named_parameters()}
+    graph, formats = model.graph, {name: FORMATS[each.form] for name, each in stored.items() if each.form}
+    onnx_graph.cast_concatenated(graph)
+    onnx_graph.merge_heads(graph)
+    names = {name: onnx_trace.PREFIX + name for name in stored}
+    layouts = {
+        name: onnx_graph.quantise_weight(graph, names[name], form, shapes[name], _TYPES[dtype]) for name, form in formats.items()
+    }
+    turned = onnx_graph.transposed_weights(graph)
+    with Data(folder / DATA) as data:
+        for number, (name, each) in enumerate(stored.items()):
+            tell(network.folder, "writing", number, total)
+            values, arrays = _arrays(each, shapes[name], scheme, dtype, layouts.get(name))
+            if names[name] in turned:
+                arrays = {"": np.ascontiguousarray(arrays[""].T)}
+            for part, array in arrays.items():
+                data.add(graph.initializers[names[name] + (f"_{part}" if part else "")], array)
+            _fill(network.module, name, values)
+    _save(model, folder / "model.onnx")
+    tell(network.folder, "checking", total, total)
+
+    def fill() -> None:
+        for name, each in stored.items():
+            _fill(network.module, name, _arrays(each, shapes[name], scheme, dtype, layouts.get(name))[0])
+
+    error = onnx_check.check(folder / "model.onnx", network, program, dtype, onnx_check.Room(fill, job.release))
+    files = {DATA: data.digest.hexdigest(), "model.onnx": sha256(folder / "model.onnx")}
+    size = sum((folder / file).stat().st_size for file in files)
+    tell(network.folder, f"{size / 1e9:.3f} GB, relative error {error:.1e} beside torch with the same values", total, -1)
+    return {
+        "formats": {each.layer: each.form for each in stored.values() if each.form},
+        "sha256": files,
+        "error": error,
+        "measured": dict(scheme.measured),
+    }
+
+
+def _arrays(
+    stored: Stored, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, layout: onnx_graph.Layout | None
+) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+    """The weight that is meant, in fp32, and the arrays it is stored in."""
+    if layout is None:
+        values = read(stored.tensors[""]).to(dtype).view(shape)
+        if not values.isfinite().all():
+            raise ValueError(f"{stored.layer} has values that are not finite in {dtype}")
+        return values.float(), {"": values.contiguous().numpy()}
+    form = layout.form
+    if "packed" in stored.tensors:
+        parts = {name: read(tensor) for name, tensor in stored.tensors.items()}
+    else:
+        parts = quantise(read(stored.tensors[""]).view(shape), form, scheme.moments.get(stored.layer))
+    return dequantise(parts, form, shape).contiguous(), layout.stored(parts)
+
+
+def _fill(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path)._parameters[leaf] = torch.nn.Parameter(values, requires_grad=False)
+
+
+class Data:
+    """The file of a network's weights. Each begins on a page, so that it can be mapped."""
+
+    _PAGE = 4096
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.digest, self._end = path, hashlib.sha256(), 0
+        self._stream = path.open("wb")
+
+    def add(self, value: ir.Value, array: np.ndarray) -> None:
+        """Write the values of an initializer, and tell it where they are."""
+        gap = -self._end % self._PAGE if array.nbytes >= self._PAGE else -self._end % 64
+        assert value.shape is not None and value.dtype is not None
+        if array.nbytes != math.ceil(math.prod(int(side) for side in value.shape) * value.dtype.itemsize):  # pyright: ignore
+            raise ValueError(f"{value.name} of {value.shape} cannot be stored in {array.nbytes} bytes")
+        for piece in (bytes(gap), array.reshape(-1).view(np.uint8).data):
+            self._stream.write(piece)
+            self.digest.update(piece)
+        self._end += gap + array.nbytes
+        value.const_value = ir.ExternalTensor(
+            self.path.name, self._end - array.nbytes, array.nbytes, value.dtype, shape=value.shape, name=str(value.name)
+        )
+
+    def __enter__(self) -> Data:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    """Without the exporter's remarks on each node, which hold paths of this machine and are most of the file."""
+    model.producer_name, model.producer_version = "tightfit", None
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    path.write_bytes(ir.to_proto(model).SerializeToString())

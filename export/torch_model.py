@@ -1,0 +1,148 @@
+"""A model with its weights in 8 or 4 bits, in the layout of a diffusers folder: written tensor by tensor, whole or not at all.
+
+`tightfit export MODEL --to torch --precision int4 -o DIR` comes here. What each layer is stored in is the recipe's choice
+(kernels/recipe.py), or that of a calibration (calibrate.py), and is told in tightfit.json.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..kernels.formats import FORMATS, Format, dequantise
+from ..kernels.quantise import quantise
+from ..kernels.recipe import recipe
+from ..runtime.files import sha256
+from .folder import appearing, copy_the_rest
+from .safetensors_file import NAMES, SafetensorsFile
+
+if TYPE_CHECKING:
+    from ..runtime.models.tensors import Tensor
+
+VERSION = 1
+_DTYPES = {name: dtype for dtype, name in NAMES.items()}
+_FLOATS = {name: dtype for name, dtype in _DTYPES.items() if dtype.is_floating_point}
+Tensors = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How one component is stored: the format of each quantised layer, and the moments of layers' inputs where they are known.
+
+    `measured` goes into the manifest as it is.
+    """
+
+    formats: Mapping[str, str]
+    moments: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    measured: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What the manifest says of one component: formats by layer, bits of storage for each value of the original, decibels of its
+    quantised weights against the errors made in them, and the sha256 of each file."""
+
+    formats: Mapping[str, str]
+    bits: float
+    weight_snr: float | None
+    sha256: Mapping[str, str]
+    measured: Mapping[str, Any]
+
+
+def default_scheme(component: str, tensors: Tensors, precision: str) -> Scheme:
+    """What the recipe says, by names and shapes."""
+    return Scheme({layer: form for layer, shape in layers(tensors).items() if (form := recipe(precision, component, layer, shape))})
+
+
+def layers(tensors: Tensors) -> dict[str, tuple[int, ...]]:
+    """The shapes of all weights that could be quantised, by their layers."""
+    weights = ((name.removesuffix(".weight"), tensor) for name, tensor in tensors.items() if name.endswith(".weight"))
+    return {layer: tensor.shape for layer, tensor in weights if tensor.dtype in _FLOATS and len(tensor.shape) in (2, 4)}
+
+
+def write(
+    source: Path,
+    target: Path,
+    components: Mapping[str, Tensors],
+    schemes: Mapping[str, Scheme],
+    manifest: Mapping[str, Any],
+    tell: Callable[[str], object] = print,
+) -> dict[str, Written]:
+    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must not exist.
+
+    Everything else a diffusers folder needs is copied. The manifest gets what was written of each component.
+    """
+    with appearing(target) as folder:
+        copy_the_rest(source, folder, components)
+        written = {}
+        for name, tensors in components.items():
+            written[name] = _component(folder / name, name, tensors, schemes[name])
+            snr = written[name].weight_snr
+            tell(f"{name}: {written[name].bits:.2f} bits a weight" + ("" if snr is None else f", its weights {snr:.1f} dB"))
+        text = {"version": VERSION, **manifest, "components": {name: asdict(each) for name, each in written.items()}}
+        (folder / "tightfit.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
+    return written
+
+
+def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Written:
+    promised: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    plain = {key: tensor for key, tensor in tensors.items() if tensor.dtype in _FLOATS}  # positions of a text need no storing
+    for key, tensor in plain.items():
+        layer = key.removesuffix(".weight")
+        if layer in scheme.formats and key != layer:
+            parts = FORMATS[scheme.formats[layer]].parts(tensor.shape)
+            promised |= {f"{layer}.{part}": each for part, each in parts.items()}
+        else:
+            promised[key] = (_halved(tensor), tensor.shape)
+    file = folder / ("model.safetensors" if name.startswith("text_encoder") else "diffusion_pytorch_model.safetensors")
+    signal = noise = 0.0
+    with SafetensorsFile(file, promised) as out:
+        for key, tensor in plain.items():
+            layer, values = key.removesuffix(".weight"), read(tensor)
+            if layer not in scheme.formats or key == layer:
+                out.write(key, values.to(_halved(tensor)))
+                continue
+            form = FORMATS[scheme.formats[layer]]
+            parts = quantise(values, form, scheme.moments.get(layer))
+            signal, noise = signal + energy(values), noise + _error(values, parts, form)
+            for part, made in parts.items():
+                out.write(f"{layer}.{part}", made)
+    bits = 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in promised.values()) / sum(t.count for t in plain.values())
+    snr = round(10 * math.log10(signal / noise), 2) if noise else None
+    return Written(dict(scheme.formats), round(bits, 3), snr, {file.name: sha256(file)}, dict(scheme.measured))
+
+
+def read(tensor: Tensor) -> torch.Tensor:
+    """One stored tensor."""
+    buffer = torch.empty(tensor.stored_bytes, dtype=torch.uint8)
+    tensor.read_into(buffer.numpy().data)
+    return buffer.view(_DTYPES[tensor.dtype]).view(tensor.shape)
+
+
+def _halved(tensor: Tensor) -> torch.dtype:
+    """What stays unquantised is kept in 16 bits, bf16 if it was."""
+    return torch.bfloat16 if tensor.dtype == "BF16" else torch.float16
+
+
+_ROWS = 512  # output channels compared at a time, so that no second copy of a weight is made
+
+
+def energy(values: torch.Tensor) -> float:
+    """The sum of squares."""
+    return sum(part.float().square().sum(dtype=torch.float64).item() for part in values.split(_ROWS))
+
+
+def _error(values: torch.Tensor, parts: Mapping[str, torch.Tensor], form: Format) -> float:
+    """The sum of squares of what the stored parts are off."""
+    total = 0.0
+    for start in range(0, len(values), _ROWS):
+        some = values[start : start + _ROWS]
+        made = dequantise({name: part[start : start + _ROWS] for name, part in parts.items()}, form, some.shape)
+        total += energy(made.sub_(some))
+    return total

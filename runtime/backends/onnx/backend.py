@@ -1,0 +1,235 @@
+"""The ONNX Runtime engine: graphs as `tightfit export --to onnx` and Optimum write them, on the provider that detection found."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+
+from ...costs.footprint import Footprint, Trace, peak
+from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
+from ...machine.hardware import Hardware
+from ...machine.process import release
+from ...machine.providers import CPU_PROVIDER, provider_name
+from ...models.graph import Graph
+from ...models.spec import Component, ModelSpec
+from ...placement import Placement
+from .call import NAMES, answers, check_types, for_runtime, input_shapes, newest_opset
+from .footprint import PER_NODE_BYTES, call_footprint, call_of, call_problem, loading_bytes, weight_bytes
+from .meters import DeviceMeter, ProcessMeter
+
+CUDA_PROVIDER = "CUDAExecutionProvider"
+# Operators whose place matters; ONNX Runtime keeps what only computes shapes on the CPU, and means to.
+_HEAVY = {"Conv", "MatMul", "Gemm", "Attention", "MultiHeadAttention", "LayerNormalization", "DequantizeLinear", "Resize", "Gelu"}
+
+
+class OnnxBackend:
+    def __init__(self, device: str) -> None:
+        self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
+        self._host = self.meter if device == "cpu" else ProcessMeter()  # of what runs beside the GPU, which has no limit of its own
+
+    @staticmethod
+    def refuses(
+        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+    ) -> str | None:
+        """Why this engine cannot run a component so on that hardware for that size, or None if it can."""
+        there = hardware.onnx_providers()
+        if component.graph is None:
+            return f"the {component.name} is not here as ONNX: export the model with --to onnx"
+        if placement.provider not in there:
+            return f"ONNX Runtime has no {placement.provider} here, but {', '.join(there) or 'nothing, as it is not installed'}"
+        if placement.provider == CUDA_PROVIDER and placement.compute == "fp16" and hardware.half_is_broken:
+            return f"fp16 convolutions answer NaN on {hardware.name}: export the model in fp32, or choose --provider cpu"
+        if placement.residency == "streamed":
+            return "ONNX Runtime cannot stream weights: leave out --residency streamed"
+        if placement.attention != "sdpa":
+            return f"an ONNX graph has its own attention: leave out --attention {placement.attention}"
+        if placement.tiling != "whole":
+            return f"an ONNX graph runs whole: leave out --tiling {placement.tiling}"
+        newest = newest_opset()
+        if component.graph.opset > newest:
+            return (
+                f"{component.graph.file} is of opset {component.graph.opset}, ONNX Runtime {onnxruntime.__version__} knows opset "
+                f"{newest}: install a newer one, or export the model again"
+            )
+        for (name, shape), (_, sides) in zip(input_shapes(spec, component, size), component.graph.inputs.values(), strict=True):
+            if any(isinstance(side, int) and side != wanted for side, wanted in zip(sides, shape, strict=False)):
+                return (
+                    f"{component.graph.file} takes {name} of {list(sides)} only, not of {list(shape)}: ask for what it was made "
+                    "for, or export the model again"
+                )
+        return call_problem(spec, component, placement.provider == CPU_PROVIDER, size)
+
+    @staticmethod
+    def check(spec: ModelSpec, component: Component) -> None:
+        """Raise TightfitError for a graph that is not of this component, or that cannot be followed."""
+        assert component.graph is not None
+        file, given = component.graph.file, component.graph.inputs.keys()
+        wanted = {NAMES.get(name, name) for name in spec.inputs(component, 1, *spec.some_size)}
+        if given != wanted:
+            raise TightfitError(
+                f"{file} has the inputs {', '.join(sorted(given))}, its config wants {', '.join(sorted(wanted))}: "
+                "files of different models were mixed; copy or export the model again"
+            )
+        check_types(component.graph)
+        answers(component.graph, spec.family == "sdxl")
+        if problem := call_problem(spec, component, True, (1, *spec.some_size)):
+            raise TightfitError(problem)
+
+    @staticmethod
+    def footprint(
+        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+    ) -> Footprint:
+        """Weights as the provider holds them, and one call of the graph by onnx_trace.py, in ONNX Runtime's arena. Nothing, of
+        what is refused."""
+        assert component.graph is not None
+        on_cpu = placement.provider == CPU_PROVIDER
+        call = call_of(component.graph, on_cpu, input_shapes(spec, component, size))
+        whole = Footprint((), 0, Trace((), (), ()), ()) if isinstance(call, str) else call.footprint
+        if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
+            nothing = Trace((), (), whole.trace.operations)
+            return Footprint((), 0, nothing, (), host=peak("cpu", (), whole))
+        return whole
+
+    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> OnnxSession:
+        """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be run."""
+        assert component.graph is not None
+        meter = self._host if placement.provider == CPU_PROVIDER else self.meter
+        return OnnxSession(component.graph, placement.provider, meter, spec.family == "sdxl")
+
+    def keep(self, placements: Mapping[str, Placement]) -> None:
+        """Nothing is kept."""
+
+
+class OnnxSession:
+    """A graph, called with arrays by the names that Session has for them."""
+
+    def __init__(self, graph: Graph, provider: str, meter: ProcessMeter, sdxl: bool = False) -> None:
+        self.graph, self.provider, self.meter = graph, provider, meter
+        on_cpu = provider == CPU_PROVIDER
+        self._arena = 0
+        self._held = sum(weight_bytes(graph, on_cpu)) + PER_NODE_BYTES * len(graph.model.graph.node)
+        meter.reach(self._held + (loading_bytes(graph) if on_cpu else 0))
+        self.session: Any = None
+        options = session_options()
+        source: Any = str(graph.file)
+        if rewritten := for_runtime(graph):
+            source, folder = rewritten
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        chosen: list[Any] = [(provider, provider_options(provider, meter.room()))]
+        if provider != CPU_PROVIDER:
+            chosen.append(CPU_PROVIDER)
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        with _errors_explained(graph):
+            # without falling back on the CPU, which it does where there is no memory for a provider
+            self.session = onnxruntime.InferenceSession(source, options, providers=chosen, enable_fallback=0)
+        if provider not in self.session.get_providers():
+            self.session = None
+            raise TightfitError(f"ONNX Runtime cannot load {provider} here: {_cure(provider)}, or choose another provider")
+        self.notices = elsewhere(self.session.get_provider_graph_assignment_info(), provider, graph) if len(chosen) > 1 else ()
+        self.inputs = graph.inputs
+        self.outputs = answers(graph, sdxl)
+        self._sent: dict[str, tuple[np.ndarray, Any]] = {}
+        meter.hold(self._held)
+        release()  # what packing left in the heap
+
+    def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        if self.session is None:
+            raise TightfitError("the pipeline was closed while it was painting")
+        feeds = {}
+        for name, array in arrays.items():
+            name = NAMES.get(name, name)
+            kind, sides = self.inputs[name]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+            feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
+        shapes = {name: array.shape for name, array in feeds.items()}
+        taken = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items())).kept
+        if taken > self._arena:
+            self.meter.reach(taken - self._arena)
+            self.meter.hold(taken - self._arena)  # an arena gives nothing back
+            self._arena = taken
+        with _errors_explained(self.graph):
+            on_device = self.provider == CUDA_PROVIDER
+            outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
+        return tuple(np.asarray(out, np.float32) for out in outs)
+
+    def _on_device(self, given: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """On CUDA: inputs stay there as long as the caller passes the same array; answers are made there, in their own memory."""
+        binding = self.session.io_binding()
+        for array, (name, feed) in zip(given.values(), feeds.items(), strict=True):
+            kept, there = self._sent.get(name, (None, None))
+            if kept is not array:
+                there = onnxruntime.OrtValue.ortvalue_from_numpy(feed, "cuda", 0)
+                self._sent[name] = array, there
+            binding.bind_ortvalue_input(name, there)
+        for name in self.outputs:
+            binding.bind_output(name, "cuda", 0)
+        self.session.run_with_iobinding(binding)
+        self.meter.look()
+        return binding.copy_outputs_to_cpu()
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session = None
+            self._sent.clear()
+            self.meter.hold(-self._held - self._arena)
+            self._arena = 0
+            release()
+
+
+def _cure(provider: str) -> str:
+    """What to install where a provider's libraries are not found."""
+    if provider == CUDA_PROVIDER:
+        return "pip install 'onnxruntime-gpu[cuda,cudnn]', of the CUDA version that torch and the driver have"
+    return f"install what {provider_name(provider)} needs"
+
+
+def elsewhere(assigned: Iterable[Any], provider: str, graph: Graph) -> tuple[str, ...]:
+    """In one line, the operators of a graph that its provider has no kernels for, so that they run on the CPU."""
+    nodes = (node for part in assigned if part.ep_name != provider for node in part.get_nodes())
+    kinds = Counter(node.op_type for node in nodes if node.op_type.removeprefix("Fused") in _HEAVY)
+    if not kinds:
+        return ()
+    most = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3))
+    return (f"{kinds.total()} operators of the {graph.file.parent.name} run on the CPU, as {provider} has none for them: {most}",)
+
+
+def session_options() -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors are raised, and explained
+    # Buffers are made for each answer and given back after its last use. With ONNX Runtime's own reuse one of a weight's shape is
+    # kept from the first layer of that shape to the last: 800 MB instead of 303 for SD 1.5's U-Net in int4 at 512.
+    options.enable_mem_reuse = options.enable_mem_pattern = False
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # other engines' threads want the cores between calls
+    return options
+
+
+def provider_options(provider: str, room: int | None) -> dict[str, str]:
+    """What keeps a provider to `room` bytes, or as many as it wants if that is None."""
+    if provider != CUDA_PROVIDER:
+        return {}
+    options = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+    options |= {"cudnn_conv_use_max_workspace": "0", "use_tf32": "0"}  # fp32 is to be exact
+    return options if room is None else options | {"gpu_mem_limit": str(room)}
+
+
+_NO_MEMORY = "out of ?memory|OutOfMemory|Failed to allocate memory|smaller than requested bytes|bad_alloc|ALLOC_FAILED"
+
+
+@contextmanager
+def _errors_explained(graph: Graph) -> Iterator[None]:
+    """ONNX Runtime has a class of its own for every status, and none for memory."""
+    try:
+        yield
+    except Exception as error:
+        if re.search(_NO_MEMORY, str(error)) or out_of_memory(error):
+            raise OutOfMemoryError(first_line(error)) from error
+        raise TightfitError(
+            f"{graph.file} cannot be run ({first_line(error)}): export it again, or use another provider"
+        ) from error

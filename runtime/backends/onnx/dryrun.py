@@ -1,0 +1,350 @@
+"""One call of an ONNX graph without a tensor: shapes resolved for given inputs, every value that comes and goes, every operator.
+
+Shapes come from onnx's own inference, a node at a time, with the small whole numbers that they depend on computed beside it, by the
+few operators that shapes are computed with. Nothing else is executed: a graph may be made to do harm.
+Buffers come and go as in ONNX Runtime's sequential executor without its reuse (see onnx.py): an answer is allocated when its
+operator runs, and freed after its last use.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import helper, numpy_helper, shape_inference
+
+from ...costs.footprint import END, Operation, Trace
+from ...errors import TightfitError
+from ...models.graph import MOST_SIDES
+
+Shape = tuple[int, ...]
+_MOST = 4096  # values of a constant that is computed with
+_MOST_OF_ALL = 2**20  # of all of them; SD 1.5's U-Net has 2,000
+_MOST_CONSTANT = 2**26  # values that a graph may make of nothing, and nobody computes here; a text's mask has 77 x 77
+_NUMBERS = "biuf"  # numpy's kinds: bool, signed and unsigned whole numbers, floating point
+_BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
+_VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
+_SAME = {"GroupNormalization", "MultiHeadAttention"}  # answer in their first input's shape; onnx 1.23 does not infer it
+
+
+class Shapes:
+    """Types, shapes and small values of everything in a graph, for inputs of given shapes."""
+
+    def __init__(self, model: Any, inputs: Mapping[str, Shape], wide: bool = False) -> None:
+        """`wide`: fp16 is computed in fp32, as where there are no kernels for it."""
+        self.graph, self.wide = model.graph, wide
+        self.kinds: dict[str, int] = {}
+        self.shapes: dict[str, Shape] = {}
+        self.values: dict[str, np.ndarray] = {}
+        self._constant, self._room = set[str](), _MOST_OF_ALL
+        opsets = {each.domain: each.version for each in model.opset_import}
+        self.opsets = [helper.make_opsetid(domain, number) for domain, number in opsets.items()]
+        self._versions, self._ir = opsets, model.ir_version
+        for tensor in self.graph.initializer:
+            self._know(tensor.name, tensor.data_type, tuple(tensor.dims))
+            if tensor.data_location != onnx.TensorProto.EXTERNAL and math.prod(tensor.dims) <= _MOST:
+                self._keep(tensor.name, _array(tensor))
+            self._constant.add(tensor.name)
+        for value in self.graph.input:
+            if value.name not in self.shapes:
+                self._know(value.name, value.type.tensor_type.elem_type, inputs[value.name])
+        for node in self.graph.node:
+            self._infer(node)
+
+    def bytes(self, name: str) -> int:
+        kind = self.kinds[name]
+        bits = 4 if kind in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4) else 8 * _itemsize(kind)
+        if self.wide and kind == onnx.TensorProto.FLOAT16:
+            bits = 32
+        return math.ceil(math.prod(self.shapes[name]) * bits / 8)
+
+    def count(self, name: str) -> int:
+        return math.prod(self.shapes[name])
+
+    def _know(self, name: str, kind: int, shape: Shape) -> None:
+        if len(shape) > MOST_SIDES or any(side < 0 for side in shape):
+            raise TightfitError(f"{name} would have {len(shape)} sides, or a negative one")
+        self.kinds[name], self.shapes[name] = kind, shape
+
+    def _keep(self, name: str, value: np.ndarray) -> bool:
+        """A value to compute with, if it is of numbers of a fixed size: texts are Python's, whose numbers grow without an end."""
+        if kept := value.dtype.kind in _NUMBERS:
+            self.values[name] = value
+        return kept
+
+    def _infer(self, node: Any) -> None:
+        ins = [name for name in node.input if name]
+        if node.op_type in _SAME:
+            self._know(node.output[0], self.kinds[ins[0]], self.shapes[ins[0]])
+            return
+        if node.op_type == "Constant":
+            value = _constant(node.attribute[0])
+            self._know(node.output[0], helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+            self._keep(node.output[0], value)
+            self._constant.add(node.output[0])
+            return
+        if node.op_type == "Shape":
+            self._shape(node)
+            return
+        if node.op_type in _BRANCHES:
+            raise TightfitError(f"it has {node.op_type}, whose graphs are not followed")
+        if node.op_type == "Split" and attribute(node, "num_outputs", len(node.output)) != len(node.output):
+            raise TightfitError(f"Split has {len(node.output)} answers, not num_outputs")  # onnx makes a list of num_outputs
+        if all(name in self.values for name in ins) and self._compute(node):
+            self._constant.update(node.output if self._constant.issuperset(ins) else ())
+            return
+        schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
+        types = {name: helper.make_tensor_type_proto(self.kinds[name], self.shapes[name]) for name in ins}
+        data = {name: numpy_helper.from_array(self.values[name]) for name in ins if name in self.values}
+        found = shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=self.opsets, ir_version=self._ir)
+        for name, kind in found.items():
+            sides = kind.tensor_type.shape.dim
+            if not kind.tensor_type.HasField("shape") or not all(side.HasField("dim_value") for side in sides):
+                raise TightfitError(f"the shape of {name}, made by {node.op_type}, cannot be told before it runs")
+            self._know(name, kind.tensor_type.elem_type, tuple(side.dim_value for side in sides))
+        if self._constant.issuperset(ins):
+            self._constant.update(found)
+            if large := next((name for name in found if self.count(name) > _MOST_CONSTANT), None):
+                raise TightfitError(f"{node.op_type} would make {self.count(large)} values of constants")
+
+    def _shape(self, node: Any) -> None:
+        value = np.array(self.shapes[node.input[0]], np.int64)[attribute(node, "start", 0) : attribute(node, "end")]
+        self._know(node.output[0], onnx.TensorProto.INT64, value.shape)
+        self.values[node.output[0]] = value
+
+    def _compute(self, node: Any) -> bool:
+        """Of small values, by the operators that shapes are computed with; False if it is another, or would make many."""
+        given = [self.values[name] if name else None for name in node.input]
+        compute, size = VALUES.get(node.op_type), sum(value.size for value in given if value is not None)
+        if node.domain not in ("", "ai.onnx") or compute is None or size > min(_MOST, self._room) or len(node.output) != 1:
+            return False
+        with np.errstate(all="raise"):  # dividing by zero, and what no whole number holds
+            out = compute(node, *given)
+        if out is None or not self._keep(node.output[0], out):
+            return False
+        self._room -= out.size
+        self._know(node.output[0], helper.np_dtype_to_tensor_dtype(out.dtype), out.shape)
+        return True
+
+
+def _array(tensor: Any) -> np.ndarray:
+    """Raises ValueError for fewer or more values than its shape has."""
+    return numpy_helper.to_array(tensor)
+
+
+def _constant(given: Any) -> np.ndarray:
+    if given.name == "value":
+        return _array(given.t)
+    return np.array(helper.get_attribute_value(given), {"value_int": np.int64, "value_ints": np.int64}.get(given.name, np.float32))
+
+
+def _itemsize(kind: int) -> int:
+    return helper.tensor_dtype_to_np_dtype(kind).itemsize
+
+
+def attribute(node: Any, name: str, default: Any = None) -> Any:
+    return next((helper.get_attribute_value(each) for each in node.attribute if each.name == name), default)
+
+
+def _axes(node: Any, axes: np.ndarray | None) -> tuple[int, ...]:
+    found = attribute(node, "axes", ()) if axes is None else axes.tolist()
+    return tuple(found)
+
+
+def _gather(node: Any, x: np.ndarray, i: np.ndarray) -> np.ndarray | None:
+    axis = attribute(node, "axis", 0)
+    return np.take(x, i, axis) if i.size * x.size // max(1, x.shape[axis]) <= _MOST else None
+
+
+def _slice(node: Any, x: np.ndarray, *given: np.ndarray | None) -> np.ndarray:
+    """Inputs since opset 10, attributes before."""
+    if given:
+        bounds: list[Any] = [None if part is None else part.tolist() for part in (*given, None, None)[:4]]
+    else:
+        bounds = [*(attribute(node, name) for name in ("starts", "ends", "axes")), None]
+    starts, ends, axes, steps = bounds
+    chosen = [slice(None)] * x.ndim
+    for axis, start, end, step in zip(axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True):
+        whole = step < 0 and end < -x.shape[axis]  # backwards, the first one too
+        chosen[axis] = slice(start, None if whole else end, step)
+    return x[tuple(chosen)]
+
+
+def _range(_: Any, start: np.ndarray, limit: np.ndarray, step: np.ndarray) -> np.ndarray | None:
+    count = np.ceil((float(limit.item()) - float(start.item())) / float(step.item()))
+    return start.item() + np.arange(max(0, int(count)), dtype=start.dtype) * step.astype(start.dtype) if count <= _MOST else None
+
+
+def _filled(node: Any, shape: np.ndarray) -> np.ndarray | None:
+    value = attribute(node, "value")
+    value = np.zeros(1, np.float32) if value is None else _array(value)
+    return np.full(shape.tolist(), value.item(), value.dtype) if _fits(shape.tolist()) else None
+
+
+def _expand(_: Any, x: np.ndarray, shape: np.ndarray) -> np.ndarray | None:
+    sides = np.broadcast_shapes(x.shape, tuple(shape.tolist())) if _fits(shape.tolist()) else (_MOST + 1,)
+    return np.broadcast_to(x, sides).copy() if _fits(sides) else None
+
+
+def _fits(sides: Sequence[int]) -> bool:
+    return len(sides) <= MOST_SIDES and math.prod(sides) <= _MOST
+
+
+def _each(compute: Callable[..., Any]) -> Callable[..., np.ndarray | None]:
+    """An operator of each value, whose inputs are broadcast."""
+
+    def broadcast(_: Any, *xs: np.ndarray) -> np.ndarray | None:
+        return np.asarray(compute(*xs)) if _fits(np.broadcast_shapes(*(x.shape for x in xs))) else None
+
+    return broadcast
+
+
+def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Whole numbers towards zero, as ONNX has it."""
+    return np.sign(a) * np.sign(b) * (abs(a) // abs(b)) if a.dtype.kind == "i" else a / b
+
+
+def _modulo(node: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
+    return _each(np.fmod if attribute(node, "fmod", 0) else np.mod)(node, a, b)
+
+
+# The operators that are executed here: those that shapes are computed with. None answers more than _MOST values: it is None then.
+VALUES: dict[str, Callable[..., np.ndarray | None]] = {
+    "Gather": _gather,
+    "Slice": _slice,
+    "Concat": lambda node, *xs: np.concatenate(xs, attribute(node, "axis", 0)),
+    "Cast": lambda node, x: x.astype(helper.tensor_dtype_to_np_dtype(attribute(node, "to"))),
+    "Unsqueeze": lambda node, x, axes=None: np.expand_dims(x, _axes(node, axes)),
+    "Squeeze": lambda node, x, axes=None: np.squeeze(x, _axes(node, axes) or None),
+    "Reshape": lambda _, x, shape: x.reshape([side or x.shape[i] for i, side in enumerate(shape.tolist())]),
+    "Transpose": lambda node, x: np.transpose(x, attribute(node, "perm")),
+    "ReduceProd": lambda node, x, axes=None: np.asarray(
+        np.prod(x, _axes(node, axes) or None, x.dtype, keepdims=bool(attribute(node, "keepdims", 1)))
+    ),
+    "Size": lambda _, x: np.asarray(x.size),
+    "Range": _range,
+    "ConstantOfShape": _filled,
+    "Expand": _expand,
+    "Add": _each(np.add),
+    "Sub": _each(np.subtract),
+    "Mul": _each(np.multiply),
+    "Div": _each(_divided),
+    "Mod": _modulo,
+    "Max": _each(lambda *xs: functools.reduce(np.maximum, xs)),
+    "Min": _each(lambda *xs: functools.reduce(np.minimum, xs)),
+    "Neg": _each(np.negative),
+    "Abs": _each(np.abs),
+    "Floor": _each(np.floor),
+    "Ceil": _each(np.ceil),
+    "Sqrt": _each(np.sqrt),
+    "Reciprocal": _each(np.reciprocal),
+    "Equal": _each(np.equal),
+    "Greater": _each(np.greater),
+    "Less": _each(np.less),
+    "Not": _each(np.logical_not),
+    "And": _each(np.logical_and),
+    "Or": _each(np.logical_or),
+    "Where": _each(np.where),
+    "Identity": lambda _, x: x,
+}
+
+
+OUT = -1  # the slot of an operator's answers
+Steps = Sequence[tuple[int, int]]
+
+
+def together(*counts: int) -> Steps:
+    """Buffers that an operator has of its own while its answers are there."""
+    return [(OUT, 0), *enumerate(counts), *((i, END) for i in range(len(counts)))]
+
+
+def trace(
+    model: Any,
+    inputs: Mapping[str, Shape],
+    own: Callable[[Any, Shapes], Steps] = lambda _, __: together(),
+    wide: bool = False,
+) -> Trace:
+    """One call. `own` says which buffers an operator makes (slot, bytes) and gives back (slot, END), and when its answers are made
+    (OUT, 0); `wide` as in Shapes."""
+    return trace_of(Shapes(model, inputs, wide), own)
+
+
+def trace_of(shapes: Shapes, own: Callable[[Any, Shapes], Steps]) -> Trace:
+    """One call whose shapes are known."""
+    graph = shapes.graph
+    weights = {tensor.name for tensor in graph.initializer}
+    live = _Live(shapes, {value.name for value in graph.output})
+    operations = []
+    last = {name: i for i, node in enumerate(graph.node) for name in node.input}
+    for i, node in enumerate(graph.node):
+        if all(name in shapes.values for name in node.output):
+            continue  # whole numbers that shapes are made of
+        ends = {name for name in node.input if name and last[name] == i and name not in weights}
+        live.run(node, ends, own(node, shapes))
+        operations.append(_operation(node, shapes))
+    return Trace(tuple(live.events), (), tuple(each for each in operations if each))
+
+
+class _Live:
+    def __init__(self, shapes: Shapes, kept: set[str]) -> None:
+        self.shapes, self.events = shapes, list[tuple[int, int]]()
+        self._storage: dict[str, int] = {}  # of each value
+        self._users: dict[int, int] = {}  # values of a storage that are alive
+        self._kept, self._made = kept, 0
+        self._used = {name for node in shapes.graph.node for name in node.input}
+
+    def run(self, node: Any, ends: set[str], own: Steps) -> None:
+        outs = [name for name in node.output if name]
+        slots: dict[int, int] = {}
+        for slot, count in own:
+            if slot == OUT and node.op_type in _VIEWS and node.input[0] in self._storage:
+                self._share(outs[0], node.input[0])
+            elif slot == OUT:
+                for name in outs:
+                    self._storage[name] = self._make(self.shapes.bytes(name))
+                    self._users[self._storage[name]] = 1
+            elif count == END:
+                self.events.append((slots.pop(slot), END))
+            else:
+                slots[slot] = self._make(count)
+        for name in {*ends, *(name for name in outs if name not in self._used)} - self._kept:
+            if name in self._storage:
+                self._leave(name)
+
+    def _make(self, count: int) -> int:
+        self._made += 1
+        self.events.append((self._made, count))
+        return self._made
+
+    def _share(self, name: str, other: str) -> None:
+        storage = self._storage[other]
+        self._storage[name] = storage
+        self._users[storage] += 1
+
+    def _leave(self, name: str) -> None:
+        storage = self._storage[name]
+        self._users[storage] -= 1
+        if not self._users[storage]:
+            self.events.append((storage, END))
+
+
+def _operation(node: Any, shapes: Shapes) -> Operation | None:
+    if node.op_type in _VIEWS:
+        return None
+    moved = sum(shapes.bytes(name) for name in (*node.input, *node.output) if name)
+    return Operation(_flops(node, shapes), moved)
+
+
+def _flops(node: Any, shapes: Shapes) -> float:
+    out = shapes.count(node.output[0])
+    if node.op_type == "Conv":
+        return 2.0 * out * math.prod(shapes.shapes[node.input[1]][1:])
+    if node.op_type in ("MatMul", "Gemm"):
+        return 2.0 * out * shapes.shapes[node.input[0]][0 if attribute(node, "transA") else -1]
+    if node.op_type in ("Attention", "MultiHeadAttention"):
+        return 4.0 * out * shapes.shapes[node.input[1]][-2]
+    return 0.0

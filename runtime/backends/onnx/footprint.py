@@ -1,0 +1,170 @@
+"""Predicted bytes and operations of a call of a graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+
+from ...costs.allocator import OnnxArena
+from ...costs.footprint import END, Footprint, Trace, replay
+from ...errors import TightfitError, first_line
+from ...models.graph import Graph
+from ...models.spec import Component, ModelSpec
+from . import dryrun as onnx_trace
+from .call import Inputs, answers, even_step, halves_evenly, input_shapes, once, runtime_model
+
+_PACKED = {"Conv", "MatMul", "Gemm"}
+# Bytes that ONNX Runtime takes on a CPU for itself, and a session for an operator of its graph, as measured on SD 1.5.
+_SESSION, PER_NODE_BYTES = 20 * 2**20, 10_000
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a call of a graph takes, and the shapes of what it answers."""
+
+    footprint: Footprint
+    answers: Mapping[str, tuple[int, ...]]
+
+
+def call_footprint(graph: Graph, on_cpu: bool, shapes: Inputs) -> Footprint:
+    """What a graph takes when it is called with inputs of these shapes, by their names. Raises TightfitError if it cannot be."""
+    call = call_of(graph, on_cpu, shapes)
+    if isinstance(call, str):
+        raise TightfitError(f"{graph.file} is no graph that can be followed ({call}): export the model again")
+    return call.footprint
+
+
+def call_of(graph: Graph, on_cpu: bool, shapes: Inputs) -> _Call | str:
+    """A call with inputs of these shapes, or why there can be none."""
+
+    def follow() -> _Call | str:
+        try:
+            return _followed(graph, on_cpu, dict(shapes))
+        except Exception as error:  # onnx has classes of its own, and promises none
+            return first_line(error)
+
+    return once(graph, ("call", on_cpu, shapes), follow)
+
+
+def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]]) -> _Call:
+    own = functools.partial(_own, graph.tensors.keys(), on_cpu)
+    shapes = onnx_trace.Shapes(runtime_model(graph), inputs, wide=on_cpu)
+    call = onnx_trace.trace_of(shapes, own)
+    arena, held = OnnxArena(exact=not on_cpu), [PER_NODE_BYTES * len(graph.model.graph.node)]
+    for i, count in enumerate(weight_bytes(graph, on_cpu)):
+        if on_cpu:
+            held.append(count)
+        else:  # a GPU's arena has them too
+            arena.allocate(-1 - i, count)
+    held.append(arena.peak)
+    replay(arena, call.events, ())
+    taken = arena.peak - held[-1]
+    trace = Trace(((1, taken), (2, _SESSION)), (), call.operations)  # the process takes the latter once, for all sessions
+    footprint = Footprint(tuple(held), _SESSION + loading_bytes(graph) if on_cpu else 0, trace, (), kept=taken)
+    return _Call(footprint, {value.name: shapes.shapes[value.name] for value in graph.model.graph.output})
+
+
+def call_problem(spec: ModelSpec, component: Component, on_cpu: bool, size: tuple[int, int, int]) -> str | None:
+    """Why a graph cannot be called for a batch and the picture's height and width in pixels, or None if it can."""
+    graph, inputs = component.graph, input_shapes(spec, component, size)
+    assert graph is not None
+    call = call_of(graph, on_cpu, inputs)
+    if isinstance(call, str):
+        if halves_evenly(spec, component, size):
+            return f"{graph.file} is no graph that can be followed ({call}): export the model again"
+        step = even_step(spec, component)
+        near = "x".join(str(max(step, round(side / step) * step)) for side in (size[2], size[1]))
+        return (
+            f"{graph.file} can do multiples of {step} pixels only, as it was exported for these: ask for {near}, or export the "
+            "model again, with --to onnx"
+        )
+    (name, *_), given = answers(graph, spec.family == "sdxl"), dict(inputs)
+    wanted: tuple[int | None, ...]
+    if component.name == "unet":
+        wanted = given["sample"]
+    elif component.name == "vae_decoder":
+        batch, _, height, width = given["latent_sample"]
+        wanted = (batch, None, height * spec.downsampling, width * spec.downsampling)
+    else:
+        wanted = (*given["input_ids"], None)
+    found = call.answers[name]
+    if len(found) != len(wanted) or any(need not in (None, side) for need, side in zip(wanted, found, strict=True)):
+        shown_wanted = [side or "any" for side in wanted]
+        return f"{graph.file} answers {name} of {list(found)}, not of {shown_wanted}: export the model again"
+    return None
+
+
+def _own(weights: Any, on_cpu: bool, node: Any, shapes: onnx_trace.Shapes) -> onnx_trace.Steps:
+    """What ONNX Runtime's kernels take beside their answers, as measured one by one (docs/decisions.md)."""
+    ins, together = [name for name in node.input if name], onnx_trace.together
+    if node.op_type == "GroupNormalization":
+        return _function(shapes.bytes(ins[0]))
+    if not on_cpu:
+        return together()
+    if node.op_type == "MultiHeadAttention":  # each operand, its heads apart
+        return together(*(shapes.bytes(name) for name in ins[:3]))
+    if node.op_type == "Attention":  # the scores
+        q, k = (shapes.shapes[name] for name in ins[:2])
+        heads = onnx_trace.attribute(node, "q_num_heads") or q[1]
+        return together(4 * q[0] * heads * q[-2] * k[-2])
+    if node.op_type == "Conv" and ins[1] in weights:  # in blocks of channels (NCHWc)
+        return together(shapes.bytes(ins[0]))
+    if node.op_type == "Conv":
+        filters, *patch = shapes.shapes[ins[1]]
+        spatial = int(np.prod(shapes.shapes[node.output[0]][2:]))
+        if filters > spatial and int(np.prod(patch[1:])) > 1:  # every patch of a picture
+            return together(4 * int(np.prod(patch)) * spatial)
+    return together()
+
+
+def _function(count: int) -> onnx_trace.Steps:
+    """GroupNormalization is run as the operators that ONNX defines it by: cast, squared, less its mean, divided, cast, scaled, and
+    moved, each in a buffer of its own."""
+    cast, squared, centred, normal, back, scaled = range(6)
+    steps = [(cast, count), (squared, count), (squared, END), (centred, count), (cast, END), (normal, count), (centred, END)]
+    steps += [(back, count), (normal, END), (scaled, count), (back, END), (onnx_trace.OUT, 0), (scaled, END)]
+    return steps
+
+
+def weight_bytes(graph: Graph, on_cpu: bool) -> Iterator[int]:
+    """Bytes of each weight as the provider holds it.
+
+    What is only cast is cast when it is loaded; on a CPU all fp16 is. There the rest is packed, or mapped from the file, so that
+    of a table only the rows that are looked up are read.
+    """
+    users = _users(graph)
+    for name, tensor in graph.tensors.items():
+        kinds = {node.op_type for node in users.get(name, ())}
+        casts = [onnx_trace.attribute(node, "to") for node in users.get(name, ()) if node.op_type == "Cast"]
+        wide = on_cpu and tensor.dtype == "F16"
+        if kinds == {"Cast"}:
+            yield tensor.count * onnx.helper.tensor_dtype_to_np_dtype(casts[0]).itemsize
+        elif kinds != {"Gather"} or not on_cpu or wide:
+            yield tensor.stored_bytes * (2 if wide else 1)
+
+
+def _users(graph: Graph) -> dict[str, list[Any]]:
+    """The operators that read each value."""
+
+    def compute() -> dict[str, list[Any]]:
+        found: dict[str, list[Any]] = {}
+        for node in graph.model.graph.node:
+            for name in node.input:
+                found.setdefault(name, []).append(node)
+        return found
+
+    return once(graph, ("users",), compute)
+
+
+def loading_bytes(graph: Graph) -> int:
+    """Most that loading takes on a CPU beyond what is held then: the largest weight that is packed, once more; but those of
+    convolutions that are cast from fp16 are packed together."""
+    users = _users(graph)
+    packed = {name: {node.op_type for node in users.get(name, ())} & _PACKED for name in graph.tensors}
+    cast = (2 * t.stored_bytes for name, t in graph.tensors.items() if t.dtype == "F16" and "Conv" in packed[name])
+    return max(sum(cast), max((t.stored_bytes for name, t in graph.tensors.items() if packed[name]), default=0))

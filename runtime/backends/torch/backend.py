@@ -1,0 +1,273 @@
+"""The torch engine: modules of diffusers and transformers, filled from safetensors files, all at once or as they run."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+from ....kernels.dequantise import triton_problem
+from ...costs.footprint import Footprint
+from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
+from ...machine.detect import pinnable
+from ...machine.hardware import Hardware
+from ...machine.process import release
+from ...models.spec import Component, ModelSpec
+from ...models.tensors import Tensor
+from ...placement import DYNAMIC, QUANTISED, Placement
+from ...units import shown
+from . import dryrun, networks, quantised, streaming
+from . import loading as weights
+from .meter import Meter, meter
+from .tf32 import tf32_off
+
+
+class TorchBackend:
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        self.meter = meter(self.device)
+        self._stores: dict[str, tuple[Placement, streaming.HostStore]] = {}
+
+    @staticmethod
+    def refuses(
+        spec: ModelSpec,  # noqa: ARG004
+        component: Component,
+        placement: Placement,
+        hardware: Hardware,
+        size: tuple[int, int, int],  # noqa: ARG004
+    ) -> str | None:
+        """Why this engine cannot run a component so on that hardware, or None if it can."""
+        if not component.tensors:
+            return f"the {component.name} is here as ONNX only: use --backend onnx, or the model that it was exported from"
+        if placement.precision == DYNAMIC and "int8" not in hardware.rates:
+            return "this device has no fast products of 8-bit whole numbers that tightfit can use: choose int8"
+        if placement.precision == DYNAMIC and (why := _triton_problem(hardware)):
+            return f"int8-dynamic needs Triton, which does not run here ({why}): choose int8"
+        if placement.precision == DYNAMIC and hardware.device == "cpu" and placement.compute not in hardware.precisions:
+            return f"oneDNN makes no {placement.compute} of sums of whole numbers here but by a slow loop: choose int8"
+        if placement.precision == DYNAMIC and placement.residency == "streamed":
+            return "its weights, which are prepared once, must stay loaded: choose int8"
+        if placement.precision == DYNAMIC and component.name != "unet":
+            return f"int8-dynamic is for U-Nets: choose int8 for the {component.name}"
+        if placement.residency == "streamed" and placement.precision in QUANTISED and component.formats is None:
+            return "weights that are quantised while they load cannot stream: export the model first"
+        if placement.residency == "streamed" and component.name == "vae_decoder":
+            return "a VAE's weights, a hundredth of a U-Net's, must stay loaded: its strips read them many times"
+        if placement.compute == "bf16" and hardware.capability and hardware.capability < (8, 0):
+            return f"cuDNN has no bf16 convolutions below compute capability 8.0: choose {_instead(hardware)}"
+        if placement.compute == "fp16" and hardware.half_is_broken:
+            return f"fp16 convolutions answer NaN on {hardware.name}: choose {_instead(hardware)}"
+        if placement.residency == "streamed" and hardware.unified and hardware.device == "cuda":
+            return "GPU and host share one memory: the weights would be in it twice"
+        if hardware.device == "cpu" and placement.compute == "fp16" and placement.attention == "sliced":
+            return "torch multiplies fp16 matrices 30 times slower than fp32 ones on a CPU"
+        return None
+
+    @staticmethod
+    def check(spec: ModelSpec, component: Component) -> None:
+        """What a module needs is checked when it is built."""
+
+    @staticmethod
+    def footprint(
+        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+    ) -> Footprint:
+        return dryrun.footprint(spec, component, placement, hardware, size)
+
+    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> TorchSession:
+        """Build the module without memory, then fill it, or have it filled as it runs."""
+        dtype = weights.DTYPES[placement.compute]
+        with _memory_errors_explained(self.device):
+            problem = self._trouble(component, placement)
+            module = networks.build(component, placement, self.device.type)
+            stored = weights.match(component, module)
+        session = TorchSession(module, networks.forward(spec, component, placement), dtype, self.device, self.meter)
+        with _memory_errors_explained(self.device):
+            if placement.residency == "streamed":
+                lane = functools.partial(self._lane, session, component, placement)
+                session.stream(stored, placement.kept_bytes, lane, dryrun.call_order(component, placement, self.device.type))
+            else:
+                session.load(stored)
+        if problem:
+            session.notices += (
+                f"Triton does not run here ({problem}): weights in 8 and 4 bits are unpacked by torch, which is slower",
+            )
+        return session
+
+    def _trouble(self, component: Component, placement: Placement) -> str | None:
+        """Why a component with weights in 8 or 4 bits cannot have Triton's kernels on a GPU."""
+        stored = placement.precision in QUANTISED or component.formats is not None
+        return triton_problem(self.device) if stored and self.device.type == "cuda" else None
+
+    def _lane(
+        self, session: TorchSession, component: Component, placement: Placement, parts: streaming.Parts, scratch: torch.Tensor
+    ) -> streaming.Lane:
+        """How the weights of `parts` come to the device. What a GPU copies from is filled once and kept until `keep` says else."""
+        dtype = weights.DTYPES[placement.compute]
+        if self.device.type != "cuda":
+            return streaming.FileLane(dtype, scratch)
+        if component.name not in self._stores:
+            most = pinnable(psutil.virtual_memory().total) - sum(other.pinned_bytes for _, other in self._stores.values())
+            self._stores[component.name] = placement, streaming.HostStore(parts, dtype, scratch, most)
+        _, store = self._stores[component.name]
+        if store.pageable_bytes:
+            session.notices += (
+                f"{shown(store.pageable_bytes)} of the {component.name}'s weights stream from memory that is not pinned, which is "
+                "slower: choose --precision int8 or int4 for less of them",
+            )
+        return streaming.CudaLane(store)
+
+    def keep(self, placements: Mapping[str, Placement]) -> None:
+        """Let go of the host's memory that weights of components placed otherwise stream from. A backend is of one model."""
+        for name in [name for name, (placement, _) in self._stores.items() if placements.get(name) != placement]:
+            del self._stores[name]
+            _empty_cache(self.device)
+
+
+def _triton_problem(hardware: Hardware) -> str | None:
+    """Of the GPU that is here; None of one that is planned for."""
+    here = hardware.device == "cuda" and hardware.providers is None and torch.cuda.is_available()
+    return triton_problem(torch.device("cuda")) if here else None
+
+
+def _instead(hardware: Hardware) -> str:
+    """A precision that works, for where another was asked for."""
+    best = hardware.precisions[0]
+    return f"{best}, or int8 or int4, which compute in {best} here"
+
+
+class TorchSession:
+    """A module, called with arrays by way of `forward`, which knows their names."""
+
+    notices: tuple[str, ...] = ()
+
+    def __init__(
+        self, module: torch.nn.Module, forward: networks.Forward, dtype: torch.dtype, device: torch.device, meter: Meter
+    ) -> None:
+        self.module: torch.nn.Module | None = module
+        self.forward, self.dtype, self.device, self.meter = forward, dtype, device, meter
+        self.streamer: streaming.Streamer | None = None
+        self._held = 0
+        self._calls: dict[Any, int] = {}
+
+    def load(self, stored: Mapping[str, Tensor]) -> None:
+        """Bring the weights in; OutOfMemoryError leaves nothing behind."""
+        module = self._module()
+        with self._nothing_behind():
+            # a GPU's weights are read by way of the host's memory
+            here = weights.loading_bytes(module, stored, self.dtype, self.device) if self.device.type == "cpu" else 0
+            self._hold(sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype)))
+            self._hold(here)
+            weights.fill(module, stored, self.dtype, self.device)
+            self._hold(-here)
+
+    def stream(
+        self, stored: Mapping[str, Tensor], kept_bytes: int, lane: Callable[..., streaming.Lane], order: Sequence[str]
+    ) -> None:
+        """Bring in what may stay, and have the rest come by way of a lane, made of its units and a buffer to read them by. `order`
+        are the module's parts as they are called. OutOfMemoryError leaves nothing behind."""
+        module = self._module()
+        with self._nothing_behind():
+            kept, rest = streaming.split(streaming.units(module, stored, self.dtype), kept_bytes)
+            room = weights.scratch_bytes(module, stored, self.dtype, self.device)
+            here = room if self.device.type == "cpu" else 0
+            held = sum(sum(weights.held(part, self.dtype)) for part in kept) + streaming.ring_bytes(rest, self.device)
+            self._hold(sum(weights.beside(module, self.dtype)) + held + here)
+            scratch = torch.empty(room, dtype=torch.uint8)
+            under = tuple(f"{unit.path}." if unit.path else "" for unit in kept.values())
+            loaded = {name: tensor for name, tensor in stored.items() if name.startswith(under)}
+            weights.fill(module, loaded, self.dtype, self.device, scratch)
+            if rest:
+                buffer = torch.empty(streaming.ring_bytes(rest, self.device), dtype=torch.uint8, device=self.device)
+                self.streamer = streaming.Streamer(module, rest, lane(rest, scratch), self.dtype, buffer, order)
+
+    def _module(self) -> torch.nn.Module:
+        if self.module is None:
+            raise TightfitError("the pipeline was closed while it was painting")
+        return self.module
+
+    @contextmanager
+    def _nothing_behind(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
+
+    @torch.inference_mode()
+    def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        module, key = self._module(), tuple((name, array.shape) for name, array in arrays.items())
+        with tf32_off(self.device), _memory_errors_explained(self.device):
+            tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+            outs = self.meter.during(self._calls, key, lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device))
+            return tuple(out.cpu().numpy() for out in outs)
+
+    def close(self) -> None:
+        try:
+            if self.streamer:
+                self.streamer.close()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self.module:
+            quantised.workspace(self.module).free()
+        for part in self.module.modules() if self.module else ():
+            part._buffers.clear()
+            part._parameters.clear()  # modules of diffusers refer to themselves, so they go when Python's collector comes by
+        self.module = self.streamer = None
+        self._hold(-self._held)
+        _empty_cache(self.device)
+
+    def _hold(self, count: int) -> None:
+        self.meter.hold(count)
+        self._held += count
+
+
+# cuBLAS when there is no room for its handle or workspace, or the driver is not the one it needs; cuDNN when none of its algorithms
+# finds room for its workspace, or it has none for this precision on this card
+_MAYBE_NO_MEMORY = "ALLOC_FAILED|STATUS_NOT_INITIALIZED|unable to find an engine"
+_FULL = 64 * 2**20  # of a card with less than this free nothing can be had: a segment for what is above 1 MiB takes 20
+
+
+@contextmanager
+def _memory_errors_explained(device: torch.device) -> Iterator[None]:
+    """torch has a class for CUDA's own; others only say so in their text, which some say for other reasons too."""
+    before = _times_full(device)
+    try:
+        yield
+    except (RuntimeError, MemoryError, ImportError, OSError) as error:
+        if out_of_memory(error):
+            raise OutOfMemoryError(first_line(error)) from error
+        if not isinstance(error, RuntimeError) or not re.search(_MAYBE_NO_MEMORY, str(error)):
+            raise
+        if _times_full(device) > before or _is_full(device):
+            raise OutOfMemoryError(first_line(error)) from error
+        cure = "choose another --precision, or fp32; if that fails too, install a build of torch for this driver"
+        raise TightfitError(f"{device.type} has no kernel for this, with memory left ({first_line(error)}): {cure}") from error
+
+
+def _times_full(device: torch.device) -> int:
+    """How often torch's allocator has found no room on a GPU."""
+    if device.type not in ("cuda", "xpu"):
+        return 0
+    return getattr(torch, device.type).memory_stats().get("num_ooms", 0)
+
+
+def _is_full(device: torch.device) -> bool:
+    return device.type in ("cuda", "xpu") and getattr(torch, device.type).mem_get_info()[0] < _FULL
+
+
+def _empty_cache(device: torch.device) -> None:
+    """Give memory that was freed back to the system."""
+    if device.type == "cpu":
+        release()
+    else:
+        getattr(torch, device.type).empty_cache()
+        if device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
+            torch._C._host_emptyCache()  # pinned memory that weights were streamed from

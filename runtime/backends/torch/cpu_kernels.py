@@ -1,0 +1,104 @@
+"""What torch's CPU kernels allocate for themselves, beside their answer, and free before they return.
+
+Each formula was found with torch's profiler, which sees every allocation (torch 2.13, oneDNN, AVX-512, two threads), and
+`tests/runtime/backends/test_meter.py` holds them against it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._prims_common import suggest_memory_format
+
+from ....kernels.attention import sdpa_cpu_bytes
+from ....kernels.int8 import AT_ONCE
+from .quantised import CONV2D_INT8, LINEAR_INT8
+
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+CONVOLUTION = torch.ops.aten.conv2d.default
+GROUP_NORM = torch.ops.aten.group_norm.default
+
+
+def own_bytes(func: Any, args: Any, out: Any) -> int:
+    """Bytes that the operator `func` takes on a CPU for arguments and an answer of these shapes (which may be on meta)."""
+    formula = _FORMULAS.get(func)
+    return formula(args, out) if formula else 0
+
+
+def _attention(args: Any, _: Any) -> int:
+    (batch, heads, n, d), m = args[0].shape, args[1].shape[2]
+    return sdpa_cpu_bytes(batch * heads, n, m, d, args[0].element_size(), torch.get_num_threads())
+
+
+def _convolution(args: Any, out: torch.Tensor) -> int:
+    """oneDNN's copies of picture, weights and answer with their channels in blocks; the picture's and the weights' go before
+    the answer's is copied back. A 1x1 convolution in half precision keeps fp32 sums as well, twice on two threads."""
+    x, weight = args[:2]
+    if x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480:  # torch's own, by way of columns (use_mkldnn)
+        return 0 if weight.shape[2] == 1 else 4 * weight[0].numel() * out.shape[2] * out.shape[3]
+    # Then torch makes the picture so too, and oneDNN copies the weights alone.
+    if channels_last(weight) or (channels_last(x) and weight.shape[2:] == (1, 1)):
+        copied = 0 if x.is_contiguous(memory_format=torch.channels_last) else x.nbytes
+        return copied + _up(weight.shape[0], 16) * weight[0].numel() * weight.element_size()
+    size, block = x.element_size(), _block()
+    answer = out.numel() // out.shape[1] * _up(out.shape[1], block) * size
+    weights = weight[0, 0].numel() * _up(weight.shape[0], block) * _up(weight.shape[1], block) * size
+    picture = x.numel() // x.shape[1] * _up(x.shape[1], block if x.shape[1] >= block else 1) * size
+    sums = 4 * torch.get_num_threads() * out.numel() if size == 2 and weight.shape[2] == 1 else 0
+    return max(picture + weights + answer + sums - out.nbytes, answer)
+
+
+def channels_last(x: torch.Tensor) -> bool:
+    """Whether torch would compute a convolution of it so."""
+    return x.ndim == 4 and suggest_memory_format(x) is torch.channels_last
+
+
+def _upsampling(args: Any, out: torch.Tensor) -> int:
+    """Copies of picture and answer with channels last, where the answer is small."""
+    return args[0].nbytes + out.nbytes if max(out.shape[2:]) <= 64 else 0
+
+
+def _dequantising(args: Any, _: Any) -> int:
+    """Scales and zeros as numbers of the weight's own kind, the zeros twice."""
+    out, _, scale, zero = args[:4]
+    return scale.numel() * out.element_size() * (1 if zero is None else 3)
+
+
+def _linear_int8(args: Any, out: torch.Tensor) -> int:
+    """The codes, and scales of tokens and channels."""
+    x, channels = args[0], out.shape[-1]
+    return x.numel() + x.numel() // x.shape[-1] * x.element_size() + 12 * channels
+
+
+def _convolution_int8(args: Any, out: torch.Tensor) -> int:
+    """The codes of a sample; beside them what makes these, or the sample's answer, before that joins the others."""
+    x = args[0]
+    codes = x[0].numel()
+    piece = min(codes, max(1, AT_ONCE // x.shape[1]) * x.shape[1])
+    making = piece * (4 if x.dtype == torch.float32 else 8)
+    if len(x) == 1:
+        return codes + max(0, making - out.nbytes)
+    return codes + max(making, out[0].nbytes)
+
+
+_FORMULAS: dict[Any, Callable[[Any, Any], int]] = {
+    SDPA: _attention,
+    CONVOLUTION: _convolution,
+    torch.ops.aten.upsample_nearest2d.vec: _upsampling,
+    torch.ops.tightfit.dequantise.default: _dequantising,
+    LINEAR_INT8: _linear_int8,
+    CONV2D_INT8: _convolution_int8,
+}
+
+
+@functools.cache
+def _block() -> int:
+    """Channels in a block of oneDNN's: as many floats as a vector register holds."""
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+
+
+def _up(count: int, block: int) -> int:
+    return -(-count // block) * block

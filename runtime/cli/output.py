@@ -1,0 +1,72 @@
+"""What the commands print alike: tables, bars, and files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from .. import interrupts
+from ..errors import TightfitError, printable
+from ..files import replacing
+
+_PLAIN = 180  # columns of a table that goes to a file
+
+
+def say(text: object, err: bool = False) -> None:
+    """Print one line, which may hold what others wrote, on standard output or standard error."""
+    typer.echo(printable(text), err=err)
+
+
+def say_json(value: Any) -> None:
+    """Print one JSON object. Whatever is not ASCII is escaped, control characters among it."""
+    typer.echo(json.dumps(value).replace("\x7f", "\\u007f"))
+
+
+def show_table(title: str | None, table: Any, lines: Sequence[tuple[Sequence[str], str | None]], columns: int) -> None:
+    """Print a rich table where there are so many columns, or where it is no terminal; else `lines`, each with its style.
+
+    Both below the title. Cells of the table are `printable` text; that of the title and of `lines` is made so here.
+    """
+    from rich.console import Console
+
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # a model may be called [bold] or :heart:
+    console = Console(**plain)
+    if title and console.is_terminal:
+        console.print(printable(title), style="bold", soft_wrap=True)
+    if console.is_terminal and console.width >= columns:
+        console.print(table)
+    elif console.is_terminal:
+        for texts, style in lines:
+            console.print(*map(printable, texts), sep="\n  ", style=style)
+    else:
+        if title:
+            say(title)
+        wide = Console(**plain, width=_PLAIN)
+        with wide.capture() as captured:
+            wide.print(table)
+        typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+
+
+def progress_bar(width: int) -> Any:
+    """A rich bar on standard error, with a text of so many columns before it; nothing where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    text = TextColumn(f"{{task.description:<{width}}}", markup=False)
+    columns = (text, BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    console = Console(stderr=True, highlight=False)
+    return Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
+
+
+def write(file: Path, text: str) -> None:
+    interrupts.tidily()
+    try:
+        with replacing(file) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise TightfitError(f"{file} cannot be written ({error.strerror}): name another place") from None

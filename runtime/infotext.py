@@ -1,0 +1,141 @@
+"""The request inside a PNG: A1111's `parameters` text, which the field's tools read, and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import png
+from .errors import TightfitError
+from .models.schedulers import SCHEDULERS
+from .request import Request
+
+_NAME = re.compile(r"\w[\w \-/]*")
+_QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
+_SETTINGS = re.compile(r"\s*Steps:\s*\d")
+_TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
+_NAMES = tuple(field.name for field in dataclasses.fields(Request))
+_UNDERSTOOD = {"Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Model hash", "Version"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Carried:
+    """What a picture says of how it was made: fields of Request, model and precision where it names them, and notices."""
+
+    request: Mapping[str, Any]
+    model: str | None = None
+    precision: str | None = None
+    notices: tuple[str, ...] = ()
+
+
+def write(request: Request, model: str, precision: str) -> str:
+    """A resolved request as A1111 would write it. A last field holds it once more as JSON, exact whatever the prompt."""
+    exact = {"model": model, "precision": precision, **dataclasses.asdict(request)}
+    lines = [request.prompt]
+    if request.negative_prompt:
+        lines.append(f"Negative prompt: {request.negative_prompt}")
+    fields = {
+        "Steps": request.num_inference_steps,
+        "Sampler": SCHEDULERS[str(request.scheduler)].a1111,
+        "CFG scale": request.guidance_scale,
+        "Seed": request.seed,
+        "Size": f"{request.width}x{request.height}",
+        "Model": json.dumps(model) if re.search(r'[,:"\n]', model) else model,
+        "Precision": precision,
+        "tightfit": json.dumps(json.dumps(exact)),
+    }
+    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    return "\n".join(lines)
+
+
+def read(picture: Path) -> Carried:
+    """What `picture` carries. Raises TightfitError if it is no PNG or says nothing that can be repeated."""
+    if not (text := png.read_text(picture, "parameters")):
+        raise TightfitError(f"{picture} carries no 'parameters' text: only pictures made by tightfit or A1111 can be repeated")
+    return parse(text, str(picture))
+
+
+def parse(text: str, source: str) -> Carried:
+    """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and a line of settings, the last that looks like one.
+
+    Extensions of A1111 write below it: Dynamic Prompts a template. Takes time in proportion to the text.
+    """
+    if len(text) > png.MAX_TEXT_BYTES:
+        raise TightfitError(f"the 'parameters' text of {source} has {len(text)} characters, too many to be a request")
+    lines = text.rstrip().split("\n")
+    place = next((i for i in reversed(range(len(lines))) if _SETTINGS.match(lines[i])), len(lines) - 1)
+    prompt, fields = lines[:place], {name: _unquoted(value) for name, value in _pairs(lines[place])}
+    if "tightfit" in fields:
+        try:
+            exact = json.loads(fields["tightfit"])
+            carried = Carried({name: exact[name] for name in _NAMES}, exact["model"], exact["precision"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            carried = Carried({})
+        if not isinstance(carried.model, str) or not isinstance(carried.precision, str):
+            raise TightfitError(f"the request inside {source} is damaged: it cannot be repeated")
+        return carried
+    if "Steps" not in fields:
+        raise TightfitError(f"the 'parameters' text of {source} has no line of settings: it cannot be repeated")
+    positive, _, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
+    # A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its modules/sd_models_xl.py): here that is None.
+    request = {"prompt": positive.strip(), "negative_prompt": negative.strip() or None, **_a1111(fields, source)}
+    return Carried(request, notices=_differences(fields))
+
+
+def _pairs(line: str) -> Iterator[tuple[str, str]]:
+    """Names and values of "name: value, name: "quoted, value"", as A1111's regular expression finds them, but in one pass."""
+    place = 0
+    while (colon := line.find(":", place)) >= 0:
+        comma = line.rfind(",", place, colon)
+        name = line[max(place, comma + 1) : colon].strip()
+        if quoted := _QUOTED.match(line, colon + 1):
+            value, place = quoted[1], quoted.end()
+        else:
+            end = line.find(",", colon + 1)
+            end = len(line) if end < 0 else end
+            value, place = line[colon + 1 : end].strip(), end + 1
+        if _NAME.fullmatch(name):
+            yield name, value
+
+
+def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
+    """A1111's settings as Request fields. A sampler tightfit has not stays as it is called there, and is refused later."""
+    sampler, kind = fields.get("Sampler", ""), fields.get("Schedule type", "Automatic")
+    if kind == "Automatic":  # as A1111 resolves it
+        kind = "Karras" if sampler == "DPM++ 2M" else ""
+    shown = f"{sampler} {kind}".strip()
+    names = {scheduler.a1111: name for name, scheduler in SCHEDULERS.items()}
+    try:
+        width, height = fields["Size"].split("x")
+        return {
+            "num_inference_steps": int(fields["Steps"]),
+            "scheduler": names.get(shown, shown),
+            "guidance_scale": float(fields["CFG scale"]),
+            "seed": int(fields["Seed"]),
+            "width": int(width),
+            "height": int(height),
+        }
+    except (KeyError, ValueError):
+        raise TightfitError(f"the settings inside {source} are damaged: give the request by options instead") from None
+
+
+def _differences(fields: Mapping[str, str]) -> tuple[str, ...]:
+    """What of an A1111 picture's settings is not honoured here, in one notice; and that the noise differs."""
+    most, letters = _TOLD
+    left = [f"{name} {value}"[:letters] for name, value in fields.items() if name not in _UNDERSTOOD]
+    more = [f"{len(left) - most} more"] if len(left) > most else []
+    honoured = f"; not honoured: {', '.join([*left[:most], *more])}" if left else ""
+    return (f"A1111 draws its noise on the GPU unless told otherwise, so the picture may differ{honoured}",)
+
+
+def _unquoted(value: str) -> str:
+    if not value.startswith('"'):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value

@@ -1,0 +1,1 @@
+"""What a machine is: this one, or one of profiles/."""

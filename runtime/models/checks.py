@@ -1,0 +1,71 @@
+"""What a field of a config may be, checked before a library reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import TightfitError
+
+MOST_LEVELS = 100_000  # of a scheduler's noise; SD has 1000
+MOST_WIDTH = 2**20
+# Of what is counted before anything is built: more than any model of these families has, by far.
+MOST_LAYERS, MOST_BLOCKS, MOST_ALL = 512, 16, 4096
+LEAST_TENSORS = 6  # of a layer: a residual block without a shortcut has 8, a text encoder's layer 16
+Check = Callable[[Any], bool]
+
+
+def whole(least: int, most: int) -> Check:
+    return lambda value: isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 <= value <= 1e9  # neither NaN nor infinite
+
+
+def is_positive(value: Any) -> bool:
+    return is_number(value) and value > 0
+
+
+def is_truth(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 100
+
+
+def many(check: Check, most: int = MOST_BLOCKS) -> Check:
+    return lambda value: isinstance(value, list | tuple) and 0 < len(value) <= most and all(map(check, value))
+
+
+def or_many(check: Check) -> Check:
+    return lambda value: check(value) or many(check)(value)
+
+
+def or_none(check: Check) -> Check:
+    return lambda value: value is None or check(value)
+
+
+is_count, is_layers = whole(1, MOST_WIDTH), whole(0, MOST_LAYERS)
+is_size = lambda value: is_count(value) or (many(is_count, 2)(value) and len(value) == 2)  # noqa: E731
+
+
+def check_fields(file: Path, config: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
+    for field, fits in checks.items():
+        if field in config and not fits(config[field]):
+            raise TightfitError(f"{file} has {field} {brief(config[field])}, which cannot be: copy or download it again")
+
+
+def brief(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "of more digits than can be shown"
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def largest(value: Any) -> int:
+    """The largest number of a count that may be given for each block, and each layer of it."""
+    return max(map(largest, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,1 @@
+"""What the networks of a model are to each other."""

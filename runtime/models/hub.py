@@ -1,0 +1,92 @@
+"""From what a person calls a model to what it is: built in, a folder, or a repository on the hub."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from pathlib import Path
+
+from ..errors import TightfitError, first_line
+from ..files import PICKLES
+from .cures import of_pickles
+from .layouts.diffusers import near, read_model
+from .spec import ModelSpec
+
+BUILT_IN = {"emoji": Path(__file__).parent / "emoji"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_WEIGHTS, _PICKLED = re.compile(r"unet/.*\.(safetensors|onnx)"), re.compile(r"unet/.*\.bin")
+_SMALL = ("*.json", "*.txt")
+
+
+def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
+    """What `model` is: a built-in name, a diffusers folder or a hub id. Only configs and headers are read.
+
+    A repository on the hub is fetched first, whole, into the hub's own cache, unless `local_files_only`. Raises
+    TightfitError.
+    """
+    name = str(model)
+    if not name.strip():
+        raise TightfitError("the model has no name: give --model emoji, a diffusers folder or a hub id such as owner/name")
+    if "://" in name:
+        raise TightfitError(_address(name))
+    if name in BUILT_IN:
+        return read_model(BUILT_IN[name], name)
+    try:
+        path = Path(name).expanduser()
+        exists = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a null character
+        raise TightfitError(f"no model can be called '{name[:60]}' ({first_line(error)})") from None
+    single_file = path.suffix in {pattern[1:] for pattern in PICKLES} | {".safetensors", ".gguf"}
+    if exists or single_file or not _HUB_ID.fullmatch(name):
+        return read_model(path)
+    return _fetch(name, local_files_only)
+
+
+def _address(url: str) -> str:
+    """Why an address is no model, and what to give instead: of a page of the hub, its id."""
+    page = re.match(r"https?://[\w.-]*(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", url)
+    cure = f"give --model {page[1]}" if page else "download the model first, and give --model its folder, or a hub id"
+    return f"{url[:200]} is an address, which no model is read from: {cure}"
+
+
+def wanted(files: list[str]) -> list[str]:
+    """Of a repository's files, those a run needs: configs, vocabularies, and one set of safetensors per component.
+
+    The plain weights are taken, or the fp16 variant where a component has no plain ones, or ONNX where it has neither; never a
+    pickle.
+    """
+    chosen = [f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in _SMALL) and f.count("/") <= 1]
+    for folder in ("text_encoder", "text_encoder_2", "unet", "vae"):
+        here = [f for f in files if re.fullmatch(rf"{folder}/(diffusion_pytorch_)?model[^/]*\.safetensors", f)]
+        plain = [f for f in here if re.search(r"/(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors$", f)]
+        graph = {"vae": "vae_decoder"}.get(folder, folder)
+        onnx = [f for f in files if re.fullmatch(rf"{graph}/(model\.onnx[^/]*|weights\.pb)", f)]
+        chosen += plain or [f for f in here if ".fp16" in f] or onnx
+    return chosen
+
+
+def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
+    """Bring what `wanted` names up to date in the hub's cache; with no connection, use a complete copy that is there."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    problem, cure = "a picture alone starts no download", f"name it with --model {repository}"
+    if not local_files_only:
+        try:
+            files = [entry.rfilename for entry in HfApi().model_info(repository).siblings or []]
+            if not any(map(_WEIGHTS.match, wanted(files))) and any(map(_PICKLED.match, files)):
+                raise TightfitError(f"'{repository}' has its weights as pickles only: {of_pickles(repository)}")
+            folder = Path(snapshot_download(repository, allow_patterns=wanted(files)))
+        except TightfitError:
+            raise
+        except Exception as error:  # the hub's HTTP library has changed before, and any failure has the same cure
+            problem = " ".join(str(error).split())[:300] or type(error).__name__
+            cure = "check the name and the connection, or give --model a diffusers folder on this machine"
+        else:
+            return read_model(folder, repository)
+    try:
+        return read_model(Path(snapshot_download(repository, local_files_only=True)), repository)
+    except (OSError, ValueError):  # nothing of it is here
+        found = "is not in the hub's cache"
+    except TightfitError as error:
+        found = f"is in the hub's cache but cannot be used as it is there ({error})"
+    raise TightfitError(f"'{repository}'{near(Path(repository))} {found}, and was not fetched ({problem}): {cure}")

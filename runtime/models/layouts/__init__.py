@@ -1,0 +1,1 @@
+"""How a model lies in its files."""

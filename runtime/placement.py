@@ -1,0 +1,48 @@
+"""The words that planner and engines share: how one network of a model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BACKENDS = ("torch", "onnx")
+COMPUTES = ("fp32", "bf16", "fp16")
+STORED = ("int8", "int4")  # what weights can be exported in
+DYNAMIC = "int8-dynamic"
+QUANTISED = ("int8", DYNAMIC, "int4")
+PRECISIONS = (*COMPUTES, *QUANTISED)
+RESIDENCIES = ("resident", "staged", "streamed")
+ATTENTIONS = ("sdpa", "sliced", "chunked")
+TILINGS = ("whole", "tiled")
+CFG = ("batched", "sequential")
+# What the fields of a Placement may be, but for its provider.
+CHOICES = {
+    "backend": BACKENDS,
+    "precision": PRECISIONS,
+    "compute": COMPUTES,
+    "residency": RESIDENCIES,
+    "attention": ATTENTIONS,
+    "tiling": TILINGS,
+}
+STAGES = ("encode", "denoise", "decode")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How one component runs.
+
+    precision: of the weights. compute: what it computes in, the same unless the weights are quantised. int8-dynamic: weights as in
+    int8, multiplied in whole numbers by inputs that are quantised as they come.
+    residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its weights flow
+    through it block by block, but for `kept_bytes` of its largest blocks, which are loaded for the stage). attention: torch's
+    `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or `tiled`, in strips of rows (kernels/strips.py).
+    provider: ONNX Runtime's, empty for torch.
+    """
+
+    backend: str
+    precision: str
+    compute: str
+    residency: str
+    attention: str
+    tiling: str
+    provider: str = ""
+    kept_bytes: int = 0

@@ -1,0 +1,1 @@
+"""Which way to run a request, and what each would take."""

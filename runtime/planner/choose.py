@@ -1,0 +1,236 @@
+"""Which way to run a request: every candidate is costed, the fastest that fits is taken. No device is touched, no weight read."""
+
+from __future__ import annotations
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+from ..errors import TightfitError
+from ..machine.hardware import Hardware
+from ..machine.process import PROCESS, address_space, process_context
+from ..models.spec import ModelSpec
+from ..request import Request, guided
+from ..units import shown
+from .candidates import chosen_provider, of_stored, vae_compute, ways
+from .estimate import NEEDS, estimate, holder
+from .plan import Plan
+from .wishes import Wishes
+
+_SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
+
+
+def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wishes: Wishes | None = None) -> list[Plan]:
+    """Every way to run `request` (the model's native size by default) on `hardware`, best first: those that fit, fastest
+    first, then the others by what they lack. The first is marked as chosen, if any fits."""
+    wishes = wishes or Wishes()
+    request = (request or Request("a")).resolve(spec)
+    job = estimate(hardware, spec, request, wishes)
+    budget = _budget(hardware, wishes)
+    with _cycles_left():
+        found = [each for way in ways(hardware, spec, request, wishes) for each in job.plans(*way, budget)]
+    if not found:
+        raise TightfitError(f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto")
+    fitting = sorted((p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes))
+    if fitting:
+        fastest = fitting[0].predicted.seconds
+        equal = [p for p in fitting if p.predicted.seconds <= fastest * (1 + _SAME)]
+        best = min(equal, key=_burden)
+        rest = [_beaten(p, best) for p in fitting if p is not best]
+        fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
+    return fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+
+
+@contextmanager
+def _cycles_left() -> Iterator[None]:
+    """Without Python's search for cycles, which takes a fifth of the time of importing torch, diffusers and transformers, and of
+    following what they build: hardly anything of all that is ever freed."""
+    searched = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if searched:
+            gc.enable()
+
+
+def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Plan:
+    """A plan from a file, predicted anew for this machine and request. Raises TightfitError if it cannot run here."""
+    again = "make one for it with 'tightfit plan'"
+    if saved.placements.keys() != spec.components.keys():
+        raise TightfitError(f"this plan is for another kind of model than {spec.name}: {again}")
+    for name, placement in saved.placements.items():
+        if placement.backend not in spec.components[name].engines:
+            raise TightfitError(f"this plan runs the {name} on {placement.backend}, {spec.name} has it not for that: {again}")
+        if wishes.provider != "auto" and placement.provider not in ("", chosen_provider(hardware, wishes.provider)):
+            raise TightfitError(
+                f"--provider {wishes.provider} is asked for, the plan says {placement.provider}: leave out one of them"
+            )
+    unet, vae = saved.placements["unet"], saved.placements["vae_decoder"]
+    has = {name: getattr(unet, name) for name in ("backend", "precision", "compute", "residency", "attention")}
+    for name, value in (has | {"tiling": vae.tiling, "cfg": saved.cfg}).items():
+        if getattr(wishes, name) not in ("auto", value):
+            raise TightfitError(f"{name} {getattr(wishes, name)} is asked for, the plan says {value}: leave out one of them")
+    if vae.backend == "torch" and vae.compute == "fp16" != vae_compute(hardware, spec, "fp16"):
+        raise TightfitError(f"this plan runs {spec.name}'s VAE in fp16, in which it overflows: {again}")
+    if spec.precision and unet.backend == "torch" and unet.precision not in of_stored(spec.precision):
+        raise TightfitError(f"this plan is for weights in {unet.precision}, {spec.name} is stored in {spec.precision}: {again}")
+    if saved.device != hardware.device:
+        raise TightfitError(f"this plan is for {saved.hardware} ({saved.device}), this machine runs on {hardware.device}: {again}")
+    if saved.model != spec.name:
+        raise TightfitError(f"this plan is for {saved.model}, not for {spec.name}: {again}")
+    budget = min(saved.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
+    new = estimate(hardware, spec, request.resolve(spec), wishes).plan(saved.cfg, saved.placements, budget)
+    if not new.fits:
+        raise TightfitError(f"this plan, made for {saved.hardware}, does not run here: it {new.reason}; {again}")
+    return replace(new, chosen=True, reason=f"read from a file; made for {saved.hardware}")
+
+
+def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> TightfitError:
+    """The error that says what would fit: a smaller picture, or a larger budget; or that what is asked for runs nowhere."""
+    asked = f"{request.width}x{request.height}"
+    least = min((p for p in plans if p.reason.startswith(NEEDS)), key=lambda p: p.predicted.peak_bytes, default=None)
+    if least is None:  # no memory would help
+        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {plans[0].reason.removeprefix('is refused: ')}")
+    budget, context = least.budget_bytes, least.predicted.context_bytes
+    if least.predicted.peak_bytes + context <= budget:  # it is not the memory of the device
+        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: it {least.reason}")
+    if hardware.device == "cpu" and hardware.providers is None and context >= PROCESS:
+        context = max(context, process_context())  # planning has made this process larger, and whoever detects next counts that
+    needed, cures, joint = least.predicted.peak_bytes + context, [], ", or "
+    if least.predicted.context_bytes >= budget:
+        cures.append(f"{holder(hardware)} alone takes {shown(context)}")
+        joint = ", and "
+    elif smaller := _largest_of_this_shape(hardware, spec, request, wishes, plans):
+        cures.append(f"the largest of this shape that fits is {smaller}")
+    cures.append(
+        f"{asked} needs {_option(hardware)} {-(-needed // 2**20)}MiB"
+        if needed <= hardware.free_bytes
+        else f"{asked} needs {shown(needed)} free, {shown(hardware.free_bytes)} are{_limit(hardware)}"
+    )
+    return TightfitError(f"{spec.name} does not fit {shown(budget)}: {joint.join(cures)} (with {least.summary()})")
+
+
+def refuse_hopeless(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> None:
+    """Raise TightfitError for what no way of running can fit, found out without following all of them: where there is no room
+    beside the context, or none for one feature map of the picture. Following how 16384x16384 runs takes minutes."""
+    request, budget = request.resolve(spec), _budget(hardware, wishes)
+    room = budget - hardware.context_bytes
+    if room > 0 and _largest_map(hardware, spec, int(request.width or 0), int(request.height or 0)) <= room:
+        return
+    if room <= 0:
+        few = _frugal(spec, request, wishes)
+        raise none_fits(plan(hardware, spec, request, few), hardware, spec, request, wishes)
+    native = replace(request, width=spec.native_size[1], height=spec.native_size[0])
+    plans = plan(hardware, spec, native, _frugal(spec, native, wishes))
+    runs = [p for p in plans if p.fits or p.reason.startswith(NEEDS)]
+    if not runs:
+        raise none_fits(plans, hardware, spec, request, wishes)
+    smaller = _largest_of_this_shape(hardware, spec, request, wishes, runs)
+    cure = f"the largest of this shape that fits is {smaller}" if smaller else "no size of this shape fits"
+    most = _largest_map(hardware, spec, int(request.width or 0), int(request.height or 0))
+    raise TightfitError(
+        f"{spec.name} does not fit {shown(budget)}: one feature map of {request.width}x{request.height} takes {shown(most)}, {cure}"
+    )
+
+
+def _frugal(spec: ModelSpec, request: Request, wishes: Wishes) -> Wishes:
+    """Wishes for the ways that take little memory, where they are torch's: half as many calls are followed for these."""
+    if any(component.graph for component in spec.components.values()):
+        return wishes
+    least: dict[str, str] = {"tiling": "tiled"}
+    if guided(spec, request):
+        least["cfg"] = "sequential"
+    return replace(wishes, **{name: value for name, value in least.items() if getattr(wishes, name) == "auto"})
+
+
+def _budget(hardware: Hardware, wishes: Wishes) -> int:
+    return hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
+
+
+def _limit(hardware: Hardware) -> str:
+    bounded = hardware.device == "cpu" and hardware.providers is None and address_space() < math.inf
+    return f" under this process's limit of {shown(address_space())} (ulimit -v)" if bounded else ""
+
+
+def _option(hardware: Hardware) -> str:
+    return "--ram" if hardware.device == "cpu" else "--vram"
+
+
+def _largest_map(hardware: Hardware, spec: ModelSpec, width: int, height: int) -> int:
+    """Bytes, in 16 bits, of the widest map that the U-Net or the VAE has of a whole picture, however it runs."""
+    if hardware.device != "cpu" and any(component.graph for component in spec.components.values()):
+        return 0  # it may run on the CPU beside
+    pixels = width * height
+    latent_pixels = pixels // spec.downsampling**2
+    return 2 * max(pixels * spec.vae["block_out_channels"][0], latent_pixels * spec.unet["block_out_channels"][0])
+
+
+def _largest_of_this_shape(
+    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, plans: Sequence[Plan]
+) -> str | None:
+    """By the way of running that takes the least memory at the size asked for; or by the least that streams, as of a small picture
+    it is the weights that take memory."""
+    runs = sorted((p for p in plans if p.fits or p.reason.startswith(NEEDS)), key=lambda p: p.predicted.peak_bytes)
+    ways = [*runs[:1], *[p for p in runs[1:] if p.placements["unet"].residency == "streamed"][:1]]
+    found = (_largest_that_fits(hardware, spec, request, wishes, way) for way in ways)
+    return next(filter(None, found), None)
+
+
+def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, least: Plan) -> str | None:
+    """The largest size of the request's shape that runs as `least` does."""
+    width, height, step = int(request.width or 0), int(request.height or 0), spec.downsampling * 8
+    shorter, budget = min(width, height), _budget(hardware, wishes)
+    sizes = [(round(width * side / shorter / step) * step, round(height * side / shorter / step) * step)
+             for side in range(step, shorter, step)]  # fmt: skip
+    sizes = [size for size in sizes if hardware.context_bytes + _largest_map(hardware, spec, *size) <= budget]
+    low, high, best = 0, len(sizes) - 1, None
+    with _cycles_left():
+        while low <= high:  # the sizes grow
+            middle = (low + high) // 2
+            smaller = replace(request, width=sizes[middle][0], height=sizes[middle][1])
+            if estimate(hardware, spec, smaller, wishes).plan(least.cfg, least.placements, budget).fits:
+                best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
+            else:
+                high = middle - 1
+    return best
+
+
+def _burden(plan: Plan) -> tuple[float, ...]:
+    """By what to choose among plans that are as fast: quality, then doing nothing that need not be, then memory."""
+    streamed = any(placement.residency == "streamed" for placement in plan.placements.values())
+    return -plan.predicted.psnr, streamed, plan.cfg == "sequential", plan.predicted.peak_bytes, plan.predicted.seconds
+
+
+def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
+    forced = [
+        getattr(wishes, name) for name in ("backend", "provider", "precision", "compute", "residency", "attention", "tiling", "cfg")
+    ]
+    asked = [choice for choice in forced if choice != "auto"]
+    left = best.budget_bytes - best.predicted.context_bytes - best.predicted.peak_bytes
+    slow = (
+        ""
+        if best.placements["unet"].compute in hardware.precisions
+        else f"; {hardware.name} has no arithmetic for {best.placements['unet'].compute}, expect it to be slow"
+    )
+    by = f" ({', '.join(asked)} asked for)" if asked else ""
+    if wishes.residency == "streamed" and wishes.budget is None:
+        by += f"; nothing is kept loaded, {'--ram' if hardware.device == 'cpu' else '--vram'} BYTES keeps what it allows"
+    return f"the fastest that fits, with {shown(left)} to spare{by}{slow}"
+
+
+def _beaten(plan: Plan, best: Plan) -> Plan:
+    """With the reason why it was not taken though it fits."""
+    ratio = plan.predicted.seconds / best.predicted.seconds
+    more = plan.predicted.peak_bytes - best.predicted.peak_bytes
+    if 1 + _SAME < ratio < 1.005:
+        reason = "fits, hardly slower"
+    elif ratio > 1 + _SAME:
+        reason = f"fits, but is {ratio:.2f} times as slow"
+    elif more > 0:
+        reason = f"fits, as fast, but takes {shown(more)} more"
+    else:
+        reason = "fits, no better"
+    return replace(plan, reason=reason)

@@ -1,0 +1,216 @@
+"""What one way of running a request costs: bytes, seconds, decibels."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any, TypeVar
+
+from ..backends import engine
+from ..costs.footprint import Footprint, peak
+from ..costs.latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
+from ..machine.hardware import Hardware
+from ..models import schedulers
+from ..models.spec import Component, ModelSpec
+from ..placement import DYNAMIC, QUANTISED, STAGES, Placement
+from ..recent import Recent
+from ..request import Request, guided
+from ..units import shown
+from .plan import Plan, Predicted
+from .wishes import Wishes
+
+# Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m tightfit.benchmarks.quality).
+# Of int8 and int4, what rounding the weights costs; what they compute in comes on top.
+PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0, "int8": 51.0, "int8-dynamic": 46.0, "int4": 33.0}
+# Of the budget, left free where weights are kept loaded to fill it: predictions were 4.1 % off at most (benchmarks/predicted.py).
+SLACK = 0.04
+T = TypeVar("T")
+NEEDS = "needs"
+
+
+def holder(hardware: Hardware) -> str:
+    return "the process" if hardware.device == "cpu" else "the device's context"
+
+
+_costs: Recent[dict[Any, Any]] = Recent(4)
+
+
+def estimate(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Estimate:
+    """One that remembers what an earlier one of the same machine, model and size computed."""
+    key = (request.width, request.height, guided(spec, request))
+    return Estimate(hardware, spec, request, wishes, _costs.get(key, dict, hardware, spec))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One request on one machine, and what it costs to run it in one way or another."""
+
+    hardware: Hardware
+    spec: ModelSpec
+    request: Request
+    wishes: Wishes
+    _known: dict[Any, Any]
+
+    def plan(self, cfg: str, placements: Mapping[str, Placement], budget: int) -> Plan:
+        predicted = self._predict(cfg, placements)
+        problem = self._problem(cfg, placements, predicted, budget)
+        reason = problem or "fits"
+        return Plan(
+            self.spec.name, self.hardware.name, self.hardware.device, budget, cfg, placements, predicted, not problem, False, reason
+        )
+
+    def plans(self, cfg: str, placements: Mapping[str, Placement], budget: int) -> Iterator[Plan]:
+        """This way of running; and of weights that stream with as many kept loaded as the budget has room for, and half of them."""
+        one = self.plan(cfg, placements, budget)
+        yield one
+        room = budget - one.predicted.context_bytes
+        # who asks for streaming, and names no budget, wants the least memory
+        may_keep = self.wishes.residency == "auto" or self.wishes.budget is not None
+        streams = placements["unet"].residency == "streamed" and not self._refused(cfg, placements)
+        if not streams or not may_keep or one.predicted.peak_bytes > room:
+            return
+        room = int(room * (1 - SLACK))
+        filled = {name: self._filled(name, placement, cfg, placements, room) for name, placement in placements.items()}
+        most = filled["unet"].kept_bytes
+        sums = accumulate(self._footprint("unet", placements["unet"], cfg).units)
+        half = max((kept for kept in sums if kept <= most / 2), default=0)
+        for kept in {most, half} - {0}:
+            yield self.plan(cfg, filled | {"unet": replace(filled["unet"], kept_bytes=kept)}, budget)
+
+    def _filled(self, name: str, own: Placement, cfg: str, placements: Mapping[str, Placement], room: int) -> Placement:
+        """With as much kept loaded as goes into `room` bytes. Where that is all, a text encoder is staged. A U-Net is left alone,
+        as staging it is another candidate, or, if streaming is asked for, streams its smallest unit."""
+        if own.residency != "streamed":
+            return own
+        units = self._footprint(name, own, cfg).units
+        spare = room - self._peak(name, cfg, placements) + 2 * units[0]  # the buffer becomes smaller
+        count = bisect_right(list(accumulate(units)), spare)
+        if count == len(units) and name == "unet":
+            if self.wishes.residency == "auto":
+                return own
+            count -= 1
+        while count:
+            kept = replace(own, kept_bytes=sum(units[:count]))
+            over = self._peak(name, cfg, {**placements, name: kept}) - room
+            if over <= 0:
+                return kept if count < len(units) else replace(own, residency="staged")
+            while count and over > 0:
+                count -= 1
+                over -= units[count]
+        return own
+
+    def _once(self, key: Any, compute: Callable[[], T]) -> T:
+        """Candidates share most of what they are made of."""
+        if key not in self._known:
+            self._known[key] = compute()
+        return self._known[key]
+
+    def _footprint(self, name: str, placement: Placement, cfg: str) -> Footprint:
+        run, size = engine(placement.backend).footprint, self._size(name, cfg)
+        return self._once(
+            (name, placement, size), lambda: run(self.spec, self.spec.components[name], placement, self.hardware, size)
+        )
+
+    def _size(self, name: str, cfg: str) -> tuple[int, int, int]:
+        """The batch that a component is called with, and the picture's height and width."""
+        both = 2 if name == "unet" and guided(self.spec, self.request) and cfg == "batched" else 1
+        return both, int(self.request.height or 0), int(self.request.width or 0)
+
+    def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
+        footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
+        stages: dict[str, int] = dict.fromkeys(STAGES, 0)
+        for name in placements:
+            stage = "denoise" if name == "unet" else "decode" if name == "vae_decoder" else "encode"
+            stages[stage] = max(stages[stage], self._peak(name, cfg, placements))
+        # What is staged takes of the host one after another; what is pinned to stream from stays for the next picture.
+        staged = [footprints[n].host for n, placement in placements.items() if placement.residency == "staged"]
+        host = sum(each.host for each in footprints.values()) - sum(staged) + max(staged, default=0)
+        seconds = self._seconds(cfg, placements, footprints)
+        psnr = min(_psnr(placement) for placement in placements.values())
+        return Predicted(max(stages.values()), stages, self.hardware.context_bytes, host, seconds, psnr)
+
+    def _peak(self, name: str, cfg: str, placements: Mapping[str, Placement]) -> int:
+        """While one component is called, beside those that stay loaded."""
+        own, names = placements[name], list(placements)
+        others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
+        first = [n for n in others if own.residency != "resident" or names.index(n) < names.index(name)]  # loaded before it
+        groups = (first, [n for n in others if n not in first])
+
+        def compute() -> int:
+            footprint = {n: self._footprint(n, placements[n], cfg) for n in (name, *others)}
+            held, later = ([count for n in group for count in (*footprint[n].held, footprint[n].kept)] for group in groups)
+            return peak(self.hardware.device, [*self.hardware.workspaces, *held], footprint[name], later)
+
+        beside = tuple((n, p.backend, p.provider, p.precision, p.compute) for n in others for p in [placements[n]])
+        return self._once(("peak", name, own, beside, cfg), compute)
+
+    def _seconds(self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> float:
+        both = 2 if guided(self.spec, self.request) else 1
+        total = 0.0
+        for name, placement in placements.items():
+            calls = both  # texts are encoded one by one
+            if name == "unet":
+                one_picture = schedulers.calls(str(self.request.scheduler), self.spec, int(self.request.num_inference_steps or 0))
+                calls = one_picture * (both if cfg == "sequential" else 1) * self.request.num_images
+            elif name == "vae_decoder":
+                calls = self.request.num_images
+            one = ("seconds", name, placement, cfg)
+            total += calls * self._once(one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n]))
+            total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
+        return total
+
+    def _loading_seconds(self, component: Component, placement: Placement, footprint: Footprint) -> float:
+        """For one request. What stays loaded, or pinned, is read once for all of them."""
+        if placement.residency == "streamed":
+            kept, pinned = component.stored_bytes - footprint.stored, footprint.host
+            once = footprint.stored / self.hardware.read + pinned * PIN_SECONDS if pinned else 0.0
+            return kept / self.hardware.read + once / self.wishes.requests
+        loading = self._reading_seconds(component, placement)
+        return loading / (self.wishes.requests if placement.residency == "resident" else 1)
+
+    def _reading_seconds(self, component: Component, placement: Placement) -> float:
+        if placement.backend == "onnx":
+            assert component.graph
+            return component.graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(component.graph.model.graph.node)
+        loading = component.stored_bytes / self.hardware.read
+        count = sum(t.count for t in component.tensors.values())
+        if placement.precision in QUANTISED and component.formats is None:
+            loading += count * QUANTISE_SECONDS[placement.precision]
+        if placement.precision == DYNAMIC and self.hardware.device == "cpu":
+            loading += count * PACK_SECONDS
+        return loading
+
+    def _refused(self, cfg: str, placements: Mapping[str, Placement]) -> str | None:
+        """Why an engine cannot run its component so, or None."""
+        for name, placement in placements.items():
+            component = self.spec.components[name]
+            why = engine(placement.backend).refuses(self.spec, component, placement, self.hardware, self._size(name, cfg))
+            if why:
+                return why
+        return None
+
+    def _problem(self, cfg: str, placements: Mapping[str, Placement], predicted: Predicted, budget: int) -> str | None:
+        """Why this plan cannot be taken, or None."""
+        if refusal := self._refused(cfg, placements):
+            return f"is refused: {refusal}"
+        if self.wishes.min_psnr is not None and predicted.psnr < self.wishes.min_psnr:
+            return f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}"
+        room = budget - predicted.context_bytes
+        if predicted.peak_bytes > room:
+            stage = max(predicted.stages, key=lambda name: predicted.stages[name])
+            beside = f" beside the {shown(predicted.context_bytes)} of {holder(self.hardware)}" if room <= 0 else ""
+            most = predicted.stages[stage]
+            return f"{NEEDS} {shown(most)} to {stage}{beside}, {shown(most - room)} too much"
+        if predicted.host_bytes > self.hardware.host_bytes:
+            return f"{NEEDS} {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
+        return None
+
+
+def _psnr(placement: Placement) -> float:
+    """Errors of weights and of arithmetic add up, as independent noise does."""
+    if placement.precision == placement.compute:
+        return PSNR[placement.precision]
+    return -10 * math.log10(sum(10 ** (-PSNR[each] / 10) for each in (placement.precision, placement.compute)))

@@ -1,0 +1,135 @@
+"""What a plan is: every decision about a run, what it will take, and whether and why it was chosen. Saved and read as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import TightfitError
+from ..files import read_bytes
+from ..machine.hardware import DEVICES
+from ..placement import CFG, CHOICES, QUANTISED, Placement
+from ..units import shown
+
+VERSION = 5
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a plan will take: bytes that torch's allocator reserves on a GPU, or bytes of tensors alive on a CPU, at most in
+    each of STAGES and in all; `context_bytes` of the same memory before any tensor (the CUDA context, or the process);
+    `host_bytes` that wait in the host's memory; seconds of one request; decibels of PSNR against fp32 (99 is the same)."""
+
+    peak_bytes: int
+    stages: Mapping[str, int]
+    context_bytes: int
+    host_bytes: int
+    seconds: float
+    psnr: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run a request for one model on one machine. `cfg` is batched or sequential; `budget_bytes` what it had to
+    fit in, context included; `chosen` marks the best of those it was planned with."""
+
+    model: str
+    hardware: str
+    device: str
+    budget_bytes: int
+    cfg: str
+    placements: Mapping[str, Placement]
+    predicted: Predicted
+    fits: bool
+    chosen: bool
+    reason: str
+    version: int = VERSION
+
+    @property
+    def precision(self) -> str:
+        """The U-Net's, by which a plan is called."""
+        return self.placements["unet"].precision
+
+    def summary(self) -> str:
+        """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa attention, VAE whole'."""
+        unet, vae = self.placements["unet"], self.placements["vae_decoder"]
+        precision = unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
+        how = f"{unet.backend} {precision} on {self.device}, {self.residency}, {self.cfg} CFG, {unet.attention}"
+        vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
+        return f"{how}, VAE {vaes}{self.elsewhere}"
+
+    @property
+    def residency(self) -> str:
+        """The U-Net's: 'streamed, keeps 1.20 GiB'."""
+        unet = self.placements["unet"]
+        return unet.residency + (f", keeps {shown(unet.kept_bytes)}" if unet.kept_bytes else "")
+
+    @property
+    def elsewhere(self) -> str:
+        """What another engine runs than the U-Net's: ', text_encoder by onnx'."""
+        own = self.placements["unet"].backend
+        return "".join(f", {name} by {each.backend}" for name, each in self.placements.items() if each.backend != own)
+
+    def beats(self, other: Plan) -> bool:
+        """Better in something and worse in nothing; or fit to run, where the other is refused whatever the budget."""
+        if self.fits and other.reason.startswith("is refused"):
+            return True
+        a, b = self.predicted, other.predicted
+        pairs = ((a.seconds, b.seconds), (a.peak_bytes, b.peak_bytes), (-a.psnr, -b.psnr))
+        usable = self.fits or not other.fits
+        return usable and all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def read(cls, file: Path) -> Plan:
+        """What `from_json` makes of a file; raises TightfitError that names it."""
+        try:
+            return cls.from_json(read_bytes(file).decode("utf-8"))
+        except TightfitError as error:
+            raise TightfitError(f"{file}: {error}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise TightfitError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): name another") from None
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `json.dumps(plan.to_json())` saved, or the chosen one of what `tightfit plan --json` printed.
+
+        Raises TightfitError for anything else.
+        """
+        try:
+            data = json.loads(text)
+            if "plans" in data:
+                data = next((each for each in data["plans"] if each["chosen"]), data["plans"][0])
+            if data["version"] != VERSION:
+                raise TightfitError(f"this plan is of version {data['version']}, not {VERSION}: make it again with 'tightfit plan'")
+            placements = {name: Placement(**each) for name, each in data["placements"].items()}
+            plan = cls(**data | {"placements": placements, "predicted": Predicted(**data["predicted"])})
+            if problem := _problem(plan):
+                raise ValueError(problem)
+            return plan
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+            raise TightfitError(f"this is not a tightfit plan ({error}): make it again with 'tightfit plan'") from None
+
+
+def _problem(plan: Plan) -> str | None:
+    """What a plan read from a file leaves open or cannot mean."""
+    if plan.cfg not in CFG or plan.device not in DEVICES or not {"unet", "vae_decoder", "text_encoder"} <= plan.placements.keys():
+        return "it leaves open how something runs"
+    for placement in plan.placements.values():
+        if placement.precision not in (*QUANTISED, placement.compute):
+            return f"it computes in {placement.compute!r} with weights in {placement.precision!r}"
+        for field, names in CHOICES.items():
+            if getattr(placement, field) not in names:
+                return f"it has the {field} {getattr(placement, field)!r}"
+        kept = placement.kept_bytes
+        if not isinstance(kept, int) or kept < 0 or (kept and placement.residency != "streamed"):
+            return f"it keeps {kept!r} bytes of a component that is {placement.residency}"
+        if bool(placement.provider) != (placement.backend == "onnx"):
+            return f"it has the provider {placement.provider!r} for {placement.backend}"
+    numbers = (plan.budget_bytes, plan.predicted.peak_bytes, plan.predicted.seconds, *plan.predicted.stages.values())
+    return None if all(isinstance(number, int | float) for number in numbers) else "it has no figures"

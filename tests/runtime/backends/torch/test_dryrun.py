@@ -1,0 +1,68 @@
+"""What a dry run remembers of operators is what following each of them would have given."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from tightfit.runtime.backends.torch import dryrun
+from tightfit.runtime.machine.profiles import profile
+from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.placement import Placement
+from tightfit.runtime.planner.choose import plan
+from tightfit.runtime.planner.wishes import Wishes
+
+
+class Forgetful(dict):
+    def __setitem__(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("machine", ["gtx-1650", "cpu-8gb"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_remembered_operators_leave_the_same_trace(monkeypatch, tiny_models, machine, precision):
+    spec, hardware = inspect(str(tiny_models["sdxl"])), profile(machine)
+    parts = (("text_encoder", "whole"), ("unet", "whole"), ("vae_decoder", "whole"), ("vae_decoder", "tiled"))
+    ways = [(name, Placement("torch", precision, "fp32", "resident", "sdpa", tiling)) for name, tiling in parts]
+
+    def traces():
+        dryrun._traces.clear()
+        return [dryrun.footprint(spec, spec.components[name], way, hardware, (1, 136, 72)).trace for name, way in ways]
+
+    monkeypatch.setattr(dryrun, "_answers", {})
+    once, again = traces(), traces()
+    assert dryrun._answers
+    monkeypatch.setattr(dryrun, "_answers", Forgetful())
+    assert once == again == traces()
+
+
+def test_equal_arguments_of_other_types_are_others():
+    """1, 1.0 and True are equal and hash so, yet make other dtypes; and strides are the answer's."""
+    whole, wide = torch.ones(2, 3, dtype=torch.int64, device="meta"), torch.ones(3, 2, device="meta").t()
+    for _ in range(2):
+        with torch.inference_mode(), dryrun.Recorder("cpu", False):
+            assert [(whole * by).dtype for by in (1, 1.0, True)] == [torch.int64, torch.float32, torch.int64]
+            assert [(x + x).stride() for x in (wide, wide.contiguous())] == [(1, 2), (3, 1)]
+            variance, mean = torch.var_mean(wide, dim=1)
+            assert variance.shape == mean.shape == (2,)
+
+
+def test_what_is_remembered_has_an_end(monkeypatch):
+    monkeypatch.setattr(dryrun, "_answers", {})
+    monkeypatch.setattr(dryrun, "_MOST_ANSWERS", 8)
+    with torch.inference_mode(), dryrun.Recorder("cpu", False):
+        for count in range(1, 50):
+            torch.empty(count, device="meta") + 1
+            assert len(dryrun._answers) <= 8
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_planning_leaves_the_search_for_cycles_as_it_was(tiny_models, searched):
+    was = gc.isenabled()
+    try:
+        (gc.enable if searched else gc.disable)()
+        plan(profile("gtx-1650"), inspect(str(tiny_models["sd1"])), wishes=Wishes(precision="fp32", attention="sdpa"))
+        assert gc.isenabled() == searched
+    finally:
+        (gc.enable if was else gc.disable)()

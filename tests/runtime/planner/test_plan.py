@@ -1,0 +1,343 @@
+"""plan(): the fastest that fits, for machines that are not here; and plans as files, which are checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import pytest
+from tightfit.runtime.costs.footprint import Footprint, Operation, Trace
+from tightfit.runtime.costs.latency import call_seconds
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.machine.profiles import cards, profile
+from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.placement import Placement
+from tightfit.runtime.planner.choose import checked, none_fits, plan
+from tightfit.runtime.planner.plan import Plan
+from tightfit.runtime.planner.wishes import Wishes
+from tightfit.runtime.request import Request
+
+GIB, MIB = 2**30, 2**20
+TERA = 1e12
+TURING = Hardware(
+    "cuda",
+    "RTX 2060",
+    4 * GIB,
+    3 * GIB,
+    ("fp16", "fp32"),
+    (7, 5),
+    {"fp32": 3 * TERA, "fp16": 6 * TERA},
+    128e9,
+    12e9,
+    call_seconds=0,
+)
+RTX_3060 = Hardware(
+    "cuda",
+    "RTX 3060",
+    12 * GIB,
+    11 * GIB,
+    ("fp16", "bf16", "fp32"),
+    (8, 6),
+    {"fp32": 12.7 * TERA, "fp16": 25.5 * TERA, "bf16": 25.5 * TERA},
+    360e9,
+    24e9,
+    call_seconds=0,
+)
+OLD_CPU = Hardware(
+    "cpu", "an old CPU", 8 * GIB, 6 * GIB, ("fp32",), rates={"fp32": 0.2 * TERA}, bandwidth=20e9, bus=20e9, call_seconds=0
+)
+
+
+def test_precision_follows_the_hardware(sd1):
+    spec = inspect(sd1)
+    assert plan(TURING, spec)[0].precision == "fp16"
+    assert plan(OLD_CPU, spec)[0].precision == "fp32"
+    slow = plan(OLD_CPU, spec, wishes=Wishes(precision="bf16"))[0]
+    assert slow.precision == "bf16"
+    assert "slow" in slow.reason
+
+
+def test_whole_numbers_where_the_processor_multiplies_them_fast(sd1):
+    """On a CPU whenever that is faster; on a GPU, where its kernels are yet to be timed, when asked for."""
+    spec, wishes = inspect(sd1), Wishes(requests=1000)
+    rates = {**OLD_CPU.rates, "int8": 4 * OLD_CPU.rates["fp32"]}
+    best = plan(dataclasses.replace(OLD_CPU, rates=rates), spec, wishes=wishes)[0]
+    assert {name: placement.precision for name, placement in best.placements.items()} == {
+        "text_encoder": "int8", "unet": "int8-dynamic", "vae_decoder": "int8"
+    }  # fmt: skip
+    assert all(p.precision != "int8-dynamic" for p in plan(OLD_CPU, spec, wishes=wishes))
+    asked = Wishes(precision="int8-dynamic")
+    for refused in (p for p in plan(OLD_CPU, spec, wishes=asked) if p.placements["unet"].residency != "streamed"):
+        assert "no fast products of 8-bit whole numbers" in refused.reason
+    able = dataclasses.replace(OLD_CPU, rates=rates)
+    slow = plan(able, spec, wishes=Wishes(compute="bf16", precision="int8-dynamic"))  # which it has no arithmetic for
+    assert not any(p.fits for p in slow)
+    once, often = (plan(able, spec, wishes=Wishes(precision="int8-dynamic", requests=count))[0] for count in (1, 100))
+    assert often.predicted.seconds < once.predicted.seconds  # its weights are packed each time they are loaded
+    gpu = dataclasses.replace(RTX_3060, rates={**RTX_3060.rates, "int8": 2 * RTX_3060.rates["fp16"]})
+    assert all(p.precision != "int8-dynamic" for p in plan(gpu, spec))
+    found = plan(gpu, spec, wishes=asked)
+    assert found[0].fits
+    assert found[0].placements["unet"].compute == "fp16"
+    assert not any(p.fits for p in found if p.placements["unet"].residency == "streamed")
+
+
+def test_sdxl_vae_never_runs_in_fp16(tiny_models):
+    spec = inspect(tiny_models["sdxl"])
+    for hardware, precision, expected in ((TURING, "auto", "fp32"), (RTX_3060, "fp16", "bf16"), (RTX_3060, "fp32", "fp32")):
+        for made in plan(hardware, spec, wishes=Wishes(precision=precision)):
+            if made.precision == precision or precision == "auto":
+                assert made.placements["vae_decoder"].precision in (expected, made.precision.replace("fp16", expected))
+
+
+def test_every_candidate_has_its_reason(sd1):
+    plans = plan(RTX_3060, inspect(sd1))
+    assert [p.chosen for p in plans] == [True] + [False] * (len(plans) - 1)
+    assert all(p.reason for p in plans)
+    assert len({(p.cfg, tuple(p.placements.values())) for p in plans}) == len(plans) == 5 * 3 * 3 * 2 * 2
+
+
+def test_what_is_asked_for_is_taken(sd1):
+    spec = inspect(sd1)
+    asked = {"precision": "fp32", "residency": "streamed", "attention": "chunked", "cfg": "sequential"}
+    unet = plan(RTX_3060, spec, wishes=Wishes(**asked, tiling="tiled"))[0]
+    for field in ("precision", "residency", "attention"):
+        assert getattr(unet.placements["unet"], field) == asked[field]
+    assert unet.placements["vae_decoder"].tiling == "tiled"
+    assert unet.cfg == "sequential"
+
+
+def test_what_an_engine_refuses_says_why(sd1):
+    plans = plan(OLD_CPU, inspect(sd1), wishes=Wishes(precision="fp16", attention="sliced"))
+    assert not plans[0].fits
+    assert "refused: torch multiplies fp16 matrices" in plans[0].reason
+    error = none_fits(plans, OLD_CPU, inspect(sd1), Request("a").resolve(inspect(sd1)), Wishes())
+    assert "as asked: torch multiplies fp16 matrices" in str(error)
+
+
+def test_starting_operators_counts():
+    """Slices of a small picture are many small operators: on a card with a fused kernel they never win."""
+    for name in ("gtx-1650", "rtx-3060-12gb"):
+        assert plan(profile(name), inspect("emoji"))[0].placements["unet"].attention == "sdpa"
+    assert plan(profile("rx-6600"), inspect("emoji"), Request("a", width=1024, height=1024))[0].fits
+
+
+def test_quality_floor(sd1):
+    spec = inspect(sd1)
+    assert plan(RTX_3060, spec)[0].precision == "fp16"
+    best = plan(RTX_3060, spec, wishes=Wishes(min_psnr=90))[0]
+    assert best.precision == "fp32"
+    assert "below the floor" in plan(RTX_3060, spec, wishes=Wishes(min_psnr=90, precision="fp16"))[0].reason
+
+
+def test_residency_pays_only_when_it_is_used_again(sd1):
+    spec = inspect(sd1)
+    assert plan(OLD_CPU, spec, wishes=Wishes(requests=1))[0].placements["unet"].residency == "staged"
+    assert plan(OLD_CPU, spec, wishes=Wishes(requests=100))[0].placements["unet"].residency == "resident"
+
+
+def test_no_guidance_no_second_half(sd1):
+    assert {p.cfg for p in plan(RTX_3060, inspect(sd1), Request("a", guidance_scale=1.0))} == {"batched"}
+
+
+def test_a_smaller_budget_never_takes_more(sd1):
+    spec, request = inspect(sd1), Request("a", width=512, height=512)
+    last = None
+    for budget in (2000, 1000, 500, 320, 300, 290):
+        best = plan(RTX_3060, spec, request, Wishes(budget=budget * MIB))[0]
+        if best.fits:
+            assert best.predicted.peak_bytes + best.predicted.context_bytes <= budget * MIB
+            assert last is None or best.predicted.seconds >= last
+            last = best.predicted.seconds
+    assert last is not None
+
+
+def test_random_requests_and_budgets(tiny_models):
+    """Never over budget; never "does not fit" while a candidate that fits exists; never one slower than another that fits."""
+    draw = random.Random(0)
+    specs = [inspect(folder) for folder in tiny_models.values()]
+    refused = 0
+    machines = (RTX_3060, OLD_CPU, profile("rx-6600"))
+    for _ in range(60):
+        spec, hardware = draw.choice(specs), draw.choice(machines)
+        width, height = draw.choice(((64, 64), (256, 192)))
+        request = Request("a", width=width, height=height, guidance_scale=draw.choice((1.0, 7.5)), num_inference_steps=2)
+        budget = round(2 ** draw.uniform(20, 25)) + hardware.context_bytes
+        plans = plan(hardware, spec, request, Wishes(budget=budget))
+        fitting = [p for p in plans if p.predicted.peak_bytes + p.predicted.context_bytes <= budget and "refused" not in p.reason]
+        assert [p for p in plans if p.fits] == plans[: len(fitting)]
+        assert plans[0].chosen == plans[0].fits == bool(fitting)
+        if fitting:
+            assert plans[0].predicted.seconds <= min(p.predicted.seconds for p in fitting) * 1.002
+        else:
+            refused += 1
+    assert 5 < refused < 55
+
+
+def test_the_cure_keeps_the_quality_floor(sd1):
+    """What is named as enough must itself be allowed."""
+    spec, request = inspect(sd1), Request("a", width=256, height=256).resolve(inspect(sd1))
+    wishes = Wishes(budget=2 * MIB, min_psnr=90)
+    text = str(none_fits(plan(RTX_3060, spec, request, wishes), RTX_3060, spec, request, wishes))
+    enough = text.split("--vram ")[1].split()[0]
+    best = plan(RTX_3060, spec, request, Wishes(budget=enough, min_psnr=90))[0]
+    assert best.fits
+    assert best.precision == "fp32"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_planning_one_precision_does_not_change_another(sd1_copy, precision):
+    """Reading fp16 files as bf16 takes a buffer that reading them as fp16 does not."""
+    from tightfit.export import random_model
+
+    random_model.write("sd1", sd1_copy.parent / "halves", tiny=True, precision="fp16")
+    peaks = []
+    for first in ((), ("bf16", "fp16")):
+        spec, hardware = inspect(sd1_copy.parent / "halves"), dataclasses.replace(OLD_CPU, precisions=("bf16", "fp16", "fp32"))
+        for each in (*first, precision):
+            found = plan(hardware, spec, wishes=Wishes(precision=each))
+        peaks.append(sorted(p.predicted.peak_bytes for p in found))
+    assert peaks[0] == peaks[1]
+
+
+def test_streaming_keeps_loaded_what_there_is_room_for():
+    """Between nothing kept and staged, in bytes and in seconds; within the budget; never where staging fits."""
+    spec, slow = inspect("emoji"), dataclasses.replace(OLD_CPU, read=1e8)
+    asked = {"precision": "fp32", "attention": "sdpa", "cfg": "batched", "tiling": "whole"}
+    staged = plan(slow, spec, wishes=Wishes(**asked, residency="staged"))[0].predicted
+    (least,) = plan(slow, spec, wishes=Wishes(**asked, residency="streamed"))
+    for share in (0.3, 0.6, 0.9):
+        low = least.predicted.peak_bytes
+        budget = int((low + share * (staged.peak_bytes - low)) / 0.96)
+        found = plan(slow, spec, wishes=Wishes(**asked, budget=budget))
+        best, *rest = (p for p in found if p.placements["unet"].kept_bytes)
+        assert best.chosen
+        assert 0.9 * budget < best.predicted.peak_bytes <= budget
+        assert best.residency.startswith("streamed, keeps ")
+        order = [best, *rest, *(p for p in found if p.residency == "streamed")]
+        assert [p.predicted.seconds for p in order] == sorted(p.predicted.seconds for p in order)
+        assert [p.predicted.peak_bytes for p in order] == sorted((p.predicted.peak_bytes for p in order), reverse=True)
+        assert staged.seconds < best.predicted.seconds < least.predicted.seconds
+        assert best.placements["text_encoder"].residency == "staged"
+        assert checked(best, slow, spec, Request("a"), Wishes(budget=budget)).predicted == best.predicted
+    assert not any(p.placements["unet"].kept_bytes for p in plan(slow, spec, wishes=Wishes(**asked)))
+
+
+def test_what_is_kept_is_bytes_of_what_streams(sd1):
+    made = plan(RTX_3060, inspect(sd1), wishes=Wishes(residency="streamed", precision="fp16"))[0].to_json()
+    for residency, kept in (("streamed", -1), ("streamed", "much"), ("staged", 1)):
+        made["placements"]["unet"] |= {"residency": residency, "kept_bytes": kept}
+        with pytest.raises(TightfitError, match="it keeps"):
+            Plan.from_json(json.dumps(made))
+
+
+def test_nothing_fits_says_what_would(sd1):
+    spec = inspect(sd1)
+    wishes = Wishes(budget=32 * MIB)
+    hardware = dataclasses.replace(TURING, free_bytes=GIB)
+    request = Request("a", width=1024, height=768).resolve(spec)
+    plans = plan(hardware, spec, request, wishes)
+    assert not plans[0].fits
+    text = str(none_fits(plans, hardware, spec, request, wishes))
+    words = text.split()
+    width, height = map(int, words[words.index("is") + 1].rstrip(",").split("x"))
+    assert plan(hardware, spec, dataclasses.replace(request, width=width, height=height), wishes)[0].fits
+    enough = int(words[words.index("--vram") + 1].removesuffix("MiB"))
+    assert plan(hardware, spec, request, Wishes(budget=enough * MIB))[0].fits
+    assert not plan(hardware, spec, request, Wishes(budget=(enough - 1) * MIB))[0].fits
+
+
+@pytest.mark.parametrize("name", cards())
+def test_every_profile_paints(sd1, name):
+    best = plan(profile(name), inspect(sd1), Request("a"))[0]
+    assert best.fits
+    assert best.predicted.seconds > 0
+
+
+def test_unknown_hardware():
+    with pytest.raises(TightfitError, match="rtx-2060"):
+        profile("rtx-9999")
+
+
+def test_total_and_saved(tiny_models):
+    for folder in tiny_models.values():
+        for made in plan(RTX_3060, inspect(folder)):
+            text = json.dumps(made.to_json())
+            assert "null" not in text
+            assert Plan.from_json(text) == made
+
+
+def test_what_the_plan_command_prints_is_read_too(sd1):
+    plans = plan(RTX_3060, inspect(sd1))
+    assert Plan.from_json(json.dumps({"plans": [p.to_json() for p in reversed(plans)]})) == plans[0]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"version": 99}', '{"plans": []}', '{"version": 3, "placements": {"unet": {"x": 1}}}', "[" * 100_000],
+)
+def test_damaged_plans(text):
+    with pytest.raises(TightfitError, match="plan"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"batched"', '"sequentail"'),
+        ('"cuda"', '"tpu"'),
+        ('"fp16"', '"fp17"'),
+        ('"fp16"', '"auto"'),
+        ('"resident"', '"floating"'),
+        ('"sdpa"', '"flash3"'),
+        ('"whole"', "null"),
+        ('"version": 5', '"version": 1'),
+        ('"seconds": ', '"seconds": "soon", "x": '),
+    ],
+)
+def test_plans_that_leave_something_open(sd1, old, new):
+    text = json.dumps(plan(RTX_3060, inspect(sd1))[0].to_json())
+    assert old in text
+    with pytest.raises(TightfitError):
+        Plan.from_json(text.replace(old, new))
+
+
+def test_a_saved_plan_is_checked(tiny_models):
+    spec, request = inspect(tiny_models["sd1"]), Request("a")
+    saved = plan(RTX_3060, spec, request)[0]
+    assert checked(saved, RTX_3060, spec, request, Wishes()).predicted == saved.predicted
+    elsewhere = checked(saved, dataclasses.replace(TURING, precisions=("fp16", "fp32")), spec, request, Wishes())
+    assert "RTX 3060" in elsewhere.reason
+    assert elsewhere.budget_bytes == TURING.free_bytes
+    with pytest.raises(TightfitError, match="precision fp32 is asked for, the plan says fp16"):
+        checked(saved, RTX_3060, spec, request, Wishes(precision="fp32"))
+    with pytest.raises(TightfitError, match="not for emoji"):
+        checked(saved, RTX_3060, inspect("emoji"), request, Wishes())
+    assert checked(dataclasses.replace(saved, budget_bytes=GIB), RTX_3060, spec, request, Wishes()).budget_bytes == GIB
+    with pytest.raises(TightfitError, match="another kind of model"):
+        checked(saved, RTX_3060, inspect(tiny_models["sdxl"]), request, Wishes())
+    with pytest.raises(TightfitError, match="runs on cpu"):
+        checked(saved, OLD_CPU, spec, request, Wishes())
+    with pytest.raises(TightfitError, match=r"does not run here: it needs .* too much"):
+        checked(saved, RTX_3060, spec, Request("a", width=1024, height=1024), Wishes(budget=MIB))
+
+
+@pytest.mark.parametrize("field", ["precision", "residency", "attention", "tiling", "cfg"])
+def test_unknown_choices(field):
+    with pytest.raises(TightfitError, match=f"unknown {field} 'int9': choose auto, "):
+        Wishes(**{field: "int9"})
+
+
+def test_starts_of_operators():
+    """A CPU does one thing after another; a GPU is told what comes next while it computes. By hand: 2 ms of work and 5 starts."""
+    work = Operation(OLD_CPU.rates["fp32"] * 1e-3, 0.0, "product")
+    light = (Operation(0.0, 0.0, "unpack"), Operation(0.0, 0.0), Operation(0.0, 0.0))
+    own = Footprint((), 0, Trace((), (), (work, work, *light)), (), 0)
+    fp32 = Placement("torch", "fp32", "fp32", "resident", "sdpa", "whole")
+    starts = {"product": 4e-4, "unpack": 1e-4}
+    cpu = dataclasses.replace(OLD_CPU, starts=starts, call_seconds=1e-5)
+    assert call_seconds(cpu, fp32, own) == pytest.approx(2e-3 + 2 * 4e-4 + 1e-4 + 2 * 1e-5)
+    gpu = dataclasses.replace(cpu, device="cuda")
+    assert call_seconds(gpu, fp32, own) == pytest.approx(2e-3 + 1e-4 + 2 * 1e-5)

@@ -1,0 +1,277 @@
+"""The request in a PNG: exact for any text, readable by the field's tools, and A1111's own pictures understood."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import struct
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from tightfit.runtime import infotext as parameters
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.models.schedulers import SCHEDULERS
+from tightfit.runtime.png import save
+from tightfit.runtime.request import Request
+
+TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_size=60)
+REQUEST = st.builds(
+    Request,
+    prompt=TEXT,
+    negative_prompt=st.none() | TEXT,
+    width=st.integers(1, 4096),
+    height=st.integers(1, 4096),
+    num_inference_steps=st.integers(1, 100),
+    guidance_scale=st.floats(0, 50),
+    seed=st.integers(0, 2**63 - 1),
+    scheduler=st.sampled_from(sorted(SCHEDULERS)),
+)
+
+
+@given(request=REQUEST, model=TEXT)
+def test_round_trip(request, model):
+    carried = parameters.parse(parameters.write(request, model, "bf16"), "x.png")
+    assert (carried.model, carried.precision, carried.notices) == (model, "bf16", ())
+    assert Request(**carried.request) == request
+
+
+@pytest.mark.parametrize("prompt", ["a red heart", "ein rötes Hérz 心", "two\nlines", "Negative prompt: x\nSteps: 3, Seed: 4"])
+def test_through_a_file(tmp_path, prompt):
+    request = Request(prompt, "blue", 64, 64, 20, 7.5, 7, "euler_a")
+    image = Image.new("RGB", (8, 8))
+    image.info["parameters"] = parameters.write(request, "emoji", "fp32")
+    path = save(image, tmp_path / "x.png")
+    assert Image.open(path).text["parameters"] == image.info["parameters"]  # pyright: ignore[reportAttributeAccessIssue]
+    assert Request(**parameters.read(path).request) == request
+
+
+def test_an_empty_prompt_of_a1111_stays_empty():
+    text = "\nNegative prompt: ugly\nSteps: 1, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64"
+    request = parameters.parse(text, "x.png").request
+    assert (request["prompt"], request["negative_prompt"]) == ("", "ugly")
+
+
+def test_fields_that_other_tools_look_for():
+    """The shape that A1111's infotext regular expression and its readers expect."""
+    text = parameters.write(Request("a heart", "blue", 512, 768, 20, 7.5, 7, "dpmpp_2m_karras"), "a,b", "fp32")
+    lines = text.split("\n")
+    assert lines[:2] == ["a heart", "Negative prompt: blue"]
+    pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', lines[2]))
+    assert pairs["Steps"] == "20"
+    assert pairs["Sampler"] == "DPM++ 2M Karras"
+    assert pairs["CFG scale"] == "7.5"
+    assert pairs["Seed"] == "7"
+    assert pairs["Size"] == "512x768"
+    assert pairs["Model"] == '"a,b"'
+
+
+A1111 = """a cat, (masterpiece:1.2)
+in a hat
+Negative prompt: dog,
+ugly
+Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x768, Model hash: 6ce0161689"""
+
+
+def test_pictures_of_a1111():
+    carried = parameters.parse(A1111, "x.png")
+    assert carried.request == {
+        "prompt": "a cat, (masterpiece:1.2)\nin a hat",
+        "negative_prompt": "dog,\nugly",
+        "num_inference_steps": 25,
+        "scheduler": "dpmpp_2m_karras",
+        "guidance_scale": 7.0,
+        "seed": 965400086,
+        "width": 512,
+        "height": 768,
+    }
+    assert (carried.model, carried.precision) == (None, None)
+    assert "Clip skip 2" in parameters.parse(A1111 + ", Clip skip: 2", "x.png").notices[0]
+    automatic = parameters.parse(A1111.replace("Karras", "Automatic"), "x.png")
+    assert automatic.request["scheduler"] == "dpmpp_2m_karras"
+    heun = parameters.parse(A1111.replace("DPM++ 2M, Schedule type: Karras", "Heun"), "x.png")
+    with pytest.raises(TightfitError, match="unknown scheduler 'Heun'"):
+        Request(**heun.request).checked()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "just words",
+        "a\nSteps: x, Sampler: Euler, CFG scale: 1, Seed: 1, Size: 8x8",
+        'a\nSteps: 1, tightfit: "{}"',
+        'a\nSteps: 1, tightfit: "3"',
+    ],
+)
+def test_damaged_text(text):
+    with pytest.raises(TightfitError, match=r"x\.png"):
+        parameters.parse(text, "x.png")
+
+
+def test_no_negative_prompt_is_none():
+    """A1111 zeroes SDXL's conditioning where the negative prompt is empty (its modules/sd_models_xl.py); None does here."""
+    line = "Steps: 1, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64"
+    for text in (f"a\n{line}", f"a\nNegative prompt:\n{line}", f"a\nNegative prompt: \n{line}"):
+        assert parameters.parse(text, "x.png").request["negative_prompt"] is None
+
+
+def test_lines_below_the_settings():
+    """Dynamic Prompts writes its templates there; the request stays what it is, our own exact one too."""
+    below = "\nTemplate: a {cat|dog}, Steps: many\nNegative Template: ugly: very,\nsecond line"
+    assert parameters.parse(A1111 + below, "x.png") == parameters.parse(A1111, "x.png")
+    request = Request("Steps: 3, of stairs\nSteps: 4", None, 64, 64, 20, 7.5, 7, "euler_a")
+    text = parameters.write(request, "m", "fp32")
+    for more in ("", below):
+        assert Request(**parameters.parse(text + more, "x.png").request) == request
+
+
+ORIGINAL = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # A1111's own, modules/infotext_utils.py
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        A1111.split("\n")[-1],
+        'Steps: 20, Sampler: Euler, Lora hashes: "a: 1, b: 2", TI hashes: "x: \\\\"y\\\\"", Version: v1.10',
+        'Steps: 20, Model: "unclosed, Seed: 1, VAE: "a" b, Size: 1x1,',
+        "Steps: 20,,Sampler:,CFG scale:7 , Hires upscale: 2,",
+        "Steps: 1, Name: C:/models/x.safetensors, Size: 8x8",
+    ],
+)
+def test_settings_are_split_as_a1111_splits_them(line):
+    assert list(parameters._pairs(line)) == [(name.strip(), value.strip()) for name, value in ORIGINAL.findall(line)]
+
+
+@pytest.mark.parametrize("unit", ["a", "a ", "a:", 'a:"', 'a:"\\",', ":", ",", "Steps: 1\n", "a: ", '"', "\\", "Steps: 1, a: x, "])
+def test_hostile_text_takes_no_time(unit):
+    """A word of 60 kB took 15 s: every letter of it was tried as the beginning of a name."""
+    import time
+
+    start = time.process_time()
+    for text in (unit * (600_000 // len(unit)), "Steps: 1, " + unit * (600_000 // len(unit))):
+        with contextlib.suppress(TightfitError):
+            carried = parameters.parse(text, "x.png")
+            assert len(carried.notices[0]) < 1000
+    assert time.process_time() - start < 20  # about a second; hours if any of it were quadratic
+    with pytest.raises(TightfitError, match="too many"):
+        parameters.parse("a" * 5_000_000, "x.png")
+
+
+@pytest.mark.parametrize("nested", ["[" * 100_000, '{"a":' * 100_000, '{"prompt": ' + "[" * 100_000])
+def test_nested_json(nested):
+    with pytest.raises(TightfitError, match="is damaged"):
+        parameters.parse(f"a\nSteps: 1, tightfit: {json.dumps(nested)}", "x.png")
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(*chunks: tuple[bytes, bytes], size: tuple[int, int] = (1, 1)) -> bytes:
+    """A whole picture with these chunks; pixels are a chunk IDAT of no content."""
+    header = struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(4)))
+    rest = b"".join(pixels if kind == b"IDAT" else chunk(kind, data) for kind, data in chunks)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + rest + chunk(b"IEND", b"")
+
+
+TEXT_CHUNK = (b"tEXt", b"parameters\0" + A1111.encode("latin-1"))
+PIXELS = (b"IDAT", b"")
+LARGE = bytes(2 * 2**20)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [TEXT_CHUNK, PIXELS],
+        [PIXELS, TEXT_CHUNK],
+        [PIXELS, (b"zTXt", b"parameters\0\0" + zlib.compress(A1111.encode()))],
+        [PIXELS, (b"iTXt", b"parameters\0\0\0en\0\0" + A1111.encode())],
+        [PIXELS, (b"iTXt", b"parameters\0\1\0\0\0" + zlib.compress(A1111.encode()))],
+        [(b"tEXt", b"workflow\0" + b"x" * 2**21), TEXT_CHUNK, PIXELS],
+        [(b"zTXt", b"workflow\0\0" + zlib.compress(LARGE)), TEXT_CHUNK, PIXELS],
+        [(b"iTXt", b"workflow\0\1\0\0\0" + zlib.compress(LARGE)), PIXELS, TEXT_CHUNK],
+        [(b"tEXt", b"parameters2\0x"), (b"tEXt", b"no end"), TEXT_CHUNK, PIXELS],
+    ],
+)
+def test_parameters_anywhere_in_the_file(tmp_path, chunks):
+    (tmp_path / "x.png").write_bytes(png(*chunks))
+    assert parameters.read(tmp_path / "x.png") == parameters.parse(A1111, "x.png")
+
+
+@pytest.mark.parametrize(
+    ("data", "word"),
+    [
+        (png((b"zTXt", b"parameters\0\0" + zlib.compress(bytes(2**24)))), "too long"),  # 16 MiB in 16 kB
+        (png((b"zTXt", b"parameters\0\0" + zlib.compress(b"a")[:-3])), "cut"),
+        (png((b"zTXt", b"parameters\0\0garbage")), "not a picture"),
+        (png((b"zTXt", b"parameters\0")), "unknown way"),
+        (png((b"iTXt", b"parameters\0\0\0")), "damaged"),
+        (png((b"iTXt", b"parameters\0\0\0\0\0\xff")), "not a picture"),
+        (png((b"tEXt", b"parameters\0" + bytes(5 * 2**20))), "too many"),
+        (png(TEXT_CHUNK, size=(60_000, 60_000)), "too large"),
+        (png(TEXT_CHUNK, size=(0, 1)), "or none"),
+        (png(TEXT_CHUNK).replace(b"masterpiece", b"masterpie  "), "checksum"),
+        (b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", 2**31, b"tEXt"), "no header"),
+        (b"\xff\xd8\xff\xe0 a JPEG", "no PNG"),
+        (b"", "no PNG"),
+        (png(PIXELS), "carries no"),
+        (png((b"tEXt", b"parameters\0")), "carries no"),
+        (png(*[(b"IDAT", b"")] * 3)[:-30], "carries no"),
+    ],
+)
+def test_damaged_pictures(tmp_path, data, word):
+    (tmp_path / "x.png").write_bytes(data)
+    with pytest.raises(TightfitError, match=word) as caught:
+        parameters.read(tmp_path / "x.png")
+    assert "x.png" in str(caught.value)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes in the file system there")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "x.png")
+    for path in (tmp_path / "x.png", tmp_path, Path("/dev/zero")):
+        with pytest.raises(TightfitError):
+            parameters.read(path)
+
+
+def test_unreadable_pictures(tmp_path):
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
+    Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
+    for name, word in (("nothing.png", "does not exist"), ("x.png", "not a picture"), ("y.png", "carries no")):
+        with pytest.raises(TightfitError, match=word):
+            parameters.read(tmp_path / name)
+
+
+def test_save_leaves_nothing_half_written(tmp_path):
+    image = Image.new("RGB", (8, 8))
+    with pytest.raises(TightfitError, match=r"\.png"):
+        save(image, tmp_path / "x.jpg")
+    with pytest.raises(TightfitError, match="cannot be written"):
+        save(image, tmp_path / "no" / "x.png")
+    with pytest.raises(TightfitError, match="cannot be written"):
+        save(image, tmp_path / "a\0b.png")
+    (tmp_path / "x.png").mkdir()
+    with pytest.raises(TightfitError, match="cannot be written"):
+        save(image, tmp_path / "x.png")
+    assert [p.name for p in tmp_path.iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_many_at_once_never_replace_each_other(tmp_path, monkeypatch, links):
+    """As processes that paint the same prompt; also where the file system has no links."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    if not links:
+        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+    images = [Image.new("RGB", (1, 1), (i, 0, 0)) for i in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        paths = list(pool.map(lambda image: save(image, tmp_path / "a.png", overwrite=False), images))
+    assert {path.name for path in paths} == {"a.png", *(f"a-{i}.png" for i in range(2, 25))} == {p.name for p in tmp_path.iterdir()}
+    for path, image in zip(paths, images, strict=True):
+        assert Image.open(path).getpixel((0, 0)) == image.getpixel((0, 0))
