@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import sys
+import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from difflib import get_close_matches
@@ -72,10 +72,6 @@ def profile(name: str) -> Hardware:
 
 
 def read_profile(file: Path) -> dict[str, Any]:
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
     with file.open("rb") as stream:
         return tomllib.load(stream)
 
