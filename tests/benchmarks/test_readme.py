@@ -1,4 +1,4 @@
-"""The README says what the results say."""
+"""README.md and docs/results.md say what the results say."""
 
 from __future__ import annotations
 
@@ -6,20 +6,65 @@ import pytest
 from tightfit.benchmarks import readme
 
 
-def test_tables_are_not_stale():
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    if readme.replaced(text) != text:
-        pytest.fail("README.md is stale: run python -m tightfit.benchmarks.readme")
+@pytest.mark.parametrize("name", readme.pages())
+def test_tables_are_not_stale(name):
+    text = (readme.ROOT / name).read_text(encoding="utf-8")
+    if readme.replaced(text, readme.pages()[name]()) != text:
+        pytest.fail(f"{name} is stale: run python -m tightfit.benchmarks.readme")
+
+
+@pytest.mark.parametrize("name", readme.pages())
+def test_a_stale_page_is_noticed_and_mended(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    for file, section in readme.pages().items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        text = readme.replaced(f"before {readme.BEGIN}{readme.END} after\n", section())
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    page, (other,) = tmp_path / name, (tmp_path / file for file in readme.pages() if file != name)
+    fresh = page.read_text(encoding="utf-8")
+    unchanged = other.read_bytes()
+    monkeypatch.setattr("sys.argv", ["readme", "--check"])
+    readme.main()  # nothing is stale
+    page.write_text(fresh.replace(" 2.", " 3."), encoding="utf-8")
+    with pytest.raises(SystemExit, match=f"{name} is stale"):
+        readme.main()
+    monkeypatch.setattr("sys.argv", ["readme"])
+    readme.main()
+    assert page.read_text(encoding="utf-8") == fresh
+    assert other.read_bytes() == unchanged
+
+
+def test_a_page_without_marks_is_not_written():
+    with pytest.raises(ValueError, match="made by"):
+        readme.replaced("nothing marked", "a table")
+    with pytest.raises(ValueError, match="until here"):
+        readme.replaced(f"the end is gone {readme.BEGIN} old table", "a table")
+
+
+def test_contenders_of_the_readme_exist():
+    """A renamed contender would leave the table without a word."""
+    assert set(readme.README_CONTENDERS) <= readme.whole_peers()["rows"].keys()
+    table = readme.summary()
+    assert all(f"| {name} |" in table.replace("**", "") for name in readme.README_CONTENDERS)
 
 
 def test_what_was_lost_stays(tmp_path, monkeypatch):
     """A plan that ran out of memory, and a contender that failed, are rows."""
     request = {"width": 512, "height": 512, "steps": 4}
-    row = {"summary": "torch fp32", "outcome": "out of memory", "model": "m", "command": "tightfit bench", "request": request}
+    row = {
+        "summary": "torch fp32",
+        "outcome": "out of memory",
+        "model": "m",
+        "command": "tightfit bench",
+        "request": request,
+    }
     assert "| torch fp32 | out of memory |" in readme.of_model([row])
-    rows = {"diffusers bf16": {"peak_bytes": 4, "step_seconds": 2.0, "seconds": 9.0}, "sd.cpp f16": {"failed": "no"},
-            "tightfit": {"peak_bytes": 8, "step_seconds": 1.0, "seconds": 9.0}}  # fmt: skip
-    found = {"rows": rows, "model": "sd15", "size": 512, "steps": 4, "rounds": 2}
-    monkeypatch.setattr(readme, "whole_peers", lambda: found)
+    rows = {
+        "diffusers bf16": {"peak_bytes": 4, "step_seconds": 2.0, "seconds": 9.0},
+        "sd.cpp f16": {"failed": "no"},
+        "tightfit": {"peak_bytes": 8, "step_seconds": 1.0, "seconds": 9.0},
+    }
+    run = {"rows": rows, "model": "sd15", "size": 512, "steps": 4, "rounds": 2}
+    monkeypatch.setattr(readme, "whole_peers", lambda: run)
     assert "| sd.cpp f16 | failed: no |" in readme.peers()
     assert "| **tightfit** | 8 bytes, 2.00 | 1.00 s, 0.50 | 9.0 s |" in readme.peers()
