@@ -1,6 +1,9 @@
-"""README.md and docs/results.md say what the results say."""
+"""README.md and docs/results.md say what the results say; links of all pages lead to files."""
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 from tightfit.benchmarks import readme
@@ -68,3 +71,17 @@ def test_what_was_lost_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "whole_peers", lambda: run)
     assert "| sd.cpp f16 | failed: no |" in readme.peers()
     assert "| **tightfit** | 8 bytes, 2.00 | 1.00 s, 0.50 | 9.0 s |" in readme.peers()
+
+
+def dead_links(page: Path) -> list[str]:
+    """Relative links of a page that lead to no file."""
+    links = re.findall(r"\]\(([^)#:\s]+)\)", page.read_text(encoding="utf-8"))
+    return [link for link in links if not (page.parent / link).exists()]
+
+
+def test_links_lead_somewhere(tmp_path):
+    pages = [*readme.ROOT.glob("*.md"), *(readme.ROOT / "docs").glob("*.md")]
+    assert not {page.name: dead for page in pages if (dead := dead_links(page))}
+    page = tmp_path / "page.md"
+    page.write_text("[a](page.md) [b](gone.md) ![c](docs/gone.png) [d](https://example.com/gone.md)")
+    assert dead_links(page) == ["gone.md", "docs/gone.png"]
