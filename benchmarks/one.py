@@ -24,7 +24,7 @@ def main() -> None:
     except (OutOfMemoryError, MemoryError) as error:
         answer = {"outcome": "out of memory", "why": first_line(error)}
     except TightfitError as error:
-        answer = {"outcome": "out of memory" if str(error).startswith("out of memory") else "failed", "why": str(error)}
+        answer = {"outcome": "failed", "why": str(error)}
     print(json.dumps(answer))
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
@@ -29,13 +28,9 @@ from .record import named, record
 Row = dict[str, Any]
 
 
-class Marked(Pipeline):
-    """A pipeline whose stages are seen in a profile."""
-
-    @contextmanager
-    def _measured(self, name: str, stages: Any) -> Iterator[None]:
-        with record_function(f"tightfit {name}"), super()._measured(name, stages):
-            yield
+def mark(stage: str) -> record_function:
+    """Shows a pipeline's stage in a profile."""
+    return record_function(f"tightfit {stage}")
 
 
 def main() -> None:
@@ -61,7 +56,7 @@ def model(text: str, args: argparse.Namespace, hardware: Hardware) -> Iterator[R
     residencies = (args.residency,) if args.residency else RESIDENCIES
     for residency, attention, tiling, cfg in product(residencies, ATTENTIONS, TILINGS, CFG):
         choices: Row = {"residency": residency, "attention": attention, "tiling": tiling, "cfg": cfg}
-        with Marked(spec, hardware, Wishes(precision=args.precision, **choices)) as pipe:
+        with Pipeline(spec, hardware, Wishes(precision=args.precision, **choices), on_stage=mark) as pipe:
             if residency == "resident":
                 pipe.generate(request)
             yield from combination(pipe, request, {"model": named(text), **choices})
@@ -70,7 +65,7 @@ def model(text: str, args: argparse.Namespace, hardware: Hardware) -> Iterator[R
 def combination(pipe: Pipeline, request: Request, names: Row) -> Iterator[Row]:
     """A row for each stage. The profiler is started and stopped with the stages, and its count begins with what is held."""
     predicted = pipe.plans(request)[0].predicted.stages
-    held = sum(_bytes(session.module) for _, session in pipe._loaded.values())  # pyright: ignore[reportAttributeAccessIssue]
+    held = sum(_bytes(session.module) for _, session in pipe.loaded.sessions.values())  # pyright: ignore[reportAttributeAccessIssue]
     measured, seen = {}, None
     cpu = pipe.hardware.device == "cpu"
     if cpu:
@@ -97,7 +92,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _by_stage(seen: profile, held: int) -> dict[str, int]:
-    """Most live bytes in each stage, from the profiler's events and the marks that Marked leaves between them."""
+    """Most live bytes in each stage, from the profiler's events and the marks that `mark` leaves between them."""
     now, stage = held, ""
     most: dict[str, int] = dict.fromkeys(STAGES, 0)
     results: Any = seen.profiler

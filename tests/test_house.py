@@ -15,14 +15,16 @@ ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
 # From the ground up; imports point down only, within a floor they go in no circle.
 FLOORS = (
     ("kernels", "profiles"),
-    tuple(f"runtime.{leaf}" for leaf in ("errors", "files", "interrupts", "placement", "recent", "ring", "units")),
+    tuple(f"runtime.{leaf}" for leaf in ("budget", "errors", "files", "interrupts", "placement", "recent", "ring", "units")),
     ("runtime.machine",),
     ("runtime.models",),
     ("runtime.costs",),
     ("runtime.request",),
     ("runtime.backends",),
     ("runtime.planner",),
-    ("runtime.events", "runtime.infotext", "runtime.png"),
+    ("runtime.events", "runtime.infotext", "runtime.png", "runtime.sampling"),
+    ("runtime.loaded",),
+    ("runtime.run",),
     ("runtime.pipeline",),
     ("runtime.cli",),
     ("export",),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from ..costs.footprint import Footprint
@@ -63,6 +63,11 @@ class Backend(Protocol):
     def keep(self, placements: Mapping[str, Placement]) -> None:
         """Let go of what is kept of the host's memory between requests for components placed otherwise than these, by name. No
         session of theirs is called again."""
+        ...
+
+    def trim(self, peak_bytes: int) -> Iterable[str]:
+        """Give back what makes it hold more than `peak_bytes`, the most that the next plan takes, if anything does. The names of
+        the components whose sessions were closed for that; they are loaded anew."""
         ...
 
 

@@ -14,6 +14,7 @@ from tightfit.runtime.machine.process import ProcessPeak
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import ATTENTIONS, CFG, RESIDENCIES, TILINGS
 from tightfit.runtime.planner.wishes import Wishes
+from tightfit.runtime.run import Run
 
 STEPS = 3
 REQUEST = tightfit.Request("a cat", seed=1, num_inference_steps=STEPS, scheduler="euler_a", width=128, height=128)
@@ -63,14 +64,14 @@ def test_at_every_call(tiny_models, whole, monkeypatch, family, number):
 def test_on_every_rung(tiny_models, whole, monkeypatch):
     """Every call fails until the last rung: each plan takes less than the one before, and then it is said that none does."""
     taken = []
-    original = tightfit.Pipeline._take
-    monkeypatch.setattr(tightfit.Pipeline, "_take", lambda self, plan: (taken.append(plan), original(self, plan))[1])
+    original = Run._take
+    monkeypatch.setattr(Run, "_take", lambda self, plan: (taken.append(plan), original(self, plan))[1])
     with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu") as pipe:
         for stage, first in (("denoise", 2), ("decode", 2 + STEPS)):
             taken.clear()
             with monkeypatch.context() as patch:
                 count = failing(patch, range(first, 10_000))
-                with pytest.raises(TightfitError, match=f"out of memory to {stage} .injected., and no plan takes less"):
+                with pytest.raises(OutOfMemoryError, match=f"out of memory to {stage} .injected., and no plan takes less"):
                     pipe.generate(REQUEST)
             needs = [plan.predicted.stages[stage] for plan in taken]
             assert len(needs) > 2

@@ -10,8 +10,9 @@ import pytest
 import tightfit
 from tightfit.benchmarks.parity import SCHEDULERS, psnr, reference
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.pipeline import Pipeline, guidance_embedding
+from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.planner.wishes import Wishes
+from tightfit.runtime.run import Run, guidance_embedding
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +265,7 @@ def test_closed_while_painting(sd1):
 
 
 @pytest.mark.parametrize("text", ["CUDA error: out of memory", "MPS backend out of memory"])
-@pytest.mark.parametrize("place", ["weights.read_into", "dryrun.run"])
+@pytest.mark.parametrize("place", ["torch.loading.read_into", "torch.dryrun.run"])
 def test_out_of_memory_on_every_rung_is_one_line(sd1, monkeypatch, place, text):
     def fail(*_, **__):
         raise RuntimeError(f"{text}\nmore")
@@ -331,7 +332,7 @@ def test_cuda_paints_the_same(pipes, tiny_models, family, precision, decibels):
 def test_an_interrupt_while_decoding_keeps_the_pictures_that_are_painted(sd1, monkeypatch, residency, thrown):
     """The second of four is being decoded, or has been handed over. With the U-Net loaded beside, no other is painted yet."""
     request = tightfit.Request("a", num_images=4, seed=3, num_inference_steps=1, width=64, height=64, scheduler="euler")
-    decoded, calls = Pipeline._decoded, []
+    decoded, calls = Run._decoded, []
 
     def interrupted(self, latents):
         calls.append(1)
@@ -342,7 +343,7 @@ def test_an_interrupt_while_decoding_keeps_the_pictures_that_are_painted(sd1, mo
     with tightfit.load(str(sd1), device="cpu", residency=residency) as pipeline:
         whole = [np.asarray(image) for image in pipeline.generate(request).images]
         if not thrown:
-            monkeypatch.setattr(Pipeline, "_decoded", interrupted)
+            monkeypatch.setattr(Run, "_decoded", interrupted)
         events, found = pipeline.run(request), []
         with pytest.raises(KeyboardInterrupt):
             for event in events:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ _HEAVY = {"Conv", "MatMul", "Gemm", "Attention", "MultiHeadAttention", "LayerNor
 class OnnxBackend:
     def __init__(self, device: str) -> None:
         self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
+        self._sessions: weakref.WeakValueDictionary[str, OnnxSession] = weakref.WeakValueDictionary()
         self._host = self.meter if device == "cpu" else ProcessMeter()  # of what runs beside the GPU, which has no limit of its own
 
     @staticmethod
@@ -101,10 +103,22 @@ class OnnxBackend:
         """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be run."""
         assert component.graph is not None
         meter = self._host if placement.provider == CPU_PROVIDER else self.meter
-        return OnnxSession(component.graph, placement.provider, meter, spec.family == "sdxl")
+        session = OnnxSession(component.graph, placement.provider, meter, spec.family == "sdxl")
+        self._sessions[component.name] = session
+        return session
 
     def keep(self, placements: Mapping[str, Placement]) -> None:
         """Nothing is kept."""
+
+    def trim(self, peak_bytes: int) -> tuple[str, ...]:
+        """Close every session where they hold more together: an arena that a larger picture has grown gives nothing back."""
+        if self.meter.held() <= peak_bytes:
+            return ()
+        crowded = dict(self._sessions)
+        self._sessions.clear()
+        for session in crowded.values():
+            session.close()
+        return tuple(crowded)
 
 
 class OnnxSession:

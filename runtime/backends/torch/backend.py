@@ -128,6 +128,10 @@ class TorchBackend:
             del self._stores[name]
             _empty_cache(self.device)
 
+    def trim(self, peak_bytes: int) -> tuple[str, ...]:  # noqa: ARG002
+        """None is closed: what torch caches is given back as each stage begins."""
+        return ()
+
 
 def _triton_problem(hardware: Hardware) -> str | None:
     """Of the GPU that is here; None of one that is planned for."""

@@ -167,11 +167,12 @@ def test_a_folder_that_is_missing_is_made(call, sd1, tmp_path):
 def test_ctrl_c_keeps_the_pictures_that_are_painted(call, sd1, tmp_path, monkeypatch, residency):
     """Stopped in the third of four, whether the interrupt comes while torch computes or while the command prints."""
     from tightfit.runtime.pipeline import Pipeline
+    from tightfit.runtime.run import Run
 
     arguments = ("a", "--model", str(sd1), "--steps", "2", "--seed", "3", "--num-images", "4", "--residency", residency)
     arguments += ("--scheduler", "euler")  # one call a step
     assert call(*arguments, "-o", "whole.png")[0] == 0
-    predict, calls = Pipeline._predict, []
+    predict, calls = Run._predict, []
 
     def interrupted(*of):
         calls.append(1)
@@ -179,7 +180,7 @@ def test_ctrl_c_keeps_the_pictures_that_are_painted(call, sd1, tmp_path, monkeyp
             raise KeyboardInterrupt
         return predict(*of)
 
-    monkeypatch.setattr(Pipeline, "_predict", interrupted)
+    monkeypatch.setattr(Run, "_predict", interrupted)
     code, out, err = call(*arguments, "-o", "part.png")
     assert (code, out) == (130, "")
     assert "2 of 4 pictures are saved: part-1.png … part-2.png" in err

@@ -288,11 +288,14 @@ def test_much_syntax_is_said_briefly():
 def test_syntax_is_said_at_every_door(sd1):
     """The command line tells a run's notices; Python has them in the result."""
     from tightfit.runtime.pipeline import Pipeline
+    from tightfit.runtime.run import Run, Ways
 
     spec = inspect(str(sd1))
     pipe = Pipeline(spec, Hardware("cpu", "here", 2**30, 2**30, ("fp32",)))
-    pipe._prepare(Request("a (red:1.3) heart", "[blurry]", 64, 64, 1, 7.5, 1, "euler").resolve(spec))
-    assert [each.split(" has ")[0] for each in pipe._notices] == ["the negative prompt", "the prompt"]
+    request = Request("a (red:1.3) heart", "[blurry]", 64, 64, 1, 7.5, 1, "euler").resolve(spec)
+    run = Run(spec, pipe.loaded, request, Ways(pipe._first, pipe.plans))
+    run._prepare()
+    assert [each.split(" has ")[0] for each in run.notices] == ["the negative prompt", "the prompt"]
 
 
 HOMELESS = """

@@ -15,6 +15,7 @@ from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers
 from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.request import Request
+from tightfit.runtime.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,8 @@ def test_calls_are_as_many_as_timesteps(pipes):
 def test_steps_that_call_the_unet_twice(pipes, monkeypatch):
     """Heun's five steps are shown as five, though they are nine calls."""
     heun = pipes("sd1", BETAS | OWN["heun"])
-    called, predict = [], Pipeline._predict
-    monkeypatch.setattr(Pipeline, "_predict", lambda *args: called.append(1) or predict(*args))
+    called, predict = [], Run._predict
+    monkeypatch.setattr(Run, "_predict", lambda *args: called.append(1) or predict(*args))
     events = [event for event in heun.run(Request("a", num_inference_steps=5, num_images=2)) if event.stage == "denoise"]
     assert [(event.step, event.steps) for event in events] == [(i + 1, 10) for i in range(10)]
     assert len(called) == 18

@@ -269,7 +269,7 @@ def test_mixed_plans(mixed, shallow_models, here, tmp_path):
 
 def kept(pipe, plan) -> int:
     """Bytes that ONNX Runtime holds; all else, and no more, is torch's to hold."""
-    meters = {name: each.meter for name, each in pipe._backends.items()}
+    meters = {name: each.meter for name, each in pipe.loaded.backends.items()}
     assert meters["onnx"].held() > 0
     room = plan.budget_bytes - plan.predicted.context_bytes - sum(meter.held() for meter in meters.values())
     meters["torch"].hold(room)

@@ -1,0 +1,92 @@
+"""What a pipeline keeps from one request to the next: its engines, and the sessions that stay loaded."""
+
+from __future__ import annotations
+
+from .backends import backend
+from .backends.protocol import Backend, Session
+from .budget import BUILDING, DeviceBudget
+from .machine.hardware import Hardware
+from .models.spec import ModelSpec
+from .placement import Placement
+from .planner.plan import Plan
+
+
+class Loaded:
+    """Sessions of one model by component, each with its placement. A tenant of its device's budget."""
+
+    def __init__(self, hardware: Hardware) -> None:
+        self.budget = DeviceBudget.of(hardware.device)
+        self.room_bytes = hardware.free_bytes - hardware.context_bytes
+        self.backends: dict[str, Backend] = {}
+        self.sessions: dict[str, tuple[Placement, Session]] = {}
+        self._allowed_bytes = 0
+        self._limits: dict[str, int] = {}
+
+    def take(self, plan: Plan) -> None:
+        """Make way for `plan`: what another placed otherwise is freed, and each engine is held to what it may take."""
+        for engine in {placement.backend for placement in plan.placements.values()} - self.backends.keys():
+            self.backends[engine] = backend(engine, plan.device)
+        for name, (placement, _) in list(self.sessions.items()):
+            if placement != plan.placements.get(name):
+                self.drop(name)
+        for engine in self.backends.values():
+            engine.keep(plan.placements)
+            for name in engine.trim(plan.predicted.peak_bytes):
+                self.drop(name)
+        wanted_bytes = plan.budget_bytes - plan.predicted.context_bytes
+        self._allowed_bytes = self.budget.share(self, wanted_bytes, plan.predicted.peak_bytes)
+        self._limits.clear()  # another pipeline may have set the process's cap since
+        self._limit()
+
+    def session(self, spec: ModelSpec, name: str, placement: Placement) -> Session:
+        """The session of a component, loaded if it is not there."""
+        if len(self.backends) > 1:
+            self._limit()
+        if name not in self.sessions:
+            with BUILDING:
+                session = self.backends[placement.backend].load(spec, spec.components[name], placement)
+            self.sessions[name] = placement, session
+        return self.sessions[name][1]
+
+    def drop(self, name: str) -> None:
+        if entry := self.sessions.pop(name, None):
+            entry[1].close()
+
+    def drop_staged(self) -> None:
+        """Free what is loaded for one stage alone."""
+        for name, (placement, _) in list(self.sessions.items()):
+            if placement.residency != "resident":
+                self.drop(name)
+
+    def held(self) -> int:
+        return sum(engine.meter.held() for engine in self.backends.values())
+
+    def free(self) -> None:
+        for name in list(self.sessions):
+            self.drop(name)
+
+    def close(self) -> None:
+        """Free everything, the host's memory too, and lift the limits; but not the process's cap while another pipeline runs."""
+        self.free()
+        for engine in self.backends.values():
+            engine.keep({})
+            if not self.budget.busy(self):
+                engine.meter.limit(None)
+        self._limits.clear()
+
+    def reset_peak(self) -> None:
+        for engine in self.backends.values():
+            engine.meter.reset()
+
+    def peak_bytes(self) -> int:
+        """The most that any engine has held since `reset_peak`."""
+        return max((engine.meter.bytes() for engine in self.backends.values()), default=0)
+
+    def _limit(self) -> None:
+        """Let each engine take of what is allowed what the others leave."""
+        held_bytes = {name: engine.meter.held() for name, engine in self.backends.items()}
+        for name, engine in self.backends.items():
+            limit_bytes = self._allowed_bytes - (sum(held_bytes.values()) - held_bytes[name])
+            if self._limits.get(name) != limit_bytes:
+                self._limits[name] = limit_bytes
+                engine.meter.limit(limit_bytes)

@@ -1,0 +1,318 @@
+"""One request: encode → denoise → decode as a generator of events, within the budget, and all state of that one run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from . import infotext, sampling
+from .backends.protocol import Session
+from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
+from .events import Event, Measured, Result
+from .loaded import Loaded
+from .machine.process import ProcessPeak
+from .models import schedulers
+from .models.spec import ModelSpec
+from .models.tokens import Tokens, painted_as_words, tokenize
+from .planner.plan import Plan
+from .request import Request, guided
+from .units import shown
+
+T = TypeVar("T")
+OnStage = Callable[[str], AbstractContextManager[object]]
+"""Called with a stage's name as it begins; what it returns is entered then, and left as the stage ends."""
+CURE = "make the picture smaller, or close what else uses the memory"
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How to plan a request: `first` is the plan to begin with, `every` all there are, for when that needs too much."""
+
+    first: Callable[[Request], Plan]
+    every: Callable[[Request], list[Plan]]
+
+
+class Run:
+    """A resolved request, run with the sessions of `loaded`, which outlive it.
+
+    When memory runs out all the same, it goes on from where it was by a plan that takes less.
+    """
+
+    def __init__(self, spec: ModelSpec, loaded: Loaded, request: Request, ways: Ways, on_stage: OnStage = nullcontext) -> None:
+        self.spec, self.loaded, self.request = spec, loaded, request
+        self.notices: list[str] = []
+        self.stage = "prepare"
+        self.closed = False
+        self._ways, self._on_stage = ways, on_stage
+        self._plan: Plan | None = None
+        self._measures: dict[str, Measured] = {}
+        self._process = ProcessPeak()
+        self._load_seconds, self._announced = 0.0, 0
+        self._finished: list[np.ndarray] = []
+        self._images: list[Image.Image] = []
+
+    @property
+    def plan(self) -> Plan:
+        """The plan that runs now."""
+        assert self._plan
+        return self._plan
+
+    def events(self, preview_every: int = 0) -> Generator[Event, None, None]:
+        """Events while the request runs; the last has the result. Closing the generator stops the run."""
+        try:
+            yield from self._stages(preview_every)
+        except (MemoryError, RuntimeError, ImportError, OSError) as error:  # of planning too, and of a library that comes late
+            if not out_of_memory(error):
+                raise
+            raise OutOfMemoryError(f"out of memory to {self.stage} ({first_line(error)}): {CURE}") from error
+
+    def _stages(self, preview_every: int) -> Iterator[Event]:
+        request, images = self.request, self._images
+        with self._measured("prepare"):
+            self._take(self._ways.first(request))
+            tokens = self._prepare()
+        with self._measured("encode"):
+            conditioning = self._encode(tokens)
+        yield Event("encode", 1, 1, notices=self._news())
+        while len(images) < request.num_images:
+            stopped = None
+            try:
+                with self._measured("denoise"):
+                    yield from self._denoise(conditioning, preview_every)
+            except KeyboardInterrupt as interrupt:
+                if len(images) == len(self._finished):
+                    raise
+                stopped = interrupt
+                yield self._stopping()
+            with self._measured("decode"):
+                stopped = yield from self._decode(stopped)
+            if stopped:
+                raise stopped
+        result = Result(request, self.plan, tuple(images), self._measures, tuple(self.notices))
+        yield Event("done", request.num_images, request.num_images, notices=self._news(), result=result)
+
+    def _prepare(self) -> dict[str, Tokens]:
+        """Find out whatever else can fail before any weight is read; the tokens, by text encoder, are kept."""
+        request = self.request
+        schedulers.rehearse(str(request.scheduler), self.spec, int(request.num_inference_steps or 0))
+        texts = {"negative prompt": request.negative_prompt or ""} if guided(self.spec, request) else {}
+        texts["prompt"] = request.prompt
+        tokens = {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
+        self.notices += (*painted_as_words(texts), *_cut(tokens))
+        return tokens
+
+    def _encode(self, tokens: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
+        """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first."""
+        encoded = []
+        for name, texts in tokens.items():
+            rows = [self._encoded(name, ids) for ids in texts.ids]  # one text at a time, as diffusers, for the same last bits
+            encoded.append(tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+            if self.plan.placements[name].residency != "resident":
+                self.loaded.drop(name)
+        return conditioned(self.spec, self.request, encoded)
+
+    def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
+        return self._surviving(lambda: self._session(name)(tokens=ids[None]))
+
+    def _denoise(self, conditioning: Mapping[str, np.ndarray], preview_every: int) -> Iterator[Event]:
+        """The next picture's latents; all that are left, unless U-Net and VAE stay loaded together anyway."""
+        for index in range(len(self._finished), self.request.num_images):
+            latents = np.empty(0)
+            for number, (event, latents) in enumerate(self._steps(conditioning, index), 1):
+                if preview_every and number % preview_every == 0:
+                    event = replace(event, preview=self._preview(latents, index))
+                yield event
+            self._finished.append(latents)
+            if all(self.plan.placements[name].residency == "resident" for name in ("unet", "vae_decoder")):
+                return
+
+    def _steps(self, conditioning: Mapping[str, np.ndarray], index: int) -> Iterator[tuple[Event, np.ndarray]]:
+        """The steps of picture `index`, with its latents (1, channels, h, w)."""
+        request, factor = self.request, self.spec.downsampling
+        seed, steps = int(request.seed or 0) + index, int(request.num_inference_steps or 0)
+        shape = (1, self.spec.unet["in_channels"], int(request.height or 0) // factor, int(request.width or 0) // factor)
+        scheduler = schedulers.make(str(request.scheduler), self.spec, steps, seed)
+
+        def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
+            return self._surviving(lambda: self._predict(sample, timestep, conditioning))
+
+        for step in sampling.denoise(scheduler, steps, shape, seed, predict):
+            done, total = index * step.count + step.number, request.num_images * step.count
+            yield Event("denoise", done, total, index, notices=self._news()), step.latents
+
+    def _predict(self, sample: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each half."""
+        unet, time_step = self._session("unet"), np.array(timestep, np.float32)
+        if not guided(self.spec, self.request):
+            return unet(sample=sample, timestep=time_step, **conditioning)[0]
+        if self.plan.cfg == "batched":
+            both = unet(sample=np.concatenate([sample, sample]), timestep=time_step, **conditioning)[0]
+        else:
+            halves = [{name: array[i : i + 1] for name, array in conditioning.items()} for i in range(2)]
+            both = np.concatenate([unet(sample=sample, timestep=time_step, **half)[0] for half in halves])
+        without, given = both[:1], both[1:]
+        return without + np.float32(self.request.guidance_scale) * (given - without)
+
+    def _preview(self, latents: np.ndarray, index: int) -> Image.Image | None:
+        """The picture as it is now, if there is room for the VAE beside the U-Net, which goes on after."""
+        try:
+            return self._picture(self._decoded(latents), index)
+        except OutOfMemoryError:
+            if (notice := "there is no room for previews beside the U-Net") not in self.notices:
+                self.notices.append(notice)
+            return None
+        finally:
+            if self.plan.placements["vae_decoder"].residency != "resident":
+                self.loaded.drop("vae_decoder")
+
+    def _decode(self, stopped: KeyboardInterrupt | None) -> Generator[Event, None, KeyboardInterrupt | None]:
+        """The pictures of the latents that are finished. Returns the first interrupt once all are there."""
+        request, finished, images = self.request, self._finished, self._images
+        while (index := len(images)) < len(finished):
+            try:
+                latents = finished[index]
+                values = self._surviving(lambda latents=latents: self._decoded(latents))
+                images.append(self._picture(values, index))
+                yield Event("decode", index + 1, request.num_images, index, notices=self._news(), picture=images[index])
+            except KeyboardInterrupt as interrupt:
+                if stopped or len(images) == len(finished):
+                    raise
+                stopped = interrupt
+                yield self._stopping()
+        return stopped
+
+    def _decoded(self, latents: np.ndarray) -> np.ndarray:
+        """(height, width, 3) in -1..1."""
+        return self._session("vae_decoder")(latents=widened(self.spec, latents))[0][0].transpose(1, 2, 0)
+
+    def _picture(self, values: np.ndarray, index: int) -> Image.Image:
+        """One PIL picture with its own request in `info["parameters"]`."""
+        if not np.isfinite(values).all():
+            compute = self.plan.placements["unet"].compute
+            damaged = "copy or download the model again, its weights may be damaged"
+            cure = damaged if compute == "fp32" else "try --precision fp32"
+            raise TightfitError(f"the picture overflowed in {compute}: {cure}, or try a smaller guidance scale")
+        image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
+        own = replace(self.request, seed=(self.request.seed or 0) + index, num_images=1)
+        image.info["parameters"] = infotext.write(own, self.spec.name, self.plan.precision)
+        return image
+
+    def _stopping(self) -> Event:
+        done, count = len(self._images), len(self._finished) - len(self._images)
+        pictures = "1 picture that is painted is" if count == 1 else f"{count} pictures that are painted are"
+        self.notices.append(f"stopping; {pictures} decoded first, a second Ctrl-C gives up on that")
+        return Event("decode", done, self.request.num_images, done, notices=self._news())
+
+    def _news(self) -> tuple[str, ...]:
+        """The notices that no event has had yet."""
+        news, self._announced = self.notices[self._announced :], len(self.notices)
+        return tuple(news)
+
+    def _take(self, plan: Plan) -> None:
+        """Run by `plan` from now on."""
+        self._plan = plan
+        self.loaded.take(plan)
+
+    def _session(self, name: str) -> Session:
+        if self.closed:
+            raise TightfitError("the pipeline was closed while it was painting")
+        is_new, start = name not in self.loaded.sessions, time.perf_counter()
+        session = self.loaded.session(self.spec, name, self.plan.placements[name])
+        if is_new:
+            self._load_seconds += time.perf_counter() - start
+            self.notices += [notice for notice in session.notices if notice not in self.notices]
+        return session
+
+    @contextmanager
+    def _measured(self, name: str) -> Iterator[None]:
+        """One stage: measured, compared with the budget, and what was loaded for it alone freed at its end."""
+        with self._on_stage(name):
+            self.stage, self._load_seconds, start = name, 0.0, time.perf_counter()
+            self._process.reset()
+            self.loaded.reset_peak()
+            try:
+                yield
+            finally:
+                peak_bytes = self.loaded.peak_bytes()
+                if not self.closed:  # else another run may be using what is loaded
+                    self.loaded.drop_staged()
+            process_bytes = self._process.bytes()
+            measure = Measured(time.perf_counter() - start, self._load_seconds, peak_bytes, process_bytes)
+            self._measures[name] = self._measures[name].and_then(measure) if name in self._measures else measure
+            self._compare(process_bytes)
+
+    def _compare(self, process_bytes: int) -> None:
+        """A notice where a CPU's process held more than its budget: no allocator can be capped there."""
+        if self.plan.device == "cpu" and process_bytes > self.plan.budget_bytes:
+            held, allowed = shown(process_bytes), shown(self.plan.budget_bytes)
+            self.notices.append(f"to {self.stage}, the process held {held}, more than the {allowed} it was to keep to")
+
+    def _surviving(self, work: Callable[[], T]) -> T:
+        """What `work` answers; when it runs out of memory it is done again by a plan that takes less.
+
+        `work` must change nothing before it is done.
+        """
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                failure = first_line(error)  # the error itself holds on to frames, and these to tensors
+            self._step_down(failure)
+
+    def _step_down(self, failure: str) -> None:
+        """Take the fastest plan that needs less in this stage, of the same precision if there is one."""
+        now, stage = self.plan, self.stage
+        needs = now.predicted.stages[stage]
+        lower = [plan for plan in self._ways.every(self.request) if plan.fits and plan.predicted.stages[stage] < needs]
+        self.loaded.free()
+        if not lower:
+            raise OutOfMemoryError(f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}")
+        self._take(min(lower, key=lambda plan: plan.precision != now.precision))
+        self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
+
+
+def _cut(tokens: Mapping[str, Tokens]) -> tuple[str, ...]:
+    """A notice for each text whose end did not fit a text encoder."""
+    ends = [(name, end) for texts in tokens.values() for name, end in texts.cut.items()]
+    return tuple(dict.fromkeys(f"the {name} is too long; this end of it was cut: {end}" for name, end in ends))
+
+
+def conditioned(spec: ModelSpec, request: Request, encoded: list[tuple[np.ndarray, ...]]) -> dict[str, np.ndarray]:
+    """What the U-Net takes at each step, of the text encoders' answers, in their order."""
+    pooled = next((rest[0] for _, *rest in reversed(encoded) if rest), None)
+    conditioning = {"hidden": np.concatenate([hidden for hidden, *_ in encoded], axis=-1)}
+    if spec.family == "sdxl":
+        if pooled is None:
+            raise TightfitError("text_encoder_2 has no projection, which SDXL needs: copy or download the model again")
+        conditioning["text_embeds"] = pooled
+        size = (request.height, request.width)
+        conditioning["time_ids"] = np.array([[*size, 0, 0, *size]] * len(pooled), np.float32)
+        if guided(spec, request) and request.negative_prompt is None and spec.force_zeros:
+            conditioning["hidden"][0] = conditioning["text_embeds"][0] = 0
+    if width := spec.guidance_width:
+        conditioning["time_condition"] = guidance_embedding(float(request.guidance_scale or 0), width)
+    return conditioning
+
+
+def widened(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:
+    """Latents as the VAE takes them."""
+    deviation, scale, mean = spec.latent_affine
+    with np.errstate(all="ignore"):  # what overflows is said of the picture
+        wide = latents * np.array(deviation, np.float32)[:, None, None] / np.float32(scale)
+        return wide + np.array(mean, np.float32)[:, None, None]
+
+
+def guidance_embedding(scale: float, width: int) -> np.ndarray:
+    """(1, width): the sinusoids by which guidance-distilled U-Nets read w = scale - 1 (arXiv 2310.04378, appendix)."""
+    half = width // 2
+    frequencies = np.exp(np.arange(half) * -(np.log(10000.0) / (half - 1)))
+    angles = (scale - 1) * 1000.0 * frequencies
+    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, width % 2))[None].astype(np.float32)
