@@ -28,6 +28,7 @@ from ..runtime.files import parsed, read_bytes, read_json
 from ..runtime.pipeline import MANY
 from ..runtime.placement import BACKENDS, PRECISIONS, STAGES
 from ..runtime.planner.choose import plan as every_plan
+from ..runtime.planner.plan import Verdict
 from ..runtime.planner.wishes import Wishes
 from .record import named
 
@@ -137,7 +138,7 @@ def most_exact(plans: Iterable[Plan]) -> Plan | None:
 def choose(plans: Sequence[Plan], which: str) -> list[Plan]:
     """Of what a planner found: all that some budget would run, those that no other beats in everything, or the fastest of each
     precision."""
-    known = [plan for plan in plans if plan.fits or not plan.reason.startswith("is refused")]
+    known = [plan for plan in plans if plan.verdict is not Verdict.REFUSED]
     if which == "all":
         return known
     fitting = [plan for plan in known if plan.fits]

@@ -39,7 +39,14 @@ class TightfitError(Exception):
 
 
 class OutOfMemoryError(TightfitError):
-    """The device, or the budget, has no room for what is needed now; a plan that takes less may still run."""
+    """The device, or the budget, has no room for what is needed now; a plan that takes less may still run.
+
+    `complete` where the text says what to do; else it is a library's, or what was needed, alone.
+    """
+
+    def __init__(self, text: str = "", complete: bool = False) -> None:
+        super().__init__(text)
+        self.complete = complete
 
 
 # torch's words for CUDA, MPS and the CPU (c10's alloc_cpu.cpp; on Windows too), the C++ library's, oneDNN's where it has no room

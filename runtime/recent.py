@@ -1,7 +1,8 @@
-"""What was computed of objects, kept while these live: so many of the last, the oldest given up first."""
+"""Values computed from objects, the most recently used, kept while the objects live. Safe to call from threads."""
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -10,12 +11,16 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """Values by a key and the identity of their owners. None keeps an owner alive, and those of one that is gone go with it, so
-    that an id that is given out again finds nothing of another's."""
+    """Values by a key and the identity of their owners. No owner is kept alive. The values of an owner that dies go
+    with it, so an id that is given out again never finds the value of another object.
+
+    A thread that asks while another computes waits, and finds what that one computed.
+    """
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._kept: dict[Hashable, tuple[T, tuple[weakref.ref, ...]]] = {}
+        self._turn = threading.RLock()  # a computation may ask for another value
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -23,14 +28,20 @@ class Recent(Generic[T]):
     def get(self, key: Hashable, compute: Callable[[], T], *owners: object) -> T:
         """The value of `key` and `owners`, by `compute` if it is not there."""
         full = (key, *(id(owner) for owner in owners))
-        found = self._kept.pop(full, None) or (compute(), tuple(weakref.ref(each, lambda _: self._forget(full)) for each in owners))
-        self._kept[full] = found  # the last now
-        while len(self._kept) > self._most:
-            self._forget(list(self._kept)[0])  # noqa: RUF015  # in one step: an owner may go at any moment
-        return found[0]
+        with self._turn:
+            entry = self._kept.pop(full, None)
+            if entry is None:
+                entry = compute(), tuple(weakref.ref(owner, lambda _: self._forget(full)) for owner in owners)
+            self._kept[full] = entry  # the last now
+            for oldest in list(self._kept)[: max(0, len(self._kept) - self._most)]:
+                self._forget(oldest)
+        return entry[0]
 
     def clear(self) -> None:
-        self._kept.clear()
+        with self._turn:
+            self._kept.clear()
 
     def _forget(self, full: Hashable) -> None:
+        """Called at any moment, in any thread, when an owner dies. It takes no lock, as the thread that holds the lock
+        may be waiting for this one. Removing an item is one step, and so is copying the keys before they are read."""
         self._kept.pop(full, None)

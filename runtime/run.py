@@ -70,7 +70,7 @@ class Run:
         except (MemoryError, RuntimeError, ImportError, OSError) as error:  # of planning too, and of a library that comes late
             if not out_of_memory(error):
                 raise
-            raise OutOfMemoryError(f"out of memory to {self.stage} ({first_line(error)}): {CURE}") from error
+            raise OutOfMemoryError(f"out of memory to {self.stage} ({first_line(error)}): {CURE}", complete=True) from error
 
     def _stages(self, preview_every: int) -> Iterator[Event]:
         request, images = self.request, self._images
@@ -274,7 +274,7 @@ class Run:
         lower = [plan for plan in self._ways.every(self.request) if plan.fits and plan.predicted.stages[stage] < needs]
         self.loaded.free()
         if not lower:
-            raise OutOfMemoryError(f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}")
+            raise OutOfMemoryError(f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}", complete=True)
         self._take(min(lower, key=lambda plan: plan.precision != now.precision))
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
 

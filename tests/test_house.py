@@ -15,7 +15,9 @@ ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
 # From the ground up; imports point down only, within a floor they go in no circle.
 FLOORS = (
     ("kernels", "profiles"),
-    tuple(f"runtime.{leaf}" for leaf in ("budget", "errors", "files", "interrupts", "placement", "recent", "ring", "units")),
+    tuple(
+        f"runtime.{leaf}" for leaf in ("budget", "errors", "files", "interrupts", "placement", "recent", "ring", "rules", "units")
+    ),
     ("runtime.machine",),
     ("runtime.models",),
     ("runtime.costs",),
@@ -132,6 +134,79 @@ def test_direction_test_can_fail(tmp_path):
         assert "tightfit" in imports("runtime.plan", bad), line
     bad.write_text("from .. import __version__")
     assert "tightfit" not in imports("runtime.plan", bad)
+
+
+SENTENCES = {"reason", "cause", "why", "notices"}  # attributes, variables and keys that are prose
+# What other libraries say in words alone is told apart in these, and made an exception's type of ours there.
+LISTENERS = {
+    "runtime.errors",
+    "runtime.machine.detect",
+    "runtime.models.schedulers",  # the package that diffusers' ImportError asks for
+    "runtime.backends.torch.backend",
+    "runtime.backends.onnx.backend",
+    "runtime.backends.onnx.call",  # the newest opset that ONNX Runtime names when it is given too new a one
+}
+
+
+def is_prose(node: ast.AST) -> bool:
+    """Whether an expression is a reason, or what an error says."""
+    if isinstance(node, ast.Attribute | ast.Name):
+        return (node.attr if isinstance(node, ast.Attribute) else node.id) in SENTENCES
+    if isinstance(node, ast.Subscript):
+        return isinstance(node.slice, ast.Constant) and node.slice.value in SENTENCES
+    if isinstance(node, ast.Call):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if called in ("lower", "strip", "casefold"):
+            return is_prose(node.func.value) if isinstance(node.func, ast.Attribute) else False
+        return called in ("str", "first_line", "repr") and any("error" in ast.unparse(word) for word in node.args)
+    return False
+
+
+def decisions_from_prose(text: str) -> list[str]:
+    """Expressions of a source file that decide by what a sentence says: how it begins, what is in it, whether it is this."""
+    found = []
+    for node in ast.walk(ast.parse(text)):
+        read: list[ast.AST] = []
+        if isinstance(node, ast.Compare):
+            words = {ast.In: node.comparators, ast.NotIn: node.comparators}
+            sides = [node.left, *node.comparators]
+            read = [part for op in node.ops for part in words.get(type(op), sides if isinstance(op, ast.Eq | ast.NotEq) else [])]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("startswith", "endswith", "find", "index", "count", "partition"):
+                read = [node.func.value]
+            elif node.func.attr in ("search", "match", "fullmatch", "findall"):
+                read = list(node.args)
+        elif isinstance(node, ast.Match):
+            read = [node.subject]
+        if any(map(is_prose, read)):
+            found.append(ast.unparse(node))
+    return found
+
+
+@pytest.mark.parametrize("name", sources().keys() - LISTENERS)
+def test_no_decision_is_read_from_a_sentence(name):
+    assert not decisions_from_prose(sources()[name].read_text())
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if plan.reason.startswith('is refused'): pass",
+        "rows = [p for p in plans if 'below the floor' in p.reason]",
+        "often = plan.reason == 'fits'",
+        "kind = 'memory' if 'out of memory' not in str(error) else 'other'",
+        "kind = 'memory' if first_line(error).lower().startswith('out of memory') else 'other'",
+        "if re.search('too much', plan.reason): pass",
+        "if row['why'].endswith('GiB'): pass",
+        "match reason:\n    case 'fits': pass",
+    ],
+)
+def test_a_decision_from_a_sentence_is_found(line):
+    assert decisions_from_prose(line)
+
+
+def test_what_is_no_decision_from_a_sentence():
+    assert not decisions_from_prose("if plan.verdict is Verdict.REFUSED and plan.cfg == 'batched': say(plan.reason)")
 
 
 def test_kernels_is_no_regular_package():

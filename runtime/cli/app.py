@@ -31,7 +31,7 @@ from ..machine.hardware import Hardware
 from ..machine.process import check_address_space
 from ..models.schedulers import KINDS, SCHEDULERS
 from ..placement import ATTENTIONS, BACKENDS, COMPUTES, PRECISIONS, RESIDENCIES, TILINGS
-from ..planner.plan import Plan
+from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import parse_bytes, shown
@@ -333,10 +333,11 @@ def _cells(p: Plan) -> list[str]:
 
 def _short_reasons(plans: list[Plan]) -> tuple[dict[str, str], list[str]]:
     """What stands for a refusal that several rows have, and a line that says it once. Lack of memory differs from row to row."""
-    count = Counter(p.reason for p in plans if not p.fits and p.reason.startswith("is "))
+    count = Counter(p.reason for p in plans if p.verdict in (Verdict.REFUSED, Verdict.TOO_COARSE))
     often = [reason for reason, rows in count.items() if rows > 1]
     short = {reason: f"refused{f' ({i + 1})' if len(often) > 1 else ''}" for i, reason in enumerate(often)}
-    return short, [f"{short[reason]}: {reason.removeprefix('is refused: ')}" for reason in often]
+    causes = {p.reason: p.cause for p in plans}
+    return short, [f"{short[reason]}: {causes[reason]}" for reason in often]
 
 
 def _plan_notes(plan: Plan, machine: Hardware) -> list[str]:
@@ -542,7 +543,7 @@ def main() -> None:
     try:
         code = app(as_command(sys.argv[1:]), standalone_mode=False)
     except TightfitError as error:
-        _fail(_no_memory(error) if type(error) is OutOfMemoryError and "out of memory" not in str(error) else str(error))
+        _fail(_no_memory(error) if isinstance(error, OutOfMemoryError) and not error.complete else str(error))
     except usage_error as error:
         _fail(usage(error))
     except (KeyboardInterrupt, typer.Abort):

@@ -82,7 +82,8 @@ def check_address_space() -> None:
     if address_space() < IMPORTED:
         raise OutOfMemoryError(
             f"out of memory: this process may map {shown(address_space())}, torch and diffusers alone take {shown(IMPORTED)}: "
-            "raise its limit (ulimit -v)"
+            "raise its limit (ulimit -v)",
+            complete=True,
         )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 
 from ..backends import engine
@@ -16,25 +17,27 @@ from ..request import Request, guided
 from .wishes import Wishes
 
 
+@dataclass(frozen=True)
+class _Choice:
+    """What a candidate decides for the U-Net; the other networks follow it as far as they can."""
+
+    precision: str
+    compute: str
+    residency: str
+    attention: str
+    tiling: str
+
+
 def ways(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Iterator[tuple[str, dict[str, Placement]]]:
+    """Every candidate once: its kind of guidance, and the placement of each component."""
     modes = _options(wishes.cfg, CFG) if guided(spec, request) else ("batched",)
     seen = set()
     for engines in _engines(spec, wishes):
-        graph = spec.components["unet"].graph if engines["unet"] == "onnx" else None
-        tiled = graph is None or engines["vae_decoder"] == "torch"
-        axes = (
-            _of_graph(spec, wishes) if graph else _precisions(hardware, spec, wishes),
-            _options(wishes.residency, RESIDENCIES if graph is None else RESIDENCIES[:2]),
-            _options(wishes.attention, ATTENTIONS if tiled else ATTENTIONS[:1]),
-            _options(wishes.tiling, TILINGS if tiled else TILINGS[:1]),
-            modes,
-        )
-        for (precision, compute), residency, attention, tiling, cfg in product(*axes):
-            choice = {"residency": residency, "attention": attention, "tiling": tiling}
+        for choice, cfg in product(_choices(hardware, spec, wishes, engines), modes):
             placements = {
                 name: _on_onnx(hardware, spec, name, wishes, choice)
                 if engine == "onnx"
-                else _on_torch(hardware, spec, name, (precision, compute), choice)
+                else _on_torch(hardware, spec, name, choice)
                 for name, engine in engines.items()
             }
             key = (cfg, *placements.values())
@@ -43,28 +46,63 @@ def ways(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) 
                 yield cfg, placements
 
 
+def _choices(hardware: Hardware, spec: ModelSpec, wishes: Wishes, engines: dict[str, str]) -> Iterator[_Choice]:
+    """What there is to decide, where these engines run the components. A graph has its weights in one precision and
+    its own attention, and does not stream."""
+    graph = engines["unet"] == "onnx"
+    tiles = not graph or engines["vae_decoder"] == "torch"
+    axes = (
+        _of_graph(spec, wishes) if graph else _precisions(hardware, spec, wishes),
+        _options(wishes.residency, RESIDENCIES[:2] if graph else RESIDENCIES),
+        _options(wishes.attention, ATTENTIONS if tiles else ATTENTIONS[:1]),
+        _options(wishes.tiling, TILINGS if tiles else TILINGS[:1]),
+    )
+    for (precision, compute), residency, attention, tiling in product(*axes):
+        yield _Choice(precision, compute, residency, attention, tiling)
+
+
 def _options(asked: str, known: Sequence[str]) -> Sequence[str]:
     return known if asked == "auto" else (asked,)
 
 
 def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
-    """Which engine runs each component, of those that can read it; the text encoders are run by one."""
-    there = {name: _runnable(spec, component) for name, component in spec.components.items()}
-    asked = wishes.backend if wishes.backend != "auto" else "onnx" if wishes.provider != "auto" else None
-    if asked and not any(asked in engines for engines in there.values()):
-        how = "export it with --to onnx" if asked == "onnx" else f"use {spec.source or 'the model'}, from which it was exported"
-        if why := next((component.unreadable for component in spec.components.values() if component.unreadable), ""):
-            how = f"{why}; or {how}"
-        option = "--backend" if wishes.backend != "auto" else "--provider"
-        raise TightfitError(f"{spec.name} has no weights that {asked} reads: {how}, or leave out {option}")
-    of_kind: dict[str, tuple[str, ...]] = {}
-    for name, engines in there.items():
-        kind, own = name.removesuffix("_2"), (asked,) if asked and asked in engines else engines
-        of_kind[kind] = tuple(each for each in of_kind.get(kind, own) if each in own) or own
-    for chosen in product(*of_kind.values()):
-        by_kind = dict(zip(of_kind, chosen, strict=True))
-        picked = {name: by_kind[name.removesuffix("_2")] for name in there}
-        yield {name: engine if engine in there[name] else there[name][0] for name, engine in picked.items()}
+    """Which engine runs each component, of those that can read it. All text encoders are run by one, where one can."""
+    runnable = {name: _runnable(spec, component) for name, component in spec.components.items()}
+    asked = _asked_engine(wishes)
+    if asked and not any(asked in engines for engines in runnable.values()):
+        raise _without_weights(spec, wishes, asked)
+    options: dict[str, tuple[str, ...]] = {}
+    for name, engines in runnable.items():
+        choices = (asked,) if asked and asked in engines else engines
+        shared = tuple(engine for engine in options.get(_kind(name), choices) if engine in choices)
+        options[_kind(name)] = shared or choices
+    for chosen in product(*options.values()):
+        of_kind = dict(zip(options, chosen, strict=True))
+        picked = {name: of_kind[_kind(name)] for name in runnable}
+        yield {name: engine if engine in runnable[name] else runnable[name][0] for name, engine in picked.items()}
+
+
+def _kind(name: str) -> str:
+    """A component's name without its number: the text encoders of a model are of one kind."""
+    return name.removesuffix("_2")
+
+
+def _asked_engine(wishes: Wishes) -> str | None:
+    """The engine that was asked for, if any: a provider is ONNX Runtime's."""
+    if wishes.backend != "auto":
+        return wishes.backend
+    return "onnx" if wishes.provider != "auto" else None
+
+
+def _without_weights(spec: ModelSpec, wishes: Wishes, asked: str) -> TightfitError:
+    """The error for an engine that can read no component of the model."""
+    cure = f"use {spec.source or 'the model'}, from which it was exported"
+    if asked == "onnx":
+        cure = "export it with --to onnx"
+    if why := next((component.unreadable for component in spec.components.values() if component.unreadable), ""):
+        cure = f"{why}; or {cure}"
+    option = "--backend" if wishes.backend != "auto" else "--provider"
+    return TightfitError(f"{spec.name} has no weights that {asked} reads: {cure}, or leave out {option}")
 
 
 def _runnable(spec: ModelSpec, component: Component) -> tuple[str, ...]:
@@ -80,93 +118,128 @@ def _runnable(spec: ModelSpec, component: Component) -> tuple[str, ...]:
     return component.engines
 
 
-def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, kind: tuple[str, str], choice: Mapping[str, str]) -> Placement:
-    vae, (precision, compute) = name == "vae_decoder", kind
+def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -> Placement:
+    vae, precision = name == "vae_decoder", choice.precision
     if precision == DYNAMIC and name != "unet":
-        precision = "int8"  # a strip of a VAE would have another scale than the next; text encoders have little to gain
-    computes = vae_compute(hardware, spec, compute) if vae else compute
+        # a strip of a VAE would have another scale than the next; text encoders have little to gain
+        precision = "int8"
+    compute = vae_compute(hardware, spec, choice.compute) if vae else choice.compute
     return Placement(
-        "torch",
-        precision if precision in QUANTISED else computes,
-        computes,
+        backend="torch",
+        precision=precision if precision in QUANTISED else compute,
+        compute=compute,
         # a VAE is a hundredth of a U-Net: nothing to gain
-        "staged" if vae and choice["residency"] == "streamed" else choice["residency"],
-        choice["attention"] if name in ("unet", "vae_decoder") else "sdpa",
-        choice["tiling"] if vae else "whole",
+        residency="staged" if vae and choice.residency == "streamed" else choice.residency,
+        attention=choice.attention if name in ("unet", "vae_decoder") else "sdpa",
+        tiling=choice.tiling if vae else "whole",
     )
 
 
-def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, choice: Mapping[str, str]) -> Placement:
+def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, choice: _Choice) -> Placement:
     graph = spec.components[name].graph
     assert graph
-    own = name == "unet"  # what is asked for is of the U-Net; the engine says that it cannot stream, or slice
-    return Placement(
-        "onnx",
-        graph.precision,
-        graph.compute,
-        choice["residency"] if own or choice["residency"] != "streamed" else "staged",
-        choice["attention"] if own else "sdpa",
-        choice["tiling"] if name == "vae_decoder" and wishes.tiling != "auto" else "whole",
-        chosen_provider(hardware, wishes.provider),
+    placement = Placement(
+        backend="onnx",
+        precision=graph.precision,
+        compute=graph.compute,
+        residency="staged" if choice.residency == "streamed" else choice.residency,
+        attention="sdpa",
+        tiling=choice.tiling if name == "vae_decoder" and wishes.tiling != "auto" else "whole",
+        provider=chosen_provider(hardware, wishes.provider),
     )
+    if name == "unet":  # what is asked for is of the U-Net; the engine says that it cannot stream, or slice
+        return replace(placement, residency=choice.residency, attention=choice.attention)
+    return placement
 
 
 def chosen_provider(hardware: Hardware, asked: str) -> str:
     """The execution provider that is asked for, by its name or the start of that; or the best that is here."""
-    there = hardware.onnx_providers()
+    present = hardware.onnx_providers()
     if asked == "auto":
-        return next((each for each in PROVIDERS[hardware.device] if each in there), CPU_PROVIDER)
-    known = {provider_name(each): each for names in PROVIDERS.values() for each in names}  # none that sends the model elsewhere
-    short = provider_name(asked).replace("directml", "dml")
-    if known.get(short) not in there:
-        usable = ", ".join(name for name, each in known.items() if each in there)
-        cure = f"choose {usable}" if usable else "it is not installed, pip install 'tightfit[cpu]' or [gpu]"
-        if hardware.providers is None and (why := provider_problems().get(known.get(short, ""))):
-            raise TightfitError(f"ONNX Runtime's provider '{asked}' does not run here ({why}): {cure}")
-        if short in map(provider_name, there):
-            raise TightfitError(f"tightfit does not run on ONNX Runtime's provider '{asked}': {cure}")
-        fits = hardware.providers is None and known.get(short) in PROVIDERS[hardware.device]  # this machine, and its kind of device
-        if usable and fits and short in PACKAGES and (short != "dml" or sys.platform == "win32"):
-            cure = f"pip install onnxruntime-{PACKAGES[short]} in place of onnxruntime, or {cure}"
-        raise TightfitError(f"ONNX Runtime has no provider '{asked}' for {hardware.name}: {cure}")
-    return known[short]
+        return next((provider for provider in PROVIDERS[hardware.device] if provider in present), CPU_PROVIDER)
+    provider = _providers_by_name().get(_short(asked))
+    if provider is None or provider not in present:
+        raise _without_provider(hardware, asked)
+    return provider
+
+
+def _providers_by_name() -> dict[str, str]:
+    """None of these sends the model to another machine."""
+    return {provider_name(provider): provider for providers in PROVIDERS.values() for provider in providers}
+
+
+def _short(asked: str) -> str:
+    return provider_name(asked).replace("directml", "dml")
+
+
+def _without_provider(hardware: Hardware, asked: str) -> TightfitError:
+    """The error for a provider that is not here, does not run here, or is none of ours."""
+    known, present, short = _providers_by_name(), hardware.onnx_providers(), _short(asked)
+    usable = ", ".join(name for name, provider in known.items() if provider in present)
+    cure = f"choose {usable}" if usable else "it is not installed, pip install 'tightfit[cpu]' or [gpu]"
+    this_machine = hardware.providers is None
+    if this_machine and (why := provider_problems().get(known.get(short, ""))):
+        return TightfitError(f"ONNX Runtime's provider '{asked}' does not run here ({why}): {cure}")
+    if short in map(provider_name, present):
+        return TightfitError(f"tightfit does not run on ONNX Runtime's provider '{asked}': {cure}")
+    if usable and this_machine and _installable(hardware, short):
+        cure = f"pip install onnxruntime-{PACKAGES[short]} in place of onnxruntime, or {cure}"
+    return TightfitError(f"ONNX Runtime has no provider '{asked}' for {hardware.name}: {cure}")
+
+
+def _installable(hardware: Hardware, short: str) -> bool:
+    """Whether a package has this provider, for this system and this kind of device."""
+    of_device = _providers_by_name().get(short) in PROVIDERS[hardware.device]
+    return of_device and short in PACKAGES and (short != "dml" or sys.platform == "win32")
 
 
 def _of_graph(spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
     """The one way that the U-Net's graph has its weights, if that is what is asked for."""
-    unet, origin = spec.components["unet"], spec.source or "the model"
+    unet = spec.components["unet"]
     graph = unet.graph
     assert graph
-    for name, asked, has in (("precision", wishes.precision, graph.precision), ("compute", wishes.compute, graph.compute)):
-        if asked not in ("auto", has):
+    stored = {"precision": graph.precision, "compute": graph.compute}
+    for option, value in stored.items():
+        asked = getattr(wishes, option)
+        if asked not in ("auto", value):
             if wishes.backend == "auto" and unet.tensors:
                 return []  # torch can do it
-            again = f"use {origin}, from which it was exported"
-            if asked in ("fp32", "fp16", *STORED):
-                options = f"{graph.precision} --compute {asked}" if name == "compute" and graph.precision in STORED else asked
-                again = f"export {origin} with --to onnx --precision {options}"
-            raise TightfitError(f"{graph.file} has {name} {has}, not {asked}: choose --{name} auto, or {again}")
+            cure = _exported_again(spec, graph.precision, option, asked)
+            raise TightfitError(f"{graph.file} has {option} {value}, not {asked}: choose --{option} auto, or {cure}")
     return [(graph.precision, graph.compute)]
 
 
+def _exported_again(spec: ModelSpec, precision: str, option: str, asked: str) -> str:
+    """How to have a graph with what was asked for, where there is one with weights in `precision`."""
+    origin = spec.source or "the model"
+    if asked not in ("fp32", "fp16", *STORED):
+        return f"use {origin}, from which it was exported"
+    options = f"{precision} --compute {asked}" if option == "compute" and precision in STORED else asked
+    return f"export {origin} with --to onnx --precision {options}"
+
+
 def _precisions(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
-    """What weights may be held in, and what is computed in: quantised ones in what the device prefers, unless told."""
-    known: tuple[str, ...] = (*hardware.precisions, *QUANTISED)
-    if spec.precision:
-        known = of_stored(spec.precision)
-        if wishes.precision not in ("auto", *known):
-            raise TightfitError(
-                f"{spec.name} is stored in {spec.precision}: leave out --precision {wishes.precision}, or use the original"
-            )
-    found = []
-    if hardware.device != "cpu" or "int8" not in hardware.rates:  # on GPUs its kernels are yet to be timed: when asked for
-        known = tuple(each for each in known if each != DYNAMIC)
-    for precision in known if wishes.precision == "auto" else (wishes.precision,):
-        own = hardware.precisions[0] if precision in QUANTISED else precision
-        compute = own if wishes.compute == "auto" else wishes.compute
+    """What weights may be held in, and what is computed in: quantised weights in what the device prefers, unless told."""
+    pairs = []
+    for precision in _held_in(hardware, spec, wishes):
+        preferred = hardware.precisions[0] if precision in QUANTISED else precision
+        compute = preferred if wishes.compute == "auto" else wishes.compute
         if precision in (*QUANTISED, compute):
-            found.append((precision, compute))
-    return found
+            pairs.append((precision, compute))
+    return pairs
+
+
+def _held_in(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> tuple[str, ...]:
+    """The precisions that weights may be held in."""
+    known = of_stored(spec.precision) if spec.precision else (*hardware.precisions, *QUANTISED)
+    if wishes.precision == "auto":
+        # int8-dynamic on GPUs, where its kernels are yet to be timed, has to be asked for
+        timed = hardware.device == "cpu" and "int8" in hardware.rates
+        return tuple(precision for precision in known if timed or precision != DYNAMIC)
+    if spec.precision and wishes.precision not in known:
+        cure = f"leave out --precision {wishes.precision}, or use the original"
+        raise TightfitError(f"{spec.name} is stored in {spec.precision}: {cure}")
+    return (wishes.precision,)
 
 
 def of_stored(precision: str) -> tuple[str, ...]:

@@ -14,9 +14,10 @@ from ..machine.process import PROCESS, address_space, process_context
 from ..models.spec import ModelSpec
 from ..request import Request, guided
 from ..units import shown
-from .candidates import chosen_provider, of_stored, vae_compute, ways
-from .estimate import NEEDS, estimate, holder
-from .plan import Plan
+from .candidates import ways
+from .estimate import ESTIMATOR, holder
+from .plan import Plan, Verdict
+from .saved import checked as checked  # a plan from a file is a choice as well
 from .wishes import Wishes
 
 _SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
@@ -27,10 +28,10 @@ def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wi
     first, then the others by what they lack. The first is marked as chosen, if any fits."""
     wishes = wishes or Wishes()
     request = (request or Request("a")).resolve(spec)
-    job = estimate(hardware, spec, request, wishes)
+    estimate = ESTIMATOR.estimate(hardware, spec, request, wishes)
     budget = _budget(hardware, wishes)
     with _cycles_left():
-        found = [each for way in ways(hardware, spec, request, wishes) for each in job.plans(*way, budget)]
+        found = [each for way in ways(hardware, spec, request, wishes) for each in estimate.plans(*way, budget)]
     if not found:
         raise TightfitError(f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto")
     fitting = sorted((p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes))
@@ -56,84 +57,70 @@ def _cycles_left() -> Iterator[None]:
             gc.enable()
 
 
-def checked(saved: Plan, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Plan:
-    """A plan from a file, predicted anew for this machine and request. Raises TightfitError if it cannot run here."""
-    again = "make one for it with 'tightfit plan'"
-    if saved.placements.keys() != spec.components.keys():
-        raise TightfitError(f"this plan is for another kind of model than {spec.name}: {again}")
-    for name, placement in saved.placements.items():
-        if placement.backend not in spec.components[name].engines:
-            raise TightfitError(f"this plan runs the {name} on {placement.backend}, {spec.name} has it not for that: {again}")
-        if wishes.provider != "auto" and placement.provider not in ("", chosen_provider(hardware, wishes.provider)):
-            raise TightfitError(
-                f"--provider {wishes.provider} is asked for, the plan says {placement.provider}: leave out one of them"
-            )
-    unet, vae = saved.placements["unet"], saved.placements["vae_decoder"]
-    has = {name: getattr(unet, name) for name in ("backend", "precision", "compute", "residency", "attention")}
-    for name, value in (has | {"tiling": vae.tiling, "cfg": saved.cfg}).items():
-        if getattr(wishes, name) not in ("auto", value):
-            raise TightfitError(f"{name} {getattr(wishes, name)} is asked for, the plan says {value}: leave out one of them")
-    if vae.backend == "torch" and vae.compute == "fp16" != vae_compute(hardware, spec, "fp16"):
-        raise TightfitError(f"this plan runs {spec.name}'s VAE in fp16, in which it overflows: {again}")
-    if spec.precision and unet.backend == "torch" and unet.precision not in of_stored(spec.precision):
-        raise TightfitError(f"this plan is for weights in {unet.precision}, {spec.name} is stored in {spec.precision}: {again}")
-    if saved.device != hardware.device:
-        raise TightfitError(f"this plan is for {saved.hardware} ({saved.device}), this machine runs on {hardware.device}: {again}")
-    if saved.model != spec.name:
-        raise TightfitError(f"this plan is for {saved.model}, not for {spec.name}: {again}")
-    budget = min(saved.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
-    new = estimate(hardware, spec, request.resolve(spec), wishes).plan(saved.cfg, saved.placements, budget)
-    if not new.fits:
-        raise TightfitError(f"this plan, made for {saved.hardware}, does not run here: it {new.reason}; {again}")
-    return replace(new, chosen=True, reason=f"read from a file; made for {saved.hardware}")
-
-
 def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> TightfitError:
     """The error that says what would fit: a smaller picture, or a larger budget; or that what is asked for runs nowhere."""
     asked = f"{request.width}x{request.height}"
-    least = min((p for p in plans if p.reason.startswith(NEEDS)), key=lambda p: p.predicted.peak_bytes, default=None)
-    if least is None:  # no memory would help
-        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {plans[0].reason.removeprefix('is refused: ')}")
-    budget, context = least.budget_bytes, least.predicted.context_bytes
-    if least.predicted.peak_bytes + context <= budget:  # it is not the memory of the device
+    large = [plan for plan in plans if plan.verdict is Verdict.TOO_LARGE]
+    if not large:  # no memory would help
+        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {plans[0].cause}")
+    least = min(large, key=lambda plan: plan.predicted.peak_bytes)
+    budget_bytes, context_bytes = least.budget_bytes, least.predicted.context_bytes
+    if least.predicted.peak_bytes + context_bytes <= budget_bytes:  # it is not the memory of the device
         return TightfitError(f"nothing runs {spec.name} at {asked} as asked: it {least.reason}")
-    if hardware.device == "cpu" and hardware.providers is None and context >= PROCESS:
-        context = max(context, process_context())  # planning has made this process larger, and whoever detects next counts that
-    needed, cures, joint = least.predicted.peak_bytes + context, [], ", or "
-    if least.predicted.context_bytes >= budget:
-        cures.append(f"{holder(hardware)} alone takes {shown(context)}")
-        joint = ", and "
+    context_bytes = _context_from_now_on(hardware, context_bytes)
+    cure = _more_memory(hardware, asked, least.predicted.peak_bytes + context_bytes)
+    if least.predicted.context_bytes >= budget_bytes:
+        cure = f"{holder(hardware)} alone takes {shown(context_bytes)}, and {cure}"
     elif smaller := _largest_of_this_shape(hardware, spec, request, wishes, plans):
-        cures.append(f"the largest of this shape that fits is {smaller}")
-    cures.append(
-        f"{asked} needs {_option(hardware)} {-(-needed // 2**20)}MiB"
-        if needed <= hardware.free_bytes
-        else f"{asked} needs {shown(needed)} free, {shown(hardware.free_bytes)} are{_limit(hardware)}"
-    )
-    return TightfitError(f"{spec.name} does not fit {shown(budget)}: {joint.join(cures)} (with {least.summary()})")
+        cure = f"the largest of this shape that fits is {smaller}, or {cure}"
+    return TightfitError(f"{spec.name} does not fit {shown(budget_bytes)}: {cure} (with {least.summary()})")
+
+
+def _context_from_now_on(hardware: Hardware, context_bytes: int) -> int:
+    """Planning makes this process larger, and whoever detects next counts that."""
+    if hardware.device == "cpu" and hardware.providers is None and context_bytes >= PROCESS:
+        return max(context_bytes, process_context())
+    return context_bytes
+
+
+def _more_memory(hardware: Hardware, asked: str, needed_bytes: int) -> str:
+    """The budget for a size that is asked for, or how much would have to be free for it."""
+    if needed_bytes <= hardware.free_bytes:
+        return f"{asked} needs {_option(hardware)} {-(-needed_bytes // 2**20)}MiB"
+    return f"{asked} needs {shown(needed_bytes)} free, {shown(hardware.free_bytes)} are{_limit(hardware)}"
 
 
 def refuse_hopeless(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> None:
     """Raise TightfitError for what no way of running can fit, found out without following all of them: where there is no room
     beside the context, or none for one feature map of the picture. Following how 16384x16384 runs takes minutes."""
-    request, budget = request.resolve(spec), _budget(hardware, wishes)
-    room = budget - hardware.context_bytes
-    if room > 0 and _largest_map(hardware, spec, int(request.width or 0), int(request.height or 0)) <= room:
-        return
+    request = request.resolve(spec)
+    room = _budget(hardware, wishes) - hardware.context_bytes
     if room <= 0:
-        few = _frugal(spec, request, wishes)
-        raise none_fits(plan(hardware, spec, request, few), hardware, spec, request, wishes)
+        plans = plan(hardware, spec, request, _frugal(spec, request, wishes))
+        raise none_fits(plans, hardware, spec, request, wishes)
+    map_bytes = _largest_map(hardware, spec, int(request.width or 0), int(request.height or 0))
+    if map_bytes > room:
+        raise _no_room_for_a_map(hardware, spec, request, wishes, map_bytes)
+
+
+def _no_room_for_a_map(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, map_bytes: int) -> TightfitError:
+    """The error for a picture whose one feature map is too much. The plans that its cure is from are of the native size."""
     native = replace(request, width=spec.native_size[1], height=spec.native_size[0])
     plans = plan(hardware, spec, native, _frugal(spec, native, wishes))
-    runs = [p for p in plans if p.fits or p.reason.startswith(NEEDS)]
+    runs = [plan for plan in plans if _runs_somewhere(plan)]
     if not runs:
-        raise none_fits(plans, hardware, spec, request, wishes)
+        return none_fits(plans, hardware, spec, request, wishes)
     smaller = _largest_of_this_shape(hardware, spec, request, wishes, runs)
     cure = f"the largest of this shape that fits is {smaller}" if smaller else "no size of this shape fits"
-    most = _largest_map(hardware, spec, int(request.width or 0), int(request.height or 0))
-    raise TightfitError(
-        f"{spec.name} does not fit {shown(budget)}: one feature map of {request.width}x{request.height} takes {shown(most)}, {cure}"
+    asked, budget_bytes = f"{request.width}x{request.height}", _budget(hardware, wishes)
+    return TightfitError(
+        f"{spec.name} does not fit {shown(budget_bytes)}: one feature map of {asked} takes {shown(map_bytes)}, {cure}"
     )
+
+
+def _runs_somewhere(plan: Plan) -> bool:
+    """Whether some budget would run it as it was asked for."""
+    return plan.verdict in (Verdict.FITS, Verdict.TOO_LARGE)
 
 
 def _frugal(spec: ModelSpec, request: Request, wishes: Wishes) -> Wishes:
@@ -173,7 +160,7 @@ def _largest_of_this_shape(
 ) -> str | None:
     """By the way of running that takes the least memory at the size asked for; or by the least that streams, as of a small picture
     it is the weights that take memory."""
-    runs = sorted((p for p in plans if p.fits or p.reason.startswith(NEEDS)), key=lambda p: p.predicted.peak_bytes)
+    runs = sorted(filter(_runs_somewhere, plans), key=lambda plan: plan.predicted.peak_bytes)
     ways = [*runs[:1], *[p for p in runs[1:] if p.placements["unet"].residency == "streamed"][:1]]
     found = (_largest_that_fits(hardware, spec, request, wishes, way) for way in ways)
     return next(filter(None, found), None)
@@ -191,7 +178,7 @@ def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wi
         while low <= high:  # the sizes grow
             middle = (low + high) // 2
             smaller = replace(request, width=sizes[middle][0], height=sizes[middle][1])
-            if estimate(hardware, spec, smaller, wishes).plan(least.cfg, least.placements, budget).fits:
+            if ESTIMATOR.estimate(hardware, spec, smaller, wishes).plan(least.cfg, least.placements, budget).fits:
                 best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
             else:
                 high = middle - 1

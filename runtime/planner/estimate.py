@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 from ..backends import engine
 from ..costs.footprint import Footprint, peak
 from ..costs.latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
+from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..models import schedulers
 from ..models.spec import Component, ModelSpec
@@ -19,7 +22,7 @@ from ..placement import DYNAMIC, QUANTISED, STAGES, Placement
 from ..recent import Recent
 from ..request import Request, guided
 from ..units import shown
-from .plan import Plan, Predicted
+from .plan import Plan, Predicted, Verdict, refused
 from .wishes import Wishes
 
 # Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m tightfit.benchmarks.quality).
@@ -28,20 +31,29 @@ PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0, "int8": 51.0, "int8-dynamic": 
 # Of the budget, left free where weights are kept loaded to fill it: predictions were 4.1 % off at most (benchmarks/predicted.py).
 SLACK = 0.04
 T = TypeVar("T")
-NEEDS = "needs"
 
 
 def holder(hardware: Hardware) -> str:
     return "the process" if hardware.device == "cpu" else "the device's context"
 
 
-_costs: Recent[dict[Any, Any]] = Recent(4)
+class Estimator:
+    """Costs every request of this process. Requests for the same machine, model and size share what was computed.
+
+    Threads take turns, one plan each: calls are followed on `meta` modules that all requests share.
+    """
+
+    def __init__(self, most: int = 4) -> None:
+        """Keeps the costs of the last `most` machines, models and sizes."""
+        self.costs: Recent[dict[Any, Any]] = Recent(most)
+        self.turn = threading.RLock()
+
+    def estimate(self, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Estimate:
+        key = (request.width, request.height, guided(spec, request))
+        return Estimate(hardware, spec, request, wishes, self.costs.get(key, dict, hardware, spec), self.turn)
 
 
-def estimate(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Estimate:
-    """One that remembers what an earlier one of the same machine, model and size computed."""
-    key = (request.width, request.height, guided(spec, request))
-    return Estimate(hardware, spec, request, wishes, _costs.get(key, dict, hardware, spec))
+ESTIMATOR = Estimator()  # the one of this process
 
 
 @dataclass(frozen=True)
@@ -53,32 +65,50 @@ class Estimate:
     request: Request
     wishes: Wishes
     _known: dict[Any, Any]
+    _turn: AbstractContextManager[Any]
 
-    def plan(self, cfg: str, placements: Mapping[str, Placement], budget: int) -> Plan:
-        predicted = self._predict(cfg, placements)
-        problem = self._problem(cfg, placements, predicted, budget)
-        reason = problem or "fits"
+    def plan(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> Plan:
+        with self._turn:
+            predicted = self._predict(cfg, placements)
+            verdict, reason = self._verdict(cfg, placements, predicted, budget_bytes)
         return Plan(
-            self.spec.name, self.hardware.name, self.hardware.device, budget, cfg, placements, predicted, not problem, False, reason
+            model=self.spec.name,
+            hardware=self.hardware.name,
+            device=self.hardware.device,
+            budget_bytes=budget_bytes,
+            cfg=cfg,
+            placements=placements,
+            predicted=predicted,
+            verdict=verdict,
+            chosen=False,
+            reason=reason,
         )
 
-    def plans(self, cfg: str, placements: Mapping[str, Placement], budget: int) -> Iterator[Plan]:
-        """This way of running; and of weights that stream with as many kept loaded as the budget has room for, and half of them."""
-        one = self.plan(cfg, placements, budget)
-        yield one
-        room = budget - one.predicted.context_bytes
+    def plans(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> list[Plan]:
+        """This way of running. Where its weights stream, also with as many kept loaded as the budget has room for,
+        and with half of those."""
+        with self._turn:
+            plan = self.plan(cfg, placements, budget_bytes)
+            room = budget_bytes - plan.predicted.context_bytes
+            if plan.predicted.peak_bytes > room or not self._may_keep(cfg, placements):
+                return [plan]
+            return [plan, *(self.plan(cfg, kept, budget_bytes) for kept in self._keeping(cfg, placements, room))]
+
+    def _may_keep(self, cfg: str, placements: Mapping[str, Placement]) -> bool:
+        if placements["unet"].residency != "streamed":
+            return False
         # who asks for streaming, and names no budget, wants the least memory
-        may_keep = self.wishes.residency == "auto" or self.wishes.budget is not None
-        streams = placements["unet"].residency == "streamed" and not self._refused(cfg, placements)
-        if not streams or not may_keep or one.predicted.peak_bytes > room:
-            return
+        wanted = self.wishes.residency == "auto" or self.wishes.budget is not None
+        return wanted and not self._refused(cfg, placements)
+
+    def _keeping(self, cfg: str, placements: Mapping[str, Placement], room: int) -> list[dict[str, Placement]]:
+        """What streams, with weights kept loaded in `room` bytes but for the slack, and with half of these."""
         room = int(room * (1 - SLACK))
         filled = {name: self._filled(name, placement, cfg, placements, room) for name, placement in placements.items()}
         most = filled["unet"].kept_bytes
         sums = accumulate(self._footprint("unet", placements["unet"], cfg).units)
         half = max((kept for kept in sums if kept <= most / 2), default=0)
-        for kept in {most, half} - {0}:
-            yield self.plan(cfg, filled | {"unet": replace(filled["unet"], kept_bytes=kept)}, budget)
+        return [filled | {"unet": replace(filled["unet"], kept_bytes=kept)} for kept in {most, half} - {0}]
 
     def _filled(self, name: str, own: Placement, cfg: str, placements: Mapping[str, Placement], room: int) -> Placement:
         """With as much kept loaded as goes into `room` bytes. Where that is all, a text encoder is staged. A U-Net is left alone,
@@ -123,14 +153,16 @@ class Estimate:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
         stages: dict[str, int] = dict.fromkeys(STAGES, 0)
         for name in placements:
-            stage = "denoise" if name == "unet" else "decode" if name == "vae_decoder" else "encode"
+            stage = _stage(name)
             stages[stage] = max(stages[stage], self._peak(name, cfg, placements))
-        # What is staged takes of the host one after another; what is pinned to stream from stays for the next picture.
-        staged = [footprints[n].host for n, placement in placements.items() if placement.residency == "staged"]
-        host = sum(each.host for each in footprints.values()) - sum(staged) + max(staged, default=0)
-        seconds = self._seconds(cfg, placements, footprints)
-        psnr = min(_psnr(placement) for placement in placements.values())
-        return Predicted(max(stages.values()), stages, self.hardware.context_bytes, host, seconds, psnr)
+        return Predicted(
+            peak_bytes=max(stages.values()),
+            stages=stages,
+            context_bytes=self.hardware.context_bytes,
+            host_bytes=_host_bytes(placements, footprints),
+            seconds=self._seconds(cfg, placements, footprints),
+            psnr=min(_psnr(placement) for placement in placements.values()),
+        )
 
     def _peak(self, name: str, cfg: str, placements: Mapping[str, Placement]) -> int:
         """While one component is called, beside those that stay loaded."""
@@ -192,21 +224,45 @@ class Estimate:
                 return why
         return None
 
-    def _problem(self, cfg: str, placements: Mapping[str, Placement], predicted: Predicted, budget: int) -> str | None:
-        """Why this plan cannot be taken, or None."""
+    def _verdict(
+        self, cfg: str, placements: Mapping[str, Placement], predicted: Predicted, budget_bytes: int
+    ) -> tuple[Verdict, str]:
+        """Whether this plan can be taken, and the reason in words."""
         if refusal := self._refused(cfg, placements):
-            return f"is refused: {refusal}"
+            return Verdict.REFUSED, refused(refusal)
         if self.wishes.min_psnr is not None and predicted.psnr < self.wishes.min_psnr:
-            return f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}"
-        room = budget - predicted.context_bytes
+            return Verdict.TOO_COARSE, f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}"
+        if problem := self._lack(predicted, budget_bytes):
+            return Verdict.TOO_LARGE, problem
+        return Verdict.FITS, "fits"
+
+    def _lack(self, predicted: Predicted, budget_bytes: int) -> str | None:
+        """What memory the plan needs and has not, or None."""
+        room = budget_bytes - predicted.context_bytes
         if predicted.peak_bytes > room:
             stage = max(predicted.stages, key=lambda name: predicted.stages[name])
             beside = f" beside the {shown(predicted.context_bytes)} of {holder(self.hardware)}" if room <= 0 else ""
             most = predicted.stages[stage]
-            return f"{NEEDS} {shown(most)} to {stage}{beside}, {shown(most - room)} too much"
+            return f"needs {shown(most)} to {stage}{beside}, {shown(most - room)} too much"
         if predicted.host_bytes > self.hardware.host_bytes:
-            return f"{NEEDS} {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
+            return f"needs {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
         return None
+
+
+def _stage(component: str) -> str:
+    """The stage in which a component is called."""
+    stage = {"unet": "denoise", "vae_decoder": "decode"}.get(component)
+    if stage is None and component.startswith("text_encoder"):
+        stage = "encode"
+    if stage is None:
+        raise TightfitError(f"no stage calls a {component}: this model is of another kind than its configs say")
+    return stage
+
+
+def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> int:
+    """What is staged takes of the host one after another; what is pinned to stream from stays for the next picture."""
+    staged = [footprints[name].host for name, placement in placements.items() if placement.residency == "staged"]
+    return sum(footprint.host for footprint in footprints.values()) - sum(staged) + max(staged, default=0)
 
 
 def _psnr(placement: Placement) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from ..placement import CFG, CHOICES, QUANTISED, Placement
 from ..units import shown
 
 VERSION = 5
+_REFUSED = "is refused: "  # how the reason of a refused plan begins
+
+
+class Verdict(Enum):
+    """Whether a plan can be taken. The `reason` beside it is prose for people: no decision is read from that."""
+
+    FITS = "fits"
+    TOO_LARGE = "too large"  # a larger budget, or more of the host's memory, would do
+    TOO_COARSE = "too coarse"  # below the floor of quality that was asked for
+    REFUSED = "refused"  # an engine cannot run it, whatever the budget
 
 
 @dataclass(frozen=True)
@@ -33,8 +44,11 @@ class Predicted:
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run a request for one model on one machine. `cfg` is batched or sequential; `budget_bytes` what it had to
-    fit in, context included; `chosen` marks the best of those it was planned with."""
+    """One way to run a request for one model on one machine.
+
+    `cfg` is batched or sequential. `budget_bytes` is what it had to fit in, context included. `verdict` says whether it
+    can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
+    """
 
     model: str
     hardware: str
@@ -43,10 +57,19 @@ class Plan:
     cfg: str
     placements: Mapping[str, Placement]
     predicted: Predicted
-    fits: bool
+    verdict: Verdict
     chosen: bool
     reason: str
     version: int = VERSION
+
+    @property
+    def fits(self) -> bool:
+        return self.verdict is Verdict.FITS
+
+    @property
+    def cause(self) -> str:
+        """The reason, of a refused plan what the engine said alone."""
+        return self.reason.removeprefix(_REFUSED)
 
     @property
     def precision(self) -> str:
@@ -75,7 +98,7 @@ class Plan:
 
     def beats(self, other: Plan) -> bool:
         """Better in something and worse in nothing; or fit to run, where the other is refused whatever the budget."""
-        if self.fits and other.reason.startswith("is refused"):
+        if self.fits and other.verdict is Verdict.REFUSED:
             return True
         a, b = self.predicted, other.predicted
         pairs = ((a.seconds, b.seconds), (a.peak_bytes, b.peak_bytes), (-a.psnr, -b.psnr))
@@ -83,7 +106,8 @@ class Plan:
         return usable and all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """Every field, and `fits`, which says the same as the verdict to readers that know no verdicts."""
+        return asdict(self) | {"verdict": self.verdict.value, "fits": self.fits}
 
     @classmethod
     def read(cls, file: Path) -> Plan:
@@ -99,7 +123,7 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """The plan that `json.dumps(plan.to_json())` saved, or the chosen one of what `tightfit plan --json` printed.
 
-        Raises TightfitError for anything else.
+        A plan saved before there were verdicts has only `fits`. Raises TightfitError for anything else.
         """
         try:
             data = json.loads(text)
@@ -107,13 +131,28 @@ class Plan:
                 data = next((each for each in data["plans"] if each["chosen"]), data["plans"][0])
             if data["version"] != VERSION:
                 raise TightfitError(f"this plan is of version {data['version']}, not {VERSION}: make it again with 'tightfit plan'")
-            placements = {name: Placement(**each) for name, each in data["placements"].items()}
-            plan = cls(**data | {"placements": placements, "predicted": Predicted(**data["predicted"])})
+            plan = _from_fields(data)
             if problem := _problem(plan):
                 raise ValueError(problem)
             return plan
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise TightfitError(f"this is not a tightfit plan ({error}): make it again with 'tightfit plan'") from None
+
+
+def refused(why: str) -> str:
+    """The reason of a plan that an engine refuses, of what the engine says."""
+    return _REFUSED + why
+
+
+def _from_fields(data: Mapping[str, Any]) -> Plan:
+    """Raises ValueError, TypeError or KeyError for what is no plan."""
+    fits = data["fits"]
+    verdict = Verdict(data["verdict"]) if "verdict" in data else Verdict.FITS if fits else Verdict.TOO_LARGE
+    if bool(fits) != (verdict is Verdict.FITS):
+        raise ValueError(f"its verdict is {verdict.value!r}, its fits is {fits!r}")
+    fields = {name: value for name, value in data.items() if name != "fits"}
+    placements = {name: Placement(**values) for name, values in data["placements"].items()}
+    return Plan(**fields | {"verdict": verdict, "placements": placements, "predicted": Predicted(**data["predicted"])})
 
 
 def _problem(plan: Plan) -> str | None:

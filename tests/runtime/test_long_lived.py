@@ -46,7 +46,7 @@ def test_each_new_size_leaves_nothing(monkeypatch, shallow_models):
     """Objects of all kinds that are alive after 4 and after 10 sizes, when caches of a tenth of their length are full."""
     wishes = Wishes(precision="fp32", attention="sdpa")
     monkeypatch.setattr(dryrun._traces, "_most", 8)
-    monkeypatch.setattr(estimate._costs, "_most", 2)
+    monkeypatch.setattr(estimate.ESTIMATOR.costs, "_most", 2)
     spec, alive = inspect(shallow_models["sdxl"]), []
     for number in range(1, 11):
         plan(CPU, spec, Request("a", width=64 * number, height=64).resolve(spec), wishes)
@@ -58,13 +58,13 @@ def test_each_new_size_leaves_nothing(monkeypatch, shallow_models):
 
 def test_a_model_goes_with_all_that_is_known_of_it(shallow_models):
     spec = inspect(shallow_models["sd1"])
-    before = len(estimate._costs), len(dryrun._modules), len(dryrun._sizes_of)
+    before = len(estimate.ESTIMATOR.costs), len(dryrun._modules), len(dryrun._sizes_of)
     plan(CPU, spec, wishes=Wishes(precision="fp32"))
     there, held = weakref.ref(spec), weakref.ref(spec.components["unet"])
     del spec
     gc.collect()
     assert there() is held() is None
-    assert (len(estimate._costs), len(dryrun._modules), len(dryrun._sizes_of)) <= before
+    assert (len(estimate.ESTIMATOR.costs), len(dryrun._modules), len(dryrun._sizes_of)) <= before
 
 
 def test_what_is_named_as_enough_is_so_in_the_same_process(monkeypatch, sd1):

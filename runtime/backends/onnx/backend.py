@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,7 @@ from ...machine.providers import CPU_PROVIDER, provider_name
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from ...placement import Placement
+from ...rules import Rule, first_broken
 from .call import NAMES, answers, check_types, for_runtime, input_shapes, newest_opset
 from .footprint import PER_NODE_BYTES, call_footprint, call_of, call_problem, loading_bytes, weight_bytes
 from .meters import DeviceMeter, ProcessMeter
@@ -28,6 +31,79 @@ from .meters import DeviceMeter, ProcessMeter
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # Operators whose place matters; ONNX Runtime keeps what only computes shapes on the CPU, and means to.
 _HEAVY = {"Conv", "MatMul", "Gemm", "Attention", "MultiHeadAttention", "LayerNormalization", "DequantizeLinear", "Resize", "Gelu"}
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One component, placed so on that hardware, called for that size, as the rules below look at it."""
+
+    spec: ModelSpec
+    component: Component
+    placement: Placement
+    hardware: Hardware
+    size: tuple[int, int, int]
+
+    @property
+    def graph(self) -> Graph:
+        assert self.component.graph is not None  # the first rule
+        return self.component.graph
+
+    @property
+    def providers(self) -> str:
+        return ", ".join(self.hardware.onnx_providers()) or "nothing, as it is not installed"
+
+    @functools.cached_property
+    def other_shape(self) -> str | None:
+        """An input that the graph takes in one shape only, if this size asks for another."""
+        shapes = input_shapes(self.spec, self.component, self.size)
+        for (name, shape), (_, sides) in zip(shapes, self.graph.inputs.values(), strict=True):
+            if any(isinstance(side, int) and side != wanted for side, wanted in zip(sides, shape, strict=False)):
+                return f"{name} of {list(sides)} only, not of {list(shape)}"
+        return None
+
+    @functools.cached_property
+    def call_problem(self) -> str | None:
+        return call_problem(self.spec, self.component, self.placement.provider == CPU_PROVIDER, self.size)
+
+
+_REFUSALS: tuple[Rule[_Case], ...] = (
+    Rule(
+        lambda case: case.component.graph is None,
+        lambda case: f"the {case.component.name} is not here as ONNX: export the model with --to onnx",
+    ),
+    Rule(
+        lambda case: case.placement.provider not in case.hardware.onnx_providers(),
+        lambda case: f"ONNX Runtime has no {case.placement.provider} here, but {case.providers}",
+    ),
+    Rule(
+        lambda case: case.placement.provider == CUDA_PROVIDER and case.placement.compute == "fp16" and case.hardware.half_is_broken,
+        lambda case: f"fp16 convolutions answer NaN on {case.hardware.name}: export the model in fp32, or choose --provider cpu",
+    ),
+    Rule(
+        lambda case: case.placement.residency == "streamed",
+        "ONNX Runtime cannot stream weights: leave out --residency streamed",
+    ),
+    Rule(
+        lambda case: case.placement.attention != "sdpa",
+        lambda case: f"an ONNX graph has its own attention: leave out --attention {case.placement.attention}",
+    ),
+    Rule(
+        lambda case: case.placement.tiling != "whole",
+        lambda case: f"an ONNX graph runs whole: leave out --tiling {case.placement.tiling}",
+    ),
+    Rule(
+        lambda case: case.graph.opset > newest_opset(),
+        lambda case: (
+            f"{case.graph.file} is of opset {case.graph.opset}, ONNX Runtime {onnxruntime.__version__} knows "
+            f"opset {newest_opset()}: install a newer one, or export the model again"
+        ),
+    ),
+    Rule(
+        lambda case: case.other_shape,
+        lambda case: f"{case.graph.file} takes {case.other_shape}: ask for what it was made for, or export the model again",
+    ),
+    Rule(lambda case: case.call_problem, lambda case: case.call_problem or ""),
+)
 
 
 class OnnxBackend:
@@ -41,32 +117,7 @@ class OnnxBackend:
         spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
     ) -> str | None:
         """Why this engine cannot run a component so on that hardware for that size, or None if it can."""
-        there = hardware.onnx_providers()
-        if component.graph is None:
-            return f"the {component.name} is not here as ONNX: export the model with --to onnx"
-        if placement.provider not in there:
-            return f"ONNX Runtime has no {placement.provider} here, but {', '.join(there) or 'nothing, as it is not installed'}"
-        if placement.provider == CUDA_PROVIDER and placement.compute == "fp16" and hardware.half_is_broken:
-            return f"fp16 convolutions answer NaN on {hardware.name}: export the model in fp32, or choose --provider cpu"
-        if placement.residency == "streamed":
-            return "ONNX Runtime cannot stream weights: leave out --residency streamed"
-        if placement.attention != "sdpa":
-            return f"an ONNX graph has its own attention: leave out --attention {placement.attention}"
-        if placement.tiling != "whole":
-            return f"an ONNX graph runs whole: leave out --tiling {placement.tiling}"
-        newest = newest_opset()
-        if component.graph.opset > newest:
-            return (
-                f"{component.graph.file} is of opset {component.graph.opset}, ONNX Runtime {onnxruntime.__version__} knows opset "
-                f"{newest}: install a newer one, or export the model again"
-            )
-        for (name, shape), (_, sides) in zip(input_shapes(spec, component, size), component.graph.inputs.values(), strict=True):
-            if any(isinstance(side, int) and side != wanted for side, wanted in zip(sides, shape, strict=False)):
-                return (
-                    f"{component.graph.file} takes {name} of {list(sides)} only, not of {list(shape)}: ask for what it was made "
-                    "for, or export the model again"
-                )
-        return call_problem(spec, component, placement.provider == CPU_PROVIDER, size)
+        return first_broken(_REFUSALS, _Case(spec, component, placement, hardware, size))
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:

@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,89 @@ from ...machine.process import release
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
 from ...placement import DYNAMIC, QUANTISED, Placement
+from ...rules import Rule, first_broken
 from ...units import shown
 from . import dryrun, networks, quantised, streaming
 from . import loading as weights
 from .meter import Meter, meter
 from .tf32 import tf32_off
+
+
+@dataclass(frozen=True)
+class _Case:
+    """One component, placed so on that hardware, as the rules below look at it."""
+
+    component: Component
+    placement: Placement
+    hardware: Hardware
+
+    @property
+    def dynamic(self) -> bool:
+        return self.placement.precision == DYNAMIC
+
+    @property
+    def streamed(self) -> bool:
+        return self.placement.residency == "streamed"
+
+    @property
+    def compute(self) -> str:
+        return self.placement.compute
+
+    @functools.cached_property
+    def triton_problem(self) -> str | None:
+        return _triton_problem(self.hardware)
+
+
+_REFUSALS: tuple[Rule[_Case], ...] = (
+    Rule(
+        lambda case: not case.component.tensors,
+        lambda case: f"the {case.component.name} is here as ONNX only: use --backend onnx, or the model that it was exported from",
+    ),
+    Rule(
+        lambda case: case.dynamic and "int8" not in case.hardware.rates,
+        "this device has no fast products of 8-bit whole numbers that tightfit can use: choose int8",
+    ),
+    Rule(
+        lambda case: case.dynamic and case.triton_problem,
+        lambda case: f"int8-dynamic needs Triton, which does not run here ({case.triton_problem}): choose int8",
+    ),
+    Rule(
+        lambda case: case.dynamic and case.hardware.device == "cpu" and case.compute not in case.hardware.precisions,
+        lambda case: f"oneDNN makes no {case.compute} of sums of whole numbers here but by a slow loop: choose int8",
+    ),
+    Rule(
+        lambda case: case.dynamic and case.streamed,
+        "its weights, which are prepared once, must stay loaded: choose int8",
+    ),
+    Rule(
+        lambda case: case.dynamic and case.component.name != "unet",
+        lambda case: f"int8-dynamic is for U-Nets: choose int8 for the {case.component.name}",
+    ),
+    Rule(
+        lambda case: case.streamed and case.placement.precision in QUANTISED and case.component.formats is None,
+        "weights that are quantised while they load cannot stream: export the model first",
+    ),
+    Rule(
+        lambda case: case.streamed and case.component.name == "vae_decoder",
+        "a VAE's weights, a hundredth of a U-Net's, must stay loaded: its strips read them many times",
+    ),
+    Rule(
+        lambda case: case.compute == "bf16" and case.hardware.capability and case.hardware.capability < (8, 0),
+        lambda case: f"cuDNN has no bf16 convolutions below compute capability 8.0: choose {_instead(case.hardware)}",
+    ),
+    Rule(
+        lambda case: case.compute == "fp16" and case.hardware.half_is_broken,
+        lambda case: f"fp16 convolutions answer NaN on {case.hardware.name}: choose {_instead(case.hardware)}",
+    ),
+    Rule(
+        lambda case: case.streamed and case.hardware.unified and case.hardware.device == "cuda",
+        "GPU and host share one memory: the weights would be in it twice",
+    ),
+    Rule(
+        lambda case: case.hardware.device == "cpu" and case.compute == "fp16" and case.placement.attention == "sliced",
+        "torch multiplies fp16 matrices 30 times slower than fp32 ones on a CPU",
+    ),
+)
 
 
 class TorchBackend:
@@ -43,31 +122,7 @@ class TorchBackend:
         size: tuple[int, int, int],  # noqa: ARG004
     ) -> str | None:
         """Why this engine cannot run a component so on that hardware, or None if it can."""
-        if not component.tensors:
-            return f"the {component.name} is here as ONNX only: use --backend onnx, or the model that it was exported from"
-        if placement.precision == DYNAMIC and "int8" not in hardware.rates:
-            return "this device has no fast products of 8-bit whole numbers that tightfit can use: choose int8"
-        if placement.precision == DYNAMIC and (why := _triton_problem(hardware)):
-            return f"int8-dynamic needs Triton, which does not run here ({why}): choose int8"
-        if placement.precision == DYNAMIC and hardware.device == "cpu" and placement.compute not in hardware.precisions:
-            return f"oneDNN makes no {placement.compute} of sums of whole numbers here but by a slow loop: choose int8"
-        if placement.precision == DYNAMIC and placement.residency == "streamed":
-            return "its weights, which are prepared once, must stay loaded: choose int8"
-        if placement.precision == DYNAMIC and component.name != "unet":
-            return f"int8-dynamic is for U-Nets: choose int8 for the {component.name}"
-        if placement.residency == "streamed" and placement.precision in QUANTISED and component.formats is None:
-            return "weights that are quantised while they load cannot stream: export the model first"
-        if placement.residency == "streamed" and component.name == "vae_decoder":
-            return "a VAE's weights, a hundredth of a U-Net's, must stay loaded: its strips read them many times"
-        if placement.compute == "bf16" and hardware.capability and hardware.capability < (8, 0):
-            return f"cuDNN has no bf16 convolutions below compute capability 8.0: choose {_instead(hardware)}"
-        if placement.compute == "fp16" and hardware.half_is_broken:
-            return f"fp16 convolutions answer NaN on {hardware.name}: choose {_instead(hardware)}"
-        if placement.residency == "streamed" and hardware.unified and hardware.device == "cuda":
-            return "GPU and host share one memory: the weights would be in it twice"
-        if hardware.device == "cpu" and placement.compute == "fp16" and placement.attention == "sliced":
-            return "torch multiplies fp16 matrices 30 times slower than fp32 ones on a CPU"
-        return None
+        return first_broken(_REFUSALS, _Case(component, placement, hardware))
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:

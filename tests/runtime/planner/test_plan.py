@@ -15,7 +15,7 @@ from tightfit.runtime.machine.profiles import cards, profile
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner.choose import checked, none_fits, plan
-from tightfit.runtime.planner.plan import Plan
+from tightfit.runtime.planner.plan import Plan, Verdict
 from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.request import Request
 
@@ -272,6 +272,36 @@ def test_total_and_saved(tiny_models):
 def test_what_the_plan_command_prints_is_read_too(sd1):
     plans = plan(RTX_3060, inspect(sd1))
     assert Plan.from_json(json.dumps({"plans": [p.to_json() for p in reversed(plans)]})) == plans[0]
+
+
+def test_a_plan_that_was_saved_before_there_were_verdicts(sd1):
+    """Version 5 with `fits` alone; a budget that nothing fits has the other kind."""
+    for wishes in (Wishes(), Wishes(budget=MIB, precision="fp16")):
+        made = plan(RTX_3060, inspect(sd1), wishes=wishes)[0]
+        data = made.to_json()
+        assert data["fits"] is made.fits
+        assert data.pop("verdict") == made.verdict.value
+        assert Plan.from_json(json.dumps(data)) == made
+    for wrong in ({"verdict": "fits"}, {"verdict": "perhaps"}, {"verdict": None}, {"verdict": ["refused"]}):
+        with pytest.raises(TightfitError, match="not a tightfit plan"):
+            Plan.from_json(json.dumps(data | wrong))
+
+
+def test_each_verdict(sd1):
+    """By what was asked for; the reason beside it may say what it likes."""
+    spec = inspect(sd1)
+    asked = {
+        Verdict.FITS: (RTX_3060, Wishes()),
+        Verdict.TOO_LARGE: (RTX_3060, Wishes(budget=MIB, precision="fp16")),
+        Verdict.TOO_COARSE: (RTX_3060, Wishes(min_psnr=90, precision="fp16")),
+        Verdict.REFUSED: (OLD_CPU, Wishes(precision="fp16", attention="sliced")),
+    }
+    for verdict, (hardware, wishes) in asked.items():
+        assert plan(hardware, spec, wishes=wishes)[0].verdict is verdict
+    best = plan(RTX_3060, spec, wishes=Wishes(precision="fp16", residency="resident"))[0]
+    other = dataclasses.replace(best, reason="is refused: so it says")
+    assert not best.beats(other)
+    assert best.beats(dataclasses.replace(best, verdict=Verdict.REFUSED, reason="fits"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,140 @@
+"""A plan from a file: whether it can run here, by tables of rules, and what it takes on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..errors import TightfitError
+from ..machine.hardware import Hardware
+from ..models.spec import ModelSpec
+from ..placement import Placement
+from ..request import Request
+from ..rules import Rule, first_broken
+from .candidates import chosen_provider, of_stored, vae_compute
+from .estimate import ESTIMATOR
+from .plan import Plan
+from .wishes import Wishes
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """A saved plan, beside what it is to run on and for."""
+
+    plan: Plan
+    hardware: Hardware
+    spec: ModelSpec
+    wishes: Wishes
+
+    @property
+    def unet(self) -> Placement:
+        return self.plan.placements["unet"]
+
+    @property
+    def vae(self) -> Placement:
+        return self.plan.placements["vae_decoder"]
+
+    @property
+    def contradiction(self) -> tuple[str, str, str] | None:
+        """A choice, what is asked for now, and what the plan says, where these differ."""
+        chosen = {name: getattr(self.unet, name) for name in _OF_UNET} | {"tiling": self.vae.tiling, "cfg": self.plan.cfg}
+        wished = {name: getattr(self.wishes, name) for name in chosen}
+        pairs = ((name, wished[name], value) for name, value in chosen.items())
+        return next(((name, wish, value) for name, wish, value in pairs if wish not in ("auto", value)), None)
+
+    @property
+    def overflows(self) -> bool:
+        fp16 = self.vae.backend == "torch" and self.vae.compute == "fp16"
+        return fp16 and vae_compute(self.hardware, self.spec, "fp16") != "fp16"
+
+    @property
+    def otherwise_stored(self) -> bool:
+        """Whether the plan has weights in another precision than the files."""
+        spec, unet = self.spec, self.unet
+        return bool(spec.precision) and unet.backend == "torch" and unet.precision not in of_stored(spec.precision)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One component of a saved plan."""
+
+    name: str
+    saved: _Saved
+
+    @property
+    def placement(self) -> Placement:
+        return self.saved.plan.placements[self.name]
+
+    @property
+    def provider_differs(self) -> bool:
+        asked = self.saved.wishes.provider
+        return asked != "auto" and self.placement.provider not in ("", chosen_provider(self.saved.hardware, asked))
+
+
+_OF_UNET = ("backend", "precision", "compute", "residency", "attention")
+_AGAIN = "make one for it with 'tightfit plan'"
+_LEAVE = "leave out one of them"
+
+
+def _contradicted(saved: _Saved) -> str:
+    name, wish, value = saved.contradiction or ("", "", "")
+    return f"{name} {wish} is asked for, the plan says {value}: {_LEAVE}"
+
+
+# Of each component, before anything else is asked of the plan.
+_OF_PARTS: tuple[Rule[_Part], ...] = (
+    Rule(
+        lambda part: part.placement.backend not in part.saved.spec.components[part.name].engines,
+        lambda part: (
+            f"this plan runs the {part.name} on {part.placement.backend}, {part.saved.spec.name} has it not for that: {_AGAIN}"
+        ),
+    ),
+    Rule(
+        lambda part: part.provider_differs,
+        lambda part: f"--provider {part.saved.wishes.provider} is asked for, the plan says {part.placement.provider}: {_LEAVE}",
+    ),
+)
+_OF_PLAN: tuple[Rule[_Saved], ...] = (
+    Rule(lambda saved: saved.contradiction, _contradicted),
+    Rule(
+        lambda saved: saved.overflows,
+        lambda saved: f"this plan runs {saved.spec.name}'s VAE in fp16, in which it overflows: {_AGAIN}",
+    ),
+    Rule(
+        lambda saved: saved.otherwise_stored,
+        lambda saved: (
+            f"this plan is for weights in {saved.unet.precision}, {saved.spec.name} is stored in {saved.spec.precision}: {_AGAIN}"
+        ),
+    ),
+    Rule(
+        lambda saved: saved.plan.device != saved.hardware.device,
+        lambda saved: (
+            f"this plan is for {saved.plan.hardware} ({saved.plan.device}), this machine runs on {saved.hardware.device}: {_AGAIN}"
+        ),
+    ),
+    Rule(
+        lambda saved: saved.plan.model != saved.spec.name,
+        lambda saved: f"this plan is for {saved.plan.model}, not for {saved.spec.name}: {_AGAIN}",
+    ),
+)
+
+
+def checked(plan: Plan, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Plan:
+    """A plan from a file, predicted anew for this machine and request. Raises TightfitError if it cannot run here."""
+    if problem := _problem(_Saved(plan, hardware, spec, wishes)):
+        raise TightfitError(problem)
+    budget_bytes = min(plan.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
+    estimate = ESTIMATOR.estimate(hardware, spec, request.resolve(spec), wishes)
+    new = estimate.plan(plan.cfg, plan.placements, budget_bytes)
+    if not new.fits:
+        raise TightfitError(f"this plan, made for {plan.hardware}, does not run here: it {new.reason}; {_AGAIN}")
+    return replace(new, chosen=True, reason=f"read from a file; made for {plan.hardware}")
+
+
+def _problem(saved: _Saved) -> str | None:
+    """Why the plan is not for this machine, model and request, or None."""
+    if saved.plan.placements.keys() != saved.spec.components.keys():
+        return f"this plan is for another kind of model than {saved.spec.name}: {_AGAIN}"
+    for name in saved.plan.placements:
+        if problem := first_broken(_OF_PARTS, _Part(name, saved)):
+            return problem
+    return first_broken(_OF_PLAN, saved)
