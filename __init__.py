@@ -11,6 +11,7 @@ Importing this loads no engine; torch and the rest come with the first call that
 
 TYPE_CHECKING = False  # checkers take it as true; `typing` takes 2.5 ms more before Ctrl-C is ours
 if TYPE_CHECKING:
+    from .export.export import export_model
     from .runtime.errors import TightfitError
     from .runtime.events import Event, Result
     from .runtime.machine.hardware import Hardware
@@ -35,6 +36,7 @@ __all__ = [
     "Result",
     "TightfitError",
     "Wishes",
+    "export_model",
     "inspect",
     "load",
     "plan",
@@ -43,18 +45,19 @@ __all__ = [
 ]
 
 _HOMES = {
-    "errors": ("TightfitError",),
-    "events": ("Event", "Result"),
-    "machine.hardware": ("Hardware",),
-    "machine.profiles": ("profile",),
-    "models.hub": ("inspect",),
-    "models.spec": ("ModelSpec",),
-    "pipeline": ("Pipeline", "load"),
-    "planner.choose": ("plan",),
-    "planner.plan": ("Plan",),
-    "planner.wishes": ("Wishes",),
-    "png": ("save",),
-    "request": ("Request",),
+    "export.export": ("export_model",),
+    "runtime.errors": ("TightfitError",),
+    "runtime.events": ("Event", "Result"),
+    "runtime.machine.hardware": ("Hardware",),
+    "runtime.machine.profiles": ("profile",),
+    "runtime.models.hub": ("inspect",),
+    "runtime.models.spec": ("ModelSpec",),
+    "runtime.pipeline": ("Pipeline", "load"),
+    "runtime.planner.choose": ("plan",),
+    "runtime.planner.plan": ("Plan",),
+    "runtime.planner.wishes": ("Wishes",),
+    "runtime.png": ("save",),
+    "runtime.request": ("Request",),
 }
 
 
@@ -63,7 +66,7 @@ def __getattr__(name: str):
 
     for home, names in _HOMES.items():
         if name in names:
-            return getattr(import_module(f".runtime.{home}", __name__), name)
+            return getattr(import_module(f".{home}", __name__), name)
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
 
 

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..runtime import interrupts
+from ..runtime.cli.options import MODEL, taking
 from ..runtime.cli.output import progress_bar, say, say_json, show_table, write
 from ..runtime.errors import TightfitError, explained, printable
 from ..runtime.machine.hardware import Hardware
@@ -31,73 +32,114 @@ app = typer.Typer(invoke_without_command=True, help="Measure every way to run a 
 _WAYS = ("auto", "all", "quick")
 
 
+_WHICH = "auto: no other beats them. all. quick: the fastest of each precision. Or FILE,FILE."
+_PLANS = typer.Option(help=_WHICH, metavar="WHICH")
+_SIZES = typer.Option(help="256,512x768; default: model's.", metavar="LIST")
+_STEPS = typer.Option(help="Of each picture: 20.", metavar="N")
+_PICTURES = typer.Option(help="Timed in each process, after a step to warm up: 1.", metavar="N")
+_ROUNDS = typer.Option(help="Processes of each plan, in turns with the others': 3.", metavar="N")
+_QUICK = typer.Option("--quick", help="Two minutes: --plans quick --rounds 1, 20 steps or as many as fit.")
+_HARDWARE = typer.Option(help="here, which is all that can be measured.", metavar="NAME")
+_DEVICE = typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")
+_PRECISION = typer.Option(help="Only this one, and the best.", metavar="NAME")
+_BACKEND = typer.Option(help="auto, torch, onnx.", metavar="NAME")
+_VRAM = typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")
+_OUTPUT = typer.Option("-o", "--output", help="Folder of results.jsonl and pictures.", metavar="DIR")
+_REPORT = typer.Option(help="Also write one page with plots and pictures.", metavar="HTML")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is typed after `tightfit bench`."""
+
+    context: typer.Context
+    model: Annotated[str, MODEL] = "emoji"
+    plans: Annotated[str | None, _PLANS] = None
+    sizes: Annotated[str | None, _SIZES] = None
+    steps: Annotated[int | None, _STEPS] = None
+    pictures: Annotated[int | None, _PICTURES] = None
+    rounds: Annotated[int | None, _ROUNDS] = None
+    quick: Annotated[bool, _QUICK] = False
+    hardware: Annotated[str, _HARDWARE] = "here"
+    device: Annotated[str, _DEVICE] = "auto"
+    precision: Annotated[str, _PRECISION] = "auto"
+    backend: Annotated[str, _BACKEND] = "auto"
+    vram: Annotated[str | None, _VRAM] = None
+    output: Annotated[Path, _OUTPUT] = Path("tightfit-bench")
+    report: Annotated[Path | None, _REPORT] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False
+    again: Annotated[bool, typer.Option("--again", help="Measure also what the folder has already.")] = False
+
+    def check(self) -> None:
+        """Raise TightfitError for what cannot be measured or written."""
+        if self.hardware != "here":
+            cure = f"see what is predicted with 'tightfit plan --hardware {self.hardware}'"
+            raise TightfitError(f"{self.hardware} is not here to be measured: {cure}")
+        if self.report and not (folder := self.report.absolute().parent).is_dir():
+            raise TightfitError(f"there is no folder {folder}: make it, or name another place for --report")
+        if self.report and self.report.is_dir():
+            raise TightfitError(f"--report {self.report} is a folder: name a file in it")
+
+    def efforts(self, suite: Any) -> list[Effort]:
+        """What each plan is measured with: the first that the time is enough for, else the last."""
+        names = ("steps", "pictures", "rounds")
+        counts = {name: count for name in names if (count := getattr(self, name)) is not None}
+        for name, count in counts.items():
+            if count < 1:
+                raise TightfitError(f"--{name} counts from 1 up, not from {count}")
+        effort = replace(suite.QUICK if self.quick else suite.Effort(), **counts)
+        in_time = self.quick and self.steps is None
+        return [replace(effort, steps=steps) for steps in suite.QUICK_STEPS] if in_time else [effort]
+
+    def wishes(self) -> dict[str, Any]:
+        """Fields of Wishes."""
+        budget = None if self.vram is None else parse_bytes(self.vram, "--vram or --ram")
+        return {"precision": self.precision, "backend": self.backend, "budget": budget}
+
+
 @app.callback()
-def bench(
-    context: typer.Context,
-    model: Annotated[str, typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")] = "emoji",
-    plans: Annotated[
-        str | None,
-        typer.Option(help="auto: no other beats them. all. quick: the fastest of each precision. Or FILE,FILE.", metavar="WHICH"),
-    ] = None,
-    sizes: Annotated[str | None, typer.Option(help="256,512x768; default: model's.", metavar="LIST")] = None,
-    steps: Annotated[int | None, typer.Option(help="Of each picture: 20.", metavar="N")] = None,
-    pictures: Annotated[int | None, typer.Option(help="Timed in each process, after a step to warm up: 1.", metavar="N")] = None,
-    rounds: Annotated[int | None, typer.Option(help="Processes of each plan, in turns with the others': 3.", metavar="N")] = None,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Two minutes: --plans quick --rounds 1, 20 steps or as many as fit.")
-    ] = False,
-    hardware: Annotated[str, typer.Option(help="here, which is all that can be measured.", metavar="NAME")] = "here",
-    device: Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")] = "auto",
-    precision: Annotated[str, typer.Option(help="Only this one, and the best.", metavar="NAME")] = "auto",
-    backend: Annotated[str, typer.Option(help="auto, torch, onnx.", metavar="NAME")] = "auto",
-    vram: Annotated[str | None, typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")] = None,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of results.jsonl and pictures.", metavar="DIR")] = Path(
-        "tightfit-bench"
-    ),
-    report: Annotated[Path | None, typer.Option(help="Also write one page with plots and pictures.", metavar="HTML")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure also what the folder has already.")] = False,
-) -> None:
-    """Run each way to paint with a model in processes of its own: seconds, bytes and quality, predicted and measured."""
-    if context.invoked_subcommand:
-        if given := [
-            name for name in context.params if (source := context.get_parameter_source(name)) and source.name == "COMMANDLINE"
-        ]:
-            raise TightfitError(f"'bench {context.invoked_subcommand}' measures nothing: leave out --{given[0]}")
-        return
-    if hardware != "here":
-        raise TightfitError(
-            f"{hardware} is not here to be measured: see what is predicted with 'tightfit plan --hardware {hardware}'"
-        )
-    if report and not report.absolute().parent.is_dir():
-        raise TightfitError(f"there is no folder {report.absolute().parent}: make it, or name another place for --report")
-    if report and report.is_dir():
-        raise TightfitError(f"--report {report} is a folder: name a file in it")
+@taking(Options)
+def bench(options: Options) -> None:
+    """Run each way to paint with a model in processes of its own.
+
+    Seconds, bytes and quality, predicted and measured.
+    """
+    if options.context.invoked_subcommand:
+        _refuse_options(options.context)
+    else:
+        _bench(options)
+
+
+def _bench(options: Options) -> None:
+    options.check()
     suite = _suite()
-    told = {"steps": steps, "pictures": pictures, "rounds": rounds}
-    for name, count in told.items():
-        if count is not None and count < 1:
-            raise TightfitError(f"--{name} counts from 1 up, not from {count}")
-    effort = replace(suite.QUICK if quick else suite.Effort(), **{name: count for name, count in told.items() if count is not None})
-    efforts = [replace(effort, steps=count) for count in suite.QUICK_STEPS] if quick and steps is None else [effort]
+    efforts = options.efforts(suite)
     from ..runtime.models.hub import inspect
 
-    spec, machine = inspect(model), _detected(device)
-    wishes = {"precision": precision, "backend": backend, "budget": None if vram is None else parse_bytes(vram, "--vram or --ram")}
+    spec, machine, wishes = inspect(options.model), _detected(options.device), options.wishes()
+    plans = options.plans or ("quick" if options.quick else "auto")
     todo: list[Job] = []
-    for each in efforts:
-        todo = _jobs(spec, machine, wishes, sizes, plans or ("quick" if quick else "auto"), each)
-        if sum(job.seconds for job in todo) * each.rounds <= 0.75 * each.seconds:  # predictions are best cases
+    for effort in efforts:
+        todo = _jobs(spec, machine, wishes, options.sizes, plans, effort)
+        # Predictions are best cases.
+        if sum(job.seconds for job in todo) * effort.rounds <= 0.75 * effort.seconds:
             break
-    rows = _measure(suite.in_time(todo), output, machine, again)
-    if as_json:
+    rows = _measure(suite.in_time(todo), options.output, machine, options.again)
+    if options.as_json:
         say_json(rows)
     else:
         _print(rows, machine, {job.key for job in todo if job.plan.chosen})
-    if report and rows:
-        _page(report, rows, output)
+    if options.report and rows:
+        _page(options.report, rows, options.output)
     if any(row["outcome"] == "failed" for row in rows):
         raise typer.Exit(1)
+
+
+def _refuse_options(context: typer.Context) -> None:
+    """Raise TightfitError for options of `bench` before its subcommand, which measures nothing."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    if typed := [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]:
+        raise TightfitError(f"'bench {context.invoked_subcommand}' measures nothing: leave out --{typed[0]}")
 
 
 @app.command()
@@ -108,41 +150,61 @@ def compare(
 
     Of several machines, or of more files, the figures beside each other."""
     from . import compare as side
+
+    tables = _tables(files)
+    machines = [side.machine(table.values()) for table in tables]
+    heads = [f"{file}\n{name}" for file, name in zip(_results(files), machines, strict=True)]
+    _side_by_side(heads, list(side.merged(tables)))
+    if len(files) > 2 or machines[0] != machines[1]:
+        say("nothing is judged: that takes two files of one machine")
+    elif _is_worse(*tables):
+        raise typer.Exit(1)
+
+
+def _results(files: Sequence[Path]) -> list[Path]:
+    return [file / "results.jsonl" if file.is_dir() else file for file in files]
+
+
+def _tables(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of each file, by what they are of."""
+    from . import compare as side
     from .suite import read, rows
 
-    files = [file / "results.jsonl" if file.is_dir() else file for file in files]
     if len(files) < 2:
         raise TightfitError("there is nothing to compare with: name two results files or more")
     tables = []
-    for file in files:
+    for file in _results(files):
         if not file.is_file():
             raise TightfitError(f"{file} is no file: name a results.jsonl of 'tightfit bench'")
         tables.append(side.by_identity(rows(read(file))))
         if not tables[-1]:
             raise TightfitError(f"{file} has no results: name another, or measure with 'tightfit bench'")
-    machines = [side.machine(table.values()) for table in tables]
-    _side_by_side([f"{file}\n{name}" for file, name in zip(files, machines, strict=True)], list(side.merged(tables)))
-    if len(files) > 2 or machines[0] != machines[1]:
-        say("nothing is judged: that takes two files of one machine")
-        return
-    before, after = tables
+    return tables
+
+
+def _is_worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Say what changed beyond noise between two tables of one machine. True if anything got worse or is missing."""
+    from . import compare as side
+
     for line in side.versions(before.values(), after.values()):
         say(f"differs: {line}")
     both = [key for key in before if key in after]
     if not both:
         raise TightfitError("no plan is in both files: measure the same model, sizes and steps in each")
-    found = [change for key in both for change in side.changes(before[key], after[key])]
-    for change in found:
-        say(f"{'better' if change.better else 'worse'}: {change.what} {change.before} → {change.after}, {change.plan}")
+    changes = [change for key in both for change in side.changes(before[key], after[key])]
+    for change in changes:
+        verdict = "better" if change.better else "worse"
+        say(f"{verdict}: {change.what} {change.before} → {change.after}, {change.plan}")
     missing = [side.name(row) for key, row in before.items() if key not in after]
     for name in missing:
         say(f"missing: {name}")
-    if few := [key for key in both if before[key]["outcome"] == "ok" and min(_runs(before[key]), _runs(after[key])) < side.FEW]:
-        say(f"seconds of {len(few)} plans are not judged: that takes {side.FEW} processes of each (--rounds)")
-    worse = sum(not change.better for change in found)
-    say(f"{len(both)} plans in both, {len(missing)} missing: {worse} figures worse, {len(found) - worse} better")
-    if worse or missing:
-        raise typer.Exit(1)
+    runs = {key: min(_runs(before[key]), _runs(after[key])) for key in both if before[key]["outcome"] == "ok"}
+    if few := sum(count < side.FEW for count in runs.values()):
+        say(f"seconds of {few} plans are not judged: that takes {side.FEW} processes of each (--rounds)")
+    worse = sum(not change.better for change in changes)
+    better = len(changes) - worse
+    say(f"{len(both)} plans in both, {len(missing)} missing: {worse} figures worse, {better} better")
+    return bool(worse or missing)
 
 
 def _runs(row: Mapping[str, Any]) -> int:

@@ -11,6 +11,7 @@ from typing import Any
 
 from . import png
 from .errors import TightfitError
+from .fields import kinds
 from .models.schedulers import SCHEDULERS
 from .request import Request
 
@@ -18,7 +19,8 @@ _NAME = re.compile(r"\w[\w \-/]*")
 _QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
 _SETTINGS = re.compile(r"\s*Steps:\s*\d")
 _TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
-_NAMES = tuple(field.name for field in dataclasses.fields(Request))
+_FIELDS = {field.name: field for field in dataclasses.fields(Request)}
+_KINDS = kinds(Request)
 _UNDERSTOOD = {"Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Model hash", "Version"}
 
 
@@ -70,20 +72,42 @@ def parse(text: str, source: str) -> Carried:
     place = next((i for i in reversed(range(len(lines))) if _SETTINGS.match(lines[i])), len(lines) - 1)
     prompt, fields = lines[:place], {name: _unquoted(value) for name, value in _pairs(lines[place])}
     if "tightfit" in fields:
-        try:
-            exact = json.loads(fields["tightfit"])
-            carried = Carried({name: exact[name] for name in _NAMES}, exact["model"], exact["precision"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            carried = Carried({})
-        if not isinstance(carried.model, str) or not isinstance(carried.precision, str):
-            raise TightfitError(f"the request inside {source} is damaged: it cannot be repeated")
-        return carried
+        return _exact(fields["tightfit"], source)
     if "Steps" not in fields:
         raise TightfitError(f"the 'parameters' text of {source} has no line of settings: it cannot be repeated")
     positive, _, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
     # A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its modules/sd_models_xl.py): here that is None.
     request = {"prompt": positive.strip(), "negative_prompt": negative.strip() or None, **_a1111(fields, source)}
     return Carried(request, notices=_differences(fields))
+
+
+def _exact(text: str, source: str) -> Carried:
+    """The JSON that some version of tightfit wrote. A field that is not in it has its default, as Request says.
+
+    A field that Request does not have is noted. Null is not: nothing was asked.
+    """
+    try:
+        exact = json.loads(text)
+    except (ValueError, RecursionError):
+        exact = None
+    if not isinstance(exact, dict) or not all(isinstance(exact.get(name), str) for name in ("model", "precision", "prompt")):
+        raise TightfitError(f"the request inside {source} is damaged: it cannot be repeated")
+    model, precision = exact.pop("model"), exact.pop("precision")
+    request = {name: value for name, value in exact.items() if name in _FIELDS}
+    if wrong := [name for name, value in request.items() if not _fits(name, value)]:
+        raise TightfitError(f"the request inside {source} is damaged, in its {wrong[0]}: it cannot be repeated")
+    unknown = {name: value for name, value in exact.items() if name not in _FIELDS and value is not None}
+    if not unknown:
+        return Carried(request, model, precision)
+    notice = f"another version of tightfit painted {source}, so the picture may differ; not honoured: {_named(unknown)}"
+    return Carried(request, model, precision, (notice,))
+
+
+def _fits(name: str, value: Any) -> bool:
+    """Whether JSON has `value` for a field of that name; a whole number is also a float."""
+    if value is None:
+        return _FIELDS[name].default is None
+    return isinstance(value, (float, int) if _KINDS[name] is float else _KINDS[name]) and not isinstance(value, bool)
 
 
 def _pairs(line: str) -> Iterator[tuple[str, str]]:
@@ -125,11 +149,17 @@ def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
 
 def _differences(fields: Mapping[str, str]) -> tuple[str, ...]:
     """What of an A1111 picture's settings is not honoured here, in one notice; and that the noise differs."""
-    most, letters = _TOLD
-    left = [f"{name} {value}"[:letters] for name, value in fields.items() if name not in _UNDERSTOOD]
-    more = [f"{len(left) - most} more"] if len(left) > most else []
-    honoured = f"; not honoured: {', '.join([*left[:most], *more])}" if left else ""
+    left = {name: value for name, value in fields.items() if name not in _UNDERSTOOD}
+    honoured = f"; not honoured: {_named(left)}" if left else ""
     return (f"A1111 draws its noise on the GPU unless told otherwise, so the picture may differ{honoured}",)
+
+
+def _named(settings: Mapping[str, Any]) -> str:
+    """The first settings of a text that somebody else wrote, each cut, and how many are left."""
+    most, letters = _TOLD
+    names = [f"{name} {value}"[:letters] for name, value in settings.items()]
+    more = [f"{len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 def _unquoted(value: str) -> str:

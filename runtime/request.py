@@ -10,18 +10,14 @@ from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
 from .errors import TightfitError
+from .fields import described, kinds, option
 from .models import schedulers
+from .models.schedulers import SCHEDULERS
 from .models.spec import ModelSpec
 
-_WHOLE = {
-    "width": (1, 2**16),
-    "height": (1, 2**16),
-    "num_inference_steps": (1, 1000),
-    "num_images": (1, 10_000),
-    "seed": (0, 2**63 - 1),
-}
 RANDOM_SEED = -1  # as A1111 has it: the seed that is drawn is told, and written into the picture
-_TEXT = ("prompt", "negative_prompt", "scheduler")
+_SIDES = 1, 2**16
+_NAMES = f"{', '.join(sorted(SCHEDULERS, key=len))}."
 
 
 @dataclass(frozen=True)
@@ -34,18 +30,25 @@ class Request:
     """
 
     prompt: str
-    negative_prompt: str | None = None
-    width: int | None = None
-    height: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    scheduler: str | None = None
-    num_images: int = 1
+    negative_prompt: str | None = option(None, "What not to paint.", "TEXT")
+    width: int | None = option(None, "Pixels; default: model's.", "N", bounds=_SIDES, costs=True)
+    height: int | None = option(None, "Pixels; default: model's.", "N", bounds=_SIDES, costs=True)
+    num_inference_steps: int | None = option(
+        None,
+        "Default 20; 4 for LCM.",
+        "N",
+        options=("--num-inference-steps", "--steps"),
+        bounds=(1, 1000),
+        costs=True,
+    )
+    guidance_scale: float | None = option(None, "Default: model's.", "X", bounds=(0, 1000), costs=True)
+    seed: int | None = option(None, "Default, and -1: random.", "N", bounds=(0, 2**63 - 1))
+    scheduler: str | None = option(None, _NAMES, "NAME", choices=tuple(SCHEDULERS), costs=True)
+    num_images: int = option(1, "From seed, seed + 1 …", "N", bounds=(1, 10_000), costs=True)
 
     def checked(self) -> Request:
         """The same request with plain Python numbers; raises TightfitError for what no model could do."""
-        for name in _TEXT:
+        for name in (name for name, kind in _KINDS.items() if kind is str):
             _check_text(name, getattr(self, name))
         if not self.prompt.strip():
             raise TightfitError('the prompt is empty: say what to paint, for example "a red heart"')
@@ -55,10 +58,11 @@ class Request:
         whole = {name: _whole(name, given[name], *limits) for name, limits in _WHOLE.items()}
         if (whole["seed"] or 0) + (whole["num_images"] or 1) > _WHOLE["seed"][1] + 1:
             raise TightfitError(f"seed {whole['seed']} leaves no seeds for {whole['num_images']} pictures: choose a smaller one")
-        if self.scheduler is not None and self.scheduler not in schedulers.SCHEDULERS:
-            close = get_close_matches(self.scheduler.lower(), schedulers.SCHEDULERS, 1)
+        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
+            close = get_close_matches(self.scheduler.lower(), SCHEDULERS, 1)
             meant = f" (did you mean {close[0]}?)" if close else ""
-            raise TightfitError(f"unknown scheduler '{self.scheduler}'{meant}: choose {', '.join(schedulers.SCHEDULERS)}")
+            known = ", ".join(SCHEDULERS)
+            raise TightfitError(f"unknown scheduler '{self.scheduler}'{meant}: choose {known}")
         return dataclasses.replace(self, guidance_scale=_scale(self.guidance_scale), **whole)
 
     def resolve(self, spec: ModelSpec) -> Request:
@@ -78,6 +82,10 @@ class Request:
             if getattr(whole, name) % spec.downsampling:
                 raise TightfitError(_size_error(name, getattr(whole, name), spec.downsampling))
         return whole
+
+
+_KINDS, _ABOUT = kinds(Request), described(Request)
+_WHOLE = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is int}
 
 
 def _check_text(name: str, value: object) -> None:
@@ -108,8 +116,9 @@ def _scale(value: Any) -> float | None:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = -1.0
-    if isinstance(value, bool | str) or not 0 <= number <= 1000:
-        raise TightfitError(f"guidance_scale must be a number from 0 to 1000, not {value!r}")
+    least, most = _ABOUT["guidance_scale"].bounds or (0, 0)
+    if isinstance(value, bool | str) or not least <= number <= most:
+        raise TightfitError(f"guidance_scale must be a number from {least} to {most}, not {value!r}")
     return number
 
 

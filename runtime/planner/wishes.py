@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import TightfitError
-from ..placement import CFG, CHOICES
+from ..fields import described, option
+from ..placement import ATTENTIONS, BACKENDS, CFG, COMPUTES, PRECISIONS, RESIDENCIES, TILINGS
 from ..units import parse_bytes
+
+
+def _word(help: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002
+    return option("auto", help, "NAME", choices=choices)
 
 
 @dataclass(frozen=True)
@@ -19,26 +24,27 @@ class Wishes:
     will run with the components that stay loaded, which share the time of loading them.
     """
 
-    backend: str = "auto"
-    provider: str = "auto"
-    precision: str = "auto"
-    compute: str = "auto"
-    residency: str = "auto"
-    attention: str = "auto"
-    tiling: str = "auto"
-    cfg: str = "auto"
-    budget: Any = None
-    min_psnr: float | None = None
+    backend: str = _word(f"auto, {', '.join(BACKENDS)}.", BACKENDS)
+    provider: str = _word("Of onnx: cuda, dml, cpu …")
+    precision: str = _word(f"auto, {', '.join(PRECISIONS)}.", PRECISIONS)
+    compute: str = _word(f"int8/int4: {', '.join(COMPUTES)}.", COMPUTES)
+    residency: str = _word(f"auto, {', '.join(RESIDENCIES)}.", RESIDENCIES)
+    attention: str = _word(f"auto, {', '.join(ATTENTIONS)}.", ATTENTIONS)
+    tiling: str = _word(f"VAE: auto, {', '.join(TILINGS)}.", TILINGS)
+    cfg: str = _word("", CFG)
+    budget: Any = option(None, "Keep to it: 4GiB.", "BYTES", options=("--vram", "--ram"))  # noqa: RUF009
+    min_psnr: float | None = option(None, "Least dB against fp32.", "DB", bounds=(0, 99))
     requests: int = 1
 
     def __post_init__(self) -> None:
         """Raise TightfitError for what no plan knows; a budget may be text, such as "4GiB"."""
         if self.budget is not None:
             object.__setattr__(self, "budget", parse_bytes(self.budget, "budget"))
-        if self.min_psnr is not None and not 0 <= self.min_psnr <= 99:
-            raise TightfitError(f"min_psnr must be decibels from 0 to 99, which is fp32 itself, not {self.min_psnr:g}")
-        known = {**CHOICES, "cfg": CFG}
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name in known and value not in ("auto", *known[field.name]):
-                raise TightfitError(f"unknown {field.name} '{value}': choose auto, {', '.join(known[field.name])}")
+        known = described(Wishes)
+        least, most = known["min_psnr"].bounds or (0, 0)
+        if self.min_psnr is not None and not least <= self.min_psnr <= most:
+            said = f"decibels from {least} to {most}, which is fp32 itself"
+            raise TightfitError(f"min_psnr must be {said}, not {self.min_psnr:g}")
+        for name, words in ((name, of.choices) for name, of in known.items() if of.choices):
+            if (value := getattr(self, name)) not in ("auto", *words):
+                raise TightfitError(f"unknown {name} '{value}': choose auto, {', '.join(words)}")

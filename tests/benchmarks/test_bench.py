@@ -221,7 +221,7 @@ def test_quick_begins_with_the_fastest_and_ends_in_time(measured, monkeypatch, t
 def test_what_cannot_be_measured(tiny_models, tmp_path, arguments, cure):
     with pytest.raises(TightfitError, match=cure):
         CliRunner().invoke(
-            app, ["bench", "--model", str(tiny_models["sd1"]), "-o", str(tmp_path), *arguments], catch_exceptions=False
+            app(), ["bench", "--model", str(tiny_models["sd1"]), "-o", str(tmp_path), *arguments], catch_exceptions=False
         )
 
 

@@ -163,10 +163,8 @@ def test_departure_names_the_operator(shallow_models, tmp_path, monkeypatch, cal
 
 @pytest.fixture
 def call_export():
-    from tightfit.export import cli as cli_export
-
     def call(model, precision, out, **options):
-        cli_export.export(str(model), out, precision, to="onnx", **options)
+        tightfit.export_model(model, out, precision, to="onnx", **options)
 
     return call
 
@@ -174,10 +172,9 @@ def call_export():
 def test_a_quantised_folder_is_carried_over(shallow_models, tmp_path, call_export):
     """With the values that it has: one weight is changed in it, as a calibration would choose other codes."""
     from safetensors.torch import load_file, save_file
-    from tightfit.export import cli as cli_export
 
     small, graph = tmp_path / "small", tmp_path / "graph"
-    cli_export.export(str(shallow_models["sd1"]), small, "int4")
+    tightfit.export_model(shallow_models["sd1"], small, "int4")
     file = small / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
     name = next(key for key in tensors if key.endswith("packed") and tensors[key].dtype == torch.uint8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import re
@@ -69,6 +70,77 @@ def test_fields_that_other_tools_look_for():
     assert pairs["Seed"] == "7"
     assert pairs["Size"] == "512x768"
     assert pairs["Model"] == '"a,b"'
+
+
+# What tightfit 0.1.0 wrote.
+OF_TODAY = (
+    "a red heart\nNegative prompt: blue\nSteps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 7, Size: 64x48, Model: emoji, "
+    r'Precision: fp32, tightfit: "{\"model\": \"emoji\", \"precision\": \"fp32\", \"prompt\": \"a red heart\", '
+    r"\"negative_prompt\": \"blue\", \"width\": 64, \"height\": 48, \"num_inference_steps\": 20, \"guidance_scale\": 7.5, "
+    r'\"seed\": 7, \"scheduler\": \"euler_a\", \"num_images\": 1}"'
+)
+REQUEST_OF_TODAY = Request("a red heart", "blue", 64, 48, 20, 7.5, 7, "euler_a")
+
+
+def changed(remove: tuple[str, ...] = (), **add) -> str:
+    """OF_TODAY with other fields in its JSON."""
+    head, _, quoted = OF_TODAY.partition("tightfit: ")
+    exact = {name: value for name, value in json.loads(json.loads(quoted)).items() if name not in remove}
+    return f"{head}tightfit: {json.dumps(json.dumps(exact | add))}"
+
+
+def test_pictures_of_today_stay_readable():
+    carried = parameters.parse(OF_TODAY, "x.png")
+    assert Request(**carried.request) == REQUEST_OF_TODAY
+    assert (carried.model, carried.precision, carried.notices) == ("emoji", "fp32", ())
+    assert parameters.write(REQUEST_OF_TODAY, "emoji", "fp32") == OF_TODAY
+
+
+@pytest.mark.parametrize("missing", [("num_images",), ("seed", "scheduler"), ("negative_prompt", "width", "height")])
+def test_what_an_older_picture_does_not_know_has_its_default(missing):
+    carried = parameters.parse(changed(missing), "x.png")
+    defaults = {name: getattr(Request("a"), name) for name in missing}
+    assert Request(**carried.request) == dataclasses.replace(REQUEST_OF_TODAY, **defaults)
+    assert (carried.model, carried.notices) == ("emoji", ())
+
+
+def test_what_a_newer_picture_knows_is_noted():
+    carried = parameters.parse(changed(strength=0.5, mask=None, loras=["x" * 1000]), "x.png")
+    assert Request(**carried.request) == REQUEST_OF_TODAY
+    (notice,) = carried.notices
+    assert "x.png" in notice
+    assert "strength 0.5, loras ['xxx" in notice
+    assert "mask" not in notice  # null: nothing was asked
+    assert len(notice) < 200
+    many = parameters.parse(changed(**{f"field{i}": i for i in range(1000)}), "x.png")
+    assert "990 more" in many.notices[0]
+    assert len(many.notices[0]) < 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("width", "64"),
+        ("width", 6.5),
+        ("seed", True),
+        ("guidance_scale", "7"),
+        ("scheduler", ["euler"]),
+        ("negative_prompt", 3),
+        ("num_images", None),
+        ("num_inference_steps", {}),
+    ],
+)
+def test_wrong_types_are_one_line(name, value):
+    with pytest.raises(TightfitError, match=rf"inside x\.png is damaged, in its {name}: it cannot") as caught:
+        parameters.parse(changed(**{name: value}), "x.png")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["prompt", "model", "precision"])
+def test_what_every_picture_has_is_demanded(name):
+    for text in (changed((name,)), changed(**{name: None}), changed(**{name: 3})):
+        with pytest.raises(TightfitError, match="is damaged"):
+            parameters.parse(text, "x.png")
 
 
 A1111 = """a cat, (masterpiece:1.2)

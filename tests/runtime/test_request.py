@@ -6,7 +6,9 @@ import dataclasses
 
 import pytest
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.fields import described, kinds
 from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.request import Request
 
 
@@ -78,3 +80,35 @@ def test_a_models_own_defaults(sd1_copy):
     (sd1_copy / "tightfit.json").write_text('{"version": 1, "defaults": {"guidance_scale": 3.0}}')
     assert Request("a").resolve(inspect(sd1_copy)).guidance_scale == 3.0
     assert Request("a", guidance_scale=4.0).resolve(inspect(sd1_copy)).guidance_scale == 4.0
+
+
+@pytest.mark.parametrize("name", [name for name, known in described(Request).items() if known.bounds])
+def test_bounds_are_those_that_the_field_says(name):
+    least, most = described(Request)[name].bounds or (0, 0)
+    kind = kinds(Request)[name]
+    for value in (least, most):
+        assert getattr(dataclasses.replace(Request("a"), **{name: kind(value)}).checked(), name) == value
+    below = least - 2 if name == "seed" else least - 1  # -1 is a random one
+    for value in (below, most + 1):
+        with pytest.raises(TightfitError, match=f"{name} must be a .*number from {least} to {most}, not"):
+            dataclasses.replace(Request("a"), **{name: kind(value)}).checked()
+
+
+@pytest.mark.parametrize("name", [name for name, kind in kinds(Request).items() if kind is str])
+def test_text_is_text(name):
+    with pytest.raises(TightfitError, match=f"{name} must be text, not int"):
+        dataclasses.replace(Request("a"), **{name: 3}).checked()
+
+
+@pytest.mark.parametrize("name", [name for name, known in described(Wishes).items() if known.choices])
+def test_wishes_know_the_words_that_the_field_says(name):
+    words = described(Wishes)[name].choices
+    for word in ("auto", *words):
+        assert getattr(Wishes(**{name: word}), name) == word
+    with pytest.raises(TightfitError, match=f"unknown {name} 'x': choose auto, {', '.join(words)}"):
+        Wishes(**{name: "x"})
+
+
+def test_kinds_leave_none_out():
+    assert kinds(Request)["width"] is kinds(Request)["num_images"] is int
+    assert kinds(Wishes)["budget"] is str

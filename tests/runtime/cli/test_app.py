@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from tightfit.__main__ import main
 from tightfit.runtime import png
-from tightfit.runtime.cli import app as cli
+from tightfit.runtime.cli import plan as cli_plan
+from tightfit.runtime.cli import saving
 from tightfit.runtime.machine import detect
 
 FAST = ("--steps", "1")
@@ -288,7 +289,7 @@ def test_folder_that_cannot_be_written(call, sd1, monkeypatch):
     def refuse(*_, **__):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(cli, "TemporaryFile", refuse)
+    monkeypatch.setattr(saving, "TemporaryFile", refuse)
     code, _, err = call("a", "--model", str(sd1), *FAST)
     assert code == 2
     assert "Permission denied" in err
@@ -488,14 +489,15 @@ def test_rows_that_are_the_same_are_shown_once(sd1, capsys):
     from tightfit import inspect
     from tightfit.runtime.machine.profiles import profile
     from tightfit.runtime.planner import choose as planner
+    from tightfit.runtime.request import Request
 
-    machine, spec, request = profile("cpu-16gb"), inspect(str(sd1)), cli.Request("a")
+    machine, spec, request = profile("cpu-16gb"), inspect(str(sd1)), Request("a")
     request = request.resolve(spec)
     (first, *_) = planner.plan(machine, spec, request)
     other = replace(first.placements["text_encoder"], residency="streamed")
     twin = replace(first, chosen=False, reason="fits, no better", placements={**first.placements, "text_encoder": other})
     slower = replace(twin, predicted=replace(twin.predicted, seconds=9999.0))
-    cli._print_plans([first, twin, slower], machine, request, True)
+    cli_plan.print_plans([first, twin, slower], machine, request, True)
     out = capsys.readouterr().out
     assert "9999" in out
     assert out.count(f" {first.placements['unet'].attention} ") == 2

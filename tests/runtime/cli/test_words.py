@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from tightfit.__main__ import app
 from tightfit.runtime import infotext as parameters
 from tightfit.runtime.cli import app as cli
+from tightfit.runtime.cli import generate as cli_generate
 from tightfit.runtime.cli import output as cli_output
+from tightfit.runtime.cli.prompt import read_prompt
 from tightfit.runtime.cli.words import COMMANDS, as_command, did_you_mean, usage
 from tightfit.runtime.errors import TightfitError, printable
 from tightfit.runtime.machine.hardware import Hardware
@@ -75,7 +77,7 @@ def test_what_a_picture_says_is_harmless(tmp_path, capsys):
     text = PngInfo()
     text.add_text("parameters", f"a\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Clip skip: {EVIL}")
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=text)
-    cli._carried(tmp_path / "x.png")
+    cli_generate._carried(tmp_path / "x.png")
     said = capsys.readouterr().err
     assert "Clip skip" in said
     assert is_harmless(said)
@@ -238,19 +240,19 @@ MARK = b"\xef\xbb\xbf"
 def test_the_mark_of_a_file_is_no_part_of_the_prompt(tmp_path, monkeypatch, data):
     (tmp_path / "p.txt").write_bytes(data)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="cp1252"))
-    assert cli._prompt(None, tmp_path / "p.txt") == cli._prompt("-", None) == "a heart"
+    assert read_prompt(None, tmp_path / "p.txt") == read_prompt("-", None) == "a heart"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no file without an end there")
 def test_a_prompt_without_end_is_not_read_to_the_end(monkeypatch):
     with pytest.raises(TightfitError, match="no prompt is so long"):
-        cli._prompt(None, Path("/dev/zero"))
+        read_prompt(None, Path("/dev/zero"))
     monkeypatch.setattr(sys, "stdin", Path("/dev/zero").open(encoding="utf-8"))  # noqa: SIM115
     with pytest.raises(TightfitError, match="standard input has more"):
-        cli._prompt("-", None)
+        read_prompt("-", None)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe\x00"), encoding="utf-8"))
     with pytest.raises(TightfitError, match="not UTF-8"):
-        cli._prompt("-", None)
+        read_prompt("-", None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,258 @@
+"""What an export may be, decided before anything is written: precision, engine, a scheme for the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..runtime import interrupts
+from ..runtime.errors import TightfitError, explained, first_line
+from ..runtime.files import read_json
+from ..runtime.machine.providers import CPU_PROVIDER, PROVIDERS, providers
+from ..runtime.models.layouts.safetensors import all_tensors
+from ..runtime.placement import DYNAMIC, STORED, Placement
+
+if TYPE_CHECKING:
+    from ..runtime.models.spec import ModelSpec
+    from .torch_model import Scheme, Tensors
+
+PRECISIONS = {"torch": STORED, "onnx": ("fp32", "fp16", *STORED)}
+"""What each engine's exports can be in."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What may be decided of an export besides its precision and engine.
+
+    compute: with "onnx", what int8 and int4 compute in. calibrate: prompts to paint, to find which layers
+    need more bits; bits: of a U-Net weight on average; steps and size: of each picture.
+    """
+
+    compute: str = "auto"
+    calibrate: int = 0
+    bits: float | None = None
+    steps: int | None = None
+    size: int | None = None
+
+    def check(self, precision: str, to: str) -> None:
+        """Raise TightfitError for what no model can be exported as."""
+        if precision == DYNAMIC:
+            elsewhere = "; ONNX Runtime has no such way, leave out --to onnx" if to == "onnx" else ""
+            cure = f"export --precision int8, and run that with {DYNAMIC}{elsewhere}"
+            raise TightfitError(f"{DYNAMIC} is a way to run weights in int8: {cure}")
+        if precision not in PRECISIONS.get(to, ()):
+            ways = "; ".join(f"--to {engine} in {', '.join(names)}" for engine, names in PRECISIONS.items())
+            raise TightfitError(f"this version exports {ways}, not --to {to} in {precision}")
+        decides = to == "onnx" and precision in STORED
+        if self.compute not in (("auto", "fp32", "fp16") if decides else ("auto",)):
+            raise TightfitError("--compute is fp32 or fp16, and of --to onnx in int8 or int4: leave it out")
+        self._check_calibration(precision)
+
+    def _check_calibration(self, precision: str) -> None:
+        for name in ("calibrate", "steps", "size"):  # typer has seen to it on the command line
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise TightfitError(f"{name} must be a whole number, not {value!r}")
+        if isinstance(self.bits, bool) or not isinstance(self.bits, float | int | None):
+            raise TightfitError(f"bits must be a number, not {self.bits!r}")
+        if self.calibrate and precision not in STORED:
+            raise TightfitError(f"a calibration is of {' or '.join(STORED)}: leave out --calibrate")
+        if not self.calibrate and any(value is not None for value in (self.bits, self.steps, self.size)):
+            raise TightfitError("--bits, --steps and --size are of a calibration: add --calibrate 8")
+        if self.calibrate < 0 or (self.steps is not None and self.steps < 1):
+            raise TightfitError("--calibrate counts from 0 up, --steps from 1")
+
+
+@dataclass(frozen=True)
+class Listener:
+    """What hears of an export while it runs.
+
+    line: a line of text. progress: a network, what is being done to it, and how many of how many; below
+    zero, what was done to it.
+    """
+
+    line: Callable[[str], object] = lambda _: None
+    progress: Callable[[str, str, int, int], object] = lambda *_: None
+
+
+def export_model(
+    model: str | Path,
+    output: str | Path,
+    precision: str,
+    to: str = "torch",
+    listener: Listener | None = None,
+    **options: Any,
+) -> Path:
+    """Write a model with its weights in 8 or 4 bits, or as ONNX; `load(output)` runs it. Answers the folder.
+
+    model: emoji, a folder or a hub id. output: a folder that is not there yet. precision: int8 or int4, and
+    with `to="onnx"` also fp32 or fp16. Options are the fields of export.export.Options: compute, calibrate
+    (so many prompts are painted to find which layers need more bits), bits, steps, size. `listener` hears how
+    it goes on. Nothing is left half-written. Raises TightfitError.
+    """
+    known = [field.name for field in fields(Options)]
+    if unknown := [name for name in options if name not in known]:
+        raise TightfitError(f"unknown option '{unknown[0]}': choose {', '.join(known)}")
+    target, chosen, listener = Path(output), Options(**options), listener or Listener()
+    chosen.check(precision, to)
+    if target.exists() or target.is_symlink():
+        raise TightfitError(f"{target} is there already: name a folder that is not")
+    export = _read(str(model), precision, to, chosen)
+    interrupts.tidily()
+    if chosen.calibrate:
+        export = _calibrated(export, chosen, listener)
+    with _failures_explained(str(model), target):
+        if to == "torch":
+            _to_torch(export, target, listener)
+        else:
+            _to_onnx(export, target, chosen.compute, listener)
+    return target
+
+
+@dataclass(frozen=True)
+class _Export:
+    """A model that can be exported: its tensors by stored component, and what their weights become."""
+
+    spec: ModelSpec
+    precision: str
+    tensors: Mapping[str, Tensors]
+    schemes: Mapping[str, Scheme]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        return {
+            "source": self.spec.name,
+            "tightfit": __version__,
+            "precision": self.precision,
+            "defaults": dict(self.spec.defaults),
+        }
+
+
+def _read(model: str, precision: str, to: str, options: Options) -> _Export:
+    from ..runtime.models.hub import inspect
+
+    spec = inspect(model)
+    if without := [name for name, component in spec.components.items() if not component.tensors]:
+        cure = "export the model that it was made from"
+        raise TightfitError(f"{model} has its {without[0]} as ONNX only: {cure}")
+    if spec.precision and (to == "torch" or options.calibrate or spec.precision != precision):
+        raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
+    tensors = {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
+    _check_weights(spec, tensors["vae"])
+    return _Export(spec, precision, tensors, _schemes(spec, precision, tensors))
+
+
+def _check_weights(spec: ModelSpec, vae: Tensors) -> None:
+    """Raise TightfitError unless the tensors are those that the configs build; the encoder of the VAE too.
+
+    So what is written can be read again.
+    """
+    import torch
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    from ..runtime.backends.torch import loading as weights
+    from ..runtime.backends.torch import networks
+
+    compute = spec.precision or "fp32"
+    as_stored = Placement("torch", compute, "fp32", "resident", "sdpa", "whole")
+    for component in spec.components.values():
+        weights.match(component, networks.build(component, as_stored, "cpu"))
+    if not spec.precision and any(name.startswith("encoder.") for name in vae):
+        decoder = spec.components["vae_decoder"]
+        with torch.device("meta"):
+            whole: Any = AutoencoderKL.from_config(dict(decoder.config))
+        weights.match(replace(decoder, tensors=vae), whole)
+
+
+def _schemes(spec: ModelSpec, precision: str, tensors: Mapping[str, Tensors]) -> dict[str, Scheme]:
+    """As the model is stored, if it is quantised already; else what the recipe says."""
+    from .torch_model import Scheme, default_scheme
+
+    if spec.precision:
+        written = read_json(spec.folder / "tightfit.json")["components"]  # as inspect understood it
+        return {name: Scheme(written.get(name, {}).get("formats", {})) for name in tensors}
+    if precision not in STORED:
+        return {name: Scheme({}) for name in tensors}
+    return {name: default_scheme(name, stored, precision) for name, stored in tensors.items()}
+
+
+def _calibrated(export: _Export, options: Options, listener: Listener) -> _Export:
+    """The same export with more bits for the layers of the U-Net that need them."""
+    from . import calibrate as calibration
+    from .torch_model import layers
+
+    spec, precision, bits, size = export.spec, export.precision, options.bits, options.size
+    values = spec.components["unet"].tensors.values()
+    least = calibration.least_bits(layers(export.tensors["unet"]), values, precision)
+    most = calibration.MOST_BITS[precision]
+    if bits is not None and not least <= bits <= most:
+        bounds = f"from {math.ceil(least * 100) / 100} to {most}"
+        raise TightfitError(f"--bits must be {bounds} for this model in {precision}, not {bits:g}")
+    side = 8 * spec.downsampling
+    if size is not None and (size < side or size % side):
+        raise TightfitError(f"--size must be a multiple of {side} pixels, not {size}")
+    average = max(least, bits or calibration.BITS[precision])
+    effort = calibration.Effort(options.calibrate, options.steps or 20, size, spec.default_guidance, average)
+    cure = "copy or download it again, or leave out --calibrate"
+    with explained(f"{spec.name} cannot be run by diffusers", cure):
+        scheme = calibration.calibrated(spec, precision, effort, listener.line)
+    return replace(export, schemes={**export.schemes, "unet": scheme})
+
+
+def _to_torch(export: _Export, target: Path, listener: Listener) -> None:
+    from . import torch_model
+
+    folder = export.spec.folder
+    torch_model.write(folder, target, export.tensors, export.schemes, export.manifest, listener.line)
+
+
+def _to_onnx(export: _Export, target: Path, compute: str, listener: Listener) -> None:
+    try:
+        from torch.onnx import OnnxExporterError
+
+        from . import onnx_model as onnx
+        from .onnx_check import DepartureError
+        from .onnx_graph import GraphError
+    except ImportError as error:
+        cure = "pip install 'tightfit[cpu]', or [gpu]"
+        raise TightfitError(f"{error.name} is needed to export to ONNX: {cure}") from None
+    from ..runtime.backends.torch.networks import current_name
+    from ..runtime.machine.process import release
+
+    spec = export.spec
+    computes = _computes(export.precision, compute)
+    upcast = spec.family == "sdxl" and spec.vae.get("force_upcast", True)
+    wide = frozenset(["vae_encoder", "vae_decoder"] if upcast else [])
+    job = onnx.Job(computes, wide, current_name, release, listener.progress)
+    try:
+        onnx.write(spec.folder, target, export.tensors, export.schemes, job, export.manifest)
+    except (DepartureError, GraphError, OnnxExporterError) as error:
+        cause = f"{target} was not written: {first_line(error)}"
+        raise TightfitError(f"{cause}; please report it with the model's name") from error
+
+
+def _computes(precision: str, compute: str) -> str:
+    """What the networks of an ONNX export compute in."""
+    if precision not in STORED:
+        return precision
+    if compute != "auto":
+        return compute
+    of_gpus = {name for names in PROVIDERS.values() for name in names} - {CPU_PROVIDER}
+    return "fp16" if of_gpus & {*providers()} else "fp32"  # ONNX Runtime has no fp16 arithmetic on a CPU
+
+
+@contextmanager
+def _failures_explained(model: str, target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        cause = f"{target} was not written ({error.strerror or error})"
+        raise TightfitError(f"{cause}: name another place, or make room there") from None
+    except ValueError as error:
+        cause = f"{target} was not written, {first_line(error)}"
+        raise TightfitError(f"{cause}: copy or download {model} again") from None

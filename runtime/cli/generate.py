@@ -1,0 +1,170 @@
+"""`tightfit generate`: arguments become a Request, events become a progress bar and one closing line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import interrupts
+from ..errors import TightfitError, printable
+from ..events import Event, Result
+from ..machine.process import check_address_space
+from ..planner.plan import Plan
+from ..planner.wishes import Wishes
+from ..request import Request
+from ..units import shown
+from .options import MODEL, Device, taking, wishes
+from .output import progress_bar, say, say_json
+from .prompt import read_prompt
+from .saving import Saver, target
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..infotext import Carried
+    from ..pipeline import Pipeline
+
+_Prompt = typer.Argument(help="What to paint; - reads standard input.", show_default=False)
+_PromptFile = typer.Option(help="Prompt from a file.", metavar="FILE", readable=False)
+_Source = typer.Option("--from", help="Repeat that picture.", metavar="PNG", readable=False)
+_PlanFile = typer.Option("--plan", help="Run by a saved plan.", metavar="FILE", readable=False)
+_Output = typer.Option("-o", "--output", help="PNG file or folder.", metavar="PATH", readable=False)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `generate` besides those of Request and Wishes."""
+
+    prompt: Annotated[str | None, _Prompt] = None
+    prompt_file: Annotated[Path | None, _PromptFile] = None
+    source: Annotated[Path | None, _Source] = None
+    model: Annotated[str | None, MODEL] = None
+    device: Device = "auto"
+    plan_file: Annotated[Path | None, _PlanFile] = None
+    output: Annotated[Path | None, _Output] = None
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace, do not number.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+
+
+_ORDER = """
+prompt prompt_file source
+negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
+model precision compute backend provider device budget residency attention tiling min_psnr ...
+plan_file output overwrite as_json
+"""
+
+
+@taking(Options, Request, Wishes, order=_ORDER)
+def generate(options: Options, asked: Mapping[str, Any], wished: Mapping[str, Any]) -> None:
+    """Paint a picture from a prompt."""
+    check_address_space()  # numpy's library ends the process where it has no room
+    from ..pipeline import load
+
+    prompt = read_prompt(options.prompt, options.prompt_file)
+    carried = _carried(options.source)
+    typed = {**asked} if prompt is None else {**asked, "prompt": prompt}
+    request = Request(**{"prompt": "", **carried.request, **typed}).checked()
+    count = request.num_images
+    saver = Saver(*target(options.output, request.prompt, count), count, options.overwrite)
+    if options.source and options.model is None and carried.model is None:
+        raise TightfitError(f"{options.source} does not say where its model is: name it with --model")
+    fields = wishes(wished, _carried_precision(options, carried, wished))
+    plan = Plan.read(options.plan_file) if options.plan_file else None
+    names = options.model, carried.model, plan.model if plan else "emoji"
+    model = next(name for name in names if name is not None)
+    offline = options.source is not None and options.model is None  # a picture alone never starts a download
+    with load(model, device=options.device, plan=plan, local_files_only=offline, **fields) as pipeline:
+        for note in pipeline.hardware.passed_over:
+            say(f"note: {note}", err=True)
+        try:
+            result = _run(pipeline, request, saver)
+        except BaseException:
+            saver.tell()
+            raise
+    if options.as_json:
+        say_json(_report(result, saver.paths))
+    else:
+        say(_closing_line(result, saver.paths))
+
+
+def _carried(source: Path | None) -> Carried:
+    """What the picture `source` asks for, nothing without one."""
+    from ..infotext import Carried, read
+
+    carried = read(source) if source else Carried({})
+    for notice in carried.notices:
+        say(f"note: {notice}", err=True)
+    return carried
+
+
+def _carried_precision(options: Options, carried: Carried, wished: Mapping[str, Any]) -> str | None:
+    """The precision that the picture was painted in, unless another model is to paint it now."""
+    model = options.model
+    if model is None or carried.model is None or carried.model in (model, str(Path(model).absolute())):
+        return carried.precision
+    if carried.precision and not wished.get("precision"):
+        painted = f"{options.source} was painted in {carried.precision}, by another model"
+        say(f"note: {painted}: --precision says if in that", err=True)
+    return None
+
+
+def _run(pipeline: Pipeline, request: Request, save: Callable[[Image.Image, int], object]) -> Result:
+    """Run to the end, each picture saved as soon as it is decoded.
+
+    Ctrl-C ends it after those that are painted, twice at once.
+    """
+    interrupts.tidily()
+    with progress_bar(8) as bar:
+        task, events, result = bar.add_task("loading", total=1), pipeline.run(request), None
+        advance: Callable[[], Event] = lambda: next(events)  # noqa: E731
+        interrupted, unsaved = False, None
+        while result is None:
+            try:
+                event = advance()
+                unsaved = event if event.picture else None
+                for notice in event.notices:
+                    bar.console.print(printable(f"note: {notice}"), markup=False, emoji=False, soft_wrap=True)
+                bar.update(task, description=event.stage, completed=event.step, total=event.steps)
+                unsaved = _save(unsaved, save)
+                result, advance = event.result, lambda: next(events)
+            except KeyboardInterrupt:
+                if interrupted:
+                    raise
+                interrupted, advance = True, lambda: events.throw(KeyboardInterrupt())
+                unsaved = _save(unsaved, save)
+    return result
+
+
+def _save(event: Event | None, save: Callable[[Image.Image, int], object]) -> None:
+    if event and event.picture:
+        save(event.picture, event.image)
+
+
+def _closing_line(result: Result, paths: list[Path]) -> str:
+    files = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
+    stages = ", ".join(f"{name} {m.seconds:.1f} s {shown(m.peak_bytes)}" for name, m in result.stages.items())
+    peak = f"peak {shown(result.peak_bytes)} of {shown(result.plan.predicted.peak_bytes)} predicted"
+    process = f"process {shown(result.process_bytes)}"
+    return f"{files} · seed {result.request.seed} · {result.plan.summary()} · {stages} · {peak}, {process}"
+
+
+def _report(result: Result, paths: list[Path]) -> dict[str, Any]:
+    return {
+        "request": asdict(result.request),
+        "plan": result.plan.to_json(),
+        "predicted": asdict(result.plan.predicted),
+        "measured": {
+            "peak_bytes": result.peak_bytes,
+            "stages": {name: stage.peak_bytes for name, stage in result.stages.items()},
+            "seconds": result.seconds,
+            "process_bytes": result.process_bytes,
+            "details": {name: asdict(stage) for name, stage in result.stages.items()},
+        },
+        "notices": list(result.notices),
+        "image": str(paths[0]),
+        "images": [str(path) for path in paths],
+    }

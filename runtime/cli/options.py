@@ -1,0 +1,91 @@
+"""Options of a command, derived from the fields of dataclasses, where each is described once."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING
+from functools import wraps
+from inspect import Parameter, Signature
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from ..fields import About, described, kinds
+from ..planner.wishes import Wishes
+from ..units import parse_bytes
+
+Command = Callable[..., None]
+Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
+MODEL = typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")
+
+
+def taking(own: type, *groups: type, order: str = "...") -> Callable[[Command], Command]:
+    """Make a typer command of a function that takes an `own`, and of each group a mapping of what was typed.
+
+    Options are all fields of `own`, annotated in typer's words, and the fields of `groups` that have a help.
+    --help lists them in `order`, by their names. "..." stands for those that it does not name.
+    """
+    derived = {name: parameter for group in groups for name, parameter in _derived(group).items()}
+    parameters = _ordered(derived | _written(own), order.split())
+
+    def decorate(function: Command) -> Command:
+        @wraps(function)
+        def command(**values: Any) -> None:
+            options = own(**{field.name: values[field.name] for field in dataclasses.fields(own)})
+            function(options, *(_typed(group, values) for group in groups))
+
+        command.__annotations__ = {}
+        command.__signature__ = Signature(parameters)  # pyright: ignore[reportAttributeAccessIssue]
+        return command
+
+    return decorate
+
+
+def _written(own: type) -> dict[str, Parameter]:
+    hints = get_type_hints(own, include_extras=True)
+    defaults = {field.name: field.default for field in dataclasses.fields(own)}
+    return {
+        name: _parameter(name, hints[name], Parameter.empty if default is MISSING else default)
+        for name, default in defaults.items()
+    }
+
+
+def _derived(group: type) -> dict[str, Parameter]:
+    types = kinds(group)
+    return {
+        name: _parameter(name, Annotated[types[name] | None, _option(known)], None)
+        for name, known in described(group).items()
+        if known.help
+    }
+
+
+def _option(known: About) -> Any:
+    return typer.Option(*known.options, help=known.help, metavar=known.metavar)
+
+
+def _parameter(name: str, annotation: Any, default: Any) -> Parameter:
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _ordered(parameters: Mapping[str, Parameter], order: list[str]) -> list[Parameter]:
+    others = [name for name in parameters if name not in order]
+    names = [name for word in order for name in (others if word == "..." else [word])]
+    return [parameters[name] for name in names]
+
+
+def _typed(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `group` that were typed: the others are for whoever makes one of them to decide."""
+    return {name: values[name] for name in described(group) if values.get(name) is not None}
+
+
+def wishes(typed: Mapping[str, Any], precision: str | None = None) -> dict[str, Any]:
+    """Fields of Wishes. `precision` is for where none was typed.
+
+    One run of the command needs each component once, so loading is counted for each.
+    """
+    fields = {**typed, "precision": typed.get("precision") or precision or "auto", "requests": 1}
+    if "budget" in fields:
+        fields["budget"] = parse_bytes(fields["budget"], "--vram or --ram")
+    Wishes(**fields)  # raises here, before what takes time is imported
+    return fields

@@ -1,0 +1,160 @@
+"""`tightfit plan`: every way to run a model, as a table with reasons or as JSON."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import TightfitError, printable
+from ..fields import described
+from ..machine.hardware import Hardware
+from ..models.schedulers import KINDS
+from ..planner.plan import Plan, Verdict
+from ..planner.wishes import Wishes
+from ..request import Request
+from ..units import shown
+from .options import MODEL, Device, taking, wishes
+from .output import say, say_json, show_table, write
+
+_WIDE = 130  # columns of a terminal that has room for the table
+_HARDWARE = typer.Option(help="A card that is not here: rtx-2060.", metavar="NAME")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `plan` besides those of Request and Wishes."""
+
+    model: Annotated[str, MODEL] = "emoji"
+    hardware: Annotated[str | None, _HARDWARE] = None
+    device: Device = "auto"
+    every: Annotated[bool, typer.Option("--all", help="Also what others beat in all respects.")] = False
+    save: Annotated[Path | None, typer.Option(help="Write the chosen plan.", metavar="FILE")] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False
+
+
+_ORDER = """
+model width height num_inference_steps guidance_scale hardware
+device budget precision compute backend provider residency attention tiling min_psnr
+every save as_json
+"""
+
+
+@taking(Options, Request, Wishes, order=_ORDER)
+def show_plan(options: Options, asked: Mapping[str, Any], wished: Mapping[str, Any]) -> None:
+    """Say what each way of running a model would take here, or on a card of profiles/, and which is best; no
+    weight is read."""
+    from ..machine.profiles import profile
+    from ..models.hub import inspect
+    from ..planner import choose as planner
+
+    if options.hardware and options.device != "auto":
+        said = "--hardware names a machine that is not here, --device a part of this one"
+        raise TightfitError(f"{said}: give one of them")
+    machine = profile(options.hardware) if options.hardware else Hardware.detect(options.device)
+    wanted = Wishes(**wishes(wished))
+    spec = inspect(options.model)
+    # Others paint with a --scheduler, most of which call the U-Net once a step.
+    sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
+    request = Request("a", **asked, scheduler=sampler).resolve(spec)
+    planner.refuse_hopeless(machine, spec, request, wanted)
+    plans = planner.plan(machine, spec, request, wanted)
+    if options.as_json:
+        notes = _notes(plans[0], machine)
+        say_json({"request": _sized(request), "notes": notes, "plans": [plan.to_json() for plan in plans]})
+    else:
+        print_plans(plans, machine, request, options.every)
+    if not plans[0].fits:
+        raise planner.none_fits(plans, machine, spec, request, wanted)
+    if options.save:
+        write(options.save, json.dumps(plans[0].to_json(), indent=1, ensure_ascii=False))
+
+
+def print_plans(plans: list[Plan], machine: Hardware, request: Request, every: bool) -> None:
+    """A table of the plans, without `every` only those that none beats, then notes below it."""
+    first = plans[0]
+    size = f"{request.width}x{request.height}, {request.num_inference_steps} steps"
+    kept = plans if every else [p for p in plans if p.chosen or not any(q.beats(p) for q in plans)]
+    rows: dict[tuple[str, ...], Plan] = {}
+    for plan in kept:  # some differ in what no column says
+        rows.setdefault((*_cells(plan), "" if plan.fits else plan.reason), plan)
+    reasons, explained = _short_reasons(list(rows.values()))
+    _print_table(f"{first.model}, {size}, on {machine.name}", rows, reasons)
+    notes = [*explained]
+    if hidden := len(plans) - len(kept):
+        beaten = "are refused, or beaten in memory, seconds and quality alike"
+        notes.append(f"{hidden} more candidates {beaten}: --all lists them")
+    if same := len(kept) - len(rows):
+        notes.append(f"{same} more are the same in all that is shown here: --json lists them")
+    of_memory, *others = _notes(first, machine)
+    for note in (of_memory, *notes, *others):
+        say(f"• {note}")
+
+
+def _print_table(title: str, rows: Mapping[tuple[str, ...], Plan], reasons: Mapping[str, str]) -> None:
+    """The plans by their cells, each with its reason or what is short for it."""
+    table = _empty_table()
+    lines: list[tuple[Sequence[str], str | None]] = []
+    for (*cells, _), plan in rows.items():
+        reason = f"✓ {plan.reason}" if plan.chosen else reasons.get(plan.reason, plan.reason)
+        style = "bold" if plan.chosen else None
+        table.add_row(*cells, printable(reason), style=style or (None if plan.fits else "dim"))
+        predicted = plan.predicted
+        stages = ", ".join(f"{name} {shown(count)}" for name, count in predicted.stages.items())
+        text = f"{plan.summary()}: {stages}, {predicted.seconds:.1f} s, {predicted.psnr:.0f} dB"
+        lines.append(((text, reason), style))
+    show_table(title, table, lines, _WIDE)
+
+
+def _empty_table() -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in ("precision", "residency", "CFG", "attention", "VAE"):
+        table.add_column(column, no_wrap=True)
+    for column in ("encode", "denoise", "decode", "seconds", "dB"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("", min_width=24)
+    return table
+
+
+def _cells(p: Plan) -> list[str]:
+    """What the columns of the table say of a plan, but for the reason."""
+    unet, vae = p.placements["unet"], p.placements["vae_decoder"]
+    precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
+    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
+    stages = [shown(count) for count in p.predicted.stages.values()]
+    figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
+    return [precision, p.residency, p.cfg, unet.attention, vae.tiling, *stages, *figures]
+
+
+def _short_reasons(plans: list[Plan]) -> tuple[dict[str, str], list[str]]:
+    """What stands for a refusal that several rows have, and a line that says it once.
+
+    Lack of memory differs from row to row.
+    """
+    count = Counter(p.reason for p in plans if p.verdict in (Verdict.REFUSED, Verdict.TOO_COARSE))
+    often = [reason for reason, rows in count.items() if rows > 1]
+    short = {reason: f"refused{f' ({i + 1})' if len(often) > 1 else ''}" for i, reason in enumerate(often)}
+    causes = {p.reason: p.cause for p in plans}
+    return short, [f"{short[reason]}: {causes[reason]}" for reason in often]
+
+
+def _notes(plan: Plan, machine: Hardware) -> list[str]:
+    """What a plan has to fit in, and what is known of the machine."""
+    room = f"{shown(plan.budget_bytes)} to fit in"
+    if context := plan.predicted.context_bytes:
+        holder = "the process itself" if plan.device == "cpu" else "the device's context"
+        room += f", {shown(context)} of it for {holder}"
+    return [room, *machine.notes]
+
+
+def _sized(request: Request) -> dict[str, Any]:
+    """What of a request memory and seconds depend on."""
+    return {name: getattr(request, name) for name, known in described(Request).items() if known.costs}
