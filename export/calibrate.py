@@ -234,9 +234,9 @@ def pipeline(spec: ModelSpec, steps: int) -> Any:
         component, module = spec.components[name], parts[name].eval().requires_grad_(False)
         weights.fill(module, weights.match(component, module), torch.float32, torch.device("cpu"))
     for encoder in spec.text_encoders:
-        tokenizer = encoder.name.replace("text_encoder", "tokenizer")
+        tokenizer = encoder.network.tokenizer
         parts[tokenizer] = read_tokenizer(spec.folder / tokenizer)
-    if spec.family == "sdxl":
+    if len(spec.text_encoders) > 1:
         return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=spec.force_zeros, add_watermarker=False)
     kind: Any = diffusers.LatentConsistencyModelPipeline if spec.latent_consistency else diffusers.StableDiffusionPipeline
     return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -14,6 +14,7 @@ from ..runtime import interrupts
 from ..runtime.errors import TightfitError, explained, first_line
 from ..runtime.files import read_json
 from ..runtime.machine.providers import CPU_PROVIDER, PROVIDERS, providers
+from ..runtime.models.families.family import Role
 from ..runtime.models.layouts.safetensors import all_tensors
 from ..runtime.placement import DYNAMIC, STORED, Placement
 
@@ -143,7 +144,7 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
     if spec.precision and (to == "torch" or options.calibrate or spec.precision != precision):
         raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
     tensors = {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
-    _check_weights(spec, tensors["vae"])
+    _check_weights(spec, tensors[spec.decoder.folder.name])
     return _Export(spec, precision, tensors, _schemes(spec, precision, tensors))
 
 
@@ -163,7 +164,7 @@ def _check_weights(spec: ModelSpec, vae: Tensors) -> None:
     for component in spec.components.values():
         weights.match(component, networks.build(component, as_stored, "cpu"))
     if not spec.precision and any(name.startswith("encoder.") for name in vae):
-        decoder = spec.components["vae_decoder"]
+        decoder = spec.decoder
         with torch.device("meta"):
             whole: Any = AutoencoderKL.from_config(dict(decoder.config))
         weights.match(replace(decoder, tensors=vae), whole)
@@ -187,8 +188,9 @@ def _calibrated(export: _Export, options: Options, listener: Listener) -> _Expor
     from .torch_model import layers
 
     spec, precision, bits, size = export.spec, export.precision, options.bits, options.size
-    values = spec.components["unet"].tensors.values()
-    least = calibration.least_bits(layers(export.tensors["unet"]), values, precision)
+    denoiser = spec.denoiser.folder.name
+    values = spec.denoiser.tensors.values()
+    least = calibration.least_bits(layers(export.tensors[denoiser]), values, precision)
     most = calibration.MOST_BITS[precision]
     if bits is not None and not least <= bits <= most:
         bounds = f"from {math.ceil(least * 100) / 100} to {most}"
@@ -201,7 +203,7 @@ def _calibrated(export: _Export, options: Options, listener: Listener) -> _Expor
     cure = "copy or download it again, or leave out --calibrate"
     with explained(f"{spec.name} cannot be run by diffusers", cure):
         scheme = calibration.calibrated(spec, precision, effort, listener.line)
-    return replace(export, schemes={**export.schemes, "unet": scheme})
+    return replace(export, schemes={**export.schemes, denoiser: scheme})
 
 
 def _to_torch(export: _Export, target: Path, listener: Listener) -> None:
@@ -226,7 +228,7 @@ def _to_onnx(export: _Export, target: Path, compute: str, listener: Listener) ->
 
     spec = export.spec
     computes = _computes(export.precision, compute)
-    upcast = spec.family == "sdxl" and spec.vae.get("force_upcast", True)
+    upcast = Role.DECODER in spec.design.overflows_in_half(spec)
     wide = frozenset(["vae_encoder", "vae_decoder"] if upcast else [])
     job = onnx.Job(computes, wide, current_name, release, listener.progress)
     try:

@@ -115,7 +115,7 @@ class Run:
             encoded.append(tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)))
             if self.plan.placements[name].residency != "resident":
                 self.loaded.drop(name)
-        return conditioned(self.spec, self.request, encoded)
+        return self.spec.design.condition(self.spec, encoded, self.request, guided(self.spec, self.request))
 
     def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
         return self._surviving(lambda: self._session(name)(tokens=ids[None]))
@@ -129,7 +129,7 @@ class Run:
                     event = replace(event, preview=self._preview(latents, index))
                 yield event
             self._finished.append(latents)
-            if all(self.plan.placements[name].residency == "resident" for name in ("unet", "vae_decoder")):
+            if self.plan.denoiser.residency == self.plan.decoder.residency == "resident":
                 return
 
     def _steps(self, conditioning: Mapping[str, np.ndarray], index: int) -> Iterator[tuple[Event, np.ndarray]]:
@@ -148,7 +148,7 @@ class Run:
 
     def _predict(self, sample: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each half."""
-        unet, time_step = self._session("unet"), np.array(timestep, np.float32)
+        unet, time_step = self._session(self.spec.denoiser.name), np.array(timestep, np.float32)
         if not guided(self.spec, self.request):
             return unet(sample=sample, timestep=time_step, **conditioning)[0]
         if self.plan.cfg == "batched":
@@ -168,8 +168,8 @@ class Run:
                 self.notices.append(notice)
             return None
         finally:
-            if self.plan.placements["vae_decoder"].residency != "resident":
-                self.loaded.drop("vae_decoder")
+            if self.plan.decoder.residency != "resident":
+                self.loaded.drop(self.spec.decoder.name)
 
     def _decode(self, stopped: KeyboardInterrupt | None) -> Generator[Event, None, KeyboardInterrupt | None]:
         """The pictures of the latents that are finished. Returns the first interrupt once all are there."""
@@ -189,12 +189,12 @@ class Run:
 
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         """(height, width, 3) in -1..1."""
-        return self._session("vae_decoder")(latents=widened(self.spec, latents))[0][0].transpose(1, 2, 0)
+        return self._session(self.spec.decoder.name)(latents=widened(self.spec, latents))[0][0].transpose(1, 2, 0)
 
     def _picture(self, values: np.ndarray, index: int) -> Image.Image:
         """One PIL picture with its own request in `info["parameters"]`."""
         if not np.isfinite(values).all():
-            compute = self.plan.placements["unet"].compute
+            compute = self.plan.denoiser.compute
             damaged = "copy or download the model again, its weights may be damaged"
             cure = damaged if compute == "fp32" else "try --precision fp32"
             raise TightfitError(f"the picture overflowed in {compute}: {cure}, or try a smaller guidance scale")
@@ -285,34 +285,9 @@ def _cut(tokens: Mapping[str, Tokens]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"the {name} is too long; this end of it was cut: {end}" for name, end in ends))
 
 
-def conditioned(spec: ModelSpec, request: Request, encoded: list[tuple[np.ndarray, ...]]) -> dict[str, np.ndarray]:
-    """What the U-Net takes at each step, of the text encoders' answers, in their order."""
-    pooled = next((rest[0] for _, *rest in reversed(encoded) if rest), None)
-    conditioning = {"hidden": np.concatenate([hidden for hidden, *_ in encoded], axis=-1)}
-    if spec.family == "sdxl":
-        if pooled is None:
-            raise TightfitError("text_encoder_2 has no projection, which SDXL needs: copy or download the model again")
-        conditioning["text_embeds"] = pooled
-        size = (request.height, request.width)
-        conditioning["time_ids"] = np.array([[*size, 0, 0, *size]] * len(pooled), np.float32)
-        if guided(spec, request) and request.negative_prompt is None and spec.force_zeros:
-            conditioning["hidden"][0] = conditioning["text_embeds"][0] = 0
-    if width := spec.guidance_width:
-        conditioning["time_condition"] = guidance_embedding(float(request.guidance_scale or 0), width)
-    return conditioning
-
-
 def widened(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:
     """Latents as the VAE takes them."""
     deviation, scale, mean = spec.latent_affine
     with np.errstate(all="ignore"):  # what overflows is said of the picture
         wide = latents * np.array(deviation, np.float32)[:, None, None] / np.float32(scale)
         return wide + np.array(mean, np.float32)[:, None, None]
-
-
-def guidance_embedding(scale: float, width: int) -> np.ndarray:
-    """(1, width): the sinusoids by which guidance-distilled U-Nets read w = scale - 1 (arXiv 2310.04378, appendix)."""
-    half = width // 2
-    frequencies = np.exp(np.arange(half) * -(np.log(10000.0) / (half - 1)))
-    angles = (scale - 1) * 1000.0 * frequencies
-    return np.pad(np.concatenate([np.sin(angles), np.cos(angles)]), (0, width % 2))[None].astype(np.float32)

@@ -126,7 +126,7 @@ def _empty_table() -> Any:
 
 def _cells(p: Plan) -> list[str]:
     """What the columns of the table say of a plan, but for the reason."""
-    unet, vae = p.placements["unet"], p.placements["vae_decoder"]
+    unet, vae = p.denoiser, p.decoder
     precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
     precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
     stages = [shown(count) for count in p.predicted.stages.values()]

@@ -9,7 +9,9 @@ from pathlib import Path
 from ..errors import TightfitError, first_line
 from ..files import PICKLES
 from .cures import of_pickles
-from .layouts.diffusers import near, read_model
+from .families import networks
+from .layouts.diffusers import near
+from .reading import read_model
 from .spec import ModelSpec
 
 BUILT_IN = {"emoji": Path(__file__).parent / "emoji"}
@@ -56,10 +58,9 @@ def wanted(files: list[str]) -> list[str]:
     pickle.
     """
     chosen = [f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in _SMALL) and f.count("/") <= 1]
-    for folder in ("text_encoder", "text_encoder_2", "unet", "vae"):
+    for folder, graph in {network.folder: network.name for network in networks().values()}.items():
         here = [f for f in files if re.fullmatch(rf"{folder}/(diffusion_pytorch_)?model[^/]*\.safetensors", f)]
         plain = [f for f in here if re.search(r"/(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors$", f)]
-        graph = {"vae": "vae_decoder"}.get(folder, folder)
         onnx = [f for f in files if re.fullmatch(rf"{graph}/(model\.onnx[^/]*|weights\.pb)", f)]
         chosen += plain or [f for f in here if ".fp16" in f] or onnx
     return chosen

@@ -147,7 +147,7 @@ def make(name: str, spec: ModelSpec, steps: int, seed: int = 0):
             raise ValueError("it has not so many noise levels")
     if getattr(scheduler, "noise_sampler_seed", 0) is None:
         scheduler.noise_sampler_seed = seed
-    if spec.family == "sdxl" and hasattr(scheduler, "set_begin_index"):  # as StableDiffusionXLPipeline does
+    if spec.design.first_step_is_known and hasattr(scheduler, "set_begin_index"):  # as StableDiffusionXLPipeline does
         scheduler.set_begin_index(0)
     return scheduler
 

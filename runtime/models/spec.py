@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TightfitError
+from .families.family import Extent, Family, Network, Role
 from .graph import Graph
 from .tensors import Tensor
 
@@ -21,13 +22,22 @@ class Component:
     `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is not quantised.
     """
 
-    name: str
+    network: Network
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
     formats: Mapping[str, str] | None = None
     graph: Graph | None = None
     unreadable: str = ""
+
+    @property
+    def name(self) -> str:
+        """The network's, by which plans place it."""
+        return self.network.name
+
+    @property
+    def role(self) -> Role:
+        return self.network.role
 
     @property
     def stored_bytes(self) -> int:
@@ -46,17 +56,17 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A Stable Diffusion model in a diffusers folder. `family` is sd1, sd2 or sdxl; `scheduler` is its scheduler config, and
+    """A model: what it is made of, and how that works together, which its `design` knows. `scheduler` is its scheduler config, and
     `pipeline` the class that its model_index.json names.
 
-    `components` are text_encoder, text_encoder_2 (sdxl), unet and vae_decoder, in the order a picture needs them.
+    `components` are its networks by name, in the order a picture needs them.
     `defaults` are what the folder's tightfit.json, if it has one, says of requests that leave something open, `precision`
     (int8 or int4) what it says the weights are stored in, and `source` of which model it was exported.
     """
 
     name: str
     folder: Path
-    family: str
+    design: Family
     components: Mapping[str, Component]
     scheduler: Mapping[str, Any]
     force_zeros: bool
@@ -66,12 +76,35 @@ class ModelSpec:
     pipeline: str = "StableDiffusionPipeline"
 
     @property
+    def family(self) -> str:
+        """Its family's name: sd1, sd2 or sdxl."""
+        return self.design.name
+
+    @property
+    def text_encoders(self) -> tuple[Component, ...]:
+        return self.of_role(Role.TEXT)
+
+    @property
+    def denoiser(self) -> Component:
+        return self.of_role(Role.DENOISER)[0]
+
+    @property
+    def decoder(self) -> Component:
+        return self.of_role(Role.DECODER)[0]
+
+    def of_role(self, role: Role) -> tuple[Component, ...]:
+        """Its networks that do this, in order."""
+        return tuple(component for component in self.components.values() if component.role is role)
+
+    @property
     def unet(self) -> Mapping[str, Any]:
-        return self.components["unet"].config
+        """The denoiser's config."""
+        return self.denoiser.config
 
     @property
     def vae(self) -> Mapping[str, Any]:
-        return self.components["vae_decoder"].config
+        """The decoder's config."""
+        return self.decoder.config
 
     @property
     def downsampling(self) -> int:
@@ -83,9 +116,7 @@ class ModelSpec:
         """Height and width in pixels of the pictures the model was trained on. Raises TightfitError if its config says none."""
         size = self.unet["sample_size"]
         if size is None:
-            raise TightfitError(
-                f"{self.components['unet'].folder / 'config.json'} has no sample_size: say --width and --height, or add it"
-            )
+            raise TightfitError(f"{self.denoiser.folder / 'config.json'} has no sample_size: say --width and --height, or add it")
         if self.corrected and isinstance(size, int) and _before_0_9(self.unet.get("_diffusers_version")):
             size = max(size, 64)  # as StableDiffusionPipeline corrects the configs of 2022
         height, width = (size, size) if isinstance(size, int) else size
@@ -99,9 +130,8 @@ class ModelSpec:
 
     @property
     def corrected(self) -> bool:
-        """Whether diffusers' pipeline corrects older configs as it loads them: StableDiffusionPipeline does, those of SDXL and
-        LCM take them as they are."""
-        return self.family != "sdxl" and not self.latent_consistency
+        """Whether diffusers' pipeline corrects older configs as it loads them."""
+        return self.design.corrects_configs(self)
 
     @property
     def latent_consistency(self) -> bool:
@@ -109,31 +139,38 @@ class ModelSpec:
         return "LatentConsistencyModel" in self.pipeline
 
     @property
-    def _consistent(self) -> bool:
+    def consistent(self) -> bool:
+        """Whether it was distilled to take few steps, by its pipeline or its U-Net."""
         return self.latent_consistency or bool(self.guidance_width)
 
     @property
     def default_guidance(self) -> float:
         """What the model's own manifest says, else diffusers' defaults: 7.5, 5.0 for SDXL, 8.5 for latent consistency models."""
-        return self.defaults.get("guidance_scale", 8.5 if self._consistent else 5.0 if self.family == "sdxl" else 7.5)
+        return self.defaults.get("guidance_scale", self.design.default_guidance(self))
 
     @property
     def default_steps(self) -> int:
         """20, and 4 for latent consistency models, as in diffusers' pipeline for them."""
-        return 4 if self._consistent else 20
+        return 4 if self.consistent else 20
 
     @property
     def latent_affine(self) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-        """What the VAE wants of the U-Net's latents, by channel: latents * first / second + third.
+        """What the VAE wants of the U-Net's latents, by channel: latents * first / second + third."""
+        return self.design.latent_affine(self)
 
-        First and third are ones and zeros unless the VAE has latents_std and latents_mean, which diffusers reads in SDXL alone.
-        """
-        vae = self.components["vae_decoder"]
-        mean, deviation = (vae.setting(field) for field in ("latents_mean", "latents_std"))
-        if self.family != "sdxl" or mean is None or deviation is None:
-            channels = vae.setting("latent_channels")
-            deviation, mean = (1.0,) * channels, (0.0,) * channels
-        return tuple(deviation), vae.setting("scaling_factor"), tuple(mean)
+    def latent_shape(self, extent: Extent) -> tuple[int, int, int]:
+        """Channels, height and width of a picture's latents."""
+        return self.vae["latent_channels"], extent.height // self.downsampling, extent.width // self.downsampling
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a text, padded."""
+        return min(encoder.setting("max_position_embeddings") for encoder in self.text_encoders)
+
+    @property
+    def text_width(self) -> int:
+        """Of the texts that the U-Net reads: all text encoders' side by side."""
+        return sum(encoder.setting("hidden_size") for encoder in self.text_encoders)
 
     @property
     def guidance_width(self) -> int | None:
@@ -142,30 +179,9 @@ class ModelSpec:
 
     def inputs(self, component: Component, batch: int, height: int, width: int) -> Mapping[str, tuple[int, ...]]:
         """Shapes of what a session is called with, by their names there, for a picture of `height` x `width` pixels."""
-        latents = (batch, self.vae["latent_channels"], height // self.downsampling, width // self.downsampling)
-        length = min(encoder.setting("max_position_embeddings") for encoder in self.text_encoders)
-        if component.name == "vae_decoder":
-            return {"latents": (1, *latents[1:])}
-        if component.name != "unet":
-            return {"tokens": (1, length)}
-        shapes = {"sample": latents, "timestep": (), "hidden": (batch, length, text_width(self.components))}
-        if self.guidance_width:
-            shapes["time_condition"] = (1, self.guidance_width)
-        if self.family == "sdxl":
-            pooled = self.components["text_encoder_2"].setting("projection_dim")
-            shapes |= {"text_embeds": (batch, pooled), "time_ids": (batch, 6)}
-        return shapes
-
-    @property
-    def text_encoders(self) -> tuple[Component, ...]:
-        return tuple(c for name, c in self.components.items() if name.startswith("text_encoder"))
+        return component.network.inputs(self, Extent(batch, height, width))
 
 
 def _before_0_9(version: Any) -> bool:
     parts = re.match(r"v?(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
     return bool(parts) and (int(parts[1]), int(parts[2] or 0)) < (0, 9)
-
-
-def text_width(components: Mapping[str, Component]) -> int:
-    """Of the texts that the U-Net reads: all text encoders' side by side."""
-    return sum(c.setting("hidden_size") for name, c in components.items() if name.startswith("text_encoder"))

@@ -27,7 +27,7 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
     """Tokens of the named `texts` for one text encoder, padded or cut to what it reads."""
     import numpy as np
 
-    folder = spec.folder / encoder.name.replace("text_encoder", "tokenizer")
+    folder = spec.folder / encoder.network.tokenizer
     tokenizer = read_tokenizer(folder)
     with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
         length = min(tokenizer.model_max_length, encoder.setting("max_position_embeddings"))

@@ -11,6 +11,7 @@ from ..backends import engine
 from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER, PACKAGES, PROVIDERS, provider_name, provider_problems
+from ..models.families.family import Role
 from ..models.spec import Component, ModelSpec
 from ..placement import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STORED, TILINGS, Placement
 from ..request import Request, guided
@@ -49,8 +50,8 @@ def ways(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) 
 def _choices(hardware: Hardware, spec: ModelSpec, wishes: Wishes, engines: dict[str, str]) -> Iterator[_Choice]:
     """What there is to decide, where these engines run the components. A graph has its weights in one precision and
     its own attention, and does not stream."""
-    graph = engines["unet"] == "onnx"
-    tiles = not graph or engines["vae_decoder"] == "torch"
+    graph = engines[spec.denoiser.name] == "onnx"
+    tiles = not graph or engines[spec.decoder.name] == "torch"
     axes = (
         _of_graph(spec, wishes) if graph else _precisions(hardware, spec, wishes),
         _options(wishes.residency, RESIDENCIES[:2] if graph else RESIDENCIES),
@@ -71,20 +72,16 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
     asked = _asked_engine(wishes)
     if asked and not any(asked in engines for engines in runnable.values()):
         raise _without_weights(spec, wishes, asked)
-    options: dict[str, tuple[str, ...]] = {}
+    options: dict[Role, tuple[str, ...]] = {}
+    role = {name: component.role for name, component in spec.components.items()}
     for name, engines in runnable.items():
         choices = (asked,) if asked and asked in engines else engines
-        shared = tuple(engine for engine in options.get(_kind(name), choices) if engine in choices)
-        options[_kind(name)] = shared or choices
+        shared = tuple(engine for engine in options.get(role[name], choices) if engine in choices)
+        options[role[name]] = shared or choices
     for chosen in product(*options.values()):
-        of_kind = dict(zip(options, chosen, strict=True))
-        picked = {name: of_kind[_kind(name)] for name in runnable}
+        of_role = dict(zip(options, chosen, strict=True))
+        picked = {name: of_role[role[name]] for name in runnable}
         yield {name: engine if engine in runnable[name] else runnable[name][0] for name, engine in picked.items()}
-
-
-def _kind(name: str) -> str:
-    """A component's name without its number: the text encoders of a model are of one kind."""
-    return name.removesuffix("_2")
 
 
 def _asked_engine(wishes: Wishes) -> str | None:
@@ -119,8 +116,9 @@ def _runnable(spec: ModelSpec, component: Component) -> tuple[str, ...]:
 
 
 def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -> Placement:
-    vae, precision = name == "vae_decoder", choice.precision
-    if precision == DYNAMIC and name != "unet":
+    role, precision = spec.components[name].role, choice.precision
+    vae = role is Role.DECODER
+    if precision == DYNAMIC and role is not Role.DENOISER:
         # a strip of a VAE would have another scale than the next; text encoders have little to gain
         precision = "int8"
     compute = vae_compute(hardware, spec, choice.compute) if vae else choice.compute
@@ -130,13 +128,13 @@ def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -
         compute=compute,
         # a VAE is a hundredth of a U-Net: nothing to gain
         residency="staged" if vae and choice.residency == "streamed" else choice.residency,
-        attention=choice.attention if name in ("unet", "vae_decoder") else "sdpa",
+        attention=choice.attention if role in (Role.DENOISER, Role.DECODER) else "sdpa",
         tiling=choice.tiling if vae else "whole",
     )
 
 
 def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, choice: _Choice) -> Placement:
-    graph = spec.components[name].graph
+    graph, role = spec.components[name].graph, spec.components[name].role
     assert graph
     placement = Placement(
         backend="onnx",
@@ -144,10 +142,10 @@ def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, cho
         compute=graph.compute,
         residency="staged" if choice.residency == "streamed" else choice.residency,
         attention="sdpa",
-        tiling=choice.tiling if name == "vae_decoder" and wishes.tiling != "auto" else "whole",
+        tiling=choice.tiling if role is Role.DECODER and wishes.tiling != "auto" else "whole",
         provider=chosen_provider(hardware, wishes.provider),
     )
-    if name == "unet":  # what is asked for is of the U-Net; the engine says that it cannot stream, or slice
+    if role is Role.DENOISER:  # what is asked for is of the U-Net; the engine says that it cannot stream, or slice
         return replace(placement, residency=choice.residency, attention=choice.attention)
     return placement
 
@@ -195,7 +193,7 @@ def _installable(hardware: Hardware, short: str) -> bool:
 
 def _of_graph(spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
     """The one way that the U-Net's graph has its weights, if that is what is asked for."""
-    unet = spec.components["unet"]
+    unet = spec.denoiser
     graph = unet.graph
     assert graph
     stored = {"precision": graph.precision, "compute": graph.compute}
@@ -248,7 +246,7 @@ def of_stored(precision: str) -> tuple[str, ...]:
 
 
 def vae_compute(hardware: Hardware, spec: ModelSpec, precision: str) -> str:
-    """SDXL's VAE overflows in fp16, unless it is one that was published with force_upcast off."""
-    if precision == "fp16" and spec.family == "sdxl" and spec.vae.get("force_upcast", True):
+    """What the decoder computes in where `precision` is asked for."""
+    if precision == "fp16" and Role.DECODER in spec.design.overflows_in_half(spec):
         return "bf16" if "bf16" in hardware.precisions else "fp32"
     return precision

@@ -161,7 +161,7 @@ def _largest_of_this_shape(
     """By the way of running that takes the least memory at the size asked for; or by the least that streams, as of a small picture
     it is the weights that take memory."""
     runs = sorted(filter(_runs_somewhere, plans), key=lambda plan: plan.predicted.peak_bytes)
-    ways = [*runs[:1], *[p for p in runs[1:] if p.placements["unet"].residency == "streamed"][:1]]
+    ways = [*runs[:1], *[p for p in runs[1:] if p.denoiser.residency == "streamed"][:1]]
     found = (_largest_that_fits(hardware, spec, request, wishes, way) for way in ways)
     return next(filter(None, found), None)
 
@@ -199,8 +199,8 @@ def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
     left = best.budget_bytes - best.predicted.context_bytes - best.predicted.peak_bytes
     slow = (
         ""
-        if best.placements["unet"].compute in hardware.precisions
-        else f"; {hardware.name} has no arithmetic for {best.placements['unet'].compute}, expect it to be slow"
+        if best.denoiser.compute in hardware.precisions
+        else f"; {hardware.name} has no arithmetic for {best.denoiser.compute}, expect it to be slow"
     )
     by = f" ({', '.join(asked)} asked for)" if asked else ""
     if wishes.residency == "streamed" and wishes.budget is None:

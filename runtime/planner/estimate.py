@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 from ..backends import engine
 from ..costs.footprint import Footprint, peak
 from ..costs.latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
-from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..models import schedulers
+from ..models.families.family import Role
 from ..models.spec import Component, ModelSpec
 from ..placement import DYNAMIC, QUANTISED, STAGES, Placement
 from ..recent import Recent
@@ -95,7 +95,7 @@ class Estimate:
             return [plan, *(self.plan(cfg, kept, budget_bytes) for kept in self._keeping(cfg, placements, room))]
 
     def _may_keep(self, cfg: str, placements: Mapping[str, Placement]) -> bool:
-        if placements["unet"].residency != "streamed":
+        if placements[self.spec.denoiser.name].residency != "streamed":
             return False
         # who asks for streaming, and names no budget, wants the least memory
         wanted = self.wishes.residency == "auto" or self.wishes.budget is not None
@@ -105,10 +105,11 @@ class Estimate:
         """What streams, with weights kept loaded in `room` bytes but for the slack, and with half of these."""
         room = int(room * (1 - SLACK))
         filled = {name: self._filled(name, placement, cfg, placements, room) for name, placement in placements.items()}
-        most = filled["unet"].kept_bytes
-        sums = accumulate(self._footprint("unet", placements["unet"], cfg).units)
+        denoiser = self.spec.denoiser.name
+        most = filled[denoiser].kept_bytes
+        sums = accumulate(self._footprint(denoiser, placements[denoiser], cfg).units)
         half = max((kept for kept in sums if kept <= most / 2), default=0)
-        return [filled | {"unet": replace(filled["unet"], kept_bytes=kept)} for kept in {most, half} - {0}]
+        return [filled | {denoiser: replace(filled[denoiser], kept_bytes=kept)} for kept in {most, half} - {0}]
 
     def _filled(self, name: str, own: Placement, cfg: str, placements: Mapping[str, Placement], room: int) -> Placement:
         """With as much kept loaded as goes into `room` bytes. Where that is all, a text encoder is staged. A U-Net is left alone,
@@ -118,7 +119,7 @@ class Estimate:
         units = self._footprint(name, own, cfg).units
         spare = room - self._peak(name, cfg, placements) + 2 * units[0]  # the buffer becomes smaller
         count = bisect_right(list(accumulate(units)), spare)
-        if count == len(units) and name == "unet":
+        if count == len(units) and self._role(name) is Role.DENOISER:
             if self.wishes.residency == "auto":
                 return own
             count -= 1
@@ -138,6 +139,9 @@ class Estimate:
             self._known[key] = compute()
         return self._known[key]
 
+    def _role(self, name: str) -> Role:
+        return self.spec.components[name].role
+
     def _footprint(self, name: str, placement: Placement, cfg: str) -> Footprint:
         run, size = engine(placement.backend).footprint, self._size(name, cfg)
         return self._once(
@@ -146,14 +150,14 @@ class Estimate:
 
     def _size(self, name: str, cfg: str) -> tuple[int, int, int]:
         """The batch that a component is called with, and the picture's height and width."""
-        both = 2 if name == "unet" and guided(self.spec, self.request) and cfg == "batched" else 1
+        both = 2 if self._role(name) is Role.DENOISER and guided(self.spec, self.request) and cfg == "batched" else 1
         return both, int(self.request.height or 0), int(self.request.width or 0)
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
         stages: dict[str, int] = dict.fromkeys(STAGES, 0)
         for name in placements:
-            stage = _stage(name)
+            stage = self._role(name).stage
             stages[stage] = max(stages[stage], self._peak(name, cfg, placements))
         return Predicted(
             peak_bytes=max(stages.values()),
@@ -181,14 +185,14 @@ class Estimate:
 
     def _seconds(self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> float:
         both = 2 if guided(self.spec, self.request) else 1
+        steps = schedulers.calls(str(self.request.scheduler), self.spec, int(self.request.num_inference_steps or 0))
         total = 0.0
         for name, placement in placements.items():
-            calls = both  # texts are encoded one by one
-            if name == "unet":
-                one_picture = schedulers.calls(str(self.request.scheduler), self.spec, int(self.request.num_inference_steps or 0))
-                calls = one_picture * (both if cfg == "sequential" else 1) * self.request.num_images
-            elif name == "vae_decoder":
-                calls = self.request.num_images
+            calls = {
+                Role.TEXT: both,  # texts are encoded one by one
+                Role.DENOISER: steps * (both if cfg == "sequential" else 1) * self.request.num_images,
+                Role.DECODER: self.request.num_images,
+            }[self._role(name)]
             one = ("seconds", name, placement, cfg)
             total += calls * self._once(one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n]))
             total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
@@ -247,16 +251,6 @@ class Estimate:
         if predicted.host_bytes > self.hardware.host_bytes:
             return f"needs {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
         return None
-
-
-def _stage(component: str) -> str:
-    """The stage in which a component is called."""
-    stage = {"unet": "denoise", "vae_decoder": "decode"}.get(component)
-    if stage is None and component.startswith("text_encoder"):
-        stage = "encode"
-    if stage is None:
-        raise TightfitError(f"no stage calls a {component}: this model is of another kind than its configs say")
-    return stage
 
 
 def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 from ..errors import TightfitError
 from ..files import read_bytes
 from ..machine.hardware import DEVICES
+from ..models.families import role_of
+from ..models.families.family import Role
 from ..placement import CFG, CHOICES, QUANTISED, Placement
 from ..units import shown
 
@@ -72,13 +74,24 @@ class Plan:
         return self.reason.removeprefix(_REFUSED)
 
     @property
+    def denoiser(self) -> Placement:
+        return self._of_role(Role.DENOISER)
+
+    @property
+    def decoder(self) -> Placement:
+        return self._of_role(Role.DECODER)
+
+    def _of_role(self, role: Role) -> Placement:
+        return next(placement for name, placement in self.placements.items() if role_of(name) is role)
+
+    @property
     def precision(self) -> str:
         """The U-Net's, by which a plan is called."""
-        return self.placements["unet"].precision
+        return self.denoiser.precision
 
     def summary(self) -> str:
         """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa attention, VAE whole'."""
-        unet, vae = self.placements["unet"], self.placements["vae_decoder"]
+        unet, vae = self.denoiser, self.decoder
         precision = unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
         how = f"{unet.backend} {precision} on {self.device}, {self.residency}, {self.cfg} CFG, {unet.attention}"
         vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
@@ -87,13 +100,13 @@ class Plan:
     @property
     def residency(self) -> str:
         """The U-Net's: 'streamed, keeps 1.20 GiB'."""
-        unet = self.placements["unet"]
+        unet = self.denoiser
         return unet.residency + (f", keeps {shown(unet.kept_bytes)}" if unet.kept_bytes else "")
 
     @property
     def elsewhere(self) -> str:
         """What another engine runs than the U-Net's: ', text_encoder by onnx'."""
-        own = self.placements["unet"].backend
+        own = self.denoiser.backend
         return "".join(f", {name} by {each.backend}" for name, each in self.placements.items() if each.backend != own)
 
     def beats(self, other: Plan) -> bool:
@@ -157,7 +170,7 @@ def _from_fields(data: Mapping[str, Any]) -> Plan:
 
 def _problem(plan: Plan) -> str | None:
     """What a plan read from a file leaves open or cannot mean."""
-    if plan.cfg not in CFG or plan.device not in DEVICES or not {"unet", "vae_decoder", "text_encoder"} <= plan.placements.keys():
+    if plan.cfg not in CFG or plan.device not in DEVICES or {role_of(name) for name in plan.placements} != set(Role):
         return "it leaves open how something runs"
     for placement in plan.placements.values():
         if placement.precision not in (*QUANTISED, placement.compute):

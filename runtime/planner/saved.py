@@ -27,11 +27,11 @@ class _Saved:
 
     @property
     def unet(self) -> Placement:
-        return self.plan.placements["unet"]
+        return self.plan.denoiser
 
     @property
     def vae(self) -> Placement:
-        return self.plan.placements["vae_decoder"]
+        return self.plan.decoder
 
     @property
     def contradiction(self) -> tuple[str, str, str] | None:

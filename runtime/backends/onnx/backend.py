@@ -20,11 +20,12 @@ from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ...machine.hardware import Hardware
 from ...machine.process import release
 from ...machine.providers import CPU_PROVIDER, provider_name
+from ...models.families.family import GraphNames
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from ...placement import Placement
 from ...rules import Rule, first_broken
-from .call import NAMES, answers, check_types, for_runtime, input_shapes, newest_opset
+from .call import answers, check_types, for_runtime, input_shapes, newest_opset
 from .footprint import PER_NODE_BYTES, call_footprint, call_of, call_problem, loading_bytes, weight_bytes
 from .meters import DeviceMeter, ProcessMeter
 
@@ -124,14 +125,15 @@ class OnnxBackend:
         """Raise TightfitError for a graph that is not of this component, or that cannot be followed."""
         assert component.graph is not None
         file, given = component.graph.file, component.graph.inputs.keys()
-        wanted = {NAMES.get(name, name) for name in spec.inputs(component, 1, *spec.some_size)}
+        names = component.network.graph
+        wanted = {names.names.get(name, name) for name in spec.inputs(component, 1, *spec.some_size)}
         if given != wanted:
             raise TightfitError(
                 f"{file} has the inputs {', '.join(sorted(given))}, its config wants {', '.join(sorted(wanted))}: "
                 "files of different models were mixed; copy or export the model again"
             )
         check_types(component.graph)
-        answers(component.graph, spec.family == "sdxl")
+        answers(component.graph, names)
         if problem := call_problem(spec, component, True, (1, *spec.some_size)):
             raise TightfitError(problem)
 
@@ -150,11 +152,11 @@ class OnnxBackend:
             return Footprint((), 0, nothing, (), host=peak("cpu", (), whole))
         return whole
 
-    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> OnnxSession:
+    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> OnnxSession:  # noqa: ARG002
         """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be run."""
         assert component.graph is not None
         meter = self._host if placement.provider == CPU_PROVIDER else self.meter
-        session = OnnxSession(component.graph, placement.provider, meter, spec.family == "sdxl")
+        session = OnnxSession(component.graph, placement.provider, meter, component.network.graph)
         self._sessions[component.name] = session
         return session
 
@@ -175,8 +177,8 @@ class OnnxBackend:
 class OnnxSession:
     """A graph, called with arrays by the names that Session has for them."""
 
-    def __init__(self, graph: Graph, provider: str, meter: ProcessMeter, sdxl: bool = False) -> None:
-        self.graph, self.provider, self.meter = graph, provider, meter
+    def __init__(self, graph: Graph, provider: str, meter: ProcessMeter, names: GraphNames) -> None:
+        self.graph, self.provider, self.meter, self._names = graph, provider, meter, names.names
         on_cpu = provider == CPU_PROVIDER
         self._arena = 0
         self._held = sum(weight_bytes(graph, on_cpu)) + PER_NODE_BYTES * len(graph.model.graph.node)
@@ -199,7 +201,7 @@ class OnnxSession:
             raise TightfitError(f"ONNX Runtime cannot load {provider} here: {_cure(provider)}, or choose another provider")
         self.notices = elsewhere(self.session.get_provider_graph_assignment_info(), provider, graph) if len(chosen) > 1 else ()
         self.inputs = graph.inputs
-        self.outputs = answers(graph, sdxl)
+        self.outputs = answers(graph, names)
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}
         meter.hold(self._held)
         release()  # what packing left in the heap
@@ -209,7 +211,7 @@ class OnnxSession:
             raise TightfitError("the pipeline was closed while it was painting")
         feeds = {}
         for name, array in arrays.items():
-            name = NAMES.get(name, name)
+            name = self._names.get(name, name)
             kind, sides = self.inputs[name]
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
             feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")

@@ -12,6 +12,7 @@ import onnxruntime
 
 from ...errors import TightfitError
 from ...machine.providers import CPU_PROVIDER
+from ...models.families.family import GraphNames, Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from . import dryrun as onnx_trace
@@ -20,30 +21,17 @@ _FLOAT = onnx.TensorProto.FLOAT
 _WHOLE = {onnx.TensorProto.INT32, onnx.TensorProto.INT64}
 _REAL = {_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
 _ANSWERS = {"out_sample", "sample", "last_hidden_state", "text_embeds"}
-# What a Session's arrays are called in the graphs.
-NAMES = {
-    "tokens": "input_ids",
-    "hidden": "encoder_hidden_states",
-    "time_condition": "timestep_cond",
-    "latents": "latent_sample",
-}  # fmt: skip
 
 
-def answers(graph: Graph, sdxl: bool) -> list[str]:
-    """Those of a graph's outputs that a Session answers with. Raises TightfitError if it has them not.
-
-    SDXL wants what its text encoders' last layer was given: of states before and after each layer the last but one.
-    """
-    there = [value.name for value in graph.model.graph.output]
-    states = [name for name in there if name.startswith("hidden_states.")]
-    text = "input_ids" in graph.inputs
-    if text and sdxl and len(states) > 1:
-        return [f"hidden_states.{len(states) - 2}", *(["text_embeds"] if "text_embeds" in there else [])]
-    wanted = "out_sample" if "timestep" in graph.inputs else "sample" if not text else "last_hidden_state"
-    if wanted not in there or (text and sdxl):
-        needs = "hidden_states.0 and so on" if text and sdxl else wanted
-        raise TightfitError(f"{graph.file} answers {', '.join(there) or 'nothing'}, not {needs}: export the model again")
-    return [wanted]
+def answers(graph: Graph, names: GraphNames) -> list[str]:
+    """Those of a graph's outputs that a Session answers with. Raises TightfitError if it has them not."""
+    outputs = [value.name for value in graph.model.graph.output]
+    try:
+        return names.answers(outputs)
+    except ValueError as error:
+        raise TightfitError(
+            f"{graph.file} answers {', '.join(outputs) or 'nothing'}, not {error}: export the model again"
+        ) from None
 
 
 @functools.cache
@@ -136,11 +124,12 @@ def even_step(spec: ModelSpec, component: Component) -> int:
 
 
 def halves_evenly(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> bool:
-    return component.name != "unet" or not any(side % even_step(spec, component) for side in size[1:])
+    return component.role is not Role.DENOISER or not any(side % even_step(spec, component) for side in size[1:])
 
 
 def input_shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> Inputs:
     """Shapes of the graph's inputs, by their names there, for a batch and the picture's height and width in pixels."""
     assert component.graph is not None
-    wanted = {NAMES.get(name, name): shape for name, shape in spec.inputs(component, *size).items()}
+    names = component.network.graph.names
+    wanted = {names.get(name, name): shape for name, shape in spec.inputs(component, *size).items()}
     return tuple((name, wanted[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items())

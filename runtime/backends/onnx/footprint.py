@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ import onnx
 from ...costs.allocator import OnnxArena
 from ...costs.footprint import END, Footprint, Trace, replay
 from ...errors import TightfitError, first_line
+from ...models.families.family import Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from . import dryrun as onnx_trace
@@ -83,20 +84,26 @@ def call_problem(spec: ModelSpec, component: Component, on_cpu: bool, size: tupl
             f"{graph.file} can do multiples of {step} pixels only, as it was exported for these: ask for {near}, or export the "
             "model again, with --to onnx"
         )
-    (name, *_), given = answers(graph, spec.family == "sdxl"), dict(inputs)
-    wanted: tuple[int | None, ...]
-    if component.name == "unet":
-        wanted = given["sample"]
-    elif component.name == "vae_decoder":
-        batch, _, height, width = given["latent_sample"]
-        wanted = (batch, None, height * spec.downsampling, width * spec.downsampling)
-    else:
-        wanted = (*given["input_ids"], None)
+    name, *_ = answers(graph, component.network.graph)
+    wanted = _ANSWER_SHAPES[component.role](spec, dict(inputs))
     found = call.answers[name]
     if len(found) != len(wanted) or any(need not in (None, side) for need, side in zip(wanted, found, strict=True)):
         shown_wanted = [side or "any" for side in wanted]
         return f"{graph.file} answers {name} of {list(found)}, not of {shown_wanted}: export the model again"
     return None
+
+
+def _picture_shape(spec: ModelSpec, inputs: Mapping[str, tuple[int, ...]]) -> tuple[int | None, ...]:
+    batch, _, height, width = inputs["latent_sample"]
+    return batch, None, height * spec.downsampling, width * spec.downsampling
+
+
+# What a graph answers first, in the shapes of its inputs; None is any length.
+_ANSWER_SHAPES: Mapping[Role, Callable[[ModelSpec, Mapping[str, tuple[int, ...]]], tuple[int | None, ...]]] = {
+    Role.TEXT: lambda _, inputs: (*inputs["input_ids"], None),
+    Role.DENOISER: lambda _, inputs: inputs["sample"],
+    Role.DECODER: _picture_shape,
+}
 
 
 def _own(weights: Any, on_cpu: bool, node: Any, shapes: onnx_trace.Shapes) -> onnx_trace.Steps:

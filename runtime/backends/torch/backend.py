@@ -19,6 +19,7 @@ from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ...machine.detect import pinnable
 from ...machine.hardware import Hardware
 from ...machine.process import release
+from ...models.families.family import Role
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
 from ...placement import DYNAMIC, QUANTISED, Placement
@@ -77,7 +78,7 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         "its weights, which are prepared once, must stay loaded: choose int8",
     ),
     Rule(
-        lambda case: case.dynamic and case.component.name != "unet",
+        lambda case: case.dynamic and case.component.role is not Role.DENOISER,
         lambda case: f"int8-dynamic is for U-Nets: choose int8 for the {case.component.name}",
     ),
     Rule(
@@ -85,7 +86,7 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         "weights that are quantised while they load cannot stream: export the model first",
     ),
     Rule(
-        lambda case: case.streamed and case.component.name == "vae_decoder",
+        lambda case: case.streamed and case.component.role is Role.DECODER,
         "a VAE's weights, a hundredth of a U-Net's, must stay loaded: its strips read them many times",
     ),
     Rule(
@@ -134,14 +135,14 @@ class TorchBackend:
     ) -> Footprint:
         return dryrun.footprint(spec, component, placement, hardware, size)
 
-    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> TorchSession:
+    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> TorchSession:  # noqa: ARG002
         """Build the module without memory, then fill it, or have it filled as it runs."""
         dtype = weights.DTYPES[placement.compute]
         with _memory_errors_explained(self.device):
             problem = self._trouble(component, placement)
             module = networks.build(component, placement, self.device.type)
             stored = weights.match(component, module)
-        session = TorchSession(module, networks.forward(spec, component, placement), dtype, self.device, self.meter)
+        session = TorchSession(module, networks.forward(component, placement), dtype, self.device, self.meter)
         with _memory_errors_explained(self.device):
             if placement.residency == "streamed":
                 lane = functools.partial(self._lane, session, component, placement)

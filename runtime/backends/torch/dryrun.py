@@ -156,7 +156,7 @@ def footprint(
         workspace(module).allocate(dtype, torch.device("meta"))
         config = component.folder / "config.json"
         with explained(f"{config} describes no model that can be run", "copy or download it again"):
-            return _trace(module, networks.forward(spec, component, placement), shapes, dtype, device.type)
+            return _trace(module, networks.forward(component, placement), shapes, dtype, device.type)
 
     trace = _traces.get(key, traced)
     _orders.get((component.name, what), lambda: tuple(path for path, *_ in trace.calls))

@@ -40,8 +40,8 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
         unknown = [name for name in stored if name not in expected]
         instead = f", but have {unknown[0]}" if unknown else ""
         raise TightfitError(f"{where} lack {len(missing)}, such as {missing[0]}{instead}: {cure}")
-    if left := next((name for name in stored if name not in expected and left_out(component.name, name)), None):
-        field = left_out(component.name, left)
+    if left := next((name for name in stored if name not in expected and _decided_by(component, name)), None):
+        field = _decided_by(component, left)
         raise TightfitError(
             f"{where} have {left}, which their config.json leaves out (its {field}): copy or download both again from one place"
         )
@@ -54,36 +54,10 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: stored[name] for name in expected}
 
 
-# Names of the families' networks, and the field of the config that decides whether there is such a layer.
-_UNET_FIELDS = {
-    r"mid_block\.attentions\.\d+\.transformer_blocks\.[1-9]": "transformer_layers_per_block",
-    r"mid_block\.": "mid_block_type",
-    r"(down|up)_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.[1-9]": "transformer_layers_per_block",
-    r"(down|up)_blocks\.\d+\.(resnets|attentions)\.": "layers_per_block",
-    r"(down|up)_blocks\.\d+\.(up|down)samplers\.": "block_out_channels",
-    r"(down|up)_blocks\.": "block_out_channels",
-    r"time_embedding\.cond_proj\.": "time_cond_proj_dim",
-    r"conv_norm_out\.": "norm_num_groups",
-    r"add_embedding\.": "addition_embed_type",
-    r"class_embedding\.": "class_embed_type",
-    r"encoder_hid_proj\.": "encoder_hid_dim_type",
-}
-_FIELDS = {
-    "unet": _UNET_FIELDS,
-    "vae_decoder": {
-        r"post_quant_conv\.": "use_post_quant_conv",
-        r"decoder\.mid_block\.attentions\.": "mid_block_add_attention",
-        r"decoder\.up_blocks\.\d+\.resnets\.": "layers_per_block",
-        r"decoder\.": "block_out_channels",
-    },
-    "text_encoder": {r"(text_model\.)?encoder\.layers\.\d+\.": "num_hidden_layers"},
-}
-
-
-def left_out(network: str, name: str) -> str | None:
-    """The config field that decides whether `network` has the tensor `name`, None if the families have no such tensor."""
-    fields = _FIELDS[network.removesuffix("_2")]
-    return next((field for pattern, field in fields.items() if re.match(pattern, name)), None)
+def _decided_by(component: Component, name: str) -> str | None:
+    """The config field that decides whether the network has the tensor `name`, None if the family has no such tensor."""
+    patterns = component.network.decided_by
+    return next((field for pattern, field in patterns.items() if re.match(pattern, name)), None)
 
 
 def fill(

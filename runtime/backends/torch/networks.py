@@ -9,23 +9,23 @@ import torch
 
 from ....kernels import attention
 from ....kernels.recipe import recipe
-from ...errors import TightfitError, explained
-from ...models.spec import Component, ModelSpec
+from ...errors import explained
+from ...models.families.family import Role
+from ...models.spec import Component
 from ...placement import DYNAMIC, QUANTISED, Placement
 from . import quantised
 from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward
-from .vae import decode_strips, decode_whole
+from .vae import decode_strips
 
 Forward = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def build(component: Component, placement: Placement, device: str) -> torch.nn.Module:
     """The component's module on the meta device, shapes and no memory, as the placement has it computed on `device`."""
-    make = {"unet": _unet, "vae_decoder": _decoder}.get(component.name, _text_encoder)
     config = component.folder / "config.json"
     with explained(f"{config} describes no model that can be built", "copy or download it again"), torch.device("meta"):
-        module = make(component).eval().requires_grad_(False)
-    formats, used_often = _formats(component, module, placement.precision), component.name == "vae_decoder"  # by its strips
+        module = component.network.build(component).eval().requires_grad_(False)
+    formats, used_often = _formats(component, module, placement.precision), component.role is Role.DECODER  # by its strips
     quantised.quantise_layers(module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC)
     processor = Processor(attention.VARIANTS[placement.attention])
     for part in module.modules():
@@ -61,59 +61,6 @@ def current_name(stored: str, expected: Container[str]) -> str:
     return stored
 
 
-def forward(spec: ModelSpec, component: Component, placement: Placement) -> Forward:
+def forward(component: Component, placement: Placement) -> Forward:
     """How to call the component's module with the tensors that `Session` names."""
-    if component.name == "unet":
-        return _predict
-    if component.name == "vae_decoder":
-        return decode_strips if placement.tiling == "tiled" else decode_whole
-    return _encode_sdxl if spec.family == "sdxl" else _encode
-
-
-def _encode(module: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """SD 1.x and 2.x: the last layer, normalised."""
-    return (module(tokens).last_hidden_state,)
-
-
-def _encode_sdxl(module: Any, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """SDXL: the layer before the last, without the final norm, and the projection where the model has one."""
-    out = module(tokens, output_hidden_states=True)
-    return (out.hidden_states[-2], out.text_embeds) if "text_embeds" in out else (out.hidden_states[-2],)
-
-
-def _predict(module: Any, sample, timestep, hidden, time_condition=None, **added: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return module(sample, timestep, hidden, timestep_cond=time_condition, added_cond_kwargs=added or None, return_dict=False)[:1]
-
-
-_TEXT_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
-
-
-def _text_encoder(component: Component) -> torch.nn.Module:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    kinds = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
-    names = component.config.get("architectures") or ["CLIPTextModel"]
-    name = names[0] if isinstance(names, list) else names
-    if name not in kinds:
-        raise TightfitError(f"{component.folder} holds a {name}: tightfit runs {' and '.join(kinds)}")
-    # Of the others some are costly to read: for num_labels of 1e9 as many labels are made.
-    return kinds[name](CLIPTextConfig(**{field: component.config[field] for field in _TEXT_FIELDS if field in component.config}))
-
-
-def _unet(component: Component) -> torch.nn.Module:
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    if component.config.get("class_embed_type") is not None:
-        raise TightfitError(f"{component.folder} wants class embeddings (unCLIP): tightfit runs text-to-image models")
-    unet: Any = UNet2DConditionModel.from_config(dict(component.config))
-    return unet
-
-
-def _decoder(component: Component) -> torch.nn.Module:
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-
-    whole: Any = AutoencoderKL.from_config(dict(component.config))
-    return torch.nn.ModuleDict({"decoder": whole.decoder, "post_quant_conv": whole.post_quant_conv or torch.nn.Identity()})
+    return decode_strips if placement.tiling == "tiled" else component.network.call

@@ -9,10 +9,6 @@ import torch
 from ....kernels import strips
 
 
-def decode_whole(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    return (module["decoder"](module["post_quant_conv"](latents)),)
-
-
 def decode_strips(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (decode_in_strips(module["decoder"], module["post_quant_conv"](latents)),)
 

@@ -1,1 +1,36 @@
-"""What the networks of a model are to each other."""
+"""The families that are run. The first that claims a model has it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...errors import TightfitError
+from .family import Family, Network, Role
+from .sdxl import SDXL
+from .stable_diffusion import StableDiffusion
+
+if TYPE_CHECKING:
+    from ..layouts import Source
+
+FAMILIES: tuple[Family, ...] = (SDXL(), StableDiffusion("sd2", True), StableDiffusion("sd1", False))
+
+
+def family_of(source: Source) -> Family:
+    """Raises TightfitError for a model that none claims."""
+    for family in FAMILIES:
+        if family.claims(source):
+            return family
+    raise TightfitError(f"{source.folder} is of no family that tightfit runs: these are SD 1.x, SD 2.x and SDXL")
+
+
+def networks() -> dict[str, Network]:
+    """Every network of every family, by its name. Those of one name have one role."""
+    return {network.name: network for family in reversed(FAMILIES) for network in family.networks}
+
+
+def role_of(name: str) -> Role:
+    """Of the network called so. Raises TightfitError for a name that no family has."""
+    network = networks().get(name)
+    if network is None:
+        raise TightfitError(f"{name} is a network of no family that tightfit runs: {', '.join(networks())} are")
+    return network.role

@@ -5,30 +5,35 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from ...errors import TightfitError
-from ...files import PICKLES, read_json, readable, sha256, shortened
+from ...files import PICKLES, read_json, sha256, shortened
+from ...placement import STORED
 from .. import cures
 from ..checks import check_fields, is_text, or_many
-from ..families.stable_diffusion import DEFAULTS, SCHEDULER_FIELDS, check_config, family_of
+from ..families import networks
+from ..families.family import Network, Role
+from ..families.networks import SCHEDULER_FIELDS
 from ..manifest import read_manifest
-from ..spec import Component, ModelSpec
+from ..spec import Component
 from .optimum import read_network
 from .safetensors import all_tensors, read_header
 
-# What model_index.json may say that a part is made by; never imported by that name. Pipelines themselves are told by their parts.
-_CLASSES = {
-    "unet": r"diffusers (UNet2DConditionModel|OnnxRuntimeModel)|optimum\S* ORT\w+",
-    "vae": r"diffusers (AutoencoderKL|OnnxRuntimeModel)|optimum\S* ORT\w+",
-    "text_encoder": r"transformers CLIPTextModel(WithProjection)?|diffusers OnnxRuntimeModel|optimum\S* ORT\w+",
+# What model_index.json may say of the parts that are no networks, and of those that are never loaded; nothing is imported by it.
+_OTHERS = {
     "tokenizer": r"transformers CLIPTokenizer(Fast)?",
+    "tokenizer_2": r"transformers CLIPTokenizer(Fast)?",
     "scheduler": r"diffusers \w+Scheduler",
-} | dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "image_processor"), r"\S+ \w+")  # never loaded
-_ALIKE = {"text_encoder_2": "text_encoder", "tokenizer_2": "tokenizer", "vae_encoder": "vae", "vae_decoder": "vae"}
+    **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "image_processor"), r"\S+ \w+"),
+}
+# The VAE in two, as Optimum lists it.
+_ONNX_ENCODER = {"vae_encoder": "vae_decoder"}
+_NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def check_classes(file: Path, index: Mapping[str, Any]) -> None:
@@ -41,8 +46,9 @@ def check_classes(file: Path, index: Mapping[str, Any]) -> None:
         raise TightfitError(
             f"{file} wants code of its own to run (_class_name {shortened(pipeline)}): tightfit runs none from a model"
         )
+    classes = _OTHERS | {part: network.listed for network in networks().values() for part in (network.folder, network.name)}
     for name, value in index.items():
-        known = _CLASSES.get(_ALIKE.get(name, name))
+        known = classes.get(_ONNX_ENCODER.get(name, name))
         if name.startswith("_") or not isinstance(value, list | dict) or (isinstance(value, list) and not any(value)):
             continue
         if known is None:
@@ -56,41 +62,91 @@ def check_classes(file: Path, index: Mapping[str, Any]) -> None:
             )
 
 
-def read_model(folder: Path, name: str | None = None) -> ModelSpec:
-    """Read the diffusers folder `folder`. Raises TightfitError for whatever is missing, broken or not supported."""
-    with readable(folder):
-        return _read_model(folder, name)
+class DiffusersLayout:
+    def claims(self, path: Path) -> bool:  # noqa: ARG002
+        """Whatever no other layout claims: what it is instead is said when it is read."""
+        return True
+
+    def read(self, path: Path) -> DiffusersFolder:
+        index = read_json(file := _index_file(path))
+        check_classes(file, index)
+        pipeline = index.get("_class_name", "unknown")
+        listed = {key: value for key, value in index.items() if isinstance(value, list) and value and value[0]}
+        for part in _NEEDED:
+            if part not in listed:
+                raise TightfitError(f"{path} is a {pipeline} without a {part}: tightfit runs SD 1.x, SD 2.x and SDXL base models")
+        zeroed = bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed))
+        return DiffusersFolder(path, str(pipeline), listed, read_manifest(path), zeroed)
 
 
-def _read_model(folder: Path, name: str | None) -> ModelSpec:
-    index = read_json(file := _index_file(folder))
-    check_classes(file, index)
-    pipeline = index.get("_class_name", "unknown")
-    listed = {key for key, value in index.items() if isinstance(value, list) and value and value[0]}
-    for needed in ("unet", "vae", "text_encoder", "tokenizer", "scheduler"):
-        if needed not in listed:
-            raise TightfitError(f"{folder} is a {pipeline} without a {needed}: tightfit runs SD 1.x, SD 2.x and SDXL base models")
-    manifest = read_manifest(folder)
-    components = {}
-    for part in ("text_encoder", "text_encoder_2", "unet", "vae_decoder"):
-        if part != "text_encoder_2" or part in listed:
-            components[part] = _component(part, folder, manifest, index[part.removesuffix("_decoder")])
-    for component in components.values():
-        check_config(component)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    check_fields(folder / "scheduler" / "scheduler_config.json", scheduler, SCHEDULER_FIELDS)
-    return ModelSpec(
-        name=name or str(folder.absolute()),
-        folder=folder,
-        family=family_of(folder, pipeline, components),
-        components=components,
-        scheduler=scheduler,
-        force_zeros=bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed)),
-        defaults=manifest.get("defaults", {}),
-        precision=manifest.get("precision") if components["unet"].formats is not None else None,
-        source=manifest.get("source"),
-        pipeline=str(pipeline),
-    )
+@dataclass(frozen=True)
+class DiffusersFolder:
+    """A Source: see layouts/__init__.py."""
+
+    folder: Path
+    pipeline: str
+    listed: Mapping[str, Sequence[Any]]
+    manifest: Mapping[str, Any]
+    zeroed: bool
+
+    def config(self, network: Network) -> Mapping[str, Any]:
+        for folder in (network.folder, network.name):
+            with suppress(TightfitError):
+                return read_json(self.folder / folder / "config.json")
+        return {}
+
+    def component(self, network: Network) -> Component:
+        """Tensors as diffusers keeps them, a graph as Optimum does, or both."""
+        folder, file = self.folder / network.folder, self.folder / network.name / "model.onnx"
+        if file.exists() and not any(folder.glob("*.safetensors")):
+            beside = next((f for f in (folder, file.parent) if (f / "config.json").exists()), file.parent)
+            config = self._full_config(network, beside / "config.json")
+            _check_unmixed(file, self.manifest)
+            return Component(network, file.parent, config, {}, None, read_network(network, config, file))
+        self._check_for_weights(folder, file)
+        config = self._full_config(network, folder / "config.json")
+        tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(network.prefixes)}
+        if not tensors:
+            raise TightfitError(f"the weight files in {folder} hold nothing of a {network.name}: copy or download them again")
+        graph, unreadable = None, ""
+        try:
+            graph = read_network(network, config, file) if file.exists() else None
+        except TightfitError as error:  # torch can do without
+            unreadable = str(error)
+        return Component(network, folder, config, tensors, self._formats(network), graph, unreadable)
+
+    def _check_for_weights(self, folder: Path, file: Path) -> None:
+        """Raise TightfitError where others of the model's networks are ONNX, and this one is missing or renamed."""
+        weights = any(path for pattern in ("*.safetensors", *PICKLES) for path in folder.glob(pattern))
+        if weights or not any(self.folder.glob("*/*.onnx")):
+            return
+        others = (other.name for other in file.parent.glob("*.onnx") if other.name != file.name)
+        renamed = next((f"rename {other}, which is there, or " for other in others), "")
+        raise TightfitError(f"{file if file.parent.is_dir() else file.parent} is missing: {renamed}copy or export the model again")
+
+    def _formats(self, network: Network) -> Mapping[str, str] | None:
+        """In which format each quantised layer is stored; None in a model that is not quantised."""
+        if self.manifest.get("precision") not in STORED:
+            return None
+        formats = self.manifest.get("components", {}).get(network.folder, {}).get("formats", {})
+        return {layer: form for layer, form in formats.items() if layer.startswith(network.prefixes)}
+
+    def _full_config(self, network: Network, file: Path) -> dict[str, Any]:
+        """A network's config with what the libraries take for what it leaves out. The class of a text encoder is, as in diffusers,
+        the one that model_index.json names, unless its own config says that it is of another kind."""
+        config = {**network.defaults, **read_json(file)}
+        if network.role is Role.TEXT:
+            check_fields(file, config, {"architectures": lambda named: named in (None, []) or or_many(is_text)(named)})
+            named = self.listed[network.folder][-1]
+            classes = (*(config.get("architectures") or ()), named)
+            if all(str(one).startswith("CLIPTextModel") for one in classes):
+                config["architectures"] = [named]
+        return config
+
+    def scheduler(self) -> Mapping[str, Any]:
+        file = self.folder / "scheduler" / "scheduler_config.json"
+        check_fields(file, config := read_json(file), SCHEDULER_FIELDS)
+        return config
 
 
 def _index_file(folder: Path) -> Path:
@@ -136,48 +192,6 @@ def near(folder: Path) -> str:
         beside = [path.name for path in islice(folder.parent.iterdir(), 1000) if path.is_dir()]
     close = get_close_matches(folder.name, ["emoji", *beside], 1)
     return f" (did you mean {close[0] if close[0] == 'emoji' else folder.parent / close[0]}?)" if close else ""
-
-
-def _component(name: str, model: Path, manifest: Mapping[str, Any], listed: Sequence[Any]) -> Component:
-    """What is there of it: tensors as diffusers keeps them, a graph as Optimum does, or both. `listed` is what model_index.json
-    says of it, a library and a class."""
-    folder, file = model / name.removesuffix("_decoder"), model / name / "model.onnx"
-    torch = any(folder.glob("*.safetensors"))
-    if file.exists() and not torch:
-        beside = next((f for f in (folder, model / name) if (f / "config.json").exists()), model / name)
-        config = _config(name, beside / "config.json", listed)
-        _check_unmixed(file, manifest)
-        return Component(name, model / name, config, {}, None, read_network(name, config, file))
-    if not any(path for pattern in ("*.safetensors", *PICKLES) for path in folder.glob(pattern)) and any(model.glob("*/*.onnx")):
-        others = (each.name for each in file.parent.glob("*.onnx") if each.name != file.name)
-        renamed = next((f"rename {each}, which is there, or " for each in others), "")
-        raise TightfitError(f"{file if file.parent.is_dir() else file.parent} is missing: {renamed}copy or export the model again")
-    prefixes = ("decoder.", "post_quant_conv.") if name == "vae_decoder" else ("",)
-    config = _config(name, folder / "config.json", listed)
-    tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(prefixes)}
-    if not tensors:
-        raise TightfitError(f"the weight files in {folder} hold nothing of a {name}: copy or download them again")
-    formats = manifest.get("components", {}).get(folder.name, {}).get("formats", {})
-    of_these = {layer: form for layer, form in formats.items() if layer.startswith(prefixes)}
-    stored = manifest.get("precision") in ("int8", "int4")
-    graph, unreadable = None, ""
-    try:
-        graph = read_network(name, config, file) if file.exists() else None
-    except TightfitError as error:  # torch can do without
-        unreadable = str(error)
-    return Component(name, folder, config, tensors, of_these if stored else None, graph, unreadable)
-
-
-def _config(name: str, file: Path, listed: Sequence[Any]) -> dict[str, Any]:
-    """A network's config with what the libraries take for what it leaves out. The class of a text encoder is, as in diffusers,
-    the one that model_index.json names, unless its own config says that it is of another kind."""
-    config = {**DEFAULTS[name.removesuffix("_2")], **read_json(file)}
-    if name.startswith("text_encoder"):
-        check_fields(file, config, {"architectures": lambda named: named in (None, []) or or_many(is_text)(named)})
-        classes = (*(config.get("architectures") or ()), listed[-1])
-        if all(str(each).startswith("CLIPTextModel") for each in classes):
-            config["architectures"] = [listed[-1]]
-    return config
 
 
 def _check_unmixed(file: Path, manifest: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ from tightfit.runtime.backends.onnx import footprint as onnx_footprint
 from tightfit.runtime.costs.footprint import Footprint, Trace, peak
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.models.families.networks import UNET
 from tightfit.runtime.models.graph import read_graph
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner import candidates, estimate
@@ -347,19 +348,21 @@ _GROWTH = """
 import sys
 import numpy as np
 from pathlib import Path
-from tightfit.runtime.backends import onnx as engine
+from tightfit.runtime.backends.onnx import backend as engine
+from tightfit.runtime.backends.onnx.footprint import call_footprint
 from tightfit.runtime.costs.footprint import peak
+from tightfit.runtime.models.families.networks import UNET
 from tightfit.runtime.models.graph import read_graph
 from tightfit.runtime.machine.process import ProcessPeak, resident
 
 graph = read_graph(Path(sys.argv[1]))
 x = np.random.default_rng(0).normal(size=(1, 32, 384, 384)).astype(np.float32)
-predicted = peak("cpu", (), engine.call_footprint(graph, True, (("x", x.shape),)))
+predicted = peak("cpu", (), call_footprint(graph, True, (("x", x.shape),)))
 process, start = ProcessPeak(), resident()
 process.reset()
 session = engine.OnnxSession.__new__(engine.OnnxSession)
-engine.answers = lambda graph, sdxl: ["y"]
-session.__init__(graph, "CPUExecutionProvider", engine.ProcessMeter())
+engine.answers = lambda graph, names: ["y"]
+session.__init__(graph, "CPUExecutionProvider", engine.ProcessMeter(), UNET.graph)
 session(x=x)
 print(predicted, process.bytes() - start)
 """
@@ -758,7 +761,7 @@ def test_a_provider_that_is_listed_but_cannot_be_loaded(onnx_models):
     assert graph
     cure = r"cannot load CUDAExecutionProvider here: pip install 'onnxruntime-gpu\[cuda,cudnn\]'[^\n]*$"
     with pytest.raises(TightfitError, match=cure):
-        engine.OnnxSession(graph, "CUDAExecutionProvider", engine.ProcessMeter())
+        engine.OnnxSession(graph, "CUDAExecutionProvider", engine.ProcessMeter(), UNET.graph)
 
 
 def test_a_session_never_falls_back_on_the_cpu(onnx_models, monkeypatch):
@@ -773,7 +776,7 @@ def test_a_session_never_falls_back_on_the_cpu(onnx_models, monkeypatch):
 
     monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", fails)
     with pytest.raises(OutOfMemoryError, match="Failed to allocate"):
-        engine.OnnxSession(graph, "CUDAExecutionProvider", engine.ProcessMeter())
+        engine.OnnxSession(graph, "CUDAExecutionProvider", engine.ProcessMeter(), UNET.graph)
     assert len(tried) == 1
 
 

@@ -69,7 +69,7 @@ def test_against_the_profiler(tiny_models, model, component, attention, tiling, 
     part, placement = spec.components[component], Placement("torch", precision, compute, "staged", attention, tiling)
     size = (batch, 128, 192)
     footprint = dryrun.footprint(spec, part, placement, CPU, size)
-    call, dtype, cpu = networks.forward(spec, part, placement), weights.DTYPES[compute], torch.device("cpu")
+    call, dtype, cpu = networks.forward(part, placement), weights.DTYPES[compute], torch.device("cpu")
     module = networks.build(part, placement, "cpu")
     weights.fill(module, weights.match(part, module), dtype, cpu)
     shapes = spec.inputs(part, *size)

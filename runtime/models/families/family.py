@@ -1,0 +1,136 @@
+"""What a family of models is: its networks, and what they are to each other. Data and plain functions; no engine is imported.
+
+A new family is one file beside this one and one line in FAMILIES (docs/architecture.md has an example, which a test runs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..checks import Check
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ...request import Request
+    from ..layouts import Source
+    from ..spec import Component, ModelSpec
+
+Shape = tuple[int, ...]
+
+
+class Role(Enum):
+    """What a network does. It decides the stage it runs in and how often it is called; there is no role for 'all others'."""
+
+    TEXT = "text"
+    DENOISER = "denoiser"
+    DECODER = "decoder"
+
+    @property
+    def stage(self) -> str:
+        return {Role.TEXT: "encode", Role.DENOISER: "denoise", Role.DECODER: "decode"}[self]
+
+
+@dataclass(frozen=True)
+class Extent:
+    """What the inputs of one call depend on: rows of a batch, and the picture's height and width in pixels."""
+
+    batch: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class GraphNames:
+    """How a network is called as ONNX, in Optimum's words.
+
+    `needed` and `optional` are names of inputs. `sides` are (value, count of sides, number of one of them, field of the config that
+    says how long it is). `answers` picks from a graph's outputs those that a session answers with; it raises ValueError with what
+    is missing. `names` are the graph's names for a session's arrays, where they differ.
+    """
+
+    needed: frozenset[str]
+    answers: Callable[[Sequence[str]], list[str]]
+    optional: frozenset[str] = frozenset()
+    sides: tuple[tuple[str, int, int, str], ...] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of a family, for every engine and for the exporter alike.
+
+    name: of the component and of its placement in a plan; a graph lies in the folder called so. folder: of its config and
+    weights in a diffusers folder. listed: what model_index.json may say that it is made by, a library and a class, as a
+    regular expression. fields and defaults: what a field of its config may be, and is where it is missing. layers: how many
+    layers a config asks for, by the field that says so. prefixes: of the names of stored tensors, those that are used.
+    decided_by: which field of the config decides whether there is a tensor, by a pattern of its name. inputs: shapes of one
+    call, by a session's names. build: its torch module; called where tensors are made on meta, and the only place that
+    imports a class of a library. call: calls that module with a session's arrays. tokenizer: the folder of a text encoder's.
+    """
+
+    name: str
+    folder: str
+    role: Role
+    listed: str
+    fields: Mapping[str, Check]
+    defaults: Mapping[str, Any]
+    layers: Callable[[Mapping[str, Any]], Mapping[str, int]]
+    decided_by: Mapping[str, str]
+    inputs: Callable[[ModelSpec, Extent], Mapping[str, Shape]]
+    build: Callable[[Component], Any]
+    call: Callable[..., tuple[Any, ...]]
+    graph: GraphNames
+    prefixes: tuple[str, ...] = ("",)
+    tokenizer: str = ""
+
+
+class Family(Protocol):
+    """Which models belong to it, and how its networks work together. Stateless."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def networks(self) -> tuple[Network, ...]:
+        """In the order in which a picture needs them."""
+        ...
+
+    @property
+    def first_step_is_known(self) -> bool:
+        """Whether diffusers' pipeline tells the scheduler that it begins with the first step."""
+        ...
+
+    def claims(self, source: Source) -> bool:
+        """Whether the model is of this family. The first of FAMILIES that claims it has it."""
+        ...
+
+    def check(self, spec: ModelSpec) -> None:
+        """Raise TightfitError for networks that do not belong together, or do what is not run."""
+        ...
+
+    def default_guidance(self, spec: ModelSpec) -> float: ...
+
+    def corrects_configs(self, spec: ModelSpec) -> bool:
+        """Whether diffusers' pipeline corrects configs of 2022 as it loads them."""
+        ...
+
+    def latent_affine(self, spec: ModelSpec) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+        """What the decoder wants of the denoiser's latents, by channel: latents * first / second + third."""
+        ...
+
+    def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
+        """Networks that answer infinities in fp16, so that they compute in another precision."""
+        ...
+
+    def condition(
+        self, spec: ModelSpec, encoded: Sequence[Sequence[np.ndarray]], request: Request, guided: bool
+    ) -> dict[str, np.ndarray]:
+        """The denoiser's inputs that stay the same over all steps, the unguided row of a batch first.
+
+        `encoded` has what each text encoder answered, in their order, a row for each text.
+        """
+        ...

@@ -1,0 +1,321 @@
+"""The networks that the families of Stable Diffusion share: CLIP's text encoder, the U-Net, the decoder of the VAE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...errors import TightfitError
+from ..checks import (
+    LEAST_TENSORS,
+    MOST_ALL,
+    MOST_LAYERS,
+    MOST_LEVELS,
+    MOST_WIDTH,
+    Check,
+    brief,
+    check_fields,
+    is_count,
+    is_layers,
+    is_number,
+    is_positive,
+    is_size,
+    is_text,
+    is_truth,
+    largest,
+    many,
+    or_many,
+    or_none,
+    whole,
+)
+from .family import Extent, GraphNames, Network, Role, Shape
+
+if TYPE_CHECKING:
+    from ..spec import Component, ModelSpec
+
+# What is read here, before the libraries that own the configs see it, and what it must be.
+_TEXT_COUNTS = (
+    "hidden_size",
+    "intermediate_size",
+    "projection_dim",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "vocab_size",
+)
+_TEXT = {
+    **dict.fromkeys(_TEXT_COUNTS, is_count),
+    "num_hidden_layers": whole(1, MOST_LAYERS),
+    "eos_token_id": whole(0, MOST_WIDTH),  # the token whose place the pooled text is read from
+    **dict.fromkeys(("bos_token_id", "pad_token_id"), or_none(whole(-1, MOST_WIDTH))),
+    "hidden_act": is_text,
+    "layer_norm_eps": is_positive,
+}
+_VAE = {
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), is_count),
+    **dict.fromkeys(("down_block_types", "up_block_types"), many(is_text)),
+    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast"), or_none(is_truth)),
+    **dict.fromkeys(("latents_mean", "latents_std"), or_none(many(is_number, MOST_WIDTH))),
+    "block_out_channels": many(is_count),
+    "layers_per_block": is_layers,
+    "norm_num_groups": is_count,
+    "act_fn": is_text,
+    "scaling_factor": is_positive,
+    "shift_factor": or_none(is_number),
+}
+_UNET_COUNTS = (
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim", "time_embedding_dim",
+    "encoder_hid_dim", "num_class_embeds", "addition_embed_type_num_heads", "norm_num_groups",
+)  # fmt: skip
+_UNET_TRUTHS = (
+    "flip_sin_to_cos", "use_linear_projection", "upcast_attention", "dual_cross_attention", "center_input_sample",
+    "resnet_skip_time_act", "class_embeddings_concat", "mid_block_only_cross_attention",
+)  # fmt: skip
+_UNET_TEXTS = (
+    "mid_block_type", "act_fn", "time_embedding_type", "time_embedding_act_fn", "timestep_post_act", "class_embed_type",
+    "addition_embed_type", "encoder_hid_dim_type", "resnet_time_scale_shift", "attention_type", "cross_attention_norm",
+)  # fmt: skip
+_nested_layers = or_many(or_many(is_layers))
+_UNET = {
+    **dict.fromkeys(("in_channels", "out_channels"), is_count),
+    **dict.fromkeys(_UNET_COUNTS, or_none(is_count)),
+    **dict.fromkeys(_UNET_TRUTHS, or_none(is_truth)),
+    **dict.fromkeys(_UNET_TEXTS, or_none(is_text)),
+    **dict.fromkeys(("down_block_types", "up_block_types"), many(is_text)),
+    **dict.fromkeys(("attention_head_dim", "cross_attention_dim"), or_many(is_count)),
+    **dict.fromkeys(("norm_eps", "mid_block_scale_factor"), is_positive),
+    **dict.fromkeys(("conv_in_kernel", "conv_out_kernel"), whole(1, 15)),
+    "block_out_channels": many(is_count),
+    "num_attention_heads": or_none(or_many(is_count)),
+    "only_cross_attention": or_none(or_many(is_truth)),
+    "sample_size": or_none(is_size),
+    "layers_per_block": or_many(is_layers),
+    "transformer_layers_per_block": _nested_layers,
+    "reverse_transformer_layers_per_block": or_none(_nested_layers),
+    "downsample_padding": whole(0, 1),
+    "freq_shift": is_number,
+    "dropout": is_number,
+}
+SCHEDULER_FIELDS: Mapping[str, Check] = {
+    "num_train_timesteps": whole(1, MOST_LEVELS),
+    "original_inference_steps": or_none(whole(1, MOST_LEVELS)),
+    "steps_offset": whole(0, MOST_LEVELS),
+    "prediction_type": lambda value: value in ("epsilon", "sample", "v_prediction", "flow_prediction"),
+    "trained_betas": or_none(many(is_number, MOST_LEVELS)),
+    **dict.fromkeys(("solver_order", "predictor_order", "corrector_order"), whole(1, 16)),
+    **dict.fromkeys(("beta_start", "beta_end"), is_positive),
+}
+# What the libraries take for fields that a config leaves out.
+_UNET_DEFAULTS = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": 1,
+    "cross_attention_dim": 1280,
+    "sample_size": None,
+}
+_VAE_DEFAULTS = {
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": (64,),
+    "layers_per_block": 1,
+    "scaling_factor": 0.18215,
+}
+_TEXT_DEFAULTS = {
+    "max_position_embeddings": 77,
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "projection_dim": 512,
+    "num_hidden_layers": 12,
+}
+# The field of the config that decides whether there is a tensor called so.
+_UNET_DECIDED_BY = {
+    r"mid_block\.attentions\.\d+\.transformer_blocks\.[1-9]": "transformer_layers_per_block",
+    r"mid_block\.": "mid_block_type",
+    r"(down|up)_blocks\.\d+\.attentions\.\d+\.transformer_blocks\.[1-9]": "transformer_layers_per_block",
+    r"(down|up)_blocks\.\d+\.(resnets|attentions)\.": "layers_per_block",
+    r"(down|up)_blocks\.\d+\.(up|down)samplers\.": "block_out_channels",
+    r"(down|up)_blocks\.": "block_out_channels",
+    r"time_embedding\.cond_proj\.": "time_cond_proj_dim",
+    r"conv_norm_out\.": "norm_num_groups",
+    r"add_embedding\.": "addition_embed_type",
+    r"class_embedding\.": "class_embed_type",
+    r"encoder_hid_proj\.": "encoder_hid_dim_type",
+}
+_VAE_DECIDED_BY = {
+    r"post_quant_conv\.": "use_post_quant_conv",
+    r"decoder\.mid_block\.attentions\.": "mid_block_add_attention",
+    r"decoder\.up_blocks\.\d+\.resnets\.": "layers_per_block",
+    r"decoder\.": "block_out_channels",
+}
+_TEXT_DECIDED_BY = {r"(text_model\.)?encoder\.layers\.\d+\.": "num_hidden_layers"}
+
+
+def check_config(network: Network, component: Component) -> None:
+    """Every field that decides what is built, before it is: a count of layers may not exceed the tensors that are there."""
+    file, config = component.folder / "config.json", component.config
+    check_fields(file, config, network.fields)
+    tensors = sum(1 for tensor in component.tensors.values() if tensor.count)
+    most_layers = min(tensors if component.tensors else MOST_ALL, MOST_ALL) // LEAST_TENSORS
+    for field, count in network.layers(config).items():
+        if count > most_layers:
+            raise TightfitError(
+                f"{file} has {field} {brief(config.get(field))}, more layers than {tensors} tensors can be of: "
+                "files of different models were mixed; copy or download it again"
+            )
+    for field in ("latents_mean", "latents_std"):
+        if (given := config.get(field)) and len(given) != config["latent_channels"]:
+            raise TightfitError(
+                f"{file} has {field} of {len(given)} channels, not of its latent_channels: copy or download it again"
+            )
+
+
+def _text_layers(config: Mapping[str, Any]) -> dict[str, int]:
+    return {"num_hidden_layers": config["num_hidden_layers"]}
+
+
+def _block_layers(config: Mapping[str, Any]) -> dict[str, int]:
+    return {"layers_per_block": largest(config["layers_per_block"]) * len(config["block_out_channels"])}
+
+
+def _unet_layers(config: Mapping[str, Any]) -> dict[str, int]:
+    blocks = _block_layers(config)
+    inner = largest(config["transformer_layers_per_block"])
+    inner = max(inner, largest(config.get("reverse_transformer_layers_per_block") or 0))
+    return blocks | {"transformer_layers_per_block": blocks["layers_per_block"] * inner}
+
+
+def _one_answer(name: str) -> Callable[[Sequence[str]], list[str]]:
+    def answers(outputs: Sequence[str]) -> list[str]:
+        if name not in outputs:
+            raise ValueError(name)
+        return [name]
+
+    return answers
+
+
+def _text_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:  # noqa: ARG001  texts are encoded one by one
+    return {"tokens": (1, spec.text_length)}
+
+
+def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
+    """Shapes of latents, timestep and texts; and of the guidance that distilled U-Nets are told."""
+    shapes: dict[str, Shape] = {"sample": (extent.batch, *spec.latent_shape(extent)), "timestep": ()}
+    shapes["hidden"] = (extent.batch, spec.text_length, spec.text_width)
+    if spec.guidance_width:
+        shapes["time_condition"] = (1, spec.guidance_width)
+    return shapes
+
+
+def _decoder_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
+    return {"latents": (1, *spec.latent_shape(extent))}
+
+
+def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
+    """The last layer, normalised."""
+    return (module(tokens).last_hidden_state,)
+
+
+def _predict(module: Any, sample: Any, timestep: Any, hidden: Any, time_condition: Any = None, **added: Any) -> tuple[Any, ...]:
+    return module(sample, timestep, hidden, timestep_cond=time_condition, added_cond_kwargs=added or None, return_dict=False)[:1]
+
+
+def _decode(module: Any, latents: Any) -> tuple[Any, ...]:
+    return (module["decoder"](module["post_quant_conv"](latents)),)
+
+
+_TEXT_FIELDS = (
+    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def _build_text_encoder(component: Component) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    kinds = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
+    names = component.config.get("architectures") or ["CLIPTextModel"]
+    name = names[0] if isinstance(names, list) else names
+    if name not in kinds:
+        raise TightfitError(f"{component.folder} holds a {name}: tightfit runs {' and '.join(kinds)}")
+    # Of the others some are costly to read: for num_labels of 1e9 as many labels are made.
+    return kinds[name](CLIPTextConfig(**{field: component.config[field] for field in _TEXT_FIELDS if field in component.config}))
+
+
+def _build_unet(component: Component) -> Any:
+    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+    if component.config.get("class_embed_type") is not None:
+        raise TightfitError(f"{component.folder} wants class embeddings (unCLIP): tightfit runs text-to-image models")
+    unet: Any = UNet2DConditionModel.from_config(dict(component.config))
+    return unet
+
+
+def _build_decoder(component: Component) -> Any:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from torch import nn
+
+    whole: Any = AutoencoderKL.from_config(dict(component.config))
+    return nn.ModuleDict({"decoder": whole.decoder, "post_quant_conv": whole.post_quant_conv or nn.Identity()})
+
+
+TEXT_ENCODER = Network(
+    name="text_encoder",
+    folder="text_encoder",
+    role=Role.TEXT,
+    listed=r"transformers CLIPTextModel(WithProjection)?|diffusers OnnxRuntimeModel|optimum\S* ORT\w+",
+    fields=_TEXT,
+    defaults=_TEXT_DEFAULTS,
+    layers=_text_layers,
+    decided_by=_TEXT_DECIDED_BY,
+    inputs=_text_inputs,
+    build=_build_text_encoder,
+    call=_encode,
+    graph=GraphNames(
+        needed=frozenset({"input_ids"}),
+        answers=_one_answer("last_hidden_state"),
+        sides=(("input_ids", 2, 0, ""), ("last_hidden_state", 3, 2, "hidden_size")),
+        names={"tokens": "input_ids"},
+    ),
+    tokenizer="tokenizer",
+)
+UNET = Network(
+    name="unet",
+    folder="unet",
+    role=Role.DENOISER,
+    listed=r"diffusers (UNet2DConditionModel|OnnxRuntimeModel)|optimum\S* ORT\w+",
+    fields=_UNET,
+    defaults=_UNET_DEFAULTS,
+    layers=_unet_layers,
+    decided_by=_UNET_DECIDED_BY,
+    inputs=unet_inputs,
+    build=_build_unet,
+    call=_predict,
+    graph=GraphNames(
+        needed=frozenset({"sample", "timestep", "encoder_hidden_states"}),
+        answers=_one_answer("out_sample"),
+        optional=frozenset({"timestep_cond", "text_embeds", "time_ids"}),
+        sides=(("sample", 4, 1, "in_channels"), ("encoder_hidden_states", 3, 2, "cross_attention_dim")),
+        names={"hidden": "encoder_hidden_states", "time_condition": "timestep_cond"},
+    ),
+)
+DECODER = Network(
+    name="vae_decoder",
+    folder="vae",
+    role=Role.DECODER,
+    listed=r"diffusers (AutoencoderKL|OnnxRuntimeModel)|optimum\S* ORT\w+",
+    fields=_VAE,
+    defaults=_VAE_DEFAULTS,
+    layers=_block_layers,
+    decided_by=_VAE_DECIDED_BY,
+    inputs=_decoder_inputs,
+    build=_build_decoder,
+    call=_decode,
+    graph=GraphNames(
+        needed=frozenset({"latent_sample"}),
+        answers=_one_answer("sample"),
+        sides=(("latent_sample", 4, 1, "latent_channels"),),
+        names={"latents": "latent_sample"},
+    ),
+    prefixes=("decoder.", "post_quant_conv."),
+)

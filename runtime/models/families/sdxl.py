@@ -1,0 +1,90 @@
+"""SDXL: two text encoders, read side by side, a pooled text and the picture's size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...errors import TightfitError
+from .family import Extent, Role, Shape
+from .networks import DECODER, TEXT_ENCODER, UNET, unet_inputs
+from .stable_diffusion import check_parts, guidance_input, unknown_conditioning
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ...request import Request
+    from ..layouts import Source
+    from ..spec import ModelSpec
+
+
+def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
+    """The layer before the last, without the final norm, and the projection where the model has one."""
+    out = module(tokens, output_hidden_states=True)
+    return (out.hidden_states[-2], out.text_embeds) if "text_embeds" in out else (out.hidden_states[-2],)
+
+
+def _answers(outputs: Sequence[str]) -> list[str]:
+    """Of states before and after each layer, the last but one."""
+    states = [name for name in outputs if name.startswith("hidden_states.")]
+    if len(states) < 2:
+        raise ValueError("hidden_states.0 and so on")
+    return [f"hidden_states.{len(states) - 2}", *(["text_embeds"] if "text_embeds" in outputs else [])]
+
+
+def _inputs(spec: ModelSpec, extent: Extent) -> Mapping[str, Shape]:
+    pooled = spec.text_encoders[-1].setting("projection_dim")
+    return {**unet_inputs(spec, extent), "text_embeds": (extent.batch, pooled), "time_ids": (extent.batch, 6)}
+
+
+_FIRST = replace(TEXT_ENCODER, call=_encode, graph=replace(TEXT_ENCODER.graph, answers=_answers))
+_SECOND = replace(_FIRST, name="text_encoder_2", folder="text_encoder_2", tokenizer="tokenizer_2")
+
+
+class SDXL:
+    name = "sdxl"
+    networks = (_FIRST, _SECOND, replace(UNET, inputs=_inputs), DECODER)
+    first_step_is_known = True
+
+    def claims(self, source: Source) -> bool:
+        return _SECOND.folder in source.listed
+
+    def check(self, spec: ModelSpec) -> None:
+        check_parts(spec)
+        if (embedding := spec.unet.get("addition_embed_type")) != "text_time":
+            raise unknown_conditioning(spec, embedding)
+
+    def default_guidance(self, spec: ModelSpec) -> float:
+        return 8.5 if spec.consistent else 5.0
+
+    def corrects_configs(self, spec: ModelSpec) -> bool:
+        return False
+
+    def latent_affine(self, spec: ModelSpec) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
+        """With the VAE's latents_std and latents_mean, if it has them, which diffusers reads in SDXL alone."""
+        vae = spec.decoder
+        mean, deviation = (vae.setting(field) for field in ("latents_mean", "latents_std"))
+        if mean is None or deviation is None:
+            channels = vae.setting("latent_channels")
+            deviation, mean = (1.0,) * channels, (0.0,) * channels
+        return tuple(deviation), vae.setting("scaling_factor"), tuple(mean)
+
+    def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
+        """Its VAE, unless it is one that was published with force_upcast off."""
+        return frozenset([Role.DECODER] if spec.vae.get("force_upcast", True) else [])
+
+    def condition(
+        self, spec: ModelSpec, encoded: Sequence[Sequence[np.ndarray]], request: Request, guided: bool
+    ) -> dict[str, np.ndarray]:
+        import numpy as np
+
+        pooled = encoded[-1][1:]
+        if not pooled:
+            raise TightfitError("text_encoder_2 has no projection, which SDXL needs: copy or download the model again")
+        hidden, text = np.concatenate([first for first, *_ in encoded], axis=-1), pooled[0]
+        size = (request.height, request.width)
+        if guided and request.negative_prompt is None and spec.force_zeros:
+            hidden[0] = text[0] = 0
+        sizes = np.array([[*size, 0, 0, *size]] * len(text), np.float32)
+        return {"hidden": hidden, "text_embeds": text, "time_ids": sizes} | guidance_input(spec, request)

@@ -1,0 +1,40 @@
+"""From a path to a model: a layout reads it, a family claims it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..files import readable
+from .families import family_of
+from .families.family import Role
+from .families.networks import check_config
+from .layouts import Layout
+from .layouts.diffusers import DiffusersLayout
+from .spec import ModelSpec
+
+LAYOUTS: tuple[Layout, ...] = (DiffusersLayout(),)
+
+
+def read_model(path: Path, name: str | None = None) -> ModelSpec:
+    """The model at `path`, called `name`. Raises TightfitError for whatever is missing, broken or not supported."""
+    with readable(path):
+        source = next(layout for layout in LAYOUTS if layout.claims(path)).read(path)
+        design = family_of(source)
+        components = {network.name: source.component(network) for network in design.networks}
+        for component in components.values():
+            check_config(component.network, component)
+        denoiser = next(component for component in components.values() if component.role is Role.DENOISER)
+        spec = ModelSpec(
+            name=name or str(path.absolute()),
+            folder=source.folder,
+            design=design,
+            components=components,
+            scheduler=source.scheduler(),
+            force_zeros=source.zeroed,
+            defaults=source.manifest.get("defaults", {}),
+            precision=source.manifest.get("precision") if denoiser.formats is not None else None,
+            source=source.manifest.get("source"),
+            pipeline=source.pipeline,
+        )
+        design.check(spec)
+        return spec
