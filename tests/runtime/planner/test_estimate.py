@@ -45,17 +45,17 @@ def test_two_threads_plan_what_one_plans(shallow_models):
 
 def test_one_thread_at_a_time_follows_a_call(monkeypatch, shallow_models):
     """The module on `meta` is one for all sizes, and hooks are set on it while it is followed."""
-    inside, most, trace = [], [], dryrun._trace
+    inside, most, footprint = [], [], dryrun.footprint
 
     def following(*of):
         inside.append(of)
         most.append(len(inside))
         try:
-            return trace(*of)
+            return footprint(*of)
         finally:
             inside.pop()
 
-    monkeypatch.setattr(dryrun, "_trace", following)
+    monkeypatch.setattr(dryrun, "footprint", following)
     forget()
     card, spec = profile("rtx-3060-12gb"), inspect(shallow_models["sd1"])
     with ThreadPoolExecutor(2) as threads:
