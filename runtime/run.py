@@ -164,8 +164,7 @@ class Run:
         try:
             return self._picture(self._decoded(latents), index)
         except OutOfMemoryError:
-            if (notice := "there is no room for previews beside the U-Net") not in self.notices:
-                self.notices.append(notice)
+            self._note("there is no room for previews beside the U-Net")
             return None
         finally:
             if self.plan.decoder.residency != "resident":
@@ -209,6 +208,11 @@ class Run:
         self.notices.append(f"stopping; {pictures} decoded first, a second Ctrl-C gives up on that")
         return Event("decode", done, self.request.num_images, done, notices=self._news())
 
+    def _note(self, *notices: str) -> None:
+        """Say each once in a run."""
+        unsaid = {*notices} - {*self.notices}
+        self.notices += [notice for notice in notices if notice in unsaid]
+
     def _news(self) -> tuple[str, ...]:
         """The notices that no event has had yet."""
         news, self._announced = self.notices[self._announced :], len(self.notices)
@@ -226,7 +230,7 @@ class Run:
         session = self.loaded.session(self.spec, name, self.plan.placements[name])
         if is_new:
             self._load_seconds += time.perf_counter() - start
-            self.notices += [notice for notice in session.notices if notice not in self.notices]
+            self._note(*session.notices)
         return session
 
     @contextmanager

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -115,7 +116,7 @@ class ToyFile:
     pipeline: str = "ToyPipeline"
     zeroed: bool = False
 
-    listed = manifest = {}
+    listed = manifest = MappingProxyType({})
 
     def config(self, network):
         return network.defaults

@@ -129,7 +129,7 @@ def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -
         # a VAE is a hundredth of a U-Net: nothing to gain
         residency="staged" if vae and choice.residency == "streamed" else choice.residency,
         attention=choice.attention if role in (Role.DENOISER, Role.DECODER) else "sdpa",
-        tiling=choice.tiling if vae else "whole",
+        tiling=choice.tiling if spec.components[name].network.in_strips else "whole",
     )
 
 

@@ -10,9 +10,10 @@ import pytest
 import tightfit
 from tightfit.benchmarks.parity import SCHEDULERS, psnr, reference
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.models.families.stable_diffusion import guidance_embedding
 from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.planner.wishes import Wishes
-from tightfit.runtime.run import Run, guidance_embedding
+from tightfit.runtime.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -70,6 +70,7 @@ class Network:
     decided_by: which field of the config decides whether there is a tensor, by a pattern of its name. inputs: shapes of one
     call, by a session's names. build: its torch module; called where tensors are made on meta, and the only place that
     imports a class of a library. call: calls that module with a session's arrays. tokenizer: the folder of a text encoder's.
+    in_strips: whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Network:
     graph: GraphNames
     prefixes: tuple[str, ...] = ("",)
     tokenizer: str = ""
+    in_strips: bool = False
 
 
 class Family(Protocol):

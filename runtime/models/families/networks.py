@@ -318,4 +318,5 @@ DECODER = Network(
         names={"latents": "latent_sample"},
     ),
     prefixes=("decoder.", "post_quant_conv."),
+    in_strips=True,
 )
