@@ -182,7 +182,7 @@ def decisions_from_prose(text: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", sources().keys() - LISTENERS)
+@pytest.mark.parametrize("name", sorted(sources().keys() - LISTENERS))
 def test_no_decision_is_read_from_a_sentence(name):
     assert not decisions_from_prose(sources()[name].read_text())
 

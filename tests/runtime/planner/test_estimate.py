@@ -6,7 +6,6 @@ import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import pytest
 from tightfit.runtime.backends.torch import dryrun
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models.hub import inspect
@@ -62,9 +61,3 @@ def test_one_thread_at_a_time_follows_a_call(monkeypatch, shallow_models):
         ask = lambda width: plan(card, spec, Request("a", width=width, height=64), Wishes(precision="fp16"))  # noqa: E731
         assert all(threads.map(ask, (64, 128)))
     assert set(most) == {1}
-
-
-def test_an_unknown_component_is_in_no_stage():
-    assert [estimate._stage(name) for name in ("text_encoder_2", "unet", "vae_decoder")] == ["encode", "denoise", "decode"]
-    with pytest.raises(estimate.TightfitError, match="no stage calls a transformer"):
-        estimate._stage("transformer")
