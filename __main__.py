@@ -1,4 +1,5 @@
-"""The one door of the command line: `tightfit` and `python -m tightfit`. Importing this imports nothing that takes time."""
+"""The one door of the command line: `tightfit` and `python -m tightfit`. Importing this imports nothing that
+takes time."""
 
 import os
 import sys
@@ -18,7 +19,8 @@ def app():
 
 
 def main() -> None:
-    """Run the command. Ctrl-C before there is anything to tidy up ends it at once, with the usual line and exit code."""
+    """Run the command. Ctrl-C before there is anything to tidy up ends it at once, with the usual line and
+    exit code."""
     interrupts.at_once()
     try:
         from .runtime.cli.app import main as run
@@ -27,7 +29,13 @@ def main() -> None:
 
         if not out_of_memory(error):
             raise
-        os.write(2, f"tightfit: out of memory while it was starting ({first_line(error)}): close what else uses it\n".encode())
+        os.write(
+            2,
+            (
+                f"tightfit: out of memory while it was starting ({first_line(error)}): "
+                "close what else uses it\n"
+            ).encode(),
+        )
         sys.exit(2)
     app()
     try:

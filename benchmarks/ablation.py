@@ -1,9 +1,11 @@
-"""What each refinement of quantisation is worth on emoji: the pictures of models whose weights were rounded, run in fp32.
+"""What each refinement of quantisation is worth on emoji: the pictures of models whose weights were rounded,
+run in fp32.
 
     python -m tightfit.benchmarks.ablation WORK [NAME…]
 
-Every variant rounds all components: text encoder, U-Net and VAE, each weight of 4096 values or more. WORK is the folder of
-emoji's training; 200 of its labels are painted in 20 steps, one seed each, and compared with the unrounded model's pictures.
+Every variant rounds all components: text encoder, U-Net and VAE, each weight of 4096 values or more. WORK is
+the folder of emoji's training; 200 of its labels are painted in 20 steps, one seed each, and compared with
+the unrounded model's pictures.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from .metrics import summary
 from .quality import labelled, paint
 from .record import record
 
-Rounding = Callable[[str, str, torch.Tensor], tuple[torch.Tensor, float]]  # component, layer, weight → rounded, bytes
+Rounding = Callable[
+    [str, str, torch.Tensor], tuple[torch.Tensor, float]
+]  # component, layer, weight → rounded, bytes
 
 
 def main() -> None:
@@ -48,11 +52,14 @@ def main() -> None:
             pictures = paint(f"{folder}/emoji:fp32:fp32", requests)
         row = {"unet_bits": round(bits, 3), **summary(pictures, exact), "match": judge(pictures)}
         print(name, row, flush=True)
-        record("ablation", {"variant": name, "pictures": len(requests), **row})  # one by one: all of them take half an hour
+        record(
+            "ablation", {"variant": name, "pictures": len(requests), **row}
+        )  # one by one: all of them take half an hour
 
 
 def rounded_model(target: Path, rounding: Rounding) -> float:
-    """A copy of emoji with its weights rounded, in fp32; answers the bits of a U-Net value, what stays at 16 included."""
+    """A copy of emoji with its weights rounded, in fp32; answers the bits of a U-Net value, what stays at 16
+    included."""
     shutil.copytree(inspect("emoji").folder, target)
     bits = 0.0
     for file in target.rglob("*.safetensors"):
@@ -67,7 +74,9 @@ def rounded_model(target: Path, rounding: Rounding) -> float:
     return bits
 
 
-def in_format(name: str | None, weight: torch.Tensor, moment: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+def in_format(
+    name: str | None, weight: torch.Tensor, moment: torch.Tensor | None = None
+) -> tuple[torch.Tensor, float]:
     if name is None:
         return weight.half().float(), 2.0 * weight.numel()
     form = FORMATS[name]
@@ -79,7 +88,9 @@ def everywhere(name: str) -> Rounding:
 
 
 def by_recipe(precision: str) -> Rounding:
-    return lambda component, layer, weight: in_format(recipe(precision, component, layer, weight.shape), weight)
+    return lambda component, layer, weight: in_format(
+        recipe(precision, component, layer, weight.shape), weight
+    )
 
 
 def round_to_nearest() -> Rounding:
@@ -97,7 +108,9 @@ def round_to_nearest() -> Rounding:
     return rounding
 
 
-def calibrated(precision: str, bits: float, feedback: bool = True, formats_too: bool = True) -> Callable[[], Rounding]:
+def calibrated(
+    precision: str, bits: float, feedback: bool = True, formats_too: bool = True
+) -> Callable[[], Rounding]:
     """What `export --calibrate 8 --bits` stores; or without error feedback, or by the recipe's formats."""
 
     def make() -> Rounding:
@@ -117,7 +130,8 @@ def calibrated(precision: str, bits: float, feedback: bool = True, formats_too: 
 
 
 def low_rank(rank: int) -> Rounding:
-    """int4 in groups of 64 of what is left after the largest singular directions, kept in fp16 (SVDQuant, arXiv 2411.05007)."""
+    """int4 in groups of 64 of what is left after the largest singular directions, kept in fp16 (SVDQuant,
+    arXiv 2411.05007)."""
 
     def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         flat = weight.flatten(1)
@@ -140,8 +154,12 @@ def bitsandbytes(kind: str) -> Rounding:
             return in_format(None, weight)
         if kind == "nf4":
             packed, state = functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
-            return functional.dequantize_4bit(packed, state).float(), weight.numel() / 2 + 4 * state.absmax.numel()
-        scale = weight.abs().amax(1, keepdim=True) / 127  # LLM.int8()'s weights: absmax of each output channel
+            return functional.dequantize_4bit(
+                packed, state
+            ).float(), weight.numel() / 2 + 4 * state.absmax.numel()
+        scale = (
+            weight.abs().amax(1, keepdim=True) / 127
+        )  # LLM.int8()'s weights: absmax of each output channel
         return (weight / scale).round() * scale, weight.numel() + 4.0 * len(weight)
 
     return rounding

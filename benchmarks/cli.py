@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from ..runtime.models.spec import ModelSpec
     from .suite import Effort, Job
 
-app = typer.Typer(invoke_without_command=True, help="Measure every way to run a model here; compare with 'bench compare'.")
+app = typer.Typer(
+    invoke_without_command=True, help="Measure every way to run a model here; compare with 'bench compare'."
+)
 _WAYS = ("auto", "all", "quick")
 
 
@@ -144,9 +146,12 @@ def _refuse_options(context: typer.Context) -> None:
 
 @app.command()
 def compare(
-    files: Annotated[list[Path], typer.Argument(help="results.jsonl of two runs, or more.", metavar="A.jsonl B.jsonl …")],
+    files: Annotated[
+        list[Path], typer.Argument(help="results.jsonl of two runs, or more.", metavar="A.jsonl B.jsonl …")
+    ],
 ) -> None:
-    """Say what got better or worse beyond noise between two files of one machine: exit code 1 if anything got worse or is missing.
+    """Say what got better or worse beyond noise between two files of one machine: exit code 1 if anything got
+    worse or is missing.
 
     Of several machines, or of more files, the figures beside each other."""
     from . import compare as side
@@ -183,7 +188,8 @@ def _tables(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 
 def _is_worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Say what changed beyond noise between two tables of one machine. True if anything got worse or is missing."""
+    """Say what changed beyond noise between two tables of one machine. True if anything got worse or is
+    missing."""
     from . import compare as side
 
     for line in side.versions(before.values(), after.values()):
@@ -215,7 +221,12 @@ def _side_by_side(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]]) 
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table("plan", *("\n".join(map(printable, head.split("\n"))) for head in heads), box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(
+        "plan",
+        *("\n".join(map(printable, head.split("\n"))) for head in heads),
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
     for text, row in lines:
         table.add_row(*map(printable, (text, *row)))
     texts = [((f"{text}: {' | '.join(row)}",), None) for text, row in lines]
@@ -224,7 +235,8 @@ def _side_by_side(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]]) 
 
 
 def _detected(device: str) -> Hardware:
-    """In another process where there is a GPU, of which this one must not hold any memory while others are measured."""
+    """In another process where there is a GPU, of which this one must not hold any memory while others are
+    measured."""
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
@@ -251,7 +263,12 @@ def _sizes(text: str | None) -> Iterator[tuple[int | None, int | None]]:
 
 
 def _jobs(
-    spec: ModelSpec, machine: Hardware, wishes: Mapping[str, Any], sizes: str | None, plans: str, effort: Effort
+    spec: ModelSpec,
+    machine: Hardware,
+    wishes: Mapping[str, Any],
+    sizes: str | None,
+    plans: str,
+    effort: Effort,
 ) -> list[Job]:
     """What is to be measured, of every size, each thing once."""
     from . import suite
@@ -264,7 +281,9 @@ def _jobs(
     return list(found.values())
 
 
-def _plans(machine: Hardware, spec: ModelSpec, request: Request, wishes: Mapping[str, Any], which: str) -> list[Plan]:
+def _plans(
+    machine: Hardware, spec: ModelSpec, request: Request, wishes: Mapping[str, Any], which: str
+) -> list[Plan]:
     """Those that were asked for, and that of the best precision, which they are compared with."""
     from ..runtime.planner import choose as planner
     from . import suite
@@ -278,9 +297,18 @@ def _plans(machine: Hardware, spec: ModelSpec, request: Request, wishes: Mapping
         files = [Path(part) for part in which.split(",")]
         for file in files:
             if not file.is_file():
-                raise TightfitError(f"there is no plan {file}: --plans is {', '.join(_WAYS)}, or files of 'tightfit plan --save'")
-        chosen = [planner.checked(Plan.read(file), machine, spec, request, Wishes(**wishes)) for file in files]
-    every = known if wishes["precision"] == "auto" else suite.candidates(machine, spec, request, {**wishes, "precision": "auto"})
+                raise TightfitError(
+                    f"there is no plan {file}: --plans is {', '.join(_WAYS)}, "
+                    "or files of 'tightfit plan --save'"
+                )
+        chosen = [
+            planner.checked(Plan.read(file), machine, spec, request, Wishes(**wishes)) for file in files
+        ]
+    every = (
+        known
+        if wishes["precision"] == "auto"
+        else suite.candidates(machine, spec, request, {**wishes, "precision": "auto"})
+    )
     exact = suite.most_exact(every)
     return [*chosen, *([exact] if exact else [])]
 
@@ -296,7 +324,11 @@ def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) 
         every = folder.missing(todo, again=True)
         missing = every if again else folder.missing(todo)
         if len(missing) < len(every):
-            say(f"{len(every) - len(missing)} of {len(every)} runs are in {output} already; --again repeats them", err=True)
+            say(
+                f"{len(every) - len(missing)} of {len(every)} runs are in {output} already; "
+                "--again repeats them",
+                err=True,
+            )
         left = len(missing)
         if missing:
             with _told(missing) as (begin, end):
@@ -310,12 +342,17 @@ def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) 
         say(f"what is measured is in {output}: the same command goes on from there", err=True)
         raise
     except OSError as error:
-        raise TightfitError(f"{output} cannot be written ({error.strerror}): name another folder with --output") from None
+        raise TightfitError(
+            f"{output} cannot be written ({error.strerror}): name another folder with --output"
+        ) from None
 
 
 @contextmanager
-def _told(missing: Sequence[tuple[Job, int]]) -> Iterator[tuple[Callable[[Job], None], Callable[[dict[str, Any]], None]]]:
-    """What to call before each run and after it: a bar with the time left, or lines where there is no terminal."""
+def _told(
+    missing: Sequence[tuple[Job, int]],
+) -> Iterator[tuple[Callable[[Job], None], Callable[[dict[str, Any]], None]]]:
+    """What to call before each run and after it: a bar with the time left, or lines where there is no
+    terminal."""
     left, start = [job.seconds for job, _ in missing], time.perf_counter()
     whole = sum(left)
     with progress_bar(48) as bar:
@@ -342,7 +379,10 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['summary']}: {figures(row)}{why}"
 
 
-_WIDE, _NARROW = 150, ("s/picture", "±", "predicted s", "peak", "dB")  # columns of a terminal for all figures; else these
+_WIDE, _NARROW = (
+    150,
+    ("s/picture", "±", "predicted s", "peak", "dB"),
+)  # columns of a terminal for all figures; else these
 
 
 def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) -> None:
@@ -357,7 +397,11 @@ def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) 
     console = Console(highlight=False)
     for own in report.groups(rows):
         columns, lines = report.table(own)
-        kept = [i for i, name in enumerate(columns) if name in _NARROW or not console.is_terminal or console.width >= _WIDE]
+        kept = [
+            i
+            for i, name in enumerate(columns)
+            if name in _NARROW or not console.is_terminal or console.width >= _WIDE
+        ]
         title = f"{report.title(own)} on {machine.name}"
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("plan")

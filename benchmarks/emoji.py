@@ -2,8 +2,8 @@
 
     python -m tightfit.benchmarks.emoji WORK
 
-WORK is the folder of the training (`python -m tightfit.export.emoji.autoencoder` fetches the pictures into it). `--gallery` writes
-what metrics.py looks up instead: all of them, small, with their labels.
+WORK is the folder of the training (`python -m tightfit.export.emoji.autoencoder` fetches the pictures into
+it). `--gallery` writes what metrics.py looks up instead: all of them, small, with their labels.
 """
 
 from __future__ import annotations
@@ -44,9 +44,16 @@ def contact_sheet(pipe: Pipeline, prompts: tuple[str, ...], columns: int, seed: 
 
 
 def gallery(chosen: list[data.Emoji], columns: int = 27) -> None:
-    """All pictures on white, THUMBNAIL pixels wide, by averaging; their labels are in the file, in the same order."""
+    """All pictures on white, THUMBNAIL pixels wide, by averaging; their labels are in the file, in the same
+    order."""
     side, pixels = THUMBNAIL, torch.from_numpy(data.pixels(chosen, 128)).permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(pixels, (side, side), mode="area").round().byte().permute(0, 2, 3, 1).numpy()
+    small = (
+        torch.nn.functional.interpolate(pixels, (side, side), mode="area")
+        .round()
+        .byte()
+        .permute(0, 2, 3, 1)
+        .numpy()
+    )
     sheet = Image.new("RGB", (columns * side, -(-len(small) // columns) * side), "white")
     for i, each in enumerate(small):
         sheet.paste(Image.fromarray(each), (i % columns * side, i // columns * side))
@@ -66,7 +73,9 @@ def main() -> None:
     parse.add_argument("--guidance-scale", type=float)
     parse.add_argument("--scheduler")
     parse.add_argument("--sheet", type=Path, help="write the contact sheet here and measure nothing")
-    parse.add_argument("--gallery", action="store_true", help="write the pictures that others are looked up in")
+    parse.add_argument(
+        "--gallery", action="store_true", help="write the pictures that others are looked up in"
+    )
     args = parse.parse_args()
     if args.gallery:
         data.fetch(args.work)
@@ -83,13 +92,18 @@ def main() -> None:
         right = np.linspace(0, len(chosen) - 1, args.labels).round().astype(int).tolist()
         start = time.perf_counter()
         options = {"guidance_scale": args.guidance_scale, "scheduler": args.scheduler}
-        results_of = [pipe.generate(Request(chosen[i].label, seed=args.seed, num_inference_steps=20, **options)) for i in right]
+        results_of = [
+            pipe.generate(Request(chosen[i].label, seed=args.seed, num_inference_steps=20, **options))
+            for i in right
+        ]
         drawn = [np.array(result.images[0]) for result in results_of]
         seconds = (time.perf_counter() - start) / len(drawn)
         top1, top5 = match(torch.from_numpy(np.stack(drawn)).permute(0, 3, 1, 2), pictures, right)
         results = {
-            "pictures": len(chosen), "labels": len(right), "top1": top1, "top5": top5, "seconds_per_picture": round(seconds, 2),
-            "autoencoder_psnr": round(psnr(vae, pictures), 2), "precision": args.precision, "plan": results_of[0].plan.summary(),
+            "pictures": len(chosen), "labels": len(right), "top1": top1, "top5": top5,
+            "seconds_per_picture": round(seconds, 2),
+            "autoencoder_psnr": round(psnr(vae, pictures), 2), "precision": args.precision,
+            "plan": results_of[0].plan.summary(),
         }  # fmt: skip
     print(*(f"{name}: {value}" for name, value in results.items()), sep="\n")
     record("emoji", results)

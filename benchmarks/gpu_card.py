@@ -1,4 +1,5 @@
-"""What a card says that it holds, beside what torch says: read at a moment, or watched while something runs."""
+"""What a card says that it holds, beside what torch says: read at a moment, or watched while something
+runs."""
 
 from __future__ import annotations
 
@@ -16,19 +17,22 @@ from ..runtime.machine.hardware import Hardware
 from ..runtime.machine.process import resident
 
 MIB = 2**20
-_EVERY = 0.01  # seconds between two looks; torch's allocator gives nothing back within a stage, so hardly a peak is missed
+# Seconds between two looks; torch's allocator gives nothing back within a stage, so hardly a peak is missed.
+_EVERY = 0.01
 
 
 @dataclass
 class Seen:
-    """The most bytes seen: `used` of the card, by whomever; `outside` of torch's allocator, so of the context and of others."""
+    """The most bytes seen: `used` of the card, by whomever; `outside` of torch's allocator, so of the context
+    and of others."""
 
     used: int = 0
     outside: int = 0
 
 
 class Card:
-    """The current GPU of `device` (cuda, which is AMD's too), or with cpu this process, whose resident bytes are `used`."""
+    """The current GPU of `device` (cuda, which is AMD's too), or with cpu this process, whose resident bytes
+    are `used`."""
 
     def __init__(self, device: str) -> None:
         self.device, self.is_gpu = device, device != "cpu"
@@ -69,14 +73,16 @@ class Card:
             watcher.join()
 
     def clear(self) -> None:
-        """Give back what nothing uses. Raises what the card says if a kernel broke it for the rest of this process."""
+        """Give back what nothing uses. Raises what the card says if a kernel broke it for the rest of this
+        process."""
         gc.collect()
         if self.is_gpu:
             self.torch.synchronize()
             self.torch.empty_cache()
 
     def most(self, run: Callable[[], Any]) -> tuple[int, Any]:
-        """Bytes that torch allocated at most while `run` ran, beyond those before, and its answer. For GPUs."""
+        """Bytes that torch allocated at most while `run` ran, beyond those before, and its answer. For
+        GPUs."""
         self.clear()
         self.torch.reset_peak_memory_stats()
         before = self.torch.memory_allocated()
@@ -98,5 +104,7 @@ class Card:
 
     def name(self) -> Hardware:
         """Name and size alone, as Hardware.detect would warm up a context that is to be measured bare."""
-        name, total = (self.torch.get_device_name(), self.torch.mem_get_info()[1]) if self.is_gpu else (cpu_name(), 0)
+        name, total = (
+            (self.torch.get_device_name(), self.torch.mem_get_info()[1]) if self.is_gpu else (cpu_name(), 0)
+        )
         return Hardware(self.device, name, total, total, ("fp32",))

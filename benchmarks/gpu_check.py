@@ -2,24 +2,27 @@
 
     python -m tightfit.benchmarks.gpu_check --limit 360
 
-On a machine with PyTorch and Triton but without a network, bring the wheels that it lacks (diffusers at least; rich, typer, psutil
-and pytest if they are not there): on one with a network, in the checkout,
+On a machine with PyTorch and Triton but without a network, bring the wheels that it lacks (diffusers at
+least; rich, typer, psutil and pytest if they are not there): on one with a network, in the checkout,
 
-    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 -d .whl diffusers
+    pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
+        -d .whl diffusers
 
 where the folder .whl is in .git/info/exclude; then there, in the checkout,
 
     pip install --no-index --no-deps --target /tmp/site .whl/*.whl
-    ln -s "$PWD" /tmp/site/tightfit     # in place of an installation, for which setuptools may be too old (77 is needed)
+    ln -s "$PWD" /tmp/site/tightfit
+    # in place of an installation, for which setuptools may be too old (77 is needed)
     PYTHONPATH=/tmp/site python -m tightfit.benchmarks.gpu_check --limit 360
 
-Sections, the most wanted first: the probe (gpu_probe.py); a full-size random SD 1.5 in fp16 by eight plans that differ, under caps
-of 2 to 8 GB; beside diffusers' best; in int8, int4 and whole numbers; the GPU tests; kernels and single layers; SDXL; diffusers
-compiled; ONNX Runtime. Each runs in a process of its own for so long and no longer; one that fails, hangs or dies costs itself
-alone, and the rows that it had are kept. Models are written once, by other processes beside the probe and the tests. Pictures are
-held against fp32's, bytes against what the card says that it holds, so close what else uses it. One screen tells what was wrong,
-worst first; all else is in gpu_check.jsonl under $OUT, else in benchmarks/results. `--tiny --device cpu` rehearses it anywhere, and
-writes to the cache folder.
+Sections, the most wanted first: the probe (gpu_probe.py); a full-size random SD 1.5 in fp16 by eight plans
+that differ, under caps of 2 to 8 GB; beside diffusers' best; in int8, int4 and whole numbers; the GPU tests;
+kernels and single layers; SDXL; diffusers compiled; ONNX Runtime. Each runs in a process of its own for so
+long and no longer; one that fails, hangs or dies costs itself alone, and the rows that it had are kept.
+Models are written once, by other processes beside the probe and the tests. Pictures are held against fp32's,
+bytes against what the card says that it holds, so close what else uses it. One screen tells what was wrong,
+worst first; all else is in gpu_check.jsonl under $OUT, else in benchmarks/results. `--tiny --device cpu`
+rehearses it anywhere, and writes to the cache folder.
 """
 
 from __future__ import annotations
@@ -46,13 +49,15 @@ from .record import command, envelope, record
 
 LEAST = 15  # seconds that a section must have left: less, and it hardly starts
 QUIET = 20  # seconds before models are written: the probe times copies from the host's memory first
-WAIT = 60  # seconds for models that are not yet written when their section has ended; whoever wants one then writes it
+# Seconds for models that are not yet written when their section has ended; whoever wants one then writes it.
+WAIT = 60
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the check: after so many `seconds` it is ended. `meanwhile` are models that are written while it runs."""
+    """One part of the check: after so many `seconds` it is ended. `meanwhile` are models that are written
+    while it runs."""
 
     name: str
     seconds: float
@@ -97,7 +102,8 @@ def gpu_is_here() -> bool:
 
 
 def every(args: argparse.Namespace) -> int:
-    """Every section in turn, or the one asked for. 1 if something was wrong, else 0; to be slow is not wrong."""
+    """Every section in turn, or the one asked for. 1 if something was wrong, else 0; to be slow is not
+    wrong."""
     begun, found, file = time.perf_counter(), dict[str, list[Row]](), None
     known: Row = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -105,17 +111,32 @@ def every(args: argparse.Namespace) -> int:
             if args.section not in (None, section.name):
                 continue
             left = args.limit - (time.perf_counter() - begun)
-            setup, rows = _section(section, args, Path(folder), left) if left > LEAST else ({}, [{"left": "for want of time"}])
+            setup, rows = (
+                _section(section, args, Path(folder), left)
+                if left > LEAST
+                else ({}, [{"left": "for want of time"}])
+            )
             found[section.name] = rows
             known = setup or known or envelope("", Hardware(args.device, "unknown", 0, 0, ("fp32",)))
             setup, rehearsal = known | {"command": command()}, args.tiny or args.device == "cpu"
             file = record("gpu_check", {"section": section.name, "rows": rows}, setup, rehearsal)
-            print(f"{time.perf_counter() - begun:4.0f} s: {section.name}, {len(rows)} rows", file=sys.stderr, flush=True)
+            print(
+                f"{time.perf_counter() - begun:4.0f} s: {section.name}, {len(rows)} rows",
+                file=sys.stderr,
+                flush=True,
+            )
     if not found:
-        print(f"no section is called '{args.section}': choose {', '.join(each.name for each in sections('fp16'))}")
+        print(
+            f"no section is called '{args.section}': "
+            f"choose {', '.join(each.name for each in sections('fp16'))}"
+        )
         return 2
     versions = known["versions"]
-    told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "cuda", "diffusers", "transformers") if name in versions)
+    told = ", ".join(
+        f"{name} {versions[name]}"
+        for name in ("torch", "cuda", "diffusers", "transformers")
+        if name in versions
+    )
     print(f"{known['hardware']['name']}: {told}", *screen(found), sep="\n")
     print(f"everything in {file}, in {time.perf_counter() - begun:.0f} s")
     return int(any(fault.kind != "slower" for fault in faults(found)))
@@ -123,13 +144,23 @@ def every(args: argparse.Namespace) -> int:
 
 def _section(section: Section, args: argparse.Namespace, folder: Path, left: float) -> tuple[Row, list[Row]]:
     """The envelope and the rows of a section, with `left` seconds for all that is still to come."""
-    own = [sys.executable, "-m", "tightfit.benchmarks.gpu_check", "--device", args.device, "--steps", str(args.steps)]
+    own = [
+        sys.executable,
+        "-m",
+        "tightfit.benchmarks.gpu_check",
+        "--device",
+        args.device,
+        "--steps",
+        str(args.steps),
+    ]
     own += ["--folder", str(folder), *(["--tiny"] if args.tiny else [])]
     file, start = folder / f"{section.name.replace(' ', '-')}.jsonl", time.perf_counter()
     writer = None
     if section.meanwhile:
         models = folder / f"models-{file.name}"
-        writer = Apart([*own, "--section", "models", "--rows", str(models), "--models", *section.meanwhile], models)
+        writer = Apart(
+            [*own, "--section", "models", "--rows", str(models), "--models", *section.meanwhile], models
+        )
     try:
         # one that is asked for alone has all the time; a CPU only rehearses
         seconds = left if args.section else section.seconds * (1 if args.device == "cuda" else 2)
@@ -145,7 +176,8 @@ def _section(section: Section, args: argparse.Namespace, folder: Path, left: flo
 
 
 class Apart:
-    """A command in a process of its own, which writes rows into `file`, one of JSON a line; what it prints goes beside that."""
+    """A command in a process of its own, which writes rows into `file`, one of JSON a line; what it prints
+    goes beside that."""
 
     def __init__(self, call: Sequence[str], file: Path) -> None:
         self.file, self.log = file, file.with_suffix(".log")
@@ -154,7 +186,8 @@ class Apart:
             self.process = subprocess.Popen(call, env=_environment(call), **how)
 
     def rows(self, seconds: float, left: float) -> list[Row]:
-        """Its rows once it ended, or was ended after `seconds` or when no time is `left`; a row more says what went wrong."""
+        """Its rows once it ended, or was ended after `seconds` or when no time is `left`; a row more says
+        what went wrong."""
         try:
             code: int | None = self.process.wait(max(0.0, min(seconds, left)))
         except subprocess.TimeoutExpired:
@@ -163,7 +196,11 @@ class Apart:
             self.end()
         rows = list(_read(self.file))
         if code is None:
-            rows.append({"failed": f"ended after {seconds:.0f} s"} if seconds <= left else {"left": "when the time was over"})
+            rows.append(
+                {"failed": f"ended after {seconds:.0f} s"}
+                if seconds <= left
+                else {"left": "when the time was over"}
+            )
         elif code and not any("failed" in row for row in rows[-1:]):
             died = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
             said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()

@@ -2,8 +2,8 @@
 
     python -m tightfit.benchmarks.gpu_probe
 
-No model is needed: the pictures are of tiny random ones, written into a temporary folder. A doubt that fails is a row, and the next
-one begins. `--device cpu` rehearses what a CPU can; the rest is told as skipped.
+No model is needed: the pictures are of tiny random ones, written into a temporary folder. A doubt that fails
+is a row, and the next one begins. `--device cpu` rehearses what a CPU can; the rest is told as skipped.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from .record import record
 Row = dict[str, Any]
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 NAMES = {HALF: "fp16", BF16: "bf16", FULL: "fp32"}
-# Decibels below which a picture is wrong. Two orders of one sum in fp32 give over 70 on tiny models and TF32 56 to 62, a stale or
-# a missing weight under 20: the tests' own 50 tells them apart. fp16 gives 40 to 60 there, bf16 30 to 49 (planner.PSNR has the
-# worst of emoji's). int8 and int4 are as far from it as the worst of a trained model, 51 and 33, less 21: random weights have no
-# shape that rounding could follow.
+# Decibels below which a picture is wrong. Two orders of one sum in fp32 give over 70 on tiny models and TF32
+# 56 to 62, a stale or a missing weight under 20: the tests' own 50 tells them apart. fp16 gives 40 to 60
+# there, bf16 30 to 49 (planner.PSNR has the worst of emoji's). int8 and int4 are as far from it as the worst
+# of a trained model, 51 and 33, less 21: random weights have no shape that rounding could follow.
 FLOORS = {"fp32": 50.0, "fp16": 35.0, "bf16": 25.0, "int8": 30.0, "int8-dynamic": 30.0, "int4": 12.0}
 # Of a value that was rounded twice (torch's path), as a share of the largest; of a sum, ‖off‖ / ‖right‖.
 ROUNDED = {FULL: 1e-5, HALF: 2e-3, BF16: 1.6e-2}
@@ -62,7 +62,8 @@ CONVOLUTIONS = (
 HEADS = ((40, 4096, 8), (80, 1024, 8), (160, 256, 8), (64, 4096, 10), (512, 4096, 1))  # width, tokens, heads
 UNPACKED = (1280, 1280, 3, 3)
 WEIGHTS = ((320, 320, 3, 3), (96, 4, 3, 3), (33, 70, 1, 1), (1280, 768), (5, 7))
-# Batch, channels, height, width, output channels, side of the kernel, stride, padding: usual ones and odd ones.
+# Batch, channels, height, width, output channels, side of the kernel, stride, padding: usual ones and odd
+# ones.
 LAYERS = (
     (2, 320, 32, 32, 320, 3, 1, 1),
     (2, 64, 32, 32, 64, 3, 2, 1),
@@ -81,7 +82,12 @@ def main() -> None:
     device = parse.parse_args().device
     for row in rows(device):
         found.append(row)
-        print(f"{time.perf_counter() - begun:6.1f} s", *(f"{name} {value}" for name, value in row.items()), sep="  ", flush=True)
+        print(
+            f"{time.perf_counter() - begun:6.1f} s",
+            *(f"{name} {value}" for name, value in row.items()),
+            sep="  ",
+            flush=True,
+        )
     record("gpu_probe", found, rehearsal=device == "cpu")
 
 
@@ -131,9 +137,13 @@ def _version(package: str) -> str:
 
 
 def context_and_workspaces(card: Card) -> Iterator[Row]:
-    """What is taken outside of torch's allocator, bare and as libraries are loaded; and what each kind of product keeps inside."""
+    """What is taken outside of torch's allocator, bare and as libraries are loaded; and what each kind of
+    product keeps inside."""
     bare = card.outside()
-    x, bias = torch.randn(512, 512, device=card.device, dtype=HALF), torch.zeros(512, device=card.device, dtype=HALF)
+    x, bias = (
+        torch.randn(512, 512, device=card.device, dtype=HALF),
+        torch.zeros(512, device=card.device, dtype=HALF),
+    )
     products = {
         "matmul": lambda: x @ x,
         "linear with bias": lambda: functional.linear(x, x, bias),
@@ -153,13 +163,21 @@ def context_and_workspaces(card: Card) -> Iterator[Row]:
     card.clear()
     after_convolution, kept_all = card.outside(), card.torch.memory_allocated() - start - weight.nbytes
     predicted = Hardware.detect(card.device)
-    told = {"bare MiB": bare / MIB, "after products MiB": after_products / MIB, "after a convolution MiB": after_convolution / MIB}
+    told = {
+        "bare MiB": bare / MIB,
+        "after products MiB": after_products / MIB,
+        "after a convolution MiB": after_convolution / MIB,
+    }
     yield {"what": "the context, and others", **told, **_compared(predicted.context_bytes, after_convolution)}
     yield {"what": "workspaces that libraries keep", **_compared(sum(predicted.workspaces), kept_all)}
 
 
 def _compared(predicted: int, measured: int) -> Row:
-    return {"predicted": predicted, "measured": measured, "error": predicted / measured - 1 if measured else 0.0}
+    return {
+        "predicted": predicted,
+        "measured": measured,
+        "error": predicted / measured - 1 if measured else 0.0,
+    }
 
 
 @torch.inference_mode()
@@ -167,7 +185,9 @@ def cudnn_workspaces(card: Card) -> Iterator[Row]:
     for (shape, out, dtype), last in product(CONVOLUTIONS, (False, True)):
         layout = torch.channels_last if last else torch.contiguous_format
         x = torch.randn(shape, device=card.device, dtype=dtype).contiguous(memory_format=layout)
-        weight = torch.randn(out, shape[1], 3, 3, device=card.device, dtype=dtype).contiguous(memory_format=layout)
+        weight = torch.randn(out, shape[1], 3, 3, device=card.device, dtype=dtype).contiguous(
+            memory_format=layout
+        )
         run = partial(functional.conv2d, x, weight, padding=1)
         used, answer = card.most(run)
         own, moved = answer.nbytes, x.nbytes + weight.nbytes + answer.nbytes
@@ -185,7 +205,10 @@ def attention(card: Card) -> Iterator[Row]:
     """SDPA by the width of a head: what torch chose, what it took, whether it is right."""
     dtype = HALF if card.is_gpu else BF16
     for width, tokens, heads in HEADS if card.is_gpu else ((40, 64, 2), (512, 64, 1)):
-        q, k, v = (torch.randn(2, tokens, heads, width, device=card.device, dtype=dtype).transpose(1, 2) for _ in range(3))
+        q, k, v = (
+            torch.randn(2, tokens, heads, width, device=card.device, dtype=dtype).transpose(1, 2)
+            for _ in range(3)
+        )
         run = partial(functional.scaled_dot_product_attention, q, k, v)
         row: Row = {"kernel": f"attention of {tokens} tokens, heads of {width}"}
         start = time.perf_counter()
@@ -234,7 +257,9 @@ def ways(card: Card) -> Mapping[str, Callable[..., None]]:
     """How a weight can be made dense here."""
 
     def plain(out: Tensor, parts: Mapping[str, Tensor], form: Format, taps: int, taps_last: bool) -> None:
-        dequantise.dequantise_torch(out, parts["packed"], parts["scale"], parts.get("zero"), None, form, taps, taps_last)
+        dequantise.dequantise_torch(
+            out, parts["packed"], parts["scale"], parts.get("zero"), None, form, taps, taps_last
+        )
 
     def by_triton(out: Tensor, parts: Mapping[str, Tensor], form: Format, taps: int, taps_last: bool) -> None:
         from ..kernels.triton_weights import dequantise_triton
@@ -251,7 +276,8 @@ def _on(parts: Mapping[str, Tensor], card: Card) -> dict[str, Tensor]:
 
 
 def weights_unpacked_right(card: Card) -> Iterator[Row]:
-    """Every format, shapes of every kind, in torch's order and in ours, into memory that is NaN before. fp16 first."""
+    """Every format, shapes of every kind, in torch's order and in ours, into memory that is NaN before. fp16
+    first."""
     generator = torch.Generator().manual_seed(0)
     for dtype, (name, form), (way, run) in product((HALF, FULL, BF16), FORMATS.items(), ways(card).items()):
         errors = []
@@ -282,17 +308,23 @@ def products_at_once_right(card: Card) -> Iterator[Row]:
         errors = []
         for shape in ((1280, 768), (5, 7)) if dtype == HALF else ((5, 7),):
             parts = quantise(torch.randn(shape, generator=generator) * 0.05, form)
-            x, bias = (torch.randn(side, generator=generator).to(card.device, dtype) for side in ((3, 20, shape[1]), shape[:1]))
+            x, bias = (
+                torch.randn(side, generator=generator).to(card.device, dtype)
+                for side in ((3, 20, shape[1]), shape[:1])
+            )
             on = _on(parts, card)
             answer = linear_triton(x, on["packed"], on["scale"], on.get("zero"), bias, form)
-            right = functional.linear(x.double(), reference(parts, form, shape).to(card.device).double(), bias.double())
+            right = functional.linear(
+                x.double(), reference(parts, form, shape).to(card.device).double(), bias.double()
+            )
             errors.append(off(answer, right))
         yield {"kernel": f"linear_triton {name} in {NAMES[dtype]}", **_judged(errors, SUMMED[dtype])}
 
 
 @torch.inference_mode()
 def layers_right(card: Card) -> Iterator[Row]:
-    """The layers that pipelines run, weights in few bits, beside the same of dense weights in fp64; both layouts."""
+    """The layers that pipelines run, weights in few bits, beside the same of dense weights in fp64; both
+    layouts."""
     for dtype, name in product((HALF, FULL, BF16) if card.is_gpu else (BF16, FULL), FORMATS):
         errors = []
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as a session in fp32 has it
@@ -366,18 +398,24 @@ def _whole_convolutions(card: Card, dtype: torch.dtype) -> Iterator[float]:
 def _whole_linears(card: Card, dtype: torch.dtype) -> Iterator[float]:
     for batch, tokens, inputs, outputs in LINEARS:
         parts = _on(quantise(torch.randn(outputs, inputs), FORMATS["int8"]), card)
-        x, bias = torch.randn(batch, tokens, inputs).to(card.device, dtype), torch.randn(outputs).to(card.device, dtype)
+        x, bias = (
+            torch.randn(batch, tokens, inputs).to(card.device, dtype),
+            torch.randn(outputs).to(card.device, dtype),
+        )
         right = int8.linear_int8(x.float(), parts["packed"], parts["scale"], bias.float())
         if card.is_gpu:
             from ..kernels.triton_int8 import linear_int8_triton
 
             yield off(linear_int8_triton(x, parts["packed"], parts["scale"], bias), right)
         else:
-            yield off(int8.linear_int8_onednn(x, int8.pack_linear(parts["packed"]), parts["scale"], bias), right)
+            yield off(
+                int8.linear_int8_onednn(x, int8.pack_linear(parts["packed"]), parts["scale"], bias), right
+            )
 
 
 def pictures_right(card: Card) -> Iterator[Row]:
-    """Tiny models, every residency, whole and tiled, each picture painted twice by one pipeline, beside fp32 on the CPU."""
+    """Tiny models, every residency, whole and tiled, each picture painted twice by one pipeline, beside fp32
+    on the CPU."""
     request = Request("a cat", seed=1, num_inference_steps=3, scheduler="euler")
     precisions = ("fp32", "fp16" if card.is_gpu else "bf16")
     with tempfile.TemporaryDirectory() as folder:
@@ -391,7 +429,13 @@ def pictures_right(card: Card) -> Iterator[Row]:
                 wishes: dict[str, Any] = {"precision": precision, "residency": residency, "tiling": tiling}
                 with load(model, device=card.device, **wishes) as pipe:
                     painted = [pipe.generate(request).images[0] for _ in range(2)]
-                yield beside(painted, right, precision, f"tiny {family} {residency} {tiling} {precision}", "fp32 on the CPU")
+                yield beside(
+                    painted,
+                    right,
+                    precision,
+                    f"tiny {family} {residency} {tiling} {precision}",
+                    "fp32 on the CPU",
+                )
 
 
 def beside(pictures: Sequence[Any], right: Any, precision: str, name: str, what: str) -> Row:
@@ -419,7 +463,8 @@ def copies(card: Card) -> Iterator[Row]:
 
 
 def caps_hold(card: Card) -> Iterator[Row]:
-    """A convolution with hardly any room for cuDNN's workspace under torch's cap, and whether the cap holds."""
+    """A convolution with hardly any room for cuDNN's workspace under torch's cap, and whether the cap
+    holds."""
     x = torch.randn(1, 256, 128, 128, device=card.device, dtype=HALF)
     weight = torch.randn(256, 256, 3, 3, device=card.device, dtype=HALF)
     card.clear()

@@ -67,26 +67,42 @@ def _of(row: Row) -> Iterator[Fault]:
     """All but failures."""
     if "decibels" in row and not row["decibels"] >= row["floor"]:
         off = row["floor"] - row["decibels"]
-        yield Fault("picture", off, f"{row['decibels']} dB, less than {row['floor']:g}, beside {row['beside']}: {name(row)}")
+        yield Fault(
+            "picture",
+            off,
+            f"{row['decibels']} dB, less than {row['floor']:g}, beside {row['beside']}: {name(row)}",
+        )
     if row.get("wrong"):
-        text = f"{row['wrong']} of {row['cases']} wrong, off by {row['worst']:g} where {row['bound']:g} may be: {name(row)}"
+        text = (
+            f"{row['wrong']} of {row['cases']} wrong, "
+            f"off by {row['worst']:g} where {row['bound']:g} may be: {name(row)}"
+        )
         yield Fault("picture", 100 * row["wrong"] / row["cases"], text)
     if row.get("held") is False:
         over = row["used"] - row["cap"]
         yield Fault("budget", over, f"{shown(over)} above {row['cap'] / 1e9:g} GB: {name(row)}")
-    stages = {stage: predicted / measured - 1 for stage, (predicted, measured) in row.get("stages", {}).items() if measured}
+    stages = {
+        stage: predicted / measured - 1
+        for stage, (predicted, measured) in row.get("stages", {}).items()
+        if measured
+    }
     # what is loaded when it is first wanted is not there yet in a first run, so a stage may take less
-    errors = {"in all": row.get("error", 0.0)} | {f"to {stage}": error for stage, error in stages.items() if error < 0}
+    errors = {"in all": row.get("error", 0.0)} | {
+        f"to {stage}": error for stage, error in stages.items() if error < 0
+    }
     worst = max(errors, key=lambda where: abs(errors[where]))
     if abs(errors[worst]) > PREDICTED_WITHIN:
         yield Fault("prediction", abs(errors[worst]), f"{errors[worst]:+.1%} {worst}: {name(row)}")
     beside_theirs = str(row.get("of", "")).startswith("diffusers") and not name(row).startswith("diffusers")
     if beside_theirs and row["times"] > AS_FAST:
-        yield Fault("slower", row["times"], f"{row['times']:.2f} times the seconds of {row['of']}: {name(row)}")
+        yield Fault(
+            "slower", row["times"], f"{row['times']:.2f} times the seconds of {row['of']}: {name(row)}"
+        )
 
 
 def screen(sections: Mapping[str, Sequence[Row]]) -> list[str]:
-    """At most LINES lines of COLUMNS: the faults of each kind that fit, then speeds, then what did not run."""
+    """At most LINES lines of COLUMNS: the faults of each kind that fit, then speeds, then what did not
+    run."""
     found, speeds, missing = faults(sections), _speeds(sections), _missing(sections)
     counts = Counter(fault.kind for fault in found)
     lines = list[str]()
@@ -114,22 +130,34 @@ def _speeds(sections: Mapping[str, Sequence[Row]]) -> list[str]:
             decibels = {name(row): f", {row['decibels']} dB" for row in rows if "decibels" in row}
             for row in told:
                 predicted = f", predicted {row['predicted s']} s" if "predicted s" in row else ""
-                beside = f", {row['times']:.2f} times {row['of']}{decibels.get(name(row), '')}" if name(row) != row["of"] else ""
+                beside = (
+                    f", {row['times']:.2f} times {row['of']}{decibels.get(name(row), '')}"
+                    if name(row) != row["of"]
+                    else ""
+                )
                 lines.append(f"{section}: {name(row)} {row['seconds']} s{predicted}{beside}")
         ran = [row for row in rows if "cap" in row and "measured" in row]
         if ran:
             errors, worst = [row["error"] for row in ran], min(row.get("decibels", 99.0) for row in ran)
             most = max(errors, key=abs)
-            lines.append(f"{section}: {len(ran)} plans ran, worst prediction {most:+.1%}, worst picture {worst} dB")
+            lines.append(
+                f"{section}: {len(ran)} plans ran, worst prediction {most:+.1%}, worst picture {worst} dB"
+            )
         kernels = [row for row in rows if "cases" in row]
         if kernels:
-            lines.append(f"{section}: {sum(row['cases'] for row in kernels)} answers of {len(kernels)} kernels compared")
+            lines.append(
+                f"{section}: {sum(row['cases'] for row in kernels)} answers "
+                f"of {len(kernels)} kernels compared"
+            )
         unpacked = [f"{row['unpacked']} {row['GB/s']}" for row in rows if "unpacked" in row]
         lines += [f"{section}, unpacking GB/s: {', '.join(unpacked)}"] if unpacked else []
         copied = [row for row in rows if "copied MiB" in row]
         if copied:
             last = copied[-1]
-            rates = f"pinned {last['pinned GB/s']} GB/s, pageable {last['pageable GB/s']} GB/s, pinning {last['pinning s']} s"
+            rates = (
+                f"pinned {last['pinned GB/s']} GB/s, pageable {last['pageable GB/s']} GB/s, "
+                f"pinning {last['pinning s']} s"
+            )
             lines.append(f"{section}, {last['copied MiB']} MiB to the card: {rates}")
     return lines
 

@@ -1,10 +1,11 @@
-"""Single layers of SD 1.5's U-Net at 512x512, both halves of guidance in a batch, with weights in 16, 8 and 4 bits, and in whole
-numbers.
+"""Single layers of SD 1.5's U-Net at 512x512, both halves of guidance in a batch, with weights in 16, 8 and 4
+bits, and in whole numbers.
 
     python -m tightfit.benchmarks.layers --device cpu
 
-Microseconds of a call; how fast int4 weights are unpacked, in what is read and written; and how fast whole numbers are multiplied,
-quantising the inputs included. Hold both against what the device can do (`tightfit calibrate`, or its maker).
+Microseconds of a call; how fast int4 weights are unpacked, in what is read and written; and how fast whole
+numbers are multiplied, quantising the inputs included. Hold both against what the device can do (`tightfit
+calibrate`, or its maker).
 """
 
 from __future__ import annotations

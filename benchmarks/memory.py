@@ -21,7 +21,8 @@ from .record import named, record
 
 
 def diffusers_run(args: argparse.Namespace) -> int:
-    """diffusers as its documentation starts: load, call; with Euler, as ours. The peak resident bytes of the whole process."""
+    """diffusers as its documentation starts: load, call; with Euler, as ours. The peak resident bytes of the
+    whole process."""
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
     from ..runtime.backends.torch.loading import DTYPES
@@ -65,14 +66,21 @@ def main() -> None:
     args = parse.parse_args()
     if args.only:
         start = time.perf_counter()
-        print(json.dumps({"peak_bytes": CONTENDERS[args.only](args), "seconds": round(time.perf_counter() - start, 1)}))
+        print(
+            json.dumps(
+                {"peak_bytes": CONTENDERS[args.only](args), "seconds": round(time.perf_counter() - start, 1)}
+            )
+        )
         return
     results = {}
     for name in CONTENDERS:
         command = [sys.executable, "-m", "tightfit.benchmarks.memory", *sys.argv[1:], "--only", name]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         results[name] = json.loads(out.splitlines()[-1])
-        print(f"{name:<10} peak {shown(results[name]['peak_bytes'])}, {results[name]['seconds']:.1f} s", flush=True)
+        print(
+            f"{name:<10} peak {shown(results[name]['peak_bytes'])}, {results[name]['seconds']:.1f} s",
+            flush=True,
+        )
     ratio = results["tightfit"]["peak_bytes"] / results["diffusers"]["peak_bytes"]
     print(f"tightfit's peak is {ratio:.2f} of diffusers'")
     record(

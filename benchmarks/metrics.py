@@ -1,4 +1,5 @@
-"""How far pictures are from others of the same seed: PSNR, SSIM and MS-SSIM, and LPIPS where its networks are at hand."""
+"""How far pictures are from others of the same seed: PSNR, SSIM and MS-SSIM, and LPIPS where its networks are
+at hand."""
 
 from __future__ import annotations
 
@@ -17,7 +18,10 @@ MOST_PSNR = 99.0  # what identical pictures count as, as in a plan
 # Weights of MS-SSIM's scales: Wang, Simoncelli and Bovik, Asilomar 2003.
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _WINDOW = 11
-GALLERY, THUMBNAIL = Path(__file__).with_name("emoji.png"), 16  # what pictures of emoji are looked up in; pixels of each
+GALLERY, THUMBNAIL = (
+    Path(__file__).with_name("emoji.png"),
+    16,
+)  # what pictures of emoji are looked up in; pixels of each
 
 
 def psnr(one: Any, other: Any) -> float:
@@ -27,10 +31,13 @@ def psnr(one: Any, other: Any) -> float:
 
 
 def compare(picture: Any, exact: Any) -> dict[str, float]:
-    """A PIL picture beside the one that it should be: PSNR, at most MOST_PSNR, SSIM, MS-SSIM, and LPIPS where its networks are."""
+    """A PIL picture beside the one that it should be: PSNR, at most MOST_PSNR, SSIM, MS-SSIM, and LPIPS where
+    its networks are."""
     one, other = _tensor(picture), _tensor(exact)
     measures = {"ssim": ssim, "ms_ssim": ms_ssim} | ({"lpips": lpips} if lpips_is_here() else {})
-    found = {"psnr": min(psnr(picture, exact), MOST_PSNR)} | {name: measure(one, other) for name, measure in measures.items()}
+    found = {"psnr": min(psnr(picture, exact), MOST_PSNR)} | {
+        name: measure(one, other) for name, measure in measures.items()
+    }
     return {name: round(value, 4) for name, value in found.items()}
 
 
@@ -39,11 +46,14 @@ def summary(pictures: Sequence[Any], exact: Sequence[Any]) -> dict[str, float]:
     every = [compare(one, other) for one, other in zip(pictures, exact, strict=True)]
     found = {name: float(np.median([each[name] for each in every])) for name in every[0]}
     decibels = [each["psnr"] for each in every]
-    return found | {name: float(np.percentile(decibels, q)) for name, q in (("psnr_tenth", 10), ("psnr_worst", 0))}
+    return found | {
+        name: float(np.percentile(decibels, q)) for name, q in (("psnr_tenth", 10), ("psnr_worst", 0))
+    }
 
 
 def ssim(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Structural similarity of (1, 3, h, w) in 0..1: a Gaussian window of 11x11, Wang et al., IEEE TIP 13(4), 2004."""
+    """Structural similarity of (1, 3, h, w) in 0..1: a Gaussian window of 11x11, Wang et al., IEEE TIP 13(4),
+    2004."""
     from torchmetrics.functional.image import structural_similarity_index_measure as measure
 
     return float(torch.as_tensor(measure(one, other, data_range=1.0)))  # pyright: ignore[reportArgumentType]
@@ -59,8 +69,8 @@ def ms_ssim(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def scale_count(side: int) -> int:
-    """Scales at which torchmetrics takes a picture of `side` pixels: it asks for more than the window's ten times the square of
-    the halvings."""
+    """Scales at which torchmetrics takes a picture of `side` pixels: it asks for more than the window's ten
+    times the square of the halvings."""
     return max((n for n in range(2, len(_SCALES) + 1) if side // (n - 1) ** 2 > _WINDOW - 1), default=1)
 
 
@@ -77,12 +87,14 @@ def lpips(one: torch.Tensor, other: torch.Tensor) -> float:
 
 
 def match(picture: Any, label: str) -> bool:
-    """Whether a PIL picture is nearer to the emoji of this label than to any other of the 459 that the model in the box was
-    trained on. Distance is the mean square over THUMBNAIL x THUMBNAIL averaged pixels."""
+    """Whether a PIL picture is nearer to the emoji of this label than to any other of the 459 that the model
+    in the box was trained on. Distance is the mean square over THUMBNAIL x THUMBNAIL averaged pixels."""
     from PIL import Image
 
     known, every = _gallery()
-    own = np.asarray(picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), float).reshape(-1)
+    own = np.asarray(
+        picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX), float
+    ).reshape(-1)
     return known[int(np.square(every - own).sum(1).argmin())] == label
 
 

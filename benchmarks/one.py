@@ -1,7 +1,9 @@
-"""One plan, run in this process, which was made for it: reads a job from standard input, prints what it measured as JSON.
+"""One plan, run in this process, which was made for it: reads a job from standard input, prints what it
+measured as JSON.
 
-A job is {"plan", "model", "options": fields of Request, "pictures": [[prompt, seed] …], "folder"}. One step of the first picture
-is painted before anything is timed; then each is painted, timed, and saved in the folder by its seed.
+A job is {"plan", "model", "options": fields of Request, "pictures": [[prompt, seed] …], "folder"}. One step
+of the first picture is painted before anything is timed; then each is painted, timed, and saved in the folder
+by its seed.
 """
 
 from __future__ import annotations
@@ -39,7 +41,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             results.append(pipe.generate(request))
         after = joules(plan.device)
     for result in (warmup, *results):
-        if (result.plan.placements, result.plan.cfg) != (plan.placements, plan.cfg):  # it went on with another
+        if (result.plan.placements, result.plan.cfg) != (
+            plan.placements,
+            plan.cfg,
+        ):  # it went on with another
             return {"outcome": "out of memory", "why": " ".join(result.notices)}
     for (_, seed), result in zip(job["pictures"], results, strict=True):
         result.images[0].save(folder / f"{seed}.png")

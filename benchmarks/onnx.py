@@ -1,10 +1,12 @@
-"""ONNX: what was predicted of running beside what it took, and what ONNX Runtime paints beside what torch does.
+"""ONNX: what was predicted of running beside what it took, and what ONNX Runtime paints beside what torch
+does.
 
     python -m tightfit.benchmarks.onnx predicted WORK/fp32:256 WORK/int4:512 …
     python -m tightfit.benchmarks.onnx pictures WORK emoji:128x128 emoji:160x96 tiny_sd2:128x64 …
 
-`predicted` runs each plan of folders that `tightfit export --to onnx` wrote in a process of its own. `pictures` exports each model
-to WORK in each precision and compares with what torch paints from the same values. Beside Optimum: benchmarks/peers.
+`predicted` runs each plan of folders that `tightfit export --to onnx` wrote in a process of its own.
+`pictures` exports each model to WORK in each precision and compares with what torch paints from the same
+values. Beside Optimum: benchmarks/peers.
 """
 
 from __future__ import annotations
@@ -54,7 +56,12 @@ def predicted(models: list[str]) -> Iterator[Row]:
             yield {"what": f"{named(model)} {residency} {cfg}", "error": errors[-1], **row}
     sizes = sorted(map(abs, errors))
     print(f"{len(sizes)} plans: median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
-    yield {"what": "summary", "plans": len(sizes), "median_error": statistics.median(sizes), "worst_error": sizes[-1]}
+    yield {
+        "what": "summary",
+        "plans": len(sizes),
+        "median_error": statistics.median(sizes),
+        "worst_error": sizes[-1],
+    }
 
 
 def run(model: str, residency: str, cfg: str) -> Row:
@@ -66,7 +73,12 @@ def run(model: str, residency: str, cfg: str) -> Row:
     told = result.plan.predicted
     measured = {name: stage.peak_bytes for name, stage in result.stages.items() if name != "prepare"}
     seconds = {"predicted_seconds": told.seconds, "run_seconds": result.seconds}
-    return {"measured": measured, "predicted": dict(told.stages), "process_bytes": result.process_bytes, **seconds}
+    return {
+        "measured": measured,
+        "predicted": dict(told.stages),
+        "process_bytes": result.process_bytes,
+        **seconds,
+    }
 
 
 def pictures(work: Path, models: list[str]) -> Iterator[Row]:
@@ -76,13 +88,29 @@ def pictures(work: Path, models: list[str]) -> Iterator[Row]:
         model, _, size = text.rpartition(":")
         width, height = map(int, size.split("x"))
         folder = work.absolute() / f"{Path(model).name}-{kind}"
-        own: dict[str, Any] = {"precision": kind, "compute": "fp32"} if kind.startswith("int") else {"precision": "fp32"}
+        own: dict[str, Any] = (
+            {"precision": kind, "compute": "fp32"} if kind.startswith("int") else {"precision": "fp32"}
+        )
         if not folder.exists():
-            options = ["--to", "onnx", "--precision", kind, *(["--compute", "fp32"] if kind.startswith("int") else [])]
-            subprocess.run([sys.executable, "-m", "tightfit", "export", model, *options, "-o", str(folder)], check=True)
+            options = [
+                "--to",
+                "onnx",
+                "--precision",
+                kind,
+                *(["--compute", "fp32"] if kind.startswith("int") else []),
+            ]
+            subprocess.run(
+                [sys.executable, "-m", "tightfit", "export", model, *options, "-o", str(folder)], check=True
+            )
         with load(model, device="cpu", **own) as torchs, load(str(folder), device="cpu") as ours:
             for scheduler in ("ddim", "euler", "dpmpp_2m_karras"):
-                request = {"seed": 0, "num_inference_steps": 8, "scheduler": scheduler, "width": width, "height": height}
+                request = {
+                    "seed": 0,
+                    "num_inference_steps": 8,
+                    "scheduler": scheduler,
+                    "width": width,
+                    "height": height,
+                }
                 found = min(psnr(ours("a red heart", **request), torchs("a red heart", **request)), MOST_PSNR)
                 print(f"{text} {kind} {scheduler}: {found:.1f} dB", flush=True)
                 yield {"what": f"{named(text)} {kind} {scheduler}", "psnr": found}

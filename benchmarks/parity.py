@@ -3,8 +3,8 @@
     python -m tightfit.benchmarks.parity FOLDER…
     python -m tightfit.benchmarks.parity --cases > docs/parity.md
 
-Each FOLDER is a diffusers folder, painted by six schedulers; `python -m tightfit.export.random_model sdxl DIR --tiny` makes a small
-one. `--cases` makes tiny models of every kind in parity_cases.py and prints a page.
+Each FOLDER is a diffusers folder, painted by six schedulers; `python -m tightfit.export.random_model sdxl DIR
+--tiny` makes a small one. `--cases` makes tiny models of every kind in parity_cases.py and prints a page.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("folders", nargs="*", type=Path)
     parse.add_argument("--steps", type=int, default=8)
-    parse.add_argument("--cases", action="store_true", help="every kind of model and scheduler, in place of folders")
+    parse.add_argument(
+        "--cases", action="store_true", help="every kind of model and scheduler, in place of folders"
+    )
     args = parse.parse_args()
     if args.cases == bool(args.folders):
         parse.error("name folders, or --cases")
@@ -85,17 +87,24 @@ def of_folders(folders: list[Path], steps: int) -> None:
     options = {"num_inference_steps": steps, "guidance_scale": 6.0}
     table: dict[str, dict[str, float]] = {}
     for folder in folders:
-        theirs: Any = diffusers.DiffusionPipeline.from_pretrained(inspect(str(folder)).folder, dtype=torch.float32)
+        theirs: Any = diffusers.DiffusionPipeline.from_pretrained(
+            inspect(str(folder)).folder, dtype=torch.float32
+        )
         theirs.set_progress_bar_config(disable=True)
         with load(str(folder), precision="fp32", device="cpu") as pipe:
             table[folder.name] = {
-                name: psnr(reference(theirs, name, PROMPT, SEED, **options), pipe(PROMPT, seed=SEED, scheduler=name, **options))
+                name: psnr(
+                    reference(theirs, name, PROMPT, SEED, **options),
+                    pipe(PROMPT, seed=SEED, scheduler=name, **options),
+                )
                 for name in SCHEDULERS
             }
     print(f"{'dB':<10}", *(f"{name:>16}" for name in SCHEDULERS))
     for model, row in table.items():
         print(f"{model:<10}", *(f"{shown(value):>16}" for value in row.values()))
-    record("parity", {model: {name: shown(value) for name, value in row.items()} for model, row in table.items()})
+    record(
+        "parity", {model: {name: shown(value) for name, value in row.items()} for model, row in table.items()}
+    )
 
 
 def of_cases() -> None:
@@ -103,14 +112,26 @@ def of_cases() -> None:
     setup, rows = envelope(command()), list[dict[str, str]]()
     facts, versions = setup["hardware"], setup["versions"]
     print("# Pictures beside diffusers' own\n")
-    print("Decibels of PSNR in 8 bits between our picture in fp32 and that of diffusers' own pipeline: the same tiny model with")
-    print(f"random weights, the prompt {PROMPT!r}, the seed {SEED}, four steps unless it says otherwise. Of 64x64 pixels 89 dB")
+    print(
+        "Decibels of PSNR in 8 bits between our picture in fp32 and that of diffusers' own pipeline: "
+        "the same tiny model with"
+    )
+    print(
+        f"random weights, the prompt {PROMPT!r}, the seed {SEED}, four steps unless it says otherwise. "
+        "Of 64x64 pixels 89 dB"
+    )
     print("is one value of one channel that is off by one.\n")
-    print(f"Made by `{setup['command']} > docs/parity.md` on {facts['name']} ({facts['device']}, {facts['threads']} threads),")
+    print(
+        f"Made by `{setup['command']} > docs/parity.md` on {facts['name']} "
+        f"({facts['device']}, {facts['threads']} threads),"
+    )
     print(f"{setup['date']}: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
     with Pairs() as pairs:
         for kind, own in groupby(cases(), key=lambda case: case.kind):
-            print(f"\n## {kind[0].upper()}{kind[1:]}\n\n| case | model | diffusers' scheduler | dB |\n|---|---|---|---|")
+            print(
+                f"\n## {kind[0].upper()}{kind[1:]}\n\n"
+                "| case | model | diffusers' scheduler | dB |\n|---|---|---|---|"
+            )
             for case in own:
                 decibels = f"needs {case.lacks}" if case.lacks else shown(pairs.decibels(case))
                 print(f"| {case.name} | {case.family} | {described(case)} | {decibels} |", flush=True)
@@ -135,7 +156,9 @@ class Pairs(ExitStack):
             folder = self._work / str(len(self._loaded))
             write(case, folder)
             theirs: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
-            ours = self.enter_context(load(str(folder), precision="fp32", device="cpu", residency="resident", **_AS_DIFFUSERS))
+            ours = self.enter_context(
+                load(str(folder), precision="fp32", device="cpu", residency="resident", **_AS_DIFFUSERS)
+            )
             self._loaded[key] = theirs, ours
         theirs, ours = self._loaded[key]
         ours.spec = replace(ours.spec, scheduler=dict(case.own))
@@ -149,7 +172,8 @@ _AS_DIFFUSERS: dict[str, Any] = {"attention": "sdpa", "tiling": "whole", "cfg": 
 
 
 def write(case: Case, folder: Path) -> None:
-    """A case's model as a diffusers folder. One whose U-Net has other layers than the tiny ones gets random weights anew."""
+    """A case's model as a diffusers folder. One whose U-Net has other layers than the tiny ones gets random
+    weights anew."""
     random_model.write(case.family, folder, tiny=True, precision="fp32")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(case.own))
     for component, fields in case.changes.items():
@@ -166,7 +190,8 @@ def write(case: Case, folder: Path) -> None:
 
 
 def described(case: Case) -> str:
-    """The class and the options of diffusers' scheduler that are not the usual betas, and what else is asked for."""
+    """The class and the options of diffusers' scheduler that are not the usual betas, and what else is asked
+    for."""
     kind = case.theirs["_class_name"].removesuffix("Scheduler")
     usual = {"_class_name", "beta_start", "beta_end", "beta_schedule"}
     options = [f"{name} {value}" for name, value in case.theirs.items() if name not in usual]

@@ -1,4 +1,5 @@
-"""What tightfit would do on each card of profiles/: `python -m tightfit.benchmarks.plans sd15:512 sdxl:1024 > docs/plans.md`.
+"""What tightfit would do on each card of profiles/: `python -m tightfit.benchmarks.plans sd15:512 sdxl:1024 >
+docs/plans.md`.
 
 Nothing is measured and no weight is read: MODEL:SIZE needs only configs and file headers.
 """
@@ -21,13 +22,25 @@ def main() -> None:
     parse.add_argument("--steps", type=int, default=20)
     args = parse.parse_args()
     print("# What runs on which card\n")
-    print("Chosen plans, predicted. The fp16 files of each model; a desktop on the card. Seconds are by the makers' rates, scaled")
-    print("by what published runs of such cards reach (`profiles/classes.toml`); those with a + by the rates alone, so at best.")
-    print(f"Made by `python -m tightfit.benchmarks.plans {' '.join(f'{spec.folder.name}:{side}' for spec, side in args.models)}`.")
+    print(
+        "Chosen plans, predicted. The fp16 files of each model; a desktop on the card. "
+        "Seconds are by the makers' rates, scaled"
+    )
+    print(
+        "by what published runs of such cards reach (`profiles/classes.toml`); "
+        "those with a + by the rates alone, so at best."
+    )
+    print(
+        "Made by `python -m tightfit.benchmarks.plans "
+        f"{' '.join(f'{spec.folder.name}:{side}' for spec, side in args.models)}`."
+    )
     for spec, side in args.models:
         request = Request("a", None, side, side, args.steps, scheduler="euler").resolve(spec)
         print(f"\n## {spec.folder.name}, {side}x{side}, {args.steps} steps\n")
-        print("| card | to fit in | precision | residency | CFG | attention | VAE | encode | denoise | decode | seconds |")
+        print(
+            "| card | to fit in | precision | residency | CFG "
+            "| attention | VAE | encode | denoise | decode | seconds |"
+        )
         print("|---|---|---|---|---|---|---|---|---|---|---|")
         for card in cards():
             hardware = profile(card)

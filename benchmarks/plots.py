@@ -1,4 +1,5 @@
-"""Plots as SVG text: axes with round ticks, points, bars. No library of plots draws so little in so few bytes."""
+"""Plots as SVG text: axes with round ticks, points, bars. No library of plots draws so little in so few
+bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 560, 340, 78, 46, 14, 16
 
 @dataclass(frozen=True)
 class Axis:
-    """From `low` to `high`, logarithmic if so. `shown` writes a value; ticks are round in `unit`s, such as MiB."""
+    """From `low` to `high`, logarithmic if so. `shown` writes a value; ticks are round in `unit`s, such as
+    MiB."""
 
     label: str
     low: float
@@ -32,7 +34,9 @@ class Axis:
         low, high = self.low / self.unit, self.high / self.unit
         if self.logarithmic:
             first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-            found = [m * 10.0**p for p in range(first, last + 1) for m in (1, 2, 5) if low <= m * 10.0**p <= high]
+            found = [
+                m * 10.0**p for p in range(first, last + 1) for m in (1, 2, 5) if low <= m * 10.0**p <= high
+            ]
             kept = found if len(found) <= 8 else [value for value in found if math.log10(value).is_integer()]
             return [value * self.unit for value in kept]
         rough = (high - low) / 6
@@ -60,8 +64,15 @@ class Point:
     text: str
 
 
-def scatter(x: Axis, y: Axis, points: Sequence[Point], colours: Mapping[str, str], line: Sequence[tuple[float, float]] = ()) -> str:
-    """Points and a line, with the kinds named below; `colours` has the CSS class of each, the same in every plot of a page."""
+def scatter(
+    x: Axis,
+    y: Axis,
+    points: Sequence[Point],
+    colours: Mapping[str, str],
+    line: Sequence[tuple[float, float]] = (),
+) -> str:
+    """Points and a line, with the kinds named below; `colours` has the CSS class of each, the same in every
+    plot of a page."""
     kinds = list(dict.fromkeys(point.kind for point in points))
     parts = [_frame(x, y)]
     if line:
@@ -69,12 +80,18 @@ def scatter(x: Axis, y: Axis, points: Sequence[Point], colours: Mapping[str, str
         parts.append(f'<polyline class="front" points="{way}"/>')
     for point in points:
         place = f'cx="{_x(x, point.x):.1f}" cy="{_y(y, point.y):.1f}"'
-        parts.append(f'<circle class="{colours[point.kind]}" {place} r="5"><title>{escape(point.text)}</title></circle>')
-    return _svg(f"{y.label} against {x.label}", parts, _HEIGHT) + legend({kind: colours[kind] for kind in kinds})
+        parts.append(
+            f'<circle class="{colours[point.kind]}" {place} r="5">'
+            f"<title>{escape(point.text)}</title></circle>"
+        )
+    return _svg(f"{y.label} against {x.label}", parts, _HEIGHT) + legend(
+        {kind: colours[kind] for kind in kinds}
+    )
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float]]], colours: Mapping[str, str], unit: str) -> str:
-    """A stacked bar for each row: its name above it, its parts of the kinds of `colours` in their order, their sum behind it."""
+    """A stacked bar for each row: its name above it, its parts of the kinds of `colours` in their order,
+    their sum behind it."""
     most = max((sum(parts) for _, parts in rows), default=1.0) or 1.0
     height, out, kinds = 40 * len(rows) + 8, [], list(colours)
     for number, (name, parts) in enumerate(rows):
@@ -84,14 +101,19 @@ def bars(rows: Sequence[tuple[str, Sequence[float]]], colours: Mapping[str, str]
             width = part / most * (_WIDTH - 70)
             title = f"<title>{escape(f'{kinds[place]}: {part:.3g} {unit}')}</title>"
             colour = colours[kinds[place]]
-            out.append(f'<rect class="{colour}" x="{2 + start:.1f}" y="{top + 17}" width="{width:.1f}" height="14">{title}</rect>')
+            out.append(
+                f'<rect class="{colour}" x="{2 + start:.1f}" y="{top + 17}" '
+                f'width="{width:.1f}" height="14">{title}</rect>'
+            )
             start += width
         out.append(f'<text x="{start + 8:.1f}" y="{top + 29}">{sum(parts):.3g} {unit}</text>')
     return _svg(f"{unit} of each", out, height) + legend(colours)
 
 
 def legend(colours: Mapping[str, str]) -> str:
-    items = "".join(f'<li><span class="{colour}"></span>{escape(kind)}</li>' for kind, colour in colours.items())
+    items = "".join(
+        f'<li><span class="{colour}"></span>{escape(kind)}</li>' for kind, colour in colours.items()
+    )
     return f'<ul class="legend">{items}</ul>'
 
 
@@ -101,14 +123,23 @@ def _frame(x: Axis, y: Axis) -> str:
     for value in x.ticks():
         at = _x(x, value)
         parts.append(f'<path class="grid" d="M{at:.1f} {_TOP}V{bottom}"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(x.shown(value))}</text>')
+        parts.append(
+            f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{escape(x.shown(value))}</text>'
+        )
     for value in y.ticks():
         at = _y(y, value)
         parts.append(f'<path class="grid" d="M{_LEFT} {at:.1f}H{right}"/>')
-        parts.append(f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(y.shown(value))}</text>')
-    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>')
+        parts.append(
+            f'<text x="{_LEFT - 6}" y="{at + 4:.1f}" text-anchor="end">{escape(y.shown(value))}</text>'
+        )
+    parts.append(
+        f'<text x="{(_LEFT + right) / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{escape(x.label)}</text>'
+    )
     middle = (_TOP + bottom) / 2
-    parts.append(f'<text x="14" y="{middle}" text-anchor="middle" transform="rotate(-90 14 {middle})">{escape(y.label)}</text>')
+    parts.append(
+        f'<text x="14" y="{middle}" text-anchor="middle" '
+        f'transform="rotate(-90 14 {middle})">{escape(y.label)}</text>'
+    )
     return "".join(parts)
 
 
@@ -121,4 +152,6 @@ def _y(axis: Axis, value: float) -> float:
 
 
 def _svg(label: str, parts: Iterable[str], height: int) -> str:
-    return f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    )

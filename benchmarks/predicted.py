@@ -2,9 +2,10 @@
 
     python -m tightfit.benchmarks.predicted emoji:128 sd15:256 --precision bf16
 
-MODEL:SIZE is emoji or a diffusers folder, and pixels; `python -m tightfit.export.random_model sd1 DIR` makes a full-size one.
-Each combination paints once to warm up, when something stays loaded, and once under torch's profiler, which sees every
-allocation of torch's CPU allocator: an independent count of live bytes. On CUDA it is torch's `max_memory_reserved`.
+MODEL:SIZE is emoji or a diffusers folder, and pixels; `python -m tightfit.export.random_model sd1 DIR` makes
+a full-size one. Each combination paints once to warm up, when something stays loaded, and once under torch's
+profiler, which sees every allocation of torch's CPU allocator: an independent count of live bytes. On CUDA it
+is torch's `max_memory_reserved`.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ def model(text: str, args: argparse.Namespace, hardware: Hardware) -> Iterator[R
 
 
 def combination(pipe: Pipeline, request: Request, names: Row) -> Iterator[Row]:
-    """A row for each stage. The profiler is started and stopped with the stages, and its count begins with what is held."""
+    """A row for each stage. The profiler is started and stopped with the stages, and its count begins with
+    what is held."""
     predicted = pipe.plans(request)[0].predicted.stages
     held = sum(_bytes(session.module) for _, session in pipe.loaded.sessions.values())  # pyright: ignore[reportAttributeAccessIssue]
     measured, seen = {}, None
@@ -88,11 +90,14 @@ def combination(pipe: Pipeline, request: Request, names: Row) -> Iterator[Row]:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers(), workspace(module).buffer))
+    return sum(
+        tensor.nbytes for tensor in (*module.parameters(), *module.buffers(), workspace(module).buffer)
+    )
 
 
 def _by_stage(seen: profile, held: int) -> dict[str, int]:
-    """Most live bytes in each stage, from the profiler's events and the marks that `mark` leaves between them."""
+    """Most live bytes in each stage, from the profiler's events and the marks that `mark` leaves between
+    them."""
     now, stage = held, ""
     most: dict[str, int] = dict.fromkeys(STAGES, 0)
     results: Any = seen.profiler

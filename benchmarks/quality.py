@@ -1,11 +1,12 @@
-"""How far pictures are from fp32's of the same seed: the dB that a plan prints, and the quality of every way to quantise.
+"""How far pictures are from fp32's of the same seed: the dB that a plan prints, and the quality of every way
+to quantise.
 
     python -m tightfit.benchmarks.quality                               # 24 pictures of each precision
     python -m tightfit.benchmarks.quality --work WORK emoji:int8:fp32 emoji:int4:fp32 DIR:int4:fp32
 
-A contender is MODEL:PRECISION:COMPUTE. With WORK, the folder of emoji's training, 200 of its labels are painted, one seed each,
-and it is counted how many of the pictures are nearest to what their prompt says. Strips and attentions are held by tests instead:
-they change nothing that fp32 shows.
+A contender is MODEL:PRECISION:COMPUTE. With WORK, the folder of emoji's training, 200 of its labels are
+painted, one seed each, and it is counted how many of the pictures are nearest to what their prompt says.
+Strips and attentions are held by tests instead: they change nothing that fp32 shows.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def paint(contender: str, requests: Sequence[Request]) -> list[Any]:
 
 
 def labelled(work: Path, count: int) -> tuple[list[tuple[str, int]], Callable[[Sequence[Any]], float]]:
-    """`count` labels of emoji's training with a seed each, and the share of pictures nearest to the one their label names."""
+    """`count` labels of emoji's training with a seed each, and the share of pictures nearest to the one their
+    label names."""
     from ..export.emoji import data
     from ..export.emoji.diffusion import match
 
@@ -67,7 +69,11 @@ def labelled(work: Path, count: int) -> tuple[list[tuple[str, int]], Callable[[S
     right = np.linspace(0, len(chosen) - 1, count).round().astype(int).tolist()
 
     def judge(drawn: Sequence[Any]) -> float:
-        return match(torch.from_numpy(np.stack([np.array(each) for each in drawn])).permute(0, 3, 1, 2), pictures, right)[0]
+        return match(
+            torch.from_numpy(np.stack([np.array(each) for each in drawn])).permute(0, 3, 1, 2),
+            pictures,
+            right,
+        )[0]
 
     return [(chosen[i].label, i) for i in right], judge
 

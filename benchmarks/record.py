@@ -20,7 +20,17 @@ from .. import __version__
 from ..runtime.files import cache_folder
 from ..runtime.machine.hardware import Hardware
 
-PACKAGES = ("torch", "diffusers", "transformers", "numpy", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "bitsandbytes")
+PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "numpy",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "bitsandbytes",
+)
 
 
 def _there() -> Iterator[str]:
@@ -36,7 +46,9 @@ def envelope(command: str, hardware: Hardware | None = None) -> dict[str, Any]:
 
     machine = hardware or Hardware.detect()
     facts = {"device": machine.device, "name": machine.name, "bytes": machine.total_bytes}
-    versions = {"python": sys.version.split()[0], "tightfit": own_version()} | {name: version(name) for name in _there()}
+    versions = {"python": sys.version.split()[0], "tightfit": own_version()} | {
+        name: version(name) for name in _there()
+    }
     return {
         "date": date.today().isoformat(),
         "command": command,
@@ -67,18 +79,21 @@ _PLACE = re.compile(r"(?:(?<==)|^)(?:/|~|[A-Za-z]:[\\/]|\.\.?[\\/]).*?([^\\/]+)[
 
 
 def typed(arguments: Sequence[str]) -> str:
-    """A command with the names of files and folders alone: where they are on this machine is nobody else's concern."""
+    """A command with the names of files and folders alone: where they are on this machine is nobody else's
+    concern."""
     return shlex.join(",".join(map(named, argument.split(","))) for argument in arguments)
 
 
 def named(model: str) -> str:
-    """The name alone of what may be a path of this machine: `../sdxl:512` is `sdxl:512`. A hub id stays as it is."""
+    """The name alone of what may be a path of this machine: `../sdxl:512` is `sdxl:512`. A hub id stays as it
+    is."""
     return _PLACE.sub(r"\1", model)
 
 
 def record(name: str, results: Any, setup: dict[str, Any] | None = None, rehearsal: bool = False) -> Path:
-    """Append `results` to `name`.jsonl and return that file, which is under $OUT, else in benchmarks/results/, or in the cache
-    folder if it is only a `rehearsal`. `setup` is the envelope, if another process measured them."""
+    """Append `results` to `name`.jsonl and return that file, which is under $OUT, else in
+    benchmarks/results/, or in the cache folder if it is only a `rehearsal`. `setup` is the envelope, if
+    another process measured them."""
     line = (setup or envelope(command())) | {"results": results}
     usual = cache_folder() / "rehearsals" if rehearsal else Path(__file__).parent / "results"
     folder = Path(os.environ.get("OUT") or usual)

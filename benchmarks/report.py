@@ -26,7 +26,8 @@ _GAIN = 8
 _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1c1c1e, #e8e8ea); --pale: light-dark(#6b6b70, #a0a0a6);
   --line: light-dark(#e2e2e6, #3a3a3e); --ground: light-dark(#fff, #18181a); }
-body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1240px; margin: 2em auto;
+body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--ground); max-width: 1240px;
+ margin: 2em auto;
   padding: 0 1em; }
 h1 { font-size: 1.6em; margin-bottom: 0; } h2 { font-size: 1.2em; margin: 2em 0 .2em; }
 p { color: var(--pale); margin: .2em 0 1em; }
@@ -35,17 +36,23 @@ code { font-size: .9em; overflow-wrap: anywhere; }
 figure { margin: 0; } figcaption { font-weight: 600; } svg { width: 100%; height: auto; }
 svg text { font-size: 12px; fill: var(--pale); } svg .name { fill: var(--ink); }
 .axis { fill: none; stroke: var(--pale); } .grid { stroke: var(--line); }
-.front { fill: none; stroke: var(--pale); stroke-dasharray: 5 4; } circle { stroke: var(--ground); stroke-width: 1; }
-.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2em 1.2em; padding: 0; margin: .2em 0; font-size: .85em; }
+.front { fill: none; stroke: var(--pale); stroke-dasharray: 5 4; }
+ circle { stroke: var(--ground); stroke-width: 1; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2em 1.2em; padding: 0; margin: .2em 0;
+ font-size: .85em; }
 .legend span { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
-.k0 { fill: #0072b2; background: #0072b2; } .k1 { fill: #e69f00; background: #e69f00; } .k2 { fill: #009e73; background: #009e73; }
-.k3 { fill: #cc79a7; background: #cc79a7; } .k4 { fill: #d55e00; background: #d55e00; } .k5 { fill: #56b4e9; background: #56b4e9; }
+.k0 { fill: #0072b2; background: #0072b2; } .k1 { fill: #e69f00; background: #e69f00; }
+ .k2 { fill: #009e73; background: #009e73; }
+.k3 { fill: #cc79a7; background: #cc79a7; } .k4 { fill: #d55e00; background: #d55e00; }
+ .k5 { fill: #56b4e9; background: #56b4e9; }
 .encode { fill: #b8b8b8; background: #b8b8b8; } .denoise { fill: #7a5195; background: #7a5195; }
 .decode { fill: #8c6d31; background: #8c6d31; } circle.onnx { fill-opacity: .25; stroke: currentColor; }
 .legend .onnx { opacity: .45; outline: 1px solid; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85em; white-space: nowrap; }
-th, td { text-align: right; padding: .25em .5em; border-bottom: 1px solid var(--line); font-variant-numeric: tabular-nums; }
-th:first-child, td:first-child, td.why { text-align: left; } tr.not td { color: var(--pale); } td.why { white-space: normal; }
+th, td { text-align: right; padding: .25em .5em; border-bottom: 1px solid var(--line);
+ font-variant-numeric: tabular-nums; }
+th:first-child, td:first-child, td.why { text-align: left; } tr.not td { color: var(--pale); }
+ td.why { white-space: normal; }
 td:first-child { white-space: normal; min-width: 15em; } p.terms { font-size: .8em; margin: .5em 0 2em; }
 @media (max-width: 600px) { svg text:not(.name) { font-size: 16px; } td:first-child { min-width: 9em; } }
 .pictures { display: grid; grid-template-columns: repeat(auto-fill, minmax(280px, 1fr)); gap: 1.2em; }
@@ -54,15 +61,22 @@ td:first-child { white-space: normal; min-width: 15em; } p.terms { font-size: .8
 
 
 def page(rows: Sequence[Row], pictures: Path) -> str:
-    """The whole page of the rows that a suite measured, `pictures` being the folder that it saved theirs in."""
+    """The whole page of the rows that a suite measured, `pictures` being the folder that it saved theirs
+    in."""
     first = rows[0]
     machine, title = first["hardware"], f"tightfit on {first['hardware']['name']}"
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
-    facts = f"{shown(machine['bytes'])}, {machine['cores']} cores, {machine['threads']} threads; {first['date']}; {versions}"
+    facts = (
+        f"{shown(machine['bytes'])}, {machine['cores']} cores, {machine['threads']} threads; "
+        f"{first['date']}; {versions}"
+    )
     return "".join([
-        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1><p>{escape(facts)}</p>",
-        *(f"<p><code>{escape(command)}</code></p>" for command in dict.fromkeys(row["command"] for row in rows)),
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<body><h1>{escape(title)}</h1><p>{escape(facts)}</p>",
+        *(f"<p><code>{escape(command)}</code></p>"
+          for command in dict.fromkeys(row["command"] for row in rows)),
         *(_section(own, pictures) for own in groups(rows)),
         "</body></html>",
     ])  # fmt: skip
@@ -86,19 +100,30 @@ def _group(row: Row) -> tuple[str, int, int, int]:
 def _section(rows: list[Row], pictures: Path) -> str:
     ran = sorted((row for row in rows if row["outcome"] == "ok"), key=seconds)
     heading = f"<h2>{escape(title(rows))}</h2>"
-    count = max((len(row["seconds"]) for row in ran), default=0), max((len(row["runs"]) for row in ran), default=0)
-    about = f"<p>{count[0]} pictures of each plan in {count[1]} processes of its own, in turns with the others'.</p>"
+    count = (
+        max((len(row["seconds"]) for row in ran), default=0),
+        max((len(row["runs"]) for row in ran), default=0),
+    )
+    about = (
+        f"<p>{count[0]} pictures of each plan in {count[1]} processes of its own, "
+        "in turns with the others'.</p>"
+    )
     best = "".join(f"<p>{escape(line)}</p>" for line in advice(rows))
     return heading + about + (_plots(ran) if ran else "") + _table(rows) + best + _grid(ran, pictures)
 
 
-# What a colour means, on every plot of every page: a precision has its own, and one of another engine that of its precision, paler.
+# What a colour means, on every plot of every page: a precision has its own, and one of another engine that of
+# its precision, paler.
 _STAGE_COLOURS = {name: name for name in STAGES}
 
 
 def _colours() -> dict[str, str]:
     plain = {precision: f"k{number}" for number, precision in enumerate(PRECISIONS)}
-    others = {_kind(precision, engine): f"{colour} {engine}" for precision, colour in plain.items() for engine in BACKENDS[1:]}
+    others = {
+        _kind(precision, engine): f"{colour} {engine}"
+        for precision, colour in plain.items()
+        for engine in BACKENDS[1:]
+    }
     return plain | others
 
 
@@ -112,23 +137,41 @@ def _plots(ran: list[Row]) -> str:
     paces = axis("seconds a picture", [seconds(row) for row in ran], _number)
     judged = [row for row in ran if row["quality"] and row["key"] != row["reference"]]
     known = [row["quality"]["psnr"] for row in judged]
-    decibels = Axis("PSNR against the best precision, dB", min(known, default=0) - 3, max(known, default=0) + 3, False, _number)
+    decibels = Axis(
+        "PSNR against the best precision, dB",
+        min(known, default=0) - 3,
+        max(known, default=0) + 3,
+        False,
+        _number,
+    )
     stages = [
-        (row["plan"]["predicted"]["stages"][name], row["stages"][name]["peak_bytes"], name, row) for row in ran for name in STAGES
+        (row["plan"]["predicted"]["stages"][name], row["stages"][name]["peak_bytes"], name, row)
+        for row in ran
+        for name in STAGES
     ]
     costs = [_point(row, row["peak_bytes"], seconds(row)) for row in ran]
     worth = [_point(row, row["peak_bytes"], row["quality"]["psnr"]) for row in judged]
-    bytes_ = [Point(x, y, name, f"{row['summary']}, {name}: {shown(x)}, {shown(y)}") for x, y, name, row in stages if x and y]
+    bytes_ = [
+        Point(x, y, name, f"{row['summary']}, {name}: {shown(x)}, {shown(y)}")
+        for x, y, name, row in stages
+        if x and y
+    ]
     times = [_point(row, row["plan"]["predicted"]["seconds"], seconds(row)) for row in ran]
     kinds = _colours()
     parts = {
-        "Seconds against memory; dashed: no other is better in both": scatter(peaks, paces, costs, kinds, front(ran)),
+        "Seconds against memory; dashed: no other is better in both": scatter(
+            peaks, paces, costs, kinds, front(ran)
+        ),
         "Quality against memory": scatter(peaks, decibels, worth, kinds) if worth else "",
-        "Bytes of each stage, predicted and measured; dashed: the same": _against(bytes_, _STAGE_COLOURS, _bytes_axis, "bytes"),
+        "Bytes of each stage, predicted and measured; dashed: the same": _against(
+            bytes_, _STAGE_COLOURS, _bytes_axis, "bytes"
+        ),
         "Seconds, predicted and measured; dashed: the same": _against(times, kinds, _seconds_axis, "seconds"),
         "Where the seconds go": bars([(row["summary"], _by_stage(row)) for row in ran], _STAGE_COLOURS, "s"),
     }
-    figures = (f"<figure><figcaption>{name}</figcaption>{plot}</figure>" for name, plot in parts.items() if plot)
+    figures = (
+        f"<figure><figcaption>{name}</figcaption>{plot}</figure>" for name, plot in parts.items() if plot
+    )
     return f'<div class="plots">{"".join(figures)}</div>'
 
 
@@ -150,7 +193,9 @@ def _seconds_axis(label: str, values: Sequence[float]) -> Axis:
     return axis(label, values, _number)
 
 
-def _against(points: list[Point], colours: Mapping[str, str], make: Callable[[str, Sequence[float]], Axis], what: str) -> str:
+def _against(
+    points: list[Point], colours: Mapping[str, str], make: Callable[[str, Sequence[float]], Axis], what: str
+) -> str:
     values = [value for point in points for value in (point.x, point.y)]
     x, y = make(f"predicted {what}", values), make(f"measured {what}", values)
     return scatter(x, y, points, colours, [(x.low, x.low), (x.high, x.high)])
@@ -196,8 +241,10 @@ def cells(row: Row) -> list[str]:
     return [
         f"{seconds(row):.3g}", f"{spread(row):.2g}" if len(row["runs"]) > 1 else "", f"{told['seconds']:.3g}",
         f"{row['warmup_seconds']:.3g}", shown(row["peak_bytes"]),
-        f"{told['peak_bytes'] / max(row['peak_bytes'], 1) - 1:+.1%}", shown(row["process_bytes"]), shown(row["disk_bytes"]),
-        *("exact" if exact and name == "psnr" else "" if exact or name not in quality else f"{quality[name]:.{digits}f}"
+        f"{told['peak_bytes'] / max(row['peak_bytes'], 1) - 1:+.1%}", shown(row["process_bytes"]),
+        shown(row["disk_bytes"]),
+        *("exact" if exact and name == "psnr"
+          else "" if exact or name not in quality else f"{quality[name]:.{digits}f}"
           for name, digits in measures.items()),
         f"{quality['match']:.0%}" if "match" in quality else "",
         f"{row['joules']:.3g}" if row["joules"] is not None else "",
@@ -205,7 +252,8 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
-    """The columns of which some row has a figure, and these rows' cells: fastest first, then those that did not run."""
+    """The columns of which some row has a figure, and these rows' cells: fastest first, then those that did
+    not run."""
     ran = sorted((row for row in rows if row["outcome"] == "ok"), key=seconds)
     every = [cells(row) for row in ran]
     there = [i for i, _ in enumerate(COLUMNS) if any(each[i] for each in every)]
@@ -214,13 +262,17 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
 
 
 def advice(rows: Sequence[Row]) -> list[str]:
-    """What a budget of so many GiB is best spent on, by what was measured: a line for each plan that is one's fastest."""
+    """What a budget of so many GiB is best spent on, by what was measured: a line for each plan that is one's
+    fastest."""
     lines: dict[str, list[int]] = {}
     for budget in BUDGETS:
         room = [row for row in rows if row["outcome"] == "ok" and _taken(row) <= budget * 2**30]
         if best := min(room, key=seconds, default=None):
             lines.setdefault(f"{best['summary']}: {figures(best)}", []).append(budget)
-    return [f"fastest within {' to '.join(map(str, sorted({each[0], each[-1]})))} GiB: {text}" for text, each in lines.items()]
+    return [
+        f"fastest within {' to '.join(map(str, sorted({each[0], each[-1]})))} GiB: {text}"
+        for text, each in lines.items()
+    ]
 
 
 BUDGETS = (1, 2, 4, 6, 8, 12, 16, 24)  # GiB that cards have
@@ -228,12 +280,18 @@ BUDGETS = (1, 2, 4, 6, 8, 12, 16, 24)  # GiB that cards have
 
 def _taken(row: Row) -> int:
     """Bytes of a card: tensors and the device's context; on a CPU the whole process."""
-    return row["process_bytes"] if row["plan"]["device"] == "cpu" else row["peak_bytes"] + row["plan"]["predicted"]["context_bytes"]
+    return (
+        row["process_bytes"]
+        if row["plan"]["device"] == "cpu"
+        else row["peak_bytes"] + row["plan"]["predicted"]["context_bytes"]
+    )
 
 
 def _table(rows: list[Row]) -> str:
     columns, lines = table(rows)
-    head = "<th>plan</th>" + "".join(f'<th title="{escape(COLUMNS[name])}">{escape(name)}</th>' for name in columns)
+    head = "<th>plan</th>" + "".join(
+        f'<th title="{escape(COLUMNS[name])}">{escape(name)}</th>' for name in columns
+    )
     body = [
         f"<tr><td>{escape(row['summary'])}</td>{''.join(f'<td>{cell}</td>' for cell in own)}</tr>"
         if own
@@ -249,7 +307,10 @@ def _table(rows: list[Row]) -> str:
 def _grid(ran: list[Row], pictures: Path) -> str:
     cards = [card for row in ran for card in _card(row, pictures)]
     about = (
-        f"<p>The first picture of each, and how far it is off the best precision's, {_GAIN} times amplified.</p>" if cards else ""
+        "<p>The first picture of each, and how far it is off the best precision's, "
+        f"{_GAIN} times amplified.</p>"
+        if cards
+        else ""
     )
     return f'{about}<div class="pictures">{"".join(cards)}</div>' if cards else ""
 
@@ -262,7 +323,9 @@ def _card(row: Row, pictures: Path) -> Iterator[str]:
         images = [_embedded(Image.open(own), row["summary"])]
         if own != other and other.exists():
             images.append(_embedded(difference(Image.open(own), Image.open(other), _GAIN), "difference"))
-    yield f"<figure>{''.join(images)}<figcaption>{escape(row['summary'])}: {figures(row)}</figcaption></figure>"
+    yield (
+        f"<figure>{''.join(images)}<figcaption>{escape(row['summary'])}: {figures(row)}</figcaption></figure>"
+    )
 
 
 def _embedded(image: Image.Image, text: str) -> str:

@@ -2,7 +2,8 @@
 
     python -m tightfit.benchmarks.sensitivity sd15 --size 256
 
-In decibels of signal to noise against fp32, of one call with random latents and texts; and the ten layers that alone do most.
+In decibels of signal to noise against fp32, of one call with random latents and texts; and the ten layers
+that alone do most.
 """
 
 from __future__ import annotations
@@ -52,20 +53,34 @@ def main() -> None:
         print(f"{precision}: {whole[precision]} dB", flush=True)
     alone, form = {}, FORMATS[args.form]
     assert plain.module is not None
-    layers = {path: part for path, part in plain.module.named_modules() if isinstance(part, torch.nn.Linear | torch.nn.Conv2d)}
+    layers = {
+        path: part
+        for path, part in plain.module.named_modules()
+        if isinstance(part, torch.nn.Linear | torch.nn.Conv2d)
+    }
     for path, layer in layers.items():
         kept = layer.weight.data
         if recipe("int8", "unet", path, tuple(kept.shape)):
             layer.weight.data = dequantise(quantise(kept, form), form, kept.shape)
             alone[path] = snr(plain(**arrays)[0])
             layer.weight.data = kept
-    worst = [{"layer": path, "snr": alone[path]} for path in heapq.nsmallest(10, alone, key=lambda path: alone[path])]
+    worst = [
+        {"layer": path, "snr": alone[path]}
+        for path in heapq.nsmallest(10, alone, key=lambda path: alone[path])
+    ]
     for row in worst:
         print(f"{row['layer']} in {args.form}: {row['snr']} dB")
     middle = float(np.median(list(alone.values())))
     seconds = round(time.perf_counter() - began)
     print(f"the median of {len(alone)} layers: {middle:.1f} dB; {seconds} s")
-    results = {"size": args.size, "whole": whole, "form": args.form, "layers": len(alone), "median": middle, "worst": worst}
+    results = {
+        "size": args.size,
+        "whole": whole,
+        "form": args.form,
+        "layers": len(alone),
+        "median": middle,
+        "worst": worst,
+    }
     record("sensitivity", results | {"seconds": seconds})
 
 

@@ -1,9 +1,11 @@
-"""Bytes of a model in every precision, on disk and loaded, beside what bitsandbytes would hold: it quantises linears alone.
+"""Bytes of a model in every precision, on disk and loaded, beside what bitsandbytes would hold: it quantises
+linears alone.
 
     python -m tightfit.benchmarks.sizes sd15 sd15-int8 sd15-int4 sdxl sdxl-int8 sdxl-int4
 
-Models are diffusers folders, plain or from `tightfit export`; plain ones stand for fp16. Loaded is what a session holds to compute
-in fp16: weights, and the buffer that quantised layers share. bitsandbytes' bytes follow from the layers' shapes.
+Models are diffusers folders, plain or from `tightfit export`; plain ones stand for fp16. Loaded is what a
+session holds to compute in fp16: weights, and the buffer that quantised layers share. bitsandbytes' bytes
+follow from the layers' shapes.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def main() -> None:
         if spec.precision is None:
             for kind in ("int8", "nf4"):
                 theirs = {name: bitsandbytes(part, kind) for name, part in spec.components.items()}
-                rows.append(row(spec, f"bitsandbytes {kind}", {name: (size, size) for name, size in theirs.items()}))
+                rows.append(
+                    row(spec, f"bitsandbytes {kind}", {name: (size, size) for name, size in theirs.items()})
+                )
     for each in rows:
         print("  ".join(f"{name} {value}" for name, value in each.items()))
     record("sizes", rows)
@@ -45,7 +49,11 @@ def row(spec: ModelSpec, precision: str, found: dict[str, tuple[int, int]]) -> d
     disk, loaded = (sum(each[i] for each in found.values()) for i in (0, 1))
     unet = found["unet"]
     names = {"unet disk": unet[0], "unet loaded": unet[1], "all disk": disk, "all loaded": loaded}
-    return {"model": Path(spec.name).name, "precision": precision, **{name: round(count / 1e9, 3) for name, count in names.items()}}
+    return {
+        "model": Path(spec.name).name,
+        "precision": precision,
+        **{name: round(count / 1e9, 3) for name, count in names.items()},
+    }
 
 
 def sizes(component: Component, precision: str) -> tuple[int, int]:
@@ -56,11 +64,14 @@ def sizes(component: Component, precision: str) -> tuple[int, int]:
 
 
 def bitsandbytes(component: Component, kind: str) -> int:
-    """int8: a byte a weight and an fp32 scale for each output. nf4: half a byte, and an fp32 scale for each 64."""
+    """int8: a byte a weight and an fp32 scale for each output. nf4: half a byte, and an fp32 scale for each
+    64."""
     total = 0
     module = _module(component, "fp16")
     for path, parameter in module.named_parameters():
-        linear = path.endswith(".weight") and isinstance(module.get_submodule(path.removesuffix(".weight")), torch.nn.Linear)
+        linear = path.endswith(".weight") and isinstance(
+            module.get_submodule(path.removesuffix(".weight")), torch.nn.Linear
+        )
         each = {"int8": 1 + 4 / math.prod(parameter.shape[1:]), "nf4": 0.5 + 4 / 64}[kind] if linear else 2.0
         total += round(parameter.numel() * each)
     return total

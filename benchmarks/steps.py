@@ -1,10 +1,11 @@
-"""Seconds of one U-Net call with weights in 16, 8 and 4 bits, taken in turns in one process, and what each holds.
+"""Seconds of one U-Net call with weights in 16, 8 and 4 bits, taken in turns in one process, and what each
+holds.
 
     python -m tightfit.benchmarks.steps sd15 sd15-int8 sd15-int8:int8-dynamic sd15-int4 --size 512
 
-Models are diffusers folders, plain or from `tightfit export`, with a precision behind a colon if it is another; the first is
-what the others are compared with. Each round calls every one of them once, so that a machine that slows down slows all; the least
-of the rounds counts.
+Models are diffusers folders, plain or from `tightfit export`, with a precision behind a colon if it is
+another; the first is what the others are compared with. Each round calls every one of them once, so that a
+machine that slows down slows all; the least of the rounds counts.
 """
 
 from __future__ import annotations
@@ -38,12 +39,18 @@ def main() -> None:
         name, _, precision = model.partition(":")
         spec = inspect(name)
         unet, backend = spec.components["unet"], TorchBackend(hardware.device)
-        placement = Placement("torch", precision or spec.precision or compute, compute, "resident", args.attention, "whole")
+        placement = Placement(
+            "torch", precision or spec.precision or compute, compute, "resident", args.attention, "whole"
+        )
         session = backend.load(spec, unet, placement)
         held = backend.meter.bytes()
         arrays = noise(spec, 2, args.size)
         session(**arrays)
-        rows[model] = {"stored_bytes": unet.stored_bytes, "held_bytes": held, "peak_bytes": backend.meter.bytes()}
+        rows[model] = {
+            "stored_bytes": unet.stored_bytes,
+            "held_bytes": held,
+            "peak_bytes": backend.meter.bytes(),
+        }
         runs[model] = lambda session=session, arrays=arrays: session(**arrays)
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(args.rounds):
@@ -53,14 +60,17 @@ def main() -> None:
             best[model] = min(best[model], time.perf_counter() - start)
     for model, row in rows.items():
         row |= {"seconds": round(best[model], 3), "ratio": round(best[model] / best[args.models[0]], 3)}
-        sizes = ", ".join(f"{name.removesuffix('_bytes')} {shown(row[name])}" for name in row if name.endswith("_bytes"))
+        sizes = ", ".join(
+            f"{name.removesuffix('_bytes')} {shown(row[name])}" for name in row if name.endswith("_bytes")
+        )
         print(f"{model}: {sizes}; {row['seconds']} s, {row['ratio']} of {args.models[0]}'s")
     rows = {named(model): row for model, row in rows.items()}
     record("steps", {"compute": compute, "attention": args.attention, "size": args.size, "rows": rows})
 
 
 def noise(spec: ModelSpec, batch: int, size: int) -> dict[str, np.ndarray]:
-    """What a U-Net is called with in the middle of a picture: noise in place of latents and texts, the same each time."""
+    """What a U-Net is called with in the middle of a picture: noise in place of latents and texts, the same
+    each time."""
     random, shapes = np.random.default_rng(0), spec.inputs(spec.components["unet"], batch, size, size)
     arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
     return arrays | {"timestep": np.array(500, np.float32)}

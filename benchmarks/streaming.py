@@ -1,10 +1,11 @@
-"""What streaming costs on each card of profiles/: seconds of one U-Net call whose weights flow through, by several ways of copying.
+"""What streaming costs on each card of profiles/: seconds of one U-Net call whose weights flow through, by
+several ways of copying.
 
     python -m tightfit.benchmarks.streaming sd15:512 sdxl:1024
 
-`bound` is the larger of all computing and all copying, which no order of copies beats; `one ahead` copies each unit while the one
-before it computes; `ring` copies ahead as far as the buffer goes; `kept` also keeps loaded what the card has room for.
-Nothing is measured and no weight is read.
+`bound` is the larger of all computing and all copying, which no order of copies beats; `one ahead` copies
+each unit while the one before it computes; `ring` copies ahead as far as the buffer goes; `kept` also keeps
+loaded what the card has room for. Nothing is measured and no weight is read.
 """
 
 from __future__ import annotations
@@ -42,8 +43,14 @@ def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:
     own = engine("torch").footprint(spec, spec.components["unet"], placement, hardware, (2, side, side))
     head, spans = arrival_spans(hardware, placement, own)
     copies = [each.bytes / bus_rate(hardware, own) for each in own.arrivals]
-    ways = [max(sum(copies), head + sum(spans)), head + one_ahead(copies, spans), call_seconds(hardware, placement, own)]
-    wishes = Wishes(precision=precision, residency="streamed", cfg="batched", attention="sdpa", budget=hardware.free_bytes)
+    ways = [
+        max(sum(copies), head + sum(spans)),
+        head + one_ahead(copies, spans),
+        call_seconds(hardware, placement, own),
+    ]
+    wishes = Wishes(
+        precision=precision, residency="streamed", cfg="batched", attention="sdpa", budget=hardware.free_bytes
+    )
     best = plan(hardware, spec, Request("a", width=side, height=side), wishes)[0].placements["unet"]
     kept = engine("torch").footprint(spec, spec.components["unet"], best, hardware, (2, side, side))
     ways.append(call_seconds(hardware, replace(placement, kept_bytes=best.kept_bytes), kept))
@@ -51,7 +58,8 @@ def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:
 
 
 def one_ahead(copies: Sequence[float], spans: Sequence[float]) -> float:
-    """Two slots: a unit is copied once the one before it begins to compute, which frees the slot of the one before that."""
+    """Two slots: a unit is copied once the one before it begins to compute, which frees the slot of the one
+    before that."""
     began, ended, there = 0.0, 0.0, 0.0
     ends = []
     for _ in range(2):

@@ -1,9 +1,10 @@
-"""Every plan of a model on this machine, each in processes of its own, in rounds, so that a machine that slows down slows all.
+"""Every plan of a model on this machine, each in processes of its own, in rounds, so that a machine that
+slows down slows all.
 
-Each process is one line of results.jsonl: model, request and plan with what was predicted; `outcome` (ok, does not fit, out of
-memory, failed) and why; seconds and bytes of each stage; bytes on disk; quality beside the best precision's pictures of the same
-seeds; and the command, hardware and versions. Lines are appended as they come, so that a run that was stopped goes on where it
-was; `rows` adds up the rounds of a plan.
+Each process is one line of results.jsonl: model, request and plan with what was predicted; `outcome` (ok,
+does not fit, out of memory, failed) and why; seconds and bytes of each stage; bytes on disk; quality beside
+the best precision's pictures of the same seeds; and the command, hardware and versions. Lines are appended as
+they come, so that a run that was stopped goes on where it was; `rows` adds up the rounds of a plan.
 """
 
 from __future__ import annotations
@@ -48,26 +49,30 @@ Row = dict[str, Any]
 _MOST_BYTES = 2**28  # of a results file: a line has some 4,000
 _BYTES, _SECONDS = (int, 0, 2**60), (float, 0.0, 1e9)
 _STAGE = {"seconds": [_SECONDS], "load_seconds": [_SECONDS], "peak_bytes": _BYTES, "process_bytes": _BYTES}
-# What a line has at least, and what more it has if it is ok: types, and the least and the most of numbers; {} holds anything.
+# What a line has at least, and what more it has if it is ok: types, and the least and the most of numbers; {}
+# holds anything.
 _LINE = {
-    "key": str, "round": (int, 0, 10**6), "reference": str, "model": str, "summary": str, "outcome": str, "why": str, "date": str,
+    "key": str, "round": (int, 0, 10**6), "reference": str, "model": str, "summary": str,
+    "outcome": str, "why": str, "date": str,
     "command": str, "versions": {}, "request": dict.fromkeys(("width", "height", "steps"), (int, 1, 2 ** 16)),
     "hardware": {"name": str, "bytes": _BYTES, "threads": (int, 1, 10**6)},
     "plan": {
         "device": str, "cfg": str, "placements": {"unet": {"precision": PRECISIONS, "backend": BACKENDS}},
-        "predicted": {"seconds": _SECONDS, "peak_bytes": _BYTES, "context_bytes": _BYTES, "stages": dict.fromkeys(STAGES, _BYTES)},
+        "predicted": {"seconds": _SECONDS, "peak_bytes": _BYTES, "context_bytes": _BYTES,
+                      "stages": dict.fromkeys(STAGES, _BYTES)},
     },
 }  # fmt: skip
 _MEASURED = {
-    "seconds": [_SECONDS], "warmup_seconds": _SECONDS, "peak_bytes": _BYTES, "process_bytes": _BYTES, "disk_bytes": _BYTES,
+    "seconds": [_SECONDS], "warmup_seconds": _SECONDS, "peak_bytes": _BYTES, "process_bytes": _BYTES,
+    "disk_bytes": _BYTES,
     "stages": dict.fromkeys(STAGES, _STAGE), "quality": [{"psnr": (float, -1000.0, 1000.0)}],
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured of each plan: `rounds` processes, each painting `pictures` of `steps`, one seed and prompt each; and
-    in how many `seconds` all should be done."""
+    """How much is measured of each plan: `rounds` processes, each painting `pictures` of `steps`, one seed
+    and prompt each; and in how many `seconds` all should be done."""
 
     steps: int = 20
     pictures: int = 1
@@ -81,8 +86,8 @@ QUICK_STEPS = (20, 8, 4, 2, 1)  # the most of which all is done in that time
 
 @dataclass(frozen=True)
 class Job:
-    """One plan for one size of picture; `budget` is what was asked for, if it was, and `reference` the key of the job with whose
-    pictures its own are compared."""
+    """One plan for one size of picture; `budget` is what was asked for, if it was, and `reference` the key of
+    the job with whose pictures its own are compared."""
 
     spec: ModelSpec
     plan: Plan
@@ -93,8 +98,16 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """The same for the same plan, request, weights and machine, but not for what was predicted of them."""
-        what: list[Any] = [self.plan.hardware, self.plan.device, self.spec.name, self.budget, self.plan.cfg, _age(self.spec)]
+        """The same for the same plan, request, weights and machine, but not for what was predicted of
+        them."""
+        what: list[Any] = [
+            self.plan.hardware,
+            self.plan.device,
+            self.spec.name,
+            self.budget,
+            self.plan.cfg,
+            _age(self.spec),
+        ]
         what += [asdict(each) for each in self.plan.placements.values()]
         what += [self.request.width, self.request.height, self.effort.steps, self.effort.pictures]
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
@@ -102,18 +115,28 @@ class Job:
     @property
     def seconds(self) -> float:
         """What a round is likely to take: a process that begins, a step to warm up, and each picture."""
-        return self.plan.predicted.seconds * (self.effort.pictures + 1 / self.effort.steps) + 4.0 if self.plan.fits else 0.0
+        return (
+            self.plan.predicted.seconds * (self.effort.pictures + 1 / self.effort.steps) + 4.0
+            if self.plan.fits
+            else 0.0
+        )
 
 
 def _age(spec: ModelSpec) -> int:
-    """When the youngest of the model's weights was written: another export to the same folder is another model."""
+    """When the youngest of the model's weights was written: another export to the same folder is another
+    model."""
     files = [file for kind in ("safetensors", "onnx") for file in spec.folder.rglob(f"*.{kind}")]
     return max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
 
 
-def jobs(spec: ModelSpec, plans: Sequence[Plan], request: Request, effort: Effort, budget: int | None = None) -> list[Job]:
-    """A job for each plan, the one of the best precision first, with whose pictures the others' are compared."""
-    every = list({job.key: job for job in (Job(spec, plan, request, effort, budget) for plan in plans)}.values())
+def jobs(
+    spec: ModelSpec, plans: Sequence[Plan], request: Request, effort: Effort, budget: int | None = None
+) -> list[Job]:
+    """A job for each plan, the one of the best precision first, with whose pictures the others' are
+    compared."""
+    every = list(
+        {job.key: job for job in (Job(spec, plan, request, effort, budget) for plan in plans)}.values()
+    )
     exact = most_exact(job.plan for job in every)
     if not exact:
         return every
@@ -122,8 +145,8 @@ def jobs(spec: ModelSpec, plans: Sequence[Plan], request: Request, effort: Effor
 
 
 def in_time(todo: Sequence[Job]) -> list[Job]:
-    """In the order in which most is told in the time there is: what others are compared with, unless that would take most of it,
-    then the fastest first. As they are, where there is time for all."""
+    """In the order in which most is told in the time there is: what others are compared with, unless that
+    would take most of it, then the fastest first. As they are, where there is time for all."""
     if not todo or todo[0].effort.seconds == float("inf"):
         return list(todo)
     first = [job for job in todo if job.key == job.reference and job.seconds < 0.4 * job.effort.seconds]
@@ -132,18 +155,22 @@ def in_time(todo: Sequence[Job]) -> list[Job]:
 
 def most_exact(plans: Iterable[Plan]) -> Plan | None:
     """The fastest of the best precision that fits."""
-    return min((p for p in plans if p.fits), key=lambda p: (-p.predicted.psnr, p.predicted.seconds), default=None)
+    return min(
+        (p for p in plans if p.fits), key=lambda p: (-p.predicted.psnr, p.predicted.seconds), default=None
+    )
 
 
 def choose(plans: Sequence[Plan], which: str) -> list[Plan]:
-    """Of what a planner found: all that some budget would run, those that no other beats in everything, or the fastest of each
-    precision."""
+    """Of what a planner found: all that some budget would run, those that no other beats in everything, or
+    the fastest of each precision."""
     known = [plan for plan in plans if plan.verdict is not Verdict.REFUSED]
     if which == "all":
         return known
     fitting = [plan for plan in known if plan.fits]
     if which == "quick":
-        return list({(p.precision, p.placements["unet"].backend): p for p in reversed(fitting)}.values())[::-1]
+        return list({(p.precision, p.placements["unet"].backend): p for p in reversed(fitting)}.values())[
+            ::-1
+        ]
     return [plan for plan in fitting if not any(other.beats(plan) for other in fitting)]
 
 
@@ -156,8 +183,8 @@ class Folder:
     """Where lines and pictures go."""
 
     def __init__(self, folder: Path, setup: Row) -> None:
-        """`setup` is what `record.envelope` says. Raises TightfitError for a file of something else, OSError if it cannot be
-        written."""
+        """`setup` is what `record.envelope` says. Raises TightfitError for a file of something else, OSError
+        if it cannot be written."""
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.pictures, self.setup = folder / "results.jsonl", folder / "pictures", setup
         self.pictures.mkdir(exist_ok=True)
@@ -165,10 +192,12 @@ class Folder:
         self.lines = read(self.file)
 
     def missing(self, todo: Sequence[Job], again: bool = False) -> list[tuple[Job, int]]:
-        """The rounds that this software and hardware have not measured, or all `again`, round by round; what does not fit has only
-        the first."""
+        """The rounds that this software and hardware have not measured, or all `again`, round by round; what
+        does not fit has only the first."""
         rounds = range(max((job.effort.rounds for job in todo), default=0))
-        known = {(line["key"], line["round"]) for line in newest(self.lines) if not again and self._counts(line)}
+        known = {
+            (line["key"], line["round"]) for line in newest(self.lines) if not again and self._counts(line)
+        }
         pairs = ((job, number) for number in rounds for job in todo if job.plan.fits or not number)
         return [(job, number) for job, number in pairs if (job.key, number) not in known]
 
@@ -179,7 +208,11 @@ class Folder:
     def measure(self, job: Job, number: int) -> Row:
         """Run the job once more, as its round `number`, from 0 up, and append a line."""
         line = self.setup | described(job) | {"round": number}
-        line |= run(job, number, self.pictures) if job.plan.fits else {"outcome": "does not fit", "why": job.plan.reason}
+        line |= (
+            run(job, number, self.pictures)
+            if job.plan.fits
+            else {"outcome": "does not fit", "why": job.plan.reason}
+        )
         self._append(line | judged(self.pictures, job, line))
         return self.lines[-1]
 
@@ -189,7 +222,8 @@ class Folder:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def rows(self, todo: Sequence[Job]) -> list[Row]:
-        """A row for each job of which there are lines. Lines that were compared with another reference are compared anew."""
+        """A row for each job of which there are lines. Lines that were compared with another reference are
+        compared anew."""
         by_key = {job.key: job for job in todo}
         for line in [line for line in newest(self.lines) if line["key"] in by_key]:
             job = by_key[line["key"]]
@@ -202,13 +236,16 @@ class Folder:
 
 
 def _end(file: Path) -> None:
-    """Take away a last line that was cut off, as when the machine stopped, lest the next be written behind it."""
+    """Take away a last line that was cut off, as when the machine stopped, lest the next be written behind
+    it."""
     text = read_bytes(file, _MOST_BYTES) if file.exists() else b"\n"
     if not text.endswith(b"\n"):
         os.truncate(file, text.rfind(b"\n") + 1)
 
 
-def measured(missing: Sequence[tuple[Job, int]], folder: Folder, tell: Callable[[Job], None] = lambda _: None) -> Iterator[Row]:
+def measured(
+    missing: Sequence[tuple[Job, int]], folder: Folder, tell: Callable[[Job], None] = lambda _: None
+) -> Iterator[Row]:
     """Run them, append a line for each and answer a row; `tell` is called with each job before it is run."""
     start = time.perf_counter()
     for job, number in missing:
@@ -224,7 +261,9 @@ def newest(lines: Iterable[Row]) -> list[Row]:
     by_key: dict[str, dict[int, Row]] = {}
     for line in lines:
         known = by_key.pop(line["key"], {})
-        by_key[line["key"]] = {n: each for n, each in known.items() if same_setup(each, line)} | {line["round"]: line}
+        by_key[line["key"]] = {n: each for n, each in known.items() if same_setup(each, line)} | {
+            line["round"]: line
+        }
     return [known[number] for known in by_key.values() for number in sorted(known)]
 
 
@@ -234,8 +273,8 @@ def rows(lines: Iterable[Row]) -> list[Row]:
 
 
 def added(rounds: Sequence[Row]) -> Row:
-    """Rounds of one plan as one row: all seconds, one after another, and the most bytes; `runs` has the median seconds of each
-    process. A round that was not ok speaks for all."""
+    """Rounds of one plan as one row: all seconds, one after another, and the most bytes; `runs` has the
+    median seconds of each process. A round that was not ok speaks for all."""
     last = next((line for line in rounds if line["outcome"] != "ok"), rounds[-1])
     if last["outcome"] != "ok":
         return last
@@ -243,7 +282,10 @@ def added(rounds: Sequence[Row]) -> Row:
     every = {name: [line["stages"][name] for line in rounds] for name in names}
     joules = [line["joules"] for line in rounds if line["joules"] is not None]
     return last | {
-        **{field: _of_all(rounds, field) for field in ("seconds", "warmup_seconds", "peak_bytes", "process_bytes")},
+        **{
+            field: _of_all(rounds, field)
+            for field in ("seconds", "warmup_seconds", "peak_bytes", "process_bytes")
+        },
         "stages": {name: {field: _of_all(own, field) for field in _STAGE} for name, own in every.items()},
         "runs": [statistics.median(line["seconds"]) for line in rounds],
         "joules": statistics.mean(joules) if joules else None,
@@ -257,7 +299,8 @@ def _of_all(rounds: Sequence[Row], field: str) -> Any:
 
 
 def summed(qualities: Sequence[Mapping[str, float]]) -> Row | None:
-    """Medians over pictures of what `metrics.compare` says of each, and the worst PSNR; of `match` the share."""
+    """Medians over pictures of what `metrics.compare` says of each, and the worst PSNR; of `match` the
+    share."""
     if not qualities:
         return None
     middle = {"match": statistics.mean}
@@ -273,7 +316,9 @@ def same_setup(one: Row, other: Row) -> bool:
 def described(job: Job) -> Row:
     request, components = job.request, job.spec.components
     weights = [(components[name], placement.backend) for name, placement in job.plan.placements.items()]
-    stored = sum(c.graph.stored_bytes if backend == "onnx" and c.graph else c.stored_bytes for c, backend in weights)
+    stored = sum(
+        c.graph.stored_bytes if backend == "onnx" and c.graph else c.stored_bytes for c, backend in weights
+    )
     return {
         "version": VERSION,
         "key": job.key,
@@ -294,7 +339,9 @@ def prompts(job: Job, number: int) -> list[tuple[str, int]]:
 
 def run(job: Job, number: int, pictures: Path) -> Row:
     """In a process of its own, so that its peak is its own, and so that its end is not ours."""
-    options = {name: getattr(job.request, name) for name in ("width", "height", "guidance_scale", "scheduler")}
+    options = {
+        name: getattr(job.request, name) for name in ("width", "height", "guidance_scale", "scheduler")
+    }
     what = {
         "plan": job.plan.to_json(),
         "model": job.spec.name,
@@ -303,7 +350,11 @@ def run(job: Job, number: int, pictures: Path) -> Row:
         "folder": str(pictures / job.key),
     }
     done = subprocess.run(
-        [sys.executable, "-m", "tightfit.benchmarks.one"], input=json.dumps(what), capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tightfit.benchmarks.one"],
+        input=json.dumps(what),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode in (-9, 137):
         return {"outcome": "out of memory", "why": "the system ended the process (SIGKILL)"}
@@ -314,7 +365,8 @@ def run(job: Job, number: int, pictures: Path) -> Row:
 
 
 def judged(pictures: Path, job: Job, line: Row) -> Row:
-    """`reference` and `quality` of a line: a list of each picture's, empty if it or the reference's is not there."""
+    """`reference` and `quality` of a line: a list of each picture's, empty if it or the reference's is not
+    there."""
     from PIL import Image
 
     from .metrics import compare, match
@@ -325,7 +377,9 @@ def judged(pictures: Path, job: Job, line: Row) -> Row:
         if own.exists() and exact.exists():
             unreadable = explained(f"{own} or {exact} is no picture that can be compared", "remove it")
             with unreadable, Image.open(own) as one, Image.open(exact) as other:
-                found.append(compare(one, other) | ({"match": match(one, prompt)} if _is_emoji(job.spec) else {}))
+                found.append(
+                    compare(one, other) | ({"match": match(one, prompt)} if _is_emoji(job.spec) else {})
+                )
     return {"reference": job.reference, "quality": found}
 
 
@@ -336,7 +390,8 @@ def _is_emoji(spec: ModelSpec) -> bool:
 
 
 def read(file: Path) -> list[Row]:
-    """The lines of a results file; none of one that is not there. Raises TightfitError for what is no such file."""
+    """The lines of a results file; none of one that is not there. Raises TightfitError for what is no such
+    file."""
     if not file.exists():
         return []
     found, number = list[Row](), 0
@@ -345,7 +400,9 @@ def read(file: Path) -> list[Row]:
             number += 1
             found.append(_checked(parsed(text), file))
     except ValueError as error:
-        raise TightfitError(f"line {number} of {file} is no result of 'tightfit bench' ({first_line(error)}): remove it") from None
+        raise TightfitError(
+            f"line {number} of {file} is no result of 'tightfit bench' ({first_line(error)}): remove it"
+        ) from None
     except OSError as error:
         raise TightfitError(f"{file} cannot be read ({error.strerror}): name another") from None
     return found

@@ -3,9 +3,9 @@
     pytest benchmarks --benchmark-group-by=group --benchmark-columns=min,median,stddev,rounds
     pytest benchmarks -k attention --benchmark-json=kernels.json
 
-Each group is one shape; its baseline is in it. The extra info of a result has GFLOP/s or GB/s, and what share that is of what
-`tightfit calibrate` measured (without it, of an estimate). SD 1.5 is at 512x512 and SDXL at 1024x1024, both halves of guidance in a
-batch but for attention, of which a half is as good.
+Each group is one shape; its baseline is in it. The extra info of a result has GFLOP/s or GB/s, and what share
+that is of what `tightfit calibrate` measured (without it, of an estimate). SD 1.5 is at 512x512 and SDXL at
+1024x1024, both halves of guidance in a batch but for attention, of which a half is as good.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from ..runtime.backends.torch.quantised import filled
 from ..runtime.machine.hardware import Hardware
 
 HERE = Hardware.detect()
-DEVICE, DTYPE = torch.device(HERE.device), {"fp16": torch.float16, "bf16": torch.bfloat16}.get(HERE.precisions[0], torch.float32)
+DEVICE, DTYPE = (
+    torch.device(HERE.device),
+    {"fp16": torch.float16, "bf16": torch.bfloat16}.get(HERE.precisions[0], torch.float32),
+)
 # heads, queries, keys, width of a head
 ATTENTIONS = {
     "SD 1.5, 64x64, self": (8, 4096, 4096, 40),
@@ -35,18 +38,34 @@ ATTENTIONS = {
     "SDXL, 32x32, self": (20, 1024, 1024, 64),
 }
 # pixels or tokens of one half, in-channels, out-channels
-LINEARS = {"SD 1.5, feed forward 64x64": (4096, 320, 2560), "SD 1.5, 16x16": (256, 1280, 1280), "SDXL, 32x32": (1024, 1280, 10240)}
-CONVOLUTIONS = {"SD 1.5, 64x64": (4096, 320, 320), "SD 1.5, 16x16": (256, 1280, 1280), "SDXL, 128x128": (16384, 320, 320)}
+LINEARS = {
+    "SD 1.5, feed forward 64x64": (4096, 320, 2560),
+    "SD 1.5, 16x16": (256, 1280, 1280),
+    "SDXL, 32x32": (1024, 1280, 10240),
+}
+CONVOLUTIONS = {
+    "SD 1.5, 64x64": (4096, 320, 320),
+    "SD 1.5, 16x16": (256, 1280, 1280),
+    "SDXL, 128x128": (16384, 320, 320),
+}
 FORMS = {"16 bits": None, "int8": "int8", "int4": "int4-g64"}
 
 
-TURNS = 10 if DEVICE.type == "cuda" else 1  # of a call for each wait, which would be most of a small one's time
+TURNS = (
+    10 if DEVICE.type == "cuda" else 1
+)  # of a call for each wait, which would be most of a small one's time
 
 
 def timed(
-    benchmark: Any, run: Callable[[], Any], group: str, flops: float = 0.0, bytes_moved: float = 0.0, kind: str = HERE.precisions[0]
+    benchmark: Any,
+    run: Callable[[], Any],
+    group: str,
+    flops: float = 0.0,
+    bytes_moved: float = 0.0,
+    kind: str = HERE.precisions[0],
 ) -> None:
-    """A call of so many operations, at the rate of `kind`, and bytes: the roofline is the time that the slower of both takes."""
+    """A call of so many operations, at the rate of `kind`, and bytes: the roofline is the time that the
+    slower of both takes."""
 
     def whole() -> None:
         with torch.inference_mode():
@@ -95,7 +114,14 @@ def test_convolution(benchmark, form, shape):
     x = torch.randn(2, channels, side, side).to(DEVICE, DTYPE)
     layer = made(nn.Conv2d(channels, out, 3, padding=1), form)
     moved = x.nbytes * (1 + out / channels) + stored(form, (out, channels, 3, 3))
-    timed(benchmark, lambda: layer(x), f"3x3 convolution: {shape}", 36.0 * pixels * channels * out, moved, rate(form))
+    timed(
+        benchmark,
+        lambda: layer(x),
+        f"3x3 convolution: {shape}",
+        36.0 * pixels * channels * out,
+        moved,
+        rate(form),
+    )
 
 
 def rate(form: str) -> str:
@@ -116,12 +142,15 @@ def made(layer: Any, form: str) -> Any:
         if "int8" not in HERE.rates or (DEVICE.type == "cpu" and HERE.precisions[0] == "fp16"):
             pytest.skip("no fast products of whole numbers here")
         return filled(layer, weight, "int8", str(DEVICE), dynamic=True)
-    return layer if FORMS[form] is None else filled(layer, weight, str(FORMS[form]), str(DEVICE), dynamic=False)
+    return (
+        layer if FORMS[form] is None else filled(layer, weight, str(FORMS[form]), str(DEVICE), dynamic=False)
+    )
 
 
 @pytest.mark.parametrize("rows", ["whole", "strips"])
 def test_vae_block(benchmark, rows):
-    """The decoder's last residual block of SD 1.5 at 512x512, of 128 channels: whole, or in strips of rows."""
+    """The decoder's last residual block of SD 1.5 at 512x512, of 128 channels: whole, or in strips of
+    rows."""
     first, second = (nn.GroupNorm(32, 128).to(DEVICE, DTYPE) for _ in range(2))
     norms = first, second
     convs = tuple(nn.Conv2d(128, 128, 3, padding=1).to(DEVICE, DTYPE) for _ in range(2))
@@ -139,11 +168,17 @@ def test_vae_block(benchmark, rows):
 
 @pytest.mark.parametrize("form", ["int8", "int4-g64"])
 def test_dequantise(benchmark, form):
-    """One 3x3 convolution of 1280 channels, in what is read and written; the baseline is a copy of as much as is written."""
+    """One 3x3 convolution of 1280 channels, in what is read and written; the baseline is a copy of as much as
+    is written."""
     weight = torch.randn(1280, 1280, 3, 3)
     parts = {name: part.to(DEVICE) for name, part in quantise(weight, FORMATS[form]).items()}
     moved = FORMATS[form].bytes(tuple(weight.shape)) + weight.numel() * 4
-    timed(benchmark, lambda: dequantise(parts, FORMATS[form], weight.shape), "unpack 1280x1280x3x3", bytes_moved=moved)
+    timed(
+        benchmark,
+        lambda: dequantise(parts, FORMATS[form], weight.shape),
+        "unpack 1280x1280x3x3",
+        bytes_moved=moved,
+    )
 
 
 def test_dequantise_baseline(benchmark):
@@ -156,4 +191,9 @@ def test_nibbles(benchmark, way):
     codes = torch.randint(0, 16, (1280, 11520), dtype=torch.uint8, device=DEVICE)
     packed = pack(codes)
     run = {"pack": lambda: pack(codes), "unpack": lambda: unpack(packed, 11520), "copy": codes.clone}[way]
-    timed(benchmark, run, "4-bit codes of 1280x11520", bytes_moved=codes.numel() * (2.0 if way == "copy" else 1.5))
+    timed(
+        benchmark,
+        run,
+        "4-bit codes of 1280x11520",
+        bytes_moved=codes.numel() * (2.0 if way == "copy" else 1.5),
+    )

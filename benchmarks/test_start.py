@@ -23,7 +23,10 @@ def test_plan(benchmark, models, family):
     benchmark.group = "plan"
     card = profile("rtx-2060")
     benchmark.pedantic(
-        plan, setup=lambda: ((card, inspect(str(models / family)), Request("a", seed=0)), {}), rounds=3, iterations=1
+        plan,
+        setup=lambda: ((card, inspect(str(models / family)), Request("a", seed=0)), {}),
+        rounds=3,
+        iterations=1,
     )
 
 
@@ -45,6 +48,8 @@ def test_tokenize(benchmark, models, who):
     from transformers import AutoTokenizer
 
     def theirs() -> object:
-        return AutoTokenizer.from_pretrained(spec.folder / "tokenizer")(text, padding="max_length", truncation=True, max_length=77)
+        return AutoTokenizer.from_pretrained(spec.folder / "tokenizer")(
+            text, padding="max_length", truncation=True, max_length=77
+        )
 
     benchmark(theirs)

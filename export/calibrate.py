@@ -1,8 +1,10 @@
-"""Which layers hurt most when they are quantised, measured by running the model; and more bits for these, within a budget.
+"""Which layers hurt most when they are quantised, measured by running the model; and more bits for these,
+within a budget.
 
-The U-Net paints a few pictures with diffusers' own pipeline. Of each layer's inputs x the mean of x xᵀ is kept: by it codes are
-chosen whose errors cancel (kernels/gptq.py), and every format's error in the layer's answers is known. Of some steps the U-Net's
-inputs and answer are kept: by them each layer, quantised alone, shows what it does to the predicted noise.
+The U-Net paints a few pictures with diffusers' own pipeline. Of each layer's inputs x the mean of x xᵀ is
+kept: by it codes are chosen whose errors cancel (kernels/gptq.py), and every format's error in the layer's
+answers is known. Of some steps the U-Net's inputs and answer are kept: by them each layer, quantised alone,
+shows what it does to the predicted noise.
 """
 
 from __future__ import annotations
@@ -32,13 +34,18 @@ if TYPE_CHECKING:
 
 # One for each kind of picture that people ask for; none is of emoji's training, which have one or two words.
 PROMPTS = (
-    "a portrait photo of an old fisherman, natural light", "a red heart", "a lighthouse on a cliff at dusk, oil painting",
-    "a bowl of ramen, studio photo", "an astronaut riding a horse", "a cosy kitchen with plants, watercolour",
-    "a city street at night in the rain", "a golden retriever puppy in the grass", "a castle in the clouds, fantasy art",
-    "a smiling woman in a yellow raincoat", "a vintage car, black and white photograph", "an owl, pencil sketch",
-    "a mountain lake at sunrise", "a robot reading a book", "a bouquet of sunflowers", "a pizza",
+    "a portrait photo of an old fisherman, natural light", "a red heart",
+    "a lighthouse on a cliff at dusk, oil painting", "a bowl of ramen, studio photo",
+    "an astronaut riding a horse", "a cosy kitchen with plants, watercolour",
+    "a city street at night in the rain", "a golden retriever puppy in the grass",
+    "a castle in the clouds, fantasy art", "a smiling woman in a yellow raincoat",
+    "a vintage car, black and white photograph", "an owl, pencil sketch", "a mountain lake at sunrise",
+    "a robot reading a book", "a bouquet of sunflowers", "a pizza",
 )  # fmt: skip
-LADDER = {"int8": ("int8", "int8-g64", None), "int4": ("int4-g64", "int4-g32", "int8", "int8-g64", None)}  # None: 16 bits
+LADDER = {
+    "int8": ("int8", "int8-g64", None),
+    "int4": ("int4-g64", "int4-g32", "int8", "int8-g64", None),
+}  # None: 16 bits
 BITS = {"int8": 8.15, "int4": 5.0}  # a value of the U-Net, on average
 MOST_BITS = {"int8": 12, "int4": 8}  # beyond which a model would hardly deserve its precision's name
 _ROWS = 4096  # of a layer's inputs that a call adds to its moment, at most
@@ -58,8 +65,11 @@ class State:
 class Calibration:
     """A U-Net (diffusers' module) with the moments of its layers' inputs, and states to judge it by."""
 
-    def __init__(self, unet: nn.Module, paint: Callable[[str], object], prompts: int, tell: Callable[[str], object]) -> None:
-        """`paint` paints a prompt with `unet`. Half of the states are kept aside, to measure the result on."""
+    def __init__(
+        self, unet: nn.Module, paint: Callable[[str], object], prompts: int, tell: Callable[[str], object]
+    ) -> None:
+        """`paint` paints a prompt with `unet`. Half of the states are kept aside, to measure the result
+        on."""
         self.unet, self.tell = unet, tell
         self.layers: dict[str, Any] = {
             path: part
@@ -124,20 +134,27 @@ class Calibration:
             layer.weight.data = versions[forms[0]]
             share = 10 ** (-self.snr(self.states) / 10)
             layer.weight.data = weight
-            found[path] = {form: share * error / max(errors[forms[0]], 1e-30) for form, error in errors.items()}
+            found[path] = {
+                form: share * error / max(errors[forms[0]], 1e-30) for form, error in errors.items()
+            }
             if i % 25 == 24:
                 left = (time.perf_counter() - began) / (i + 1) * (len(self.layers) - i - 1) / 60
-                self.tell(f"calibrating: {i + 1} of {len(self.layers)} layers measured, {left:.0f} minutes left")
+                self.tell(
+                    f"calibrating: {i + 1} of {len(self.layers)} layers measured, {left:.0f} minutes left"
+                )
         return found
 
     def _answer_error(self, path: str, wrong: Tensor) -> float:
         """E|ΔW x|²: each tap's weights times the moment of the inputs."""
-        rows = wrong.float().cpu() if wrong.ndim == 2 else wrong.float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
+        rows = (
+            wrong.float().cpu() if wrong.ndim == 2 else wrong.float().cpu().permute(0, 2, 3, 1).flatten(0, 2)
+        )
         moment = self.moments.get(path)
         return energy(rows) if moment is None else ((rows @ moment) * rows).sum(dtype=torch.float64).item()
 
     def scheme(self, precision: str, bits: float) -> Scheme:
-        """More bits for the layers that need them most, up to `bits` a value on average; measured on states kept aside."""
+        """More bits for the layers that need them most, up to `bits` a value on average; measured on states
+        kept aside."""
         damage = self.damage(precision)
         shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
         values = sum(parameter.numel() for parameter in self.unet.parameters())
@@ -148,7 +165,9 @@ class Calibration:
         measured = {"snr": {"calibrated": self._snr_of(chosen), "recipe": self._snr_of(default)}}
         lowest = {path: each[LADDER[precision][0]] for path, each in damage.items()}
         worst = heapq.nlargest(10, lowest, key=lambda path: lowest[path] / math.prod(shapes[path]))
-        measured |= {"worst": {path: {"share": lowest[path], "kept": chosen[path] or "16 bits"} for path in worst}}
+        measured |= {
+            "worst": {path: {"share": lowest[path], "kept": chosen[path] or "16 bits"} for path in worst}
+        }
         return Scheme(formats, self.moments, measured)
 
     def _snr_of(self, formats: Mapping[str, str | None]) -> float:
@@ -163,7 +182,8 @@ class Calibration:
 
 
 def least_bits(layers: Mapping[str, tuple[int, ...]], tensors: Iterable[Any], precision: str) -> float:
-    """Bits of a value on average with every layer in the lowest format, and what is too small for one at 16."""
+    """Bits of a value on average with every layer in the lowest format, and what is too small for one at
+    16."""
     lowest, values = LADDER[precision][0], sum(tensor.count for tensor in tensors)
     large = [shape for shape in layers.values() if math.prod(shape) >= LEAST]
     rest = values - sum(map(math.prod, large))
@@ -176,12 +196,16 @@ def allocate(
     ladder: tuple[str | None, ...],
     room: float,
 ) -> dict[str, str | None]:
-    """The format of each layer so that all take at most `room` bytes, if the lowest do, and the damage adds up to little.
+    """The format of each layer so that all take at most `room` bytes, if the lowest do, and the damage adds
+    up to little.
 
-    Greedy: of all steps up from one format to another, the one that mends most a byte, as long as there is one that fits.
+    Greedy: of all steps up from one format to another, the one that mends most a byte, as long as there is
+    one that fits.
     """
     cost = {path: {form: _bytes(form, shape) for form in ladder} for path, shape in shapes.items()}
-    chosen: dict[str, str | None] = {path: min(ladder, key=lambda form, path=path: cost[path][form]) for path in shapes}
+    chosen: dict[str, str | None] = {
+        path: min(ladder, key=lambda form, path=path: cost[path][form]) for path in shapes
+    }
     room -= sum(cost[path][form] for path, form in chosen.items())
     while True:
         steps = (
@@ -204,7 +228,8 @@ def _bytes(form: str | None, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to paint (pictures, steps of each, pixels or the model's own, guidance), and how many bits to share out."""
+    """How much to paint (pictures, steps of each, pixels or the model's own, guidance), and how many bits to
+    share out."""
 
     prompts: int
     steps: int
@@ -216,8 +241,9 @@ class Effort:
 def pipeline(spec: ModelSpec, steps: int) -> Any:
     """diffusers' pipeline for the family, in fp32 on the CPU, to paint latents with; its VAE has no weights.
 
-    Made of classes that are named here, never by diffusers' DiffusionPipeline.from_pretrained: before 0.38 that ran Python code of
-    the folder when model_index.json named some, and it opens a safety checker's pickle.
+    Made of classes that are named here, never by diffusers' DiffusionPipeline.from_pretrained: before 0.38
+    that ran Python code of the folder when model_index.json named some, and it opens a safety checker's
+    pickle.
     """
     import diffusers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -237,14 +263,21 @@ def pipeline(spec: ModelSpec, steps: int) -> Any:
         tokenizer = encoder.network.tokenizer
         parts[tokenizer] = read_tokenizer(spec.folder / tokenizer)
     if len(spec.text_encoders) > 1:
-        return diffusers.StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=spec.force_zeros, add_watermarker=False)
-    kind: Any = diffusers.LatentConsistencyModelPipeline if spec.latent_consistency else diffusers.StableDiffusionPipeline
+        return diffusers.StableDiffusionXLPipeline(
+            **parts, force_zeros_for_empty_prompt=spec.force_zeros, add_watermarker=False
+        )
+    kind: Any = (
+        diffusers.LatentConsistencyModelPipeline
+        if spec.latent_consistency
+        else diffusers.StableDiffusionPipeline
+    )
     return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 @torch.inference_mode()
 def calibrated(spec: ModelSpec, precision: str, effort: Effort, tell: Callable[[str], object]) -> Scheme:
-    """The scheme for the U-Net of the model `spec`, found by running it in fp32. Raises TightfitError for a broken model."""
+    """The scheme for the U-Net of the model `spec`, found by running it in fp32. Raises TightfitError for a
+    broken model."""
     from diffusers.utils import logging as of_diffusers
 
     of_diffusers.set_verbosity_error()

@@ -1,4 +1,5 @@
-"""A model's folder, whole or not there; and in it one network in diffusers' layout: its config and its safetensors file."""
+"""A model's folder, whole or not there; and in it one network in diffusers' layout: its config and its
+safetensors file."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ _PARTIAL = re.compile(r"\.tightfit-[0-9a-f]{32}\.partial")
 
 
 def write_component(folder: Path, module: Any, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Write the config of a diffusers or transformers `module` and its `weights`; returns its entry in model_index.json."""
+    """Write the config of a diffusers or transformers `module` and its `weights`; returns its entry in
+    model_index.json."""
     kind = type(module).__name__
     folder.mkdir(parents=True)
     if not kind.startswith("CLIPText"):
@@ -45,20 +47,27 @@ def write_component(folder: Path, module: Any, weights: Mapping[str, torch.Tenso
 def copy_the_rest(
     source: Path, folder: Path, components: Collection[str], become: Mapping[str, Iterable[str]] | None = None
 ) -> None:
-    """Configs, tokenizers, scheduler. Parts that tightfit does not run, such as a safety checker, are left out of the index.
+    """Configs, tokenizers, scheduler. Parts that tightfit does not run, such as a safety checker, are left
+    out of the index.
 
-    `become` names the folders that a component's files go to, if not to one of its own name. Raises TightfitError for a link
-    that leaves the model, as what it leads to would be copied.
+    `become` names the folders that a component's files go to, if not to one of its own name. Raises
+    TightfitError for a link that leaves the model, as what it leads to would be copied.
     """
     index = read_json(source / "model_index.json")
-    parts = {name: files for name, files in _COPIED.items() if index.get(name)} | dict.fromkeys(components, _OF_A_NETWORK)
+    parts = {name: files for name, files in _COPIED.items() if index.get(name)} | dict.fromkeys(
+        components, _OF_A_NETWORK
+    )
     for name, value in index.items():
         if isinstance(value, list) and name not in parts:
             index[name] = [None, None]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name, files in parts.items():
         _check_inside(source / name, source)
-        there = {file: _content(source / name / file, source) for file in files if os.path.lexists(source / name / file)}
+        there = {
+            file: _content(source / name / file, source)
+            for file in files
+            if os.path.lexists(source / name / file)
+        }
         for target in (become or {}).get(name, [name]):
             (folder / target).mkdir(exist_ok=True)
             for file, content in there.items():
@@ -72,12 +81,15 @@ def _content(file: Path, model: Path) -> bytes:
 
 def _check_inside(place: Path, model: Path) -> None:
     if not inside(place, model):
-        raise TightfitError(f"{place} is a link out of the model's folder, or to nothing: put what it leads to there itself")
+        raise TightfitError(
+            f"{place} is a link out of the model's folder, or to nothing: put what it leads to there itself"
+        )
 
 
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` at the end, or is gone; those that killed processes left there go first."""
+    """A temporary sibling that becomes `target` at the end, or is gone; those that killed processes left
+    there go first."""
     place = target.absolute().parent
     place.mkdir(parents=True, exist_ok=True)
     for left in place.glob(".tightfit-*.partial"):
@@ -95,8 +107,9 @@ def appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-# A folder is owned as long as its process has a lock on it, which the kernel keeps, also for processes in other containers, and
-# lets go when the process ends, however it does. Where a file system has no locks nothing is removed.
+# A folder is owned as long as its process has a lock on it, which the kernel keeps, also for processes in
+# other containers, and lets go when the process ends, however it does. Where a file system has no locks
+# nothing is removed.
 _OWNED = ".owned"  # on Windows, which locks no folders: a file that cannot be removed as long as it is open
 
 

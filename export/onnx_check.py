@@ -1,4 +1,5 @@
-"""Whether an exported network answers what torch answers, at other sizes than it was traced with; and if not, where it departs."""
+"""Whether an exported network answers what torch answers, at other sizes than it was traced with; and if not,
+where it departs."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ import torch
 
 from . import onnx_networks as onnx_trace
 
-# Of the answer's norm. The same values are multiplied in another order; fp16 has 11 bits, and a network a hundred layers.
+# Of the answer's norm. The same values are multiplied in another order; fp16 has 11 bits, and a network a
+# hundred layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 
 
@@ -24,36 +26,51 @@ class DepartureError(Exception):
 
 @dataclass(frozen=True)
 class Room:
-    """How the weights of the network that is checked come back, and how freed memory goes back to the system."""
+    """How the weights of the network that is checked come back, and how freed memory goes back to the
+    system."""
 
     fill: Callable[[], object]
     release: Callable[[], object]
 
 
-def check(file: Path, network: onnx_trace.Network, program: torch.export.ExportedProgram, dtype: torch.dtype, room: Room) -> float:
-    """The largest relative error of an answer. `network.module` has its weights, in fp32, and loses them here, so that they are
-    not in memory twice. Raises DepartureError if it is above TOLERANCE."""
+def check(
+    file: Path,
+    network: onnx_trace.Network,
+    program: torch.export.ExportedProgram,
+    dtype: torch.dtype,
+    room: Room,
+) -> float:
+    """The largest relative error of an answer. `network.module` has its weights, in fp32, and loses them
+    here, so that they are not in memory twice. Raises DepartureError if it is above TOLERANCE."""
     cases = [network.arguments(sides, dtype, "cpu", seed=1) for sides in network.checked]
     expected = []
     with torch.inference_mode():
         for arguments in cases:
-            real = {name: value.float() if value.is_floating_point() else value for name, value in arguments.items()}
+            real = {
+                name: value.float() if value.is_floating_point() else value
+                for name, value in arguments.items()
+            }
             expected.append([answer.numpy() for answer in network.call(network.module, **real)])
     network.module.to("meta")
     room.release()
     session, most = _session(file), 0.0
     for arguments, answers in zip(cases, expected, strict=True):
         try:
-            got = session.run(list(network.outputs), {name: value.numpy() for name, value in arguments.items()})
+            got = session.run(
+                list(network.outputs), {name: value.numpy() for name, value in arguments.items()}
+            )
         except Exception as failure:  # ONNX Runtime has a class of its own for every status
             sides = {name: list(value.shape) for name, value in arguments.items()}
-            raise DepartureError(f"{network.folder} cannot be run with {sides} ({str(failure).splitlines()[0]})") from failure
+            raise DepartureError(
+                f"{network.folder} cannot be run with {sides} ({str(failure).splitlines()[0]})"
+            ) from failure
         error = max(_relative(np.asarray(a, np.float32), b) for a, b in zip(got, answers, strict=True))
         if not error <= TOLERANCE[dtype]:
             room.fill()
             where = _first_departure(file, network, program, arguments, dtype)
             raise DepartureError(
-                f"{network.folder} is {error:.1e} from torch, {TOLERANCE[dtype]:.0e} is allowed; it departs at {where}"
+                f"{network.folder} is {error:.1e} from torch, {TOLERANCE[dtype]:.0e} is allowed; "
+                f"it departs at {where}"
             )
         most = max(most, error)
     return float(f"{most:.2e}")
@@ -75,9 +92,14 @@ def _relative(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def _first_departure(
-    file: Path, network: onnx_trace.Network, program: torch.export.ExportedProgram, arguments: dict[str, torch.Tensor], dtype: Any
+    file: Path,
+    network: onnx_trace.Network,
+    program: torch.export.ExportedProgram,
+    arguments: dict[str, torch.Tensor],
+    dtype: Any,
 ) -> str:
-    """The first operator whose answer is not torch's: values have the same names in the traced program and in the graph."""
+    """The first operator whose answer is not torch's: values have the same names in the traced program and in
+    the graph."""
     import onnx
 
     expected = _every_answer(network, program, arguments, dtype)
@@ -101,7 +123,10 @@ def _first_departure(
 
 
 def _every_answer(
-    network: onnx_trace.Network, program: torch.export.ExportedProgram, arguments: dict[str, torch.Tensor], dtype: torch.dtype
+    network: onnx_trace.Network,
+    program: torch.export.ExportedProgram,
+    arguments: dict[str, torch.Tensor],
+    dtype: torch.dtype,
 ) -> dict[str, np.ndarray]:
     """What each operator of the traced program answers, in fp32, by its name there."""
     answers: dict[str, np.ndarray] = {}
@@ -119,7 +144,9 @@ def _every_answer(
             module.graph.erase_node(node)
         elif "device" in node.kwargs:
             node.update_kwarg("device", "cpu")
-    state = {f"{onnx_trace.PREFIX}{name}": value.to(dtype) for name, value in network.module.state_dict().items()}
+    state = {
+        f"{onnx_trace.PREFIX}{name}": value.to(dtype) for name, value in network.module.state_dict().items()
+    }
     module.load_state_dict(state, assign=True, strict=False)
     with torch.inference_mode():
         Watching(module).run(*arguments.values())

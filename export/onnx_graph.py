@@ -1,13 +1,15 @@
-"""What is changed in a traced graph: attention on whole rows, linear weights stored as they are multiplied, and quantised weights
-that are dequantised right where they are used.
+"""What is changed in a traced graph: attention on whole rows, linear weights stored as they are multiplied,
+and quantised weights that are dequantised right where they are used.
 
 A quantised weight W of a layer with input x becomes, in operators of ONNX (opset 21 and newer),
 
     W = DequantizeLinear(codes, s)                                     s = scale x one
-    W = DequantizeLinear(codes, s) - DequantizeLinear(zero, s / 16)    where there are zeros, in sixteenths (kernels/formats.py)
+    W = DequantizeLinear(codes, s) - DequantizeLinear(zero, s / 16)    where there are zeros, in sixteenths
+                                                                       (kernels/formats.py)
 
-`one` is computed from the shape of x. Without it nothing in W would depend on anything, and ONNX Runtime would dequantise every
-weight first and hold them all: 1576 MB instead of 238 for twelve layers of 8 MB in 4 bits (probes/int4_convolution_in_onnx.py).
+`one` is computed from the shape of x. Without it nothing in W would depend on anything, and ONNX Runtime
+would dequantise every weight first and hold them all: 1576 MB instead of 238 for twelve layers of 8 MB in 4
+bits (probes/int4_convolution_in_onnx.py).
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ class GraphError(Exception):
     """The graph is not as torch's exporter makes them, so it cannot be changed."""
 
 
-def _constant(graph: ir.Graph, name: str, values: Sequence[int] | np.ndarray, kind: type = np.int64) -> ir.Value:
+def _constant(
+    graph: ir.Graph, name: str, values: Sequence[int] | np.ndarray, kind: type = np.int64
+) -> ir.Value:
     """An initializer with these values, made once."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.array(values, kind), name=name)
@@ -59,7 +63,9 @@ def _made_by(value: ir.Value | None, kind: str) -> ir.Node:
     return node
 
 
-def _replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], out: ir.Value, by: ir.Value) -> None:
+def _replace(
+    graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], out: ir.Value, by: ir.Value
+) -> None:
     graph.insert_before(old[-1], new)
     ir.convenience.replace_all_uses_with(out, by)
     by.name, by.shape, by.type = out.name, out.shape, out.type
@@ -67,7 +73,8 @@ def _replace(graph: ir.Graph, old: Sequence[ir.Node], new: Sequence[ir.Node], ou
 
 
 def cast_concatenated(graph: ir.Graph) -> None:
-    """What is concatenated must be of one type in ONNX; torch promotes by itself, and its exporter (2.13) forgets to."""
+    """What is concatenated must be of one type in ONNX; torch promotes by itself, and its exporter (2.13)
+    forgets to."""
     for node in [node for node in graph if node.op_type == "Concat"]:
         for i, value in enumerate(node.inputs):
             if value is not None and value.dtype != node.outputs[0].dtype and value.dtype is not None:
@@ -77,19 +84,26 @@ def cast_concatenated(graph: ir.Graph) -> None:
 
 
 def merge_heads(graph: ir.Graph) -> None:
-    """Attention on (batch, n, heads x d) as opset 23 allows, without the reshaping and transposing of each operand to
-    (batch, heads, n, d) and back."""
+    """Attention on (batch, n, heads x d) as opset 23 allows, without the reshaping and transposing of each
+    operand to (batch, heads, n, d) and back."""
     for node in [node for node in graph if node.op_type == "Attention"]:
         operands = [_made_by(_made_by(x, "Transpose").inputs[0], "Reshape") for x in node.inputs[:3]]
         after = [_only(node.outputs[0])]
         while len(after) < 4 and (after[-1].op_type, len(after[-1].outputs[0].shape or ())) != ("Reshape", 3):
             after.append(_only(after[-1].outputs[0]))
-        if [each.op_type for each in after][-2:] != ["Transpose", "Reshape"]:  # before them may be one to the same shape
+        if [each.op_type for each in after][-2:] != [
+            "Transpose",
+            "Reshape",
+        ]:  # before them may be one to the same shape
             raise GraphError(f"attention is followed by {', '.join(each.op_type for each in after)}")
-        heads = {name: operands[i].outputs[0].shape[2] for name, i in (("q_num_heads", 0), ("kv_num_heads", 1))}  # pyright: ignore
+        heads = {
+            name: operands[i].outputs[0].shape[2] for name, i in (("q_num_heads", 0), ("kv_num_heads", 1))
+        }  # pyright: ignore
         if not all(isinstance(count, int) for count in heads.values()):
             raise GraphError("the number of heads is not known")
-        kept = {name: attribute for name, attribute in node.attributes.items() if name in ("is_causal", "scale")}
+        kept = {
+            name: attribute for name, attribute in node.attributes.items() if name in ("is_causal", "scale")
+        }
         kept |= {name: ir.AttrInt64(name, count) for name, count in heads.items() if isinstance(count, int)}
         inputs = [operand.inputs[0] for operand in operands] + list(node.inputs[3:])
         whole = ir.Node("", "Attention", inputs, list(kept.values()))
@@ -101,8 +115,8 @@ def merge_heads(graph: ir.Graph) -> None:
 
 
 def transposed_weights(graph: ir.Graph) -> set[str]:
-    """The names of weights that are only transposed and multiplied by. The transpositions go; from now on the graph means the
-    weights as (in, out)."""
+    """The names of weights that are only transposed and multiplied by. The transpositions go; from now on the
+    graph means the weights as (in, out)."""
     found = set()
     for name, value in graph.initializers.items():
         users = [use.node for use in value.uses()]
@@ -118,7 +132,8 @@ def transposed_weights(graph: ir.Graph) -> set[str]:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a quantised weight of `shape` is stored: as it is, or `turned` to (in, out), as it is multiplied by."""
+    """How a quantised weight of `shape` is stored: as it is, or `turned` to (in, out), as it is multiplied
+    by."""
 
     form: Format
     shape: tuple[int, ...]
@@ -152,8 +167,8 @@ class Layout:
         return kinds | ({"zero": (ir.DataType.UINT8, self.scales)} if self.form.kind == "int4" else {})
 
     def stored(self, parts: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """The values of those initializers, from parts as kernels/formats.py describes them; two 4-bit codes in a byte, as ONNX
-        packs them: the first in the low half."""
+        """The values of those initializers, from parts as kernels/formats.py describes them; two 4-bit codes
+        in a byte, as ONNX packs them: the first in the low half."""
         row = math.prod(self.shape[1:])
         codes = unpack(parts["packed"], row) if self.form.bits == 4 else parts["packed"]
         codes = from_rows(codes, self.shape)
@@ -164,17 +179,23 @@ class Layout:
         made = {"codes": codes}
         for part in parts.keys() & {"scale", "zero"}:
             rows = parts[part]
-            grouped = rows.view(self.shape[0], *self.shape[2:], -1).movedim(-1, 1) if self.form.group else rows[:, 0]
+            grouped = (
+                rows.view(self.shape[0], *self.shape[2:], -1).movedim(-1, 1)
+                if self.form.group
+                else rows[:, 0]
+            )
             made[part] = (grouped.T if self.turned and self.form.group else grouped).contiguous().numpy()
         return made
 
 
-def quantise_weight(graph: ir.Graph, name: str, form: Format, shape: Sequence[int], dtype: ir.DataType) -> Layout:
-    """Have the weight `name` (of `shape`, computed in `dtype`) made of initializers `name`_codes, _scale and _zero, which are laid
-    out as the answer says.
+def quantise_weight(
+    graph: ir.Graph, name: str, form: Format, shape: Sequence[int], dtype: ir.DataType
+) -> Layout:
+    """Have the weight `name` (of `shape`, computed in `dtype`) made of initializers `name`_codes, _scale and
+    _zero, which are laid out as the answer says.
 
-    A weight is turned when it is stored, as DequantizeLinear and Transpose together are quantised once more by ONNX Runtime 1.31,
-    in every call: an int8 step of SD 1.5 took 10.7 s instead of 5.
+    A weight is turned when it is stored, as DequantizeLinear and Transpose together are quantised once more
+    by ONNX Runtime 1.31, in every call: an int8 step of SD 1.5 took 10.7 s instead of 5.
     """
     value = graph.initializers[name]
     users = [use.node for use in value.uses()]
@@ -198,7 +219,9 @@ def quantise_weight(graph: ir.Graph, name: str, form: Format, shape: Sequence[in
     return layout
 
 
-def _dequantised(graph: ir.Graph, layer: ir.Node, parts: Mapping[str, ir.Value], layout: Layout, dtype: ir.DataType) -> ir.Value:
+def _dequantised(
+    graph: ir.Graph, layer: ir.Node, parts: Mapping[str, ir.Value], layout: Layout, dtype: ir.DataType
+) -> ir.Value:
     """The weight in `dtype`, made before the node `layer`, and not before that one's other input is there."""
     nodes: list[ir.Node] = []
 
@@ -216,15 +239,21 @@ def _dequantised(graph: ir.Graph, layer: ir.Node, parts: Mapping[str, ir.Value],
     block = {"block_size": layout.group} if layout.group else {}
     weight = add("DequantizeLinear", parts["codes"], scale, axis=layout.axis, **block)
     if "zero" in parts:
-        sixteenth = _constant(graph, "sixteenth", np.array(1 / 16), np.float32 if dtype == FLOAT else np.float16)
+        sixteenth = _constant(
+            graph, "sixteenth", np.array(1 / 16), np.float32 if dtype == FLOAT else np.float16
+        )
         # a Cast would be folded, and the zeros be held as fp32
-        zero = add("DequantizeLinear", parts["zero"], add("Mul", scale, sixteenth), axis=layout.axis, block_size=1)
+        zero = add(
+            "DequantizeLinear", parts["zero"], add("Mul", scale, sixteenth), axis=layout.axis, block_size=1
+        )
         weight = _less_zero(graph, add, weight, zero, layout)
     graph.insert_before(layer, nodes)
     return weight
 
 
-def _less_zero(graph: ir.Graph, add: Callable[..., ir.Value], weight: ir.Value, zero: ir.Value, layout: Layout) -> ir.Value:
+def _less_zero(
+    graph: ir.Graph, add: Callable[..., ir.Value], weight: ir.Value, zero: ir.Value, layout: Layout
+) -> ir.Value:
     """The weight less its groups' zeros."""
     axis, group, channels, sides = layout.axis, layout.group, layout.shape[1], layout.sides
     if channels % group:  # the last group is smaller
@@ -232,7 +261,9 @@ def _less_zero(graph: ir.Graph, add: Callable[..., ir.Value], weight: ir.Value, 
         return add("Sub", weight, add("Gather", zero, index, axis=axis))
     split = (*sides[:axis], channels // group, group, *sides[axis + 1 :])
     each = add("Unsqueeze", zero, _constant(graph, f"axis_{axis + 1}", [axis + 1]))
-    less = add("Sub", add("Reshape", weight, _constant(graph, "x".join(map(str, ("sides", *split))), split)), each)
+    less = add(
+        "Sub", add("Reshape", weight, _constant(graph, "x".join(map(str, ("sides", *split))), split)), each
+    )
     return add("Reshape", less, _constant(graph, "x".join(map(str, ("sides", *sides))), sides))
 
 

@@ -1,7 +1,9 @@
-"""A model as ONNX, in the layout of Optimum: a folder for each network, with its graph and its weights beside it.
+"""A model as ONNX, in the layout of Optimum: a folder for each network, with its graph and its weights beside
+it.
 
-`tightfit export MODEL --to onnx --precision fp16 -o DIR` comes here. One network at a time is traced without its weights
-(onnx_trace.py), changed (onnx_graph.py), given its weights tensor by tensor, and checked against torch (onnx_check.py).
+`tightfit export MODEL --to onnx --precision fp16 -o DIR` comes here. One network at a time is traced without
+its weights (onnx_trace.py), changed (onnx_graph.py), given its weights tensor by tensor, and checked against
+torch (onnx_check.py).
 """
 
 from __future__ import annotations
@@ -39,8 +41,9 @@ _TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 class Job:
     """What to export a model as: `compute` is what its networks compute in, fp32 those in `wide`.
 
-    `renamed` answers what today's libraries call a stored tensor, given the names that they expect; `release` gives freed memory
-    back to the system; `tell` hears of a network, what is being done to it, and how many of how many.
+    `renamed` answers what today's libraries call a stored tensor, given the names that they expect; `release`
+    gives freed memory back to the system; `tell` hears of a network, what is being done to it, and how many
+    of how many.
     """
 
     compute: str
@@ -61,21 +64,29 @@ def write(
     job: Job,
     manifest: Mapping[str, Any],
 ) -> None:
-    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must not exist.
+    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must
+    not exist.
 
-    Raises ValueError for weights that do not fit, and onnx_check.DepartureError for a network that does not answer what torch
-    answers.
+    Raises ValueError for weights that do not fit, and onnx_check.DepartureError for a network that does not
+    answer what torch answers.
     """
     parts = {name: [name] if name != "vae" else ["vae_encoder", "vae_decoder"] for name in components}
     origin = {folder: name for name, folders in parts.items() for folder in folders}
     with appearing(target) as folder:
-        copy_the_rest(source, folder, components, {name: folders for name, folders in parts.items() if name == "vae"})
+        copy_the_rest(
+            source, folder, components, {name: folders for name, folders in parts.items() if name == "vae"}
+        )
         written = {}
-        for network in onnx_trace.networks(source, {folder: source / name for folder, name in origin.items()}):
+        for network in onnx_trace.networks(
+            source, {folder: source / name for folder, name in origin.items()}
+        ):
             name = origin[network.folder]
             stored = _stored(network, components[name], schemes[name].formats, job.renamed)
             written[network.folder] = _network(folder / network.folder, network, stored, schemes[name], job)
-        versions = {each: version(each) for each in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")}
+        versions = {
+            each: version(each)
+            for each in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
+        }
         text = {
             "version": VERSION,
             **manifest,
@@ -89,7 +100,8 @@ def write(
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight as the source has it: one tensor, or the parts of a quantised one; and the format it shall have, if any."""
+    """A weight as the source has it: one tensor, or the parts of a quantised one; and the format it shall
+    have, if any."""
 
     tensors: Mapping[str, Tensor]
     form: str | None
@@ -97,7 +109,10 @@ class Stored:
 
 
 def _stored(
-    network: onnx_trace.Network, tensors: Tensors, formats: Mapping[str, str], renamed: Callable[[str, Any], str]
+    network: onnx_trace.Network,
+    tensors: Tensors,
+    formats: Mapping[str, str],
+    renamed: Callable[[str, Any], str],
 ) -> dict[str, Stored]:
     """By the names that the network's module has for them."""
     expected = {name: parameter.shape for name, parameter in network.module.named_parameters()}
@@ -115,7 +130,9 @@ def _stored(
     for key, parts in found.items():
         shape = parts[""].shape if "" in parts else None
         if shape and _squeezed(shape) != _squeezed(expected[key]):
-            raise ValueError(f"{network.folder} has {layers[key]} as {list(shape)}, its config says {list(expected[key])}")
+            raise ValueError(
+                f"{network.folder} has {layers[key]} as {list(shape)}, its config says {list(expected[key])}"
+            )
     named = ((key, formats.get(layers[key]) if key.endswith(".weight") else None) for key in expected)
     return {key: Stored(found[key], form, layers[key]) for key, form in named}
 
@@ -125,7 +142,9 @@ def _squeezed(shape: Sequence[int]) -> list[int]:
     return list(shape[:2]) if tuple(shape[2:]) == (1, 1) else list(shape)
 
 
-def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job) -> dict[str, Any]:
+def _network(
+    folder: Path, network: onnx_trace.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job
+) -> dict[str, Any]:
     """Write one network's files; what the manifest says of it."""
     folder.mkdir(exist_ok=True)
     dtype, total, tell = job.dtype(network.folder), len(stored), job.tell
@@ -137,7 +156,8 @@ def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Sto
     onnx_graph.merge_heads(graph)
     names = {name: onnx_trace.PREFIX + name for name in stored}
     layouts = {
-        name: onnx_graph.quantise_weight(graph, names[name], form, shapes[name], _TYPES[dtype]) for name, form in formats.items()
+        name: onnx_graph.quantise_weight(graph, names[name], form, shapes[name], _TYPES[dtype])
+        for name, form in formats.items()
     }
     turned = onnx_graph.transposed_weights(graph)
     with Data(folder / DATA) as data:
@@ -156,10 +176,17 @@ def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Sto
         for name, each in stored.items():
             _fill(network.module, name, _arrays(each, shapes[name], scheme, dtype, layouts.get(name))[0])
 
-    error = onnx_check.check(folder / "model.onnx", network, program, dtype, onnx_check.Room(fill, job.release))
+    error = onnx_check.check(
+        folder / "model.onnx", network, program, dtype, onnx_check.Room(fill, job.release)
+    )
     files = {DATA: data.digest.hexdigest(), "model.onnx": sha256(folder / "model.onnx")}
     size = sum((folder / file).stat().st_size for file in files)
-    tell(network.folder, f"{size / 1e9:.3f} GB, relative error {error:.1e} beside torch with the same values", total, -1)
+    tell(
+        network.folder,
+        f"{size / 1e9:.3f} GB, relative error {error:.1e} beside torch with the same values",
+        total,
+        -1,
+    )
     return {
         "formats": {each.layer: each.form for each in stored.values() if each.form},
         "sha256": files,
@@ -169,7 +196,11 @@ def _network(folder: Path, network: onnx_trace.Network, stored: Mapping[str, Sto
 
 
 def _arrays(
-    stored: Stored, shape: tuple[int, ...], scheme: Scheme, dtype: torch.dtype, layout: onnx_graph.Layout | None
+    stored: Stored,
+    shape: tuple[int, ...],
+    scheme: Scheme,
+    dtype: torch.dtype,
+    layout: onnx_graph.Layout | None,
 ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
     """The weight that is meant, in fp32, and the arrays it is stored in."""
     if layout is None:
@@ -210,7 +241,12 @@ class Data:
             self.digest.update(piece)
         self._end += gap + array.nbytes
         value.const_value = ir.ExternalTensor(
-            self.path.name, self._end - array.nbytes, array.nbytes, value.dtype, shape=value.shape, name=str(value.name)
+            self.path.name,
+            self._end - array.nbytes,
+            array.nbytes,
+            value.dtype,
+            shape=value.shape,
+            name=str(value.name),
         )
 
     def __enter__(self) -> Data:
@@ -221,7 +257,8 @@ class Data:
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    """Without the exporter's remarks on each node, which hold paths of this machine and are most of the file."""
+    """Without the exporter's remarks on each node, which hold paths of this machine and are most of the
+    file."""
     model.producer_name, model.producer_version = "tightfit", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

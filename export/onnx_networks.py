@@ -1,5 +1,6 @@
-"""A network as an ONNX graph without its weights: traced on torch's meta device, so that tracing SD 1.5 takes no more memory than
-tracing a toy. Inputs, outputs and folders are named as Optimum names them, so that either can run what the other wrote.
+"""A network as an ONNX graph without its weights: traced on torch's meta device, so that tracing SD 1.5 takes
+no more memory than tracing a toy. Inputs, outputs and folders are named as Optimum names them, so that either
+can run what the other wrote.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ _AUTO = torch.export.Dim.AUTO
 
 @dataclass(frozen=True)
 class Network:
-    """One ONNX file: its folder, the diffusers or transformers `module`, and the function of its submodules that is exported.
+    """One ONNX file: its folder, the diffusers or transformers `module`, and the function of its submodules
+    that is exported.
 
-    `inputs` give each input's shape, with names for the sides that vary; whole numbers where `integers` has its name.
-    `outputs` name the answers. `sides` are lengths of those sides that it is traced with, `checked` others that it can be called
-    with.
+    `inputs` give each input's shape, with names for the sides that vary; whole numbers where `integers` has
+    its name. `outputs` name the answers. `sides` are lengths of those sides that it is traced with, `checked`
+    others that it can be called with.
     """
 
     folder: str
@@ -40,14 +42,18 @@ class Network:
     checked: tuple[Mapping[str, int], ...]
     integers: frozenset[str] = frozenset()
 
-    def arguments(self, sides: Mapping[str, int], dtype: torch.dtype, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    def arguments(
+        self, sides: Mapping[str, int], dtype: torch.dtype, device: str, seed: int = 0
+    ) -> dict[str, torch.Tensor]:
         """Random inputs whose varying sides are as given, drawn on the CPU."""
         generator = torch.Generator().manual_seed(seed)
         made = {}
         for name, shape in self.inputs.items():
             shape = tuple(sides[side] if isinstance(side, str) else side for side in shape)
             if device == "meta":
-                made[name] = torch.empty(shape, dtype=torch.int64 if name in self.integers else dtype, device=device)
+                made[name] = torch.empty(
+                    shape, dtype=torch.int64 if name in self.integers else dtype, device=device
+                )
             elif name in self.integers:
                 most = getattr(self.module.config, "vocab_size", 1000)
                 made[name] = torch.randint(0, most, shape, generator=generator)
@@ -59,7 +65,8 @@ class Network:
 
 
 class Wrapped(nn.Module):
-    """A module whose forward takes the inputs in their order, as torch.export wants it. Weights are called `m.` and their name."""
+    """A module whose forward takes the inputs in their order, as torch.export wants it. Weights are called
+    `m.` and their name."""
 
     def __init__(self, network: Network) -> None:
         super().__init__()
@@ -72,14 +79,16 @@ class Wrapped(nn.Module):
 PREFIX = "m."
 _LATENT = {"batch_size": 2, "height": 16, "width": 24}
 _OTHER_LATENT = {"batch_size": 1, "height": 32, "width": 16}
-# diffusers' U-Net tells its upsamplers the size of the skip connection only where a side does not halve evenly, and doubles else.
-# Traced with odd sides its graph always has the size, which is twice the side where that is even: the same values either way.
+# diffusers' U-Net tells its upsamplers the size of the skip connection only where a side does not halve
+# evenly, and doubles else. Traced with odd sides its graph always has the size, which is twice the side where
+# that is even: the same values either way.
 _ODD = {"batch_size": 2, "height": 17, "width": 25}
 _UNEVEN = {"batch_size": 1, "height": 20, "width": 15}  # 20, 10, 5, 3 and 15, 8, 4, 2
 
 
 def networks(model: Path, folders: Mapping[str, Path]) -> Iterator[Network]:
-    """What a Stable Diffusion model of diffusers' layout is made of, each built without memory when it is its turn."""
+    """What a Stable Diffusion model of diffusers' layout is made of, each built without memory when it is its
+    turn."""
     sdxl = (model / "text_encoder_2").is_dir()
     for folder, config in folders.items():
         make = {"unet": _unet, "vae_decoder": _decoder, "vae_encoder": _encoder}.get(folder)
@@ -89,14 +98,20 @@ def networks(model: Path, folders: Mapping[str, Path]) -> Iterator[Network]:
 
 
 def trace(network: Network, dtype: torch.dtype) -> tuple[ir.Model, torch.export.ExportedProgram]:
-    """The network's graph in `dtype`, whose weights are initializers without values; and the program it was made from."""
+    """The network's graph in `dtype`, whose weights are initializers without values; and the program it was
+    made from."""
     import onnxscript.optimizer
 
     module = Wrapped(network).to(dtype).eval().requires_grad_(False)
     arguments = network.arguments(network.sides, dtype, "meta")
-    moving = tuple({i: _AUTO for i, side in enumerate(shape) if isinstance(side, str)} for shape in network.inputs.values())
+    moving = tuple(
+        {i: _AUTO for i, side in enumerate(shape) if isinstance(side, str)}
+        for shape in network.inputs.values()
+    )
     with _quiet():
-        program = torch.export.export(module, tuple(arguments.values()), dynamic_shapes={"tensors": moving}, strict=False)
+        program = torch.export.export(
+            module, tuple(arguments.values()), dynamic_shapes={"tensors": moving}, strict=False
+        )
         onnx_program = torch.onnx.export(
             program,
             dynamo=True,
@@ -152,9 +167,16 @@ def _unet(folder: Path) -> Network:
     return Network("unet", module, _predict, inputs, ("out_sample",), _ODD | {"sequence_length": 77}, checked)
 
 
-def _predict(m: Any, sample, timestep, encoder_hidden_states, timestep_cond=None, **added) -> tuple[torch.Tensor, ...]:
+def _predict(
+    m: Any, sample, timestep, encoder_hidden_states, timestep_cond=None, **added
+) -> tuple[torch.Tensor, ...]:
     return m(
-        sample, timestep, encoder_hidden_states, timestep_cond=timestep_cond, added_cond_kwargs=added or None, return_dict=False
+        sample,
+        timestep,
+        encoder_hidden_states,
+        timestep_cond=timestep_cond,
+        added_cond_kwargs=added or None,
+        return_dict=False,
     )[:1]
 
 
@@ -177,7 +199,10 @@ def _encoder(folder: Path) -> Network:
     module: Any = AutoencoderKL.from_config(_config(folder))
     module.decoder = module.post_quant_conv = None
     inputs = {"sample": ("batch_size", module.config.in_channels, "height", "width")}
-    sides, checked = ({"batch_size": 2, "height": 128, "width": 192}, {"batch_size": 1, "height": 256, "width": 128})
+    sides, checked = (
+        {"batch_size": 2, "height": 128, "width": 192},
+        {"batch_size": 1, "height": 256, "width": 128},
+    )
     return Network("vae_encoder", module, _encode, inputs, ("latent_parameters",), sides, (checked,))
 
 
@@ -190,10 +215,14 @@ def _text_encoder(folder: str, config: Path, sdxl: bool) -> Network:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     settings = _config(config)
-    listed = (read_json(config.parent / "model_index.json").get(config.name) or [""])[-1]  # as in runtime/models/spec.py
+    listed = (read_json(config.parent / "model_index.json").get(config.name) or [""])[
+        -1
+    ]  # as in runtime/models/spec.py
     kinds = [listed] if str(listed).startswith("CLIPTextModel") else settings.get("architectures") or ()
     projects = "CLIPTextModelWithProjection" in kinds
-    module: Any = (CLIPTextModelWithProjection if projects else CLIPTextModel)(CLIPTextConfig.from_dict(settings))
+    module: Any = (CLIPTextModelWithProjection if projects else CLIPTextModel)(
+        CLIPTextConfig.from_dict(settings)
+    )
     for owner in module.modules():  # made on meta, they would have no values
         if "position_ids" in owner._buffers:
             owner.position_ids = None
@@ -202,7 +231,10 @@ def _text_encoder(folder: str, config: Path, sdxl: bool) -> Network:
         outputs += tuple(f"hidden_states.{i}" for i in range(module.config.num_hidden_layers + 1))
     inputs = {"input_ids": ("batch_size", "sequence_length")}
     length = module.config.max_position_embeddings
-    sides, checked = {"batch_size": 2, "sequence_length": length}, {"batch_size": 1, "sequence_length": round(length * 0.75)}
+    sides, checked = (
+        {"batch_size": 2, "sequence_length": length},
+        {"batch_size": 1, "sequence_length": round(length * 0.75)},
+    )
     return Network(folder, module, _read(outputs), inputs, outputs, sides, (checked,), frozenset(inputs))
 
 

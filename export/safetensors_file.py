@@ -1,4 +1,5 @@
-"""A safetensors file written tensor by tensor, so that no more than one is in memory. Format: the safetensors README."""
+"""A safetensors file written tensor by tensor, so that no more than one is in memory. Format: the safetensors
+README."""
 
 from __future__ import annotations
 
@@ -11,12 +12,14 @@ from pathlib import Path
 import torch
 
 NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int8: "I8", torch.uint8: "U8",
 }  # fmt: skip
 
 
 class SafetensorsFile:
-    """A file whose tensors are promised first, by dtype and shape, and then written one by one, in that order."""
+    """A file whose tensors are promised first, by dtype and shape, and then written one by one, in that
+    order."""
 
     def __init__(self, path: Path, promised: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
         self._left, end = dict(promised), 0
@@ -34,7 +37,9 @@ class SafetensorsFile:
         """The next tensor, which must be the one that was promised."""
         promised = next(iter(self._left.items()), None)
         if promised != (name, (tensor.dtype, tuple(tensor.shape))):
-            raise ValueError(f"{name} {tensor.dtype} {tuple(tensor.shape)} comes where {promised} was promised")
+            raise ValueError(
+                f"{name} {tensor.dtype} {tuple(tensor.shape)} comes where {promised} was promised"
+            )
         del self._left[name]
         self._stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
 
@@ -44,4 +49,6 @@ class SafetensorsFile:
     def __exit__(self, kind: object, *_: object) -> None:
         self._stream.close()
         if kind is None and self._left:
-            raise ValueError(f"{len(self._left)} promised tensors were not written, such as {next(iter(self._left))}")
+            raise ValueError(
+                f"{len(self._left)} promised tensors were not written, such as {next(iter(self._left))}"
+            )

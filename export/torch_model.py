@@ -1,7 +1,8 @@
-"""A model with its weights in 8 or 4 bits, in the layout of a diffusers folder: written tensor by tensor, whole or not at all.
+"""A model with its weights in 8 or 4 bits, in the layout of a diffusers folder: written tensor by tensor,
+whole or not at all.
 
-`tightfit export MODEL --to torch --precision int4 -o DIR` comes here. What each layer is stored in is the recipe's choice
-(kernels/recipe.py), or that of a calibration (calibrate.py), and is told in tightfit.json.
+`tightfit export MODEL --to torch --precision int4 -o DIR` comes here. What each layer is stored in is the
+recipe's choice (kernels/recipe.py), or that of a calibration (calibrate.py), and is told in tightfit.json.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one component is stored: the format of each quantised layer, and the moments of layers' inputs where they are known.
+    """How one component is stored: the format of each quantised layer, and the moments of layers' inputs
+    where they are known.
 
     `measured` goes into the manifest as it is.
     """
@@ -45,8 +47,9 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Written:
-    """What the manifest says of one component: formats by layer, bits of storage for each value of the original, decibels of its
-    quantised weights against the errors made in them, and the sha256 of each file."""
+    """What the manifest says of one component: formats by layer, bits of storage for each value of the
+    original, decibels of its quantised weights against the errors made in them, and the sha256 of each
+    file."""
 
     formats: Mapping[str, str]
     bits: float
@@ -57,13 +60,25 @@ class Written:
 
 def default_scheme(component: str, tensors: Tensors, precision: str) -> Scheme:
     """What the recipe says, by names and shapes."""
-    return Scheme({layer: form for layer, shape in layers(tensors).items() if (form := recipe(precision, component, layer, shape))})
+    return Scheme(
+        {
+            layer: form
+            for layer, shape in layers(tensors).items()
+            if (form := recipe(precision, component, layer, shape))
+        }
+    )
 
 
 def layers(tensors: Tensors) -> dict[str, tuple[int, ...]]:
     """The shapes of all weights that could be quantised, by their layers."""
-    weights = ((name.removesuffix(".weight"), tensor) for name, tensor in tensors.items() if name.endswith(".weight"))
-    return {layer: tensor.shape for layer, tensor in weights if tensor.dtype in _FLOATS and len(tensor.shape) in (2, 4)}
+    weights = (
+        (name.removesuffix(".weight"), tensor) for name, tensor in tensors.items() if name.endswith(".weight")
+    )
+    return {
+        layer: tensor.shape
+        for layer, tensor in weights
+        if tensor.dtype in _FLOATS and len(tensor.shape) in (2, 4)
+    }
 
 
 def write(
@@ -74,7 +89,8 @@ def write(
     manifest: Mapping[str, Any],
     tell: Callable[[str], object] = print,
 ) -> dict[str, Written]:
-    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must not exist.
+    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must
+    not exist.
 
     Everything else a diffusers folder needs is copied. The manifest gets what was written of each component.
     """
@@ -84,15 +100,24 @@ def write(
         for name, tensors in components.items():
             written[name] = _component(folder / name, name, tensors, schemes[name])
             snr = written[name].weight_snr
-            tell(f"{name}: {written[name].bits:.2f} bits a weight" + ("" if snr is None else f", its weights {snr:.1f} dB"))
-        text = {"version": VERSION, **manifest, "components": {name: asdict(each) for name, each in written.items()}}
+            tell(
+                f"{name}: {written[name].bits:.2f} bits a weight"
+                + ("" if snr is None else f", its weights {snr:.1f} dB")
+            )
+        text = {
+            "version": VERSION,
+            **manifest,
+            "components": {name: asdict(each) for name, each in written.items()},
+        }
         (folder / "tightfit.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     return written
 
 
 def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Written:
     promised: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    plain = {key: tensor for key, tensor in tensors.items() if tensor.dtype in _FLOATS}  # positions of a text need no storing
+    plain = {
+        key: tensor for key, tensor in tensors.items() if tensor.dtype in _FLOATS
+    }  # positions of a text need no storing
     for key, tensor in plain.items():
         layer = key.removesuffix(".weight")
         if layer in scheme.formats and key != layer:
@@ -100,7 +125,9 @@ def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Wri
             promised |= {f"{layer}.{part}": each for part, each in parts.items()}
         else:
             promised[key] = (_halved(tensor), tensor.shape)
-    file = folder / ("model.safetensors" if name.startswith("text_encoder") else "diffusion_pytorch_model.safetensors")
+    file = folder / (
+        "model.safetensors" if name.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
+    )
     signal = noise = 0.0
     with SafetensorsFile(file, promised) as out:
         for key, tensor in plain.items():
@@ -113,9 +140,15 @@ def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Wri
             signal, noise = signal + energy(values), noise + _error(values, parts, form)
             for part, made in parts.items():
                 out.write(f"{layer}.{part}", made)
-    bits = 8 * sum(dtype.itemsize * math.prod(shape) for dtype, shape in promised.values()) / sum(t.count for t in plain.values())
+    bits = (
+        8
+        * sum(dtype.itemsize * math.prod(shape) for dtype, shape in promised.values())
+        / sum(t.count for t in plain.values())
+    )
     snr = round(10 * math.log10(signal / noise), 2) if noise else None
-    return Written(dict(scheme.formats), round(bits, 3), snr, {file.name: sha256(file)}, dict(scheme.measured))
+    return Written(
+        dict(scheme.formats), round(bits, 3), snr, {file.name: sha256(file)}, dict(scheme.measured)
+    )
 
 
 def read(tensor: Tensor) -> torch.Tensor:
@@ -143,6 +176,8 @@ def _error(values: torch.Tensor, parts: Mapping[str, torch.Tensor], form: Format
     total = 0.0
     for start in range(0, len(values), _ROWS):
         some = values[start : start + _ROWS]
-        made = dequantise({name: part[start : start + _ROWS] for name, part in parts.items()}, form, some.shape)
+        made = dequantise(
+            {name: part[start : start + _ROWS] for name, part in parts.items()}, form, some.shape
+        )
         total += energy(made.sub_(some))
     return total

@@ -1,7 +1,8 @@
 """softmax(q kᵀ / √d) v, four ways with one signature; what they differ in is memory and speed.
 
-q is (batch, heads, n, d), k and v are (batch, heads, m, d), all of one floating dtype, on any device. The answer is
-(batch, heads, n, d), in memory laid out as (batch, n, heads, d) (with `sdpa` if q is), so that joining the heads copies nothing.
+q is (batch, heads, n, d), k and v are (batch, heads, m, d), all of one floating dtype, on any device. The
+answer is (batch, heads, n, d), in memory laid out as (batch, n, heads, d) (with `sdpa` if q is), so that
+joining the heads copies nothing.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's: flash, memory-efficient or cuDNN where there is such a kernel for the device, else the formula."""
+    """torch's: flash, memory-efficient or cuDNN where there is such a kernel for the device, else the
+    formula."""
     return functional.scaled_dot_product_attention(q, k, v)
 
 
 def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula for one head at a time, and for as many of its queries as keep the scores under BLOCK_BYTES."""
+    """The formula for one head at a time, and for as many of its queries as keep the scores under
+    BLOCK_BYTES."""
     out = _empty(q)
     keys, scale = k.transpose(-1, -2), q.shape[-1] ** -0.5
     rows = slice_rows(k.shape[2], q.element_size())
@@ -37,7 +40,8 @@ def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Blocks of queries against blocks of keys, with a running maximum and sum, in fp32: O(n) memory on any device.
+    """Blocks of queries against blocks of keys, with a running maximum and sum, in fp32: O(n) memory on any
+    device.
 
     Rabe and Staats, "Self-attention does not need O(n²) memory", arXiv 2112.05682.
     """
@@ -70,7 +74,8 @@ def slice_rows(m: int, element_size: int) -> int:
 
 
 def block(heads: int, m: int, d: int) -> tuple[int, int]:
-    """Rows and columns of one block of `chunked`, so that its fp32 scores, queries and sums take BLOCK_BYTES over all `heads`."""
+    """Rows and columns of one block of `chunked`, so that its fp32 scores, queries and sums take BLOCK_BYTES
+    over all `heads`."""
     columns = min(m, 1024)
     return max(1, BLOCK_BYTES // (4 * heads * (columns + 3 * d))), columns
 
@@ -78,8 +83,9 @@ def block(heads: int, m: int, d: int) -> tuple[int, int]:
 def sdpa_cpu_bytes(heads: int, n: int, m: int, d: int, element_size: int, threads: int) -> int:
     """Bytes that torch's CPU kernel allocates beside its answer; `heads` counts those of the whole batch.
 
-    The log-sum of each query, and for each thread a block of fp32 scores with its maxima, sums and answers, and in half
-    precisions a copy of the scores in them. From aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (torch 2.13).
+    The log-sum of each query, and for each thread a block of fp32 scores with its maxima, sums and answers,
+    and in half precisions a copy of the scores in them. From
+    aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (torch 2.13).
     """
     rows = min(256 if n >= 768 else 64 if n >= 192 else 32, n)
     columns = min(512, m)

@@ -22,11 +22,12 @@ def dequantise(
     taps: int,
     taps_last: bool = False,
 ) -> None:
-    """Fill `out` (out, row), contiguous, of any floating dtype, with the weight that the parts mean (kernels/formats.py).
+    """Fill `out` (out, row), contiguous, of any floating dtype, with the weight that the parts mean
+    (kernels/formats.py).
 
-    Rows are (tap, in-channel), or (in-channel, tap) if `taps_last`. `codes` is uint8, with as many values as `packed`, and is
-    written over; 8 bits need none, and with None 4 bits make their own for a moment. One Triton kernel where that runs, else a
-    handful of torch's operators.
+    Rows are (tap, in-channel), or (in-channel, tap) if `taps_last`. `codes` is uint8, with as many values as
+    `packed`, and is written over; 8 bits need none, and with None 4 bits make their own for a moment. One
+    Triton kernel where that runs, else a handful of torch's operators.
     """
     if out.is_cuda and triton_runs(out.device):
         from .triton_weights import dequantise_triton
@@ -48,8 +49,8 @@ def dequantise_torch(
 ) -> None:
     """`dequantise` in torch's operators, on any device."""
     reordered, groups_of = taps_last and taps > 1, taps if form.group else 1
-    # A view, so that each value is written where it stays: to reorder `out` afterwards took 116 launches more, of 127, for a
-    # convolution of 1280 from 1280 channels in int4.
+    # A view, so that each value is written where it stays: to reorder `out` afterwards took 116 launches
+    # more, of 127, for a convolution of 1280 from 1280 channels in int4.
     rows = out.view(len(out), -1, taps).transpose(1, 2) if reordered else out.view(len(out), groups_of, -1)
     if form.bits == 8:
         target = rows if reordered else out
@@ -61,7 +62,9 @@ def dequantise_torch(
         for start, end in ((0, half), (half, row)):
             if start:
                 bitwise_right_shift(packed, 4, out=codes)
-            for part, at in _rectangles(rows, start, end) if reordered else [(out[:, start:end], slice(end - start))]:
+            for part, at in (
+                _rectangles(rows, start, end) if reordered else [(out[:, start:end], slice(end - start))]
+            ):
                 _spread(part, codes[:, at].view(part.shape), form)
     scale = scale.to(out.dtype).view(len(out), groups_of, -1)
     if form.kind == "int4":
@@ -76,14 +79,17 @@ def dequantise_torch(
 
 
 def _rectangles(rows: Tensor, start: int, end: int) -> Iterator[tuple[Tensor, slice]]:
-    """Values `start` to `end` of each row of (out, taps, in-channels), in at most three parts: each a view, and its place among
-    these values."""
+    """Values `start` to `end` of each row of (out, taps, in-channels), in at most three parts: each a view,
+    and its place among these values."""
     channels, at = rows.shape[2], start
     while at < end:
         tap, channel = divmod(at, channels)
         whole = 1 if channel else max(1, (end - at) // channels)  # taps
         stop = min(end, (tap + whole) * channels)
-        yield rows[:, tap : tap + whole, channel : min(channels, channel + stop - at)], slice(at - start, stop - start)
+        yield (
+            rows[:, tap : tap + whole, channel : min(channels, channel + stop - at)],
+            slice(at - start, stop - start),
+        )
         at = stop
 
 
@@ -96,11 +102,13 @@ def triton_runs(device: torch.device) -> bool:
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton does not run on a GPU, in one line; None if it does.
 
-    It needs a C compiler and Python's headers when a kernel is first launched, and knows NVIDIA's GPUs from Volta on, and AMD's.
-    So a small weight is unpacked, once for each device, and compared with what torch makes of it. Memory that was not there for
-    that is no answer: torch.OutOfMemoryError is raised.
+    It needs a C compiler and Python's headers when a kernel is first launched, and knows NVIDIA's GPUs from
+    Volta on, and AMD's. So a small weight is unpacked, once for each device, and compared with what torch
+    makes of it. Memory that was not there for that is no answer: torch.OutOfMemoryError is raised.
     """
-    return _problem(device if device.index is not None else torch.device(device.type, torch.cuda.current_device()))
+    return _problem(
+        device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
+    )
 
 
 @functools.cache
@@ -125,7 +133,9 @@ def _trial(device: torch.device) -> bool:
         raise ModuleNotFoundError("triton is not installed")
     form, draw = Format("int4", 32), torch.Generator().manual_seed(0)
     parts = form.parts((16, 48, 3, 3))
-    packed, zero = (torch.randint(256, parts[name][1], dtype=torch.uint8, generator=draw) for name in ("packed", "zero"))
+    packed, zero = (
+        torch.randint(256, parts[name][1], dtype=torch.uint8, generator=draw) for name in ("packed", "zero")
+    )
     scale = torch.rand(parts["scale"][1], generator=draw).half()
     made, right = (torch.zeros(16, 48 * 9, device=device) for _ in range(2))
     packed, scale, zero = (part.to(device) for part in (packed, scale, zero))

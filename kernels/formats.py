@@ -1,16 +1,19 @@
-"""Weights in 8 and 4 bits: what is stored of one, and what it means, which every faster version must equal. Made by quantise.py.
+"""Weights in 8 and 4 bits: what is stored of one, and what it means, which every faster version must equal.
+Made by quantise.py.
 
-A weight is (out, in), or (out, in, height, width) of a convolution, whose `height x width` are its taps. It is stored in rows,
-one for each output channel: tap by tap, and within a tap input channel by input channel. A group is `group` neighbouring input
-channels of one tap (the last of a tap may be smaller), or with group 0 the whole row, and has one scale:
+A weight is (out, in), or (out, in, height, width) of a convolution, whose `height x width` are its taps. It
+is stored in rows, one for each output channel: tap by tap, and within a tap input channel by input channel. A
+group is `group` neighbouring input channels of one tap (the last of a tap may be smaller), or with group 0
+the whole row, and has one scale:
 
     int8   value = code * scale                 codes -127..127
-    int4   value = (code - zero / 16) * scale   codes 0..15, zero 0..255: sixteenths are exact in bf16, where 16 bits are not
+    int4   value = (code - zero / 16) * scale   codes 0..15, zero 0..255: sixteenths are exact in bf16, where
+                                                16 bits are not
     nf4    value = NF4[code] * scale            codes 0..15; Dettmers et al., "QLoRA", arXiv 2305.14314
 
-`packed` holds int8 codes as they are (out, row), 4-bit ones two in a byte (out, ⌈row / 2⌉): the first half of the row in the low
-four bits, the second in the high ones, so that unpacking writes two contiguous runs. `scale` is fp16 (out, groups of a row),
-`zero` uint8 of that shape.
+`packed` holds int8 codes as they are (out, row), 4-bit ones two in a byte (out, ⌈row / 2⌉): the first half of
+the row in the low four bits, the second in the high ones, so that unpacking writes two contiguous runs.
+`scale` is fp16 (out, groups of a row), `zero` uint8 of that shape.
 """
 
 from __future__ import annotations
@@ -24,15 +27,17 @@ from torch import Tensor
 
 # The 16 values of NF4, as listed in appendix E of the paper.
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023,
+    1.0,
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a weight. `kind` is int8, int4 or nf4; `group` input channels share a scale, all of a row if it is 0."""
+    """One way to store a weight. `kind` is int8, int4 or nf4; `group` input channels share a scale, all of a
+    row if it is 0."""
 
     kind: str
     group: int
@@ -55,7 +60,8 @@ class Format:
         return math.prod(shape[2:]) * -(-shape[1] // self.group) if self.group else 1
 
     def spans(self, channels: int) -> Iterator[tuple[slice, slice, int]]:
-        """Of the last axis of `rows`: which channels, which groups they are, and how many channels are in one."""
+        """Of the last axis of `rows`: which channels, which groups they are, and how many channels are in
+        one."""
         group = min(self.group or channels, channels)
         whole = channels // group * group
         yield slice(0, whole), slice(0, channels // group), group
@@ -63,7 +69,8 @@ class Format:
             yield slice(whole, channels), slice(channels // group, channels // group + 1), channels - whole
 
     def rows(self, weight: Tensor) -> Tensor:
-        """(out, in) or (out, in, h, w) → (out, taps, in), or (out, 1, taps x in) where all of a row is one group."""
+        """(out, in) or (out, in, h, w) → (out, taps, in), or (out, 1, taps x in) where all of a row is one
+        group."""
         rows = weight[:, None] if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
         return rows if self.group else rows.flatten(1)[:, None]
 
@@ -97,7 +104,11 @@ def unpack(packed: Tensor, row: int) -> Tensor:
 
 def from_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
     """(out, row) → a view of `shape`, whose memory is that of channels_last."""
-    return rows.view(*shape) if len(shape) == 2 else rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+    return (
+        rows.view(*shape)
+        if len(shape) == 2
+        else rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
+    )
 
 
 def nearest(x: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:

@@ -1,13 +1,17 @@
-"""Linears and convolutions in whole numbers: inputs are quantised to 8 bits as they come, as the weights already are.
+"""Linears and convolutions in whole numbers: inputs are quantised to 8 bits as they come, as the weights
+already are.
 
-    value  = (code - zero) * scale             codes -128..127; a scale for each row of a linear's input, whose zero is 0, or
-                                               a scale and a zero for each sample of a convolution's: SiLU's answers are lopsided
-    answer = sum of (code - zero) * code of the weight * scale of the row or sample * scale of the output channel + bias
+    value  = (code - zero) * scale             codes -128..127; a scale for each row of a linear's input,
+                                               whose zero is 0, or a scale and a zero for each sample of a
+                                               convolution's: SiLU's answers are lopsided
+    answer = sum of (code - zero) * code of the weight * scale of the row or sample
+             * scale of the output channel + bias
 
-The sums are exact: an int32 holds those of MOST products. Weights are stored as kernels/formats.py says, in its format int8:
-`packed` int8 (out, taps x in) and `scale` fp16 (out, 1). A row or sample with a value that is not finite has an answer that is not.
-The plain versions work on any device. Those of oneDNN, which torch brings, are for x86 CPUs with VNNI, without which its sums
-saturate, and take weights that they packed before; Triton's are in triton_int8.py.
+The sums are exact: an int32 holds those of MOST products. Weights are stored as kernels/formats.py says, in
+its format int8: `packed` int8 (out, taps x in) and `scale` fp16 (out, 1). A row or sample with a value that
+is not finite has an answer that is not. The plain versions work on any device. Those of oneDNN, which torch
+brings, are for x86 CPUs with VNNI, without which its sums saturate, and take weights that they packed before;
+Triton's are in triton_int8.py.
 """
 
 from __future__ import annotations
@@ -27,13 +31,15 @@ AT_ONCE = 2**18  # values that are quantised at a time on a CPU, which stay in i
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(rows, …) → int8 codes -127..127, in memory as `x` is, and fp32 scales (rows, 1, …). ValueError for an `x` without values."""
+    """(rows, …) → int8 codes -127..127, in memory as `x` is, and fp32 scales (rows, 1, …). ValueError for an
+    `x` without values."""
     scale = scales(x)
     return (x / scale).round_().clamp_(-127, 127).to(torch.int8), scale
 
 
 def quantise_samples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, …) → int8 codes, in memory as `x` is, fp32 scales and int32 zeros (batch, 1, …). ValueError as above."""
+    """(batch, …) → int8 codes, in memory as `x` is, fp32 scales and int32 zeros (batch, 1, …). ValueError as
+    above."""
     scale, zero = scales_and_zeros(x)
     return (x / scale).round_().add_(zero).clamp_(-128, 127).to(torch.int8), scale, zero
 
@@ -52,11 +58,19 @@ def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -
 
 
 def conv2d_int8(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, kernel_size: Pair, stride: Pair = (1, 1), padding: Pair = (0, 0)
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    kernel_size: Pair,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
 ) -> Tensor:
-    """(batch, in, h, w) → (batch, out, h', w'), in the dtype of `x`: the plain version, whose fp64 holds every sum.
+    """(batch, in, h, w) → (batch, out, h', w'), in the dtype of `x`: the plain version, whose fp64 holds
+    every sum.
 
-    Raises ValueError for shapes that are empty or do not fit, as those of grouped convolutions, which there are none of.
+    Raises ValueError for shapes that are empty or do not fit, as those of grouped convolutions, which there
+    are none of.
     """
     sides(x, packed, scale, kernel_size, stride, padding)
     codes, factor, zero = quantise_samples(x)
@@ -67,7 +81,8 @@ def conv2d_int8(
 
 
 def weight_sums(packed: Tensor) -> Tensor:
-    """int32 (out): of each output channel's codes. What a zero that is not 0 adds to every answer is this many times it."""
+    """int32 (out): of each output channel's codes. What a zero that is not 0 adds to every answer is this
+    many times it."""
     return packed.sum(1, dtype=torch.int32)
 
 
@@ -77,34 +92,51 @@ def pack_linear(packed: Tensor) -> Tensor:
 
 
 def linear_int8_onednn(x: Tensor, ready: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_int8` of packed weights, whose inputs are quantised in the dtype of `x`: a code may be the next but one's of halves.
+    """`linear_int8` of packed weights, whose inputs are quantised in the dtype of `x`: a code may be the next
+    but one's of halves.
 
-    A token's scale multiplies the answer, once that is in the dtype of `x` already, so scales are rounded to it too.
+    A token's scale multiplies the answer, once that is in the dtype of `x` already, so scales are rounded to
+    it too.
     """
     rows = x.reshape(-1, x.shape[-1])
     codes, factor = torch.empty(rows.shape, dtype=torch.uint8), rows.new_empty(len(rows), 1)
     least = max(_LEAST, torch.finfo(x.dtype).tiny)
     for part in _pieces(len(rows), rows.shape[1]):
-        torch.linalg.vector_norm(rows[part], torch.inf, 1, keepdim=True, out=factor[part]).div_(127).clamp_min_(least)
+        torch.linalg.vector_norm(rows[part], torch.inf, 1, keepdim=True, out=factor[part]).div_(
+            127
+        ).clamp_min_(least)
         codes[part] = (rows[part] / factor[part]).round_().clamp_(-127, 127).add_(128)
     many, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
     rest = 1.0, 0, _made(x), "none", [], ""
-    out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, ready, many, zeros, None, *rest).to(x.dtype).mul_(factor)
+    out = (
+        torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, ready, many, zeros, None, *rest)
+        .to(x.dtype)
+        .mul_(factor)
+    )
     return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
 
 
 def pack_conv2d(packed: Tensor, in_channels: int, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
     """Stored codes as oneDNN wants them, opaque, for `conv2d_int8_onednn`."""
-    # A zero that is not 0, or each call packs them again: oneDNN keeps sums of the weights in them only for such.
+    # A zero that is not 0, or each call packs them again: oneDNN keeps sums of the weights in them only for
+    # such.
     weight = from_rows(packed, (len(packed), in_channels, *kernel_size))
     ones, zero = torch.ones(len(packed)), 128
-    return torch.ops.onednn.qconv_prepack(weight, ones, 1.0, zero, list(stride), list(padding), [1, 1], 1, None)
+    return torch.ops.onednn.qconv_prepack(
+        weight, ones, 1.0, zero, list(stride), list(padding), [1, 1], 1, None
+    )
 
 
 def conv2d_int8_onednn(
-    x: Tensor, ready: Tensor, scale: Tensor, bias: Tensor | None, stride: Pair = (1, 1), padding: Pair = (0, 0)
+    x: Tensor,
+    ready: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
 ) -> Tensor:
-    """`conv2d_int8` of packed weights and an `x` that is channels_last, as the answer will be; sample by sample."""
+    """`conv2d_int8` of packed weights and an `x` that is channels_last, as the answer will be; sample by
+    sample."""
     many, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
     rest = list(stride), list(padding), [1, 1], 1, 1.0, 0, _made(x), "none", [], ""
     bias, answers = None if bias is None else bias.float(), None
@@ -114,7 +146,9 @@ def conv2d_int8_onednn(
         for part in _pieces(*sample.shape):
             codes[part] = (sample[part].float() / factor).round_().add_(zero + 128).clamp_(0, 255)
         codes = codes.view(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
-        one = torch.ops.onednn.qconv2d_pointwise(codes, factor, zero + 128, ready, many, zeros, bias, *rest).to(x.dtype)
+        one = torch.ops.onednn.qconv2d_pointwise(
+            codes, factor, zero + 128, ready, many, zeros, bias, *rest
+        ).to(x.dtype)
         if len(x) == 1:
             return one
         if answers is None:
@@ -146,7 +180,10 @@ def scales_and_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 and int32, (batch, 1, …), by which the least value is -128, the largest 127, and 0 a code."""
     _nothing(x)
     dims = tuple(range(1, x.ndim))
-    low, high = x.amin(dims, keepdim=True).float().clamp_max_(0), x.amax(dims, keepdim=True).float().clamp_min_(0)
+    low, high = (
+        x.amin(dims, keepdim=True).float().clamp_max_(0),
+        x.amax(dims, keepdim=True).float().clamp_min_(0),
+    )
     scale = (high - low).clamp_min_(_LEAST).div_(255)
     return scale, (-low / scale).nan_to_num_(0, 0, 0).round_().sub_(128).to(torch.int32)
 
@@ -160,8 +197,11 @@ def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out.add_(bias.float())
 
 
-def empty_answer(x: Tensor, packed: Tensor, scale: Tensor, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
-    """Room for what a convolution of `x` answers, channels_last if `x` is. Raises ValueError for shapes that do not fit."""
+def empty_answer(
+    x: Tensor, packed: Tensor, scale: Tensor, kernel_size: Pair, stride: Pair, padding: Pair
+) -> Tensor:
+    """Room for what a convolution of `x` answers, channels_last if `x` is. Raises ValueError for shapes that
+    do not fit."""
     shape = (len(x), len(packed), *sides(x, packed, scale, kernel_size, stride, padding))
     layout = torch.channels_last if channels_last(x) else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
@@ -173,18 +213,25 @@ def channels_last(x: Tensor) -> bool:
 
 
 def sides(
-    x: Tensor, packed: Tensor, scale: Tensor, kernel_size: Pair = (1, 1), stride: Pair = (1, 1), padding: Pair = (0, 0)
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    kernel_size: Pair = (1, 1),
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
 ) -> Pair:
     """Height and width of the answer, of shapes that fit."""
     row = x.shape[1] * kernel_size[0] * kernel_size[1]
     if packed.shape[1] != row or scale.shape != (len(packed), 1):
         raise ValueError(
-            f"{x.shape[1]} channels and {kernel_size} taps need rows of {row} with one scale, not {tuple(packed.shape)} and "
-            f"{tuple(scale.shape)}; grouped convolutions are not supported"
+            f"{x.shape[1]} channels and {kernel_size} taps need rows of {row} with one scale, "
+            f"not {tuple(packed.shape)} and {tuple(scale.shape)}; grouped convolutions are not supported"
         )
     if row > MOST:
         raise ValueError(f"sums of {row} products do not fit into 32 bits, which hold {MOST}")
     height, width = ((x.shape[2 + i] + 2 * padding[i] - kernel_size[i]) // stride[i] + 1 for i in (0, 1))
     if 0 in x.shape or height < 1 or width < 1:
-        raise ValueError(f"an input of shape {tuple(x.shape)} has no answer with {kernel_size} taps and padding {padding}")
+        raise ValueError(
+            f"an input of shape {tuple(x.shape)} has no answer with {kernel_size} taps and padding {padding}"
+        )
     return height, width

@@ -18,12 +18,15 @@ _LEAST = 6e-8  # the smallest scale that fp16 has
 def quantise(weight: Tensor, form: Format, moment: Tensor | None = None) -> dict[str, Tensor]:
     """The stored parts of `weight` (any floating dtype), computed a block of output channels at a time.
 
-    Each group's scale and zero are fitted to its own weights. With `moment`, the mean of x xᵀ over the layer's inputs (in, in),
-    codes are chosen so that errors cancel in its answers (kernels/gptq.py). Raises ValueError for values that are not finite.
+    Each group's scale and zero are fitted to its own weights. With `moment`, the mean of x xᵀ over the
+    layer's inputs (in, in), codes are chosen so that errors cancel in its answers (kernels/gptq.py). Raises
+    ValueError for values that are not finite.
     """
     if 0 in weight.shape:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} has nothing to quantise")
-    parts = {name: torch.empty(sides, dtype=dtype) for name, (dtype, sides) in form.parts(weight.shape).items()}
+    parts = {
+        name: torch.empty(sides, dtype=dtype) for name, (dtype, sides) in form.parts(weight.shape).items()
+    }
     step, factor = (BLOCK, None) if moment is None else (16 * BLOCK, factored(moment))
     step = max(1, step // math.prod(weight.shape[1:]))
     for start in range(0, len(weight), step):
@@ -31,7 +34,9 @@ def quantise(weight: Tensor, form: Format, moment: Tensor | None = None) -> dict
         if not rows.isfinite().all():
             raise ValueError("the weight has values that are not finite")
         scale, zero = fit(rows, form)
-        codes = encode(rows, form, scale, zero) if factor is None else codes_by(factor, rows, form, scale, zero)
+        codes = (
+            encode(rows, form, scale, zero) if factor is None else codes_by(factor, rows, form, scale, zero)
+        )
         block = {"packed": codes.flatten(1), "scale": scale.flatten(1), "zero": (zero * 16).flatten(1)}
         block["packed"] = pack(block["packed"]) if form.bits == 4 else block["packed"]
         for name, part in parts.items():
@@ -41,9 +46,11 @@ def quantise(weight: Tensor, form: Format, moment: Tensor | None = None) -> dict
 
 
 def fit(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """scale and zero (out, taps, groups of a tap) for `rows` in fp32, as they will be stored; zero is 0 but for int4.
+    """scale and zero (out, taps, groups of a tap) for `rows` in fp32, as they will be stored; zero is 0 but
+    for int4.
 
-    int4's are a least-squares fit to the codes that they give, repeated, as HQQ's (Badri and Shaji, 2023) without its norm.
+    int4's are a least-squares fit to the codes that they give, repeated, as HQQ's (Badri and Shaji, 2023)
+    without its norm.
     """
     scales, zeros = [], []
     for channels, _, size in form.spans(rows.shape[-1]):
@@ -60,14 +67,17 @@ def fit(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def _fitted(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """int4's scale and zero; those of the plain range where the fit's zero cannot be stored, as all values have one sign."""
+    """int4's scale and zero; those of the plain range where the fit's zero cannot be stored, as all values
+    have one sign."""
     plain = _no_less((high - low) / 15)
     scale, zero = plain * _SHRINK, -low / plain
     for _ in range(_FITS):
         codes = (x / scale).add_(zero).round_().clamp_(0, 15)
         middle, mean = codes.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
         codes -= middle
-        scale = _no_less((codes * x).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp_min_(1e-6))
+        scale = _no_less(
+            (codes * x).sum(-1, keepdim=True) / codes.square().sum(-1, keepdim=True).clamp_min_(1e-6)
+        )
         zero = middle - mean / scale
     storable = (zero >= 0) & (zero * 16 <= 255)
     scale, zero = torch.where(storable, scale, plain), torch.where(storable, zero, -low / plain)

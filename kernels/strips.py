@@ -1,9 +1,9 @@
 """The convolutions, norms and residual blocks of a VAE in strips of rows: the same numbers from less memory.
 
-A strip's convolution reads one more row above and below, and group norms use the statistics of the whole picture, so there
-is no seam and nothing to blend. (Overlapping tiles, each with its own statistics, gave 20 to 37 dB; docs/decisions.md.)
-Held whole are the map a block ends with and the one in its middle; what was upsampled is made again for each strip.
-Maps are (batch, channels, h, w), of any floating dtype and device.
+A strip's convolution reads one more row above and below, and group norms use the statistics of the whole
+picture, so there is no seam and nothing to blend. (Overlapping tiles, each with its own statistics, gave 20
+to 37 dB; docs/decisions.md.) Held whole are the map a block ends with and the one in its middle; what was
+upsampled is made again for each strip. Maps are (batch, channels, h, w), of any floating dtype and device.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Stored:
 
 
 class Upsampled:
-    """`conv` (3x3, padding 1) over a map of twice the rows and columns, each value repeated, made when it is asked for."""
+    """`conv` (3x3, padding 1) over a map of twice the rows and columns, each value repeated, made when it is
+    asked for."""
 
     def __init__(self, x: Tensor, conv: nn.Conv2d) -> None:
         self.x, self.conv = x, conv
@@ -65,7 +66,8 @@ def convolved(source: Rows, conv: nn.Conv2d, norm: nn.GroupNorm | None = None) -
 
 
 def residual(source: Rows, norms: tuple[nn.GroupNorm, nn.GroupNorm], convs: tuple[nn.Conv2d, ...]) -> Tensor:
-    """conv₂(silu(norm₂(conv₁(silu(norm₁(x)))))) + x, where x goes through a third convolution if there is one.
+    """conv₂(silu(norm₂(conv₁(silu(norm₁(x)))))) + x, where x goes through a third convolution if there is
+    one.
 
     Without one the answer takes the place of a stored source.
     """
@@ -78,7 +80,8 @@ def residual(source: Rows, norms: tuple[nn.GroupNorm, nn.GroupNorm], convs: tupl
 
 
 def downsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """`conv` (3x3, stride 2) with a row of zeros below and a column to the right, as Stable Diffusion's encoder pads."""
+    """`conv` (3x3, stride 2) with a row of zeros below and a column to the right, as Stable Diffusion's
+    encoder pads."""
     height = (x.shape[2] - 2) // 2 + 1
     out = x.new_empty((x.shape[0], conv.out_channels, height, (x.shape[3] - 2) // 2 + 1))
     for start, end in _ranges(height):
@@ -90,7 +93,8 @@ def downsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def statistics(source: Rows, groups: int) -> tuple[Tensor, Tensor]:
-    """Variance and mean, each (batch, groups, 1) in fp32, over each group of channels, gathered strip by strip."""
+    """Variance and mean, each (batch, groups, 1) in fp32, over each group of channels, gathered strip by
+    strip."""
     count, mean, square = 0, torch.zeros(()), torch.zeros(())
     for start, end in _ranges(source.shape[2]):
         strip = source.rows(start, end).reshape(source.shape[0], groups, -1).float()
@@ -121,25 +125,32 @@ def _strips(source: Rows, conv: nn.Conv2d, norm: nn.GroupNorm | None) -> Iterato
 
 
 def _weight(conv: nn.Conv2d) -> Tensor:
-    """The weight; where it is in parts, unpacked into a buffer that others use in between (a layer with `dense`)."""
+    """The weight; where it is in parts, unpacked into a buffer that others use in between (a layer with
+    `dense`)."""
     dense = getattr(conv, "dense", None)
     return dense() if dense else conv.weight
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, above: int, below: int) -> Tensor:
-    """`conv` with `above` and `below` rows of zeros where the picture ends, and its own padding left and right."""
+    """`conv` with `above` and `below` rows of zeros where the picture ends, and its own padding left and
+    right."""
     if above or below:
         x = functional.pad(x, (0, 0, above, below))
     return functional.conv2d(x, weight, conv.bias, padding=(0, conv.kernel_size[1] // 2))
 
 
 def _normalised(norm: nn.GroupNorm, variance: Tensor, mean: Tensor) -> Callable[[Tensor], Tensor]:
-    """silu(norm(x)) of a strip, by the statistics of the whole, as one factor and one shift for each channel."""
+    """silu(norm(x)) of a strip, by the statistics of the whole, as one factor and one shift for each
+    channel."""
     channels = (variance.shape[0], norm.num_channels, 1, 1)
     spread = norm.num_channels // norm.num_groups
-    factor = (variance + norm.eps).rsqrt().repeat_interleave(spread, 1).reshape(channels) * norm.weight.float()[:, None, None]
+    factor = (variance + norm.eps).rsqrt().repeat_interleave(spread, 1).reshape(
+        channels
+    ) * norm.weight.float()[:, None, None]
     shift = norm.bias.float()[:, None, None] - mean.repeat_interleave(spread, 1).reshape(channels) * factor
-    return lambda strip: functional.silu(torch.addcmul(shift, strip.float(), factor).to(strip.dtype), inplace=True)
+    return lambda strip: functional.silu(
+        torch.addcmul(shift, strip.float(), factor).to(strip.dtype), inplace=True
+    )
 
 
 def _whole(source: Rows) -> Tensor:

@@ -14,16 +14,24 @@ from .triton_weights import constexpr, jit, tl
 
 
 def encode_triton(x: Tensor, scale: Tensor, zero: Tensor | None, block: int = 1024, **launch: int) -> Tensor:
-    """The codes of an `x` that is contiguous or channels_last, without a copy of it in fp32. `block` values to a program."""
+    """The codes of an `x` that is contiguous or channels_last, without a copy of it in fp32. `block` values
+    to a program."""
     codes, size = torch.empty_like(x, dtype=torch.int8), x[0].numel()
     if codes.stride() != x.stride():
-        raise ValueError(f"strides {x.stride()} of shape {tuple(x.shape)} are neither contiguous nor channels_last")
+        raise ValueError(
+            f"strides {x.stride()} of shape {tuple(x.shape)} are neither contiguous nor channels_last"
+        )
     _encode[len(x), -(-size // block)](codes, x, scale, zero, size, block, **launch)
     return codes
 
 
 def linear_int8_triton(
-    x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None, tile: tuple[int, int, int] = (64, 64, 64), **launch: int
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    tile: tuple[int, int, int] = (64, 64, 64),
+    **launch: int,
 ) -> Tensor:
     """`linear_int8`, as a convolution of samples of one pixel each, whose `tile` and `launch` these are."""
     rows = x.reshape(-1, x.shape[-1], 1, 1).contiguous()
@@ -47,23 +55,41 @@ def conv2d_int8_triton(
     tile: tuple[int, int, int] = (128, 64, 64),
     **launch: int,
 ) -> Tensor:
-    """`conv2d_int8`, with an answer that is channels_last if `x` is: one product, which finds each tap's inputs where they are.
+    """`conv2d_int8`, with an answer that is channels_last if `x` is: one product, which finds each tap's
+    inputs where they are.
 
-    `sums` is `weight_sums(packed)`, where it is known. `tile` is how many output pixels, output channels and input channels of a
-    tap a program multiplies at a time, powers of 2 from 16, 16 and 32; `launch` is triton's num_warps and num_stages.
+    `sums` is `weight_sums(packed)`, where it is known. `tile` is how many output pixels, output channels and
+    input channels of a tap a program multiplies at a time, powers of 2 from 16, 16 and 32; `launch` is
+    triton's num_warps and num_stages.
     """
     out = empty_answer(x, packed, scale, kernel_size, stride, padding)
     factor, zero = scales_and_zeros(x)
-    codes = encode_triton(x if channels_last(x) else x.contiguous(), factor, zero).contiguous(memory_format=torch.channels_last)
+    codes = encode_triton(x if channels_last(x) else x.contiguous(), factor, zero).contiguous(
+        memory_format=torch.channels_last
+    )
     sums = weight_sums(packed) if sums is None else sums
     _launch(out, codes, packed, factor, zero, scale, sums, bias, (kernel_size, stride, padding), tile, launch)
     return out
 
 
-def _launch(out, codes, packed, factor, zero, scale, sums, bias, how: tuple[Pair, Pair, Pair], tile, launch) -> None:
+def _launch(
+    out, codes, packed, factor, zero, scale, sums, bias, how: tuple[Pair, Pair, Pair], tile, launch
+) -> None:
     pixels, n = out.numel() // out.shape[1], out.shape[1]
     _convolve[-(-pixels // tile[0]), -(-n // tile[1])](
-        *(out, codes, packed.contiguous(), factor, zero, scale.contiguous(), sums, bias, pixels, n, *codes.shape[1:]),
+        *(
+            out,
+            codes,
+            packed.contiguous(),
+            factor,
+            zero,
+            scale.contiguous(),
+            sums,
+            bias,
+            pixels,
+            n,
+            *codes.shape[1:],
+        ),
         *(*out.shape[2:], out.stride(0), out.stride(1), out.stride(3), *how[0], *how[1], *how[2], *tile),
         **launch,
     )
@@ -85,9 +111,10 @@ def _encode(codes, x, scale, zero, size, block: constexpr):
 
 @jit
 def _convolve(
-    out, x, weight, factor, zero, scale, sums, bias, m_count, n_count, channels, in_height, in_width, height, width,
-    of_sample, of_channel, of_pixel, taps_y: constexpr, taps_x: constexpr, stride_y: constexpr, stride_x: constexpr,
-    pad_y: constexpr, pad_x: constexpr, block_m: constexpr, block_n: constexpr, block_k: constexpr,
+    out, x, weight, factor, zero, scale, sums, bias, m_count, n_count, channels, in_height, in_width, height,
+    width, of_sample, of_channel, of_pixel, taps_y: constexpr, taps_x: constexpr, stride_y: constexpr,
+    stride_x: constexpr, pad_y: constexpr, pad_x: constexpr, block_m: constexpr, block_n: constexpr,
+    block_k: constexpr,
 ):  # fmt: skip
     """Rows of the product are output pixels, columns output channels; `of_…` are the strides of `out`."""
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
@@ -102,11 +129,15 @@ def _convolve(
         y, z = top + tap // taps_x, left + tap % taps_x
         inside = (m < m_count) & (y >= 0) & (y < in_height) & (z >= 0) & (z < in_width)
         at = ((sample.to(tl.int64) * in_height + y) * in_width + z) * channels
-        inputs = tl.load(x + at[:, None] + k[None, :], mask=inside[:, None] & (k < channels)[None, :], other=0)
+        inputs = tl.load(
+            x + at[:, None] + k[None, :], mask=inside[:, None] & (k < channels)[None, :], other=0
+        )
         if zero is not None:  # padding is nothing; what is beyond the channels has weights of 0
             inputs = tl.where(inside[:, None], inputs, nothing[:, None].to(tl.int8))
         at = (n.to(tl.int64) * (taps_y * taps_x) + tap) * channels
-        weights = tl.load(weight + at[:, None] + k[None, :], mask=(n < n_count)[:, None] & (k < channels)[None, :], other=0)
+        weights = tl.load(
+            weight + at[:, None] + k[None, :], mask=(n < n_count)[:, None] & (k < channels)[None, :], other=0
+        )
         total = tl.dot(inputs, tl.trans(weights), total, out_dtype=tl.int32)
     if zero is not None:
         total -= nothing[:, None] * tl.load(sums + n, mask=n < n_count, other=0)[None, :]

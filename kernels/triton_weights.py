@@ -1,8 +1,9 @@
-"""Stored weights (kernels/formats.py) on a GPU, each in one Triton kernel: made dense, or multiplied while they are unpacked.
+"""Stored weights (kernels/formats.py) on a GPU, each in one Triton kernel: made dense, or multiplied while
+they are unpacked.
 
-It can be imported where there is no triton; what needs it then fails when it is called, so look at `triton` first, which is None
-there. Kernels call nothing of triton's own standard library, so that they can be interpreted on a CPU however triton was
-imported. For triton 3.4 and later.
+It can be imported where there is no triton; what needs it then fails when it is called, so look at `triton`
+first, which is None there. Kernels call nothing of triton's own standard library, so that they can be
+interpreted on a CPU however triton was imported. For triton 3.4 and later.
 """
 
 from __future__ import annotations
@@ -50,19 +51,33 @@ def dequantise_triton(
     block: tuple[int, int] = (4, 256),
     **launch: int,
 ) -> None:
-    """Fill `out` with the weight that the parts mean: in our order (out, taps, in), or as torch has it, (out, in, taps).
+    """Fill `out` with the weight that the parts mean: in our order (out, taps, in), or as torch has it, (out,
+    in, taps).
 
-    `out` is contiguous, of any floating dtype and any shape of so many values; each is computed in fp32 and rounded once. `block`
-    is how many rows and columns one program writes, powers of 2; `launch` is triton's num_warps and num_stages. Raises ValueError
-    for parts or an `out` that are not of this weight.
+    `out` is contiguous, of any floating dtype and any shape of so many values; each is computed in fp32 and
+    rounded once. `block` is how many rows and columns one program writes, powers of 2; `launch` is triton's
+    num_warps and num_stages. Raises ValueError for parts or an `out` that are not of this weight.
     """
     _check(packed, scale, zero, form, (len(packed), in_channels, taps))
     rows, row = len(packed), taps * in_channels
     if out.numel() != rows * row or not out.is_contiguous():
-        raise ValueError(f"{rows} x {row} weights do not go into strides {out.stride()} of shape {tuple(out.shape)}")
+        raise ValueError(
+            f"{rows} x {row} weights do not go into strides {out.stride()} of shape {tuple(out.shape)}"
+        )
     grid = (-(-rows // block[0]), -(-row // block[1]))
     _dense[grid](
-        *(out, packed, scale, zero, _table(form, out.device), rows, row, in_channels, packed.shape[1], scale.shape[1]),
+        *(
+            out,
+            packed,
+            scale,
+            zero,
+            _table(form, out.device),
+            rows,
+            row,
+            in_channels,
+            packed.shape[1],
+            scale.shape[1],
+        ),
         *(-(-in_channels // form.group) if form.group else 0, form.kind, form.group or _WHOLE),
         *(taps, nchw or taps == 1, *block),
         **launch,
@@ -79,18 +94,23 @@ def linear_triton(
     tile: tuple[int, int, int] | None = None,
     **launch: int,
 ) -> Tensor:
-    """(…, in) → (…, out), in the dtype of `x`, fp32, fp16 or bf16: for few rows of `x`, as each 64 of them unpack all weights.
+    """(…, in) → (…, out), in the dtype of `x`, fp32, fp16 or bf16: for few rows of `x`, as each 64 of them
+    unpack all weights.
 
-    Weights are rounded to that dtype and their products summed in fp32. `tile` is how many rows of `x`, output channels and
-    columns of `packed` one program takes at a time, powers of 2 from 16; `launch` is triton's num_warps and num_stages. Raises
-    ValueError for parts that do not fit `x`.
+    Weights are rounded to that dtype and their products summed in fp32. `tile` is how many rows of `x`,
+    output channels and columns of `packed` one program takes at a time, powers of 2 from 16; `launch` is
+    triton's num_warps and num_stages. Raises ValueError for parts that do not fit `x`.
     """
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     _check(packed, scale, zero, form, (len(packed), x.shape[-1]))
     (m, row), (n, width) = rows.shape, packed.shape
     out = x.new_empty(*x.shape[:-1], n)
     group = form.group or _WHOLE
-    tile = tile or (max(16, min(64, 1 << (m - 1).bit_length())), 32, 64 if width % 64 == 0 and group % 64 == 0 else 32)
+    tile = tile or (
+        max(16, min(64, 1 << (m - 1).bit_length())),
+        32,
+        64 if width % 64 == 0 and group % 64 == 0 else 32,
+    )
     # So that what one program multiplies at a time has one scale in each output channel.
     aligned = group % tile[2] == 0 and (form.bits == 8 or not form.group or width % tile[2] == 0)
     _multiply[-(-n // tile[1]), -(-m // tile[0])](
@@ -120,9 +140,11 @@ def _value(codes, scale, zero, table, at, inside, kind: constexpr):
 @jit
 def _dense(
     out, packed, scale, zero, table, rows, row, channels, width, groups, groups_of_tap,
-    kind: constexpr, group: constexpr, taps: constexpr, nchw: constexpr, block_rows: constexpr, block_columns: constexpr,
+    kind: constexpr, group: constexpr, taps: constexpr, nchw: constexpr, block_rows: constexpr,
+    block_columns: constexpr,
 ):  # fmt: skip
-    """Reads as it writes: where the order changes, what is scattered are the reads, of fewer bytes and from a cache."""
+    """Reads as it writes: where the order changes, what is scattered are the reads, of fewer bytes and from a
+    cache."""
     o = tl.program_id(0) * block_rows + tl.arange(0, block_rows)[:, None]
     place = tl.program_id(1) * block_columns + tl.arange(0, block_columns)[None, :]
     inside = (o < rows) & (place < row)
@@ -142,7 +164,8 @@ def _dense(
 @jit
 def _multiply(
     out, x, packed, scale, zero, table, bias, m_count, n_count, row, width, groups,
-    kind: constexpr, group: constexpr, aligned: constexpr, block_m: constexpr, block_n: constexpr, block_k: constexpr,
+    kind: constexpr, group: constexpr, aligned: constexpr, block_m: constexpr, block_n: constexpr,
+    block_k: constexpr,
 ):  # fmt: skip
     m = (tl.program_id(1) * block_m + tl.arange(0, block_m)).to(tl.int64)[:, None]
     n = (tl.program_id(0) * block_n + tl.arange(0, block_n)).to(tl.int64)
@@ -150,7 +173,9 @@ def _multiply(
     total = tl.full((block_m, block_n), 0, tl.float32)
     for start in range(0, width, block_k):
         column = start + tl.arange(0, block_k)[None, :]
-        read = tl.load(packed + channel * width + column, mask=(channel < n_count) & (column < width), other=0)
+        read = tl.load(
+            packed + channel * width + column, mask=(channel < n_count) & (column < width), other=0
+        )
         for half in tl.static_range(1 if kind == "int8" else 2):
             k = column + half * width
             inputs = tl.load(x + m * row + k, mask=(m < m_count) & (column < width) & (k < row), other=0)
@@ -162,7 +187,11 @@ def _multiply(
             total = tl.dot(inputs, tl.trans(weight), total, input_precision="ieee")
     if bias is not None:
         total += tl.load(bias + n, mask=n < n_count, other=0).to(tl.float32)[None, :]
-    tl.store(out + m * n_count + n[None, :], total.to(out.dtype.element_ty), mask=(m < m_count) & (n < n_count)[None, :])
+    tl.store(
+        out + m * n_count + n[None, :],
+        total.to(out.dtype.element_ty),
+        mask=(m < m_count) & (n < n_count)[None, :],
+    )
 
 
 @functools.cache
@@ -180,5 +209,9 @@ def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, form: Format, sha
     for name, (dtype, sides) in form.parts(shape).items():
         part = parts[name]
         if part is None or part.dtype != dtype or part.shape != sides or not part.is_contiguous():
-            given = "none" if part is None else f"{part.dtype} {tuple(part.shape)} with strides {part.stride()}"
-            raise ValueError(f"{name} of a {form.kind} weight {shape} is {dtype} {sides}, contiguous; this is {given}")
+            given = (
+                "none" if part is None else f"{part.dtype} {tuple(part.shape)} with strides {part.stride()}"
+            )
+            raise ValueError(
+                f"{name} of a {form.kind} weight {shape} is {dtype} {sides}, contiguous; this is {given}"
+            )

@@ -1,4 +1,5 @@
-"""One device's memory, which all pipelines of this process share: one of them runs at a time, the others make room for it."""
+"""One device's memory, which all pipelines of this process share: one of them runs at a time, the others make
+room for it."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from typing import Protocol
 
 from .errors import TightfitError
 
-# Libraries change their own globals while they build a module, and the planner pauses Python's search for cycles: whoever plans or
-# loads, on whatever device, does so alone.
+# Libraries change their own globals while they build a module, and the planner pauses Python's search for
+# cycles: whoever plans or loads, on whatever device, does so alone.
 BUILDING = threading.RLock()
 
 
@@ -52,8 +53,9 @@ class Turn:
 class DeviceBudget:
     """One for each device of the process: `DeviceBudget.of`.
 
-    Plans reckon with the whole free memory, and torch's allocator has one cap for the process. So runs on a device follow one
-    another: a second thread waits. Within one thread that would be for ever, so a second run there is refused.
+    Plans reckon with the whole free memory, and torch's allocator has one cap for the process. So runs on a
+    device follow one another: a second thread waits. Within one thread that would be for ever, so a second
+    run there is refused.
     """
 
     _devices: dict[str, DeviceBudget] = {}  # noqa: RUF012  # of the process, as what they guard is
@@ -62,7 +64,9 @@ class DeviceBudget:
     def __init__(self) -> None:
         self._running = threading.Lock()
         self._turn: Turn | None = None
-        self._tenants: weakref.WeakKeyDictionary[Tenant, None] = weakref.WeakKeyDictionary()  # the last that ran is the last
+        self._tenants: weakref.WeakKeyDictionary[Tenant, None] = (
+            weakref.WeakKeyDictionary()
+        )  # the last that ran is the last
 
     @classmethod
     def of(cls, device: str) -> DeviceBudget:
@@ -70,7 +74,8 @@ class DeviceBudget:
             return cls._devices.setdefault(device, cls())
 
     def claim(self, tenant: Tenant) -> Turn:
-        """Wait until no other run is under way here. Raises TightfitError where this thread would wait for itself."""
+        """Wait until no other run is under way here. Raises TightfitError where this thread would wait for
+        itself."""
         turn = self._turn
         if turn and turn.thread == threading.get_ident():
             whose = "this pipeline" if turn.tenant is tenant else "another pipeline of this thread"
@@ -92,10 +97,11 @@ class DeviceBudget:
         return turn is not None and turn.tenant is not tenant
 
     def share(self, tenant: Tenant, wanted_bytes: int, peak_bytes: int) -> int:
-        """Bytes that `tenant`, whose turn it is, may hold: `wanted_bytes`, or what idle tenants leave of the device.
+        """Bytes that `tenant`, whose turn it is, may hold: `wanted_bytes`, or what idle tenants leave of the
+        device.
 
-        Where `peak_bytes` do not fit beside them they are freed, the longest idle first, and `tenant` starts from nothing: what
-        others hold is told from what is its own before it loads anything.
+        Where `peak_bytes` do not fit beside them they are freed, the longest idle first, and `tenant` starts
+        from nothing: what others hold is told from what is its own before it loads anything.
         """
         self._tenants.pop(tenant, None)
         idle = [other for other in self._tenants if other.held() > 0]

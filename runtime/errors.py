@@ -8,13 +8,14 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# C0 and C1 controls, by which text moves the cursor, recolours or clears a terminal; line separators; Unicode's bidirectional
-# controls, which show text in another order than it has.
+# C0 and C1 controls, by which text moves the cursor, recolours or clears a terminal; line separators;
+# Unicode's bidirectional controls, which show text in another order than it has.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: object) -> str:
-    """`text` as one line that a terminal only shows: white space as spaces, control characters as escapes such as \\x1b.
+    """`text` as one line that a terminal only shows: white space as spaces, control characters as escapes
+    such as \\x1b.
 
     For whatever was written by others: prompts, names of files and models, what pictures and configs say.
     """
@@ -29,7 +30,8 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 class TightfitError(Exception):
-    """Bad input or a bad file. Its text is one line a user can act on; the command line prints it and exits with 2.
+    """Bad input or a bad file. Its text is one line a user can act on; the command line prints it and exits
+    with 2.
 
     Names and contents of files are part of it: control characters in them are written as escapes.
     """
@@ -49,12 +51,13 @@ class OutOfMemoryError(TightfitError):
         self.complete = complete
 
 
-# torch's words for CUDA, MPS and the CPU (c10's alloc_cpu.cpp; on Windows too), the C++ library's, oneDNN's where it has no room
-# for its code or its scratchpad, threads' that get no stack, the loader's of a library that comes late, and Python's of a C
-# function that failed and had no room to say so.
+# torch's words for CUDA, MPS and the CPU (c10's alloc_cpu.cpp; on Windows too), the C++ library's, oneDNN's
+# where it has no room for its code or its scratchpad, threads' that get no stack, the loader's of a library
+# that comes late, and Python's of a C function that failed and had no room to say so.
 _NO_MEMORY = re.compile(
-    "out of memory|allocate memory|not enough memory|bad_alloc|std::length_error|could not create a (primitive|memory)"
-    "|could not execute a primitive|start new thread|Resource temporarily unavailable|failed to map segment|static TLS"
+    "out of memory|allocate memory|not enough memory|bad_alloc|std::length_error"
+    "|could not create a (primitive|memory)|could not execute a primitive|start new thread"
+    "|Resource temporarily unavailable|failed to map segment|static TLS"
     "|without exception set|without setting an exception"
 )
 
@@ -62,10 +65,18 @@ _NO_MEMORY = re.compile(
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether an exception, or what it came from, says that memory ran out."""
     while error is not None:
-        if isinstance(error, MemoryError | OutOfMemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+        if isinstance(error, MemoryError | OutOfMemoryError) or (
+            isinstance(error, OSError) and error.errno == errno.ENOMEM
+        ):
             return True
-        waits = isinstance(error, BlockingIOError)  # a file that another holds has the words of a thread without a stack
-        if isinstance(error, RuntimeError | ImportError | OSError | SystemError) and not waits and _NO_MEMORY.search(str(error)):
+        waits = isinstance(
+            error, BlockingIOError
+        )  # a file that another holds has the words of a thread without a stack
+        if (
+            isinstance(error, RuntimeError | ImportError | OSError | SystemError)
+            and not waits
+            and _NO_MEMORY.search(str(error))
+        ):
             return True
         error = error.__cause__ or error.__context__
     return False

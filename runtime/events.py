@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """One stage: its seconds, loading included; the most bytes held at once for its tensors, as a plan predicts them; and the
-    most memory the whole process held.
+    """One stage: its seconds, loading included; the most bytes held at once for its tensors, as a plan
+    predicts them; and the most memory the whole process held.
 
     The stages are prepare (libraries, plan, tokens), encode, denoise and decode.
     """
@@ -35,7 +35,8 @@ class Measured:
 
 @dataclass(frozen=True)
 class Result:
-    """A finished request: as it was resolved, the plan that ran, the pictures, what was measured, what to know about it."""
+    """A finished request: as it was resolved, the plan that ran, the pictures, what was measured, what to
+    know about it."""
 
     request: Request
     plan: Plan
@@ -58,11 +59,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Event:
-    """`stage` is encode, denoise, decode or done; `step` of `steps` are finished; the last event carries the result.
+    """`stage` is encode, denoise, decode or done; `step` of `steps` are finished; the last event carries the
+    result.
 
-    Steps count on over all pictures of a request; `image` says which picture (from 0) the step belongs to. One that is decoded
-    is `picture`. The notices,
-    such as the end of a prompt that was cut, come with the first event after what they tell of.
+    Steps count on over all pictures of a request; `image` says which picture (from 0) the step belongs to.
+    One that is decoded is `picture`. The notices, such as the end of a prompt that was cut, come with the
+    first event after what they tell of.
     """
 
     stage: str

@@ -1,4 +1,5 @@
-"""Fields as data: what is said once, beside a field, and read by checks, command line, reports and PNG text."""
+"""Fields as data: what is said once, beside a field, and read by checks, command line, reports and PNG
+text."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ class About:
     """What is known of a field besides its type and default. Without `help` it is no option.
 
     metavar: what stands for the value in --help. options: names on the command line, where the field's own,
-    `--like-this`, is not all. bounds: the least and the most, both allowed. choices: the words it may be, besides
-    "auto". costs: memory or seconds depend on it.
+    `--like-this`, is not all. bounds: the least and the most, both allowed. choices: the words it may be,
+    besides "auto". costs: memory or seconds depend on it.
     """
 
     help: str = ""
@@ -39,5 +40,8 @@ def described(group: type) -> dict[str, About]:
 def kinds(group: type) -> dict[str, type]:
     """The type of each field of a dataclass, None left out. Any is text, as a person types it."""
     hints = get_type_hints(group)
-    names = {name: next((kind for kind in get_args(hint) if kind is not type(None)), hint) for name, hint in hints.items()}
+    names = {
+        name: next((kind for kind in get_args(hint) if kind is not type(None)), hint)
+        for name, hint in hints.items()
+    }
     return {name: str if kind is Any else kind for name, kind in names.items()}

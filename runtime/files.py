@@ -1,6 +1,7 @@
 """A model's files: JSON, and what the headers of safetensors files promise. Never a weight, never a pickle.
 
-A folder is hostile until shown otherwise: what is opened is a regular file of a sane size, and what names code is on a list.
+A folder is hostile until shown otherwise: what is opened is a regular file of a sane size, and what names
+code is on a list.
 """
 
 from __future__ import annotations
@@ -27,21 +28,30 @@ WEIGHTS_BYTES = 2**40  # at most in one file; SDXL's U-Net in fp32 has 10 GB
 
 
 def open_regular(path: Path, most_bytes: int) -> BufferedReader:
-    """Open a regular file of at most `most_bytes` bytes to read: of a pipe, a device or a folder TightfitError says what it is.
+    """Open a regular file of at most `most_bytes` bytes to read: of a pipe, a device or a folder
+    TightfitError says what it is.
 
-    Not blocking, as opening a pipe to which nothing writes would wait for ever. Raises OSError as `open` does.
+    Not blocking, as opening a pipe to which nothing writes would wait for ever. Raises OSError as `open`
+    does.
     """
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    flags = (
+        os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
+    )
     try:
         descriptor = os.open(path, flags)
     except ValueError:
-        raise TightfitError(f"{str(path)!r} has a null character, which no file's name has: name another") from None
+        raise TightfitError(
+            f"{str(path)!r} has a null character, which no file's name has: name another"
+        ) from None
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
             raise TightfitError(f"{path} is {_kind(found.st_mode)}, not a file: put the file itself there")
         if found.st_size > most_bytes:
-            raise TightfitError(f"{path} has {found.st_size} bytes, of at most {most_bytes} that such a file has: name another")
+            raise TightfitError(
+                f"{path} has {found.st_size} bytes, of at most {most_bytes} that such a file has: "
+                "name another"
+            )
         return os.fdopen(descriptor, "rb")
     except BaseException:
         os.close(descriptor)
@@ -54,11 +64,14 @@ def _kind(mode: int) -> str:
 
 
 def read_bytes(path: Path, most_bytes: int = JSON_BYTES) -> bytes:
-    """What is in a regular file of at most `most_bytes` bytes, also of those whose size the system does not tell, as in /proc."""
+    """What is in a regular file of at most `most_bytes` bytes, also of those whose size the system does not
+    tell, as in /proc."""
     with open_regular(path, most_bytes) as stream:
         content = stream.read(most_bytes + 1) or b""
     if len(content) > most_bytes:
-        raise TightfitError(f"{path} has more than the {most_bytes} bytes that such a file has at most: name another")
+        raise TightfitError(
+            f"{path} has more than the {most_bytes} bytes that such a file has at most: name another"
+        )
     return content
 
 
@@ -75,7 +88,8 @@ def sha256(path: Path) -> str:
 
 
 def parsed(content: bytes) -> Any:
-    """JSON that can be worked with: ValueError for what is broken, for a whole number beyond 64 bits, and for half a character."""
+    """JSON that can be worked with: ValueError for what is broken, for a whole number beyond 64 bits, and for
+    half a character."""
 
     def whole(digits: str) -> int:
         if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
@@ -125,7 +139,8 @@ def shortened(value: Any) -> str:
 
 
 def inside(path: Path, root: Path) -> bool:
-    """Whether `path`, its links followed, is in the folder `root`; or, if this is a snapshot in the hub's cache, in its blobs.
+    """Whether `path`, its links followed, is in the folder `root`; or, if this is a snapshot in the hub's
+    cache, in its blobs.
 
     A snapshot there is links to the files of the folder blobs, which is beside that of the snapshots.
     """
@@ -138,7 +153,8 @@ def inside(path: Path, root: Path) -> bool:
 
 
 def plain_name(name: str) -> bool:
-    """Whether it is a file's name without a folder, which can be looked for: systems have names of at most 255 bytes."""
+    """Whether it is a file's name without a folder, which can be looked for: systems have names of at most
+    255 bytes."""
     return Path(name).name == name and "\0" not in name and len(name.encode("utf-8", "replace")) <= 255
 
 
@@ -159,7 +175,8 @@ def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to: it takes the place of `path` at the end, or is removed, so half a file is never seen."""
+    """A temporary sibling to write to: it takes the place of `path` at the end, or is removed, so half a file
+    is never seen."""
     partial = path.with_name(f".tightfit-{uuid4().hex}.partial")
     try:
         yield partial
@@ -170,8 +187,9 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def adding(path: Path) -> Iterator[list[Path]]:
-    """As `replacing`, but what is there stays: a file called so already, or by another process meanwhile, and the new one gets a
-    number. What is written to comes first in the list, and the place that it took is added at the end."""
+    """As `replacing`, but what is there stays: a file called so already, or by another process meanwhile, and
+    the new one gets a number. What is written to comes first in the list, and the place that it took is added
+    at the end."""
     partial = path.with_name(f".tightfit-{uuid4().hex}.partial")
     places = [partial]
     try:
@@ -186,7 +204,8 @@ def adding(path: Path) -> Iterator[list[Path]]:
 
 
 def _placed(partial: Path, place: Path) -> bool:
-    """Give a whole file a name that is free, and say if it was: of two processes that try at once one does."""
+    """Give a whole file a name that is free, and say if it was: of two processes that try at once one
+    does."""
     try:
         os.link(partial, place)
     except FileExistsError:
@@ -201,9 +220,11 @@ def _placed(partial: Path, place: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again: XDG_CACHE_HOME, or what the system uses for it.
+    """Where this user's programs keep what they can make again: XDG_CACHE_HOME, or what the system uses for
+    it.
 
-    A user without a home (`docker run --user 1234`) gets a folder in the temporary one that nobody else can write to.
+    A user without a home (`docker run --user 1234`) gets a folder in the temporary one that nobody else can
+    write to.
     """
     given = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
     if given:
@@ -218,7 +239,8 @@ def cache_folder() -> Path:
 
 @cache
 def _temporary_cache() -> Path:
-    """`tightfit-UID` in the temporary folder, if it is this user's alone; else one of this process, or none that can be written."""
+    """`tightfit-UID` in the temporary folder, if it is this user's alone; else one of this process, or none
+    that can be written."""
     user = getattr(os, "getuid", lambda: 0)()
     try:
         folder = Path(gettempdir()) / f"tightfit-{user}"

@@ -21,12 +21,23 @@ _SETTINGS = re.compile(r"\s*Steps:\s*\d")
 _TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
 _FIELDS = {field.name: field for field in dataclasses.fields(Request)}
 _KINDS = kinds(Request)
-_UNDERSTOOD = {"Steps", "Sampler", "Schedule type", "CFG scale", "Seed", "Size", "Model", "Model hash", "Version"}
+_UNDERSTOOD = {
+    "Steps",
+    "Sampler",
+    "Schedule type",
+    "CFG scale",
+    "Seed",
+    "Size",
+    "Model",
+    "Model hash",
+    "Version",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Carried:
-    """What a picture says of how it was made: fields of Request, model and precision where it names them, and notices."""
+    """What a picture says of how it was made: fields of Request, model and precision where it names them, and
+    notices."""
 
     request: Mapping[str, Any]
     model: str | None = None
@@ -35,7 +46,8 @@ class Carried:
 
 
 def write(request: Request, model: str, precision: str) -> str:
-    """A resolved request as A1111 would write it. A last field holds it once more as JSON, exact whatever the prompt."""
+    """A resolved request as A1111 would write it. A last field holds it once more as JSON, exact whatever the
+    prompt."""
     exact = {"model": model, "precision": precision, **dataclasses.asdict(request)}
     lines = [request.prompt]
     if request.negative_prompt:
@@ -57,32 +69,45 @@ def write(request: Request, model: str, precision: str) -> str:
 def read(picture: Path) -> Carried:
     """What `picture` carries. Raises TightfitError if it is no PNG or says nothing that can be repeated."""
     if not (text := png.read_text(picture, "parameters")):
-        raise TightfitError(f"{picture} carries no 'parameters' text: only pictures made by tightfit or A1111 can be repeated")
+        raise TightfitError(
+            f"{picture} carries no 'parameters' text: only pictures made by tightfit or A1111 can be repeated"
+        )
     return parse(text, str(picture))
 
 
 def parse(text: str, source: str) -> Carried:
-    """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and a line of settings, the last that looks like one.
+    """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and a line of settings, the last that
+    looks like one.
 
     Extensions of A1111 write below it: Dynamic Prompts a template. Takes time in proportion to the text.
     """
     if len(text) > png.MAX_TEXT_BYTES:
-        raise TightfitError(f"the 'parameters' text of {source} has {len(text)} characters, too many to be a request")
+        raise TightfitError(
+            f"the 'parameters' text of {source} has {len(text)} characters, too many to be a request"
+        )
     lines = text.rstrip().split("\n")
     place = next((i for i in reversed(range(len(lines))) if _SETTINGS.match(lines[i])), len(lines) - 1)
     prompt, fields = lines[:place], {name: _unquoted(value) for name, value in _pairs(lines[place])}
     if "tightfit" in fields:
         return _exact(fields["tightfit"], source)
     if "Steps" not in fields:
-        raise TightfitError(f"the 'parameters' text of {source} has no line of settings: it cannot be repeated")
+        raise TightfitError(
+            f"the 'parameters' text of {source} has no line of settings: it cannot be repeated"
+        )
     positive, _, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
-    # A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its modules/sd_models_xl.py): here that is None.
-    request = {"prompt": positive.strip(), "negative_prompt": negative.strip() or None, **_a1111(fields, source)}
+    # A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its
+    # modules/sd_models_xl.py): here that is None.
+    request = {
+        "prompt": positive.strip(),
+        "negative_prompt": negative.strip() or None,
+        **_a1111(fields, source),
+    }
     return Carried(request, notices=_differences(fields))
 
 
 def _exact(text: str, source: str) -> Carried:
-    """The JSON that some version of tightfit wrote. A field that is not in it has its default, as Request says.
+    """The JSON that some version of tightfit wrote. A field that is not in it has its default, as Request
+    says.
 
     A field that Request does not have is noted. Null is not: nothing was asked.
     """
@@ -90,16 +115,23 @@ def _exact(text: str, source: str) -> Carried:
         exact = json.loads(text)
     except (ValueError, RecursionError):
         exact = None
-    if not isinstance(exact, dict) or not all(isinstance(exact.get(name), str) for name in ("model", "precision", "prompt")):
+    if not isinstance(exact, dict) or not all(
+        isinstance(exact.get(name), str) for name in ("model", "precision", "prompt")
+    ):
         raise TightfitError(f"the request inside {source} is damaged: it cannot be repeated")
     model, precision = exact.pop("model"), exact.pop("precision")
     request = {name: value for name, value in exact.items() if name in _FIELDS}
     if wrong := [name for name, value in request.items() if not _fits(name, value)]:
-        raise TightfitError(f"the request inside {source} is damaged, in its {wrong[0]}: it cannot be repeated")
+        raise TightfitError(
+            f"the request inside {source} is damaged, in its {wrong[0]}: it cannot be repeated"
+        )
     unknown = {name: value for name, value in exact.items() if name not in _FIELDS and value is not None}
     if not unknown:
         return Carried(request, model, precision)
-    notice = f"another version of tightfit painted {source}, so the picture may differ; not honoured: {_named(unknown)}"
+    notice = (
+        f"another version of tightfit painted {source}, so the picture may differ; not honoured: "
+        f"{_named(unknown)}"
+    )
     return Carried(request, model, precision, (notice,))
 
 
@@ -107,11 +139,14 @@ def _fits(name: str, value: Any) -> bool:
     """Whether JSON has `value` for a field of that name; a whole number is also a float."""
     if value is None:
         return _FIELDS[name].default is None
-    return isinstance(value, (float, int) if _KINDS[name] is float else _KINDS[name]) and not isinstance(value, bool)
+    return isinstance(value, (float, int) if _KINDS[name] is float else _KINDS[name]) and not isinstance(
+        value, bool
+    )
 
 
 def _pairs(line: str) -> Iterator[tuple[str, str]]:
-    """Names and values of "name: value, name: "quoted, value"", as A1111's regular expression finds them, but in one pass."""
+    """Names and values of "name: value, name: "quoted, value"", as A1111's regular expression finds them, but
+    in one pass."""
     place = 0
     while (colon := line.find(":", place)) >= 0:
         comma = line.rfind(",", place, colon)
@@ -127,7 +162,8 @@ def _pairs(line: str) -> Iterator[tuple[str, str]]:
 
 
 def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
-    """A1111's settings as Request fields. A sampler tightfit has not stays as it is called there, and is refused later."""
+    """A1111's settings as Request fields. A sampler tightfit has not stays as it is called there, and is
+    refused later."""
     sampler, kind = fields.get("Sampler", ""), fields.get("Schedule type", "Automatic")
     if kind == "Automatic":  # as A1111 resolves it
         kind = "Karras" if sampler == "DPM++ 2M" else ""
@@ -144,7 +180,9 @@ def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
             "height": int(height),
         }
     except (KeyError, ValueError):
-        raise TightfitError(f"the settings inside {source} are damaged: give the request by options instead") from None
+        raise TightfitError(
+            f"the settings inside {source} are damaged: give the request by options instead"
+        ) from None
 
 
 def _differences(fields: Mapping[str, str]) -> tuple[str, ...]:

@@ -23,7 +23,8 @@ class Loaded:
         self._limits: dict[str, int] = {}
 
     def take(self, plan: Plan) -> None:
-        """Make way for `plan`: what another placed otherwise is freed, and each engine is held to what it may take."""
+        """Make way for `plan`: what another placed otherwise is freed, and each engine is held to what it may
+        take."""
         for engine in {placement.backend for placement in plan.placements.values()} - self.backends.keys():
             self.backends[engine] = backend(engine, plan.device)
         for name, (placement, _) in list(self.sessions.items()):
@@ -66,7 +67,8 @@ class Loaded:
             self.drop(name)
 
     def close(self) -> None:
-        """Free everything, the host's memory too, and lift the limits; but not the process's cap while another pipeline runs."""
+        """Free everything, the host's memory too, and lift the limits; but not the process's cap while
+        another pipeline runs."""
         self.free()
         for engine in self.backends.values():
             engine.keep({})

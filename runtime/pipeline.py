@@ -25,7 +25,8 @@ from .planner.wishes import Wishes
 from .request import Request, guided
 from .run import OnStage, Run, Ways
 
-MANY = 100  # requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them
+# Requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them.
+MANY = 100
 
 
 def load(
@@ -36,12 +37,13 @@ def load(
     local_files_only: bool = False,
     **wishes: Any,
 ) -> Pipeline:
-    """A pipeline for a built-in model, a diffusers folder or a hub id. No weight is read before the first request.
+    """A pipeline for a built-in model, a diffusers folder or a hub id. No weight is read before the first
+    request.
 
-    device: auto, cuda, xpu, mps or cpu. Each request is planned for what was free here, by `wishes`, the fields of Wishes:
-    precision, compute, residency, attention, tiling and cfg (auto unless named), budget (bytes, or text such as "4GiB"; of the
-    GPU's memory, or of the process's on a CPU), min_psnr (decibels). Or else all run by `plan`, if it fits. With
-    local_files_only nothing is fetched. Raises TightfitError.
+    device: auto, cuda, xpu, mps or cpu. Each request is planned for what was free here, by `wishes`, the
+    fields of Wishes: precision, compute, residency, attention, tiling and cfg (auto unless named), budget
+    (bytes, or text such as "4GiB"; of the GPU's memory, or of the process's on a CPU), min_psnr (decibels).
+    Or else all run by `plan`, if it fits. With local_files_only nothing is fetched. Raises TightfitError.
     """
     known = Wishes.__dataclass_fields__
     if unknown := [name for name in wishes if name not in known]:
@@ -54,10 +56,11 @@ def load(
 class Pipeline:
     """Runs requests for one model on one machine, each by the best plan for it, within the budget.
 
-    When memory runs out all the same, it goes on from where it was by a plan that takes less. Use as a context manager, or
-    `close` it, to free what stays loaded. Safe to use from threads: runs on one device follow one another, whichever
-    pipelines they are of. `on_stage` is called with the name of each stage as it begins (prepare, encode, denoise, decode);
-    the context manager that it returns is left as the stage ends.
+    When memory runs out all the same, it goes on from where it was by a plan that takes less. Use as a
+    context manager, or `close` it, to free what stays loaded. Safe to use from threads: runs on one device
+    follow one another, whichever pipelines they are of. `on_stage` is called with the name of each stage as
+    it begins (prepare, encode, denoise, decode); the context manager that it returns is left as the stage
+    ends.
     """
 
     def __init__(
@@ -72,11 +75,14 @@ class Pipeline:
         self.spec, self.hardware, self.wishes = spec, hardware, wishes or Wishes()
         self.loaded = Loaded(hardware)
         self._saved, self._planned, self._on_stage = plan, ([], []), on_stage
-        self._using = threading.RLock()  # held while something of this pipeline is read or changed, not between two events
+        self._using = (
+            threading.RLock()
+        )  # held while something of this pipeline is read or changed, not between two events
         self._current: tuple[Run, Turn] | None = None
 
     def plans(self, request: Request) -> list[Plan]:
-        """Every way to run `request` here, the one that will be taken first. Raises TightfitError if none fits."""
+        """Every way to run `request` here, the one that will be taken first. Raises TightfitError if none
+        fits."""
         request = request.resolve(self.spec)
         steps = schedulers.calls(str(request.scheduler), self.spec, int(request.num_inference_steps or 0))
         key = [request.width, request.height, steps, request.num_images, guided(self.spec, request)]
@@ -110,12 +116,15 @@ class Pipeline:
     def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
 
-        Options are those of Request, named as in diffusers: negative_prompt, num_inference_steps, guidance_scale,
-        width, height, seed, scheduler, num_images.
+        Options are those of Request, named as in diffusers: negative_prompt, num_inference_steps,
+        guidance_scale, width, height, seed, scheduler, num_images.
         """
         fields = Request.__dataclass_fields__
         if unknown := [name for name in options if name not in fields]:
-            raise TightfitError(f"unknown option '{unknown[0]}': choose {', '.join(name for name in fields if name != 'prompt')}")
+            raise TightfitError(
+                f"unknown option '{unknown[0]}': "
+                f"choose {', '.join(name for name in fields if name != 'prompt')}"
+            )
         images = self.generate(Request(prompt, **options)).images
         return images[0] if len(images) == 1 else list(images)
 
@@ -130,17 +139,20 @@ class Pipeline:
         return result
 
     def run(self, request: Request, preview_every: int = 0) -> Generator[Event, None, None]:
-        """Events while `request` runs; the last has stage "done" and the result. Closing the generator stops the run.
+        """Events while `request` runs; the last has stage "done" and the result. Closing the generator stops
+        the run.
 
-        A picture comes with the event of its decoding: as soon as it is painted where U-Net and VAE stay loaded together, else
-        after all are painted, as the VAE takes the U-Net's place. On KeyboardInterrupt, raised here or thrown in, those that are
-        painted are decoded before it is raised; on a second at once.
+        A picture comes with the event of its decoding: as soon as it is painted where U-Net and VAE stay
+        loaded together, else after all are painted, as the VAE takes the U-Net's place. On KeyboardInterrupt,
+        raised here or thrown in, those that are painted are decoded before it is raised; on a second at once.
 
-        With `preview_every` every n-th step's event has a picture of the latents as they are then, which costs a
-        decode each time, and its memory on top of what is predicted; without room for that there is none.
+        With `preview_every` every n-th step's event has a picture of the latents as they are then, which
+        costs a decode each time, and its memory on top of what is predicted; without room for that there is
+        none.
 
-        A device runs one request at a time, from its first event until the last or `close`. A second run on it, of this or
-        another pipeline, waits for that in another thread; in the same one it is refused with a TightfitError.
+        A device runs one request at a time, from its first event until the last or `close`. A second run on
+        it, of this or another pipeline, waits for that in another thread; in the same one it is refused with
+        a TightfitError.
         """
         request = request.resolve(self.spec)
         with self.loaded.budget.claim(self.loaded) as turn:
@@ -175,7 +187,8 @@ class Pipeline:
                 events.close()
 
     def close(self) -> None:
-        """Free every component that is still loaded, and end a run that is under way once it has made its next event.
+        """Free every component that is still loaded, and end a run that is under way once it has made its
+        next event.
 
         The pipeline can be used again; it then loads them again.
         """

@@ -30,12 +30,12 @@ STAGES = ("encode", "denoise", "decode")
 class Placement:
     """How one component runs.
 
-    precision: of the weights. compute: what it computes in, the same unless the weights are quantised. int8-dynamic: weights as in
-    int8, multiplied in whole numbers by inputs that are quantised as they come.
-    residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its weights flow
-    through it block by block, but for `kept_bytes` of its largest blocks, which are loaded for the stage). attention: torch's
-    `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or `tiled`, in strips of rows (kernels/strips.py).
-    provider: ONNX Runtime's, empty for torch.
+    precision: of the weights. compute: what it computes in, the same unless the weights are quantised.
+    int8-dynamic: weights as in int8, multiplied in whole numbers by inputs that are quantised as they come.
+    residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its
+    weights flow through it block by block, but for `kept_bytes` of its largest blocks, which are loaded for
+    the stage). attention: torch's `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or
+    `tiled`, in strips of rows (kernels/strips.py). provider: ONNX Runtime's, empty for torch.
     """
 
     backend: str

@@ -1,4 +1,5 @@
-"""The text chunks of a PNG, wherever they are in the file. No pixel is read. Format: W3C, Portable Network Graphics, 11.3.3."""
+"""The text chunks of a PNG, wherever they are in the file. No pixel is read. Format: W3C, Portable Network
+Graphics, 11.3.3."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
 def read_text(picture: Path, keyword: str) -> str | None:
-    """The first text of that keyword, None if there is none. Raises TightfitError for what is no PNG, or damaged before it."""
+    """The first text of that keyword, None if there is none. Raises TightfitError for what is no PNG, or
+    damaged before it."""
     try:
         with open_regular(picture, _MOST_BYTES) as stream:
             return _read(stream, keyword.encode())
@@ -31,7 +33,9 @@ def read_text(picture: Path, keyword: str) -> str | None:
     except OSError as error:
         raise TightfitError(f"{picture} cannot be read: {error.strerror}") from None
     except (ValueError, struct.error, zlib.error) as error:
-        raise TightfitError(f"{picture} is not a picture that can be read ({error}): name a PNG, or save it again") from None
+        raise TightfitError(
+            f"{picture} is not a picture that can be read ({error}): name a PNG, or save it again"
+        ) from None
 
 
 def _read(stream: BinaryIO, keyword: bytes) -> str | None:
@@ -102,10 +106,11 @@ def _inflated(method: bytes, data: bytes) -> bytes:
 
 
 def save(image: Image.Image, path: str | Path, overwrite: bool = True) -> Path:
-    """Write `image` as a PNG with its `parameters`, through a temporary sibling, so that no half picture is ever seen.
+    """Write `image` as a PNG with its `parameters`, through a temporary sibling, so that no half picture is
+    ever seen.
 
-    Without `overwrite` a file that is there stays: heart-2.png is written beside heart.png. Answers where the picture is.
-    Raises TightfitError if `path` does not end in .png or cannot be written.
+    Without `overwrite` a file that is there stays: heart-2.png is written beside heart.png. Answers where the
+    picture is. Raises TightfitError if `path` does not end in .png or cannot be written.
     """
     from PIL.PngImagePlugin import PngInfo
 
@@ -113,7 +118,9 @@ def save(image: Image.Image, path: str | Path, overwrite: bool = True) -> Path:
         raise TightfitError(f"save takes one picture, not a {type(image).__name__}: call it for each")
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise TightfitError(f"{path} does not end in .png: pictures are written as PNG, which carries their request")
+        raise TightfitError(
+            f"{path} does not end in .png: pictures are written as PNG, which carries their request"
+        )
     text = PngInfo()
     if "parameters" in image.info:
         text.add_text("parameters", image.info["parameters"])
@@ -126,4 +133,6 @@ def save(image: Image.Image, path: str | Path, overwrite: bool = True) -> Path:
             image.save(places[0], format="PNG", pnginfo=text)
         return places[-1]
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise TightfitError(f"{path} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise TightfitError(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
+        ) from None

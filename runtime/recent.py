@@ -1,4 +1,5 @@
-"""Values computed from objects, the most recently used, kept while the objects live. Safe to call from threads."""
+"""Values computed from objects, the most recently used, kept while the objects live. Safe to call from
+threads."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """Values by a key and the identity of their owners. No owner is kept alive. The values of an owner that dies go
-    with it, so an id that is given out again never finds the value of another object.
+    """Values by a key and the identity of their owners. No owner is kept alive. The values of an owner that
+    dies go with it, so an id that is given out again never finds the value of another object.
 
     A thread that asks while another computes waits, and finds what that one computed.
     """
@@ -42,6 +43,7 @@ class Recent(Generic[T]):
             self._kept.clear()
 
     def _forget(self, full: Hashable) -> None:
-        """Called at any moment, in any thread, when an owner dies. It takes no lock, as the thread that holds the lock
-        may be waiting for this one. Removing an item is one step, and so is copying the keys before they are read."""
+        """Called at any moment, in any thread, when an owner dies. It takes no lock, as the thread that holds
+        the lock may be waiting for this one. Removing an item is one step, and so is copying the keys before
+        they are read."""
         self._kept.pop(full, None)

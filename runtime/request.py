@@ -22,11 +22,12 @@ _NAMES = f"{', '.join(sorted(SCHEDULERS, key=len))}."
 
 @dataclass(frozen=True)
 class Request:
-    """One text-to-image request, in diffusers' words; None means "as the model likes it" until `resolve` decides.
+    """One text-to-image request, in diffusers' words; None means "as the model likes it" until `resolve`
+    decides.
 
-    Sizes are pixels. Picture i of `num_images` is made from seed + i, so each can be made again alone. A negative
-    prompt of None is no negative prompt, which SDXL treats differently from an empty one, as diffusers does. A seed of -1 is
-    a random one, as None is.
+    Sizes are pixels. Picture i of `num_images` is made from seed + i, so each can be made again alone. A
+    negative prompt of None is no negative prompt, which SDXL treats differently from an empty one, as
+    diffusers does. A seed of -1 is a random one, as None is.
     """
 
     prompt: str
@@ -57,7 +58,10 @@ class Request:
             given["seed"] = None
         whole = {name: _whole(name, given[name], *limits) for name, limits in _WHOLE.items()}
         if (whole["seed"] or 0) + (whole["num_images"] or 1) > _WHOLE["seed"][1] + 1:
-            raise TightfitError(f"seed {whole['seed']} leaves no seeds for {whole['num_images']} pictures: choose a smaller one")
+            raise TightfitError(
+                f"seed {whole['seed']} leaves no seeds for {whole['num_images']} pictures: "
+                "choose a smaller one"
+            )
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             close = get_close_matches(self.scheduler.lower(), SCHEDULERS, 1)
             meant = f" (did you mean {close[0]}?)" if close else ""
@@ -66,15 +70,20 @@ class Request:
         return dataclasses.replace(self, guidance_scale=_scale(self.guidance_scale), **whole)
 
     def resolve(self, spec: ModelSpec) -> Request:
-        """The same request with everything decided for `spec`; raises TightfitError for what cannot be done."""
+        """The same request with everything decided for `spec`; raises TightfitError for what cannot be
+        done."""
         request = self.checked()
-        height, width = (request.height, request.width) if request.height and request.width else spec.native_size
+        height, width = (
+            (request.height, request.width) if request.height and request.width else spec.native_size
+        )
         whole = dataclasses.replace(
             request,
             width=request.width or width,
             height=request.height or height,
             num_inference_steps=request.num_inference_steps or spec.default_steps,
-            guidance_scale=_scale(spec.default_guidance) if request.guidance_scale is None else request.guidance_scale,
+            guidance_scale=_scale(spec.default_guidance)
+            if request.guidance_scale is None
+            else request.guidance_scale,
             seed=random.SystemRandom().randrange(2**32) if request.seed is None else request.seed,
             scheduler=request.scheduler or schedulers.default(spec),
         )
@@ -105,7 +114,9 @@ def _whole(name: str, value: Any, least: int, most: int) -> int | None:
     number = operator.index(value) if isinstance(value, SupportsIndex) else None  # numpy's integers too
     if number is None or isinstance(value, bool) or not least <= number <= most:
         random_one = f"; leave it out, or give {RANDOM_SEED}, for a random one" if name == "seed" else ""
-        raise TightfitError(f"{name} must be a whole number from {least} to {most}, not {value!r}{random_one}")
+        raise TightfitError(
+            f"{name} must be a whole number from {least} to {most}, not {value!r}{random_one}"
+        )
     return number
 
 
@@ -125,7 +136,10 @@ def _scale(value: Any) -> float | None:
 def _size_error(name: str, value: int, factor: int) -> str:
     below, above = value // factor * factor, (value // factor + 1) * factor
     near = f"{below} or {above}" if below else str(above)
-    return f"{name} {value} is not a multiple of {factor}, by which this model shrinks a picture: the nearest are {near}"
+    return (
+        f"{name} {value} is not a multiple of {factor}, by which this model shrinks a picture: "
+        f"the nearest are {near}"
+    )
 
 
 def guided(spec: ModelSpec, request: Request) -> bool:

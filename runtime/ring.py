@@ -1,5 +1,5 @@
-"""Where weights that stream lie on a device: a buffer smaller than all of them, filled in turn. Pure arithmetic, by which a
-Streamer works and its seconds are predicted."""
+"""Where weights that stream lie on a device: a buffer smaller than all of them, filled in turn. Pure
+arithmetic, by which a Streamer works and its seconds are predicted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Ring(Generic[K]):
-    """Units in a buffer of `capacity` bytes, each in one piece: a new one comes behind the last, at the end at the start."""
+    """Units in a buffer of `capacity` bytes, each in one piece: a new one comes behind the last, at the end
+    at the start."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -29,8 +30,8 @@ class Ring(Generic[K]):
         del self._places[unit]
 
     def put(self, unit: K, count: int, needed: Container[K] = ()) -> list[K] | None:
-        """Place `count` bytes, and answer the units that had to go for them. None, and nothing is changed, if one that is `needed`
-        is in the way."""
+        """Place `count` bytes, and answer the units that had to go for them. None, and nothing is changed, if
+        one that is `needed` is in the way."""
         for start in (self._end, 0):
             end = start + count
             gone = [other for other, (low, high) in self._places.items() if low < end and start < high]
@@ -44,8 +45,11 @@ class Ring(Generic[K]):
         return gone
 
 
-def ahead(ring: Ring[K], now: K, upcoming: Iterable[K], sizes: Mapping[K, int]) -> Iterator[tuple[K, list[K]]]:
-    """Place what comes after `now`, as far as it fits beside what is called before it; each with the units that had to go."""
+def ahead(
+    ring: Ring[K], now: K, upcoming: Iterable[K], sizes: Mapping[K, int]
+) -> Iterator[tuple[K, list[K]]]:
+    """Place what comes after `now`, as far as it fits beside what is called before it; each with the units
+    that had to go."""
     needed = {now}
     for unit in upcoming:
         needed.add(unit)

@@ -1,4 +1,5 @@
-"""Tables of rules: what must not be, and the message for where it is. The first rule that is broken speaks."""
+"""Tables of rules: what must not be, and the message for where it is. The first rule that is broken
+speaks."""
 
 from __future__ import annotations
 

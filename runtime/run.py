@@ -1,4 +1,5 @@
-"""One request: encode → denoise → decode as a generator of events, within the budget, and all state of that one run."""
+"""One request: encode → denoise → decode as a generator of events, within the budget, and all state of that
+one run."""
 
 from __future__ import annotations
 
@@ -32,7 +33,8 @@ CURE = "make the picture smaller, or close what else uses the memory"
 
 @dataclass(frozen=True)
 class Ways:
-    """How to plan a request: `first` is the plan to begin with, `every` all there are, for when that needs too much."""
+    """How to plan a request: `first` is the plan to begin with, `every` all there are, for when that needs
+    too much."""
 
     first: Callable[[Request], Plan]
     every: Callable[[Request], list[Plan]]
@@ -44,7 +46,9 @@ class Run:
     When memory runs out all the same, it goes on from where it was by a plan that takes less.
     """
 
-    def __init__(self, spec: ModelSpec, loaded: Loaded, request: Request, ways: Ways, on_stage: OnStage = nullcontext) -> None:
+    def __init__(
+        self, spec: ModelSpec, loaded: Loaded, request: Request, ways: Ways, on_stage: OnStage = nullcontext
+    ) -> None:
         self.spec, self.loaded, self.request = spec, loaded, request
         self.notices: list[str] = []
         self.stage = "prepare"
@@ -67,10 +71,17 @@ class Run:
         """Events while the request runs; the last has the result. Closing the generator stops the run."""
         try:
             yield from self._stages(preview_every)
-        except (MemoryError, RuntimeError, ImportError, OSError) as error:  # of planning too, and of a library that comes late
+        except (
+            MemoryError,
+            RuntimeError,
+            ImportError,
+            OSError,
+        ) as error:  # of planning too, and of a library that comes late
             if not out_of_memory(error):
                 raise
-            raise OutOfMemoryError(f"out of memory to {self.stage} ({first_line(error)}): {CURE}", complete=True) from error
+            raise OutOfMemoryError(
+                f"out of memory to {self.stage} ({first_line(error)}): {CURE}", complete=True
+            ) from error
 
     def _stages(self, preview_every: int) -> Iterator[Event]:
         request, images = self.request, self._images
@@ -98,7 +109,8 @@ class Run:
         yield Event("done", request.num_images, request.num_images, notices=self._news(), result=result)
 
     def _prepare(self) -> dict[str, Tokens]:
-        """Find out whatever else can fail before any weight is read; the tokens, by text encoder, are kept."""
+        """Find out whatever else can fail before any weight is read; the tokens, by text encoder, are
+        kept."""
         request = self.request
         schedulers.rehearse(str(request.scheduler), self.spec, int(request.num_inference_steps or 0))
         texts = {"negative prompt": request.negative_prompt or ""} if guided(self.spec, request) else {}
@@ -111,7 +123,9 @@ class Run:
         """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first."""
         encoded = []
         for name, texts in tokens.items():
-            rows = [self._encoded(name, ids) for ids in texts.ids]  # one text at a time, as diffusers, for the same last bits
+            rows = [
+                self._encoded(name, ids) for ids in texts.ids
+            ]  # one text at a time, as diffusers, for the same last bits
             encoded.append(tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)))
             if self.plan.placements[name].residency != "resident":
                 self.loaded.drop(name)
@@ -132,11 +146,18 @@ class Run:
             if self.plan.denoiser.residency == self.plan.decoder.residency == "resident":
                 return
 
-    def _steps(self, conditioning: Mapping[str, np.ndarray], index: int) -> Iterator[tuple[Event, np.ndarray]]:
+    def _steps(
+        self, conditioning: Mapping[str, np.ndarray], index: int
+    ) -> Iterator[tuple[Event, np.ndarray]]:
         """The steps of picture `index`, with its latents (1, channels, h, w)."""
         request, factor = self.request, self.spec.downsampling
         seed, steps = int(request.seed or 0) + index, int(request.num_inference_steps or 0)
-        shape = (1, self.spec.unet["in_channels"], int(request.height or 0) // factor, int(request.width or 0) // factor)
+        shape = (
+            1,
+            self.spec.unet["in_channels"],
+            int(request.height or 0) // factor,
+            int(request.width or 0) // factor,
+        )
         scheduler = schedulers.make(str(request.scheduler), self.spec, steps, seed)
 
         def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
@@ -146,8 +167,11 @@ class Run:
             done, total = index * step.count + step.number, request.num_images * step.count
             yield Event("denoise", done, total, index, notices=self._news()), step.latents
 
-    def _predict(self, sample: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each half."""
+    def _predict(
+        self, sample: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]
+    ) -> np.ndarray:
+        """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each
+        half."""
         unet, time_step = self._session(self.spec.denoiser.name), np.array(timestep, np.float32)
         if not guided(self.spec, self.request):
             return unet(sample=sample, timestep=time_step, **conditioning)[0]
@@ -178,7 +202,14 @@ class Run:
                 latents = finished[index]
                 values = self._surviving(lambda latents=latents: self._decoded(latents))
                 images.append(self._picture(values, index))
-                yield Event("decode", index + 1, request.num_images, index, notices=self._news(), picture=images[index])
+                yield Event(
+                    "decode",
+                    index + 1,
+                    request.num_images,
+                    index,
+                    notices=self._news(),
+                    picture=images[index],
+                )
             except KeyboardInterrupt as interrupt:
                 if stopped or len(images) == len(finished):
                     raise
@@ -188,7 +219,9 @@ class Run:
 
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         """(height, width, 3) in -1..1."""
-        return self._session(self.spec.decoder.name)(latents=widened(self.spec, latents))[0][0].transpose(1, 2, 0)
+        return self._session(self.spec.decoder.name)(latents=widened(self.spec, latents))[0][0].transpose(
+            1, 2, 0
+        )
 
     def _picture(self, values: np.ndarray, index: int) -> Image.Image:
         """One PIL picture with its own request in `info["parameters"]`."""
@@ -196,7 +229,9 @@ class Run:
             compute = self.plan.denoiser.compute
             damaged = "copy or download the model again, its weights may be damaged"
             cure = damaged if compute == "fp32" else "try --precision fp32"
-            raise TightfitError(f"the picture overflowed in {compute}: {cure}, or try a smaller guidance scale")
+            raise TightfitError(
+                f"the picture overflowed in {compute}: {cure}, or try a smaller guidance scale"
+            )
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
         own = replace(self.request, seed=(self.request.seed or 0) + index, num_images=1)
         image.info["parameters"] = infotext.write(own, self.spec.name, self.plan.precision)
@@ -235,7 +270,8 @@ class Run:
 
     @contextmanager
     def _measured(self, name: str) -> Iterator[None]:
-        """One stage: measured, compared with the budget, and what was loaded for it alone freed at its end."""
+        """One stage: measured, compared with the budget, and what was loaded for it alone freed at its
+        end."""
         with self._on_stage(name):
             self.stage, self._load_seconds, start = name, 0.0, time.perf_counter()
             self._process.reset()
@@ -248,14 +284,18 @@ class Run:
                     self.loaded.drop_staged()
             process_bytes = self._process.bytes()
             measure = Measured(time.perf_counter() - start, self._load_seconds, peak_bytes, process_bytes)
-            self._measures[name] = self._measures[name].and_then(measure) if name in self._measures else measure
+            self._measures[name] = (
+                self._measures[name].and_then(measure) if name in self._measures else measure
+            )
             self._compare(process_bytes)
 
     def _compare(self, process_bytes: int) -> None:
         """A notice where a CPU's process held more than its budget: no allocator can be capped there."""
         if self.plan.device == "cpu" and process_bytes > self.plan.budget_bytes:
             held, allowed = shown(process_bytes), shown(self.plan.budget_bytes)
-            self.notices.append(f"to {self.stage}, the process held {held}, more than the {allowed} it was to keep to")
+            self.notices.append(
+                f"to {self.stage}, the process held {held}, more than the {allowed} it was to keep to"
+            )
 
     def _surviving(self, work: Callable[[], T]) -> T:
         """What `work` answers; when it runs out of memory it is done again by a plan that takes less.
@@ -275,10 +315,16 @@ class Run:
         """Take the fastest plan that needs less in this stage, of the same precision if there is one."""
         now, stage = self.plan, self.stage
         needs = now.predicted.stages[stage]
-        lower = [plan for plan in self._ways.every(self.request) if plan.fits and plan.predicted.stages[stage] < needs]
+        lower = [
+            plan
+            for plan in self._ways.every(self.request)
+            if plan.fits and plan.predicted.stages[stage] < needs
+        ]
         self.loaded.free()
         if not lower:
-            raise OutOfMemoryError(f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}", complete=True)
+            raise OutOfMemoryError(
+                f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}", complete=True
+            )
         self._take(min(lower, key=lambda plan: plan.precision != now.precision))
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
 
@@ -286,7 +332,9 @@ class Run:
 def _cut(tokens: Mapping[str, Tokens]) -> tuple[str, ...]:
     """A notice for each text whose end did not fit a text encoder."""
     ends = [(name, end) for texts in tokens.values() for name, end in texts.cut.items()]
-    return tuple(dict.fromkeys(f"the {name} is too long; this end of it was cut: {end}" for name, end in ends))
+    return tuple(
+        dict.fromkeys(f"the {name} is too long; this end of it was cut: {end}" for name, end in ends)
+    )
 
 
 def widened(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:

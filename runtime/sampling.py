@@ -1,4 +1,5 @@
-"""The denoising loop. It knows no family and no engine: one function predicts the noise, another's scheduler takes it out."""
+"""The denoising loop. It knows no family and no engine: one function predicts the noise, another's scheduler
+takes it out."""
 
 from __future__ import annotations
 
@@ -23,8 +24,11 @@ class Step:
     latents: np.ndarray
 
 
-def denoise(scheduler: Any, steps: int, shape: tuple[int, ...], seed: int, predict: Predict) -> Iterator[Step]:
-    """The steps of one picture. Noise and scheduler stay on the CPU in fp32, so one seed is the same noise on every device.
+def denoise(
+    scheduler: Any, steps: int, shape: tuple[int, ...], seed: int, predict: Predict
+) -> Iterator[Step]:
+    """The steps of one picture. Noise and scheduler stay on the CPU in fp32, so one seed is the same noise on
+    every device.
 
     A step is done after one call of `predict`, or two, as its scheduler has it.
     """

@@ -9,18 +9,29 @@ from .errors import TightfitError
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9}
 
 
-_UNITS |= {unit: 2**bits for bits, units in ((10, ("k", "kib")), (20, ("m", "mib")), (30, ("g", "gib"))) for unit in units}
+_UNITS |= {
+    unit: 2**bits
+    for bits, units in ((10, ("k", "kib")), (20, ("m", "mib")), (30, ("g", "gib")))
+    for unit in units
+}
 
 
 def parse_bytes(text: str | float, option: str) -> int:
-    """Bytes from '4GiB', '3.5GB', '800 MiB' or a number of bytes, of which there are a million at least, as nobody means 8 of
-    them; raises TightfitError naming `option`."""
+    """Bytes from '4GiB', '3.5GB', '800 MiB' or a number of bytes, of which there are a million at least, as
+    nobody means 8 of them; raises TightfitError naming `option`."""
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", str(text).lower())
-    if not found or found[2] not in _UNITS or float(found[1]) == 0 or (found[2] and float(found[1]) * _UNITS[found[2]] < 1):
+    if (
+        not found
+        or found[2] not in _UNITS
+        or float(found[1]) == 0
+        or (found[2] and float(found[1]) * _UNITS[found[2]] < 1)
+    ):
         raise TightfitError(f"{option} must be an amount such as 4GiB or 3500MB, not {str(text)!r}")
     count = int(float(found[1]) * _UNITS[found[2]])
     if not found[2] and count < 2**20:
-        raise TightfitError(f"{option} is {found[1]} bytes: did you mean {found[1]}{'GiB' if count < 1000 else 'MiB'}?")
+        raise TightfitError(
+            f"{option} is {found[1]} bytes: did you mean {found[1]}{'GiB' if count < 1000 else 'MiB'}?"
+        )
     return count
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: workers that have two threads each wait for one another
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # before torch is imported: workers that have two threads each wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FAMILIES = ("sd1", "sd2", "sdxl")
@@ -44,7 +46,8 @@ def tiny_models(made_once) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Called with a name and what writes a folder, whole or not at all: the folder, which all processes of a run share."""
+    """Called with a name and what writes a folder, whole or not at all: the folder, which all processes of a
+    run share."""
     from filelock import FileLock  # huggingface_hub's
 
     base = tmp_path_factory.getbasetemp()
@@ -85,7 +88,9 @@ def shallow_models(made_once) -> dict[str, Path]:
             for name, each in _SHALLOW.items():
                 tiny[name] |= each
             for field in ("attention_head_dim", "transformer_layers_per_block"):
-                if isinstance(value := {**random_model.MODELS[family]["unet"], **tiny["unet"]}.get(field), tuple | list):
+                if isinstance(
+                    value := {**random_model.MODELS[family]["unet"], **tiny["unet"]}.get(field), tuple | list
+                ):
                     tiny["unet"][field] = value[:2]
             patch.setitem(random_model.TINY, family, tiny)
             write = functools.partial(random_model.write, family, tiny=True, precision="fp32")
@@ -95,14 +100,18 @@ def shallow_models(made_once) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def onnx_models(shallow_models, made_once):
-    """Called with a family and a precision: the shallow model exported to ONNX, once; tests must not change it."""
+    """Called with a family and a precision: the shallow model exported to ONNX, once; tests must not change
+    it."""
     from tightfit.__main__ import app
     from typer.testing import CliRunner
 
     def exported(family: str, precision: str) -> Path:
         arguments = ["export", str(shallow_models[family]), "--to", "onnx", "--precision", precision]
         arguments += ["--compute", "fp32"] if precision.startswith("int") else []
-        write = lambda folder: CliRunner().invoke(app(), [*arguments, "-o", str(folder)], catch_exceptions=False)  # noqa: E731
+
+        def write(folder: Path) -> None:
+            CliRunner().invoke(app(), [*arguments, "-o", str(folder)], catch_exceptions=False)
+
         return made_once(f"onnx/{family}-{precision}", write)
 
     return exported

@@ -1,10 +1,12 @@
-"""Damaged and hostile models and pictures: a picture, or one line. No code of theirs runs, and nothing is written elsewhere.
+"""Damaged and hostile models and pictures: a picture, or one line. No code of theirs runs, and nothing is
+written elsewhere.
 
 A mutant is a number and the seed, so it can be made again. The short run is of every build. The long one:
 
     FUZZ_MUTANTS=2000 FUZZ_WORKERS=2 pytest -s tests/test_fuzz.py
 
-and mutant 17 alone, left in /tmp/mutant-17 to look at: FUZZ_FIRST=17 FUZZ_MUTANTS=1 FUZZ_KEEP=/tmp pytest -s tests/test_fuzz.py
+and mutant 17 alone, left in /tmp/mutant-17 to look at: FUZZ_FIRST=17 FUZZ_MUTANTS=1 FUZZ_KEEP=/tmp pytest -s
+tests/test_fuzz.py
 """
 
 from __future__ import annotations
@@ -34,13 +36,17 @@ import pytest
 MUTANTS, FIRST = int(os.environ.get("FUZZ_MUTANTS", 40)), int(os.environ.get("FUZZ_FIRST", 0))
 SEED, WORKERS = int(os.environ.get("FUZZ_SEED", 16)), int(os.environ.get("FUZZ_WORKERS", 1))
 KEEP = os.environ.get("FUZZ_KEEP")
-LOG = Path(os.environ["FUZZ_LOG"]) if "FUZZ_LOG" in os.environ else None  # a line of JSON for each mutant, as they end
+LOG = (
+    Path(os.environ["FUZZ_LOG"]) if "FUZZ_LOG" in os.environ else None
+)  # a line of JSON for each mutant, as they end
 MOST_SECONDS = 5.0  # of the processor, of one mutant
-MOST_BYTES = 2**30  # that one mutant may take beside what the process has after it has painted with every base
+MOST_BYTES = (
+    2**30
+)  # that one mutant may take beside what the process has after it has painted with every base
 WATCHDOG_SECONDS = 60.0  # by the wall, on whatever machine: one that only waits takes no processor
 SECRET = "what-no-export-may-copy"
 
-# ---------------------------------------------------------------------------------------------------------------- values
+# ----------------------------------------------------------------------------------------------------- values
 
 
 def deep(levels: int) -> str:
@@ -48,17 +54,19 @@ def deep(levels: int) -> str:
 
 
 TEXTS = (
-    "", "evil", "../../victim/notes.json", "/etc/passwd", "..", "a\0b", "\x1b[31mred", "\ud800", "\u202eabc", "x" * 100_000,
-    "None", "1", "true", "nan", "DDIMScheduler", "float16", "CLIPTextModel", "silu", "UNet2DConditionModel", "AutoencoderKL",
-    "\n", "é" * 50, "gelu",
+    "", "evil", "../../victim/notes.json", "/etc/passwd", "..", "a\0b", "\x1b[31mred", "\ud800", "\u202eabc",
+    "x" * 100_000, "None", "1", "true", "nan", "DDIMScheduler", "float16", "CLIPTextModel", "silu",
+    "UNet2DConditionModel", "AutoencoderKL", "\n", "é" * 50, "gelu",
 )  # fmt: skip
 NUMBERS = (
-    0, 1, -1, 2, 3, 7, 63, 255, 1000, 10**5, 10**6, 10**9, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, 10**40,
-    10**400, 0.0, -0.0, 0.5, 1e-40, 1e-300, 1e38, 1e39, 1e308, float("nan"), float("inf"), -float("inf"), 3.0, -7.5,
+    0, 1, -1, 2, 3, 7, 63, 255, 1000, 10**5, 10**6, 10**9, 2**31 - 1, 2**31, 2**32, 2**53, 2**63 - 1, 2**63,
+    2**64, 10**40, 10**400, 0.0, -0.0, 0.5, 1e-40, 1e-300, 1e38, 1e39, 1e308, float("nan"), float("inf"),
+    -float("inf"), 3.0, -7.5,
 )  # fmt: skip
 OTHERS: tuple[Any, ...] = (
-    None, True, False, [], {}, [[]], [None], [{}], [None, None], [1] * 5, [True], ["evil", "Evil"], ["diffusers", "evil"],
-    {"a": {"b": 1}}, {"_class_name": "evil"}, ["x"] * 10_000, [0] * 100_000, [[[1]]], ["evil.evil", "Evil"], [10**9] * 4,
+    None, True, False, [], {}, [[]], [None], [{}], [None, None], [1] * 5, [True], ["evil", "Evil"],
+    ["diffusers", "evil"], {"a": {"b": 1}}, {"_class_name": "evil"}, ["x"] * 10_000, [0] * 100_000, [[[1]]],
+    ["evil.evil", "Evil"], [10**9] * 4,
 )  # fmt: skip
 
 
@@ -66,13 +74,34 @@ def some_value(rng: random.Random, old: Any = None) -> Any:
     if isinstance(old, int | float) and not isinstance(old, bool) and rng.random() < 0.7:
         with contextlib.suppress(OverflowError):
             return rng.choice(
-                (old + 1, old - 1, old * 2, -old, old * 1000, old / 2, float(old), str(old), [old], [old] * 3, old // 2)
+                (
+                    old + 1,
+                    old - 1,
+                    old * 2,
+                    -old,
+                    old * 1000,
+                    old / 2,
+                    float(old),
+                    str(old),
+                    [old],
+                    [old] * 3,
+                    old // 2,
+                )
             )
     if isinstance(old, bool) and rng.random() < 0.7:
         return not old
     if isinstance(old, list) and old and rng.random() < 0.5:
         return rng.choice(
-            (old[:-1], old + old[-1:], old[::-1], old * 100, [old], old[0], dict.fromkeys(map(str, old)), [*old, None])
+            (
+                old[:-1],
+                old + old[-1:],
+                old[::-1],
+                old * 100,
+                [old],
+                old[0],
+                dict.fromkeys(map(str, old)),
+                [*old, None],
+            )
         )
     if isinstance(old, str) and rng.random() < 0.4:
         return rng.choice(NAMES)
@@ -83,25 +112,28 @@ def some_value(rng: random.Random, old: Any = None) -> Any:
 
 # What the libraries read of a config, whether or not it has it.
 FIELDS = """
-    class_embed_type addition_embed_type num_class_embeds encoder_hid_dim encoder_hid_dim_type dual_cross_attention
-    attention_type time_embedding_type time_cond_proj_dim conv_in_kernel torch_dtype quantization_config auto_map
-    _attn_implementation num_labels id2label dropout thresholding use_karras_sigmas use_exponential_sigmas use_beta_sigmas
-    use_lu_lambdas use_flow_sigmas flow_shift shift timestep_spacing beta_schedule beta_start trained_betas
-    rescale_betas_zero_snr sample_max_value algorithm_type solver_type solver_order final_sigmas_type variance_type
-    clip_sample clip_sample_range lower_order_final euler_at_final interpolation_type sigma_min sigma_max
-    dynamic_thresholding_ratio set_alpha_to_one skip_prk_steps steps_offset prediction_type lambda_min_clipped
-    disable_corrector hidden_act attention_dropout output_hidden_states return_dict use_return_dict use_cache architectures
-    model_type transformers_version num_attention_heads cross_attention_norm mid_block_type act_fn sample_size latents_mean
-    shift_factor force_upcast _diffusers_version
+    class_embed_type addition_embed_type num_class_embeds encoder_hid_dim encoder_hid_dim_type
+    dual_cross_attention attention_type time_embedding_type time_cond_proj_dim conv_in_kernel torch_dtype
+    quantization_config auto_map _attn_implementation num_labels id2label dropout thresholding
+    use_karras_sigmas use_exponential_sigmas use_beta_sigmas use_lu_lambdas use_flow_sigmas flow_shift
+    shift timestep_spacing beta_schedule beta_start trained_betas rescale_betas_zero_snr sample_max_value
+    algorithm_type solver_type solver_order final_sigmas_type variance_type clip_sample clip_sample_range
+    lower_order_final euler_at_final interpolation_type sigma_min sigma_max dynamic_thresholding_ratio
+    set_alpha_to_one skip_prk_steps steps_offset prediction_type lambda_min_clipped disable_corrector
+    hidden_act attention_dropout output_hidden_states return_dict use_return_dict use_cache architectures
+    model_type transformers_version num_attention_heads cross_attention_norm mid_block_type act_fn
+    sample_size latents_mean shift_factor force_upcast _diffusers_version
 """.split()  # noqa: SIM905
 NAMES = """
-    DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler EulerAncestralDiscreteScheduler
-    TCDScheduler HeunDiscreteScheduler DPMSolverMultistepScheduler DPMSolverSinglestepScheduler DPMSolverSDEScheduler
-    UniPCMultistepScheduler LCMScheduler DEISMultistepScheduler KDPM2DiscreteScheduler SASolverScheduler EDMEulerScheduler
-    FlowMatchEulerDiscreteScheduler scaled_linear linear squaredcos_cap_v2 leading trailing linspace sample v_prediction
-    flow_prediction dpmsolver++ sde-dpmsolver++ midpoint heun bh1 zero sigma_min fixed_small log_linear text_time text image
-    projection simple_projection fourier gated timestep UNetMidBlock2DSimpleCrossAttn AttnDownBlock2D SimpleCrossAttnUpBlock2D
-    KDownBlock2D ResnetDownsampleBlock2D scale_shift relu mish quick_gelu flash_attention_2
+    DDIMScheduler DDPMScheduler PNDMScheduler LMSDiscreteScheduler EulerDiscreteScheduler
+    EulerAncestralDiscreteScheduler TCDScheduler HeunDiscreteScheduler DPMSolverMultistepScheduler
+    DPMSolverSinglestepScheduler DPMSolverSDEScheduler UniPCMultistepScheduler LCMScheduler
+    DEISMultistepScheduler KDPM2DiscreteScheduler SASolverScheduler EDMEulerScheduler
+    FlowMatchEulerDiscreteScheduler scaled_linear linear squaredcos_cap_v2 leading trailing linspace
+    sample v_prediction flow_prediction dpmsolver++ sde-dpmsolver++ midpoint heun bh1 zero sigma_min
+    fixed_small log_linear text_time text image projection simple_projection fourier gated timestep
+    UNetMidBlock2DSimpleCrossAttn AttnDownBlock2D SimpleCrossAttnUpBlock2D KDownBlock2D
+    ResnetDownsampleBlock2D scale_shift relu mish quick_gelu flash_attention_2
 """.split()  # noqa: SIM905
 
 
@@ -110,7 +142,9 @@ def places(value: Any, most: int = 20_000) -> list[tuple[Any, Any]]:
     found, waiting = [], [value]
     while waiting and len(found) < most:
         each = waiting.pop()
-        keys = list(each) if isinstance(each, dict) else list(range(len(each))) if isinstance(each, list) else []
+        keys = (
+            list(each) if isinstance(each, dict) else list(range(len(each))) if isinstance(each, list) else []
+        )
         found += [(each, key) for key in keys]
         waiting += [each[key] for key in keys]
     return found
@@ -129,7 +163,9 @@ def mutate(rng: random.Random, value: Any) -> None:
         told = some_value(rng) if rng.random() < 0.5 else rng.choice((*NAMES, True, 1, 0.5, 4))
         container[rng.choice(FIELDS)] = told
     elif way < 0.27 and isinstance(container, dict):
-        container[rng.choice((*TEXTS, "tokenizer_x/../../../victim", "auto_map", "custom_pipeline", "unet"))] = some_value(rng)
+        container[
+            rng.choice((*TEXTS, "tokenizer_x/../../../victim", "auto_map", "custom_pipeline", "unet"))
+        ] = some_value(rng)
     elif way < 0.3 and isinstance(container, dict):
         container[str(key) + rng.choice(("x", "\0", " ", "_2"))] = container.pop(key)
     elif way < 0.4:
@@ -158,7 +194,7 @@ def damaged(rng: random.Random, content: bytes) -> bytes:
     return rng.choice(ways)()
 
 
-# ----------------------------------------------------------------------------------------------------------------- folder
+# ----------------------------------------------------------------------------------------------------- folder
 
 
 def put(file: Path, content: bytes) -> None:
@@ -172,16 +208,24 @@ def put(file: Path, content: bytes) -> None:
 
 
 def files(folder: Path, *patterns: str) -> list[Path]:
-    return sorted(file for pattern in patterns for file in folder.rglob(pattern) if file.is_file() and not file.is_symlink())
+    return sorted(
+        file
+        for pattern in patterns
+        for file in folder.rglob(pattern)
+        if file.is_file() and not file.is_symlink()
+    )
 
 
 MODEL = "*.json", "*.txt", "*.safetensors", "*.onnx*"  # not what is planted
 
 
 def json_fields(rng: random.Random, model: Path) -> str:
-    """Fields of a config, of which there are the more the larger it is; vocabularies have a kind of their own."""
+    """Fields of a config, of which there are the more the larger it is; vocabularies have a kind of their
+    own."""
     there = [file for file in files(model, "*.json") if file.name not in ("vocab.json", "tokenizer.json")]
-    file = rng.choice([file for file in there if file.name == rng.choice(("model_index.json", "config.json"))] or there)
+    file = rng.choice(
+        [file for file in there if file.name == rng.choice(("model_index.json", "config.json"))] or there
+    )
     value = json.loads(file.read_bytes())
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         mutate(rng, value)
@@ -194,11 +238,13 @@ def json_texts(rng: random.Random, model: Path) -> str:
     content = file.read_bytes()
     first = content.replace(b"{", b'{"_class_name": 1, "_class_name": ["evil", "Evil"], ', 1)
     ways = (
-        lambda: damaged(rng, content), lambda: b"", lambda: b"[]", lambda: b'"x"', lambda: b"null", lambda: b"{}", lambda: first,
-        lambda: deep(100_000).encode(), lambda: b'{"a":' * 50_000 + b"1" + b"}" * 50_000, lambda: b"\xef\xbb\xbf" + content,
-        lambda: content.decode().encode("utf-16"), lambda: rng.randbytes(1000), lambda: b"9" * 100_000, lambda: content + content,
-        lambda: b'{"a": ' + b"9" * 10_000 + b"}", lambda: b" " * 2**25, lambda: b'{"x": "' + b"y" * 2**23 + b'"}',
-        lambda: b"\0" * 4096, lambda: content.replace(b"[", deep(300)[:300].encode(), 1),
+        lambda: damaged(rng, content), lambda: b"", lambda: b"[]", lambda: b'"x"', lambda: b"null",
+        lambda: b"{}", lambda: first, lambda: deep(100_000).encode(),
+        lambda: b'{"a":' * 50_000 + b"1" + b"}" * 50_000, lambda: b"\xef\xbb\xbf" + content,
+        lambda: content.decode().encode("utf-16"), lambda: rng.randbytes(1000), lambda: b"9" * 100_000,
+        lambda: content + content, lambda: b'{"a": ' + b"9" * 10_000 + b"}", lambda: b" " * 2**25,
+        lambda: b'{"x": "' + b"y" * 2**23 + b'"}', lambda: b"\0" * 4096,
+        lambda: content.replace(b"[", deep(300)[:300].encode(), 1),
         lambda: content.replace(b"}", b', "\\ud800": "\\udfff"}', 1),
     )  # fmt: skip
     put(file, rng.choice(ways)())
@@ -228,11 +274,18 @@ def headers(rng: random.Random, model: Path) -> str:
     elif way < 6:
         mutate(rng, entry)
     elif way == 6:
-        entry["shape"] = entry["shape"][::-1] if rng.random() < 0.5 else [1] * rng.choice((1, 8, 300)) + entry["shape"]
+        entry["shape"] = (
+            entry["shape"][::-1] if rng.random() < 0.5 else [1] * rng.choice((1, 8, 300)) + entry["shape"]
+        )
     elif way == 7:
-        entry["dtype"] = rng.choice(("I32", "U32", "F64", "BF16", "I8", "F8_E4M3", "F8_E8M0", "C64", "evil", "I64"))
+        entry["dtype"] = rng.choice(
+            ("I32", "U32", "F64", "BF16", "I8", "F8_E4M3", "F8_E8M0", "C64", "evil", "I64")
+        )
     elif way == 8:  # as many bytes by another type: only the config can tell
-        entry["dtype"], entry["shape"] = "BF16", [2 * entry["shape"][0], *entry["shape"][1:]] if entry["shape"] else [2]
+        entry["dtype"], entry["shape"] = (
+            "BF16",
+            [2 * entry["shape"][0], *entry["shape"][1:]] if entry["shape"] else [2],
+        )
     elif way == 9:
         header[rng.choice((*TEXTS[:14], name + ".evil", "model." + name))] = header.pop(name)
     elif way == 10:
@@ -240,14 +293,20 @@ def headers(rng: random.Random, model: Path) -> str:
         header[name], header[other] = header[other], header[name]
     elif way == 11:
         count = rng.choice((1, 1000, 150_000))
-        header |= {f"{name}.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)}
+        header |= {
+            f"{name}.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(count)
+        }
     elif way == 12:
         header["extra"] = {"dtype": "U8", "shape": [4096], "data_offsets": [len(data), len(data) + 4096]}
         data += bytes(4096)
     elif way == 13:
         header["__metadata__"] = some_value(rng)
     if way == 14:
-        put(file, struct.pack("<Q", rng.choice((0, 1, 7, 2**24, 2**25, 2**31, 2**63, 2**64 - 1, len(content) - 8))) + content[8:])
+        put(
+            file,
+            struct.pack("<Q", rng.choice((0, 1, 7, 2**24, 2**25, 2**31, 2**63, 2**64 - 1, len(content) - 8)))
+            + content[8:],
+        )
     elif way == 15:
         put(file, damaged(rng, content[: 8 + len(content) - len(data)]) + data)
     else:
@@ -259,7 +318,14 @@ def weights(rng: random.Random, model: Path) -> str:
     """Values that are no picture's, pickles in another's clothes, and files that end early."""
     file = rng.choice(files(model, "*.safetensors"))
     header, data = split(file.read_bytes())
-    patterns = (b"\xff", b"\x00\x00\x80\x7f", b"\x00\x00\xc0\x7f", b"\xff\xff\x7f\x7f", b"\0", rng.randbytes(4096))
+    patterns = (
+        b"\xff",
+        b"\x00\x00\x80\x7f",
+        b"\x00\x00\xc0\x7f",
+        b"\xff\xff\x7f\x7f",
+        b"\0",
+        rng.randbytes(4096),
+    )
     pattern = rng.choice(patterns)
     filled = (pattern * (len(data) // len(pattern) + 1))[: len(data)]
     half = len(data) // 2
@@ -356,7 +422,10 @@ def tokenizers(rng: random.Random, model: Path) -> str:
 
 def links(rng: random.Random, model: Path) -> str:
     """What is no file of its folder, or is no file at all."""
-    there = [*files(model, *MODEL), *(folder for folder in model.iterdir() if folder.is_dir() and not folder.is_symlink())]
+    there = [
+        *files(model, *MODEL),
+        *(folder for folder in model.iterdir() if folder.is_dir() and not folder.is_symlink()),
+    ]
     place = rng.choice(there)
     way = rng.randrange(12)
     if way < 6:
@@ -382,7 +451,8 @@ def links(rng: random.Random, model: Path) -> str:
 
 
 def link(place: Path, rng: random.Random, model: Path) -> None:
-    """Put a link in a place, to what leaves the folder, does not end or is not there. What it leads to elsewhere has a secret."""
+    """Put a link in a place, to what leaves the folder, does not end or is not there. What it leads to
+    elsewhere has a secret."""
     outside = model.parent / "victim" / place.name
     if place.is_dir():
         shutil.copytree(place, outside, dirs_exist_ok=True)
@@ -419,16 +489,24 @@ def _secret(file: Path) -> None:
 
 def manifests(rng: random.Random, model: Path) -> str:
     file = model / "tightfit.json"
-    value = json.loads(file.read_bytes()) if file.exists() else {"version": 1, "defaults": {"guidance_scale": 3.0}, "source": "x"}
+    value = (
+        json.loads(file.read_bytes())
+        if file.exists()
+        else {"version": 1, "defaults": {"guidance_scale": 3.0}, "source": "x"}
+    )
     for _ in range(rng.choice((1, 2, 4))):
         mutate(rng, value)
     if rng.random() < 0.3:
-        value["defaults"] = {rng.choice(("guidance_scale", "num_inference_steps", "scheduler", "width", "prompt")): some_value(rng)}
+        value["defaults"] = {
+            rng.choice(("guidance_scale", "num_inference_steps", "scheduler", "width", "prompt")): some_value(
+                rng
+            )
+        }
     put(file, json.dumps(value).encode())
     return file.name
 
 
-# ------------------------------------------------------------------------------------------------------------------- onnx
+# ------------------------------------------------------------------------------------------------------- onnx
 
 
 def onnx_bytes(rng: random.Random, model: Path) -> str:
@@ -436,7 +514,16 @@ def onnx_bytes(rng: random.Random, model: Path) -> str:
     content = file.read_bytes()
     for _ in range(rng.choice((1, 1, 5))):
         content = damaged(rng, content)
-    ways = (content, content, content, content, b"", b"\n\0" * 2**20, b":\xff\xff\xff\xff\x7f", content + b"\x3a\x00" * 10**6)
+    ways = (
+        content,
+        content,
+        content,
+        content,
+        b"",
+        b"\n\0" * 2**20,
+        b":\xff\xff\xff\xff\x7f",
+        content + b"\x3a\x00" * 10**6,
+    )
     put(file, rng.choice(ways))
     return str(file.relative_to(model))
 
@@ -489,7 +576,17 @@ def _of_a_graph(rng: random.Random, proto: Any) -> str:
         tensor.data_location = TensorProto.EXTERNAL
         key = rng.choice(("location", "offset", "length", "checksum", "evil"))
         text = rng.choice(
-            (*(each for each in TEXTS if each != "\ud800"), "-1", "0", "4", str(2**63), str(2**70), "1e3", "no/such/data", "7.5")
+            (
+                *(each for each in TEXTS if each != "\ud800"),
+                "-1",
+                "0",
+                "4",
+                str(2**63),
+                str(2**70),
+                "1e3",
+                "no/such/data",
+                "7.5",
+            )
         )
         entry = tensor.external_data.add()
         entry.key, entry.value = key, text
@@ -503,7 +600,12 @@ def _of_a_graph(rng: random.Random, proto: Any) -> str:
 
     def dims_alike() -> None:
         initializer.dims[:] = rng.choice(
-            (list(initializer.dims)[::-1], [*initializer.dims, 1], [1, *initializer.dims], initializer.dims[:-1])
+            (
+                list(initializer.dims)[::-1],
+                [*initializer.dims, 1],
+                [1, *initializer.dims],
+                initializer.dims[:-1],
+            )
         )
 
     def bomb() -> None:
@@ -521,8 +623,12 @@ def _of_a_graph(rng: random.Random, proto: Any) -> str:
 
             graph.initializer.append(onnx_array(np.array(given), f"{name}{i}"))
             ins.append(f"{name}{i}")
-        attributes = {"body": graph.__class__()} if kind == "Loop" else {"axis": 0} if kind == "Concat" else {}
-        graph.node.insert(0, helper.make_node(kind, ins * (2000 if kind == "Concat" else 1), [answer], **attributes))
+        attributes = (
+            {"body": graph.__class__()} if kind == "Loop" else {"axis": 0} if kind == "Concat" else {}
+        )
+        graph.node.insert(
+            0, helper.make_node(kind, ins * (2000 if kind == "Concat" else 1), [answer], **attributes)
+        )
         if rng.random() < 0.5 and node.input:
             node.input[0] = answer
 
@@ -550,14 +656,19 @@ def _of_a_graph(rng: random.Random, proto: Any) -> str:
             value.type.tensor_type.ClearField("shape")
 
     ways: dict[str, Callable[[], Any]] = {
-        "external": external, "dims": dims, "dims alike": dims_alike, "bomb": bomb, "attributes": attributes, "rename": rename,
+        "external": external, "dims": dims, "dims alike": dims_alike, "bomb": bomb, "attributes": attributes,
+        "rename": rename,
         "raw": raw, "shape": shape,
-        "data type": lambda: setattr(initializer, "data_type", rng.choice((0, 1, 2, 6, 7, 8, 10, 16, 22, 23, 99, -1))),
+        "data type": lambda: setattr(initializer, "data_type",
+            rng.choice((0, 1, 2, 6, 7, 8, 10, 16, 22, 23, 99, -1))),
         "twice": lambda: graph.initializer.append(initializer), "drop node": lambda: graph.node.remove(node),
-        "node twice": lambda: graph.node.append(node), "drop weight": lambda: graph.initializer.remove(initializer),
-        "operator": lambda: setattr(node, "op_type", rng.choice(("Add", "Loop", "If", "evil", "", "Reshape", "Shape", "Sin"))),
+        "node twice": lambda: graph.node.append(node),
+        "drop weight": lambda: graph.initializer.remove(initializer),
+        "operator": lambda: setattr(node, "op_type",
+            rng.choice(("Add", "Loop", "If", "evil", "", "Reshape", "Shape", "Sin"))),
         "domain": lambda: setattr(node, "domain", rng.choice(("evil", "com.microsoft", "ai.onnx.ml", ""))),
-        "opset": lambda: setattr(rng.choice(proto.opset_import), "version", rng.choice((0, 1, 7, 11, 13, 26, 999, -1, 2**62))),
+        "opset": lambda: setattr(rng.choice(proto.opset_import), "version",
+            rng.choice((0, 1, 7, 11, 13, 26, 999, -1, 2**62))),
         "no opset": lambda: proto.ClearField("opset_import"),
         "ir": lambda: setattr(proto, "ir_version", rng.choice((0, 1, 3, 99, 2**62))),
         "value": lambda: setattr(value, "name", rng.choice(("evil", "", "x" * 10_000, "sample", "\x1b[31m"))),
@@ -578,7 +689,7 @@ def onnx_array(value: Any, name: str) -> Any:
     return numpy_helper.from_array(value, name)
 
 
-# ---------------------------------------------------------------------------------------------------------------- picture
+# ---------------------------------------------------------------------------------------------------- picture
 
 
 def chunks(content: bytes) -> list[tuple[bytes, bytes]]:
@@ -593,7 +704,12 @@ def chunks(content: bytes) -> list[tuple[bytes, bytes]]:
 def png(parts: list[tuple[bytes, bytes]], wrong: int = -1) -> bytes:
     out = b"\x89PNG\r\n\x1a\n"
     for i, (kind, data) in enumerate(parts):
-        out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ (i == wrong))
+        out += (
+            struct.pack(">I", len(data))
+            + kind
+            + data
+            + struct.pack(">I", zlib.crc32(kind + data) ^ (i == wrong))
+        )
     return out
 
 
@@ -607,16 +723,19 @@ def picture_chunks(rng: random.Random, picture: Path) -> str:
     ways = (
         lambda: png([*parts[:at], *parts[at + 1 :]]), lambda: png([*parts[:at], parts[at], *parts[at:]]),
         lambda: png(parts[::-1]), lambda: png(parts, at), lambda: content[: rng.randrange(len(content))],
-        lambda: damaged(rng, content), lambda: b"", lambda: png([parts[0], (b"tEXt", b"other\0" + b"x" * 2**21), *parts[1:]]),
+        lambda: damaged(rng, content), lambda: b"",
+        lambda: png([parts[0], (b"tEXt", b"other\0" + b"x" * 2**21), *parts[1:]]),
         lambda: png([parts[0], (b"zTXt", word + b"\0\0" + bomb)]),
         lambda: png([parts[0], (b"iTXt", word + b"\0\1\0\0\0" + bomb), *parts[1:]]),
         lambda: png([parts[0], (b"tEXt", word), *parts[1:]]),
         lambda: png([parts[0], (b"iTXt", word + b"\0\0\0\0\0" + said), *parts[1:]]),
-        lambda: png([parts[0], (b"zTXt", word + b"\0\1" + said)]), lambda: png([(b"IHDR", rng.randbytes(13)), *parts[1:]]),
+        lambda: png([parts[0], (b"zTXt", word + b"\0\1" + said)]),
+        lambda: png([(b"IHDR", rng.randbytes(13)), *parts[1:]]),
         lambda: png([(b"IHDR", struct.pack(">II", 2**31, 2**31)), *parts[1:]]),
         lambda: content.replace(b"tEXt", b"\xff\xff\xff\xff", 1),
         lambda: png([*parts[:-1], (b"tEXt", b"parameters\0x"), parts[-1]]),
-        lambda: png([parts[0], *((b"tEXt", b"a\0b") for _ in range(50_000)), *parts[1:]]), lambda: b"\xff\xd8\xff" + content,
+        lambda: png([parts[0], *((b"tEXt", b"a\0b") for _ in range(50_000)), *parts[1:]]),
+        lambda: b"\xff\xd8\xff" + content,
         lambda: png([parts[0], (b"iTXt", word + b"\0\0\0\0\0\xff\xfe")]),
         lambda: struct.pack(">I", 2**31).join(content.split(b"\0\0\0\r", 1)),
     )  # fmt: skip
@@ -640,16 +759,24 @@ def picture_texts(rng: random.Random, picture: Path) -> str:
     elif way == 5:
         said = damaged(rng, text.encode()).decode("latin-1")
     else:
-        fields = ["Steps: 1", "Sampler: Euler a", "CFG scale: 7", "Seed: 5", "Size: 64x64", "Model: x", 'Lora hashes: "a: b, c: d"']
+        fields = [
+            "Steps: 1",
+            "Sampler: Euler a",
+            "CFG scale: 7",
+            "Seed: 5",
+            "Size: 64x64",
+            "Model: x",
+            'Lora hashes: "a: b, c: d"',
+        ]
         values = (
-            *TEXTS[:12], "1e400", "9" * 5000, "-1", "0", "64x", "0x0", "9999999x9999999", "nan", "inf", "1" * 40, '"', '"\\',
-            "\x1b[2J", "½",
+            *TEXTS[:12], "1e400", "9" * 5000, "-1", "0", "64x", "0x0", "9999999x9999999", "nan", "inf",
+            "1" * 40, '"', '"\\', "\x1b[2J", "½",
         )  # fmt: skip
         i = rng.randrange(len(fields))
         fields[i] = f"{fields[i].split(':')[0]}: {rng.choice(values)}"
         words = (
-            "a", "a" * 60_000, "(" * 5000, ":" * 60_000, ", " * 60_000, "\x1b]0;x\7", "BREAK " * 500, "[a:b:0.5]" * 300,
-            '"' * 60_000, "\n" * 60_000,
+            "a", "a" * 60_000, "(" * 5000, ":" * 60_000, ", " * 60_000, "\x1b]0;x\7", "BREAK " * 500,
+            "[a:b:0.5]" * 300, '"' * 60_000, "\n" * 60_000,
         )  # fmt: skip
         after = rng.choice(("", f", {rng.choice(words)}"))
         said = f"{rng.choice(words)}\nNegative prompt: {rng.choice(words)}\n{', '.join(fields)}{after}"
@@ -658,16 +785,26 @@ def picture_texts(rng: random.Random, picture: Path) -> str:
     return str(way)
 
 
-# ---------------------------------------------------------------------------------------------------------------- mutants
+# ---------------------------------------------------------------------------------------------------- mutants
 
 FOLDERS = {
-    "json fields": json_fields, "json texts": json_texts, "headers": headers, "weights": weights, "indices": indices,
-    "tokenizers": tokenizers, "links": links, "manifests": manifests,
+    "json fields": json_fields, "json texts": json_texts, "headers": headers, "weights": weights,
+    "indices": indices, "tokenizers": tokenizers, "links": links, "manifests": manifests,
 }  # fmt: skip
 GRAPHS = {"onnx bytes": onnx_bytes, "onnx data": onnx_data, "onnx graphs": onnx_graphs}
 PICTURES = {"picture chunks": picture_chunks, "picture texts": picture_texts}
 # By number, over and over: fields, headers and graphs have the most ways to be wrong.
-KINDS = [*FOLDERS, *GRAPHS, *PICTURES, "json fields", "json fields", "headers", "onnx graphs", "onnx graphs", "picture texts"]
+KINDS = [
+    *FOLDERS,
+    *GRAPHS,
+    *PICTURES,
+    "json fields",
+    "json fields",
+    "headers",
+    "onnx graphs",
+    "onnx graphs",
+    "picture texts",
+]
 FAST = ("--width", "64", "--height", "64")
 
 
@@ -688,7 +825,10 @@ def linked(source: str, target: str) -> None:
 
 def plant(arena: Path, model: Path) -> None:
     """What would leave a trace if code of the folder ran, and siblings that nothing may touch."""
-    code = f"import os\nos.makedirs({str(arena / 'ran')!r}, exist_ok=True)\nclass Evil: pass\nEvilPipeline = EvilUNet = Evil\n"
+    code = (
+        f"import os\nos.makedirs({str(arena / 'ran')!r}, exist_ok=True)\n"
+        "class Evil: pass\nEvilPipeline = EvilUNet = Evil\n"
+    )
     for place in (
         "evil.py",
         "__init__.py",
@@ -699,7 +839,11 @@ def plant(arena: Path, model: Path) -> None:
         "tokenizer/evil.py",
     ):
         put(model / place, code.encode())
-    for place in ("unet/diffusion_pytorch_model.bin", "text_encoder/pytorch_model.bin", "vae/diffusion_pytorch_model.bin"):
+    for place in (
+        "unet/diffusion_pytorch_model.bin",
+        "text_encoder/pytorch_model.bin",
+        "vae/diffusion_pytorch_model.bin",
+    ):
         put(model / place, pickle.dumps(Evil(arena / "ran")))
     put(arena / "victim" / "notes.json", json.dumps({"_secret": SECRET}).encode())
     put(arena / "victim.txt", b"mine")
@@ -749,7 +893,9 @@ class Mutant:
         self.arena = place / f"mutant-{number}"
         shutil.rmtree(self.arena, ignore_errors=True)
         model = self.arena / "model"
-        shutil.copytree(bases[self.base], model, copy_function=linked)  # nothing is copied but what is changed
+        shutil.copytree(
+            bases[self.base], model, copy_function=linked
+        )  # nothing is copied but what is changed
         if self.kind in GRAPHS and rng.random() < 0.2:  # weights for torch beside them
             shutil.copytree(bases["sd1"], model, copy_function=linked, dirs_exist_ok=True)
         if self.kind in GRAPHS and rng.random() < 0.9:  # it says that a graph is not the one that was written
@@ -775,7 +921,7 @@ def listing(arena: Path) -> dict[str, tuple[Any, ...]]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------- worker
+# ----------------------------------------------------------------------------------------------------- worker
 
 
 def memory(field: str) -> int:
@@ -785,7 +931,8 @@ def memory(field: str) -> int:
 
 
 def call(arguments: list[str]) -> tuple[int | str, str]:
-    """Run the command in this process: its exit code, or what it raised instead of one; and what it said on standard error."""
+    """Run the command in this process: its exit code, or what it raised instead of one; and what it said on
+    standard error."""
     import traceback
 
     from tightfit.__main__ import main
@@ -830,7 +977,9 @@ def fault(arena: Path, code: int | str, said: str, before: dict[str, tuple[Any, 
     if (arena / "ran").exists():
         return "CODE OF THE FOLDER RAN"
     after = listing(arena)
-    if changed := sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name)):
+    if changed := sorted(
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+    ):
         return f"WRITTEN OUTSIDE: {changed[:3]}"
     out = arena / "out"
     if left := sorted(each.name for each in out.iterdir() if each.name not in ("p.png", "exported")):
@@ -848,17 +997,31 @@ def work(bases: dict[str, str], place: Path, seed: int, first: int, beyond: int,
 
     tell = os.fdopen(os.dup(1), "w", buffering=1)
     for descriptor in (1, 2):
-        os.dup2(os.open(place / f"said-{os.getpid()}-{descriptor}", os.O_RDWR | os.O_CREAT | os.O_APPEND), descriptor)
+        os.dup2(
+            os.open(place / f"said-{os.getpid()}-{descriptor}", os.O_RDWR | os.O_CREAT | os.O_APPEND),
+            descriptor,
+        )
     with open(os.devnull) as nothing:  # noqa: PTH123
         os.dup2(nothing.fileno(), 0)
     for base in ("sd1", "sdxl", "int8", "onnx"):  # what is imported and cached once is nobody's fault
         code, said = call(
-            ["a", "--model", bases[base], "--steps", "1", *FAST, "-o", str(place / f"warm-{os.getpid()}.png"), "--overwrite"]
+            [
+                "a",
+                "--model",
+                bases[base],
+                "--steps",
+                "1",
+                *FAST,
+                "-o",
+                str(place / f"warm-{os.getpid()}.png"),
+                "--overwrite",
+            ]
         )
         assert code == 0, (base, code, said)
     call(["plan", "--model", bases["onnx"], "--backend", "onnx", *FAST])
     base_bytes = memory("VmRSS")
-    # A machine that shares its memory should not be filled: a mutant that asks for so much is told that there is none.
+    # A machine that shares its memory should not be filled: a mutant that asks for so much is told that there
+    # is none.
     with contextlib.suppress(OSError, ValueError):
         data = memory("VmData")
         resource.setrlimit(resource.RLIMIT_DATA, (data + 6 * MOST_BYTES, data + 6 * MOST_BYTES))
@@ -878,7 +1041,13 @@ def work(bases: dict[str, str], place: Path, seed: int, first: int, beyond: int,
                 wrong = f"{seconds:.1f} s of the processor"
             if not wrong and grown > MOST_BYTES:
                 wrong = f"{grown >> 20} MiB more than before"
-            told = {"number": number, "kind": mutant.kind, "base": mutant.base, "told": mutant.told, "command": " ".join(arguments)}
+            told = {
+                "number": number,
+                "kind": mutant.kind,
+                "base": mutant.base,
+                "told": mutant.told,
+                "command": " ".join(arguments),
+            }
             told |= {"code": code if isinstance(code, int) else -1, "said": said[-600:], "wrong": wrong}
             told |= {"seconds": seconds, "grown": grown}
             tell.write(json.dumps(told) + "\n")
@@ -890,17 +1059,25 @@ def work(bases: dict[str, str], place: Path, seed: int, first: int, beyond: int,
 def watched(bases: dict[str, str], place: Path, first: int, step: int) -> list[dict[str, Any]]:
     """Run a worker to its end, and another after each that died or hung: what each mutant gave."""
     found: list[dict[str, Any]] = []
-    environment = os.environ | {"HOME": str(place), "XDG_CACHE_HOME": str(place / "cache"), "TMPDIR": str(place)}
+    environment = os.environ | {
+        "HOME": str(place),
+        "XDG_CACHE_HOME": str(place / "cache"),
+        "TMPDIR": str(place),
+    }
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONFAULTHANDLER": "1"}
     while first < FIRST + MUTANTS:
         given = json.dumps(bases), str(place), *map(str, (SEED, first, FIRST + MUTANTS, step))
-        worker = subprocess.Popen([sys.executable, __file__, *given], stdout=subprocess.PIPE, text=True, env=environment)
+        worker = subprocess.Popen(
+            [sys.executable, __file__, *given], stdout=subprocess.PIPE, text=True, env=environment
+        )
         assert worker.stdout
         lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=pour, args=(worker.stdout, lines), daemon=True).start()
         at, why = -1, "died"
         try:
-            while line := lines.get(timeout=WATCHDOG_SECONDS * (5 if at < 0 else 1)):  # it imports what there is first
+            while line := lines.get(
+                timeout=WATCHDOG_SECONDS * (5 if at < 0 else 1)
+            ):  # it imports what there is first
                 told = json.loads(line)
                 at = told.get("begins", at)
                 if "number" in told:
@@ -911,8 +1088,18 @@ def watched(bases: dict[str, str], place: Path, first: int, step: int) -> list[d
         if (code := worker.wait()) == 0:
             break
         assert at >= 0, "a worker cannot even paint with what is whole"
-        said = "".join(file.read_text(errors="replace")[-3000:] for file in place.glob(f"said-{worker.pid}-2"))
-        told = {"number": at, "kind": KINDS[at % len(KINDS)], "base": "", "told": "", "command": "", "code": -1, "said": said}
+        said = "".join(
+            file.read_text(errors="replace")[-3000:] for file in place.glob(f"said-{worker.pid}-2")
+        )
+        told = {
+            "number": at,
+            "kind": KINDS[at % len(KINDS)],
+            "base": "",
+            "told": "",
+            "command": "",
+            "code": -1,
+            "said": said,
+        }
         note(told | {"wrong": f"{why} ({code})", "seconds": 0.0, "grown": 0}, found)
         first = at + step
     return found
@@ -943,23 +1130,38 @@ def test_mutants(shallow_models, onnx_models, made_once, tmp_path):
     int8 = made_once("fuzz/int8", lambda folder: run("export", sd1, "--precision", "int8", "-o", str(folder)))
     picture = tmp_path / "picture.png"
     run("generate", "a", "--model", sd1, "--steps", "1", *FAST, "-o", str(picture))
-    bases = {"sd1": sd1, "sdxl": str(shallow_models["sdxl"]), "int8": str(int8), "onnx": str(onnx_models("sd1", "fp32"))}
+    bases = {
+        "sd1": sd1,
+        "sdxl": str(shallow_models["sdxl"]),
+        "int8": str(int8),
+        "onnx": str(onnx_models("sd1", "fp32")),
+    }
     bases["picture"] = str(picture)
     place = Path(KEEP) if KEEP else tmp_path
     workers = min(WORKERS, MUTANTS)
     with ThreadPoolExecutor(workers) as pool:
-        found = [each for part in pool.map(lambda i: watched(bases, place, FIRST + i, workers), range(workers)) for each in part]
+        found = [
+            each
+            for part in pool.map(lambda i: watched(bases, place, FIRST + i, workers), range(workers))
+            for each in part
+        ]
     report(found)
     assert {each["number"] for each in found} == set(range(FIRST, FIRST + MUTANTS))
     faults = [each for each in found if each["wrong"]]
-    assert not faults, "\n".join(f"{SEED} {each['number']} {each['kind']} {each['told']}: {each['wrong']}" for each in faults)
+    assert not faults, "\n".join(
+        f"{SEED} {each['number']} {each['kind']} {each['told']}: {each['wrong']}" for each in faults
+    )
 
 
 def report(found: list[dict[str, Any]]) -> None:
     """By kind: how many, with which end; the slowest, and the one that took the most memory."""
     for kind in sorted({each["kind"] for each in found}):
         codes = Counter("fault" if each["wrong"] else each["code"] for each in found if each["kind"] == kind)
-        print(f"{kind:15} {sum(codes.values()):4}: exit 0 {codes[0]}, exit 2 {codes[2]}, faults {codes['fault']}")  # noqa: T201
+        line = (
+            f"{kind:15} {sum(codes.values()):4}: exit 0 {codes[0]}, "
+            f"exit 2 {codes[2]}, faults {codes['fault']}"
+        )
+        print(line)  # noqa: T201
     for field in ("seconds", "grown"):
         most = max(found, key=lambda each: each[field])
         print(f"most {field}: {most[field]:.4g}, mutant {most['number']} ({most['kind']}, {most['told']})")  # noqa: T201

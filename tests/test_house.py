@@ -12,7 +12,18 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ENGINES = {"torch", "onnxruntime", "diffusers", "transformers", "safetensors", "bitsandbytes"}
 ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
-LEAVES = ("budget", "errors", "fields", "files", "interrupts", "placement", "recent", "ring", "rules", "units")
+LEAVES = (
+    "budget",
+    "errors",
+    "fields",
+    "files",
+    "interrupts",
+    "placement",
+    "recent",
+    "ring",
+    "rules",
+    "units",
+)
 # From the ground up; imports point down only, within a floor they go in no circle.
 FLOORS = (
     ("kernels", "profiles"),
@@ -41,7 +52,10 @@ def floor(module: str) -> int:
     """Of a module, by the longest name in FLOORS that it begins with."""
     names = [".".join(module.split(".")[:count]) for count in range(module.count(".") + 1, 0, -1)]
     return next(
-        number for name in names for number, rooms in enumerate(FLOORS) if name in rooms or (name == "runtime" and not number)
+        number
+        for name in names
+        for number, rooms in enumerate(FLOORS)
+        if name in rooms or (name == "runtime" and not number)
     )
 
 
@@ -51,7 +65,8 @@ def sources() -> dict[str, Path]:
 
 
 def imports(name: str, file: Path, top_level_only: bool = False) -> set[str]:
-    """Absolute names of the modules `file` imports, those for type checking left out; ours without `tightfit.`."""
+    """Absolute names of the modules `file` imports, those for type checking left out; ours without
+    `tightfit.`."""
     package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
     found: set[str] = set()
 
@@ -82,7 +97,9 @@ def imports(name: str, file: Path, top_level_only: bool = False) -> set[str]:
 def test_imports_point_down_only(name):
     modules = sources()
     for imported in imports(name, modules[name]) & {*modules, "tightfit"}:
-        assert floor(imported) <= floor(name), f"{name} (floor {floor(name)}) imports {imported} (floor {floor(imported)})"
+        assert floor(imported) <= floor(name), (
+            f"{name} (floor {floor(name)}) imports {imported} (floor {floor(imported)})"
+        )
 
 
 def circles(modules: dict[str, set[str]]) -> list[list[str]]:
@@ -93,13 +110,17 @@ def circles(modules: dict[str, set[str]]) -> list[list[str]]:
             if middle in reach[name]:
                 reach[name] |= reach[middle]
     return sorted(
-        [name for name in modules if name in reach[name] and other in reach[name]] for other in modules if other in reach[other]
+        [name for name in modules if name in reach[name] and other in reach[name]]
+        for other in modules
+        if other in reach[other]
     )
 
 
 def test_imports_go_in_no_circle():
     modules = sources()
-    assert not circles({n: (imports(n, f, top_level_only=True) & modules.keys()) - {n} for n, f in modules.items()})
+    assert not circles(
+        {n: (imports(n, f, top_level_only=True) & modules.keys()) - {n} for n, f in modules.items()}
+    )
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})[0] == ["a", "b", "c"]
 
 
@@ -111,11 +132,16 @@ def test_only_backends_import_an_engine_when_imported(name):
 
 def of_ours(name: str, file: Path) -> set[str]:
     """What `file` imports from outside the kernels, of this project."""
-    return imports(name, file) & {"tightfit", *(module for module in sources() if not module.startswith("kernels"))}
+    return imports(name, file) & {
+        "tightfit",
+        *(module for module in sources() if not module.startswith("kernels")),
+    }
 
 
 def test_kernels_import_nothing_of_ours(tmp_path):
-    assert not {name for name, file in sources().items() if name.startswith("kernels") and of_ours(name, file)}
+    assert not {
+        name for name, file in sources().items() if name.startswith("kernels") and of_ours(name, file)
+    }
     (tmp_path / "bad.py").write_text("from ..runtime.planner.plan import Plan")
     assert of_ours("kernels.bad", tmp_path / "bad.py") == {"runtime.planner.plan"}
 
@@ -125,7 +151,10 @@ def test_direction_test_can_fail(tmp_path):
     bad.write_text("def f():\n    from .pipeline import load\n")
     assert "runtime.pipeline" in imports("runtime.plan", bad)
     assert (
-        floor("runtime.pipeline") > floor("runtime.planner.plan") > floor("runtime.backends.torch.meter") > floor("runtime.machine")
+        floor("runtime.pipeline")
+        > floor("runtime.planner.plan")
+        > floor("runtime.backends.torch.meter")
+        > floor("runtime.machine")
     )
     assert floor("benchmarks.cli") > floor("export.cli") > floor("runtime.cli.app")
     for line in ("from .. import load", "from .. import Pipeline, load", "import tightfit"):
@@ -157,19 +186,26 @@ def is_prose(node: ast.AST) -> bool:
         called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
         if called in ("lower", "strip", "casefold"):
             return is_prose(node.func.value) if isinstance(node.func, ast.Attribute) else False
-        return called in ("str", "first_line", "repr") and any("error" in ast.unparse(word) for word in node.args)
+        return called in ("str", "first_line", "repr") and any(
+            "error" in ast.unparse(word) for word in node.args
+        )
     return False
 
 
 def decisions_from_prose(text: str) -> list[str]:
-    """Expressions of a source file that decide by what a sentence says: how it begins, what is in it, whether it is this."""
+    """Expressions of a source file that decide by what a sentence says: how it begins, what is in it, whether
+    it is this."""
     found = []
     for node in ast.walk(ast.parse(text)):
         read: list[ast.AST] = []
         if isinstance(node, ast.Compare):
             words = {ast.In: node.comparators, ast.NotIn: node.comparators}
             sides = [node.left, *node.comparators]
-            read = [part for op in node.ops for part in words.get(type(op), sides if isinstance(op, ast.Eq | ast.NotEq) else [])]
+            read = [
+                part
+                for op in node.ops
+                for part in words.get(type(op), sides if isinstance(op, ast.Eq | ast.NotEq) else [])
+            ]
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
             if node.func.attr in ("startswith", "endswith", "find", "index", "count", "partition"):
                 read = [node.func.value]
@@ -205,7 +241,9 @@ def test_a_decision_from_a_sentence_is_found(line):
 
 
 def test_what_is_no_decision_from_a_sentence():
-    assert not decisions_from_prose("if plan.verdict is Verdict.REFUSED and plan.cfg == 'batched': say(plan.reason)")
+    assert not decisions_from_prose(
+        "if plan.verdict is Verdict.REFUSED and plan.cfg == 'batched': say(plan.reason)"
+    )
 
 
 def test_kernels_is_no_regular_package():

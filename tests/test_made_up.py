@@ -1,4 +1,5 @@
-"""A family and a layout that nobody has: one file and one registration each, and the model is planned, painted and repeated."""
+"""A family and a layout that nobody has: one file and one registration each, and the model is planned,
+painted and repeated."""
 
 from __future__ import annotations
 
@@ -22,16 +23,20 @@ from tightfit.runtime.models.layouts.safetensors import read_header
 from tightfit.runtime.models.spec import Component
 from torch import nn
 
-# ------------------------------------------------------------------------------------------- the family: one file
+# --------------------------------------------------------------------------------------- the family: one file
 
 
 def build_text(component):
-    return nn.ModuleDict({"words": nn.Embedding(component.config["vocab_size"], component.config["hidden_size"])})
+    return nn.ModuleDict(
+        {"words": nn.Embedding(component.config["vocab_size"], component.config["hidden_size"])}
+    )
 
 
 def build_denoiser(component):
     width, channels = component.config["cross_attention_dim"], component.config["in_channels"]
-    return nn.ModuleDict({"mix": nn.Conv2d(channels, channels, 3, padding=1), "read": nn.Linear(width, channels)})
+    return nn.ModuleDict(
+        {"mix": nn.Conv2d(channels, channels, 3, padding=1), "read": nn.Linear(width, channels)}
+    )
 
 
 def build_decoder(component):
@@ -62,7 +67,8 @@ CONFIGS = {
 NETWORKS = (
     network(
         "speller", Role.TEXT, defaults=CONFIGS["speller"], build=build_text, tokenizer="tokenizer",
-        inputs=lambda spec, extent: {"tokens": (1, spec.text_length)}, call=lambda module, tokens: (module["words"](tokens),),
+        inputs=lambda spec, extent: {"tokens": (1, spec.text_length)},
+        call=lambda module, tokens: (module["words"](tokens),),
     ),
     network(
         "mixer", Role.DENOISER, defaults=CONFIGS["mixer"], build=build_denoiser, call=denoise,
@@ -106,7 +112,7 @@ class Toy:
         return {"hidden": hidden}
 
 
-# ------------------------------------------------------------------------------------------- the layout: one file
+# --------------------------------------------------------------------------------------- the layout: one file
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,11 @@ class ToyFile:
 
     def component(self, network):
         prefix = f"{network.name}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
+        own = {
+            name.removeprefix(prefix): tensor
+            for name, tensor in self.tensors.items()
+            if name.startswith(prefix)
+        }
         return Component(network, self.folder, {**network.defaults}, own)
 
     def scheduler(self):
@@ -140,7 +150,8 @@ class ToyLayout:
 
 @pytest.fixture
 def toy(tmp_path, sd1, monkeypatch):
-    """A single file of random weights, and SD's tokenizer beside it; family and layout are registered by one line each."""
+    """A single file of random weights, and SD's tokenizer beside it; family and layout are registered by one
+    line each."""
     monkeypatch.setattr(families, "FAMILIES", (Toy(), *families.FAMILIES))
     monkeypatch.setattr(reading, "LAYOUTS", (ToyLayout(), *reading.LAYOUTS))
     torch.manual_seed(0)
@@ -166,14 +177,18 @@ def by_hand(file: Path, steps: int, guidance: float) -> np.ndarray:
             {n.removeprefix(f"{each.name}."): w for n, w in weights.items() if n.startswith(f"{each.name}.")}
         )
     tokenizer = CLIPTokenizer.from_pretrained(file.parent / "tokenizer")
-    ids = tokenizer(["", "a cat"], padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+    ids = tokenizer(
+        ["", "a cat"], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
     scheduler = DDIMScheduler(beta_schedule="scaled_linear")
     scheduler.set_timesteps(steps)
     latents = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
     with torch.inference_mode():
         hidden = modules["speller"]["words"](ids)
         for time in scheduler.timesteps:
-            without, given = denoise(modules["mixer"], torch.cat([latents] * 2), torch.tensor(float(time)), hidden)[0].split(1)
+            without, given = denoise(
+                modules["mixer"], torch.cat([latents] * 2), torch.tensor(float(time)), hidden
+            )[0].split(1)
             latents = scheduler.step(without + guidance * (given - without), time, latents).prev_sample
         values = modules["grower"]["grow"](latents).tanh()[0].permute(1, 2, 0).numpy()
     return ((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)
@@ -181,7 +196,11 @@ def by_hand(file: Path, steps: int, guidance: float) -> np.ndarray:
 
 def test_a_family_and_a_layout_are_one_file_and_one_line(toy):
     spec = tightfit.inspect(str(toy))
-    assert (spec.family, spec.native_size, [*spec.components]) == ("toy", (32, 32), ["speller", "mixer", "grower"])
+    assert (spec.family, spec.native_size, [*spec.components]) == (
+        "toy",
+        (32, 32),
+        ["speller", "mixer", "grower"],
+    )
     with tightfit.load(str(toy), precision="fp32", device="cpu") as pipeline:
         result = pipeline.generate(tightfit.Request("a cat", seed=5, num_inference_steps=3))
     assert np.abs(np.asarray(result.images[0], int) - by_hand(toy, 3, 3.0)).max() <= 1
@@ -195,7 +214,9 @@ def test_each_network_is_costed_in_its_own_stage(toy):
     """By its role: a name that is not known is no text encoder."""
     spec = tightfit.inspect(str(toy))
     plans = {
-        steps: tightfit.plan(tightfit.profile("rtx-2060"), spec, tightfit.Request("a", num_inference_steps=steps))
+        steps: tightfit.plan(
+            tightfit.profile("rtx-2060"), spec, tightfit.Request("a", num_inference_steps=steps)
+        )
         for steps in (5, 50)
     }
     assert plans[50][0].predicted.seconds > plans[5][0].predicted.seconds

@@ -1,12 +1,14 @@
-"""Ours beside diffusers, Optimum and stable-diffusion.cpp: the same weights, prompt, steps, size and seed, in one command.
+"""Ours beside diffusers, Optimum and stable-diffusion.cpp: the same weights, prompt, steps, size and seed, in
+one command.
 
     python -m tightfit.benchmarks.peers MODEL WORK --rounds 2
 
-MODEL is a diffusers folder. In WORK the peers' environments are made, once (stable-diffusion.cpp is compiled: six minutes), and
-the exports, ours and Optimum's, each in a process of its own, timed. Then each contender paints one picture in a process of its
-own, one after another, and all of them again in each round, so that a machine that slows down slows all. Least seconds and most
-bytes count; decibels are against the contender whose picture it should be. `--make` stops before painting; `--only` names
-contenders, or the beginnings of their names.
+MODEL is a diffusers folder. In WORK the peers' environments are made, once (stable-diffusion.cpp is compiled:
+six minutes), and the exports, ours and Optimum's, each in a process of its own, timed. Then each contender
+paints one picture in a process of its own, one after another, and all of them again in each round, so that a
+machine that slows down slows all. Least seconds and most bytes count; decibels are against the contender
+whose picture it should be. `--make` stops before painting; `--only` names contenders, or the beginnings of
+their names.
 """
 
 from __future__ import annotations
@@ -33,7 +35,13 @@ from ..record import record
 
 REFERENCE = "diffusers fp32"
 PROGRAMS = Path(__file__).with_name("programs.py")
-OPTIMUM = ("torch==2.13.0", "diffusers==0.36.0", "transformers==4.57.5", "optimum-onnx==0.1.0", "onnxruntime==1.31.1")
+OPTIMUM = (
+    "torch==2.13.0",
+    "diffusers==0.36.0",
+    "transformers==4.57.5",
+    "optimum-onnx==0.1.0",
+    "onnxruntime==1.31.1",
+)
 SDCPP = ("stable-diffusion-cpp-python==0.4.7",)
 # AVX-512 and the like of this processor, and the fast products of llamafile.
 BUILD = "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DCMAKE_BUILD_TYPE=Release"
@@ -42,8 +50,8 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Contender:
-    """`engine` of programs.py runs `model`, a folder in WORK or "" for the original, in `precision` with `options`; from the same
-    noise `like` paints what it should ("" where the noise is another)."""
+    """`engine` of programs.py runs `model`, a folder in WORK or "" for the original, in `precision` with
+    `options`; from the same noise `like` paints what it should ("" where the noise is another)."""
 
     name: str
     engine: str
@@ -69,7 +77,10 @@ def contenders(device: str) -> list[Contender]:
         Contender("sd.cpp q4_0, flash, tiling", "sdcpp", "q4_0", ("flash_attention", "tiling"), "", ""),
         Contender("tightfit fp32", "tightfit", "fp32"),
         Contender("tightfit fp32, Optimum's folder", "tightfit", "auto", (), "optimum", "Optimum fp32"),
-        *(Contender(f"tightfit {kind}, ONNX", "tightfit", "auto", (), f"onnx-{kind}") for kind in ("fp32", "fp16", "int8", "int4")),
+        *(
+            Contender(f"tightfit {kind}, ONNX", "tightfit", "auto", (), f"onnx-{kind}")
+            for kind in ("fp32", "fp16", "int8", "int4")
+        ),
         Contender("tightfit bf16", "tightfit", "bf16"),
         Contender("tightfit int8", "tightfit", "int8", (), "int8"),
         Contender("tightfit int8-dynamic", "tightfit", "int8-dynamic", (), "int8"),
@@ -81,7 +92,9 @@ def contenders(device: str) -> list[Contender]:
             Contender("diffusers fp16", "diffusers", "fp16"),
             Contender("diffusers fp16, model offload", "diffusers", "fp16", ("model_offload", "tiling")),
             Contender("diffusers fp16, group offload", "diffusers", "fp16", ("group_offload", "tiling")),
-            Contender("diffusers fp16, bitsandbytes NF4", "diffusers", "nf4"),  # which diffusers takes on GPUs only
+            Contender(
+                "diffusers fp16, bitsandbytes NF4", "diffusers", "nf4"
+            ),  # which diffusers takes on GPUs only
             Contender("diffusers fp16, bitsandbytes int8", "diffusers", "int8"),
             Contender("tightfit fp16", "tightfit", "fp16"),
         ]
@@ -95,7 +108,9 @@ def main() -> None:
     parse.add_argument("--size", type=int, default=512)
     parse.add_argument("--steps", type=int, default=4)
     parse.add_argument("--rounds", type=int, default=2)
-    parse.add_argument("--patience", type=float, default=90, metavar="SECONDS", help="what took longer once is not run again")
+    parse.add_argument(
+        "--patience", type=float, default=90, metavar="SECONDS", help="what took longer once is not run again"
+    )
     parse.add_argument("--only", action="append", default=[], metavar="NAME")
     parse.add_argument("--make", action="store_true")
     args = parse.parse_args()
@@ -103,7 +118,11 @@ def main() -> None:
         parse.error("--steps: a step is timed from the end of the one before, so at least 2")
     inspect(args.model)  # refuses a model that names classes of its own: other programs would run their code
     model, work = args.model.absolute(), args.work.absolute()
-    chosen = [c for c in contenders(Hardware.detect().device) if not args.only or c.name.startswith(tuple(args.only))]
+    chosen = [
+        c
+        for c in contenders(Hardware.detect().device)
+        if not args.only or c.name.startswith(tuple(args.only))
+    ]
     try:
         pythons, exports = make(model, work, chosen)
     except subprocess.CalledProcessError as error:
@@ -117,25 +136,43 @@ def main() -> None:
         for contender in chosen:
             if rows.get(contender.name, {}).get("seconds", 0) > args.patience:
                 continue
-            job = {"model": str(work / contender.model if contender.model else model), "precision": contender.precision}
-            job |= {"options": contender.options, "steps": args.steps, "size": args.size, "to": str(picture(work, contender.name))}
+            job = {
+                "model": str(work / contender.model if contender.model else model),
+                "precision": contender.precision,
+            }
+            job |= {
+                "options": contender.options,
+                "steps": args.steps,
+                "size": args.size,
+                "to": str(picture(work, contender.name)),
+            }
             row = run(pythons[contender.engine], contender.engine, job)
             print(f"{number + 1}/{args.rounds} {contender.name:<34} {told(row)}", flush=True)
             how = {"engine": contender.engine, "precision": contender.precision, "options": contender.options}
             rows[contender.name] = better(rows.get(contender.name), row) | how | {"rounds": number + 1}
     for contender in chosen:
         both = [picture(work, name) for name in (contender.name, contender.like)]
-        if "failed" not in rows[contender.name] and contender.like in rows and all(file.exists() for file in both):
+        if (
+            "failed" not in rows[contender.name]
+            and contender.like in rows
+            and all(file.exists() for file in both)
+        ):
             found = min(psnr(*map(Image.open, both)), MOST_PSNR)
             rows[contender.name] |= {"psnr": found, "like": contender.like}
-    told_of = {"model": args.model.name, "size": args.size, "steps": args.steps, "rounds": args.rounds, "sdcpp": BUILD}
+    told_of = {
+        "model": args.model.name,
+        "size": args.size,
+        "steps": args.steps,
+        "rounds": args.rounds,
+        "sdcpp": BUILD,
+    }
     record("peers", told_of | {"exports": exports, "rows": rows})
     table(rows)
 
 
 def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, str], dict[str, Row]]:
-    """The interpreter of each engine, and what each export took; whatever is not in WORK yet is made, under another name until it
-    is whole."""
+    """The interpreter of each engine, and what each export took; whatever is not in WORK yet is made, under
+    another name until it is whole."""
     work.mkdir(parents=True, exist_ok=True)
     engines, models = {c.engine for c in chosen}, {c.model for c in chosen if c.model}
     pythons = {"diffusers": sys.executable, "tightfit": sys.executable}
@@ -147,10 +184,16 @@ def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, st
     exports: dict[str, Row] = json.loads(file.read_text()) if file.exists() else {}
     for name in sorted(name for name in models if not (work / name).exists()):
         partial = work / f"{name}.partial"
-        engine, to = ("optimum", []) if name == "optimum" else ("tightfit", ["--precision", name.removeprefix("onnx-")])
+        engine, to = (
+            ("optimum", [])
+            if name == "optimum"
+            else ("tightfit", ["--precision", name.removeprefix("onnx-")])
+        )
         if name.startswith("onnx-"):
             to += ["--to", "onnx", *(["--compute", "fp32"] if name.startswith("onnx-int") else [])]
-        row = run(pythons[engine], f"{engine}_export", {"model": str(model), "to": str(partial), "options": to})
+        row = run(
+            pythons[engine], f"{engine}_export", {"model": str(model), "to": str(partial), "options": to}
+        )
         print(f"{name:<38} {told(row)}", flush=True)
         if "failed" in row:
             raise TightfitError(f"the export of {name} failed: {row['failed']}")
@@ -169,14 +212,18 @@ def environment(folder: Path, packages: tuple[str, ...], variables: dict[str, st
     done = folder / "made.json"
     if not done.exists():
         venv.create(folder, with_pip=True, clear=True)
-        subprocess.run([python, "-m", "pip", "install", "-q", *packages], check=True, env=os.environ | variables)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-q", *packages], check=True, env=os.environ | variables
+        )
         done.write_text(json.dumps({"packages": packages, "variables": variables}))
     return str(python)
 
 
 def run(python: str, engine: str, job: Row) -> Row:
     """In a process of its own; one that fails is a row that says so."""
-    done = subprocess.run([python, str(PROGRAMS), engine, json.dumps(job)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [python, str(PROGRAMS), engine, json.dumps(job)], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -189,7 +236,11 @@ def better(before: Row | None, now: Row) -> Row:
     if "failed" in before:
         return before
     least = {name: min(before[name], now[name]) for name in ("seconds", "step_seconds")}
-    return now | least | {name: max(before[name], now[name]) for name in ("peak_bytes", "device_bytes") if name in now}
+    return (
+        now
+        | least
+        | {name: max(before[name], now[name]) for name in ("peak_bytes", "device_bytes") if name in now}
+    )
 
 
 def told(row: Row) -> str:
@@ -205,7 +256,8 @@ def peak(row: Row) -> int:
 
 
 def table(rows: dict[str, Row]) -> None:
-    """Each beside diffusers in bf16, which is the best that most people run on a CPU, or the first there is; then how each ran."""
+    """Each beside diffusers in bf16, which is the best that most people run on a CPU, or the first there is;
+    then how each ran."""
     there = {name: row for name, row in rows.items() if "failed" not in row}
     if not there:
         sys.exit("peers: no contender painted anything")
@@ -222,7 +274,10 @@ def table(rows: dict[str, Row]) -> None:
     print(f"\nsd.cpp is built with {BUILD} and has {os.cpu_count()} threads")
     for name, row in there.items():
         how = ", ".join((row["precision"], *row["options"], f"rounds: {row['rounds']}"))
-        print(f"{name:<34} {how}; {', '.join(f'{package} {version}' for package, version in row['versions'].items())}")
+        print(
+            f"{name:<34} {how}; "
+            f"{', '.join(f'{package} {version}' for package, version in row['versions'].items())}"
+        )
 
 
 if __name__ == "__main__":

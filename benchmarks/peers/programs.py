@@ -1,8 +1,9 @@
-"""One picture by one engine, in that engine's own environment: `python programs.py ENGINE JOB`, which needs nothing of ours.
+"""One picture by one engine, in that engine's own environment: `python programs.py ENGINE JOB`, which needs
+nothing of ours.
 
-JOB is {"model", "precision", "options", "steps", "size", "to"} as JSON, `to` being the picture, or the folder of an export. What
-is printed last is JSON too: the largest resident bytes of the process, seconds from its start to the picture, seconds of a step
-(the median, after the first), and versions.
+JOB is {"model", "precision", "options", "steps", "size", "to"} as JSON, `to` being the picture, or the folder
+of an export. What is printed last is JSON too: the largest resident bytes of the process, seconds from its
+start to the picture, seconds of a step (the median, after the first), and versions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ Job = dict[str, Any]
 
 
 class Clock:
-    """When each step ended; and the peaks of the process and of the GPU, for who sets the system's and torch's back."""
+    """When each step ended; and the peaks of the process and of the GPU, for who sets the system's and
+    torch's back."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.ends = steps, list[float]()
@@ -55,7 +57,9 @@ def diffusers(job: Job, clock: Clock) -> list[str]:
         how: dict[str, Any] = {f"load_in_{bits}": True}
         if bits == "4bit":
             how |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
-        loading["quantization_config"] = PipelineQuantizationConfig(f"bitsandbytes_{bits}", how, components_to_quantize=["unet"])
+        loading["quantization_config"] = PipelineQuantizationConfig(
+            f"bitsandbytes_{bits}", how, components_to_quantize=["unet"]
+        )
     pipe: Any = DiffusionPipeline.from_pretrained(job["model"], **loading)
     options, device = set(job["options"]), "cuda" if torch.cuda.is_available() else "cpu"
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -69,10 +73,17 @@ def diffusers(job: Job, clock: Clock) -> list[str]:
     if "model_offload" in options:
         pipe.enable_model_cpu_offload()
     elif "group_offload" in options:
-        pipe.enable_group_offload(onload_device=torch.device(device), offload_type="leaf_level", use_stream=True)
+        pipe.enable_group_offload(
+            onload_device=torch.device(device), offload_type="leaf_level", use_stream=True
+        )
     else:
         pipe.to(device)
-    sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
+    sizes = {
+        "height": job["size"],
+        "width": job["size"],
+        "num_inference_steps": job["steps"],
+        "guidance_scale": GUIDANCE,
+    }
     generator = torch.Generator().manual_seed(SEED)
     pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["to"])
     return ["torch", "diffusers", "transformers"]
@@ -87,7 +98,12 @@ def optimum(job: Job, clock: Clock) -> list[str]:
     pipe: Any = ORTDiffusionPipeline.from_pretrained(job["model"])
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
+    sizes = {
+        "height": job["size"],
+        "width": job["size"],
+        "num_inference_steps": job["steps"],
+        "guidance_scale": GUIDANCE,
+    }
     generator = torch.Generator().manual_seed(SEED)
     pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["to"])
     return ["optimum-onnx", "onnxruntime", "diffusers", "transformers"]
@@ -97,7 +113,16 @@ def optimum_export(job: Job, _: Clock) -> list[str]:
     """What optimum-cli does."""
     from optimum.commands.optimum_cli import main as optimum_cli  # pyright: ignore[reportMissingImports]
 
-    sys.argv = ["optimum-cli", "export", "onnx", "--model", job["model"], "--task", "text-to-image", job["to"]]
+    sys.argv = [
+        "optimum-cli",
+        "export",
+        "onnx",
+        "--model",
+        job["model"],
+        "--task",
+        "text-to-image",
+        job["to"],
+    ]
     optimum_cli()
     return ["optimum-onnx", "onnxruntime", "diffusers", "transformers"]
 
@@ -117,7 +142,12 @@ def sdcpp(job: Job, clock: Clock) -> list[str]:
     )
     sizes = {"height": job["size"], "width": job["size"], "sample_steps": job["steps"], "cfg_scale": GUIDANCE}
     images = pipe.generate_image(
-        PROMPT, **sizes, seed=SEED, sample_method="euler", vae_tiling="tiling" in options, progress_callback=clock
+        PROMPT,
+        **sizes,
+        seed=SEED,
+        sample_method="euler",
+        vae_tiling="tiling" in options,
+        progress_callback=clock,
     )
     images[0].save(job["to"])
     return ["stable-diffusion-cpp-python"]
@@ -129,7 +159,12 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
     from ...runtime.events import Event  # pyright: ignore[reportMissingImports]
 
     wishes: dict[str, Any] = dict(option.split("=") for option in job["options"])
-    sizes = {"height": job["size"], "width": job["size"], "num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
+    sizes = {
+        "height": job["size"],
+        "width": job["size"],
+        "num_inference_steps": job["steps"],
+        "guidance_scale": GUIDANCE,
+    }
 
     def told(event: Event) -> None:
         if event.stage == "denoise":

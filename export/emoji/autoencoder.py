@@ -28,7 +28,8 @@ def build() -> Any:
 
 @torch.no_grad()
 def psnr(model: Any, pictures: torch.Tensor) -> float:
-    """Mean over pictures (count, 3, h, w; uint8) of the decibels of decode(encode(x)), as rounded to 8 bits."""
+    """Mean over pictures (count, 3, h, w; uint8) of the decibels of decode(encode(x)), as rounded to 8
+    bits."""
     values = []
     for batch in pictures.split(16):
         x = batch.float() / 127.5 - 1
@@ -40,7 +41,9 @@ def psnr(model: Any, pictures: torch.Tensor) -> float:
 
 def main() -> None:
     parse = options(__doc__, minutes=30, batch=4)
-    parse.add_argument("--decoder-only", action="store_true", help="keep the latents as they are (the U-Net knows them)")
+    parse.add_argument(
+        "--decoder-only", action="store_true", help="keep the latents as they are (the U-Net knows them)"
+    )
     args = parse.parse_args()
     _, pictures = emoji_and_pixels(args)
     model = build().to(args.device)
@@ -48,7 +51,13 @@ def main() -> None:
         model.load_state_dict(load_checkpoint(args.work / "autoencoder.pt", args.device)["average"])
     trained = [model.decoder, model.post_quant_conv] if args.decoder_only else [model]
     optimizer = optim.Optimizer(trained, muon_lr=5e-3, adam_lr=1e-3)
-    run = Run("decoder" if args.decoder_only else "autoencoder", args, model, optimizer, optim.Average(model, decay=0.998))
+    run = Run(
+        "decoder" if args.decoder_only else "autoencoder",
+        args,
+        model,
+        optimizer,
+        optim.Average(model, decay=0.998),
+    )
     while run.unfinished:
         x = pictures[torch.randint(len(pictures), (args.batch,))].float() / 127.5 - 1
         with torch.autocast(args.device, torch.bfloat16):

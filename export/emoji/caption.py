@@ -20,7 +20,8 @@ LENGTH = 32  # tokens; SD's 77 would cost the little model more than it has to s
 
 
 def caption(one: Emoji, rng: random.Random, empty: float = 0.1) -> str:
-    """A label most of the time, sometimes with or instead of a few tags; empty (for guidance) with chance `empty`."""
+    """A label most of the time, sometimes with or instead of a few tags; empty (for guidance) with chance
+    `empty`."""
     if rng.random() < empty:
         return ""
     dice = rng.random()
@@ -32,16 +33,25 @@ def caption(one: Emoji, rng: random.Random, empty: float = 0.1) -> str:
 
 
 def tokenizer(chosen: list[Emoji], folder: Path, size: int = 2048) -> CLIPTokenizerFast:
-    """Learn about `size` byte-pair tokens from every label, tag and template; write CLIP's usual files into `folder`.
+    """Learn about `size` byte-pair tokens from every label, tag and template; write CLIP's usual files into
+    `folder`.
 
-    Any text can be encoded, as bytes where no longer token fits. Returns the tokenizer as loaded from those files.
+    Any text can be encoded, as bytes where no longer token fits. Returns the tokenizer as loaded from those
+    files.
     """
     text = " ".join(t.format(one.label) + " " + " ".join(one.tags) for one in chosen for t in TEMPLATES)
     clip.write(folder, [], LENGTH)  # one that knows letters alone splits text as they all do
     splitter: Any = CLIPTokenizerFast.from_pretrained(folder).backend_tokenizer
-    words = sorted(w for w, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text)))
+    words = sorted(
+        w for w, _ in splitter.pre_tokenizer.pre_tokenize_str(splitter.normalizer.normalize_str(text))
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = BpeTrainer(vocab_size=size - len(alphabet), initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False)
+    trainer = BpeTrainer(
+        vocab_size=size - len(alphabet),
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
     learned = Tokenizer(BPE(end_of_word_suffix="</w>"))
     learned.train_from_iterator(words, trainer)
     clip.write(folder, [tuple(pair) for pair in json.loads(learned.to_str())["model"]["merges"]], LENGTH)

@@ -1,7 +1,7 @@
 """The emoji the model in the box is trained on: fetched with npm, drawn on white, captioned.
 
-Pictures: Microsoft's Fluent 3D emoji (MIT), npm package `@lobehub/fluent-emoji-3d`. Labels and tags: npm package
-`emojibase-data` (MIT). Both are fetched once into a folder that stays outside the repository.
+Pictures: Microsoft's Fluent 3D emoji (MIT), npm package `@lobehub/fluent-emoji-3d`. Labels and tags: npm
+package `emojibase-data` (MIT). Both are fetched once into a folder that stays outside the repository.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ PACKAGES = ("@lobehub/fluent-emoji-3d@1.1.0", "emojibase-data@17.0.0")
 
 # Fewer groups rather than blurred pictures: what a person would ask an emoji painter for first.
 SUBGROUPS = {
-    "smileys-emotion": ("face-smiling", "face-affection", "face-hat", "face-glasses", "face-costume", "heart"),
+    "smileys-emotion": (
+        "face-smiling", "face-affection", "face-hat", "face-glasses", "face-costume", "heart",
+    ),
     "animals-nature": (
         "animal-mammal", "animal-bird", "animal-amphibian", "animal-reptile", "animal-marine", "animal-bug",
         "plant-flower", "plant-other",
@@ -43,7 +45,9 @@ def fetch(folder: Path) -> None:
         target = folder / package.strip("@").replace("/", "-").rsplit("@", 1)[0]
         if target.exists():
             continue
-        packed = subprocess.run(["npm", "pack", package, "--silent"], cwd=folder, check=True, text=True, capture_output=True)
+        packed = subprocess.run(
+            ["npm", "pack", package, "--silent"], cwd=folder, check=True, text=True, capture_output=True
+        )
         archive, partial = folder / packed.stdout.strip(), target.with_suffix(".partial")
         with tarfile.open(archive) as tar:
             tar.extractall(partial, filter="data")
@@ -52,7 +56,8 @@ def fetch(folder: Path) -> None:
 
 
 def emoji(folder: Path) -> list[Emoji]:
-    """The emoji of SUBGROUPS that have a picture, in Unicode order; skin tones are not among emojibase's top level."""
+    """The emoji of SUBGROUPS that have a picture, in Unicode order; skin tones are not among emojibase's top
+    level."""
     text = folder / "emojibase-data/package/en"
     messages = json.loads((text / "messages.json").read_text())
     group = {row["order"]: row["key"] for row in messages["groups"]}
@@ -63,9 +68,13 @@ def emoji(folder: Path) -> list[Emoji]:
         if subgroup.get(row.get("subgroup")) not in SUBGROUPS.get(group.get(row.get("group"), ""), ()):
             continue
         code = row["hexcode"].lower()
-        found = next((pictures[c] for c in (code, code.replace("-fe0f", ""), code + "-fe0f") if c in pictures), None)
+        found = next(
+            (pictures[c] for c in (code, code.replace("-fe0f", ""), code + "-fe0f") if c in pictures), None
+        )
         if found:
-            chosen.append(Emoji(row["label"].lower(), tuple(tag.lower() for tag in row.get("tags", ())), found))
+            chosen.append(
+                Emoji(row["label"].lower(), tuple(tag.lower() for tag in row.get("tags", ())), found)
+            )
     return chosen
 
 
@@ -76,5 +85,7 @@ def pixels(chosen: list[Emoji], size: int) -> np.ndarray:
         with Image.open(one.picture) as picture:
             rgba = picture.convert("RGBA")
         white = Image.new("RGBA", rgba.size, "white")
-        out[i] = np.asarray(Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.LANCZOS))
+        out[i] = np.asarray(
+            Image.alpha_composite(white, rgba).convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
+        )
     return out

@@ -1,4 +1,5 @@
-"""Train the U-Net and the text encoder of the emoji model: `python -m tightfit.export.emoji.diffusion --help`."""
+"""Train the U-Net and the text encoder of the emoji model: `python -m tightfit.export.emoji.diffusion
+--help`."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ GUIDANCE = 3.0  # SD's 7.5 oversaturates a model this small
 
 
 def build_unet(side: int = 16) -> Any:
-    """SD 1.5's block pattern; 64 % of the weights in 3x3 convolutions, 5 % in 1x1, 31 % in linears (63, 6, 31 there)."""
+    """SD 1.5's block pattern; 64 % of the weights in 3x3 convolutions, 5 % in 1x1, 31 % in linears (63, 6, 31
+    there)."""
     kind: Any = UNet2DConditionModel
     return kind(
         sample_size=side,
@@ -73,14 +75,21 @@ def encode_all(vae: Any, pictures: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def sample(model: torch.nn.Module, tokens: torch.Tensor, empty: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Scaled latents for `tokens` (count, length) in 20 steps of DDIM, each from the same noise of `shape` (c, h, w).
+def sample(
+    model: torch.nn.Module, tokens: torch.Tensor, empty: torch.Tensor, shape: torch.Size
+) -> torch.Tensor:
+    """Scaled latents for `tokens` (count, length) in 20 steps of DDIM, each from the same noise of `shape`
+    (c, h, w).
 
     `empty` (1, length) is no prompt; the guidance scale is GUIDANCE.
     """
     scheduler = noise_schedule()
     scheduler.set_timesteps(20)
-    x = torch.randn((1, *shape), generator=torch.Generator().manual_seed(0)).to(tokens.device).repeat(len(tokens), 1, 1, 1)
+    x = (
+        torch.randn((1, *shape), generator=torch.Generator().manual_seed(0))
+        .to(tokens.device)
+        .repeat(len(tokens), 1, 1, 1)
+    )
     both = torch.cat([empty.expand(len(tokens), -1), tokens])
     for t in scheduler.timesteps:
         with torch.autocast(tokens.device.type, torch.bfloat16):
@@ -90,9 +99,11 @@ def sample(model: torch.nn.Module, tokens: torch.Tensor, empty: torch.Tensor, sh
 
 
 def match(generated: torch.Tensor, pictures: torch.Tensor, right: list[int]) -> tuple[float, float]:
-    """How often the training picture nearest to a generated one is the right one, and is among the five nearest.
+    """How often the training picture nearest to a generated one is the right one, and is among the five
+    nearest.
 
-    Both are (count, 3, h, w) with values in 0..255; distance is the mean square over 32x32 area-averaged pixels.
+    Both are (count, 3, h, w) with values in 0..255; distance is the mean square over 32x32 area-averaged
+    pixels.
     """
 
     def small(x):
@@ -103,8 +114,11 @@ def match(generated: torch.Tensor, pictures: torch.Tensor, right: list[int]) -> 
     return hits[:, 0].float().mean().item(), hits.any(1).float().mean().item()
 
 
-def min_snr_loss(model: torch.nn.Module, x: torch.Tensor, tokens: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """The error of the predicted noise at one noise level a latent, weighted by min-SNR-5 (arXiv 2303.09556)."""
+def min_snr_loss(
+    model: torch.nn.Module, x: torch.Tensor, tokens: torch.Tensor, alphas: torch.Tensor
+) -> torch.Tensor:
+    """The error of the predicted noise at one noise level a latent, weighted by min-SNR-5 (arXiv
+    2303.09556)."""
     noise = torch.randn_like(x)
     strata = (torch.arange(len(x)) + torch.rand(len(x))) / len(x)  # every noise level in every batch
     step = (strata * len(alphas)).long().to(x.device)
@@ -125,7 +139,9 @@ def main() -> None:
     tokenizer = caption.tokenizer(chosen, args.work / "tokenizer")
 
     def tokens(texts: list[str]) -> torch.Tensor:
-        padded = tokenizer(texts, padding="max_length", max_length=caption.LENGTH, truncation=True, return_tensors="pt")
+        padded = tokenizer(
+            texts, padding="max_length", max_length=caption.LENGTH, truncation=True, return_tensors="pt"
+        )
         return padded.input_ids.to(args.device)
 
     def prompt_match(model: torch.nn.Module) -> tuple[float, float]:
@@ -137,7 +153,9 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = Conditional(build_unet(latents.shape[-1]), build_text_encoder(tokenizer)).to(args.device)
-    model.unet.set_attn_processor(AttnProcessor())  # the fused CPU attention took 62 % of a step, backwards mostly
+    model.unet.set_attn_processor(
+        AttnProcessor()
+    )  # the fused CPU attention took 62 % of a step, backwards mostly
     optimizer = optim.Optimizer([model], muon_lr=4e-3, adam_lr=2e-3)
     run = Run("diffusion", args, model, optimizer, optim.Average(model, decay=0.999))
     alphas, rng = noise_schedule().alphas_cumprod.to(args.device), random.Random(run.steps)
@@ -155,7 +173,11 @@ def main() -> None:
             top1, top5 = prompt_match(run.average.module)
             mean = sum(losses) / len(losses)
             losses.clear()
-            run.report(f"loss {mean:.4f}, prompt match {top1:.0%} top-1, {top5:.0%} top-5", scaling=scaling, side=latents.shape[-1])
+            run.report(
+                f"loss {mean:.4f}, prompt match {top1:.0%} top-1, {top5:.0%} top-5",
+                scaling=scaling,
+                side=latents.shape[-1],
+            )
 
 
 if __name__ == "__main__":

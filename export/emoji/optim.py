@@ -1,9 +1,9 @@
 """Muon beside AdamW, and the average of the weights: what both training scripts share.
 
-Muon (Keller Jordan, 2024; the scale is that of "Muon is Scalable for LLM Training", arXiv 2502.16982) replaces each
-matrix gradient by the nearest orthogonal matrix. torch.optim.Muon takes only 2-D parameters and most of ours are 3x3
-convolutions, hence these lines. In a 75 s race on two cores it brought the autoencoder to 28.0 dB where AdamW reached
-20.5 dB (docs/decisions.md).
+Muon (Keller Jordan, 2024; the scale is that of "Muon is Scalable for LLM Training", arXiv 2502.16982)
+replaces each matrix gradient by the nearest orthogonal matrix. torch.optim.Muon takes only 2-D parameters and
+most of ours are 3x3 convolutions, hence these lines. In a 75 s race on two cores it brought the autoencoder
+to 28.0 dB where AdamW reached 20.5 dB (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ class Muon(torch.optim.Optimizer):
 
 
 class Optimizer:
-    """Muon for every hidden matrix, AdamW for embeddings, norms, biases and the thin first and last layers."""
+    """Muon for every hidden matrix, AdamW for embeddings, norms, biases and the thin first and last
+    layers."""
 
     def __init__(self, modules, muon_lr: float, adam_lr: float):
         named = [pair for module in modules for pair in module.named_parameters()]
-        matrices = [p for n, p in named if p.ndim >= 2 and min(p.shape[:2]) > 8 and "embedding.weight" not in n]
+        matrices = [
+            p for n, p in named if p.ndim >= 2 and min(p.shape[:2]) > 8 and "embedding.weight" not in n
+        ]
         chosen = {id(p) for p in matrices}
         rest = [p for _, p in named if id(p) not in chosen]
         self.parts = [
@@ -90,5 +93,6 @@ class Average:
 
 
 def schedule(done: float, warm: float = 0.01, decay: float = 0.5) -> float:
-    """Learning-rate factor when the fraction `done` of the budget is spent: up, flat, then linearly down to zero."""
+    """Learning-rate factor when the fraction `done` of the budget is spent: up, flat, then linearly down to
+    zero."""
     return min(1.0, (done + 1e-4) / warm, max(0.0, 1 - done) / decay)

@@ -17,7 +17,9 @@ def options(description: str | None, minutes: float, batch: int) -> argparse.Arg
     """What both training commands take."""
     parse = argparse.ArgumentParser(description=description)
     parse.add_argument("work", type=Path, help="folder for the data, checkpoints and log")
-    parse.add_argument("--minutes", type=float, default=minutes, help="training time, this run and those it resumes")
+    parse.add_argument(
+        "--minutes", type=float, default=minutes, help="training time, this run and those it resumes"
+    )
     parse.add_argument("--size", type=int, default=128, help="side of the pictures in pixels")
     parse.add_argument("--batch", type=int, default=batch)
     parse.add_argument("--device", default="cpu")
@@ -25,17 +27,25 @@ def options(description: str | None, minutes: float, batch: int) -> argparse.Arg
 
 
 def emoji_and_pixels(args: argparse.Namespace) -> tuple[list[data.Emoji], torch.Tensor]:
-    """The chosen emoji and their pictures, uint8 (count, 3, size, size), fetched if they are not there yet."""
+    """The chosen emoji and their pictures, uint8 (count, 3, size, size), fetched if they are not there
+    yet."""
     data.fetch(args.work)
     chosen = data.emoji(args.work)
-    return chosen, torch.from_numpy(data.pixels(chosen, args.size)).permute(0, 3, 1, 2).contiguous().to(args.device)
+    return chosen, torch.from_numpy(data.pixels(chosen, args.size)).permute(0, 3, 1, 2).contiguous().to(
+        args.device
+    )
 
 
 class Run:
     """Trains `module` for a budget of minutes, resuming from `name`.pt in the work folder if it is there."""
 
     def __init__(
-        self, name: str, args: argparse.Namespace, module: torch.nn.Module, optimizer: Optimizer, average: Average
+        self,
+        name: str,
+        args: argparse.Namespace,
+        module: torch.nn.Module,
+        optimizer: Optimizer,
+        average: Average,
     ) -> None:
         self.module, self.optimizer, self.average = module, optimizer, average
         self.checkpoint, self.log = args.work / f"{name}.pt", args.work / f"{name}.log"
@@ -66,7 +76,8 @@ class Run:
         return self.spent - self.reported > seconds or not self.unfinished
 
     def report(self, line: str, **more: Any) -> None:
-        """Print and log `line`, and replace the checkpoint; the time this and its figures took does not count."""
+        """Print and log `line`, and replace the checkpoint; the time this and its figures took does not
+        count."""
         line = f"{self.spent / 60:.1f} min, {self.steps} steps, {line}"
         print(line, flush=True)
         with self.log.open("a") as log:

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 
 
 class Session(Protocol):
-    """A loaded component: called with float32 or int64 numpy arrays by name, answers with float32 numpy arrays.
+    """A loaded component: called with float32 or int64 numpy arrays by name, answers with float32 numpy
+    arrays.
 
-    text_encoder: tokens (batch, length) → hidden (batch, length, width), and pooled (batch, width) if it projects.
-    unet: sample (batch, channels, h, w), timestep (), hidden, and for some models time_condition, text_embeds,
-    time_ids → (batch, channels, h, w). vae_decoder: latents (batch, channels, h, w) → (batch, 3, H, W) in -1..1.
+    text_encoder: tokens (batch, length) → hidden (batch, length, width), and pooled (batch, width) if it
+    projects. unet: sample (batch, channels, h, w), timestep (), hidden, and for some models time_condition,
+    text_embeds, time_ids → (batch, channels, h, w). vae_decoder: latents (batch, channels, h, w) → (batch, 3,
+    H, W) in -1..1.
     """
 
     notices: tuple[str, ...]
@@ -61,13 +63,13 @@ class Backend(Protocol):
         ...
 
     def keep(self, placements: Mapping[str, Placement]) -> None:
-        """Let go of what is kept of the host's memory between requests for components placed otherwise than these, by name. No
-        session of theirs is called again."""
+        """Let go of what is kept of the host's memory between requests for components placed otherwise than
+        these, by name. No session of theirs is called again."""
         ...
 
     def trim(self, peak_bytes: int) -> Iterable[str]:
-        """Give back what makes it hold more than `peak_bytes`, the most that the next plan takes, if anything does. The names of
-        the components whose sessions were closed for that; they are loaded anew."""
+        """Give back what makes it hold more than `peak_bytes`, the most that the next plan takes, if anything
+        does. The names of the components whose sessions were closed for that; they are loaded anew."""
         ...
 
 
@@ -76,7 +78,11 @@ class Engine(Protocol):
 
     @staticmethod
     def refuses(
-        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+        spec: ModelSpec,
+        component: Component,
+        placement: Placement,
+        hardware: Hardware,
+        size: tuple[int, int, int],
     ) -> str | None:
         """Why it cannot run a component so on that hardware for that size, or None if it can."""
         ...
@@ -88,7 +94,12 @@ class Engine(Protocol):
 
     @staticmethod
     def footprint(
-        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+        spec: ModelSpec,
+        component: Component,
+        placement: Placement,
+        hardware: Hardware,
+        size: tuple[int, int, int],
     ) -> Footprint:
-        """What a component takes when called for `size`: a batch, and the picture's height and width in pixels."""
+        """What a component takes when called for `size`: a batch, and the picture's height and width in
+        pixels."""
         ...

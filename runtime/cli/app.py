@@ -1,4 +1,5 @@
-"""The command line: its commands, and `main`, which makes one line and an exit code of whatever goes wrong."""
+"""The command line: its commands, and `main`, which makes one line and an exit code of whatever goes
+wrong."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
-    """Stable Diffusion that fits the card you have.  [bold]tightfit "a red heart"[/bold] is short for generate."""
+    """Stable Diffusion that fits the card you have.  [bold]tightfit "a red heart"[/bold] is short for
+    generate."""
     if version:
         typer.echo(f"tightfit {__version__}")
     elif context.invoked_subcommand is None:

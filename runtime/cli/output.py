@@ -27,14 +27,22 @@ def say_json(value: Any) -> None:
     typer.echo(json.dumps(value).replace("\x7f", "\\u007f"))
 
 
-def show_table(title: str | None, table: Any, lines: Sequence[tuple[Sequence[str], str | None]], columns: int) -> None:
-    """Print a rich table where there are so many columns, or where it is no terminal; else `lines`, each with its style.
+def show_table(
+    title: str | None, table: Any, lines: Sequence[tuple[Sequence[str], str | None]], columns: int
+) -> None:
+    """Print a rich table where there are so many columns, or where it is no terminal; else `lines`, each with
+    its style.
 
-    Both below the title. Cells of the table are `printable` text; that of the title and of `lines` is made so here.
+    Both below the title. Cells of the table are `printable` text; that of the title and of `lines` is made so
+    here.
     """
     from rich.console import Console
 
-    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}  # a model may be called [bold] or :heart:
+    plain: dict[str, Any] = {
+        "highlight": False,
+        "markup": False,
+        "emoji": False,
+    }  # a model may be called [bold] or :heart:
     console = Console(**plain)
     if title and console.is_terminal:
         console.print(printable(title), style="bold", soft_wrap=True)
@@ -53,7 +61,8 @@ def show_table(title: str | None, table: Any, lines: Sequence[tuple[Sequence[str
 
 
 def progress_bar(width: int) -> Any:
-    """A rich bar on standard error, with a text of so many columns before it; nothing where that is no terminal."""
+    """A rich bar on standard error, with a text of so many columns before it; nothing where that is no
+    terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -13,7 +13,8 @@ _MOST_BYTES = 2**20  # a text encoder reads some hundred, and what a pipe or a d
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str | None:
-    """The prompt that was typed, or the text of `file`, or of standard input for "-". None where there is none."""
+    """The prompt that was typed, or the text of `file`, or of standard input for "-". None where there is
+    none."""
     if prompt is not None and file is not None:
         raise TightfitError("give the prompt as an argument or with --prompt-file, not both")
     if prompt != "-" and file is None:

@@ -23,7 +23,9 @@ _ELSEWHERE = {
     "version": "it is tightfit --version",
     "benchmark": "it is tightfit bench",
 }
-_NEAR = 0.82  # of difflib: infos, plans, exprot and genrate are near a command, beach, planet and expo are not
+_NEAR = (
+    0.82  # of difflib: infos, plans, exprot and genrate are near a command, beach, planet and expo are not
+)
 _OPTION_NEAR = 0.75
 
 _NO_ADAPTERS = "LoRA, ControlNet and VAE files are not read in this version"
@@ -49,7 +51,9 @@ def as_command(arguments: Sequence[str]) -> list[str]:
         return list(arguments)
     word = arguments[0]
     if re.fullmatch(r"\w[\w-]*", word) and (meant := _meant(word.lower())):
-        raise TightfitError(f"'{word}' is no command of tightfit: {meant}; to paint the word: tightfit generate {word}")
+        raise TightfitError(
+            f"'{word}' is no command of tightfit: {meant}; to paint the word: tightfit generate {word}"
+        )
     return ["generate", *arguments]
 
 
@@ -61,12 +65,15 @@ def _meant(word: str) -> str | None:
 
 
 def usage(error: Any) -> str:
-    """The message of click's UsageError, with what was meant; of the options that it suggests those that are near."""
+    """The message of click's UsageError, with what was meant; of the options that it suggests those that are
+    near."""
     name = getattr(error, "option_name", None)
     message = error.format_message()
     if "extra argument" in message:
         return f"{message}: put the prompt in quotes"
-    if (kind := re.search(r"valid (integer|number|float)", message)) and (options := re.findall(r"'(--[\w-]+)'", message)):
+    if (kind := re.search(r"valid (integer|number|float)", message)) and (
+        options := re.findall(r"'(--[\w-]+)'", message)
+    ):
         return f"{options[-1]} must be {'a whole number' if kind[1] == 'integer' else 'a number'}"
     if not name or not hasattr(error, "possibilities"):
         return message

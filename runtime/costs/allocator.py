@@ -1,9 +1,11 @@
-"""What torch's caching allocator reserves for a sequence of allocations. Pure arithmetic: no device is touched.
+"""What torch's caching allocator reserves for a sequence of allocations. Pure arithmetic: no device is
+touched.
 
-Sizes and rules are those of c10/cuda/CUDACachingAllocator.cpp (torch 2.8 to 2.13, default settings), which ROCm and Intel's
-XPU share: requests are rounded up to 512 bytes; up to 1 MiB they are cut from segments of 2 MiB, below 10 MiB from
-segments of 20 MiB, above that each segment is the request rounded up to 2 MiB. The best fitting free block is taken and
-split, neighbours that are free are joined again, and segments are given back only when the cache is emptied.
+Sizes and rules are those of c10/cuda/CUDACachingAllocator.cpp (torch 2.8 to 2.13, default settings), which
+ROCm and Intel's XPU share: requests are rounded up to 512 bytes; up to 1 MiB they are cut from segments of 2
+MiB, below 10 MiB from segments of 20 MiB, above that each segment is the request rounded up to 2 MiB. The
+best fitting free block is taken and split, neighbours that are free are joined again, and segments are given
+back only when the cache is emptied.
 """
 
 from __future__ import annotations
@@ -138,11 +140,11 @@ def allocator(device: str) -> Allocator:
 
 
 class OnnxArena:
-    """ONNX Runtime's arena (core/framework/bfc_arena.cc, default settings): requests are rounded up to 256 bytes and cut from
-    regions, each twice the last up to 1 GiB, or large enough; the best fitting free chunk is taken, and split where half of it, or
-    128 MiB, would be left. Nothing is given back. `peak` is what has been touched of the regions, each from its beginning, as the
-    system gives pages when they are touched. `exact` is kSameAsRequested on a GPU: regions as large as what is asked for, all of
-    which counts.
+    """ONNX Runtime's arena (core/framework/bfc_arena.cc, default settings): requests are rounded up to 256
+    bytes and cut from regions, each twice the last up to 1 GiB, or large enough; the best fitting free chunk
+    is taken, and split where half of it, or 128 MiB, would be left. Nothing is given back. `peak` is what has
+    been touched of the regions, each from its beginning, as the system gives pages when they are touched.
+    `exact` is kSameAsRequested on a GPU: regions as large as what is asked for, all of which counts.
     """
 
     def __init__(self, exact: bool = False) -> None:
@@ -169,7 +171,9 @@ class OnnxArena:
 
     def free(self, name: int) -> None:
         size, region, offset = self._used.pop(name)
-        for other in [each for each in self._free if each[1] == region and each[2] in (offset + size, offset - each[0])]:
+        for other in [
+            each for each in self._free if each[1] == region and each[2] in (offset + size, offset - each[0])
+        ]:
             self._free.remove(other)
             size, offset = size + other[0], min(offset, other[2])
         insort(self._free, (size, region, offset))

@@ -13,8 +13,8 @@ Shape = tuple[int, int, int, int, int]  # of an attention: batch, heads, queries
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One arithmetic operator of a dry run: its operations (multiply and add are two) and bytes moved. `kind` is product, int8 if
-    that is of whole numbers, unpack for weights in few bits, or "" for all else."""
+    """One arithmetic operator of a dry run: its operations (multiply and add are two) and bytes moved. `kind`
+    is product, int8 if that is of whole numbers, unpack for weights in few bits, or "" for all else."""
 
     flops: float
     bytes: float
@@ -25,9 +25,10 @@ class Operation:
 class Trace:
     """One call of a component as a dry run saw it.
 
-    `events` are (storage, bytes) where one is made, (storage, END) where it ends, (i, ATTENTION) where `attentions[i]` runs,
-    its answer being there, and (bytes, MOMENT) where a kernel takes and frees some for itself. `calls` are the modules in the
-    order in which they begin: path, and how many operations and attentions came before.
+    `events` are (storage, bytes) where one is made, (storage, END) where it ends, (i, ATTENTION) where
+    `attentions[i]` runs, its answer being there, and (bytes, MOMENT) where a kernel takes and frees some for
+    itself. `calls` are the modules in the order in which they begin: path, and how many operations and
+    attentions came before.
     """
 
     events: tuple[tuple[int, int], ...]
@@ -38,7 +39,8 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Weights that stream in, `unit` of `bytes`, needed before a call's operation and attention of these numbers."""
+    """Weights that stream in, `unit` of `bytes`, needed before a call's operation and attention of these
+    numbers."""
 
     unit: str
     bytes: int
@@ -48,11 +50,12 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a component takes on its device: `held`, the bytes of each allocation that stays while it is loaded;
-    `loading`, bytes of host memory while it is read; `trace`, one call; `scratch`, what each attention takes for itself;
-    `host`, what it takes of the host's memory beside a GPU's; `kept`, bytes of a call that stay with a component that stays
-    loaded. Of one that is streamed `arrivals` are the weights that flow through in each call, in order, `units` their bytes, the
-    largest first, `ring` those of the buffer that they flow through, and `stored` their bytes in the files."""
+    """What a component takes on its device: `held`, the bytes of each allocation that stays while it is
+    loaded; `loading`, bytes of host memory while it is read; `trace`, one call; `scratch`, what each
+    attention takes for itself; `host`, what it takes of the host's memory beside a GPU's; `kept`, bytes of a
+    call that stay with a component that stays loaded. Of one that is streamed `arrivals` are the weights that
+    flow through in each call, in order, `units` their bytes, the largest first, `ring` those of the buffer
+    that they flow through, and `stored` their bytes in the files."""
 
     held: tuple[int, ...]
     loading: int
@@ -71,8 +74,8 @@ class Footprint:
 
 
 def peak(device: str, held: Iterable[int], own: Footprint, later: Iterable[int] = ()) -> int:
-    """Peak bytes that torch's allocator on `device` reserves (on the CPU: that are alive) while `own` is loaded and called. `held`
-    was allocated before it, `later` between its loading and its call."""
+    """Peak bytes that torch's allocator on `device` reserves (on the CPU: that are alive) while `own` is
+    loaded and called. `held` was allocated before it, `later` between its loading and its call."""
     memory = allocator(device)
     names = iter(range(-1, -(10**9), -1))  # those of storages in a trace are positive
     for count in (*held, *own.held):

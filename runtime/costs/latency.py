@@ -1,5 +1,6 @@
-"""Predicted seconds: a roofline. Each operator takes as long as its arithmetic or its memory traffic, whichever is more (Williams,
-Waterman and Patterson, "Roofline", CACM 2009); on a CPU also its start, which a GPU does while it computes what is before."""
+"""Predicted seconds: a roofline. Each operator takes as long as its arithmetic or its memory traffic,
+whichever is more (Williams, Waterman and Patterson, "Roofline", CACM 2009); on a CPU also its start, which a
+GPU does while it computes what is before."""
 
 from __future__ import annotations
 
@@ -14,14 +15,19 @@ from .footprint import Footprint, Shape
 
 _HOST_BANDWIDTH = 2e10  # bytes/s; one channel of DDR4-2400
 SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, read
-# Of a weight, on two cores: quantised while it is loaded (kernels/quantise.py), and then packed by oneDNN (SD 1.5: 3.4 s).
+# Of a weight, on two cores: quantised while it is loaded (kernels/quantise.py), and then packed by oneDNN (SD
+# 1.5: 3.4 s).
 QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
 PACK_SECONDS = 4e-9
-ONNX_SHARE = 0.67  # of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512 (benchmarks/onnx.py)
+ONNX_SHARE = (
+    0.67  # of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512 (benchmarks/onnx.py)
+)
 SESSION_SECONDS = 2e-4  # of ONNX Runtime to prepare an operator of a graph
 PAGEABLE = 2.0  # times as long as from pinned memory: an assumption, which benchmarks/gpu_probe.py measures
 PIN_SECONDS = 1 / 3e9  # of a byte that is pinned, once for a pipeline: an assumption likewise
-BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
+BLOCK_PASSES = (
+    6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
+)
 
 
 def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
@@ -34,7 +40,9 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
     return head + streamed_seconds(footprint, spans, bus_rate(hardware, footprint))
 
 
-def arrival_spans(hardware: Hardware, placement: Placement, footprint: Footprint) -> tuple[float, list[float]]:
+def arrival_spans(
+    hardware: Hardware, placement: Placement, footprint: Footprint
+) -> tuple[float, list[float]]:
     """Seconds of computing before any weight that streams is needed, and from each arrival to the next."""
     trace = footprint.trace
     here = placement.provider != CPU_PROVIDER or hardware.device == "cpu"
@@ -45,7 +53,8 @@ def arrival_spans(hardware: Hardware, placement: Placement, footprint: Footprint
     told = hardware.operator_seconds if placement.backend == "torch" and hardware.device != "cpu" else 0.0
 
     def between(begin: tuple[int, int], end: tuple[int, int]) -> float:
-        """From one place of the call to another, in operations and attentions: a GPU computes while the host tells it the next."""
+        """From one place of the call to another, in operations and attentions: a GPU computes while the host
+        tells it the next."""
         (first, a), (last, b) = begin, end
         return max(work[last] - work[first] + attention[b] - attention[a], told * (last - first + b - a))
 
@@ -55,14 +64,22 @@ def arrival_spans(hardware: Hardware, placement: Placement, footprint: Footprint
     return head, spans
 
 
-def _operation_seconds(hardware: Hardware, placement: Placement, footprint: Footprint, share: float) -> Iterator[float]:
-    rates, bandwidth = {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")}, hardware.bandwidth
+def _operation_seconds(
+    hardware: Hardware, placement: Placement, footprint: Footprint, share: float
+) -> Iterator[float]:
+    rates, bandwidth = (
+        {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")},
+        hardware.bandwidth,
+    )
     if placement.backend == "onnx" and hardware.device == "cpu":
         rates = {kind: rate / ONNX_SHARE for kind, rate in rates.items()}
     if placement.provider == CPU_PROVIDER and hardware.device != "cpu":
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
     torchs = placement.backend == "torch"
-    starts = {kind: hardware.start(kind) if torchs else hardware.call_seconds for kind in ("", "product", "int8", "unpack")}
+    starts = {
+        kind: hardware.start(kind) if torchs else hardware.call_seconds
+        for kind in ("", "product", "int8", "unpack")
+    }
     summed = torchs and hardware.device == "cpu"
     for each in footprint.trace.operations:
         work = max(each.flops / rates.get(each.kind, rates[""]), each.bytes / bandwidth) / share
@@ -70,8 +87,9 @@ def _operation_seconds(hardware: Hardware, placement: Placement, footprint: Foot
 
 
 def streamed_seconds(footprint: Footprint, spans: Sequence[float], bus: float) -> float:
-    """One of many calls of a component whose weights are copied at `bus` bytes/s into the buffer they share, each as soon as
-    there is room, while it computes: `spans` are the seconds from the arrival of one unit to that of the next."""
+    """One of many calls of a component whose weights are copied at `bus` bytes/s into the buffer they share,
+    each as soon as there is room, while it computes: `spans` are the seconds from the arrival of one unit to
+    that of the next."""
     ring: Ring[str] = Ring(footprint.ring)
     order = [each.unit for each in footprint.arrivals]
     sizes = {each.unit: each.bytes for each in footprint.arrivals}

@@ -31,7 +31,8 @@ from .profiles import (
 
 
 def detect(device: str = "auto") -> Hardware:
-    """The named device, or with "auto" the first of DEVICES that is there. Raises TightfitError if it is not."""
+    """The named device, or with "auto" the first of DEVICES that is there. Raises TightfitError if it is
+    not."""
     if device not in ("auto", *DEVICES):
         raise TightfitError(f"unknown device '{device}': choose auto, {', '.join(DEVICES)}")
     check_address_space()
@@ -39,17 +40,23 @@ def detect(device: str = "auto") -> Hardware:
     for name in DEVICES if device == "auto" else (device,):
         if name == "cpu" or _is_there(name, notes):
             found = {"cpu": _cpu, "mps": _mps}.get(name, _gpu)(name)
-            return with_origin(_calibrated(replace(found, notes=(*found.notes, *notes), passed_over=tuple(notes))))
+            return with_origin(
+                _calibrated(replace(found, notes=(*found.notes, *notes), passed_over=tuple(notes)))
+            )
     why = f" ({notes[0]})" if notes else ""
-    raise TightfitError(f"no {device} device can be used here{why}: choose --device cpu, or install a build of torch for it")
+    raise TightfitError(
+        f"no {device} device can be used here{why}: choose --device cpu, or install a build of torch for it"
+    )
 
 
-# torch's allocator, the driver, cuBLAS and cuDNN when there is no room for a handle, a workspace or a kernel's code
+# torch's allocator, the driver, cuBLAS and cuDNN when there is no room for a handle, a workspace or a
+# kernel's code
 _FULL = re.compile("out of memory|ALLOC_FAILED|STATUS_NOT_INITIALIZED")
 
 
 def _is_there(device: str, notes: list[str]) -> bool:
-    """Whether torch can use it; a driver that fails, or a build without kernels for the card, is noted, not raised."""
+    """Whether torch can use it; a driver that fails, or a build without kernels for the card, is noted, not
+    raised."""
     import torch
 
     try:
@@ -67,7 +74,8 @@ def _is_there(device: str, notes: list[str]) -> bool:
 
 
 def _lacks_kernels(device: str) -> str | None:
-    """What to install where torch was built without kernels for NVIDIA's card that is here; None where it has some.
+    """What to install where torch was built without kernels for NVIDIA's card that is here; None where it has
+    some.
 
     A build's sm_80 runs on 8.0 to 8.9, its compute_90 is compiled by the driver for whatever is newer.
     """
@@ -76,7 +84,11 @@ def _lacks_kernels(device: str) -> str | None:
     if device != "cuda" or torch.version.hip or not torch.cuda.is_available():
         return None
     try:
-        name, capability, built = torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list()
+        name, capability, built = (
+            torch.cuda.get_device_name(),
+            torch.cuda.get_device_capability(),
+            torch.cuda.get_arch_list(),
+        )
     except (RuntimeError, AssertionError):  # the driver does not even tell that; its first error is told
         return None
     if not built:
@@ -90,12 +102,15 @@ def _lacks_kernels(device: str) -> str | None:
         cure = f"install its build for CUDA 12.6 ({how}, or that choice on pytorch.org)"
     if capability < (5, 0):
         cure = "no build has, so use --device cpu"
-    return f"torch {torch.__version__} has no kernels for {name}, of compute capability {'{}.{}'.format(*capability)}: {cure}"
+    return (
+        f"torch {torch.__version__} has no kernels for {name}, "
+        f"of compute capability {'{}.{}'.format(*capability)}: {cure}"
+    )
 
 
 def empty_cache(device: str) -> None:
-    """Have torch's allocator give back to the device what nothing uses: libraries' workspaces, which are made again when they are
-    needed, and blocks that were freed."""
+    """Have torch's allocator give back to the device what nothing uses: libraries' workspaces, which are made
+    again when they are needed, and blocks that were freed."""
     import torch
 
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
@@ -105,13 +120,15 @@ def empty_cache(device: str) -> None:
 
 
 def _workspaces_kept(device: str) -> tuple[int, ...]:
-    """Bytes that libraries keep of the device's memory after a small operation of each kind that networks have, each of which
-    has run then. Raises what torch raises where it cannot."""
+    """Bytes that libraries keep of the device's memory after a small operation of each kind that networks
+    have, each of which has run then. Raises what torch raises where it cannot."""
     import torch
 
     module: Any = getattr(torch, device)
     empty_cache(device)
-    x, image, weight = (torch.ones(shape, device=device) for shape in ((64, 64), (1, 8, 16, 16), (8, 8, 3, 3)))
+    x, image, weight = (
+        torch.ones(shape, device=device) for shape in ((64, 64), (1, 8, 16, 16), (8, 8, 3, 3))
+    )
     kinds: tuple[Callable[[], object], ...] = (
         lambda: x @ x,
         lambda: torch.nn.functional.linear(x, x, x[0]),  # by cuBLASLt, or hipBLASLt
@@ -127,8 +144,8 @@ def _workspaces_kept(device: str) -> tuple[int, ...]:
 
 
 def _gpu(device: str) -> Hardware:
-    """The current CUDA, ROCm or Intel GPU. Its context exists from here on, so what that takes is not among the free bytes any
-    more and is added to them again: it has its own line."""
+    """The current CUDA, ROCm or Intel GPU. Its context exists from here on, so what that takes is not among
+    the free bytes any more and is added to them again: it has its own line."""
     import torch
 
     module: Any = getattr(torch, device)
@@ -145,7 +162,11 @@ def _gpu(device: str) -> Hardware:
     own = _own_context(device, module.memory_reserved()) or usual
     host = cpu_memory()[1]
     like: dict[str, Any] | None = _like(name, total)
-    rates = {p: value * 1e12 for p, value in like["tflops"].items()} if like else _estimated_rates(module, capability)
+    rates = (
+        {p: value * 1e12 for p, value in like["tflops"].items()}
+        if like
+        else _estimated_rates(module, capability)
+    )
     notes = [] if like else [f"{name} has no profile: its rates are estimated, run 'tightfit calibrate'"]
     bf16 = capability >= (8, 0) if capability else True  # it came with Ampere
     halves = () if half_is_broken(name, capability) else ("fp16", "bf16") if bf16 else ("fp16",)
@@ -165,7 +186,11 @@ def _gpu(device: str) -> Hardware:
         host_bytes=host,
         pinnable_bytes=pinnable(host),
         fused_attention=like["fused_attention"] if like else not rocm,
-        notes=(*notes, *_other_allocator(module), *_other_processes(device, total - free - module.memory_reserved())),
+        notes=(
+            *notes,
+            *_other_allocator(module),
+            *_other_processes(device, total - free - module.memory_reserved()),
+        ),
     )
     return with_efficiency(made, like)
 
@@ -176,16 +201,21 @@ def _properties(module: Any) -> Any:
 
 
 def pinnable(host: int) -> int:
-    """Bytes that can be pinned of `host` free ones. WSL2 has refused more than 500 MB (microsoft/WSL#14078) and more than 0.75 to
-    1 GiB (FlashML-org/FreeToken#233), whatever is free. Windows takes half of the memory at most for what GPUs share with it, to
-    which pinned memory counts."""
+    """Bytes that can be pinned of `host` free ones. WSL2 has refused more than 500 MB (microsoft/WSL#14078)
+    and more than 0.75 to 1 GiB (FlashML-org/FreeToken#233), whatever is free. Windows takes half of the
+    memory at most for what GPUs share with it, to which pinned memory counts."""
     if "microsoft" in platform.uname().release.lower():
         return min(host, GIB // 2)
     return min(host, psutil.virtual_memory().total // 2) if sys.platform == "win32" else host
 
 
 # What makes torch's allocator round, split or reserve otherwise than runtime/costs/allocator.py knows.
-_OTHER_RULES = ("expandable_segments:true", "roundup_power2_divisions", "max_split_size_mb", "large_segment_size_mb")
+_OTHER_RULES = (
+    "expandable_segments:true",
+    "roundup_power2_divisions",
+    "max_split_size_mb",
+    "large_segment_size_mb",
+)
 
 
 def _other_allocator(module: Any) -> list[str]:
@@ -197,12 +227,15 @@ def _other_allocator(module: Any) -> list[str]:
         other.insert(0, kind)
     if not other:
         return []
-    return [f"torch's allocator is set to {', '.join(other)}: memory is predicted for its defaults, so may differ"]
+    return [
+        f"torch's allocator is set to {', '.join(other)}: memory is predicted for its defaults, so may differ"
+    ]
 
 
 def _estimated_rates(module: Any, capability: tuple[int, int] | None) -> dict[str, float]:
-    """From multiprocessors and clock, by the class of the card; of those without one with 128 fp32 lanes each, and halves twice as
-    fast where there are tensor cores, which is what the maker leaves GeForce cards since the RTX 30."""
+    """From multiprocessors and clock, by the class of the card; of those without one with 128 fp32 lanes
+    each, and halves twice as fast where there are tensor cores, which is what the maker leaves GeForce cards
+    since the RTX 30."""
     properties, shared = _properties(module), card_class(module.get_device_name(), capability)
     clock = getattr(properties, "clock_rate", 1_500_000) * 1e3
     fp32 = 2.0 * shared.get("lanes", 128) * getattr(properties, "multi_processor_count", 20) * clock
@@ -213,11 +246,14 @@ def _estimated_rates(module: Any, capability: tuple[int, int] | None) -> dict[st
 def _like(name: str, total: int) -> dict[str, Any] | None:
     """The profile of the card that calls itself so and has about as much memory."""
     profiles = (read_profile(PROFILES / f"{stem}.toml") for stem in cards())
-    return next((p for p in profiles if p["name"] == name and abs(p["memory_gib"] * GIB - total) < 0.6 * GIB), None)
+    return next(
+        (p for p in profiles if p["name"] == name and abs(p["memory_gib"] * GIB - total) < 0.6 * GIB), None
+    )
 
 
 def driver(device: str, ask: Callable[[Any, Any], float]) -> float | str:
-    """What `ask` makes of nvidia-ml-py's module and its handle of torch's current card; in words, why the driver cannot tell."""
+    """What `ask` makes of nvidia-ml-py's module and its handle of torch's current card; in words, why the
+    driver cannot tell."""
     import torch
 
     if device != "cuda" or torch.version.hip:
@@ -235,12 +271,14 @@ def driver(device: str, ask: Callable[[Any, Any], float]) -> float | str:
 
 
 def _own_context(device: str, reserved: int) -> int:
-    """Bytes of this process on the card beside the `reserved` ones of torch's allocator; 0 where the driver does not tell them, as
-    on Windows, and in a container, where processes have other numbers."""
+    """Bytes of this process on the card beside the `reserved` ones of torch's allocator; 0 where the driver
+    does not tell them, as on Windows, and in a container, where processes have other numbers."""
     used = driver(
         device,
         lambda nvml, card: sum(
-            each.usedGpuMemory or 0 for each in nvml.nvmlDeviceGetComputeRunningProcesses(card) if each.pid == os.getpid()
+            each.usedGpuMemory or 0
+            for each in nvml.nvmlDeviceGetComputeRunningProcesses(card)
+            if each.pid == os.getpid()
         ),
     )
     return 0 if isinstance(used, str) else max(0, int(used) - reserved)
@@ -286,8 +324,13 @@ def _cpu(_: str) -> Hardware:
     total, free = cpu_memory()
     flags, cores = cpu_flags(), psutil.cpu_count(logical=False) or 1
     wide = "avx512f" in flags
-    fp32 = cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)  # two units of 16, 8 or 4 lanes, 2.5 GHz
-    half, whole = bool({"amx_bf16", "avx512_bf16"} & flags), bool({"amx_int8", "avx512_vnni", "avx_vnni"} & flags)
+    fp32 = (
+        cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)
+    )  # two units of 16, 8 or 4 lanes, 2.5 GHz
+    half, whole = (
+        bool({"amx_bf16", "avx512_bf16"} & flags),
+        bool({"amx_int8", "avx512_vnni", "avx_vnni"} & flags),
+    )
     own = resident()
     return Hardware(
         device="cpu",
@@ -318,7 +361,9 @@ def _calibrated(found: Hardware) -> Hardware:
             return found
         notes = tuple(note for note in found.notes if "tightfit calibrate" not in note)
         measured = {kind: rate for kind, rate in known.get("rates", {}).items() if kind in found.rates}
-        faster = measured["fp32"] / found.rates["fp32"] if "fp32" in measured else 1.0  # than was estimated, so the others too
+        faster = (
+            measured["fp32"] / found.rates["fp32"] if "fp32" in measured else 1.0
+        )  # than was estimated, so the others too
         known["rates"] = {kind: measured.get(kind, rate * faster) for kind, rate in found.rates.items()}
         origin = {"efficiency": {}, "seconds_from": "rates measured here"}
         return replace(found, **known | origin, calibrated=True, notes=notes)

@@ -13,19 +13,20 @@ import psutil
 from ..errors import OutOfMemoryError
 from ..units import shown
 
-# Address space, which RLIMIT_AS (ulimit -v) bounds, of torch, diffusers and transformers once they are imported: 967 MiB of torch
-# 2.13's CPU wheel. Of that and what came by painting on two cores, 753 were not resident: mapped files, and 64 that glibc's heap
-# reserves for each thread.
+# Address space, which RLIMIT_AS (ulimit -v) bounds, of torch, diffusers and transformers once they are
+# imported: 967 MiB of torch 2.13's CPU wheel. Of that and what came by painting on two cores, 753 were not
+# resident: mapped files, and 64 that glibc's heap reserves for each thread.
 IMPORTED = 950 * 2**20
 _UNUSED, _THREAD = 500 * 2**20, 64 * 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class ProcessPeak:
-    """Peak resident bytes of this process, exact per stage on Linux (VmHWM, which writing 5 to clear_refs resets).
+    """Peak resident bytes of this process, exact per stage on Linux (VmHWM, which writing 5 to clear_refs
+    resets).
 
-    Elsewhere the operating system only tells the peak since the process began, so a later stage reports at least what
-    an earlier one took; `resets` says which of the two holds.
+    Elsewhere the operating system only tells the peak since the process began, so a later stage reports at
+    least what an earlier one took; `resets` says which of the two holds.
     """
 
     def __init__(self) -> None:
@@ -78,10 +79,12 @@ def may_hold() -> float:
 
 
 def check_address_space() -> None:
-    """Raise OutOfMemoryError where the libraries cannot be imported, as some of them abort the process then."""
+    """Raise OutOfMemoryError where the libraries cannot be imported, as some of them abort the process
+    then."""
     if address_space() < IMPORTED:
         raise OutOfMemoryError(
-            f"out of memory: this process may map {shown(address_space())}, torch and diffusers alone take {shown(IMPORTED)}: "
+            f"out of memory: this process may map {shown(address_space())}, "
+            f"torch and diffusers alone take {shown(IMPORTED)}: "
             "raise its limit (ulimit -v)",
             complete=True,
         )
@@ -98,14 +101,15 @@ def release() -> None:
             trim(0)
 
 
-# Python with torch, diffusers and transformers, what oneDNN keeps, and the holes in the heap: what the process held beyond its
-# tensors was 399 to 598 MiB in first runs of emoji and of SD 1.5 at 256 and 512, in bf16 and int4 (`tightfit … --json`,
-# process_bytes less peak_bytes; 2 cores, torch 2.13).
+# Python with torch, diffusers and transformers, what oneDNN keeps, and the holes in the heap: what the
+# process held beyond its tensors was 399 to 598 MiB in first runs of emoji and of SD 1.5 at 256 and 512, in
+# bf16 and int4 (`tightfit … --json`, process_bytes less peak_bytes; 2 cores, torch 2.13).
 PROCESS = 600 * 2**20
 
 
 def process_context(own: int | None = None) -> int:
-    """Bytes that this process takes before any tensor, from those that it holds now: 100 MiB more for the holes in its heap."""
+    """Bytes that this process takes before any tensor, from those that it holds now: 100 MiB more for the
+    holes in its heap."""
     return max(PROCESS, (resident() if own is None else own) + 100 * 2**20)
 
 
@@ -120,7 +124,8 @@ def cpu_memory() -> tuple[int, int]:
 
 
 def cgroup_memory(root: Path, own: Path) -> tuple[int | None, int]:
-    """The memory limit of this process's control group (version 1 or 2), None without one, and what it uses of that.
+    """The memory limit of this process's control group (version 1 or 2), None without one, and what it uses
+    of that.
 
     Pages of files that can be dropped do not count as used.
     """
@@ -135,12 +140,15 @@ def cgroup_memory(root: Path, own: Path) -> tuple[int | None, int]:
             own_group = folder / path.strip("/")
             groups = [own_group, *(p for p in own_group.parents if p == folder or folder in p.parents)]
             found = [limits for group in groups if (limits := _read_cgroup(group, *_CGROUP[kinds]))]
-            if found:  # the tightest of the group and those it is in; inside a container its own folder is the root
+            if (
+                found
+            ):  # the tightest of the group and those it is in; inside a container its own folder is the root
                 return min(found, key=lambda limits: limits[0] - limits[1])
     return None, 0
 
 
-# The files that tell limit, use and pages that can be dropped: of version 2 and version 1, by the controllers' name.
+# The files that tell limit, use and pages that can be dropped: of version 2 and version 1, by the
+# controllers' name.
 _CGROUP = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),

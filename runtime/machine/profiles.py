@@ -11,7 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import TightfitError
-from .hardware import _AMD, CUDA_CONTEXT, DESKTOP, GIB, METAL_SHARE, ROCM_CONTEXT, SYSTEM, Hardware, half_is_broken, workspaces_of
+from .hardware import (
+    _AMD,
+    CUDA_CONTEXT,
+    DESKTOP,
+    GIB,
+    METAL_SHARE,
+    ROCM_CONTEXT,
+    SYSTEM,
+    Hardware,
+    half_is_broken,
+    workspaces_of,
+)
 from .process import PROCESS
 from .providers import CPU_PROVIDER, PROVIDERS
 
@@ -19,8 +30,9 @@ PROFILES = Path(__file__).parents[2] / "profiles"
 CLASSES = PROFILES / "classes.toml"  # of no card, but what cards of a kind share
 
 
-# What the host takes to tell a GPU one operator, by the fastest steps published, divided by the operators of a U-Net as diffusers
-# runs it (698 of SD 1.5's, 1708 of SDXL's): 35 us on an RTX 4090, 46 on an A100, 49 at most on an H100 (benchmarks/published.toml).
+# What the host takes to tell a GPU one operator, by the fastest steps published, divided by the operators of
+# a U-Net as diffusers runs it (698 of SD 1.5's, 1708 of SDXL's): 35 us on an RTX 4090, 46 on an A100, 49 at
+# most on an H100 (benchmarks/published.toml).
 OPERATOR_SECONDS = 4e-5
 
 
@@ -30,16 +42,27 @@ def cards() -> tuple[str, ...]:
 
 
 def profile(name: str) -> Hardware:
-    """The card or machine of `profiles/NAME.toml`, with a desktop running on it. Raises TightfitError for an unknown one."""
+    """The card or machine of `profiles/NAME.toml`, with a desktop running on it. Raises TightfitError for an
+    unknown one."""
     if name.lower() not in cards():
-        same = [card for card in cards() if name and card.startswith(name.lower())]  # rtx-3060 is sold with two memories
+        same = [
+            card for card in cards() if name and card.startswith(name.lower())
+        ]  # rtx-3060 is sold with two memories
         close = same or get_close_matches(name.lower(), cards(), 1)
         meant = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise TightfitError(f"unknown hardware '{name}'{meant}: choose {', '.join(cards())}")
     data = read_profile(PROFILES / f"{name.lower()}.toml")
     total, unified, device = int(data["memory_gib"] * GIB), data["unified"], data["device"]
     of_amd = device == "cuda" and "capability" not in data  # torch calls AMD's cards cuda too
-    context = PROCESS if device == "cpu" else 0 if unified and device == "mps" else ROCM_CONTEXT if of_amd else CUDA_CONTEXT
+    context = (
+        PROCESS
+        if device == "cpu"
+        else 0
+        if unified and device == "mps"
+        else ROCM_CONTEXT
+        if of_amd
+        else CUDA_CONTEXT
+    )
     taken = SYSTEM if unified else DESKTOP
     rates = {precision: teraflops * 1e12 for precision, teraflops in data["tflops"].items()}
     gpu, capability = device != "cpu", tuple(data["capability"]) if "capability" in data else None
@@ -82,15 +105,19 @@ def _classes() -> tuple[dict[str, Any], ...]:
 
 
 def card_class(name: str, capability: tuple[int, int] | None) -> dict[str, Any]:
-    """What NVIDIA's cards of this kind share, from profiles/classes.toml; empty where no run of one is published."""
+    """What NVIDIA's cards of this kind share, from profiles/classes.toml; empty where no run of one is
+    published."""
     broken = half_is_broken(name, capability)
     same = (each for each in _classes() if capability and list(capability) == each["capability"])
     return next((each for each in same if each.get("half_is_broken", False) == broken), {})
 
 
 def with_efficiency(made: Hardware, known: Mapping[str, Any] | None) -> Hardware:
-    """With the share of its rates that published runs reach on it, or on cards of its class; `known` is its profile."""
-    efficiency = card_class(made.name, made.capability).get("efficiency", {}) | (known or {}).get("efficiency", {})
+    """With the share of its rates that published runs reach on it, or on cards of its class; `known` is its
+    profile."""
+    efficiency = card_class(made.name, made.capability).get("efficiency", {}) | (known or {}).get(
+        "efficiency", {}
+    )
     rates = "the maker's rates" if known else "rates estimated from its multiprocessors and clock"
     how = "scaled by published runs of such cards" if efficiency else "so they are what is possible at best"
     told = 0.0 if made.device == "cpu" else OPERATOR_SECONDS
@@ -103,8 +130,9 @@ def with_origin(made: Hardware) -> Hardware:
 
 
 def with_int8(rates: Mapping[str, float], capability: tuple[int, ...] | None) -> Mapping[str, float]:
-    """Where tightfit can use it, the rate of 8-bit whole numbers: on tensor cores since Ampere (kernels/triton_int8.py), which
-    multiply twice as many as fp16 where no other rate is known (NVIDIA's GA102 whitepaper, version 2)."""
+    """Where tightfit can use it, the rate of 8-bit whole numbers: on tensor cores since Ampere
+    (kernels/triton_int8.py), which multiply twice as many as fp16 where no other rate is known (NVIDIA's
+    GA102 whitepaper, version 2)."""
     able = capability is not None and capability >= (8, 0)
     known = {"int8": 2 * rates["fp16"], **rates} if able else rates
     return {kind: rate for kind, rate in known.items() if able or kind != "int8"}

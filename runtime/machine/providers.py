@@ -13,7 +13,12 @@ from ..errors import first_line
 CPU_PROVIDER = "CPUExecutionProvider"
 # ONNX Runtime's providers for each device, the one to prefer first.
 PROVIDERS = {
-    "cuda": ("CUDAExecutionProvider", "MIGraphXExecutionProvider", "ROCMExecutionProvider", "DmlExecutionProvider"),
+    "cuda": (
+        "CUDAExecutionProvider",
+        "MIGraphXExecutionProvider",
+        "ROCMExecutionProvider",
+        "DmlExecutionProvider",
+    ),
     "xpu": ("OpenVINOExecutionProvider", "DmlExecutionProvider"),
     "mps": ("CoreMLExecutionProvider",),
     "cpu": (CPU_PROVIDER,),
@@ -31,8 +36,8 @@ def provider_name(provider: str) -> str:
 
 @functools.cache
 def providers() -> tuple[str, ...]:
-    """ONNX Runtime's execution providers that run here; none if it is not installed or cannot be imported. Asked apart, as that
-    takes time."""
+    """ONNX Runtime's execution providers that run here; none if it is not installed or cannot be imported.
+    Asked apart, as that takes time."""
     return tuple(name for name, problem in provider_problems().items() if problem is None)
 
 
@@ -40,7 +45,8 @@ def providers() -> tuple[str, ...]:
 def provider_problems() -> Mapping[str, str | None]:
     """Each provider that ONNX Runtime lists, and in one line why it does not run here, or None if it does.
 
-    It lists those that it was built with, and computes on the CPU where it cannot load one: those for GPUs are tried.
+    It lists those that it was built with, and computes on the CPU where it cannot load one: those for GPUs
+    are tried.
     """
     try:
         import onnxruntime  # pyright: ignore[reportMissingImports]

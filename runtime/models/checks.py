@@ -21,7 +21,9 @@ def whole(least: int, most: int) -> Check:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 <= value <= 1e9  # neither NaN nor infinite
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and -1e9 <= value <= 1e9
+    )  # neither NaN nor infinite
 
 
 def is_positive(value: Any) -> bool:
@@ -55,7 +57,9 @@ is_size = lambda value: is_count(value) or (many(is_count, 2)(value) and len(val
 def check_fields(file: Path, config: Mapping[str, Any], checks: Mapping[str, Check]) -> None:
     for field, fits in checks.items():
         if field in config and not fits(config[field]):
-            raise TightfitError(f"{file} has {field} {brief(config[field])}, which cannot be: copy or download it again")
+            raise TightfitError(
+                f"{file} has {field} {brief(config[field])}, which cannot be: copy or download it again"
+            )
 
 
 def brief(value: Any) -> str:

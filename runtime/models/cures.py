@@ -1,4 +1,5 @@
-"""What to do with a model in a format that is not read here: a command that makes a diffusers folder of safetensors of it."""
+"""What to do with a model in a format that is not read here: a command that makes a diffusers folder of
+safetensors of it."""
 
 from __future__ import annotations
 
@@ -11,15 +12,22 @@ _PLAIN = re.compile(r"[\w./\\:~ +@-]{1,200}")  # a name that a shell takes betwe
 
 def of_pickles(folder: str | Path) -> str:
     """For a diffusers folder, or a repository on the hub, whose weights are .bin files."""
-    return f"{_PICKLE}; convert it once, in a place you trust: {_command('DiffusionPipeline', 'from_pretrained', folder)}"
+    return (
+        f"{_PICKLE}; convert it once, in a place you trust: "
+        f"{_command('DiffusionPipeline', 'from_pretrained', folder)}"
+    )
 
 
 def of_file(file: Path, tensors: frozenset[str] = frozenset()) -> str:
-    """For a checkpoint in one file, such as A1111's. `tensors` are names in it, if it could be read: they tell SDXL from SD."""
+    """For a checkpoint in one file, such as A1111's. `tensors` are names in it, if it could be read: they
+    tell SDXL from SD."""
     sdxl = any(name.startswith("conditioner.embedders.") for name in tensors)
     pipeline = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
     command = _command(pipeline, "from_single_file", file)
-    return f"convert it once{'' if tensors else ', in a place you trust'}: {command}{'' if tensors else _IF_SDXL}"
+    return (
+        f"convert it once{'' if tensors else ', in a place you trust'}: "
+        f"{command}{'' if tensors else _IF_SDXL}"
+    )
 
 
 def of_pickle(file: Path) -> str:
@@ -27,16 +35,25 @@ def of_pickle(file: Path) -> str:
 
 
 _IF_SDXL = " (with StableDiffusionXLPipeline if it is SDXL)"
-GGUF = "GGUF is not read: take the model that it was made from, in diffusers' layout; --precision int4 makes that as small"
+GGUF = (
+    "GGUF is not read: take the model that it was made from, in diffusers' layout; "
+    "--precision int4 makes that as small"
+)
 
 
 def is_adapter(tensors: frozenset[str]) -> bool:
     """A LoRA or its kin, by the names that kohya's and diffusers' tools give."""
-    return any(name.startswith(("lora_", "lycoris_")) or ".lora_" in name or ".lora." in name for name in tensors)
+    return any(
+        name.startswith(("lora_", "lycoris_")) or ".lora_" in name or ".lora." in name for name in tensors
+    )
 
 
 def _command(pipeline: str, method: str, source: str | Path) -> str:
-    """One line for a shell, of Windows too. A name that a shell could take for more than a name stands in capitals instead."""
+    """One line for a shell, of Windows too. A name that a shell could take for more than a name stands in
+    capitals instead."""
     name = str(source).replace("\\", "/")
     name = name if _PLAIN.fullmatch(name) else "MODEL"
-    return f"python -c \"from diffusers import {pipeline} as P; P.{method}('{name}').save_pretrained('converted')\""
+    return (
+        f'python -c "from diffusers import {pipeline} as P; '
+        f"P.{method}('{name}').save_pretrained('converted')\""
+    )

@@ -30,8 +30,9 @@ _ATTRIBUTE, _OF_NODE = 5, {1, 2, 3, 4, 5, 7, 8}  # all but texts and what was me
 _TENSOR, _SUBGRAPH, _SUBGRAPHS = 5, 6, 11
 _TENSOR_NAME, _RAW_DATA, _VALUES = 8, 9, {4, 9, 10}  # float_data, raw_data, double_data
 _BYTES = 2  # the wire type of what has a length
-# What is refused before it is parsed. SDXL's U-Net as Optimum writes it, the largest of these families' graphs, has 7.3 MB beside
-# its weights, about 12,000 operators and 100,000 fields down to those of its operators.
+# What is refused before it is parsed. SDXL's U-Net as Optimum writes it, the largest of these families'
+# graphs, has 7.3 MB beside its weights, about 12,000 operators and 100,000 fields down to those of its
+# operators.
 MOST_NODES, MOST_FIELDS, MOST_STRUCTURE, _VALUE_BYTES = 50_000, 300_000, 16 * 2**20, 4096
 MOST_SIDES = 16
 _TENSOR_FIELDS = 1000  # a side each, before packing
@@ -40,17 +41,18 @@ _AGAIN = "copy or download it again"
 _SMALL = 1024  # bytes of an initializer that stays in the graph: shapes and the like
 # TensorProto.DataType, as safetensors spells it, and bits of each value
 _TYPES = {
-    1: ("F32", 32), 2: ("U8", 8), 3: ("I8", 8), 6: ("I32", 32), 7: ("I64", 64), 9: ("BOOL", 8), 10: ("F16", 16), 11: ("F64", 64),
-    16: ("BF16", 16), 21: ("U4", 4), 22: ("I4", 4),
+    1: ("F32", 32), 2: ("U8", 8), 3: ("I8", 8), 6: ("I32", 32), 7: ("I64", 64), 9: ("BOOL", 8),
+    10: ("F16", 16), 11: ("F64", 64), 16: ("BF16", 16), 21: ("U4", 4), 22: ("I4", 4),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX model whose large initializers are references to bytes in files, also where the file has them inside.
+    """An ONNX model whose large initializers are references to bytes in files, also where the file has them
+    inside.
 
-    `inputs` has the type and shape of each input as (TensorProto.DataType, sides), a side that varies as its name or "". A value
-    whose shape is left open has no sides.
+    `inputs` has the type and shape of each input as (TensorProto.DataType, sides), a side that varies as its
+    name or "". A value whose shape is left open has no sides.
     """
 
     file: Path
@@ -78,12 +80,18 @@ class Graph:
     @property
     def compute(self) -> str:
         """What it computes in: fp16 if its answers are, else fp32."""
-        return "fp16" if any(value.type.tensor_type.elem_type == 10 for value in self.model.graph.output) else "fp32"
+        return (
+            "fp16"
+            if any(value.type.tensor_type.elem_type == 10 for value in self.model.graph.output)
+            else "fp32"
+        )
 
     @cached_property
     def precision(self) -> str:
         """What most of its weights are held in: int4, int8, or what it computes in."""
-        quantised = [node for node in self.model.graph.node if node.op_type == "MatMulNBits" and len(node.input) > 1]
+        quantised = [
+            node for node in self.model.graph.node if node.op_type == "MatMulNBits" and len(node.input) > 1
+        ]
         pairs = {node.input[1] for node in quantised if _bits(node) == 4}
         counts = {self.compute: 0, "int8": 0, "int4": 0}
         for name, tensor in self.tensors.items():
@@ -93,7 +101,9 @@ class Graph:
 
     @property
     def opset(self) -> int:
-        return max((each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")), default=0)
+        return max(
+            (each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")), default=0
+        )
 
 
 def _bits(node: Any) -> int:
@@ -102,31 +112,39 @@ def _bits(node: Any) -> int:
 
 def _type(value: Any) -> tuple[int, tuple[int | str, ...]]:
     tensor = value.type.tensor_type
-    fixed = ((side, side.HasField("dim_value") and side.dim_value >= 0) for side in tensor.shape.dim)  # some write -1
+    fixed = (
+        (side, side.HasField("dim_value") and side.dim_value >= 0) for side in tensor.shape.dim
+    )  # some write -1
     sides = (side.dim_value if known else side.dim_param for side, known in fixed)
     return tensor.elem_type, tuple(sides)
 
 
 def read_graph(file: Path) -> Graph:
-    """Raises TightfitError for a file that is broken, larger than any graph of these families, or whose weights are not where it
-    says."""
+    """Raises TightfitError for a file that is broken, larger than any graph of these families, or whose
+    weights are not where it says."""
     try:
         import onnx
     except ImportError:
-        raise TightfitError(f"{file} needs onnx and onnxruntime: pip install 'tightfit[cpu]', or [gpu]") from None
+        raise TightfitError(
+            f"{file} needs onnx and onnxruntime: pip install 'tightfit[cpu]', or [gpu]"
+        ) from None
     try:
         with open_regular(file, WEIGHTS_BYTES) as stream:
             walk = _Walk(stream, os.fstat(stream.fileno()).st_size)
             model = onnx.load_from_string(walk.kept())
         problem = _problem(model.graph)
     except _TooMuchError as error:
-        raise TightfitError(f"{file} has {error}: no graph of Stable Diffusion has; use another copy") from None
+        raise TightfitError(
+            f"{file} has {error}: no graph of Stable Diffusion has; use another copy"
+        ) from None
     except TightfitError:
         raise
     except OSError as error:
         raise TightfitError(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
     except Exception as error:  # protobuf has classes of its own
-        raise TightfitError(f"{file} is truncated, or no ONNX file ({type(error).__name__}): {_AGAIN}") from None
+        raise TightfitError(
+            f"{file} is truncated, or no ONNX file ({type(error).__name__}): {_AGAIN}"
+        ) from None
     if problem:
         raise TightfitError(f"{file} has {problem}: {_AGAIN}")
     named = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -152,16 +170,23 @@ def _tensors(file: Path, graph: Any) -> dict[str, Tensor]:
         numbers = tensor.float_data or tensor.int32_data or tensor.int64_data or tensor.double_data
         if tensor.name not in tensors and numbers and tensor.data_type in _TYPES:
             kind, bits = _TYPES[tensor.data_type]  # values that are no bytes stay in the graph, and count
-            tensors[tensor.name] = Tensor(kind, tuple(tensor.dims), file, 0, math.ceil(len(numbers) * bits / 8))
+            tensors[tensor.name] = Tensor(
+                kind, tuple(tensor.dims), file, 0, math.ceil(len(numbers) * bits / 8)
+            )
     return tensors
 
 
 def _problem(graph: Any) -> str | None:
-    """What no graph has that can be followed, if this one has it. Constants that are in files become initializers, as torch's older
-    exporter has weights as constants."""
+    """What no graph has that can be followed, if this one has it. Constants that are in files become
+    initializers, as torch's older exporter has weights as constants."""
     nodes = []
     for node in graph.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].t.data_location == 1 and len(node.output) == 1:
+        if (
+            node.op_type == "Constant"
+            and node.attribute
+            and node.attribute[0].t.data_location == 1
+            and len(node.output) == 1
+        ):
             graph.initializer.append(node.attribute[0].t)
             graph.initializer[-1].name = node.output[0]
         else:
@@ -177,7 +202,11 @@ def _problem(graph: Any) -> str | None:
         twice = next(name for name, count in Counter(made).items() if count > 1)
         return f"{twice[:_LONGEST]!r} twice"
     words = (word for node in graph.node for word in (node.op_type, node.domain))
-    odd = (word for word in (*made, *words, *(value.name for value in graph.output)) if not word.isprintable() or len(word) > 1000)
+    odd = (
+        word
+        for word in (*made, *words, *(value.name for value in graph.output))
+        if not word.isprintable() or len(word) > 1000
+    )
     if (word := next(odd, None)) is not None:
         return f"a name that is none, {word[:_LONGEST]!r}"
     for tensor in graph.initializer:
@@ -199,7 +228,9 @@ def _checked(file: Path, tensor: Any, sizes: dict[str, int]) -> Tensor:
     place = {entry.key: entry.value for entry in tensor.external_data}
     location = place.get("location", "")
     if tensor.data_type not in _TYPES:
-        raise TightfitError(f"{file} has {tensor.name} in a type (TensorProto {tensor.data_type}) that tightfit does not know")
+        raise TightfitError(
+            f"{file} has {tensor.name} in a type (TensorProto {tensor.data_type}) that tightfit does not know"
+        )
     if location not in sizes:
         sizes[location] = _size(file, location)
     kind, bits = _TYPES[tensor.data_type]
@@ -210,24 +241,36 @@ def _checked(file: Path, tensor: Any, sizes: dict[str, int]) -> Tensor:
     except ValueError:
         raise TightfitError(f"{file} has no place for {tensor.name}: {again}") from None
     if length != count or offset < 0:
-        raise TightfitError(f"{file} promises {tensor.name} as {length} bytes, its shape needs {count}: {again}")
+        raise TightfitError(
+            f"{file} promises {tensor.name} as {length} bytes, its shape needs {count}: {again}"
+        )
     if offset + length > sizes[location]:
-        raise TightfitError(f"{data} is truncated: it has {sizes[location]} bytes of at least {offset + length}; {again}")
+        raise TightfitError(
+            f"{data} is truncated: it has {sizes[location]} bytes of at least {offset + length}; {again}"
+        )
     return Tensor(kind, tuple(tensor.dims), data, offset, length)
 
 
 def _size(file: Path, location: str) -> int:
-    """Bytes of a file of weights. A path that leaves the model's folder is refused, as it could name any file; but links of both
-    files to one place, as in the hub's cache, are followed."""
+    """Bytes of a file of weights. A path that leaves the model's folder is refused, as it could name any
+    file; but links of both files to one place, as in the hub's cache, are followed."""
     windows = PureWindowsPath(location)
-    outside = windows.is_absolute() or windows.drive or PurePosixPath(location).is_absolute() or ".." in windows.parts
+    outside = (
+        windows.is_absolute()
+        or windows.drive
+        or PurePosixPath(location).is_absolute()
+        or ".." in windows.parts
+    )
     if not location or not location.isprintable() or outside:  # NUL is not printable
         raise TightfitError(
-            f"{file} has its weights in {location[:_LONGEST]!r}, outside of its folder: they are not read, use another copy"
+            f"{file} has its weights in {location[:_LONGEST]!r}, outside of its folder: "
+            "they are not read, use another copy"
         )
     data = file.parent / location
     try:
-        inside = any(data.resolve().is_relative_to(folder) for folder in (file.parent.resolve(), file.resolve().parent))
+        inside = any(
+            data.resolve().is_relative_to(folder) for folder in (file.parent.resolve(), file.resolve().parent)
+        )
         found = data.stat() if inside else None
     except (OSError, RuntimeError, ValueError):  # RuntimeError: links in a circle, before Python 3.13
         folder = data.parent
@@ -236,12 +279,17 @@ def _size(file: Path, location: str) -> int:
         others = (path.name for path in there if path.is_file() and path.suffix not in (".onnx", ".json"))
         renamed = next((f"rename {name}, which is there, or " for name in others), "")
         raise TightfitError(
-            f"{data} is missing, which has the weights of {file.name}: {renamed}copy or export the model again"
+            f"{data} is missing, which has the weights of {file.name}: "
+            f"{renamed}copy or export the model again"
         ) from None
     if found is None:
-        raise TightfitError(f"{data} is a link to another place than {file.name} is in: it is not read, use another copy")
+        raise TightfitError(
+            f"{data} is a link to another place than {file.name} is in: it is not read, use another copy"
+        )
     if not S_ISREG(found.st_mode):
-        raise TightfitError(f"{data} is no file, it should have the weights of {file.name}: copy or export the model again")
+        raise TightfitError(
+            f"{data} is no file, it should have the weights of {file.name}: copy or export the model again"
+        )
     return found.st_size
 
 
@@ -250,10 +298,11 @@ class _TooMuchError(Exception):
 
 
 class _Walk:
-    """One pass over the fields of a file before protobuf reads it, which makes up to 150 bytes of two bytes of a hostile one.
+    """One pass over the fields of a file before protobuf reads it, which makes up to 150 bytes of two bytes
+    of a hostile one.
 
-    Only what a graph is run with is kept: no inferred shape, text for people or training. `inside` tells where the bytes of large
-    initializers are, by name; they are not kept.
+    Only what a graph is run with is kept: no inferred shape, text for people or training. `inside` tells
+    where the bytes of large initializers are, by name; they are not kept.
     """
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
@@ -318,7 +367,9 @@ class _Walk:
         raw = [(first, last) for number, wire, first, last in fields if (number, wire) == (_RAW_DATA, _BYTES)]
         if raw and raw[-1][1] - raw[-1][0] > _SMALL:  # the last counts, as in protobuf
             first, last = raw[-1]
-            name = self._read(*next(field[2:] for field in reversed(fields) if field[:2] == (_TENSOR_NAME, _BYTES))).decode()
+            name = self._read(
+                *next(field[2:] for field in reversed(fields) if field[:2] == (_TENSOR_NAME, _BYTES))
+            ).decode()
             if name in self.inside:
                 raise _TooMuchError(f"{name[:_LONGEST]!r} twice")
             self.inside[name] = first, last - first
@@ -326,7 +377,8 @@ class _Walk:
         return self._tensor(fields)
 
     def _tensor(self, fields: list[tuple[int, int, int, int]]) -> bytes:
-        """One whose values are kept. Bytes, floats and doubles take no more memory than in the file, and are not structure."""
+        """One whose values are kept. Bytes, floats and doubles take no more memory than in the file, and are
+        not structure."""
         parts = []
         for number, wire, start, end in fields:
             if number in _VALUES and wire == _BYTES:

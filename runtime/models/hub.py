@@ -23,12 +23,14 @@ _SMALL = ("*.json", "*.txt")
 def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
     """What `model` is: a built-in name, a diffusers folder or a hub id. Only configs and headers are read.
 
-    A repository on the hub is fetched first, whole, into the hub's own cache, unless `local_files_only`. Raises
-    TightfitError.
+    A repository on the hub is fetched first, whole, into the hub's own cache, unless `local_files_only`.
+    Raises TightfitError.
     """
     name = str(model)
     if not name.strip():
-        raise TightfitError("the model has no name: give --model emoji, a diffusers folder or a hub id such as owner/name")
+        raise TightfitError(
+            "the model has no name: give --model emoji, a diffusers folder or a hub id such as owner/name"
+        )
     if "://" in name:
         raise TightfitError(_address(name))
     if name in BUILT_IN:
@@ -47,19 +49,28 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
 def _address(url: str) -> str:
     """Why an address is no model, and what to give instead: of a page of the hub, its id."""
     page = re.match(r"https?://[\w.-]*(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", url)
-    cure = f"give --model {page[1]}" if page else "download the model first, and give --model its folder, or a hub id"
+    cure = (
+        f"give --model {page[1]}"
+        if page
+        else "download the model first, and give --model its folder, or a hub id"
+    )
     return f"{url[:200]} is an address, which no model is read from: {cure}"
 
 
 def wanted(files: list[str]) -> list[str]:
-    """Of a repository's files, those a run needs: configs, vocabularies, and one set of safetensors per component.
+    """Of a repository's files, those a run needs: configs, vocabularies, and one set of safetensors per
+    component.
 
-    The plain weights are taken, or the fp16 variant where a component has no plain ones, or ONNX where it has neither; never a
-    pickle.
+    The plain weights are taken, or the fp16 variant where a component has no plain ones, or ONNX where it has
+    neither; never a pickle.
     """
-    chosen = [f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in _SMALL) and f.count("/") <= 1]
+    chosen = [
+        f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in _SMALL) and f.count("/") <= 1
+    ]
     for folder, graph in {network.folder: network.name for network in networks().values()}.items():
-        here = [f for f in files if re.fullmatch(rf"{folder}/(diffusion_pytorch_)?model[^/]*\.safetensors", f)]
+        here = [
+            f for f in files if re.fullmatch(rf"{folder}/(diffusion_pytorch_)?model[^/]*\.safetensors", f)
+        ]
         plain = [f for f in here if re.search(r"/(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors$", f)]
         onnx = [f for f in files if re.fullmatch(rf"{graph}/(model\.onnx[^/]*|weights\.pb)", f)]
         chosen += plain or [f for f in here if ".fp16" in f] or onnx
@@ -67,7 +78,8 @@ def wanted(files: list[str]) -> list[str]:
 
 
 def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
-    """Bring what `wanted` names up to date in the hub's cache; with no connection, use a complete copy that is there."""
+    """Bring what `wanted` names up to date in the hub's cache; with no connection, use a complete copy that
+    is there."""
     from huggingface_hub import HfApi, snapshot_download
 
     problem, cure = "a picture alone starts no download", f"name it with --model {repository}"
@@ -75,11 +87,15 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
         try:
             files = [entry.rfilename for entry in HfApi().model_info(repository).siblings or []]
             if not any(map(_WEIGHTS.match, wanted(files))) and any(map(_PICKLED.match, files)):
-                raise TightfitError(f"'{repository}' has its weights as pickles only: {of_pickles(repository)}")
+                raise TightfitError(
+                    f"'{repository}' has its weights as pickles only: {of_pickles(repository)}"
+                )
             folder = Path(snapshot_download(repository, allow_patterns=wanted(files)))
         except TightfitError:
             raise
-        except Exception as error:  # the hub's HTTP library has changed before, and any failure has the same cure
+        except (
+            Exception
+        ) as error:  # the hub's HTTP library has changed before, and any failure has the same cure
             problem = " ".join(str(error).split())[:300] or type(error).__name__
             cure = "check the name and the connection, or give --model a diffusers folder on this machine"
         else:
@@ -90,4 +106,6 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
         found = "is not in the hub's cache"
     except TightfitError as error:
         found = f"is in the hub's cache but cannot be used as it is there ({error})"
-    raise TightfitError(f"'{repository}'{near(Path(repository))} {found}, and was not fetched ({problem}): {cure}")
+    raise TightfitError(
+        f"'{repository}'{near(Path(repository))} {found}, and was not fetched ({problem}): {cure}"
+    )

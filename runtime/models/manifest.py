@@ -13,14 +13,19 @@ MANIFEST_VERSION = 1  # of tightfit.json
 
 
 def read_manifest(folder: Path) -> Mapping[str, Any]:
-    """The folder's tightfit.json, if there is one, as `tightfit export` writes it: defaults, precision, components."""
+    """The folder's tightfit.json, if there is one, as `tightfit export` writes it: defaults, precision,
+    components."""
     file = folder / "tightfit.json"
     data = read_json(file) if file.exists() else {}
     version = data.get("version", MANIFEST_VERSION)
     if isinstance(version, int) and version > MANIFEST_VERSION:
-        raise TightfitError(f"{file} was written by a newer tightfit: update this one, or export the model again")
+        raise TightfitError(
+            f"{file} was written by a newer tightfit: update this one, or export the model again"
+        )
     if not _understood(data):
-        raise TightfitError(f"{file} cannot be understood: delete it if the model is not quantised, or export the model again")
+        raise TightfitError(
+            f"{file} cannot be understood: delete it if the model is not quantised, or export the model again"
+        )
     return data
 
 
@@ -28,10 +33,19 @@ def _understood(manifest: Mapping[str, Any]) -> bool:
     defaults, components = manifest.get("defaults", {}), manifest.get("components", {})
     if not isinstance(defaults, dict) or not isinstance(defaults.get("guidance_scale", 1.0), int | float):
         return False
-    if manifest.get("precision") not in (None, "fp32", "fp16", "int8", "int4") or not isinstance(components, dict):
+    if manifest.get("precision") not in (None, "fp32", "fp16", "int8", "int4") or not isinstance(
+        components, dict
+    ):
         return False
     parts = [
-        each.get(part, {}) if isinstance(each, dict) else None for each in components.values() for part in ("formats", "sha256")
+        each.get(part, {}) if isinstance(each, dict) else None
+        for each in components.values()
+        for part in ("formats", "sha256")
     ]
-    told = [manifest.get("source"), *(name for each in parts if isinstance(each, dict) for name in each.values())]
-    return all(isinstance(each, dict) for each in parts) and all(isinstance(name, str | None) for name in told)
+    told = [
+        manifest.get("source"),
+        *(name for each in parts if isinstance(each, dict) for name in each.values()),
+    ]
+    return all(isinstance(each, dict) for each in parts) and all(
+        isinstance(name, str | None) for name in told
+    )

@@ -16,7 +16,8 @@ LAYOUTS: tuple[Layout, ...] = (DiffusersLayout(),)
 
 
 def read_model(path: Path, name: str | None = None) -> ModelSpec:
-    """The model at `path`, called `name`. Raises TightfitError for whatever is missing, broken or not supported."""
+    """The model at `path`, called `name`. Raises TightfitError for whatever is missing, broken or not
+    supported."""
     with readable(path):
         source = next(layout for layout in LAYOUTS if layout.claims(path)).read(path)
         design = family_of(source)

@@ -1,4 +1,5 @@
-"""What the model is, read from its configs and the headers of its safetensors files: never a weight, never a pickle."""
+"""What the model is, read from its configs and the headers of its safetensors files: never a weight, never a
+pickle."""
 
 from __future__ import annotations
 
@@ -16,10 +17,12 @@ from .tensors import Tensor
 
 @dataclass(frozen=True)
 class Component:
-    """One network of the model: the folder it lives in, its config and its tensors by their names in the safetensors files, none
-    if it is there as ONNX alone; `graph` is that, and `unreadable` says why there is none though there is a file.
+    """One network of the model: the folder it lives in, its config and its tensors by their names in the
+    safetensors files, none if it is there as ONNX alone; `graph` is that, and `unreadable` says why there is
+    none though there is a file.
 
-    `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is not quantised.
+    `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is
+    not quantised.
     """
 
     network: Network
@@ -56,12 +59,12 @@ class Component:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model: what it is made of, and how that works together, which its `design` knows. `scheduler` is its scheduler config, and
-    `pipeline` the class that its model_index.json names.
+    """A model: what it is made of, and how that works together, which its `design` knows. `scheduler` is its
+    scheduler config, and `pipeline` the class that its model_index.json names.
 
-    `components` are its networks by name, in the order a picture needs them.
-    `defaults` are what the folder's tightfit.json, if it has one, says of requests that leave something open, `precision`
-    (int8 or int4) what it says the weights are stored in, and `source` of which model it was exported.
+    `components` are its networks by name, in the order a picture needs them. `defaults` are what the folder's
+    tightfit.json, if it has one, says of requests that leave something open, `precision` (int8 or int4) what
+    it says the weights are stored in, and `source` of which model it was exported.
     """
 
     name: str
@@ -113,10 +116,14 @@ class ModelSpec:
 
     @property
     def native_size(self) -> tuple[int, int]:
-        """Height and width in pixels of the pictures the model was trained on. Raises TightfitError if its config says none."""
+        """Height and width in pixels of the pictures the model was trained on. Raises TightfitError if its
+        config says none."""
         size = self.unet["sample_size"]
         if size is None:
-            raise TightfitError(f"{self.denoiser.folder / 'config.json'} has no sample_size: say --width and --height, or add it")
+            raise TightfitError(
+                f"{self.denoiser.folder / 'config.json'} has no sample_size: "
+                "say --width and --height, or add it"
+            )
         if self.corrected and isinstance(size, int) and _before_0_9(self.unet.get("_diffusers_version")):
             size = max(size, 64)  # as StableDiffusionPipeline corrects the configs of 2022
         height, width = (size, size) if isinstance(size, int) else size
@@ -124,7 +131,8 @@ class ModelSpec:
 
     @property
     def some_size(self) -> tuple[int, int]:
-        """Height and width in pixels of a picture to try the networks with: the native size, if the config says one."""
+        """Height and width in pixels of a picture to try the networks with: the native size, if the config
+        says one."""
         side = 64 * self.downsampling
         return (side, side) if self.unet["sample_size"] is None else self.native_size
 
@@ -135,7 +143,8 @@ class ModelSpec:
 
     @property
     def latent_consistency(self) -> bool:
-        """Whether its pipeline is that of latent consistency models: diffusers', its image to image kin's, or Optimum's."""
+        """Whether its pipeline is that of latent consistency models: diffusers', its image to image kin's, or
+        Optimum's."""
         return "LatentConsistencyModel" in self.pipeline
 
     @property
@@ -145,7 +154,8 @@ class ModelSpec:
 
     @property
     def default_guidance(self) -> float:
-        """What the model's own manifest says, else diffusers' defaults: 7.5, 5.0 for SDXL, 8.5 for latent consistency models."""
+        """What the model's own manifest says, else diffusers' defaults: 7.5, 5.0 for SDXL, 8.5 for latent
+        consistency models."""
         return self.defaults.get("guidance_scale", self.design.default_guidance(self))
 
     @property
@@ -160,7 +170,11 @@ class ModelSpec:
 
     def latent_shape(self, extent: Extent) -> tuple[int, int, int]:
         """Channels, height and width of a picture's latents."""
-        return self.vae["latent_channels"], extent.height // self.downsampling, extent.width // self.downsampling
+        return (
+            self.vae["latent_channels"],
+            extent.height // self.downsampling,
+            extent.width // self.downsampling,
+        )
 
     @property
     def text_length(self) -> int:
@@ -174,11 +188,15 @@ class ModelSpec:
 
     @property
     def guidance_width(self) -> int | None:
-        """Channels of the guidance embedding that distilled U-Nets (LCM) take in place of classifier-free guidance."""
+        """Channels of the guidance embedding that distilled U-Nets (LCM) take in place of classifier-free
+        guidance."""
         return self.unet.get("time_cond_proj_dim")
 
-    def inputs(self, component: Component, batch: int, height: int, width: int) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of what a session is called with, by their names there, for a picture of `height` x `width` pixels."""
+    def inputs(
+        self, component: Component, batch: int, height: int, width: int
+    ) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what a session is called with, by their names there, for a picture of `height` x `width`
+        pixels."""
         return component.network.inputs(self, Extent(batch, height, width))
 
 

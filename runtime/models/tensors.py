@@ -15,7 +15,8 @@ STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a safetensors file: its dtype in that format's spelling, its shape, and its bytes' place there."""
+    """One tensor of a safetensors file: its dtype in that format's spelling, its shape, and its bytes' place
+    there."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -33,6 +34,10 @@ class Tensor:
             with open_regular(self.file, WEIGHTS_BYTES) as stream:
                 stream.seek(self.offset)
                 if stream.readinto(buffer) != self.stored_bytes:
-                    raise TightfitError(f"{self.file} was cut short while it was read: copy or download it again")
+                    raise TightfitError(
+                        f"{self.file} was cut short while it was read: copy or download it again"
+                    )
         except OSError as error:
-            raise TightfitError(f"{self.file} cannot be read ({error.strerror}): copy or download it again") from None
+            raise TightfitError(
+                f"{self.file} cannot be read ({error.strerror}): copy or download it again"
+            ) from None

@@ -32,17 +32,27 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
     with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
         length = min(tokenizer.model_max_length, encoder.setting("max_position_embeddings"))
         rows = np.array(
-            tokenizer(list(texts.values()), padding="max_length", max_length=length, truncation=True).input_ids, np.int64
+            tokenizer(
+                list(texts.values()), padding="max_length", max_length=length, truncation=True
+            ).input_ids,
+            np.int64,
         )
         whole = tokenizer(list(texts.values()), verbose=False).input_ids
     if rows.max() >= encoder.setting("vocab_size"):
-        raise TightfitError(f"{folder} has more tokens than {encoder.folder} knows: they belong to different models")
-    cut = {name: tokenizer.decode(row[length - 1 : -1]) for name, row in zip(texts, whole, strict=True) if len(row) > length}
+        raise TightfitError(
+            f"{folder} has more tokens than {encoder.folder} knows: they belong to different models"
+        )
+    cut = {
+        name: tokenizer.decode(row[length - 1 : -1])
+        for name, row in zip(texts, whole, strict=True)
+        if len(row) > length
+    }
     return Tokens(rows, cut)
 
 
-# What A1111's prompt parser (its wiki, Features: attention, prompt editing, alternating words, AND, BREAK, extra networks) reads as
-# more than words. Single parentheses, which mean a weight of 1.1 there, are left out: they are ordinary punctuation too.
+# What A1111's prompt parser (its wiki, Features: attention, prompt editing, alternating words, AND, BREAK,
+# extra networks) reads as more than words. Single parentheses, which mean a weight of 1.1 there, are left
+# out: they are ordinary punctuation too.
 _SYNTAX = re.compile(
     r"\([^()]*:\s*[+-]?[\d.]+\s*\)"  # (red:1.3)
     r"|\(\([^()]+\)\)"  # ((red))
@@ -55,12 +65,16 @@ _NAMED = 5, 40  # of what is found, so many are named, and so many characters of
 
 
 def painted_as_words(texts: Mapping[str, str]) -> tuple[str, ...]:
-    """A notice for each of the named `texts` that holds syntax of A1111, which the text encoders get as ordinary words."""
+    """A notice for each of the named `texts` that holds syntax of A1111, which the text encoders get as
+    ordinary words."""
     most, letters = _NAMED
     notices = []
     for name, text in texts.items():
         if found := list(dict.fromkeys(match[0] for match in _SYNTAX.finditer(text))):
             shown = [each if len(each) <= letters else f"{each[: letters - 1]}…" for each in found[:most]]
             more = f" and {len(found) - most} more" if len(found) > most else ""
-            notices.append(f"the {name} has syntax of A1111, which is painted as ordinary words here: {', '.join(shown)}{more}")
+            notices.append(
+                f"the {name} has syntax of A1111, which is painted as ordinary words here: "
+                f"{', '.join(shown)}{more}"
+            )
     return tuple(notices)

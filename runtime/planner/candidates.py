@@ -29,7 +29,9 @@ class _Choice:
     tiling: str
 
 
-def ways(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Iterator[tuple[str, dict[str, Placement]]]:
+def ways(
+    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes
+) -> Iterator[tuple[str, dict[str, Placement]]]:
     """Every candidate once: its kind of guidance, and the placement of each component."""
     modes = _options(wishes.cfg, CFG) if guided(spec, request) else ("batched",)
     seen = set()
@@ -47,9 +49,11 @@ def ways(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) 
                 yield cfg, placements
 
 
-def _choices(hardware: Hardware, spec: ModelSpec, wishes: Wishes, engines: dict[str, str]) -> Iterator[_Choice]:
-    """What there is to decide, where these engines run the components. A graph has its weights in one precision and
-    its own attention, and does not stream."""
+def _choices(
+    hardware: Hardware, spec: ModelSpec, wishes: Wishes, engines: dict[str, str]
+) -> Iterator[_Choice]:
+    """What there is to decide, where these engines run the components. A graph has its weights in one
+    precision and its own attention, and does not stream."""
     graph = engines[spec.denoiser.name] == "onnx"
     tiles = not graph or engines[spec.decoder.name] == "torch"
     axes = (
@@ -67,7 +71,8 @@ def _options(asked: str, known: Sequence[str]) -> Sequence[str]:
 
 
 def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
-    """Which engine runs each component, of those that can read it. All text encoders are run by one, where one can."""
+    """Which engine runs each component, of those that can read it. All text encoders are run by one, where
+    one can."""
     runnable = {name: _runnable(spec, component) for name, component in spec.components.items()}
     asked = _asked_engine(wishes)
     if asked and not any(asked in engines for engines in runnable.values()):
@@ -81,7 +86,9 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
     for chosen in product(*options.values()):
         of_role = dict(zip(options, chosen, strict=True))
         picked = {name: of_role[role[name]] for name in runnable}
-        yield {name: engine if engine in runnable[name] else runnable[name][0] for name, engine in picked.items()}
+        yield {
+            name: engine if engine in runnable[name] else runnable[name][0] for name, engine in picked.items()
+        }
 
 
 def _asked_engine(wishes: Wishes) -> str | None:
@@ -96,14 +103,17 @@ def _without_weights(spec: ModelSpec, wishes: Wishes, asked: str) -> TightfitErr
     cure = f"use {spec.source or 'the model'}, from which it was exported"
     if asked == "onnx":
         cure = "export it with --to onnx"
-    if why := next((component.unreadable for component in spec.components.values() if component.unreadable), ""):
+    if why := next(
+        (component.unreadable for component in spec.components.values() if component.unreadable), ""
+    ):
         cure = f"{why}; or {cure}"
     option = "--backend" if wishes.backend != "auto" else "--provider"
     return TightfitError(f"{spec.name} has no weights that {asked} reads: {cure}, or leave out {option}")
 
 
 def _runnable(spec: ModelSpec, component: Component) -> tuple[str, ...]:
-    """The engines that can run a component; a graph that ONNX Runtime cannot is passed over where torch has weights too."""
+    """The engines that can run a component; a graph that ONNX Runtime cannot is passed over where torch has
+    weights too."""
     if "onnx" not in component.engines:
         return component.engines
     try:
@@ -145,16 +155,21 @@ def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, cho
         tiling=choice.tiling if role is Role.DECODER and wishes.tiling != "auto" else "whole",
         provider=chosen_provider(hardware, wishes.provider),
     )
-    if role is Role.DENOISER:  # what is asked for is of the U-Net; the engine says that it cannot stream, or slice
+    if (
+        role is Role.DENOISER
+    ):  # what is asked for is of the U-Net; the engine says that it cannot stream, or slice
         return replace(placement, residency=choice.residency, attention=choice.attention)
     return placement
 
 
 def chosen_provider(hardware: Hardware, asked: str) -> str:
-    """The execution provider that is asked for, by its name or the start of that; or the best that is here."""
+    """The execution provider that is asked for, by its name or the start of that; or the best that is
+    here."""
     present = hardware.onnx_providers()
     if asked == "auto":
-        return next((provider for provider in PROVIDERS[hardware.device] if provider in present), CPU_PROVIDER)
+        return next(
+            (provider for provider in PROVIDERS[hardware.device] if provider in present), CPU_PROVIDER
+        )
     provider = _providers_by_name().get(_short(asked))
     if provider is None or provider not in present:
         raise _without_provider(hardware, asked)
@@ -203,7 +218,9 @@ def _of_graph(spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
             if wishes.backend == "auto" and unet.tensors:
                 return []  # torch can do it
             cure = _exported_again(spec, graph.precision, option, asked)
-            raise TightfitError(f"{graph.file} has {option} {value}, not {asked}: choose --{option} auto, or {cure}")
+            raise TightfitError(
+                f"{graph.file} has {option} {value}, not {asked}: choose --{option} auto, or {cure}"
+            )
     return [(graph.precision, graph.compute)]
 
 
@@ -217,7 +234,8 @@ def _exported_again(spec: ModelSpec, precision: str, option: str, asked: str) ->
 
 
 def _precisions(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
-    """What weights may be held in, and what is computed in: quantised weights in what the device prefers, unless told."""
+    """What weights may be held in, and what is computed in: quantised weights in what the device prefers,
+    unless told."""
     pairs = []
     for precision in _held_in(hardware, spec, wishes):
         preferred = hardware.precisions[0] if precision in QUANTISED else precision

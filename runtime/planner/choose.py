@@ -1,4 +1,5 @@
-"""Which way to run a request: every candidate is costed, the fastest that fits is taken. No device is touched, no weight read."""
+"""Which way to run a request: every candidate is costed, the fastest that fits is taken. No device is
+touched, no weight read."""
 
 from __future__ import annotations
 
@@ -23,18 +24,26 @@ from .wishes import Wishes
 _SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
 
 
-def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wishes: Wishes | None = None) -> list[Plan]:
-    """Every way to run `request` (the model's native size by default) on `hardware`, best first: those that fit, fastest
-    first, then the others by what they lack. The first is marked as chosen, if any fits."""
+def plan(
+    hardware: Hardware, spec: ModelSpec, request: Request | None = None, wishes: Wishes | None = None
+) -> list[Plan]:
+    """Every way to run `request` (the model's native size by default) on `hardware`, best first: those that
+    fit, fastest first, then the others by what they lack. The first is marked as chosen, if any fits."""
     wishes = wishes or Wishes()
     request = (request or Request("a")).resolve(spec)
     estimate = ESTIMATOR.estimate(hardware, spec, request, wishes)
     budget = _budget(hardware, wishes)
     with _cycles_left():
-        found = [each for way in ways(hardware, spec, request, wishes) for each in estimate.plans(*way, budget)]
+        found = [
+            each for way in ways(hardware, spec, request, wishes) for each in estimate.plans(*way, budget)
+        ]
     if not found:
-        raise TightfitError(f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto")
-    fitting = sorted((p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes))
+        raise TightfitError(
+            f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
+        )
+    fitting = sorted(
+        (p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes)
+    )
     if fitting:
         fastest = fitting[0].predicted.seconds
         equal = [p for p in fitting if p.predicted.seconds <= fastest * (1 + _SAME)]
@@ -46,8 +55,8 @@ def plan(hardware: Hardware, spec: ModelSpec, request: Request | None = None, wi
 
 @contextmanager
 def _cycles_left() -> Iterator[None]:
-    """Without Python's search for cycles, which takes a fifth of the time of importing torch, diffusers and transformers, and of
-    following what they build: hardly anything of all that is ever freed."""
+    """Without Python's search for cycles, which takes a fifth of the time of importing torch, diffusers and
+    transformers, and of following what they build: hardly anything of all that is ever freed."""
     searched = gc.isenabled()
     gc.disable()
     try:
@@ -57,8 +66,11 @@ def _cycles_left() -> Iterator[None]:
             gc.enable()
 
 
-def none_fits(plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> TightfitError:
-    """The error that says what would fit: a smaller picture, or a larger budget; or that what is asked for runs nowhere."""
+def none_fits(
+    plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes
+) -> TightfitError:
+    """The error that says what would fit: a smaller picture, or a larger budget; or that what is asked for
+    runs nowhere."""
     asked = f"{request.width}x{request.height}"
     large = [plan for plan in plans if plan.verdict is Verdict.TOO_LARGE]
     if not large:  # no memory would help
@@ -91,8 +103,9 @@ def _more_memory(hardware: Hardware, asked: str, needed_bytes: int) -> str:
 
 
 def refuse_hopeless(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> None:
-    """Raise TightfitError for what no way of running can fit, found out without following all of them: where there is no room
-    beside the context, or none for one feature map of the picture. Following how 16384x16384 runs takes minutes."""
+    """Raise TightfitError for what no way of running can fit, found out without following all of them: where
+    there is no room beside the context, or none for one feature map of the picture. Following how 16384x16384
+    runs takes minutes."""
     request = request.resolve(spec)
     room = _budget(hardware, wishes) - hardware.context_bytes
     if room <= 0:
@@ -103,8 +116,11 @@ def refuse_hopeless(hardware: Hardware, spec: ModelSpec, request: Request, wishe
         raise _no_room_for_a_map(hardware, spec, request, wishes, map_bytes)
 
 
-def _no_room_for_a_map(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, map_bytes: int) -> TightfitError:
-    """The error for a picture whose one feature map is too much. The plans that its cure is from are of the native size."""
+def _no_room_for_a_map(
+    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, map_bytes: int
+) -> TightfitError:
+    """The error for a picture whose one feature map is too much. The plans that its cure is from are of the
+    native size."""
     native = replace(request, width=spec.native_size[1], height=spec.native_size[0])
     plans = plan(hardware, spec, native, _frugal(spec, native, wishes))
     runs = [plan for plan in plans if _runs_somewhere(plan)]
@@ -114,7 +130,8 @@ def _no_room_for_a_map(hardware: Hardware, spec: ModelSpec, request: Request, wi
     cure = f"the largest of this shape that fits is {smaller}" if smaller else "no size of this shape fits"
     asked, budget_bytes = f"{request.width}x{request.height}", _budget(hardware, wishes)
     return TightfitError(
-        f"{spec.name} does not fit {shown(budget_bytes)}: one feature map of {asked} takes {shown(map_bytes)}, {cure}"
+        f"{spec.name} does not fit {shown(budget_bytes)}: "
+        f"one feature map of {asked} takes {shown(map_bytes)}, {cure}"
     )
 
 
@@ -124,13 +141,16 @@ def _runs_somewhere(plan: Plan) -> bool:
 
 
 def _frugal(spec: ModelSpec, request: Request, wishes: Wishes) -> Wishes:
-    """Wishes for the ways that take little memory, where they are torch's: half as many calls are followed for these."""
+    """Wishes for the ways that take little memory, where they are torch's: half as many calls are followed
+    for these."""
     if any(component.graph for component in spec.components.values()):
         return wishes
     least: dict[str, str] = {"tiling": "tiled"}
     if guided(spec, request):
         least["cfg"] = "sequential"
-    return replace(wishes, **{name: value for name, value in least.items() if getattr(wishes, name) == "auto"})
+    return replace(
+        wishes, **{name: value for name, value in least.items() if getattr(wishes, name) == "auto"}
+    )
 
 
 def _budget(hardware: Hardware, wishes: Wishes) -> int:
@@ -147,26 +167,31 @@ def _option(hardware: Hardware) -> str:
 
 
 def _largest_map(hardware: Hardware, spec: ModelSpec, width: int, height: int) -> int:
-    """Bytes, in 16 bits, of the widest map that the U-Net or the VAE has of a whole picture, however it runs."""
+    """Bytes, in 16 bits, of the widest map that the U-Net or the VAE has of a whole picture, however it
+    runs."""
     if hardware.device != "cpu" and any(component.graph for component in spec.components.values()):
         return 0  # it may run on the CPU beside
     pixels = width * height
     latent_pixels = pixels // spec.downsampling**2
-    return 2 * max(pixels * spec.vae["block_out_channels"][0], latent_pixels * spec.unet["block_out_channels"][0])
+    return 2 * max(
+        pixels * spec.vae["block_out_channels"][0], latent_pixels * spec.unet["block_out_channels"][0]
+    )
 
 
 def _largest_of_this_shape(
     hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, plans: Sequence[Plan]
 ) -> str | None:
-    """By the way of running that takes the least memory at the size asked for; or by the least that streams, as of a small picture
-    it is the weights that take memory."""
+    """By the way of running that takes the least memory at the size asked for; or by the least that streams,
+    as of a small picture it is the weights that take memory."""
     runs = sorted(filter(_runs_somewhere, plans), key=lambda plan: plan.predicted.peak_bytes)
     ways = [*runs[:1], *[p for p in runs[1:] if p.denoiser.residency == "streamed"][:1]]
     found = (_largest_that_fits(hardware, spec, request, wishes, way) for way in ways)
     return next(filter(None, found), None)
 
 
-def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, least: Plan) -> str | None:
+def _largest_that_fits(
+    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, least: Plan
+) -> str | None:
     """The largest size of the request's shape that runs as `least` does."""
     width, height, step = int(request.width or 0), int(request.height or 0), spec.downsampling * 8
     shorter, budget = min(width, height), _budget(hardware, wishes)
@@ -178,7 +203,11 @@ def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wi
         while low <= high:  # the sizes grow
             middle = (low + high) // 2
             smaller = replace(request, width=sizes[middle][0], height=sizes[middle][1])
-            if ESTIMATOR.estimate(hardware, spec, smaller, wishes).plan(least.cfg, least.placements, budget).fits:
+            if (
+                ESTIMATOR.estimate(hardware, spec, smaller, wishes)
+                .plan(least.cfg, least.placements, budget)
+                .fits
+            ):
                 best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
             else:
                 high = middle - 1
@@ -186,14 +215,22 @@ def _largest_that_fits(hardware: Hardware, spec: ModelSpec, request: Request, wi
 
 
 def _burden(plan: Plan) -> tuple[float, ...]:
-    """By what to choose among plans that are as fast: quality, then doing nothing that need not be, then memory."""
+    """By what to choose among plans that are as fast: quality, then doing nothing that need not be, then
+    memory."""
     streamed = any(placement.residency == "streamed" for placement in plan.placements.values())
-    return -plan.predicted.psnr, streamed, plan.cfg == "sequential", plan.predicted.peak_bytes, plan.predicted.seconds
+    return (
+        -plan.predicted.psnr,
+        streamed,
+        plan.cfg == "sequential",
+        plan.predicted.peak_bytes,
+        plan.predicted.seconds,
+    )
 
 
 def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
     forced = [
-        getattr(wishes, name) for name in ("backend", "provider", "precision", "compute", "residency", "attention", "tiling", "cfg")
+        getattr(wishes, name)
+        for name in ("backend", "provider", "precision", "compute", "residency", "attention", "tiling", "cfg")
     ]
     asked = [choice for choice in forced if choice != "auto"]
     left = best.budget_bytes - best.predicted.context_bytes - best.predicted.peak_bytes
@@ -204,7 +241,10 @@ def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
     )
     by = f" ({', '.join(asked)} asked for)" if asked else ""
     if wishes.residency == "streamed" and wishes.budget is None:
-        by += f"; nothing is kept loaded, {'--ram' if hardware.device == 'cpu' else '--vram'} BYTES keeps what it allows"
+        by += (
+            "; nothing is kept loaded, "
+            f"{'--ram' if hardware.device == 'cpu' else '--vram'} BYTES keeps what it allows"
+        )
     return f"the fastest that fits, with {shown(left)} to spare{by}{slow}"
 
 

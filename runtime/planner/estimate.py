@@ -25,10 +25,12 @@ from ..units import shown
 from .plan import Plan, Predicted, Verdict, refused
 from .wishes import Wishes
 
-# Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m tightfit.benchmarks.quality).
-# Of int8 and int4, what rounding the weights costs; what they compute in comes on top.
+# Decibels of PSNR against the fp32 picture of the same seed, the worst of 24 of emoji's (python -m
+# tightfit.benchmarks.quality). Of int8 and int4, what rounding the weights costs; what they compute in comes
+# on top.
 PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0, "int8": 51.0, "int8-dynamic": 46.0, "int4": 33.0}
-# Of the budget, left free where weights are kept loaded to fill it: predictions were 4.1 % off at most (benchmarks/predicted.py).
+# Of the budget, left free where weights are kept loaded to fill it: predictions were 4.1 % off at most
+# (benchmarks/predicted.py).
 SLACK = 0.04
 T = TypeVar("T")
 
@@ -38,7 +40,8 @@ def holder(hardware: Hardware) -> str:
 
 
 class Estimator:
-    """Costs every request of this process. Requests for the same machine, model and size share what was computed.
+    """Costs every request of this process. Requests for the same machine, model and size share what was
+    computed.
 
     Threads take turns, one plan each: calls are followed on `meta` modules that all requests share.
     """
@@ -85,14 +88,17 @@ class Estimate:
         )
 
     def plans(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> list[Plan]:
-        """This way of running. Where its weights stream, also with as many kept loaded as the budget has room for,
-        and with half of those."""
+        """This way of running. Where its weights stream, also with as many kept loaded as the budget has room
+        for, and with half of those."""
         with self._turn:
             plan = self.plan(cfg, placements, budget_bytes)
             room = budget_bytes - plan.predicted.context_bytes
             if plan.predicted.peak_bytes > room or not self._may_keep(cfg, placements):
                 return [plan]
-            return [plan, *(self.plan(cfg, kept, budget_bytes) for kept in self._keeping(cfg, placements, room))]
+            return [
+                plan,
+                *(self.plan(cfg, kept, budget_bytes) for kept in self._keeping(cfg, placements, room)),
+            ]
 
     def _may_keep(self, cfg: str, placements: Mapping[str, Placement]) -> bool:
         if placements[self.spec.denoiser.name].residency != "streamed":
@@ -101,19 +107,30 @@ class Estimate:
         wanted = self.wishes.residency == "auto" or self.wishes.budget is not None
         return wanted and not self._refused(cfg, placements)
 
-    def _keeping(self, cfg: str, placements: Mapping[str, Placement], room: int) -> list[dict[str, Placement]]:
-        """What streams, with weights kept loaded in `room` bytes but for the slack, and with half of these."""
+    def _keeping(
+        self, cfg: str, placements: Mapping[str, Placement], room: int
+    ) -> list[dict[str, Placement]]:
+        """What streams, with weights kept loaded in `room` bytes but for the slack, and with half of
+        these."""
         room = int(room * (1 - SLACK))
-        filled = {name: self._filled(name, placement, cfg, placements, room) for name, placement in placements.items()}
+        filled = {
+            name: self._filled(name, placement, cfg, placements, room)
+            for name, placement in placements.items()
+        }
         denoiser = self.spec.denoiser.name
         most = filled[denoiser].kept_bytes
         sums = accumulate(self._footprint(denoiser, placements[denoiser], cfg).units)
         half = max((kept for kept in sums if kept <= most / 2), default=0)
-        return [filled | {denoiser: replace(filled[denoiser], kept_bytes=kept)} for kept in {most, half} - {0}]
+        return [
+            filled | {denoiser: replace(filled[denoiser], kept_bytes=kept)} for kept in {most, half} - {0}
+        ]
 
-    def _filled(self, name: str, own: Placement, cfg: str, placements: Mapping[str, Placement], room: int) -> Placement:
-        """With as much kept loaded as goes into `room` bytes. Where that is all, a text encoder is staged. A U-Net is left alone,
-        as staging it is another candidate, or, if streaming is asked for, streams its smallest unit."""
+    def _filled(
+        self, name: str, own: Placement, cfg: str, placements: Mapping[str, Placement], room: int
+    ) -> Placement:
+        """With as much kept loaded as goes into `room` bytes. Where that is all, a text encoder is staged. A
+        U-Net is left alone, as staging it is another candidate, or, if streaming is asked for, streams its
+        smallest unit."""
         if own.residency != "streamed":
             return own
         units = self._footprint(name, own, cfg).units
@@ -145,12 +162,17 @@ class Estimate:
     def _footprint(self, name: str, placement: Placement, cfg: str) -> Footprint:
         run, size = engine(placement.backend).footprint, self._size(name, cfg)
         return self._once(
-            (name, placement, size), lambda: run(self.spec, self.spec.components[name], placement, self.hardware, size)
+            (name, placement, size),
+            lambda: run(self.spec, self.spec.components[name], placement, self.hardware, size),
         )
 
     def _size(self, name: str, cfg: str) -> tuple[int, int, int]:
         """The batch that a component is called with, and the picture's height and width."""
-        both = 2 if self._role(name) is Role.DENOISER and guided(self.spec, self.request) and cfg == "batched" else 1
+        both = (
+            2
+            if self._role(name) is Role.DENOISER and guided(self.spec, self.request) and cfg == "batched"
+            else 1
+        )
         return both, int(self.request.height or 0), int(self.request.width or 0)
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
@@ -172,20 +194,31 @@ class Estimate:
         """While one component is called, beside those that stay loaded."""
         own, names = placements[name], list(placements)
         others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
-        first = [n for n in others if own.residency != "resident" or names.index(n) < names.index(name)]  # loaded before it
+        first = [
+            n for n in others if own.residency != "resident" or names.index(n) < names.index(name)
+        ]  # loaded before it
         groups = (first, [n for n in others if n not in first])
 
         def compute() -> int:
             footprint = {n: self._footprint(n, placements[n], cfg) for n in (name, *others)}
-            held, later = ([count for n in group for count in (*footprint[n].held, footprint[n].kept)] for group in groups)
+            held, later = (
+                [count for n in group for count in (*footprint[n].held, footprint[n].kept)]
+                for group in groups
+            )
             return peak(self.hardware.device, [*self.hardware.workspaces, *held], footprint[name], later)
 
-        beside = tuple((n, p.backend, p.provider, p.precision, p.compute) for n in others for p in [placements[n]])
+        beside = tuple(
+            (n, p.backend, p.provider, p.precision, p.compute) for n in others for p in [placements[n]]
+        )
         return self._once(("peak", name, own, beside, cfg), compute)
 
-    def _seconds(self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> float:
+    def _seconds(
+        self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
+    ) -> float:
         both = 2 if guided(self.spec, self.request) else 1
-        steps = schedulers.calls(str(self.request.scheduler), self.spec, int(self.request.num_inference_steps or 0))
+        steps = schedulers.calls(
+            str(self.request.scheduler), self.spec, int(self.request.num_inference_steps or 0)
+        )
         total = 0.0
         for name, placement in placements.items():
             calls = {
@@ -194,7 +227,9 @@ class Estimate:
                 Role.DECODER: self.request.num_images,
             }[self._role(name)]
             one = ("seconds", name, placement, cfg)
-            total += calls * self._once(one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n]))
+            total += calls * self._once(
+                one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n])
+            )
             total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
         return total
 
@@ -210,7 +245,9 @@ class Estimate:
     def _reading_seconds(self, component: Component, placement: Placement) -> float:
         if placement.backend == "onnx":
             assert component.graph
-            return component.graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(component.graph.model.graph.node)
+            return component.graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(
+                component.graph.model.graph.node
+            )
         loading = component.stored_bytes / self.hardware.read
         count = sum(t.count for t in component.tensors.values())
         if placement.precision in QUANTISED and component.formats is None:
@@ -223,7 +260,9 @@ class Estimate:
         """Why an engine cannot run its component so, or None."""
         for name, placement in placements.items():
             component = self.spec.components[name]
-            why = engine(placement.backend).refuses(self.spec, component, placement, self.hardware, self._size(name, cfg))
+            why = engine(placement.backend).refuses(
+                self.spec, component, placement, self.hardware, self._size(name, cfg)
+            )
             if why:
                 return why
         return None
@@ -235,7 +274,10 @@ class Estimate:
         if refusal := self._refused(cfg, placements):
             return Verdict.REFUSED, refused(refusal)
         if self.wishes.min_psnr is not None and predicted.psnr < self.wishes.min_psnr:
-            return Verdict.TOO_COARSE, f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}"
+            return (
+                Verdict.TOO_COARSE,
+                f"is {predicted.psnr:.0f} dB from fp32, below the floor of {self.wishes.min_psnr:g}",
+            )
         if problem := self._lack(predicted, budget_bytes):
             return Verdict.TOO_LARGE, problem
         return Verdict.FITS, "fits"
@@ -245,17 +287,27 @@ class Estimate:
         room = budget_bytes - predicted.context_bytes
         if predicted.peak_bytes > room:
             stage = max(predicted.stages, key=lambda name: predicted.stages[name])
-            beside = f" beside the {shown(predicted.context_bytes)} of {holder(self.hardware)}" if room <= 0 else ""
+            beside = (
+                f" beside the {shown(predicted.context_bytes)} of {holder(self.hardware)}"
+                if room <= 0
+                else ""
+            )
             most = predicted.stages[stage]
             return f"needs {shown(most)} to {stage}{beside}, {shown(most - room)} too much"
         if predicted.host_bytes > self.hardware.host_bytes:
-            return f"needs {shown(predicted.host_bytes)} of the host's memory, {shown(self.hardware.host_bytes)} are free"
+            return (
+                f"needs {shown(predicted.host_bytes)} of the host's memory, "
+                f"{shown(self.hardware.host_bytes)} are free"
+            )
         return None
 
 
 def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> int:
-    """What is staged takes of the host one after another; what is pinned to stream from stays for the next picture."""
-    staged = [footprints[name].host for name, placement in placements.items() if placement.residency == "staged"]
+    """What is staged takes of the host one after another; what is pinned to stream from stays for the next
+    picture."""
+    staged = [
+        footprints[name].host for name, placement in placements.items() if placement.residency == "staged"
+    ]
     return sum(footprint.host for footprint in footprints.values()) - sum(staged) + max(staged, default=0)
 
 
@@ -263,4 +315,6 @@ def _psnr(placement: Placement) -> float:
     """Errors of weights and of arithmetic add up, as independent noise does."""
     if placement.precision == placement.compute:
         return PSNR[placement.precision]
-    return -10 * math.log10(sum(10 ** (-PSNR[each] / 10) for each in (placement.precision, placement.compute)))
+    return -10 * math.log10(
+        sum(10 ** (-PSNR[each] / 10) for each in (placement.precision, placement.compute))
+    )

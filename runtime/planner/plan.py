@@ -1,4 +1,5 @@
-"""What a plan is: every decision about a run, what it will take, and whether and why it was chosen. Saved and read as JSON."""
+"""What a plan is: every decision about a run, what it will take, and whether and why it was chosen. Saved and
+read as JSON."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _REFUSED = "is refused: "  # how the reason of a refused plan begins
 
 
 class Verdict(Enum):
-    """Whether a plan can be taken. The `reason` beside it is prose for people: no decision is read from that."""
+    """Whether a plan can be taken. The `reason` beside it is prose for people: no decision is read from
+    that."""
 
     FITS = "fits"
     TOO_LARGE = "too large"  # a larger budget, or more of the host's memory, would do
@@ -32,9 +34,10 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a plan will take: bytes that torch's allocator reserves on a GPU, or bytes of tensors alive on a CPU, at most in
-    each of STAGES and in all; `context_bytes` of the same memory before any tensor (the CUDA context, or the process);
-    `host_bytes` that wait in the host's memory; seconds of one request; decibels of PSNR against fp32 (99 is the same)."""
+    """What a plan will take: bytes that torch's allocator reserves on a GPU, or bytes of tensors alive on a
+    CPU, at most in each of STAGES and in all; `context_bytes` of the same memory before any tensor (the CUDA
+    context, or the process); `host_bytes` that wait in the host's memory; seconds of one request; decibels of
+    PSNR against fp32 (99 is the same)."""
 
     peak_bytes: int
     stages: Mapping[str, int]
@@ -48,8 +51,8 @@ class Predicted:
 class Plan:
     """One way to run a request for one model on one machine.
 
-    `cfg` is batched or sequential. `budget_bytes` is what it had to fit in, context included. `verdict` says whether it
-    can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
+    `cfg` is batched or sequential. `budget_bytes` is what it had to fit in, context included. `verdict` says
+    whether it can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
     """
 
     model: str
@@ -92,8 +95,12 @@ class Plan:
     def summary(self) -> str:
         """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa attention, VAE whole'."""
         unet, vae = self.denoiser, self.decoder
-        precision = unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
-        how = f"{unet.backend} {precision} on {self.device}, {self.residency}, {self.cfg} CFG, {unet.attention}"
+        precision = (
+            unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
+        )
+        how = (
+            f"{unet.backend} {precision} on {self.device}, {self.residency}, {self.cfg} CFG, {unet.attention}"
+        )
         vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
         return f"{how}, VAE {vaes}{self.elsewhere}"
 
@@ -107,10 +114,13 @@ class Plan:
     def elsewhere(self) -> str:
         """What another engine runs than the U-Net's: ', text_encoder by onnx'."""
         own = self.denoiser.backend
-        return "".join(f", {name} by {each.backend}" for name, each in self.placements.items() if each.backend != own)
+        return "".join(
+            f", {name} by {each.backend}" for name, each in self.placements.items() if each.backend != own
+        )
 
     def beats(self, other: Plan) -> bool:
-        """Better in something and worse in nothing; or fit to run, where the other is refused whatever the budget."""
+        """Better in something and worse in nothing; or fit to run, where the other is refused whatever the
+        budget."""
         if self.fits and other.verdict is Verdict.REFUSED:
             return True
         a, b = self.predicted, other.predicted
@@ -130,11 +140,14 @@ class Plan:
         except TightfitError as error:
             raise TightfitError(f"{file}: {error}") from None
         except (OSError, UnicodeDecodeError) as error:
-            raise TightfitError(f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): name another") from None
+            raise TightfitError(
+                f"{file} cannot be read ({getattr(error, 'strerror', None) or 'not text'}): name another"
+            ) from None
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `json.dumps(plan.to_json())` saved, or the chosen one of what `tightfit plan --json` printed.
+        """The plan that `json.dumps(plan.to_json())` saved, or the chosen one of what `tightfit plan --json`
+        printed.
 
         A plan saved before there were verdicts has only `fits`. Raises TightfitError for anything else.
         """
@@ -143,13 +156,18 @@ class Plan:
             if "plans" in data:
                 data = next((each for each in data["plans"] if each["chosen"]), data["plans"][0])
             if data["version"] != VERSION:
-                raise TightfitError(f"this plan is of version {data['version']}, not {VERSION}: make it again with 'tightfit plan'")
+                raise TightfitError(
+                    f"this plan is of version {data['version']}, not {VERSION}: "
+                    "make it again with 'tightfit plan'"
+                )
             plan = _from_fields(data)
             if problem := _problem(plan):
                 raise ValueError(problem)
             return plan
         except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
-            raise TightfitError(f"this is not a tightfit plan ({error}): make it again with 'tightfit plan'") from None
+            raise TightfitError(
+                f"this is not a tightfit plan ({error}): make it again with 'tightfit plan'"
+            ) from None
 
 
 def refused(why: str) -> str:
@@ -165,12 +183,18 @@ def _from_fields(data: Mapping[str, Any]) -> Plan:
         raise ValueError(f"its verdict is {verdict.value!r}, its fits is {fits!r}")
     fields = {name: value for name, value in data.items() if name != "fits"}
     placements = {name: Placement(**values) for name, values in data["placements"].items()}
-    return Plan(**fields | {"verdict": verdict, "placements": placements, "predicted": Predicted(**data["predicted"])})
+    return Plan(
+        **fields | {"verdict": verdict, "placements": placements, "predicted": Predicted(**data["predicted"])}
+    )
 
 
 def _problem(plan: Plan) -> str | None:
     """What a plan read from a file leaves open or cannot mean."""
-    if plan.cfg not in CFG or plan.device not in DEVICES or {role_of(name) for name in plan.placements} != set(Role):
+    if (
+        plan.cfg not in CFG
+        or plan.device not in DEVICES
+        or {role_of(name) for name in plan.placements} != set(Role)
+    ):
         return "it leaves open how something runs"
     for placement in plan.placements.values():
         if placement.precision not in (*QUANTISED, placement.compute):
@@ -183,5 +207,10 @@ def _problem(plan: Plan) -> str | None:
             return f"it keeps {kept!r} bytes of a component that is {placement.residency}"
         if bool(placement.provider) != (placement.backend == "onnx"):
             return f"it has the provider {placement.provider!r} for {placement.backend}"
-    numbers = (plan.budget_bytes, plan.predicted.peak_bytes, plan.predicted.seconds, *plan.predicted.stages.values())
+    numbers = (
+        plan.budget_bytes,
+        plan.predicted.peak_bytes,
+        plan.predicted.seconds,
+        *plan.predicted.stages.values(),
+    )
     return None if all(isinstance(number, int | float) for number in numbers) else "it has no figures"

@@ -36,7 +36,10 @@ class _Saved:
     @property
     def contradiction(self) -> tuple[str, str, str] | None:
         """A choice, what is asked for now, and what the plan says, where these differ."""
-        chosen = {name: getattr(self.unet, name) for name in _OF_UNET} | {"tiling": self.vae.tiling, "cfg": self.plan.cfg}
+        chosen = {name: getattr(self.unet, name) for name in _OF_UNET} | {
+            "tiling": self.vae.tiling,
+            "cfg": self.plan.cfg,
+        }
         wished = {name: getattr(self.wishes, name) for name in chosen}
         pairs = ((name, wished[name], value) for name, value in chosen.items())
         return next(((name, wish, value) for name, wish, value in pairs if wish not in ("auto", value)), None)
@@ -50,7 +53,11 @@ class _Saved:
     def otherwise_stored(self) -> bool:
         """Whether the plan has weights in another precision than the files."""
         spec, unet = self.spec, self.unet
-        return bool(spec.precision) and unet.backend == "torch" and unet.precision not in of_stored(spec.precision)
+        return (
+            bool(spec.precision)
+            and unet.backend == "torch"
+            and unet.precision not in of_stored(spec.precision)
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,10 @@ class _Part:
     @property
     def provider_differs(self) -> bool:
         asked = self.saved.wishes.provider
-        return asked != "auto" and self.placement.provider not in ("", chosen_provider(self.saved.hardware, asked))
+        return asked != "auto" and self.placement.provider not in (
+            "",
+            chosen_provider(self.saved.hardware, asked),
+        )
 
 
 _OF_UNET = ("backend", "precision", "compute", "residency", "attention")
@@ -85,12 +95,16 @@ _OF_PARTS: tuple[Rule[_Part], ...] = (
     Rule(
         lambda part: part.placement.backend not in part.saved.spec.components[part.name].engines,
         lambda part: (
-            f"this plan runs the {part.name} on {part.placement.backend}, {part.saved.spec.name} has it not for that: {_AGAIN}"
+            f"this plan runs the {part.name} on {part.placement.backend}, "
+            f"{part.saved.spec.name} has it not for that: {_AGAIN}"
         ),
     ),
     Rule(
         lambda part: part.provider_differs,
-        lambda part: f"--provider {part.saved.wishes.provider} is asked for, the plan says {part.placement.provider}: {_LEAVE}",
+        lambda part: (
+            f"--provider {part.saved.wishes.provider} is asked for, "
+            f"the plan says {part.placement.provider}: {_LEAVE}"
+        ),
     ),
 )
 _OF_PLAN: tuple[Rule[_Saved], ...] = (
@@ -102,13 +116,15 @@ _OF_PLAN: tuple[Rule[_Saved], ...] = (
     Rule(
         lambda saved: saved.otherwise_stored,
         lambda saved: (
-            f"this plan is for weights in {saved.unet.precision}, {saved.spec.name} is stored in {saved.spec.precision}: {_AGAIN}"
+            f"this plan is for weights in {saved.unet.precision}, "
+            f"{saved.spec.name} is stored in {saved.spec.precision}: {_AGAIN}"
         ),
     ),
     Rule(
         lambda saved: saved.plan.device != saved.hardware.device,
         lambda saved: (
-            f"this plan is for {saved.plan.hardware} ({saved.plan.device}), this machine runs on {saved.hardware.device}: {_AGAIN}"
+            f"this plan is for {saved.plan.hardware} ({saved.plan.device}), "
+            f"this machine runs on {saved.hardware.device}: {_AGAIN}"
         ),
     ),
     Rule(
@@ -119,14 +135,17 @@ _OF_PLAN: tuple[Rule[_Saved], ...] = (
 
 
 def checked(plan: Plan, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Plan:
-    """A plan from a file, predicted anew for this machine and request. Raises TightfitError if it cannot run here."""
+    """A plan from a file, predicted anew for this machine and request. Raises TightfitError if it cannot run
+    here."""
     if problem := _problem(_Saved(plan, hardware, spec, wishes)):
         raise TightfitError(problem)
     budget_bytes = min(plan.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
     estimate = ESTIMATOR.estimate(hardware, spec, request.resolve(spec), wishes)
     new = estimate.plan(plan.cfg, plan.placements, budget_bytes)
     if not new.fits:
-        raise TightfitError(f"this plan, made for {plan.hardware}, does not run here: it {new.reason}; {_AGAIN}")
+        raise TightfitError(
+            f"this plan, made for {plan.hardware}, does not run here: it {new.reason}; {_AGAIN}"
+        )
     return replace(new, chosen=True, reason=f"read from a file; made for {plan.hardware}")
 
 

@@ -19,9 +19,10 @@ def _word(help: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002
 class Wishes:
     """What the caller decides; "auto" and None leave it to the planner.
 
-    `backend` is of every component that is there for it, `provider` ONNX Runtime's, by its name or a part of that such as cuda.
-    `budget` is bytes or text such as "4GiB", context included; `min_psnr` decibels against fp32. `requests` says how many
-    will run with the components that stay loaded, which share the time of loading them.
+    `backend` is of every component that is there for it, `provider` ONNX Runtime's, by its name or a part of
+    that such as cuda. `budget` is bytes or text such as "4GiB", context included; `min_psnr` decibels against
+    fp32. `requests` says how many will run with the components that stay loaded, which share the time of
+    loading them.
     """
 
     backend: str = _word(f"auto, {', '.join(BACKENDS)}.", BACKENDS)

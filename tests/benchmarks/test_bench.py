@@ -1,4 +1,5 @@
-"""`tightfit bench`: each plan in a process of its own, rows that can be gone on from, compared and looked at."""
+"""`tightfit bench`: each plan in a process of its own, rows that can be gone on from, compared and looked
+at."""
 
 from __future__ import annotations
 
@@ -31,19 +32,26 @@ from typer.testing import CliRunner
 
 
 def setup(**versions):
-    return {"date": "", "command": "tightfit bench", "hardware": {"name": "here", "threads": 2, "bytes": 2**30, "cores": 2},
+    return {"date": "", "command": "tightfit bench",
+            "hardware": {"name": "here", "threads": 2, "bytes": 2**30, "cores": 2},
             "versions": {"torch": "2.13", **versions}}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def measured(tiny_models, tmp_path_factory):
-    """The tiny SD 1.x in fp32 and int8, two rounds of two pictures each, and a plan that no memory is enough for: the jobs, their
-    folder, and its rows."""
+    """The tiny SD 1.x in fp32 and int8, two rounds of two pictures each, and a plan that no memory is enough
+    for: the jobs, their folder, and its rows."""
     spec, here = inspect(str(tiny_models["sd1"])), Hardware.detect("cpu")
-    effort, request = suite.Effort(steps=2, pictures=2, rounds=2), Request("a", scheduler="euler").resolve(spec)
+    effort, request = (
+        suite.Effort(steps=2, pictures=2, rounds=2),
+        Request("a", scheduler="euler").resolve(spec),
+    )
     plans = [planner.plan(here, spec, request, Wishes(precision=each))[0] for each in ("fp32", "int8")]
     plans += planner.plan(here, spec, request, Wishes(precision="bf16", budget="1MiB"))[:1]
-    jobs, folder = suite.jobs(spec, plans, request, effort), suite.Folder(tmp_path_factory.mktemp("bench"), setup())
+    jobs, folder = (
+        suite.jobs(spec, plans, request, effort),
+        suite.Folder(tmp_path_factory.mktemp("bench"), setup()),
+    )
     assert len(folder.missing(jobs)) == 2 * 2 + 1
     for _ in suite.measured(folder.missing(jobs), folder):
         pass
@@ -66,7 +74,9 @@ def test_rows_say_all(measured):
             assert predicted == pytest.approx(row["stages"][stage]["peak_bytes"], rel=0.05), (number, stage)
             assert len(row["stages"][stage]["seconds"]) == 4
         assert row["process_bytes"] > 100 * 2**20
-    pairs = [[Image.open(folder.pictures / row["key"] / f"{i}.png") for i in range(4)] for row in (int8, exact)]
+    pairs = [
+        [Image.open(folder.pictures / row["key"] / f"{i}.png") for i in range(4)] for row in (int8, exact)
+    ]
     decibels = [metrics.psnr(*pair) for pair in zip(*pairs, strict=True)]
     assert int8["quality"]["psnr_worst"] == pytest.approx(min(decibels), abs=1e-3)
     assert int8["quality"]["psnr"] == pytest.approx(statistics.median(decibels), abs=1e-3)
@@ -82,7 +92,9 @@ def test_what_a_folder_has(measured, tmp_path, tiny_models):
     jobs, folder, rows = measured
     copy = tmp_path / "bench"
     shutil.copytree(folder.file.parent, copy)
-    assert [job for job, _ in suite.Folder(copy, setup()).missing(jobs)] == [jobs[2]]  # there may be room for it now
+    assert [job for job, _ in suite.Folder(copy, setup()).missing(jobs)] == [
+        jobs[2]
+    ]  # there may be room for it now
     assert len(suite.Folder(copy, setup(torch="2.14")).missing(jobs)) == 5
     assert len(suite.Folder(copy, setup()).missing(jobs, again=True)) == 5
     failed = suite.Folder(copy, setup())
@@ -126,7 +138,11 @@ def test_out_of_memory_is_a_row(measured, monkeypatch):
         answer = subprocess.CompletedProcess([], code, out, "")
         monkeypatch.setattr(suite.subprocess, "run", lambda *_, answer=answer, **__: answer)
         assert suite.run(jobs[0], 0, folder.pictures)["outcome"] == "out of memory"
-    monkeypatch.setattr(suite.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 1, "", "Trace\nKeyError: 'x'"))
+    monkeypatch.setattr(
+        suite.subprocess,
+        "run",
+        lambda *_, **__: subprocess.CompletedProcess([], 1, "", "Trace\nKeyError: 'x'"),
+    )
     assert suite.run(jobs[0], 0, folder.pictures) == {"outcome": "failed", "why": "KeyError: 'x'"}
 
 
@@ -135,15 +151,24 @@ def test_another_plan_than_asked_for_is_out_of_memory(measured, tmp_path, monkey
     """The pipeline goes on with one that takes less; its figures are not this plan's."""
     jobs, _, _ = measured
     plan = jobs[0].plan
-    other = {"cfg": "sequential" if plan.cfg == "batched" else "batched", "placements": jobs[1].plan.placements}[changed]
+    other = {
+        "cfg": "sequential" if plan.cfg == "batched" else "batched",
+        "placements": jobs[1].plan.placements,
+    }[changed]
 
     class Stepping(Pipeline):
         def generate(self, request):
-            return replace(super().generate(request), plan=replace(plan, **{changed: other}), notices=("less was free",))
+            return replace(
+                super().generate(request), plan=replace(plan, **{changed: other}), notices=("less was free",)
+            )
 
-    monkeypatch.setattr(one, "load", lambda name, **options: Stepping(inspect(name), Hardware.detect("cpu"), plan=options["plan"]))
-    job = {"plan": plan.to_json(), "model": jobs[0].spec.name, "pictures": [["cat", 0]], "folder": str(tmp_path),
-           "options": {"num_inference_steps": 1}}  # fmt: skip
+    monkeypatch.setattr(
+        one,
+        "load",
+        lambda name, **options: Stepping(inspect(name), Hardware.detect("cpu"), plan=options["plan"]),
+    )
+    job = {"plan": plan.to_json(), "model": jobs[0].spec.name, "pictures": [["cat", 0]],
+           "folder": str(tmp_path), "options": {"num_inference_steps": 1}}  # fmt: skip
     assert one.run(job) == {"outcome": "out of memory", "why": "less was free"}
 
 
@@ -191,8 +216,12 @@ def test_quick_begins_with_the_fastest_and_ends_in_time(measured, monkeypatch, t
     jobs, _, _ = measured
     slow = [replace(job, effort=suite.Effort(2, 2, 1, seconds=job.seconds + 0.1)) for job in jobs[:2]]
     assert suite.in_time(jobs) == jobs
-    assert [job.seconds for job in suite.in_time(slow)] == sorted(job.seconds for job in slow)  # the reference takes too much
-    ample = [replace(job, effort=suite.Effort(2, 2, 1, seconds=100 * job.seconds)) for job in (jobs[1], jobs[0])]
+    assert [job.seconds for job in suite.in_time(slow)] == sorted(
+        job.seconds for job in slow
+    )  # the reference takes too much
+    ample = [
+        replace(job, effort=suite.Effort(2, 2, 1, seconds=100 * job.seconds)) for job in (jobs[1], jobs[0])
+    ]
     assert suite.in_time(ample)[0].key == jobs[0].key
     folder = suite.Folder(tmp_path, setup())
     monkeypatch.setattr(suite, "run", lambda *_: {"outcome": "failed", "why": ""})
@@ -221,7 +250,9 @@ def test_quick_begins_with_the_fastest_and_ends_in_time(measured, monkeypatch, t
 def test_what_cannot_be_measured(tiny_models, tmp_path, arguments, cure):
     with pytest.raises(TightfitError, match=cure):
         CliRunner().invoke(
-            app(), ["bench", "--model", str(tiny_models["sd1"]), "-o", str(tmp_path), *arguments], catch_exceptions=False
+            app(),
+            ["bench", "--model", str(tiny_models["sd1"]), "-o", str(tmp_path), *arguments],
+            catch_exceptions=False,
         )
 
 
@@ -240,9 +271,18 @@ def test_choosing(tiny_models):
                 other.predicted.psnr - told.psnr,
             )
             assert not (min(less) >= 0 and max(less) > 0)
-    assert len({plan.precision for plan in quick}) == len(quick) == len({plan.precision for plan in every if plan.fits})
-    fastest = min((plan for plan in every if plan.precision == "bf16"), key=lambda plan: plan.predicted.seconds)
-    assert fastest.predicted.seconds == next(plan for plan in quick if plan.precision == "bf16").predicted.seconds
+    assert (
+        len({plan.precision for plan in quick})
+        == len(quick)
+        == len({plan.precision for plan in every if plan.fits})
+    )
+    fastest = min(
+        (plan for plan in every if plan.precision == "bf16"), key=lambda plan: plan.predicted.seconds
+    )
+    assert (
+        fastest.predicted.seconds
+        == next(plan for plan in quick if plan.precision == "bf16").predicted.seconds
+    )
 
 
 def slower(row, factor):
@@ -257,12 +297,20 @@ def test_comparison_beyond_noise(measured):
     assert compare.changes(row, slower(row, 1.08)) == []  # overlapping
     assert compare.changes(row, slower(row, 1.15)) == []  # not by more than both spread
     (change,) = compare.changes(row, slower(row, 2.0))
-    assert (change.what, change.better, change.before, change.after) == ("seconds", False, "1.05 s", "2.1 s (+100%)")
+    assert (change.what, change.better, change.before, change.after) == (
+        "seconds",
+        False,
+        "1.05 s",
+        "2.1 s (+100%)",
+    )
     assert compare.changes(slower(row, 2.0), row)[0].better
     once = row | {"seconds": [1.0], "runs": [1.0]}
     assert compare.changes(once, slower(once, 2.0)) == []  # one process says nothing of noise
     larger = row | {"peak_bytes": int(row["peak_bytes"] * 1.02), "quality": row["quality"] | {"psnr": 40.0}}
-    assert [(each.what, each.better) for each in compare.changes(row, larger)] == [("peak bytes", False), ("PSNR", False)]
+    assert [(each.what, each.better) for each in compare.changes(row, larger)] == [
+        ("peak bytes", False),
+        ("PSNR", False),
+    ]
     gone, unfit = row | {"outcome": "out of memory"}, row | {"outcome": "does not fit"}
     assert [(each.what, each.better) for each in compare.changes(row, gone)] == [("outcome", False)]
     assert [(each.what, each.better) for each in compare.changes(gone, row)] == [("outcome", True)]
@@ -271,7 +319,8 @@ def test_comparison_beyond_noise(measured):
 
 @pytest.fixture
 def files(measured, tmp_path):
-    """Lines of three processes of each plan that ran; and a way to write them as a file, slower and elsewhere."""
+    """Lines of three processes of each plan that ran; and a way to write them as a file, slower and
+    elsewhere."""
     lines = [
         line | {"round": number, "seconds": [1.0 + number / 100], **setup()}
         for line in measured[1].lines
@@ -281,7 +330,9 @@ def files(measured, tmp_path):
 
     def write(name, factor=1.0, machine="here", left=None, **versions):
         file = tmp_path / name
-        changed = [slower(line | {"runs": []}, factor) if "seconds" in line else line for line in lines[:left]]
+        changed = [
+            slower(line | {"runs": []}, factor) if "seconds" in line else line for line in lines[:left]
+        ]
         own = setup(**versions)
         own["hardware"]["name"] = machine
         file.write_text("".join(json.dumps(line | own) + "\n" for line in changed))
@@ -312,7 +363,9 @@ def test_compare_command(files):
 
 
 def test_compare_machines(files):
-    merged = compared(files("before.jsonl"), files("elsewhere.jsonl", 3.0, "another", left=6), files("slow.jsonl", 3.0))
+    merged = compared(
+        files("before.jsonl"), files("elsewhere.jsonl", 3.0, "another", left=6), files("slow.jsonl", 3.0)
+    )
     assert merged.exit_code == 0
     assert "another" in merged.output
     assert merged.output.count("3.00×") == 4
@@ -321,8 +374,8 @@ def test_compare_machines(files):
 
 def test_results_of_others_are_refused(tmp_path, files):
     file = tmp_path / "results.jsonl"
-    for text, cure in (("nonsense", "line 1 of .* is no result"), ('{"version": 99}', "version 99"), ('{"version": 2}', "line 1"),
-                       ("[]", "line 1"), ("", "has no results")):  # fmt: skip
+    for text, cure in (("nonsense", "line 1 of .* is no result"), ('{"version": 99}', "version 99"),
+                       ('{"version": 2}', "line 1"), ("[]", "line 1"), ("", "has no results")):  # fmt: skip
         file.write_text(text + "\n" * bool(text))
         with pytest.raises(TightfitError, match=cure):
             compared(str(file), files("before.jsonl"))
@@ -364,7 +417,9 @@ def broken(lines: list[dict], seed: int) -> str:
     def places(value, owner=None, key=None):
         if owner is not None:
             yield owner, key
-        for name in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        for name in (
+            value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+        ):
             yield from places(value[name], value, name)
 
     for _ in range(rnd.choice((1, 1, 2))):
@@ -411,8 +466,14 @@ def kept(folder, name, make):
         (lambda folder: kept(folder, "results.jsonl", os.mkfifo), "a pipe"),
         (lambda folder: kept(folder, "results.jsonl", Path.mkdir), "a folder"),
         (lambda folder: kept(folder, "results.jsonl", lambda file: file.symlink_to("/dev/zero")), "a device"),
-        (lambda folder: kept(folder, "results.jsonl", lambda file: file.write_bytes(b"\x00\xff\n")), "line 1 of"),
-        (lambda folder: kept(folder, "results.jsonl", lambda file: file.write_text("[" * 100_000 + "\n")), "nested too deep"),
+        (
+            lambda folder: kept(folder, "results.jsonl", lambda file: file.write_bytes(b"\x00\xff\n")),
+            "line 1 of",
+        ),
+        (
+            lambda folder: kept(folder, "results.jsonl", lambda file: file.write_text("[" * 100_000 + "\n")),
+            "nested too deep",
+        ),
         (lambda folder: kept(folder, "pictures", Path.touch), "cannot be written"),
         (Path.touch, "cannot be written"),
     ],
@@ -450,7 +511,11 @@ def test_a_link_that_leads_nowhere_among_the_weights(measured, tmp_path):
 
 def test_rows_name_the_model_and_not_its_folder(measured):
     _, _, rows = measured
-    assert {row["model"] for row in rows} == {row["plan"]["model"] for row in rows} == {measured[0][0].spec.folder.name}
+    assert (
+        {row["model"] for row in rows}
+        == {row["plan"]["model"] for row in rows}
+        == {measured[0][0].spec.folder.name}
+    )
 
 
 class Tags(HTMLParser):
@@ -493,11 +558,20 @@ def test_page_in_a_browser(measured, tmp_path):
         return a.left >= b.left && a.right <= b.right && a.top >= b.top && a.bottom <= b.bottom;
       });
       const loaded = [...document.images].every(each => each.naturalWidth > 0);
-      document.title = JSON.stringify([inside, loaded, document.documentElement.scrollWidth <= window.innerWidth]);
+      document.title = JSON.stringify([inside, loaded,\
+ document.documentElement.scrollWidth <= window.innerWidth]);
     </script></body>"""
     file = tmp_path / "page.html"
     file.write_text(report.page(rows, folder.pictures).replace("</body>", script))
-    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1000,800", "--dump-dom", file.as_uri()]
+    browser = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=1000,800",
+        "--dump-dom",
+        file.as_uri(),
+    ]
     dom = subprocess.run(browser, capture_output=True, text=True, check=True, timeout=120).stdout
     assert "<title>[true,true,true]</title>" in dom
 
@@ -517,7 +591,11 @@ def test_front():
     def row(peak, seconds):
         return {"peak_bytes": peak, "seconds": [seconds]}
 
-    assert report.front([row(3, 1.0), row(1, 5.0), row(2, 6.0), row(2, 2.0), row(4, 1.0)]) == [(1, 5.0), (2, 2.0), (3, 1.0)]
+    assert report.front([row(3, 1.0), row(1, 5.0), row(2, 6.0), row(2, 2.0), row(4, 1.0)]) == [
+        (1, 5.0),
+        (2, 2.0),
+        (3, 1.0),
+    ]
 
 
 def test_advice(measured):
@@ -535,5 +613,7 @@ def test_cells_of_one_process_have_no_spread(measured):
     row = measured[2][1]
     assert len(report.cells(row)) == len(report.COLUMNS)
     spread = list(report.COLUMNS).index("±")
-    assert float(report.cells(row)[spread]) == pytest.approx(abs(row["runs"][1] - row["runs"][0]) / 2, rel=0.1)
+    assert float(report.cells(row)[spread]) == pytest.approx(
+        abs(row["runs"][1] - row["runs"][0]) / 2, rel=0.1
+    )
     assert report.cells(row | {"runs": row["runs"][:1]})[spread] == ""

@@ -1,5 +1,5 @@
-"""What a GPU's few minutes hang on, rehearsed where there is none: sections that fail, hang or die cost only themselves, what is
-wrong comes first, and bytes are the card's own."""
+"""What a GPU's few minutes hang on, rehearsed where there is none: sections that fail, hang or die cost only
+themselves, what is wrong comes first, and bytes are the card's own."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ ROW = "open(sys.argv[1], 'a').write('{\"n\": 1}\\n')"
 def apart(tmp_path, then: str, seconds: float = 60, left: float = 60) -> list[dict[str, Any]]:
     """The rows of a section that writes one, and then does what it is told."""
     file = tmp_path / "rows.jsonl"
-    return gpu_check.Apart([sys.executable, "-c", f"import os, signal, sys, time; {ROW}; {then}", str(file)], file).rows(
-        seconds, left
-    )
+    return gpu_check.Apart(
+        [sys.executable, "-c", f"import os, signal, sys, time; {ROW}; {then}", str(file)], file
+    ).rows(seconds, left)
 
 
 @pytest.fixture
@@ -55,7 +55,10 @@ def test_a_section_that_fails_or_dies_keeps_its_rows(tmp_path, then, why):
 
 
 def test_a_section_that_hangs_is_ended_with_all_that_it_started(tmp_path):
-    child = "import subprocess; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', 'child of ' + sys.argv[1]])"
+    child = (
+        "import subprocess; subprocess.Popen("
+        "[sys.executable, '-c', 'import time; time.sleep(60)', 'child of ' + sys.argv[1]])"
+    )
     start = time.perf_counter()
     rows = apart(tmp_path, f"{child}; time.sleep(60)", seconds=1)
     assert time.perf_counter() - start < 30
@@ -63,13 +66,18 @@ def test_a_section_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     import psutil
 
     with_name = [
-        p for p in psutil.process_iter(["cmdline", "status"]) if f"child of {tmp_path}" in " ".join(p.info["cmdline"] or [])
+        p
+        for p in psutil.process_iter(["cmdline", "status"])
+        if f"child of {tmp_path}" in " ".join(p.info["cmdline"] or [])
     ]
     assert all(p.info["status"] == psutil.STATUS_ZOMBIE for p in with_name)
 
 
 def test_the_end_of_all_time_is_no_failure(tmp_path):
-    assert apart(tmp_path, "time.sleep(60)", seconds=60, left=1) == [{"n": 1}, {"left": "when the time was over"}]
+    assert apart(tmp_path, "time.sleep(60)", seconds=60, left=1) == [
+        {"n": 1},
+        {"left": "when the time was over"},
+    ]
 
 
 def arguments(**more):
@@ -77,7 +85,8 @@ def arguments(**more):
 
 
 def test_each_section_is_recorded_and_told(monkeypatch, tmp_path, capsys):
-    """One that died leaves the others be; without a setup of its own it has the last one's; 1 says that something was wrong."""
+    """One that died leaves the others be; without a setup of its own it has the last one's; 1 says that
+    something was wrong."""
     setup = {"date": "", "command": "", "hardware": {"name": "a card"}, "versions": {"torch": "2"}}
 
     def run(section, *_):
@@ -102,7 +111,9 @@ def test_each_section_is_recorded_and_told(monkeypatch, tmp_path, capsys):
 
 def test_no_section_begins_without_time(monkeypatch, tmp_path):
     told: list[Any] = []
-    monkeypatch.setattr(gpu_check, "record", lambda name, results, setup, rehearsal: told.append(results["rows"]) or tmp_path)
+    monkeypatch.setattr(
+        gpu_check, "record", lambda name, results, setup, rehearsal: told.append(results["rows"]) or tmp_path
+    )
     args = arguments()
     args.limit = 1.0
     assert gpu_check.every(args) == 0
@@ -161,7 +172,9 @@ def test_a_peak_between_is_seen(monkeypatch):
 
 def test_a_budget_is_held_by_what_the_card_says(check, monkeypatch):
     """Not by what was predicted, nor by what torch counts of its own."""
-    plan: Any = SimpleNamespace(predicted=SimpleNamespace(peak_bytes=100, context_bytes=10, stages={"denoise": 100}, seconds=1.0))
+    plan: Any = SimpleNamespace(
+        predicted=SimpleNamespace(peak_bytes=100, context_bytes=10, stages={"denoise": 100}, seconds=1.0)
+    )
     stages = {"denoise": SimpleNamespace(peak_bytes=100)}
     result = SimpleNamespace(peak_bytes=100, seconds=1.0, notices=(), stages=stages, images=["a picture"])
 
@@ -182,7 +195,9 @@ def test_a_budget_is_held_by_what_the_card_says(check, monkeypatch):
         assert found == ([] if held else ["budget"]) + ["prediction"]  # the context, by 75 %
 
 
-@pytest.mark.parametrize("error", [TightfitError("the card is gone"), RuntimeError("cuDNN: the card is gone")])
+@pytest.mark.parametrize(
+    "error", [TightfitError("the card is gone"), RuntimeError("cuDNN: the card is gone")]
+)
 def test_a_plan_that_fails_is_a_row(check, monkeypatch, error):
     def failing(*_):
         raise error
@@ -234,12 +249,19 @@ def test_wrong_comes_first_and_worst_first():
         "probe": [{"kernel": "k", "cases": 4, "wrong": 4, "worst": float("nan"), "bound": 0.1}],
     }
     found = gpu_report.faults(sections)
-    assert [fault.kind for fault in found] == ["picture"] * 3 + ["budget", "prediction", "prediction", "failure", "slower"]
+    assert [fault.kind for fault in found] == ["picture"] * 3 + [
+        "budget",
+        "prediction",
+        "prediction",
+        "failure",
+        "slower",
+    ]
     assert [fault.text[-1] for fault in found if fault.kind in ("budget", "prediction")] == ["d", "c", "b"]
 
 
 def test_the_screen_is_one():
-    rows = [{"plan": f"{i} {'long ' * 60}", "error": i, "failed": str(i), "decibels": 1.0, "floor": 50.0 + i, "beside": "x"}
+    rows = [{"plan": f"{i} {'long ' * 60}", "error": i, "failed": str(i), "decibels": 1.0,
+             "floor": 50.0 + i, "beside": "x"}
             for i in range(1, 60)]  # fmt: skip
     speeds = [{"pipeline": str(i), "seconds": 1, "times": 3.0, "of": "diffusers"} for i in range(40)]
     lines = gpu_report.screen({"caps": rows, "speed": speeds, "later": [{"left": "for want of time"}]})
@@ -334,7 +356,8 @@ class Moment:
 
 
 def test_doubts_of_gpus_ask_what_there_is(monkeypatch):
-    """Each line runs on a card of which only the memory is made up: 300 MiB outside of torch's, a product keeps 32."""
+    """Each line runs on a card of which only the memory is made up: 300 MiB outside of torch's, a product
+    keeps 32."""
     held = iter(range(0, 32 * 2**20 * 100, 32 * 2**20))
     cuda = SimpleNamespace(
         Event=Moment,

@@ -30,7 +30,8 @@ def test_ssim_of_constants_by_hand():
 
 
 def test_as_many_scales_as_the_picture_has():
-    """torchmetrics refuses more than it has pixels for: no side of a picture may be one too few, nor one too many."""
+    """torchmetrics refuses more than it has pixels for: no side of a picture may be one too few, nor one too
+    many."""
     assert [metrics.scale_count(side) for side in (8, 16, 128, 176, 512)] == [1, 2, 4, 5, 5]
     for side in range(16, 200, 8):
         one, other = (metrics._tensor(picture(seed, side)) for seed in (1, 2))
@@ -57,8 +58,12 @@ def test_match_is_the_nearest_emoji():
     side = metrics.THUMBNAIL
     for i in (0, 7, 100, 458):
         x, y = i % (whole.width // side) * side, i // (whole.width // side) * side
-        pixels = np.asarray(whole.crop((x, y, x + side, y + side)).resize((128, 128), Image.Resampling.NEAREST), float)
-        noisy = Image.fromarray(np.clip(pixels + np.random.default_rng(i).normal(0, 20, pixels.shape), 0, 255).astype(np.uint8))
+        pixels = np.asarray(
+            whole.crop((x, y, x + side, y + side)).resize((128, 128), Image.Resampling.NEAREST), float
+        )
+        noisy = Image.fromarray(
+            np.clip(pixels + np.random.default_rng(i).normal(0, 20, pixels.shape), 0, 255).astype(np.uint8)
+        )
         assert metrics.match(noisy, labels[i])
         assert not metrics.match(noisy, labels[i - 1])
 

@@ -1,4 +1,5 @@
-"""What a measurement says of the machine it was made on, and what a colour means on the page of measurements."""
+"""What a measurement says of the machine it was made on, and what a colour means on the page of
+measurements."""
 
 from __future__ import annotations
 
@@ -33,7 +34,14 @@ FOLDER = re.compile(r"(^|[\s=,'\"])(/|~|\.\.?[/\\]|[A-Za-z]:[/\\])")
 )
 def test_commands_name_no_folder_of_the_machine(argument, kept, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/root/tightfit/benchmarks/sizes.py", argument, "--size", "64"])
-    assert shlex.split(record.command()) == ["python", "-m", "tightfit.benchmarks.sizes", kept, "--size", "64"]
+    assert shlex.split(record.command()) == [
+        "python",
+        "-m",
+        "tightfit.benchmarks.sizes",
+        kept,
+        "--size",
+        "64",
+    ]
 
 
 def test_stored_commands_name_no_folder_of_the_machine():
@@ -68,7 +76,12 @@ def test_stored_rows_name_no_folder_of_the_machine():
 
 
 def test_models_are_named_without_their_folders():
-    for place, name in (("../sdxl", "sdxl"), ("/srv/sd15:512", "sd15:512"), ("owner/name", "owner/name"), ("emoji", "emoji")):
+    for place, name in (
+        ("../sdxl", "sdxl"),
+        ("/srv/sd15:512", "sd15:512"),
+        ("owner/name", "owner/name"),
+        ("emoji", "emoji"),
+    ):
         assert record.named(place) == name
 
 
@@ -92,7 +105,8 @@ def row(precision: str, backend: str, pace: float) -> dict:
     predicted = {"stages": dict.fromkeys(stages, 2**20), "seconds": pace, "peak_bytes": 2**20}
     plan = {"placements": {"unet": unet}, "predicted": predicted}
     return {
-        "summary": f"{backend} {precision}", "plan": plan, "key": precision + backend, "reference": "fp32torch",
+        "summary": f"{backend} {precision}", "plan": plan, "key": precision + backend,
+        "reference": "fp32torch",
         "peak_bytes": 2**20, "seconds": [pace], "runs": [pace], "stages": stages, "outcome": "ok",
         "quality": {"psnr": 40.0, "lpips": 0.1, "ssim": 0.9}, "warmup_seconds": 1.0, "process_bytes": 2**21,
     }  # fmt: skip
@@ -107,8 +121,13 @@ def meanings(page: str) -> dict[str, set[str]]:
 
 
 def test_a_colour_means_one_thing():
-    """On all plots of a page, and on two pages: the order of the rows and which of them ran make no difference."""
-    every = [row(precision, backend, 1.0 + i) for i, precision in enumerate(PRECISIONS) for backend in ("torch", "onnx")]
+    """On all plots of a page, and on two pages: the order of the rows and which of them ran make no
+    difference."""
+    every = [
+        row(precision, backend, 1.0 + i)
+        for i, precision in enumerate(PRECISIONS)
+        for backend in ("torch", "onnx")
+    ]
     whole, few = meanings(report._plots(every)), meanings(report._plots(every[:5:-2]))
     assert len(whole) == 2 * len(PRECISIONS) + 3
     assert all(len(kinds) == 1 for kinds in whole.values())

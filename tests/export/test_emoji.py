@@ -1,4 +1,5 @@
-"""The parts of the emoji training that carry its figures: the optimiser, the schedule, the prompt match, the data."""
+"""The parts of the emoji training that carry its figures: the optimiser, the schedule, the prompt match, the
+data."""
 
 from __future__ import annotations
 
@@ -24,7 +25,9 @@ def test_orthogonal_against_svd(shape):
 
 
 def test_optimizer_covers_every_parameter_once():
-    module = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 16, 3), torch.nn.GroupNorm(4, 16))
+    module = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 16, 3), torch.nn.Conv2d(16, 16, 3), torch.nn.GroupNorm(4, 16)
+    )
     optimizer = optim.Optimizer([module], 1e-2, 1e-2)
     held = [p for part in optimizer.parts for group in part.param_groups for p in group["params"]]
     assert sorted(map(id, held)) == sorted(map(id, module.parameters()))
@@ -40,7 +43,9 @@ def test_average_is_the_mean_of_recent_weights():
     for value in np.linspace(0, 1, 200):
         module.weight.data.fill_(float(value))
         average.update(module)
-    assert average.module.weight.item() == pytest.approx(1 - 9 / 199, abs=1e-3)  # a ramp lags by decay / (1 - decay) steps
+    assert average.module.weight.item() == pytest.approx(
+        1 - 9 / 199, abs=1e-3
+    )  # a ramp lags by decay / (1 - decay) steps
 
 
 def test_schedule():
@@ -68,7 +73,14 @@ def folder(tmp_path):
     subgroups = [{"order": 0, "key": "heart"}, {"order": 1, "key": "country-flag"}]
     (text / "messages.json").write_text(json.dumps({"groups": groups, "subgroups": subgroups}))
     rows = [
-        {"label": "Red Heart", "hexcode": "2764-FE0F", "tags": ["Love"], "group": 0, "subgroup": 0, "order": 2},
+        {
+            "label": "Red Heart",
+            "hexcode": "2764-FE0F",
+            "tags": ["Love"],
+            "group": 0,
+            "subgroup": 0,
+            "order": 2,
+        },
         {"label": "no picture", "hexcode": "0001", "tags": [], "group": 0, "subgroup": 0, "order": 3},
         {"label": "a flag", "hexcode": "1F1EB", "tags": [], "group": 1, "subgroup": 1, "order": 1},
         {"label": "regional", "hexcode": "1F1EC"},
@@ -108,7 +120,9 @@ def test_a_run_resumes_where_its_checkpoint_was(tmp_path):
     def run():
         module = torch.nn.Linear(16, 16)
         args = argparse.Namespace(work=tmp_path, minutes=1, device="cpu")
-        return module, Run("test", args, module, optim.Optimizer([module], 1e-2, 1e-2), optim.Average(module, 0.9))
+        return module, Run(
+            "test", args, module, optim.Optimizer([module], 1e-2, 1e-2), optim.Average(module, 0.9)
+        )
 
     module, first = run()
     for _ in range(3):

@@ -1,4 +1,5 @@
-"""The export in Python: what it may be, said before anything is read, and what it answers. The engines are tested beside this."""
+"""The export in Python: what it may be, said before anything is read, and what it answers. The engines are
+tested beside this."""
 
 from __future__ import annotations
 
@@ -52,7 +53,10 @@ def test_refused_before_anything_is_read(tmp_path, precision, options, words):
 def test_only_networks_on_a_gpu_compute_in_fp16(monkeypatch):
     from tightfit.export import export
 
-    for there, compute in ((["CPUExecutionProvider"], "fp32"), (["CUDAExecutionProvider", "CPUExecutionProvider"], "fp16")):
+    for there, compute in (
+        (["CPUExecutionProvider"], "fp32"),
+        (["CUDAExecutionProvider", "CPUExecutionProvider"], "fp16"),
+    ):
         monkeypatch.setattr(export, "providers", lambda there=there: there)
         assert export._computes("int8", "auto") == compute
         assert export._computes("int8", "fp16") == "fp16"

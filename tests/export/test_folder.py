@@ -1,4 +1,5 @@
-"""What an export writes: nothing outside of its folder, nothing from outside of the model's, none that cannot be read."""
+"""What an export writes: nothing outside of its folder, nothing from outside of the model's, none that cannot
+be read."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def copied(source, target):
 
 
 def test_what_is_copied_has_names_of_a_list(sd1_copy, tmp_path):
-    """Whatever else lies there, and whatever keys model_index.json has: one of them was a path to a sibling's file before."""
+    """Whatever else lies there, and whatever keys model_index.json has: one of them was a path to a sibling's
+    file before."""
     before = copied(sd1_copy, tmp_path / "plain")
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -41,18 +43,34 @@ def test_what_is_copied_has_names_of_a_list(sd1_copy, tmp_path):
     index = json.loads((sd1_copy / "model_index.json").read_text())
     (sd1_copy / "tokenizer_x").mkdir()
     (sd1_copy / "tokenizer_x" / "vocab.json").write_text("{}")
-    hostile = ["tokenizer_x/../../../victim", "tokenizer_x/../../victim", "tokenizer_x", "scheduler/../../victim", "/tmp/tokenizer"]
-    (sd1_copy / "model_index.json").write_text(json.dumps(index | {key: ["transformers", "CLIPTokenizer"] for key in hostile}))
+    hostile = [
+        "tokenizer_x/../../../victim",
+        "tokenizer_x/../../victim",
+        "tokenizer_x",
+        "scheduler/../../victim",
+        "/tmp/tokenizer",
+    ]
+    (sd1_copy / "model_index.json").write_text(
+        json.dumps(index | {key: ["transformers", "CLIPTokenizer"] for key in hostile})
+    )
     assert copied(sd1_copy, tmp_path / "out") == before
-    assert before >= {"model_index.json", "unet/config.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json"}
+    assert before >= {
+        "model_index.json",
+        "unet/config.json",
+        "tokenizer/vocab.json",
+        "scheduler/scheduler_config.json",
+    }
     assert (victim / "vocab.json").read_text() == "mine"
     assert json.loads((tmp_path / "out/model_index.json").read_text())["tokenizer_x"] == [None, None]
 
 
 @posix
-@pytest.mark.parametrize("place", ["tokenizer/vocab.json", "unet/config.json", "scheduler/scheduler_config.json", "tokenizer"])
+@pytest.mark.parametrize(
+    "place", ["tokenizer/vocab.json", "unet/config.json", "scheduler/scheduler_config.json", "tokenizer"]
+)
 def test_links_out_of_the_model_are_not_followed(sd1_copy, tmp_path, place):
-    """To a file, to a folder, to nothing: one line. A link to another file of the model is copied as the file."""
+    """To a file, to a folder, to nothing: one line. A link to another file of the model is copied as the
+    file."""
     outside = tmp_path / "secret"
     (sd1_copy / place).rename(outside)
     for target in (outside, tmp_path / "nothing", Path("..") / outside.name):
@@ -68,7 +86,8 @@ def test_links_out_of_the_model_are_not_followed(sd1_copy, tmp_path, place):
 
 @posix
 def test_links_of_the_hubs_cache(sd1, tmp_path):
-    """As huggingface_hub lays it out: each file a link to ../../../blobs. Other folders of the cache are not the model's."""
+    """As huggingface_hub lays it out: each file a link to ../../../blobs. Other folders of the cache are not
+    the model's."""
     home = tmp_path / "hub" / "models--someone--model"
     snapshot = home / "snapshots" / "0123abcd"
     (home / "blobs").mkdir(parents=True)
@@ -98,7 +117,8 @@ def test_links_of_the_hubs_cache(sd1, tmp_path):
     ],
 )
 def test_tensors_are_those_of_the_config(sd1_copy, tmp_path, file, change, to):
-    """A renamed one would make a folder that nothing can load: said before anything is written, the VAE's encoder's too."""
+    """A renamed one would make a folder that nothing can load: said before anything is written, the VAE's
+    encoder's too."""
     weights = sd1_copy / f"{file}.safetensors"
     save_file({change(name): tensor for name, tensor in load_file(weights).items()}, weights)
     before = sorted(tmp_path.iterdir())
@@ -123,9 +143,13 @@ with appearing(Path(sys.argv[1])) as partial:
 
 @posix
 def test_leftovers_of_killed_exports_go(tmp_path):
-    """What a living process writes stays, whatever its number: as another container's, which has numbers of its own. What a killed
-    one left goes when another is written beside it, but nothing that only has a name like it."""
-    owners = [subprocess.Popen([sys.executable, "-c", OWNER, tmp_path / name], stdout=subprocess.PIPE, text=True) for name in "ab"]
+    """What a living process writes stays, whatever its number: as another container's, which has numbers of
+    its own. What a killed one left goes when another is written beside it, but nothing that only has a name
+    like it."""
+    owners = [
+        subprocess.Popen([sys.executable, "-c", OWNER, tmp_path / name], stdout=subprocess.PIPE, text=True)
+        for name in "ab"
+    ]
     try:
         living, killed = (tmp_path / owner.stdout.readline().strip() for owner in owners)  # pyright: ignore
         owners[1].send_signal(signal.SIGKILL)

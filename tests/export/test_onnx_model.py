@@ -1,4 +1,5 @@
-"""Models as ONNX: the pictures are torch's, the layout is Optimum's, and what goes wrong leaves nothing behind."""
+"""Models as ONNX: the pictures are torch's, the layout is Optimum's, and what goes wrong leaves nothing
+behind."""
 
 from __future__ import annotations
 
@@ -31,8 +32,17 @@ def psnr(a, b) -> float:
 @pytest.mark.parametrize("scheduler", ["euler", "dpmpp_2m_karras"])
 def test_pictures_are_torchs(onnx_models, shallow_models, family, precision, scheduler):
     """Other sizes than the networks were traced with, and with both sides different."""
-    wishes = {"precision": precision, "compute": "fp32"} if precision.startswith("int") else {"precision": "fp32"}
-    request = {"seed": 3, "num_inference_steps": 3, "scheduler": scheduler, "width": 64, "height": 48, "guidance_scale": 3.0}
+    wishes = (
+        {"precision": precision, "compute": "fp32"} if precision.startswith("int") else {"precision": "fp32"}
+    )
+    request = {
+        "seed": 3,
+        "num_inference_steps": 3,
+        "scheduler": scheduler,
+        "width": 64,
+        "height": 48,
+        "guidance_scale": 3.0,
+    }
     with tightfit.load(str(shallow_models[family]), device="cpu", **wishes) as pipe:
         expected = pipe("a red heart", **request)
     with tightfit.load(str(onnx_models(family, precision)), device="cpu") as pipe:
@@ -45,8 +55,11 @@ def test_pictures_are_torchs(onnx_models, shallow_models, family, precision, sch
 @pytest.mark.parametrize(("family", "precision"), KINDS)
 @pytest.mark.parametrize(("width", "height"), [(50, 38), (48, 38)])
 def test_latents_that_halve_unevenly(onnx_models, shallow_models, family, precision, width, height):
-    """25 x 19 and 24 x 19, of which the U-Net's lower level has 13 x 10 and 12 x 10: diffusers then upsamples otherwise."""
-    wishes = {"precision": precision, "compute": "fp32"} if precision.startswith("int") else {"precision": "fp32"}
+    """25 x 19 and 24 x 19, of which the U-Net's lower level has 13 x 10 and 12 x 10: diffusers then upsamples
+    otherwise."""
+    wishes = (
+        {"precision": precision, "compute": "fp32"} if precision.startswith("int") else {"precision": "fp32"}
+    )
     request = {"seed": 3, "num_inference_steps": 2, "width": width, "height": height, "guidance_scale": 3.0}
     with tightfit.load(str(shallow_models[family]), device="cpu", **wishes) as pipe:
         expected = pipe("a red heart", **request)
@@ -57,7 +70,8 @@ def test_latents_that_halve_unevenly(onnx_models, shallow_models, family, precis
 
 
 def test_an_upsampler_that_only_doubles_is_a_departure(onnx_models, shallow_models, tmp_path):
-    """As tracing at an even size freezes it: found by the check after an export, which runs a size that halves unevenly."""
+    """As tracing at an even size freezes it: found by the check after an export, which runs a size that
+    halves unevenly."""
     from diffusers import UNet2DConditionModel
 
     folder = shutil.copytree(onnx_models("sd1", "fp32") / "unet", tmp_path / "unet")
@@ -82,7 +96,8 @@ def test_an_upsampler_that_only_doubles_is_a_departure(onnx_models, shallow_mode
 
 
 def test_layout_is_optimums(onnx_models, shallow_models):
-    """Names of files, inputs and outputs as optimum-onnx 0.1.0's model configs have them; checked by onnx's own checker."""
+    """Names of files, inputs and outputs as optimum-onnx 0.1.0's model configs have them; checked by onnx's
+    own checker."""
     names = {
         "text_encoder": (["input_ids"], ["last_hidden_state", "pooler_output"]),
         "unet": (["sample", "timestep", "encoder_hidden_states"], ["out_sample"]),
@@ -93,10 +108,18 @@ def test_layout_is_optimums(onnx_models, shallow_models):
     for name, (inputs, outputs) in names.items():
         onnx.checker.check_model(folder / name / "model.onnx")
         graph = onnx.load(folder / name / "model.onnx", load_external_data=False).graph
-        assert ([value.name for value in graph.input], [value.name for value in graph.output]) == (inputs, outputs)
+        assert ([value.name for value in graph.input], [value.name for value in graph.output]) == (
+            inputs,
+            outputs,
+        )
         assert {p.name for p in (folder / name).iterdir()} == {"model.onnx", "model.onnx_data", "config.json"}
-    assert json.loads((folder / "model_index.json").read_text())["unet"] == ["diffusers", "UNet2DConditionModel"]
-    assert (folder / "tokenizer" / "vocab.json").exists() and (folder / "scheduler" / "scheduler_config.json").exists()
+    assert json.loads((folder / "model_index.json").read_text())["unet"] == [
+        "diffusers",
+        "UNet2DConditionModel",
+    ]
+    assert (folder / "tokenizer" / "vocab.json").exists() and (
+        folder / "scheduler" / "scheduler_config.json"
+    ).exists()
     assert not (folder / "vae").exists()
 
 
@@ -109,7 +132,9 @@ def test_operators_stay_whole_and_no_path_leaves_this_machine(onnx_models, shall
     graph = onnx.load(file, load_external_data=False)
     count = Counter(node.op_type for node in graph.graph.node)
     assert (count["Attention"], count["GroupNormalization"]) == (len(unet.attn_processors), norms)
-    assert count["Transpose"] <= 2 * len(unet.attn_processors)  # into and out of each transformer, none of a weight or a head
+    assert count["Transpose"] <= 2 * len(
+        unet.attn_processors
+    )  # into and out of each transformer, none of a weight or a head
     assert graph.opset_import[0].version == 23
     assert b"/" not in b"".join(p.value.encode() for node in graph.graph.node for p in node.metadata_props)
     assert str(shallow_models["sd1"].parent).encode() not in file.read_bytes()
@@ -119,7 +144,8 @@ def test_operators_stay_whole_and_no_path_leaves_this_machine(onnx_models, shall
 @pytest.mark.parametrize("shape", [(24, 96), (16, 64, 3, 3), (8, 4, 3, 3), (8, 72, 1, 1), (24, 128)])
 @pytest.mark.parametrize("turned", [False, True])
 def test_stored_weights_mean_the_same_in_onnx(form, shape, turned):
-    """The operators that a quantised weight becomes, run by onnx's own reference, give what kernels/formats.py says."""
+    """The operators that a quantised weight becomes, run by onnx's own reference, give what
+    kernels/formats.py says."""
     import onnx_ir as ir
 
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -137,12 +163,16 @@ def test_stored_weights_mean_the_same_in_onnx(form, shape, turned):
     graph.outputs[0] = made
     for part, array in layout.stored(parts).items():
         value = graph.initializers[f"w_{part}"]
-        tensor = onnx.helper.make_tensor(f"w_{part}", int(value.dtype), value.shape.numpy(), array.tobytes(), raw=True)
+        tensor = onnx.helper.make_tensor(
+            f"w_{part}", int(value.dtype), value.shape.numpy(), array.tobytes(), raw=True
+        )
         value.const_value = ir.from_proto(tensor)
     made.type, made.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(layout.sides)
     model = ir.to_proto(ir.Model(graph, ir_version=10))
     (got,) = onnx.reference.ReferenceEvaluator(model).run(None, {"x": np.zeros((2, 3), np.float32)})
-    np.testing.assert_allclose(got.T if turned else got, dequantise(parts, FORMATS[form], shape).numpy(), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        got.T if turned else got, dequantise(parts, FORMATS[form], shape).numpy(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_departure_names_the_operator(shallow_models, tmp_path, monkeypatch, call_export):
@@ -156,7 +186,9 @@ def test_departure_names_the_operator(shallow_models, tmp_path, monkeypatch, cal
         return values, arrays
 
     monkeypatch.setattr(exporter, "_arrays", wrong)
-    with pytest.raises(TightfitError, match=r"unet is .* from torch, 1e-04 is allowed; it departs at Conv \(conv2d_2"):
+    with pytest.raises(
+        TightfitError, match=r"unet is .* from torch, 1e-04 is allowed; it departs at Conv \(conv2d_2"
+    ):
         call_export(shallow_models["sd1"], "fp32", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
@@ -237,7 +269,10 @@ def test_weights_of_another_shape(shallow_models, tmp_path, call_export):
     name = next(key for key in tensors if key.endswith("fc1.weight"))
     tensors[name] = tensors[name].T.contiguous()
     save_file(tensors, file)
-    with pytest.raises(TightfitError, match=r"fc1\.weight of shape \[32, 64\], its config says \[64, 32\]: .*copy or download"):
+    with pytest.raises(
+        TightfitError,
+        match=r"fc1\.weight of shape \[32, 64\], its config says \[64, 32\]: .*copy or download",
+    ):
         call_export(model, "fp32", tmp_path / "out")
 
 

@@ -27,9 +27,12 @@ def test_published_sizes(family, name, parameters):
 
 
 def test_vocabulary_has_clips_order():
-    """Ids that OpenAI's simple_tokenizer gives: bytes in printable order, then the same ending a word, then merges."""
+    """Ids that OpenAI's simple_tokenizer gives: bytes in printable order, then the same ending a word, then
+    merges."""
     ids = tokenizer.vocabulary([("t", "h"), ("th", "e</w>")])
-    assert [ids[token] for token in ("!", "~", "¡", "!</w>", "th", "the</w>", tokenizer.START, tokenizer.END)] == [
+    assert [
+        ids[token] for token in ("!", "~", "¡", "!</w>", "th", "the</w>", tokenizer.START, tokenizer.END)
+    ] == [
         0, 93, 94, 256, 512, 513, 514, 515,
     ]  # fmt: skip
 

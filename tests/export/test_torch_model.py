@@ -38,7 +38,9 @@ def sources(spec):
 def export(model, target, precision, schemes=None):
     spec = tightfit.inspect(model)
     tensors = sources(spec)
-    schemes = schemes or {name: quantised.default_scheme(name, each, precision) for name, each in tensors.items()}
+    schemes = schemes or {
+        name: quantised.default_scheme(name, each, precision) for name, each in tensors.items()
+    }
     manifest = {"source": spec.name, "precision": precision, "defaults": dict(spec.defaults)}
     return quantised.write(spec.folder, target, tensors, schemes, manifest, SILENT)
 
@@ -53,7 +55,8 @@ def exported(tmp_path_factory):
 
 @pytest.mark.parametrize("precision", ["int8", "int4"])
 def test_the_manifest_says_what_is_in_the_files(exported, precision):
-    """Read by the safetensors library: each layer has the parts of its format, and nothing of the original is missing."""
+    """Read by the safetensors library: each layer has the parts of its format, and nothing of the original is
+    missing."""
     folder = exported / precision
     components = json.loads((folder / "tightfit.json").read_text())["components"]
     for name, original in sources(tightfit.inspect("emoji")).items():
@@ -75,11 +78,14 @@ def test_the_manifest_says_what_is_in_the_files(exported, precision):
                     left.remove(f"{layer}.{part}")
         assert not left
         size = (folder / name / file).stat().st_size
-        assert components[name]["bits"] == pytest.approx(8 * size / sum(t.count for t in original.values()), rel=0.02)
+        assert components[name]["bits"] == pytest.approx(
+            8 * size / sum(t.count for t in original.values()), rel=0.02
+        )
 
 
 @pytest.mark.parametrize(
-    ("stored", "precision", "least"), [("int8", "int8", 42), ("int8", "int8-dynamic", 40), ("int4", "int4", 27)]
+    ("stored", "precision", "least"),
+    [("int8", "int8", 42), ("int8", "int8-dynamic", 40), ("int4", "int4", 27)],
 )
 def test_it_paints_what_the_original_paints(exported, stored, precision, least):
     """And what the original paints when it is quantised while it is loaded."""
@@ -87,7 +93,9 @@ def test_it_paints_what_the_original_paints(exported, stored, precision, least):
         pytest.skip("this processor has no fast products of 8-bit whole numbers")
     pictures = []
     for model, asked in ((str(exported / stored), precision), ("emoji", precision), ("emoji", "fp32")):
-        with tightfit.load(model, device="cpu", precision=asked, **({} if asked == "fp32" else {"compute": "fp32"})) as pipe:
+        with tightfit.load(
+            model, device="cpu", precision=asked, **({} if asked == "fp32" else {"compute": "fp32"})
+        ) as pipe:
             pictures.append(np.array(pipe("a red heart", **OPTIONS), np.float64))
     read, made, exact = pictures
     np.testing.assert_array_equal(read, made)
@@ -101,7 +109,9 @@ def test_streamed_paints_the_same(exported):
     with tightfit.load(model, device="cpu", residency="streamed", compute="fp32") as pipe:
         assert pipe("a cat", **OPTIONS).tobytes() == staged
         with pytest.raises(TightfitError, match=r"export the model first"):
-            tightfit.load("emoji", device="cpu", residency="streamed", precision="int4").plans(tightfit.Request("a"))
+            tightfit.load("emoji", device="cpu", residency="streamed", precision="int4").plans(
+                tightfit.Request("a")
+            )
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
@@ -112,7 +122,9 @@ def test_every_family(tiny_models, tmp_path, family):
         ours = np.array(pipe("a cat", **OPTIONS), np.float64)
     with tightfit.load(str(tiny_models[family]), device="cpu", precision="fp32") as pipe:
         exact = np.array(pipe("a cat", **OPTIONS), np.float64)
-    assert 10 * np.log10(255**2 / ((ours - exact) ** 2).mean()) > 15  # of noise with these weights; another seed gives 9
+    assert (
+        10 * np.log10(255**2 / ((ours - exact) ** 2).mean()) > 15
+    )  # of noise with these weights; another seed gives 9
 
 
 def test_weights_in_bf16_and_fp32_and_old_names(sd1_copy, tmp_path):
@@ -201,12 +213,17 @@ def test_a_newer_manifest(exported, tmp_path):
 def test_stopped_by_the_system_leaves_nothing(sd1_copy, tmp_path):
     """As Ctrl-C does: told to end while it writes."""
     program = (
-        "import os, signal, sys; from tightfit.export import torch_model as quantised; from tightfit.__main__ import main\n"
+        "import os, signal, sys; from tightfit.export import torch_model as quantised; "
+        "from tightfit.__main__ import main\n"
         "quantised.copy_the_rest = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
-        f"sys.argv[1:] = ['export', {str(sd1_copy)!r}, '--precision', 'int8', '-o', {str(tmp_path / 'in' / 'out')!r}]; main()"
+        f"sys.argv[1:] = ['export', {str(sd1_copy)!r}, '--precision', 'int8', "
+        f"'-o', {str(tmp_path / 'in' / 'out')!r}]; main()"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    assert subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode == 128 + signal.SIGTERM
+    assert (
+        subprocess.run([sys.executable, "-c", program], env=environment, check=False).returncode
+        == 128 + signal.SIGTERM
+    )
     assert list((tmp_path / "in").iterdir()) == []
 
 
@@ -256,16 +273,23 @@ def test_a_calibration_finds_what_hurts():
     network = Stack().requires_grad_(False)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     drawn = torch.Generator().manual_seed(1)
-    found = calibrate.Calibration(network, lambda _: [network(torch.randn(200, 80, generator=drawn)) for _ in range(8)], 2, SILENT)
+    found = calibrate.Calibration(
+        network, lambda _: [network(torch.randn(200, 80, generator=drawn)) for _ in range(8)], 2, SILENT
+    )
     assert len(found.states) == len(found.held_out) == 8
     torch.testing.assert_close(found.moments["quiet"], torch.eye(80), rtol=0, atol=0.2)
     scheme = found.scheme("int4", 6.6)
-    assert scheme.formats == {"loud": "int8", "quiet": "int4-g64"} or scheme.formats == {"loud": "int8-g64", "quiet": "int4-g64"}
+    assert scheme.formats == {"loud": "int8", "quiet": "int4-g64"} or scheme.formats == {
+        "loud": "int8-g64",
+        "quiet": "int4-g64",
+    }
     assert scheme.measured["snr"]["calibrated"] > scheme.measured["snr"]["recipe"] + 10
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
     weight = network.loud.weight
-    exact = dequantise(quantise(weight, FORMATS["int4-g64"], found.moments["loud"]), FORMATS["int4-g64"], weight.shape)
+    exact = dequantise(
+        quantise(weight, FORMATS["int4-g64"], found.moments["loud"]), FORMATS["int4-g64"], weight.shape
+    )
     assert torch.equal(found.rounded("loud", "int4-g64"), exact)
 
 

@@ -42,10 +42,14 @@ def error(out: torch.Tensor, right: np.ndarray) -> float:
 
 def peak(call, *args) -> int:
     """Bytes that torch allocates in the call, at most at a time, beside the answer's."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         out = call(*args)
     assert profiler.profiler is not None
-    events = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     return max(np.cumsum(events)) - out.nbytes
 
 
@@ -120,7 +124,10 @@ def test_chunked_in_blocks_of_any_size(batch, heads, n, m, d, rows):
 
 def test_twice_the_tokens_take_no_more_memory_in_chunks(monkeypatch):
     monkeypatch.setattr(attention, "BLOCK_BYTES", 2**20)
-    chunked, plain = ([peak(call, *made(1, 2, n, n, 40)) for n in (1024, 2048)] for call in (attention.chunked, attention.plain))
+    chunked, plain = (
+        [peak(call, *made(1, 2, n, n, 40)) for n in (1024, 2048)]
+        for call in (attention.chunked, attention.plain)
+    )
     assert chunked[1] < 1.3 * chunked[0]
     assert chunked[1] < 1.3 * 2**20
     assert 3.5 < plain[1] / plain[0] < 4.5

@@ -1,4 +1,5 @@
-"""Weights are unpacked into torch's own order as into ours, in few launches, by torch where Triton does not run."""
+"""Weights are unpacked into torch's own order as into ours, in few launches, by torch where Triton does not
+run."""
 
 from __future__ import annotations
 
@@ -17,7 +18,16 @@ from tightfit.runtime.backends.torch.meter import LiveBytes
 from tightfit.runtime.backends.torch.quantised import DEQUANTISE, gpu_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
-SHAPES = [(7, 5), (16, 3, 3, 3), (9, 70, 3, 3), (8, 64, 1, 1), (4, 32, 2, 5), (1, 33, 3, 3), (5, 1, 3, 3), (3, 7, 1, 3)]
+SHAPES = [
+    (7, 5),
+    (16, 3, 3, 3),
+    (9, 70, 3, 3),
+    (8, 64, 1, 1),
+    (4, 32, 2, 5),
+    (1, 33, 3, 3),
+    (5, 1, 3, 3),
+    (3, 7, 1, 3),
+]
 FORMS = [*FORMATS.values(), Format("nf4", 0), Format("int4", 5)]
 
 
@@ -48,7 +58,10 @@ def test_torchs_order_is_ours_reordered(form, shape, dtype):
 def test_launches_for_a_large_convolution(name):
     """127 in int4 as long as the weight was reordered afterwards, 22 output channels at a time."""
     form, shape = FORMATS[name], (1280, 1280, 3, 3)
-    parts = {part: torch.empty(sides, dtype=dtype, device="meta") for part, (dtype, sides) in form.parts(shape).items()}
+    parts = {
+        part: torch.empty(sides, dtype=dtype, device="meta")
+        for part, (dtype, sides) in form.parts(shape).items()
+    }
     out = torch.empty(1280, 1280 * 9, dtype=torch.float16, device="meta")
     with Launches() as launches:
         dequantise(out, parts["packed"], parts["scale"], parts.get("zero"), None, form, 9, True)
@@ -58,7 +71,10 @@ def test_launches_for_a_large_convolution(name):
 @pytest.mark.parametrize("name", [name for name in FORMATS if not name.startswith("nf4")])
 def test_bytes_beside_the_weight_are_predicted(name):
     form, shape = FORMATS[name], (64, 128, 3, 3)
-    parts = {part: torch.empty(sides, dtype=dtype, device="meta") for part, (dtype, sides) in form.parts(shape).items()}
+    parts = {
+        part: torch.empty(sides, dtype=dtype, device="meta")
+        for part, (dtype, sides) in form.parts(shape).items()
+    }
     out = torch.empty(64, 128 * 9, dtype=torch.bfloat16, device="meta")
     arguments = (out, parts["packed"], parts["scale"], parts.get("zero"), None)
     with LiveBytes("cuda") as live:
@@ -114,7 +130,9 @@ def test_without_a_compiler_torch_unpacks(card):
     assert len(launched) == 1
     problem = triton_problem(torch.device("cpu"))
     assert problem is not None
-    assert problem.startswith("RuntimeError: Failed to find C compiler. Please specify via CC environment variable; install triton")
+    assert problem.startswith(
+        "RuntimeError: Failed to find C compiler. Please specify via CC environment variable; install triton"
+    )
 
 
 def test_a_wrong_answer_is_a_problem_too(card):

@@ -1,4 +1,5 @@
-"""Stored weights mean what the formats say, whatever the shape; the fast version means the same; errors are small."""
+"""Stored weights mean what the formats say, whatever the shape; the fast version means the same; errors are
+small."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from tightfit.kernels.dequantise import dequantise as fast
 from tightfit.kernels.formats import FORMATS, NF4, Format, dequantise, pack, unpack
 from tightfit.kernels.quantise import quantise
 
-SHAPES = [(7, 5), (320, 64), (6, 130), (5, 1), (16, 3, 3, 3), (9, 70, 3, 3), (8, 64, 1, 1), (4, 32, 2, 5), (1, 33, 3, 3)]
+SHAPES = [
+    (7, 5),
+    (320, 64),
+    (6, 130),
+    (5, 1),
+    (16, 3, 3, 3),
+    (9, 70, 3, 3),
+    (8, 64, 1, 1),
+    (4, 32, 2, 5),
+    (1, 33, 3, 3),
+]
 
 
 def by_hand(parts: dict[str, torch.Tensor], form: Format, shape) -> np.ndarray:
@@ -56,7 +67,10 @@ def test_what_is_stored_is_what_the_words_say(name, shape):
 def test_fast_is_the_reference(name, shape, dtype):
     form, row = FORMATS[name], math.prod(shape[1:])
     parts = quantise(torch.randn(shape), form)
-    out, codes = torch.full((shape[0], row), torch.nan, dtype=dtype), torch.empty(parts["packed"].numel(), dtype=torch.uint8)
+    out, codes = (
+        torch.full((shape[0], row), torch.nan, dtype=dtype),
+        torch.empty(parts["packed"].numel(), dtype=torch.uint8),
+    )
     fast(out, parts["packed"], parts["scale"], parts.get("zero"), codes, form, math.prod(shape[2:]))
     exact = dequantise(parts, form, shape).flatten(1) if len(shape) == 2 else dequantise(parts, form, shape)
     exact = exact if len(shape) == 2 else exact.permute(0, 2, 3, 1).flatten(1)
@@ -80,7 +94,8 @@ def test_packing_loses_nothing(rows, row, seed):
     st.integers(0, 2**32 - 1),
 )
 def test_values_that_are_there_come_back(name, sides, size, seed):
-    """A weight that a format can say exactly is stored without loss, but for int4, whose scale is fitted: within its rounding."""
+    """A weight that a format can say exactly is stored without loss, but for int4, whose scale is fitted:
+    within its rounding."""
     form, shape = FORMATS[name], (*sides[:2], *sides[2])
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
     once = dequantise(quantise(weight, form), form, shape)
@@ -93,13 +108,18 @@ def test_values_that_are_there_come_back(name, sides, size, seed):
         part = groups[..., channels].unflatten(-1, (-1, length))
         wrong = (form.rows(once)[..., channels].unflatten(-1, (-1, length)) - part).abs().amax(-1)
         most = torch.maximum(part.amax(-1), torch.zeros(())) - torch.minimum(part.amin(-1), torch.zeros(()))
-        steps = {"int8": 127, "int4": 15, "nf4": 6}[form.kind]  # the widest gap of NF4's is 0.30 of its largest value
+        steps = {"int8": 127, "int4": 15, "nf4": 6}[
+            form.kind
+        ]  # the widest gap of NF4's is 0.30 of its largest value
         assert (wrong <= 1.6 * most / steps + 1e-6).all()
 
 
-@pytest.mark.parametrize(("name", "least"), [("int8", 39), ("int8-g64", 43), ("int4-g64", 21), ("int4-g32", 22), ("nf4-g64", 20)])
+@pytest.mark.parametrize(
+    ("name", "least"), [("int8", 39), ("int8-g64", 43), ("int4-g64", 21), ("int4-g32", 22), ("nf4-g64", 20)]
+)
 def test_error_on_a_normal_distribution(name, least):
-    """Decibels; a uniform quantiser of 4 bits, fitted to 64 normal values, cannot pass 22.5, and min-max rounding has 20.9."""
+    """Decibels; a uniform quantiser of 4 bits, fitted to 64 normal values, cannot pass 22.5, and min-max
+    rounding has 20.9."""
     weight = torch.randn(512, 640, generator=torch.Generator().manual_seed(0))
     wrong = dequantise(quantise(weight, FORMATS[name]), FORMATS[name], weight.shape) - weight
     assert 10 * math.log10(weight.square().sum() / wrong.square().sum()) > least
@@ -108,10 +128,17 @@ def test_error_on_a_normal_distribution(name, least):
 @pytest.mark.parametrize("name", FORMATS)
 def test_extremes(name):
     form = FORMATS[name]
-    for weight in (torch.zeros(4, 70), torch.full((4, 70), 3.0), torch.full((4, 70), -2e-5), torch.rand(4, 70) + 5):
+    for weight in (
+        torch.zeros(4, 70),
+        torch.full((4, 70), 3.0),
+        torch.full((4, 70), -2e-5),
+        torch.rand(4, 70) + 5,
+    ):
         made = dequantise(quantise(weight, form), form, weight.shape)
         assert made.isfinite().all()
-        assert (made - weight).abs().max() <= weight.abs().max() * (0.15 if form.kind == "nf4" else 0.06) + 1e-7
+        assert (made - weight).abs().max() <= weight.abs().max() * (
+            0.15 if form.kind == "nf4" else 0.06
+        ) + 1e-7
     with pytest.raises(ValueError, match="finite"):
         quantise(torch.tensor([[1.0, torch.nan]]), form)
     for empty in ((0, 4), (4, 0), (0, 3, 3, 3)):
@@ -134,7 +161,8 @@ def test_blocks_change_nothing(monkeypatch):
 @pytest.mark.parametrize("shape", [(48, 96), (16, 70, 3, 3), (16, 40, 1, 1)], ids=str)
 @pytest.mark.parametrize("name", FORMATS)
 def test_errors_cancel_in_answers(name, shape):
-    """With correlated inputs, E|ΔW x|² on inputs that were not looked at is clearly less than nearest codes have."""
+    """With correlated inputs, E|ΔW x|² on inputs that were not looked at is clearly less than nearest codes
+    have."""
     form, draw = FORMATS[name], torch.Generator().manual_seed(3)
     mix = torch.randn(shape[1], shape[1] // 4, generator=draw)
     seen, unseen = (torch.randn(4000, shape[1] // 4, generator=draw) @ mix.T for _ in range(2))

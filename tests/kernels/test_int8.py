@@ -1,4 +1,5 @@
-"""Products of whole numbers are those of fp64 of the same codes: plain ones, and Triton's, interpreted on a CPU and compiled."""
+"""Products of whole numbers are those of fp64 of the same codes: plain ones, and Triton's, interpreted on a
+CPU and compiled."""
 
 from __future__ import annotations
 
@@ -76,20 +77,28 @@ def check_linear(kernels, m, n, k, dtype=torch.float32, with_bias=True, seed=0):
         check(int8.linear_int8_onednn(x, int8.pack_linear(parts[0]), parts[1], given_bias), right, dtype)
 
 
-def check_convolution(kernels, shape, out, kernel, how, dtype=torch.float32, last=False, with_bias=True, seed=0):
+def check_convolution(
+    kernels, shape, out, kernel, how, dtype=torch.float32, last=False, with_bias=True, seed=0
+):
     x, parts, bias, weight = made(shape, (out, shape[1], *kernel), dtype, last, seed)
     given_bias = bias if with_bias else None
-    right = functional.conv2d(rounded(x, lopsided=True), weight.double(), None if given_bias is None else bias.double(), *how)
+    right = functional.conv2d(
+        rounded(x, lopsided=True), weight.double(), None if given_bias is None else bias.double(), *how
+    )
     check(int8.conv2d_int8(x, *parts, given_bias, kernel, *how), right, dtype)
     answer = kernels.conv2d_int8_triton(x, *parts, given_bias, kernel, *how, tile=(32, 16, 32))
     check(answer, right, dtype)
     assert answer.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-    known = kernels.conv2d_int8_triton(x, *parts, given_bias, kernel, *how, sums=int8.weight_sums(parts[0]), tile=(32, 16, 32))
+    known = kernels.conv2d_int8_triton(
+        x, *parts, given_bias, kernel, *how, sums=int8.weight_sums(parts[0]), tile=(32, 16, 32)
+    )
     assert known.equal(answer)
     if not ONEDNN:
         return
     ready = int8.pack_conv2d(parts[0], shape[1], kernel, *how)
-    answer = int8.conv2d_int8_onednn(x.contiguous(memory_format=torch.channels_last), ready, parts[1], given_bias, *how)
+    answer = int8.conv2d_int8_onednn(
+        x.contiguous(memory_format=torch.channels_last), ready, parts[1], given_bias, *how
+    )
     check(answer, right, dtype)
     assert answer.is_contiguous(memory_format=torch.channels_last)
 
@@ -97,7 +106,12 @@ def check_convolution(kernels, shape, out, kernel, how, dtype=torch.float32, las
 def both_codes(kernels, x, lopsided, block=1024):
     """The codes with their scales and zeros, plain and Triton's."""
     codes, scale, *zero = int8.quantise_samples(x) if lopsided else int8.quantise_rows(x)
-    return codes, kernels.encode_triton(x, scale, *(zero or [None]), block), scale, zero[0] if zero else torch.zeros(1)
+    return (
+        codes,
+        kernels.encode_triton(x, scale, *(zero or [None]), block),
+        scale,
+        zero[0] if zero else torch.zeros(1),
+    )
 
 
 @pytest.mark.parametrize("lopsided", [False, True])
@@ -115,7 +129,11 @@ def test_codes(kernels, shape, last, dtype, lopsided):
         ((plain.float() - zero) * scale - x.float()).abs() <= scale * (1.001 if lopsided else 0.5001)
     ).all()  # zero is rounded too
     dims = tuple(range(1, x.ndim))
-    assert ((plain == -128) | (plain == 127)).any(dims).all() if lopsided else (plain.abs().amax(dims) == 127).all()
+    assert (
+        ((plain == -128) | (plain == 127)).any(dims).all()
+        if lopsided
+        else (plain.abs().amax(dims) == 127).all()
+    )
 
 
 def test_codes_of_halves_and_of_zeros(kernels):
@@ -210,8 +228,14 @@ def test_what_is_not_finite_spoils_its_own_sample_only(kernels):
         x[1, 2, 1, 1] = value
         ready = int8.pack_conv2d(parts[0], 4, (3, 3), (1, 1), (1, 1))
         last = x.contiguous(memory_format=torch.channels_last)
-        answers = [convolve(x, *parts, bias, (3, 3), (1, 1), (1, 1)) for convolve in (int8.conv2d_int8, kernels.conv2d_int8_triton)]
-        for out in [*answers, *([int8.conv2d_int8_onednn(last, ready, parts[1], bias, (1, 1), (1, 1))] if ONEDNN else [])]:
+        answers = [
+            convolve(x, *parts, bias, (3, 3), (1, 1), (1, 1))
+            for convolve in (int8.conv2d_int8, kernels.conv2d_int8_triton)
+        ]
+        for out in [
+            *answers,
+            *([int8.conv2d_int8_onednn(last, ready, parts[1], bias, (1, 1), (1, 1))] if ONEDNN else []),
+        ]:
             assert not out[1].isfinite().any()
             torch.testing.assert_close(out[::2], right[::2])
 

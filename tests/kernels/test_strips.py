@@ -97,10 +97,14 @@ def decibels(out: torch.Tensor, right: torch.Tensor) -> float:
 
 def peak(call, *args) -> int:
     """Bytes that torch allocates in the call, at most at a time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
         call(*args)
     assert profiler.profiler is not None
-    events = [event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events = [
+        event.nbytes() for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     return max(np.cumsum(events))
 
 
@@ -117,11 +121,15 @@ def test_a_decoder(vae, size, dtype):
 @pytest.mark.parametrize("size", [*((8 * h, 8 * w) for h, w in SIZES), (75, 101)], ids=str)
 def test_an_encoder(vae, size, dtype):
     pixels = random(1, 3, *size, dtype=dtype)
-    assert error(encode_in_strips(deepcopy(vae.encoder).to(dtype), pixels), vae.encoder(pixels.double())) < 1e-5
+    assert (
+        error(encode_in_strips(deepcopy(vae.encoder).to(dtype), pixels), vae.encoder(pixels.double())) < 1e-5
+    )
 
 
 def test_two_pictures_do_not_mix(vae):
-    latents = torch.cat([random(1, 4, 9, 5, dtype=torch.float64), 5 * random(1, 4, 9, 5, dtype=torch.float64, seed=1) + 3])
+    latents = torch.cat(
+        [random(1, 4, 9, 5, dtype=torch.float64), 5 * random(1, 4, 9, 5, dtype=torch.float64, seed=1) + 3]
+    )
     assert error(decode_in_strips(vae.decoder, latents), vae.decoder(latents)) < 1e-5
 
 

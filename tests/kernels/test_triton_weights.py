@@ -1,4 +1,5 @@
-"""What Triton makes of stored weights is what they mean (kernels/formats.py): interpreted on a CPU, and compiled for GPUs."""
+"""What Triton makes of stored weights is what they mean (kernels/formats.py): interpreted on a CPU, and
+compiled for GPUs."""
 
 from __future__ import annotations
 
@@ -17,12 +18,20 @@ from tightfit.kernels import formats, triton_weights
 from tightfit.kernels.formats import Format
 from tightfit.kernels.quantise import quantise
 
-FORMATS = [Format("int8", 0), Format("int8", 4), Format("int4", 4), Format("int4", 5), Format("nf4", 4), Format("nf4", 0)]
+FORMATS = [
+    Format("int8", 0),
+    Format("int8", 4),
+    Format("int4", 4),
+    Format("int4", 5),
+    Format("nf4", 4),
+    Format("nf4", 0),
+]
 SHAPES = [(5, 7), (3, 16), (1, 1), (9, 33), (4, 6, 1, 1), (3, 7, 3, 3), (2, 1, 3, 3)]
 
 
 def interpreted(original, tries):
-    """A copy of a module of kernels, as it is where TRITON_INTERPRET=1; the one that others import stays as it is."""
+    """A copy of a module of kernels, as it is where TRITON_INTERPRET=1; the one that others import stays as
+    it is."""
     pytest.importorskip("triton", reason="triton is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
@@ -41,9 +50,17 @@ def interpreted(original, tries):
 
 
 def run(*arguments, **environment) -> str:
-    """What Python prints, in a process of its own: an interpreter may leave triton changed, so that it cannot compile."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TRITON_INTERPRET": "0", **environment}
-    return subprocess.run([sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment, check=True).stdout
+    """What Python prints, in a process of its own: an interpreter may leave triton changed, so that it cannot
+    compile."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+        "TRITON_INTERPRET": "0",
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, text=True, env=environment, check=True
+    ).stdout
 
 
 def ptx(kernel, capability: int, *values) -> str:
@@ -60,7 +77,9 @@ def ptx(kernel, capability: int, *values) -> str:
 @pytest.fixture(scope="module")
 def kernels():
     one, form = torch.ones(1, 1), Format("int8", 0)
-    yield from interpreted(triton_weights, lambda module: module.linear_triton(one, *stored((1, 1), form)[0], None, form))
+    yield from interpreted(
+        triton_weights, lambda module: module.linear_triton(one, *stored((1, 1), form)[0], None, form)
+    )
 
 
 def walled(x: torch.Tensor, brick: float | None = None) -> torch.Tensor:
@@ -70,7 +89,9 @@ def walled(x: torch.Tensor, brick: float | None = None) -> torch.Tensor:
     return torch.cat([wall, x.flatten(), wall])[4096:-4096].view(x.shape)
 
 
-def stored(shape, form: Format, seed: int = 0) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
+def stored(
+    shape, form: Format, seed: int = 0
+) -> tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]:
     """packed, scale and zero of a random weight, and what they mean."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     parts = quantise(weight, form)
@@ -92,9 +113,14 @@ def check_dense(kernels, shape, form: Format, dtype=torch.float32, nchw=False, b
     assert (around[-32:] == 7).all()
 
 
-def check_linear(kernels, m: int, n: int, k: int, form: Format, dtype=torch.float32, bias=True, tile=None, seed=0):
+def check_linear(
+    kernels, m: int, n: int, k: int, form: Format, dtype=torch.float32, bias=True, tile=None, seed=0
+):
     parts, meant = stored((n, k), form, seed)
-    x, b = (torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype) for shape in ((m, k), (n,)))
+    x, b = (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed + 1)).to(dtype)
+        for shape in ((m, k), (n,))
+    )
     out = kernels.linear_triton(walled(x), *parts, walled(b) if bias else None, form, tile)
     right = x.double() @ meant.double().T + b.double() * bias
     assert out.shape == right.shape
@@ -122,7 +148,9 @@ def test_dense_of_any_shape(kernels, shape, kind, group, nchw, seed):
     check_dense(kernels, shape, Format(kind, group), nchw=nchw, block=(4, 64), seed=seed)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)  # the interpreter cannot multiply bf16
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float16], ids=str
+)  # the interpreter cannot multiply bf16
 @pytest.mark.parametrize("size", [(1, 5, 7), (3, 17, 33), (17, 3, 64), (70, 33, 40), (2, 1, 1)], ids=str)
 @pytest.mark.parametrize("form", FORMATS, ids=str)
 def test_linear(kernels, form, size, dtype):
@@ -177,21 +205,31 @@ def compile_all() -> None:
     for capability, kind in itertools.product((75, 80, 90), ("int8", "int4", "nf4")):
         packed, zero = "*i8" if kind == "int8" else "*u8", "*u8" if kind == "int4" else None
         parts = packed, "*fp16", zero, "*fp32" if kind == "nf4" else None
-        dense = ptx(triton_weights._dense, capability, "*fp16", *parts, *["i32"] * 6, kind, 64, 9, True, 4, 256)
+        dense = ptx(
+            triton_weights._dense, capability, "*fp16", *parts, *["i32"] * 6, kind, 64, 9, True, 4, 256
+        )
         how = *["i32"] * 5, kind, 64, True, 16, 32, 64
-        half, whole = (ptx(triton_weights._multiply, capability, t, t, *parts, t, *how) for t in ("*fp16", "*fp32"))
+        half, whole = (
+            ptx(triton_weights._multiply, capability, t, t, *parts, t, *how) for t in ("*fp16", "*fp32")
+        )
         print(kind, capability, *("mma." in code for code in (dense, half, whole)))  # noqa: T201
 
 
 def test_compiles_for_gpus(tmp_path):
-    """As an interpreter allows what a compiler does not. Tensor cores, of which triton knows none of 7.5, multiply fp16 only."""
+    """As an interpreter allows what a compiler does not. Tensor cores, of which triton knows none of 7.5,
+    multiply fp16 only."""
     pytest.importorskip("triton", reason="triton is not installed")
     lines = run(__file__, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
-    assert lines == [f"{kind} {c} False {c >= 80} False" for c in (75, 80, 90) for kind in ("int8", "int4", "nf4")]
+    assert lines == [
+        f"{kind} {c} False {c >= 80} False" for c in (75, 80, 90) for kind in ("int8", "int4", "nf4")
+    ]
 
 
 def test_can_be_imported_without_triton():
-    code = "import sys; sys.modules['triton'] = None; from tightfit.kernels import triton_weights as t; print(t.triton)"
+    code = (
+        "import sys; sys.modules['triton'] = None; "
+        "from tightfit.kernels import triton_weights as t; print(t.triton)"
+    )
     assert run("-c", code) == "None\n"
 
 

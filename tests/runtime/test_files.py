@@ -1,4 +1,5 @@
-"""A model's folder is hostile until shown otherwise: what is opened is a regular file, and headers are what the format allows."""
+"""A model's folder is hostile until shown otherwise: what is opened is a regular file, and headers are what
+the format allows."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ KINDS = ("pipe", "device", "socket", "folder", "endless")
 @posix
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_regular_files_of_a_sane_size_are_opened(tmp_path, kind):
-    """Each kind in place of each file that is read: one line at once, where a pipe would be waited for and a device read on."""
+    """Each kind in place of each file that is read: one line at once, where a pipe would be waited for and a
+    device read on."""
     file = tmp_path / "a file"
     irregular(file, kind)
     for read in (files.read_json, layout.read_header, Plan.read, files.read_bytes):
@@ -75,7 +77,9 @@ def test_only_regular_files_of_a_sane_size_are_opened(tmp_path, kind):
 
 @posix
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "chat_template.jinja"]
+)
 def test_tokenizers_of_regular_files(sd1, tmp_path, name, kind):
     folder = tmp_path / "tokenizer"
     shutil.copytree(sd1 / "tokenizer", folder)
@@ -87,8 +91,11 @@ def test_tokenizers_of_regular_files(sd1, tmp_path, name, kind):
 
 @posix
 def test_every_file_of_a_model(sd1_copy):
-    """No file of the folder may be a pipe: the model is refused, in one line, for each that is read at all."""
-    for file in sorted(file for file in sd1_copy.rglob("*") if file.is_file() and "tokenizer" not in str(file)):
+    """No file of the folder may be a pipe: the model is refused, in one line, for each that is read at
+    all."""
+    for file in sorted(
+        file for file in sd1_copy.rglob("*") if file.is_file() and "tokenizer" not in str(file)
+    ):
         kept = file.read_bytes()
         irregular(file, "pipe")
         refused(lambda: tightfit.inspect(sd1_copy), file.name, "is a pipe")
@@ -98,7 +105,8 @@ def test_every_file_of_a_model(sd1_copy):
 
 
 def test_tokenizers_open_their_own_files_only(sd1, tmp_path):
-    """Whatever tokenizer_config.json names, and whatever version of transformers reads it; nor is code of auto_map run."""
+    """Whatever tokenizer_config.json names, and whatever version of transformers reads it; nor is code of
+    auto_map run."""
     folder = tmp_path / "model" / "tokenizer"
     shutil.copytree(sd1 / "tokenizer", folder)
     before = read_tokenizer(folder)("a cat").input_ids
@@ -106,11 +114,17 @@ def test_tokenizers_open_their_own_files_only(sd1, tmp_path):
     other.write_text("{}")
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    config |= {"vocab_file": str(other), "merges_file": str(other), "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    config |= {
+        "vocab_file": str(other),
+        "merges_file": str(other),
+        "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]},
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     assert read_tokenizer(folder)("a cat").input_ids == before
     assert not (tmp_path / "ran").exists()
-    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": ["../../tokenizer.9.json"]}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"fast_tokenizer_files": ["../../tokenizer.9.json"]})
+    )
     refused(lambda: read_tokenizer(folder), "fast_tokenizer_files")
 
 
@@ -205,11 +219,15 @@ def test_headers_of_too_many_tensors(tmp_path):
     entry = json.dumps(PLAIN | {"shape": [0], "data_offsets": [0, 0]}).encode()
     many = b"{" + b",".join(b'"%d":%s' % (i, entry) for i in range(10_010)) + b"}"
     refused(lambda: layout.read_header(write(tmp_path / "many.safetensors", many, 0)), "10000 tensors")
-    refused(lambda: layout.read_header(write(tmp_path / "long.safetensors", b"{}" + b" " * 2**24, 0)), "10000 tensors")
+    refused(
+        lambda: layout.read_header(write(tmp_path / "long.safetensors", b"{}" + b" " * 2**24, 0)),
+        "10000 tensors",
+    )
 
 
 def test_headers_that_the_format_allows(tmp_path):
-    """Metadata, empty tensors, types that are not run, any order of names: read as the safetensors library reads them."""
+    """Metadata, empty tensors, types that are not run, any order of names: read as the safetensors library
+    reads them."""
     from safetensors.numpy import load_file
 
     header = {
@@ -221,13 +239,16 @@ def test_headers_that_the_format_allows(tmp_path):
     }
     file = write(tmp_path / "x.safetensors", header, 24)
     read, theirs = layout.read_header(file), load_file(file)
-    assert {name: each.shape for name, each in read.items()} == {name: each.shape for name, each in theirs.items()}
+    assert {name: each.shape for name, each in read.items()} == {
+        name: each.shape for name, each in theirs.items()
+    }
     buffer = np.empty(8, np.uint8)
     read["b"].read_into(buffer.data)
 
 
 @pytest.mark.parametrize(
-    "text", [b'{"a": ' + b"1" * 401 + b"}", b'{"a": 36893488147419103232}', b'{"a": "\\ud800"}', b'{"a": "\xff"}']
+    "text",
+    [b'{"a": ' + b"1" * 401 + b"}", b'{"a": 36893488147419103232}', b'{"a": "\\ud800"}', b'{"a": "\xff"}'],
 )
 def test_json_that_no_program_can_work_with(tmp_path, text):
     (tmp_path / "x.json").write_bytes(text)
@@ -239,13 +260,19 @@ def test_json_as_diffusers_writes_it(tmp_path):
     (tmp_path / "x.json").write_text(
         '{"lambda_min_clipped": -Infinity, "word": "\\ud83d\\ude00", "n": -3, "most": 18446744073709551615}'
     )
-    assert files.read_json(tmp_path / "x.json") == {"lambda_min_clipped": -np.inf, "word": "😀", "n": -3, "most": 2**64 - 1}
+    assert files.read_json(tmp_path / "x.json") == {
+        "lambda_min_clipped": -np.inf,
+        "word": "😀",
+        "n": -3,
+        "most": 2**64 - 1,
+    }
 
 
 @posix
 @pytest.mark.parametrize("given", [True, False])
 def test_a_user_without_a_home(tmp_path, given):
-    """No HOME and nothing in the list of users, as in `docker run --user 1234`: XDG_CACHE_HOME, or a folder of its own."""
+    """No HOME and nothing in the list of users, as in `docker run --user 1234`: XDG_CACHE_HOME, or a folder
+    of its own."""
     code = """
 import os, pwd, sys
 def nobody(*_): raise KeyError("getpwuid(): uid not found: 1234")
@@ -254,9 +281,13 @@ from tightfit.runtime.files import cache_folder
 from tightfit.runtime.machine.hardware import Hardware
 print(cache_folder(), Hardware.detect("cpu").device)
 """
-    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")
+    }
     environment |= {"TMPDIR": str(tmp_path)} | ({"XDG_CACHE_HOME": str(tmp_path / "given")} if given else {})
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     folder = Path(done.stdout.split()[0])
     assert folder == tmp_path / ("given" if given else f"tightfit-{os.getuid()}") / "tightfit"

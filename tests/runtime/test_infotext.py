@@ -1,4 +1,5 @@
-"""The request in a PNG: exact for any text, readable by the field's tools, and A1111's own pictures understood."""
+"""The request in a PNG: exact for any text, readable by the field's tools, and A1111's own pictures
+understood."""
 
 from __future__ import annotations
 
@@ -42,7 +43,9 @@ def test_round_trip(request, model):
     assert Request(**carried.request) == request
 
 
-@pytest.mark.parametrize("prompt", ["a red heart", "ein rötes Hérz 心", "two\nlines", "Negative prompt: x\nSteps: 3, Seed: 4"])
+@pytest.mark.parametrize(
+    "prompt", ["a red heart", "ein rötes Hérz 心", "two\nlines", "Negative prompt: x\nSteps: 3, Seed: 4"]
+)
 def test_through_a_file(tmp_path, prompt):
     request = Request(prompt, "blue", 64, 64, 20, 7.5, 7, "euler_a")
     image = Image.new("RGB", (8, 8))
@@ -60,7 +63,9 @@ def test_an_empty_prompt_of_a1111_stays_empty():
 
 def test_fields_that_other_tools_look_for():
     """The shape that A1111's infotext regular expression and its readers expect."""
-    text = parameters.write(Request("a heart", "blue", 512, 768, 20, 7.5, 7, "dpmpp_2m_karras"), "a,b", "fp32")
+    text = parameters.write(
+        Request("a heart", "blue", 512, 768, 20, 7.5, 7, "dpmpp_2m_karras"), "a,b", "fp32"
+    )
     lines = text.split("\n")
     assert lines[:2] == ["a heart", "Negative prompt: blue"]
     pairs = dict(re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)', lines[2]))
@@ -74,9 +79,12 @@ def test_fields_that_other_tools_look_for():
 
 # What tightfit 0.1.0 wrote.
 OF_TODAY = (
-    "a red heart\nNegative prompt: blue\nSteps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 7, Size: 64x48, Model: emoji, "
-    r'Precision: fp32, tightfit: "{\"model\": \"emoji\", \"precision\": \"fp32\", \"prompt\": \"a red heart\", '
-    r"\"negative_prompt\": \"blue\", \"width\": 64, \"height\": 48, \"num_inference_steps\": 20, \"guidance_scale\": 7.5, "
+    "a red heart\nNegative prompt: blue\n"
+    "Steps: 20, Sampler: Euler a, CFG scale: 7.5, Seed: 7, Size: 64x48, Model: emoji, "
+    r'Precision: fp32, tightfit: "{\"model\": \"emoji\", \"precision\": \"fp32\", '
+    r"\"prompt\": \"a red heart\", "
+    r"\"negative_prompt\": \"blue\", \"width\": 64, \"height\": 48, \"num_inference_steps\": 20, "
+    r"\"guidance_scale\": 7.5, "
     r'\"seed\": 7, \"scheduler\": \"euler_a\", \"num_images\": 1}"'
 )
 REQUEST_OF_TODAY = Request("a red heart", "blue", 64, 48, 20, 7.5, 7, "euler_a")
@@ -96,7 +104,9 @@ def test_pictures_of_today_stay_readable():
     assert parameters.write(REQUEST_OF_TODAY, "emoji", "fp32") == OF_TODAY
 
 
-@pytest.mark.parametrize("missing", [("num_images",), ("seed", "scheduler"), ("negative_prompt", "width", "height")])
+@pytest.mark.parametrize(
+    "missing", [("num_images",), ("seed", "scheduler"), ("negative_prompt", "width", "height")]
+)
 def test_what_an_older_picture_does_not_know_has_its_default(missing):
     carried = parameters.parse(changed(missing), "x.png")
     defaults = {name: getattr(Request("a"), name) for name in missing}
@@ -147,7 +157,8 @@ A1111 = """a cat, (masterpiece:1.2)
 in a hat
 Negative prompt: dog,
 ugly
-Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x768, Model hash: 6ce0161689"""
+Steps: 25, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 7, Seed: 965400086, Size: 512x768,\
+ Model hash: 6ce0161689"""
 
 
 def test_pictures_of_a1111():
@@ -186,7 +197,8 @@ def test_damaged_text(text):
 
 
 def test_no_negative_prompt_is_none():
-    """A1111 zeroes SDXL's conditioning where the negative prompt is empty (its modules/sd_models_xl.py); None does here."""
+    """A1111 zeroes SDXL's conditioning where the negative prompt is empty (its modules/sd_models_xl.py); None
+    does here."""
     line = "Steps: 1, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64"
     for text in (f"a\n{line}", f"a\nNegative prompt:\n{line}", f"a\nNegative prompt: \n{line}"):
         assert parameters.parse(text, "x.png").request["negative_prompt"] is None
@@ -202,7 +214,9 @@ def test_lines_below_the_settings():
         assert Request(**parameters.parse(text + more, "x.png").request) == request
 
 
-ORIGINAL = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  # A1111's own, modules/infotext_utils.py
+ORIGINAL = re.compile(
+    r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
+)  # A1111's own, modules/infotext_utils.py
 
 
 @pytest.mark.parametrize(
@@ -216,10 +230,14 @@ ORIGINAL = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')  
     ],
 )
 def test_settings_are_split_as_a1111_splits_them(line):
-    assert list(parameters._pairs(line)) == [(name.strip(), value.strip()) for name, value in ORIGINAL.findall(line)]
+    assert list(parameters._pairs(line)) == [
+        (name.strip(), value.strip()) for name, value in ORIGINAL.findall(line)
+    ]
 
 
-@pytest.mark.parametrize("unit", ["a", "a ", "a:", 'a:"', 'a:"\\",', ":", ",", "Steps: 1\n", "a: ", '"', "\\", "Steps: 1, a: x, "])
+@pytest.mark.parametrize(
+    "unit", ["a", "a ", "a:", 'a:"', 'a:"\\",', ":", ",", "Steps: 1\n", "a: ", '"', "\\", "Steps: 1, a: x, "]
+)
 def test_hostile_text_takes_no_time(unit):
     """A word of 60 kB took 15 s: every letter of it was tried as the beginning of a name."""
     import time
@@ -315,7 +333,11 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 def test_unreadable_pictures(tmp_path):
     (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n1234")
     Image.new("RGB", (8, 8)).save(tmp_path / "y.png")
-    for name, word in (("nothing.png", "does not exist"), ("x.png", "not a picture"), ("y.png", "carries no")):
+    for name, word in (
+        ("nothing.png", "does not exist"),
+        ("x.png", "not a picture"),
+        ("y.png", "carries no"),
+    ):
         with pytest.raises(TightfitError, match=word):
             parameters.read(tmp_path / name)
 
@@ -340,10 +362,16 @@ def test_many_at_once_never_replace_each_other(tmp_path, monkeypatch, links):
     from concurrent.futures import ThreadPoolExecutor
 
     if not links:
-        monkeypatch.setattr("os.link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported")))
+        monkeypatch.setattr(
+            "os.link", lambda *_: (_ for _ in ()).throw(OSError(95, "Operation not supported"))
+        )
     images = [Image.new("RGB", (1, 1), (i, 0, 0)) for i in range(24)]
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda image: save(image, tmp_path / "a.png", overwrite=False), images))
-    assert {path.name for path in paths} == {"a.png", *(f"a-{i}.png" for i in range(2, 25))} == {p.name for p in tmp_path.iterdir()}
+    assert (
+        {path.name for path in paths}
+        == {"a.png", *(f"a-{i}.png" for i in range(2, 25))}
+        == {p.name for p in tmp_path.iterdir()}
+    )
     for path, image in zip(paths, images, strict=True):
         assert Image.open(path).getpixel((0, 0)) == image.getpixel((0, 0))

@@ -1,4 +1,5 @@
-"""Out of memory at every stage and step: the run goes on with less, and paints the same picture; the budget is held."""
+"""Out of memory at every stage and step: the run goes on with less, and paints the same picture; the budget
+is held."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.run import Run
 
 STEPS = 3
-REQUEST = tightfit.Request("a cat", seed=1, num_inference_steps=STEPS, scheduler="euler_a", width=128, height=128)
+REQUEST = tightfit.Request(
+    "a cat", seed=1, num_inference_steps=STEPS, scheduler="euler_a", width=128, height=128
+)
 MIB = 2**20
 
 
@@ -32,7 +35,8 @@ def whole(tiny_models):
 
 
 def failing(monkeypatch, numbers, method="__call__"):
-    """The calls of sessions (or loads of components) with these numbers, from 0, run out of memory; answers how many there were."""
+    """The calls of sessions (or loads of components) with these numbers, from 0, run out of memory; answers
+    how many there were."""
     kind = TorchSession if method == "__call__" else TorchBackend
     count, original = [0], getattr(kind, method)
 
@@ -62,7 +66,8 @@ def test_at_every_call(tiny_models, whole, monkeypatch, family, number):
 
 
 def test_on_every_rung(tiny_models, whole, monkeypatch):
-    """Every call fails until the last rung: each plan takes less than the one before, and then it is said that none does."""
+    """Every call fails until the last rung: each plan takes less than the one before, and then it is said
+    that none does."""
     taken = []
     original = Run._take
     monkeypatch.setattr(Run, "_take", lambda self, plan: (taken.append(plan), original(self, plan))[1])
@@ -71,7 +76,9 @@ def test_on_every_rung(tiny_models, whole, monkeypatch):
             taken.clear()
             with monkeypatch.context() as patch:
                 count = failing(patch, range(first, 10_000))
-                with pytest.raises(OutOfMemoryError, match=f"out of memory to {stage} .injected., and no plan takes less"):
+                with pytest.raises(
+                    OutOfMemoryError, match=f"out of memory to {stage} .injected., and no plan takes less"
+                ):
                     pipe.generate(REQUEST)
             needs = [plan.predicted.stages[stage] for plan in taken]
             assert len(needs) > 2
@@ -99,7 +106,10 @@ def test_a_prediction_that_is_too_low(tiny_models, whole, monkeypatch):
     with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu") as pipe:
         best, *others = pipe.plans(REQUEST)
         tight = best.predicted.context_bytes + best.predicted.peak_bytes - 1
-        pipe._planned = pipe._planned[0], [dataclasses.replace(p, budget_bytes=tight) for p in (best, *others)]
+        pipe._planned = (
+            pipe._planned[0],
+            [dataclasses.replace(p, budget_bytes=tight) for p in (best, *others)],
+        )
         result = pipe.generate(REQUEST)
     assert result.plan.placements != best.placements
     assert result.peak_bytes <= best.predicted.peak_bytes
@@ -111,7 +121,9 @@ def test_a_prediction_that_is_too_low(tiny_models, whole, monkeypatch):
 @pytest.mark.parametrize("attention", ATTENTIONS)
 @pytest.mark.parametrize("cfg", CFG)
 @pytest.mark.parametrize("tiling", TILINGS)
-def test_every_combination_paints_the_same_and_takes_what_was_predicted(tiny_models, whole, residency, attention, cfg, tiling):
+def test_every_combination_paints_the_same_and_takes_what_was_predicted(
+    tiny_models, whole, residency, attention, cfg, tiling
+):
     choices = {"residency": residency, "attention": attention, "cfg": cfg, "tiling": tiling}
     with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu", **choices) as pipe:
         pipe.generate(REQUEST)
@@ -129,7 +141,9 @@ def test_what_streams_with_some_kept_takes_what_was_predicted(tiny_models, whole
         plans = {p.residency: p.predicted for p in pipe.plans(REQUEST)}
         least, most = plans["streamed"].peak_bytes, plans["staged"].stages["denoise"]
         budget = pipe.hardware.context_bytes + int((least + share * (most - least)) / 0.96)
-    with tightfit.load(str(tiny_models["sdxl"]), device="cpu", budget=budget, **choices, residency="streamed") as pipe:
+    with tightfit.load(
+        str(tiny_models["sdxl"]), device="cpu", budget=budget, **choices, residency="streamed"
+    ) as pipe:
         plan = next(p for p in pipe.plans(REQUEST) if p.placements["unet"].kept_bytes)
         pipe._planned = pipe._planned[0], [plan]
         result = pipe.generate(REQUEST)
@@ -153,7 +167,9 @@ def test_budgets_are_held(tiny_models, whole):
         assert result.peak_bytes <= needed
         assert psnr(result.images[0], whole["sdxl"]) > 75
     with pytest.raises(TightfitError, match="does not fit"):
-        tightfit.Pipeline(pipe.spec, pipe.hardware, Wishes(precision="fp32", budget=context + needs[0] - 1)).generate(REQUEST)
+        tightfit.Pipeline(
+            pipe.spec, pipe.hardware, Wishes(precision="fp32", budget=context + needs[0] - 1)
+        ).generate(REQUEST)
 
 
 def test_a_budget_as_text(sd1):
@@ -177,7 +193,11 @@ def test_no_room_for_previews(sd1, whole):
         least = min(pipe.plans(REQUEST), key=lambda p: p.predicted.peak_bytes)
         pipe._planned = (
             pipe._planned[0],
-            [dataclasses.replace(least, budget_bytes=least.predicted.context_bytes + least.predicted.peak_bytes)],
+            [
+                dataclasses.replace(
+                    least, budget_bytes=least.predicted.context_bytes + least.predicted.peak_bytes
+                )
+            ],
         )
         events = list(pipe.run(REQUEST, preview_every=1))
     result = events[-1].result
@@ -195,9 +215,25 @@ def test_every_run_is_measured_alike(tiny_models):
 
 ROOM = 160 * MIB  # beside the context
 CARDS = {
-    (7, 5): Hardware("cuda", "sm_75", 4 * GIB, 4 * GIB, ("fp16", "fp32"), (7, 5), context_bytes=274 * MIB, workspaces=(8_519_680,)),
+    (7, 5): Hardware(
+        "cuda",
+        "sm_75",
+        4 * GIB,
+        4 * GIB,
+        ("fp16", "fp32"),
+        (7, 5),
+        context_bytes=274 * MIB,
+        workspaces=(8_519_680,),
+    ),
     (9, 0): Hardware(
-        "cuda", "sm_90", 80 * GIB, 80 * GIB, ("fp16", "fp32"), (9, 0), context_bytes=500 * MIB, workspaces=(32 * MIB,)
+        "cuda",
+        "sm_90",
+        80 * GIB,
+        80 * GIB,
+        ("fp16", "fp32"),
+        (9, 0),
+        context_bytes=500 * MIB,
+        workspaces=(32 * MIB,),
     ),
 }
 
@@ -218,7 +254,9 @@ def test_cuda_budgets_can_be_held(tiny_models, capability, residency):
     assert best.fits
     assert best.placements["unet"].residency == residency
     more = best.predicted.peak_bytes - bare.predicted.peak_bytes
-    assert card.workspaces[0] - 20 * MIB <= more <= card.workspaces[0] + 20 * MIB  # a segment for less than 10 MiB takes 20
+    assert (
+        card.workspaces[0] - 20 * MIB <= more <= card.workspaces[0] + 20 * MIB
+    )  # a segment for less than 10 MiB takes 20
 
 
 @pytest.mark.gpu
@@ -231,6 +269,8 @@ def test_cuda_budgets_are_held(tiny_models, whole):
             result = pipe.generate(REQUEST)
         predicted = result.plan.predicted.peak_bytes
         assert result.peak_bytes <= ROOM
-        assert abs(result.peak_bytes - predicted) <= 0.05 * predicted + 20 * MIB, residency  # a segment of torch's allocator
+        assert abs(result.peak_bytes - predicted) <= 0.05 * predicted + 20 * MIB, (
+            residency
+        )  # a segment of torch's allocator
         assert psnr(result.images[0], whole["sd1"]) > 50
     assert torch.cuda.memory_reserved() < 64 * MIB

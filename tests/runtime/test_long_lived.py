@@ -30,7 +30,8 @@ CPU = Hardware("cpu", "a processor", 64 * GIB, 60 * GIB, ("fp32",), providers=()
 
 @pytest.fixture
 def traced(monkeypatch):
-    """The sizes of the latents, or None for text, of each call that is followed; nothing is remembered from before."""
+    """The sizes of the latents, or None for text, of each call that is followed; nothing is remembered from
+    before."""
     followed, trace = [], dryrun._trace
     dryrun._traces.clear()
 
@@ -43,7 +44,8 @@ def traced(monkeypatch):
 
 
 def test_each_new_size_leaves_nothing(monkeypatch, shallow_models):
-    """Objects of all kinds that are alive after 4 and after 10 sizes, when caches of a tenth of their length are full."""
+    """Objects of all kinds that are alive after 4 and after 10 sizes, when caches of a tenth of their length
+    are full."""
     wishes = Wishes(precision="fp32", attention="sdpa")
     monkeypatch.setattr(dryrun._traces, "_most", 8)
     monkeypatch.setattr(estimate.ESTIMATOR.costs, "_most", 2)
@@ -71,7 +73,9 @@ def test_what_is_named_as_enough_is_so_in_the_same_process(monkeypatch, sd1):
     """Which has grown by planning, and would be taken for others' memory when the next pipeline is made."""
     held = [450 * MIB]
     monkeypatch.setattr(process, "resident", lambda: held[0])
-    monkeypatch.setattr(planner, "plan", lambda *of, plan=planner.plan: (held.append(held.pop() + 70 * MIB), plan(*of))[1])
+    monkeypatch.setattr(
+        planner, "plan", lambda *of, plan=planner.plan: (held.append(held.pop() + 70 * MIB), plan(*of))[1]
+    )
     for _ in range(2):
         pipe = tightfit.load(str(sd1), device="cpu", budget="601MiB", precision="fp32")
         with pytest.raises(TightfitError, match="needs --ram") as refused:
@@ -101,7 +105,9 @@ def test_neither_budget_nor_option_can_be(sd1):
 def test_a_context_that_leaves_nothing_is_said(sd1):
     spec, request, wishes = inspect(sd1), Request("a").resolve(inspect(sd1)), Wishes(budget=500 * MIB)
     plans = plan(CPU, spec, request, wishes)
-    assert re.search(r"needs \S+ \w+ to \w+ beside the 600 MiB of the process, \d+ MiB too much", plans[0].reason)
+    assert re.search(
+        r"needs \S+ \w+ to \w+ beside the 600 MiB of the process, \d+ MiB too much", plans[0].reason
+    )
     with pytest.raises(TightfitError, match=r"the process alone takes \d+ MiB, and 64x64 needs --ram 6"):
         refuse_hopeless(CPU, spec, request, wishes)
 
@@ -146,7 +152,10 @@ def test_a_saved_plan_costs_one_way_of_running(sd1, traced):
 NO_MEMORY = [
     RuntimeError("could not create a primitive"),
     RuntimeError("could not create a memory object"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 9 bytes"
+    ),
     RuntimeError("std::bad_alloc"),
     MemoryError(),
     OSError(12, "Cannot allocate memory"),
@@ -195,10 +204,14 @@ def test_pictures_come_as_they_are_painted_where_there_is_room(sd1):
             events = list(pipe.run(request))
         made[residency] = [event.picture.tobytes() for event in events if event.picture]
         order = [event.stage for event in events[1:-1]]
-        assert order == (["denoise", "decode"] * 3 if residency == "resident" else ["denoise"] * 3 + ["decode"] * 3)
+        assert order == (
+            ["denoise", "decode"] * 3 if residency == "resident" else ["denoise"] * 3 + ["decode"] * 3
+        )
         result = events[-1].result
         assert result
         assert [image.tobytes() for image in result.images] == made[residency]
         for name in ("denoise", "decode"):
-            assert result.stages[name].peak_bytes == pytest.approx(result.plan.predicted.stages[name], rel=0.05)
+            assert result.stages[name].peak_bytes == pytest.approx(
+                result.plan.predicted.stages[name], rel=0.05
+            )
     assert made["resident"] == made["staged"]

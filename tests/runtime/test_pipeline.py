@@ -32,7 +32,10 @@ def references(tiny_models):
 
 @pytest.fixture(scope="module")
 def pipes(tiny_models):
-    made = {family: tightfit.load(str(folder), precision="fp32", device="cpu") for family, folder in tiny_models.items()}
+    made = {
+        family: tightfit.load(str(folder), precision="fp32", device="cpu")
+        for family, folder in tiny_models.items()
+    }
     yield made
     for pipe in made.values():
         pipe.close()
@@ -67,7 +70,8 @@ def test_a_negative_prompt_that_is_empty(references, pipes):
 
 @pytest.fixture
 def changed(tiny_models, tmp_path):
-    """Called with a family, a component and fields of its config: a copy of the tiny model with them; those of None left out."""
+    """Called with a family, a component and fields of its config: a copy of the tiny model with them; those
+    of None left out."""
 
     def change(family, component, fields):
         folder = shutil.copytree(tiny_models[family], tmp_path / "changed", dirs_exist_ok=True)
@@ -85,7 +89,11 @@ def test_vaes_with_a_mean_and_a_deviation_for_each_channel(changed, references, 
     import diffusers
     import torch
 
-    fields = {"latents_mean": [-1.65, 0.13, -0.66, 1.3], "latents_std": [8.47, 5.98, 7.98, 4.21], "scaling_factor": 0.5}
+    fields = {
+        "latents_mean": [-1.65, 0.13, -0.66, 1.3],
+        "latents_std": [8.47, 5.98, 7.98, 4.21],
+        "scaling_factor": 0.5,
+    }
     folder = changed(family, "vae", fields)
     theirs = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
@@ -106,22 +114,30 @@ def test_a_text_encoder_whose_class_the_index_alone_tells(changed, pipes):
 
 def test_the_width_of_texts_as_a_list(changed, pipes):
     width = pipes["sd1"].spec.unet["cross_attention_dim"]
-    folder = changed("sd1", "unet", {"cross_attention_dim": [width] * 4, "sample_size": None, "in_channels": None})
+    folder = changed(
+        "sd1", "unet", {"cross_attention_dim": [width] * 4, "sample_size": None, "in_channels": None}
+    )
     with tightfit.load(str(folder), precision="fp32", device="cpu") as pipe:
         options = {"seed": 3, "num_inference_steps": 2, "width": 64, "height": 64}
         assert pipe("a heart", **options).tobytes() == pipes["sd1"]("a heart", **options).tobytes()
 
 
-@pytest.mark.parametrize("config", [{}, {"steps_offset": 0, "clip_sample": True}, {"prediction_type": "v_prediction"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"steps_offset": 0, "clip_sample": True}, {"prediction_type": "v_prediction"}]
+)
 def test_schedulers_as_old_models_publish_them(sd1_copy, config):
     """StableDiffusionPipeline corrects steps_offset and clip_sample; so do we."""
     import torch
     from diffusers import StableDiffusionPipeline
 
     beta = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    (sd1_copy / "scheduler/scheduler_config.json").write_text(json.dumps({"_class_name": "DDIMScheduler", **beta, **config}))
+    (sd1_copy / "scheduler/scheduler_config.json").write_text(
+        json.dumps({"_class_name": "DDIMScheduler", **beta, **config})
+    )
     index = json.loads((sd1_copy / "model_index.json").read_text())
-    (sd1_copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", "DDIMScheduler"]}))
+    (sd1_copy / "model_index.json").write_text(
+        json.dumps(index | {"scheduler": ["diffusers", "DDIMScheduler"]})
+    )
     theirs = StableDiffusionPipeline.from_pretrained(sd1_copy, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     image = theirs("a cat", num_inference_steps=4, generator=torch.Generator().manual_seed(2)).images[0]
@@ -190,7 +206,9 @@ def test_several_pictures_are_those_of_the_following_seeds(pipes):
 def test_half_precisions_stay_close(pipes, tiny_models, family, precision):
     with tightfit.load(str(tiny_models[family]), precision=precision, device="cpu") as pipe:
         options = {"seed": 1, "num_inference_steps": 3, "scheduler": "euler"}
-        assert psnr(pipe("a cat", **options), pipes[family]("a cat", **options)) > (30 if precision == "bf16" else 40)
+        assert psnr(pipe("a cat", **options), pipes[family]("a cat", **options)) > (
+            30 if precision == "bf16" else 40
+        )
 
 
 def test_events(pipes):
@@ -208,12 +226,16 @@ def test_events(pipes):
     result = events[-1].result
     assert result.request == request.resolve(pipes["sd1"].spec)
     assert list(result.stages) == ["prepare", "encode", "denoise", "decode"]
-    assert all(stage.seconds > 0 and (stage.peak_bytes > 0 or name == "prepare") for name, stage in result.stages.items())
+    assert all(
+        stage.seconds > 0 and (stage.peak_bytes > 0 or name == "prepare")
+        for name, stage in result.stages.items()
+    )
 
 
 @pytest.mark.parametrize(("residency", "most"), [("staged", 1), ("streamed", 1), ("resident", 3)])
 def test_stages_are_freed(tiny_models, monkeypatch, residency, most):
-    """Staged and streamed: when a component is loaded, the weights of the one before are gone. Resident: all stay until close."""
+    """Staged and streamed: when a component is loaded, the weights of the one before are gone. Resident: all
+    stay until close."""
     import gc
     import weakref
 
@@ -274,7 +296,9 @@ def test_out_of_memory_on_every_rung_is_one_line(sd1, monkeypatch, place, text):
     with tightfit.load(str(sd1), device="cpu", precision="fp32") as pipe:
         pipe.plans(tightfit.Request("a cat", num_inference_steps=1))  # which runs on meta
         monkeypatch.setattr(f"tightfit.runtime.backends.{place}", fail)
-        with pytest.raises(TightfitError, match=r"out of memory to encode .*and no plan takes less") as caught:
+        with pytest.raises(
+            TightfitError, match=r"out of memory to encode .*and no plan takes less"
+        ) as caught:
             pipe("a cat", num_inference_steps=1)
     assert "\n" not in str(caught.value)
 
@@ -296,7 +320,9 @@ def test_guidance_distilled_models(sd1_copy):
 
     unet = UNet2DConditionModel.from_pretrained(sd1_copy / "unet")
     torch.manual_seed(0)
-    UNet2DConditionModel.from_config(dict(unet.config) | {"time_cond_proj_dim": 16}).save_pretrained(sd1_copy / "unet")
+    UNet2DConditionModel.from_config(dict(unet.config) | {"time_cond_proj_dim": 16}).save_pretrained(
+        sd1_copy / "unet"
+    )
     assert json.loads((sd1_copy / "unet/config.json").read_text())["time_cond_proj_dim"] == 16
     theirs = StableDiffusionPipeline.from_pretrained(sd1_copy, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
@@ -322,7 +348,9 @@ def test_unknown_options(pipes):
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_cuda_paints_the_same(pipes, tiny_models, family, precision, decibels):
     options = {"seed": 1, "num_inference_steps": 3, "scheduler": "euler_a"}
-    with tightfit.load(str(tiny_models[family]), precision=precision, device="cuda", residency="staged") as pipe:
+    with tightfit.load(
+        str(tiny_models[family]), precision=precision, device="cuda", residency="staged"
+    ) as pipe:
         result = pipe.generate(tightfit.Request("a cat", **options))
     assert psnr(result.images[0], pipes[family]("a cat", **options)) > decibels
     assert 0 < result.peak_bytes < 2**30
@@ -331,8 +359,11 @@ def test_cuda_paints_the_same(pipes, tiny_models, family, precision, decibels):
 @pytest.mark.parametrize("residency", ["resident", "staged"])
 @pytest.mark.parametrize("thrown", [False, True], ids=["raised", "thrown in"])
 def test_an_interrupt_while_decoding_keeps_the_pictures_that_are_painted(sd1, monkeypatch, residency, thrown):
-    """The second of four is being decoded, or has been handed over. With the U-Net loaded beside, no other is painted yet."""
-    request = tightfit.Request("a", num_images=4, seed=3, num_inference_steps=1, width=64, height=64, scheduler="euler")
+    """The second of four is being decoded, or has been handed over. With the U-Net loaded beside, no other is
+    painted yet."""
+    request = tightfit.Request(
+        "a", num_images=4, seed=3, num_inference_steps=1, width=64, height=64, scheduler="euler"
+    )
     decoded, calls = Run._decoded, []
 
     def interrupted(self, latents):

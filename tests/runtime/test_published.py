@@ -1,4 +1,5 @@
-"""Predictions are held against published runs on GPUs (benchmarks/published.toml), for full-size models without weights."""
+"""Predictions are held against published runs on GPUs (benchmarks/published.toml), for full-size models
+without weights."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ CUBLAS = 8_519_680  # bytes that it keeps for itself (hardware.workspaces_of)
 
 @pytest.fixture(scope="module")
 def full_models(tmp_path_factory):
-    """SD 1.5's and SDXL's folders with true configs and headers, in fp16; their weights are holes that take no disk."""
+    """SD 1.5's and SDXL's folders with true configs and headers, in fp16; their weights are holes that take
+    no disk."""
     from tightfit.export import folder, random_model
 
     def hollow(tensors, file, metadata):
@@ -65,8 +67,12 @@ def hardware(card: str) -> Hardware:
     data = DATA["cards"][card]
     name, capability = data["name"], tuple(data["capability"])
     rates = {precision: teraflops * 1e12 for precision, teraflops in data["tflops"].items()}
-    made = Hardware("cuda", name, 2**37, 2**37, ("fp16", "fp32"), capability, rates, data["bandwidth_gb_s"] * 1e9)
-    return replace(made, efficiency=card_class(name, capability)["efficiency"], operator_seconds=OPERATOR_SECONDS)
+    made = Hardware(
+        "cuda", name, 2**37, 2**37, ("fp16", "fp32"), capability, rates, data["bandwidth_gb_s"] * 1e9
+    )
+    return replace(
+        made, efficiency=card_class(name, capability)["efficiency"], operator_seconds=OPERATOR_SECONDS
+    )
 
 
 def footprint(spec, name, compute, size, machine, pictures=1):
@@ -79,7 +85,9 @@ def predicted_seconds(row, models) -> float:
     spec, machine = models[row["model"]], hardware(row["card"])
 
     def call(name: str) -> float:
-        return call_seconds(machine, *footprint(spec, name, row["compute"], row["size"], machine, row["pictures"]))
+        return call_seconds(
+            machine, *footprint(spec, name, row["compute"], row["size"], machine, row["pictures"])
+        )
 
     if "steps" not in row:
         return call("unet")
@@ -98,7 +106,11 @@ def predicted_bytes(row, spec) -> int:
     beside = [CUBLAS, itemsize * sum(row["beside"])]
     # "cpu" for what is alive; what reading takes is the host's
     return max(
-        peak("cpu", [*beside, *(c for n, p in parts.items() if n != name for c in p.held)], replace(own, loading=0))
+        peak(
+            "cpu",
+            [*beside, *(c for n, p in parts.items() if n != name for c in p.held)],
+            replace(own, loading=0),
+        )
         for name, own in parts.items()
     )
 
@@ -110,8 +122,8 @@ def label(row) -> str:
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_convolutions_copy_their_maps(precision, full_models):
-    """The largest of SD 1.5's decoder is behind its last upsampling, with 256 channels of input and of answer at 512x512. Quantised
-    layers unpack and then convolve."""
+    """The largest of SD 1.5's decoder is behind its last upsampling, with 256 channels of input and of answer
+    at 512x512. Quantised layers unpack and then convolve."""
     placement, spec = Placement("torch", precision, "fp16", "staged", "sdpa", "whole"), full_models["sd1"]
     own = dryrun.footprint(spec, spec.components["vae_decoder"], placement, hardware("a100"), (1, 512, 512))
     assert max(count for count, kind in own.trace.events if kind == MOMENT) == (256 + 256) * 512 * 512 * 2
@@ -125,7 +137,8 @@ def test_memory(row, as_diffusers):
 
 
 def test_seconds(as_diffusers):
-    """Each row within 35 %, and the middle of each class within 20 %; what is outside is so for the data's reason."""
+    """Each row within 35 %, and the middle of each class within 20 %; what is outside is so for the data's
+    reason."""
     classes: dict[str, list[float]] = {}
     wrong = []
     for row in DATA["seconds"]:
@@ -134,7 +147,9 @@ def test_seconds(as_diffusers):
             wrong.append(f"{label(row)}: {ratio:.2f}")
         if "outside" not in row:
             machine = hardware(row["card"])
-            classes.setdefault(f"{card_class(machine.name, machine.capability)['name']} {row['compute']}", []).append(ratio)
+            classes.setdefault(
+                f"{card_class(machine.name, machine.capability)['name']} {row['compute']}", []
+            ).append(ratio)
     assert not wrong
     middles = {name: median(ratios) for name, ratios in classes.items()}
     assert len(middles) >= 9
@@ -148,8 +163,8 @@ def test_reasons_are_told():
 
 
 def test_what_is_planned_for_a_gtx_1650(full_models):
-    """Published runs imply about 60 s in fp16, 20 steps at 3 s, and about 25 s in fp32: 1.5 steps/s of a GTX 1660 SUPER, which
-    has 1.69 times the rate, is 22.5 s, and the decoder's."""
+    """Published runs imply about 60 s in fp16, 20 steps at 3 s, and about 25 s in fp32: 1.5 steps/s of a GTX
+    1660 SUPER, which has 1.69 times the rate, is 22.5 s, and the decoder's."""
     spec, card = full_models["sd1"], profile("gtx-1650")
     request = Request("a", None, 512, 512, 20, scheduler="euler").resolve(spec)
     wishes = Wishes(backend="torch", attention="sdpa", tiling="whole", cfg="batched")
@@ -159,11 +174,15 @@ def test_what_is_planned_for_a_gtx_1650(full_models):
     assert {placement.compute for placement in best.placements.values()} == {"fp32"}
     assert all(each.placements["unet"].compute == "fp32" for each in plans if each.fits)
     assert best.predicted.seconds == pytest.approx(25, rel=0.35)
-    assert 20 * predicted_seconds(next(r for r in DATA["seconds"] if r["card"] == "gtx-1650"), full_models) > 2 * 25
+    assert (
+        20 * predicted_seconds(next(r for r in DATA["seconds"] if r["card"] == "gtx-1650"), full_models)
+        > 2 * 25
+    )
 
 
 def test_a_small_picture_fits_where_its_weights_stream(full_models):
-    """At 512x512 int4 takes the least memory, but its weights alone are too many for 600 MiB of a GTX 1650."""
+    """At 512x512 int4 takes the least memory, but its weights alone are too many for 600 MiB of a GTX
+    1650."""
     spec, wishes, card = full_models["sd1"], Wishes(budget="600MiB"), profile("gtx-1650")
     request = Request("a").resolve(spec)
     text = str(none_fits(plan(card, spec, request, wishes), card, spec, request, wishes))

@@ -31,7 +31,11 @@ def test_a_value_that_is_nothing_is_remembered_too():
 
 def test_it_goes_with_its_owner():
     kept, first, second = Recent(10), Owner(), Owner()
-    assert [kept.get("a", lambda n=n: n, owner) for n, owner in enumerate((first, second, first))] == [0, 1, 0]
+    assert [kept.get("a", lambda n=n: n, owner) for n, owner in enumerate((first, second, first))] == [
+        0,
+        1,
+        0,
+    ]
     assert kept.get("a", lambda: 3, first, second) == 3
     assert len(kept) == 3
     del first
@@ -54,12 +58,15 @@ def test_threads_that_ask_at_once_compute_once():
 
 
 def test_owners_that_die_in_other_threads():
-    """More keys than there is room for, and owners that go while others are asked for: never another's value."""
+    """More keys than there is room for, and owners that go while others are asked for: never another's
+    value."""
     kept = Recent(3)
 
     def ask(number: int) -> bool:
         owner = Owner()
-        asked = (kept.get(key, lambda key=key: (key, id(owner)), owner) == (key, id(owner)) for key in range(5))
+        asked = (
+            kept.get(key, lambda key=key: (key, id(owner)), owner) == (key, id(owner)) for key in range(5)
+        )
         return all([*asked, kept.get("shared", lambda: number) is not None])
 
     with ThreadPoolExecutor(8) as threads:

@@ -20,8 +20,16 @@ def spec(sd1):
 def test_resolves_to_total(tiny_models):
     for family, guidance, scheduler in (("sd1", 7.5, "own"), ("sd2", 7.5, "ddim"), ("sdxl", 5.0, "euler")):
         whole = Request("a heart").resolve(inspect(tiny_models[family]))
-        assert None not in {n: v for n, v in dataclasses.asdict(whole).items() if n != "negative_prompt"}.values()
-        assert (whole.guidance_scale, whole.scheduler, whole.width, whole.height) == (guidance, scheduler, 64, 64)
+        assert (
+            None
+            not in {n: v for n, v in dataclasses.asdict(whole).items() if n != "negative_prompt"}.values()
+        )
+        assert (whole.guidance_scale, whole.scheduler, whole.width, whole.height) == (
+            guidance,
+            scheduler,
+            64,
+            64,
+        )
         assert whole.resolve(inspect(tiny_models[family])) == whole
 
 

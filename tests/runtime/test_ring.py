@@ -32,7 +32,9 @@ def test_places_never_overlap():
             table[start : start + count] = [unit] * count
             for other in sizes:
                 if other in ring:
-                    assert table[ring.start(other) : ring.start(other) + sizes[other]] == [other] * sizes[other]
+                    assert (
+                        table[ring.start(other) : ring.start(other) + sizes[other]] == [other] * sizes[other]
+                    )
 
 
 def test_what_comes_next_stops_where_room_ends():
@@ -58,8 +60,8 @@ def footprint(sizes, ring):
         ((10, 10, 10), (1, 1, 1), 20, 30),
         # The computing is.
         ((10, 10, 10), (100, 100, 100), 20, 300),
-        # Heavy to compute and light to copy, then the other way: with one unit ahead the bus would idle while the first computes.
-        # The buffer holds both that follow.
+        # Heavy to compute and light to copy, then the other way: with one unit ahead the bus would idle while
+        # the first computes. The buffer holds both that follow.
         ((1, 10, 9), (30, 1, 1), 20, 32),
         # All of it fits: nothing is copied twice.
         ((5, 5, 5), (1, 1, 1), 20, 3),

@@ -1,4 +1,5 @@
-"""Pipelines in threads: the pictures are those made alone, one run at a time; what is loaded gives way to what runs."""
+"""Pipelines in threads: the pictures are those made alone, one run at a time; what is loaded gives way to
+what runs."""
 
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.planner.wishes import Wishes
 
-REQUESTS = [tightfit.Request("a cat", seed=seed, num_inference_steps=2, width=64, height=64) for seed in range(3)]
+REQUESTS = [
+    tightfit.Request("a cat", seed=seed, num_inference_steps=2, width=64, height=64) for seed in range(3)
+]
 STAGES = ["prepare", "encode", "denoise", "decode"]
 
 
@@ -28,7 +31,9 @@ def pipeline(folder, residency: str = "resident", **options) -> tightfit.Pipelin
     here = Hardware.detect("cpu")
     if room_bytes := options.pop("room_bytes", None):
         here = dataclasses.replace(here, free_bytes=here.context_bytes + room_bytes)
-    return tightfit.Pipeline(inspect(str(folder)), here, Wishes(precision="fp32", residency=residency), **options)
+    return tightfit.Pipeline(
+        inspect(str(folder)), here, Wishes(precision="fp32", residency=residency), **options
+    )
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,9 @@ def test_a_second_run_in_one_thread_is_refused(tiny_models, alone):
         events = one.run(REQUESTS[0])
         next(events)
         for pipe, whose in ((one, "this pipeline"), (other, "another pipeline of this thread")):
-            with pytest.raises(TightfitError, match=f"^{whose} is painting already: finish or close that run first$"):
+            with pytest.raises(
+                TightfitError, match=f"^{whose} is painting already: finish or close that run first$"
+            ):
                 painted(pipe)
         assert [event.result for event in events][-1].images[0].tobytes() == alone["sd1"][0]
         assert painted(other) == alone["sdxl"]
@@ -121,7 +128,11 @@ def test_a_run_that_threads_advance_in_turns(sd1, alone):
 
 def test_closing_lets_the_next_one_run(tiny_models, alone):
     """A run that was left in the middle ends with its pipeline, and touches nothing of the next run."""
-    with pipeline(tiny_models["sd1"]) as one, pipeline(tiny_models["sdxl"]) as other, ThreadPoolExecutor(1) as threads:
+    with (
+        pipeline(tiny_models["sd1"]) as one,
+        pipeline(tiny_models["sdxl"]) as other,
+        ThreadPoolExecutor(1) as threads,
+    ):
         left = one.run(REQUESTS[0])
         next(left), next(left)
         waiting = threads.submit(painted, other)
@@ -157,7 +168,8 @@ def test_closed_by_another_thread_between_two_events(sd1):
 
 
 def test_what_is_loaded_gives_way(tiny_models, alone):
-    """Where two models fit one at a time, what stays loaded of the first is freed for the second; else both stay."""
+    """Where two models fit one at a time, what stays loaded of the first is freed for the second; else both
+    stay."""
     with pipeline(tiny_models["sdxl"]) as probe:
         peak_bytes = probe.plans(REQUESTS[0])[0].predicted.peak_bytes
     for factor, stays in ((1.05, False), (3, True)):
@@ -173,12 +185,17 @@ def test_what_is_loaded_gives_way(tiny_models, alone):
 
 
 def test_each_run_sets_its_own_limit(tiny_models, monkeypatch):
-    """torch's allocator has one cap for the process: a pipeline's second run has its own again, though it has not changed."""
+    """torch's allocator has one cap for the process: a pipeline's second run has its own again, though it has
+    not changed."""
     limits, limit = [], CountingMeter.limit
-    monkeypatch.setattr(CountingMeter, "limit", lambda self, count: limits.append(count) or limit(self, count))
+    monkeypatch.setattr(
+        CountingMeter, "limit", lambda self, count: limits.append(count) or limit(self, count)
+    )
     mib = 2**20
     rooms = {"sd1": 900 * mib, "sdxl": 1100 * mib}
-    pipes = {family: pipeline(tiny_models[family], "staged", room_bytes=room) for family, room in rooms.items()}
+    pipes = {
+        family: pipeline(tiny_models[family], "staged", room_bytes=room) for family, room in rooms.items()
+    }
     with pipes["sd1"] as one, pipes["sdxl"] as other:
         for pipe, room in ((one, 900 * mib), (other, 1100 * mib), (one, 900 * mib)):
             pipe.generate(REQUESTS[0])
@@ -197,7 +214,9 @@ def test_networks_that_another_request_has_no_use_for(sd1):
     """They are freed when a plan comes that does not know them."""
     with pipeline(sd1) as pipe:
         result = pipe.generate(REQUESTS[0])
-        fewer = {name: placement for name, placement in result.plan.placements.items() if name != "text_encoder"}
+        fewer = {
+            name: placement for name, placement in result.plan.placements.items() if name != "text_encoder"
+        }
         assert "text_encoder" in pipe.loaded.sessions
         pipe.loaded.take(dataclasses.replace(result.plan, placements=fewer))
         assert pipe.loaded.sessions.keys() == fewer.keys()

@@ -1,4 +1,5 @@
-"""The ONNX Runtime engine: graphs as `tightfit export --to onnx` and Optimum write them, on the provider that detection found."""
+"""The ONNX Runtime engine: graphs as `tightfit export --to onnx` and Optimum write them, on the provider that
+detection found."""
 
 from __future__ import annotations
 
@@ -31,7 +32,17 @@ from .meters import DeviceMeter, ProcessMeter
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
 # Operators whose place matters; ONNX Runtime keeps what only computes shapes on the CPU, and means to.
-_HEAVY = {"Conv", "MatMul", "Gemm", "Attention", "MultiHeadAttention", "LayerNormalization", "DequantizeLinear", "Resize", "Gelu"}
+_HEAVY = {
+    "Conv",
+    "MatMul",
+    "Gemm",
+    "Attention",
+    "MultiHeadAttention",
+    "LayerNormalization",
+    "DequantizeLinear",
+    "Resize",
+    "Gelu",
+}
 
 
 @dataclass(frozen=True)
@@ -58,7 +69,9 @@ class _Case:
         """An input that the graph takes in one shape only, if this size asks for another."""
         shapes = input_shapes(self.spec, self.component, self.size)
         for (name, shape), (_, sides) in zip(shapes, self.graph.inputs.values(), strict=True):
-            if any(isinstance(side, int) and side != wanted for side, wanted in zip(sides, shape, strict=False)):
+            if any(
+                isinstance(side, int) and side != wanted for side, wanted in zip(sides, shape, strict=False)
+            ):
                 return f"{name} of {list(sides)} only, not of {list(shape)}"
         return None
 
@@ -77,8 +90,15 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: f"ONNX Runtime has no {case.placement.provider} here, but {case.providers}",
     ),
     Rule(
-        lambda case: case.placement.provider == CUDA_PROVIDER and case.placement.compute == "fp16" and case.hardware.half_is_broken,
-        lambda case: f"fp16 convolutions answer NaN on {case.hardware.name}: export the model in fp32, or choose --provider cpu",
+        lambda case: (
+            case.placement.provider == CUDA_PROVIDER
+            and case.placement.compute == "fp16"
+            and case.hardware.half_is_broken
+        ),
+        lambda case: (
+            f"fp16 convolutions answer NaN on {case.hardware.name}: "
+            "export the model in fp32, or choose --provider cpu"
+        ),
     ),
     Rule(
         lambda case: case.placement.residency == "streamed",
@@ -101,7 +121,10 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
     ),
     Rule(
         lambda case: case.other_shape,
-        lambda case: f"{case.graph.file} takes {case.other_shape}: ask for what it was made for, or export the model again",
+        lambda case: (
+            f"{case.graph.file} takes {case.other_shape}: "
+            "ask for what it was made for, or export the model again"
+        ),
     ),
     Rule(lambda case: case.call_problem, lambda case: case.call_problem or ""),
 )
@@ -111,11 +134,17 @@ class OnnxBackend:
     def __init__(self, device: str) -> None:
         self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
         self._sessions: weakref.WeakValueDictionary[str, OnnxSession] = weakref.WeakValueDictionary()
-        self._host = self.meter if device == "cpu" else ProcessMeter()  # of what runs beside the GPU, which has no limit of its own
+        self._host = (
+            self.meter if device == "cpu" else ProcessMeter()
+        )  # of what runs beside the GPU, which has no limit of its own
 
     @staticmethod
     def refuses(
-        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+        spec: ModelSpec,
+        component: Component,
+        placement: Placement,
+        hardware: Hardware,
+        size: tuple[int, int, int],
     ) -> str | None:
         """Why this engine cannot run a component so on that hardware for that size, or None if it can."""
         return first_broken(_REFUSALS, _Case(spec, component, placement, hardware, size))
@@ -129,7 +158,8 @@ class OnnxBackend:
         wanted = {names.names.get(name, name) for name in spec.inputs(component, 1, *spec.some_size)}
         if given != wanted:
             raise TightfitError(
-                f"{file} has the inputs {', '.join(sorted(given))}, its config wants {', '.join(sorted(wanted))}: "
+                f"{file} has the inputs {', '.join(sorted(given))}, "
+                f"its config wants {', '.join(sorted(wanted))}: "
                 "files of different models were mixed; copy or export the model again"
             )
         check_types(component.graph)
@@ -139,10 +169,14 @@ class OnnxBackend:
 
     @staticmethod
     def footprint(
-        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+        spec: ModelSpec,
+        component: Component,
+        placement: Placement,
+        hardware: Hardware,
+        size: tuple[int, int, int],
     ) -> Footprint:
-        """Weights as the provider holds them, and one call of the graph by onnx_trace.py, in ONNX Runtime's arena. Nothing, of
-        what is refused."""
+        """Weights as the provider holds them, and one call of the graph by onnx_trace.py, in ONNX Runtime's
+        arena. Nothing, of what is refused."""
         assert component.graph is not None
         on_cpu = placement.provider == CPU_PROVIDER
         call = call_of(component.graph, on_cpu, input_shapes(spec, component, size))
@@ -153,7 +187,8 @@ class OnnxBackend:
         return whole
 
     def load(self, spec: ModelSpec, component: Component, placement: Placement) -> OnnxSession:  # noqa: ARG002
-        """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be run."""
+        """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be
+        run."""
         assert component.graph is not None
         meter = self._host if placement.provider == CPU_PROVIDER else self.meter
         session = OnnxSession(component.graph, placement.provider, meter, component.network.graph)
@@ -164,7 +199,8 @@ class OnnxBackend:
         """Nothing is kept."""
 
     def trim(self, peak_bytes: int) -> tuple[str, ...]:
-        """Close every session where they hold more together: an arena that a larger picture has grown gives nothing back."""
+        """Close every session where they hold more together: an arena that a larger picture has grown gives
+        nothing back."""
         if self.meter.held() <= peak_bytes:
             return ()
         crowded = dict(self._sessions)
@@ -188,7 +224,9 @@ class OnnxSession:
         source: Any = str(graph.file)
         if rewritten := for_runtime(graph):
             source, folder = rewritten
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+            options.add_session_config_entry(
+                "session.model_external_initializers_file_folder_path", str(folder)
+            )
         chosen: list[Any] = [(provider, provider_options(provider, meter.room()))]
         if provider != CPU_PROVIDER:
             chosen.append(CPU_PROVIDER)
@@ -198,8 +236,14 @@ class OnnxSession:
             self.session = onnxruntime.InferenceSession(source, options, providers=chosen, enable_fallback=0)
         if provider not in self.session.get_providers():
             self.session = None
-            raise TightfitError(f"ONNX Runtime cannot load {provider} here: {_cure(provider)}, or choose another provider")
-        self.notices = elsewhere(self.session.get_provider_graph_assignment_info(), provider, graph) if len(chosen) > 1 else ()
+            raise TightfitError(
+                f"ONNX Runtime cannot load {provider} here: {_cure(provider)}, or choose another provider"
+            )
+        self.notices = (
+            elsewhere(self.session.get_provider_graph_assignment_info(), provider, graph)
+            if len(chosen) > 1
+            else ()
+        )
         self.inputs = graph.inputs
         self.outputs = answers(graph, names)
         self._sent: dict[str, tuple[np.ndarray, Any]] = {}
@@ -226,8 +270,11 @@ class OnnxSession:
             outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
         return tuple(np.asarray(out, np.float32) for out in outs)
 
-    def _on_device(self, given: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
-        """On CUDA: inputs stay there as long as the caller passes the same array; answers are made there, in their own memory."""
+    def _on_device(
+        self, given: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
+        """On CUDA: inputs stay there as long as the caller passes the same array; answers are made there, in
+        their own memory."""
         binding = self.session.io_binding()
         for array, (name, feed) in zip(given.values(), feeds.items(), strict=True):
             kept, there = self._sent.get(name, (None, None))
@@ -258,22 +305,29 @@ def _cure(provider: str) -> str:
 
 
 def elsewhere(assigned: Iterable[Any], provider: str, graph: Graph) -> tuple[str, ...]:
-    """In one line, the operators of a graph that its provider has no kernels for, so that they run on the CPU."""
+    """In one line, the operators of a graph that its provider has no kernels for, so that they run on the
+    CPU."""
     nodes = (node for part in assigned if part.ep_name != provider for node in part.get_nodes())
     kinds = Counter(node.op_type for node in nodes if node.op_type.removeprefix("Fused") in _HEAVY)
     if not kinds:
         return ()
     most = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(3))
-    return (f"{kinds.total()} operators of the {graph.file.parent.name} run on the CPU, as {provider} has none for them: {most}",)
+    return (
+        f"{kinds.total()} operators of the {graph.file.parent.name} run on the CPU, "
+        f"as {provider} has none for them: {most}",
+    )
 
 
 def session_options() -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors are raised, and explained
-    # Buffers are made for each answer and given back after its last use. With ONNX Runtime's own reuse one of a weight's shape is
-    # kept from the first layer of that shape to the last: 800 MB instead of 303 for SD 1.5's U-Net in int4 at 512.
+    # Buffers are made for each answer and given back after its last use. With ONNX Runtime's own reuse one of
+    # a weight's shape is kept from the first layer of that shape to the last: 800 MB instead of 303 for SD
+    # 1.5's U-Net in int4 at 512.
     options.enable_mem_reuse = options.enable_mem_pattern = False
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # other engines' threads want the cores between calls
+    options.add_session_config_entry(
+        "session.force_spinning_stop", "1"
+    )  # other engines' threads want the cores between calls
     return options
 
 
@@ -281,12 +335,18 @@ def provider_options(provider: str, room: int | None) -> dict[str, str]:
     """What keeps a provider to `room` bytes, or as many as it wants if that is None."""
     if provider != CUDA_PROVIDER:
         return {}
-    options = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested", "cudnn_conv_algo_search": "HEURISTIC"}
+    options = {
+        "device_id": "0",
+        "arena_extend_strategy": "kSameAsRequested",
+        "cudnn_conv_algo_search": "HEURISTIC",
+    }
     options |= {"cudnn_conv_use_max_workspace": "0", "use_tf32": "0"}  # fp32 is to be exact
     return options if room is None else options | {"gpu_mem_limit": str(room)}
 
 
-_NO_MEMORY = "out of ?memory|OutOfMemory|Failed to allocate memory|smaller than requested bytes|bad_alloc|ALLOC_FAILED"
+_NO_MEMORY = (
+    "out of ?memory|OutOfMemory|Failed to allocate memory|smaller than requested bytes|bad_alloc|ALLOC_FAILED"
+)
 
 
 @contextmanager

@@ -1,4 +1,5 @@
-"""How a graph is called: the names of what goes in and comes out, and the graph that ONNX Runtime is given."""
+"""How a graph is called: the names of what goes in and comes out, and the graph that ONNX Runtime is
+given."""
 
 from __future__ import annotations
 
@@ -52,7 +53,8 @@ def newest_opset() -> int:
 
 
 def _rewritten(model: Any) -> Any:
-    """A copy with what ONNX Runtime runs in less memory: attention that keeps no scores, in place of the operator that does."""
+    """A copy with what ONNX Runtime runs in less memory: attention that keeps no scores, in place of the
+    operator that does."""
     from onnx import helper
 
     copy = type(model)()
@@ -91,10 +93,13 @@ def runtime_model(graph: Graph) -> Any:
 
 
 def for_runtime(graph: Graph) -> tuple[bytes, Path] | None:
-    """The graph to be run and the folder of its weights, if they are not as the file has them. Of linked weights, as in the hub's
-    cache, it is the place that they are in, as ONNX Runtime follows no links out of the folder it is given."""
+    """The graph to be run and the folder of its weights, if they are not as the file has them. Of linked
+    weights, as in the hub's cache, it is the place that they are in, as ONNX Runtime follows no links out of
+    the folder it is given."""
     model, folder = runtime_model(graph), graph.file.parent
-    linked = {name: tensor.file.resolve() for name, tensor in graph.tensors.items() if tensor.file.is_symlink()}
+    linked = {
+        name: tensor.file.resolve() for name, tensor in graph.tensors.items() if tensor.file.is_symlink()
+    }
     linked = {name: file for name, file in linked.items() if graph.tensors[name].file != graph.file}
     if linked:
         copy = type(model)()
@@ -110,26 +115,35 @@ Inputs = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def check_types(graph: Graph) -> None:
-    """Raise TightfitError for inputs and answers that are no tensors of numbers, or of another kind than they mean."""
+    """Raise TightfitError for inputs and answers that are no tensors of numbers, or of another kind than they
+    mean."""
     for name, (kind, _) in (graph.inputs | graph.outputs).items():
         known = {"input_ids": _WHOLE, "timestep": _WHOLE | _REAL, "time_ids": _WHOLE | _REAL}.get(name, _REAL)
         if kind not in known and (name in graph.inputs or name in _ANSWERS):
-            kinds = {value: key.lower() for key, value in onnx.TensorProto.DataType.items()} | {0: "no tensor"}
+            kinds = {value: key.lower() for key, value in onnx.TensorProto.DataType.items()} | {
+                0: "no tensor"
+            }
             raise TightfitError(f"{graph.file} has {name} as {kinds.get(kind, kind)}: export the model again")
 
 
 def even_step(spec: ModelSpec, component: Component) -> int:
-    """Pixels of which each side of a picture is a multiple where the U-Net's latents halve evenly at each of its levels."""
+    """Pixels of which each side of a picture is a multiple where the U-Net's latents halve evenly at each of
+    its levels."""
     return spec.downsampling * 2 ** max(0, len(component.config.get("block_out_channels") or ()) - 1)
 
 
 def halves_evenly(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> bool:
-    return component.role is not Role.DENOISER or not any(side % even_step(spec, component) for side in size[1:])
+    return component.role is not Role.DENOISER or not any(
+        side % even_step(spec, component) for side in size[1:]
+    )
 
 
 def input_shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> Inputs:
-    """Shapes of the graph's inputs, by their names there, for a batch and the picture's height and width in pixels."""
+    """Shapes of the graph's inputs, by their names there, for a batch and the picture's height and width in
+    pixels."""
     assert component.graph is not None
     names = component.network.graph.names
     wanted = {names.get(name, name): shape for name, shape in spec.inputs(component, *size).items()}
-    return tuple((name, wanted[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items())
+    return tuple(
+        (name, wanted[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items()
+    )

@@ -1,9 +1,10 @@
-"""One call of an ONNX graph without a tensor: shapes resolved for given inputs, every value that comes and goes, every operator.
+"""One call of an ONNX graph without a tensor: shapes resolved for given inputs, every value that comes and
+goes, every operator.
 
-Shapes come from onnx's own inference, a node at a time, with the small whole numbers that they depend on computed beside it, by the
-few operators that shapes are computed with. Nothing else is executed: a graph may be made to do harm.
-Buffers come and go as in ONNX Runtime's sequential executor without its reuse (see onnx.py): an answer is allocated when its
-operator runs, and freed after its last use.
+Shapes come from onnx's own inference, a node at a time, with the small whole numbers that they depend on
+computed beside it, by the few operators that shapes are computed with. Nothing else is executed: a graph may
+be made to do harm. Buffers come and go as in ONNX Runtime's sequential executor without its reuse (see
+onnx.py): an answer is allocated when its operator runs, and freed after its last use.
 """
 
 from __future__ import annotations
@@ -24,11 +25,16 @@ from ...models.graph import MOST_SIDES
 Shape = tuple[int, ...]
 _MOST = 4096  # values of a constant that is computed with
 _MOST_OF_ALL = 2**20  # of all of them; SD 1.5's U-Net has 2,000
-_MOST_CONSTANT = 2**26  # values that a graph may make of nothing, and nobody computes here; a text's mask has 77 x 77
+_MOST_CONSTANT = (
+    2**26
+)  # values that a graph may make of nothing, and nobody computes here; a text's mask has 77 x 77
 _NUMBERS = "biuf"  # numpy's kinds: bool, signed and unsigned whole numbers, floating point
 _BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
-_SAME = {"GroupNormalization", "MultiHeadAttention"}  # answer in their first input's shape; onnx 1.23 does not infer it
+_SAME = {
+    "GroupNormalization",
+    "MultiHeadAttention",
+}  # answer in their first input's shape; onnx 1.23 does not infer it
 
 
 class Shapes:
@@ -71,7 +77,8 @@ class Shapes:
         self.kinds[name], self.shapes[name] = kind, shape
 
     def _keep(self, name: str, value: np.ndarray) -> bool:
-        """A value to compute with, if it is of numbers of a fixed size: texts are Python's, whose numbers grow without an end."""
+        """A value to compute with, if it is of numbers of a fixed size: texts are Python's, whose numbers
+        grow without an end."""
         if kept := value.dtype.kind in _NUMBERS:
             self.values[name] = value
         return kept
@@ -93,18 +100,26 @@ class Shapes:
         if node.op_type in _BRANCHES:
             raise TightfitError(f"it has {node.op_type}, whose graphs are not followed")
         if node.op_type == "Split" and attribute(node, "num_outputs", len(node.output)) != len(node.output):
-            raise TightfitError(f"Split has {len(node.output)} answers, not num_outputs")  # onnx makes a list of num_outputs
+            raise TightfitError(
+                f"Split has {len(node.output)} answers, not num_outputs"
+            )  # onnx makes a list of num_outputs
         if all(name in self.values for name in ins) and self._compute(node):
             self._constant.update(node.output if self._constant.issuperset(ins) else ())
             return
         schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
         types = {name: helper.make_tensor_type_proto(self.kinds[name], self.shapes[name]) for name in ins}
         data = {name: numpy_helper.from_array(self.values[name]) for name in ins if name in self.values}
-        found = shape_inference.infer_node_outputs(schema, node, types, data, opset_imports=self.opsets, ir_version=self._ir)
+        found = shape_inference.infer_node_outputs(
+            schema, node, types, data, opset_imports=self.opsets, ir_version=self._ir
+        )
         for name, kind in found.items():
             sides = kind.tensor_type.shape.dim
-            if not kind.tensor_type.HasField("shape") or not all(side.HasField("dim_value") for side in sides):
-                raise TightfitError(f"the shape of {name}, made by {node.op_type}, cannot be told before it runs")
+            if not kind.tensor_type.HasField("shape") or not all(
+                side.HasField("dim_value") for side in sides
+            ):
+                raise TightfitError(
+                    f"the shape of {name}, made by {node.op_type}, cannot be told before it runs"
+                )
             self._know(name, kind.tensor_type.elem_type, tuple(side.dim_value for side in sides))
         if self._constant.issuperset(ins):
             self._constant.update(found)
@@ -112,15 +127,23 @@ class Shapes:
                 raise TightfitError(f"{node.op_type} would make {self.count(large)} values of constants")
 
     def _shape(self, node: Any) -> None:
-        value = np.array(self.shapes[node.input[0]], np.int64)[attribute(node, "start", 0) : attribute(node, "end")]
+        value = np.array(self.shapes[node.input[0]], np.int64)[
+            attribute(node, "start", 0) : attribute(node, "end")
+        ]
         self._know(node.output[0], onnx.TensorProto.INT64, value.shape)
         self.values[node.output[0]] = value
 
     def _compute(self, node: Any) -> bool:
-        """Of small values, by the operators that shapes are computed with; False if it is another, or would make many."""
+        """Of small values, by the operators that shapes are computed with; False if it is another, or would
+        make many."""
         given = [self.values[name] if name else None for name in node.input]
         compute, size = VALUES.get(node.op_type), sum(value.size for value in given if value is not None)
-        if node.domain not in ("", "ai.onnx") or compute is None or size > min(_MOST, self._room) or len(node.output) != 1:
+        if (
+            node.domain not in ("", "ai.onnx")
+            or compute is None
+            or size > min(_MOST, self._room)
+            or len(node.output) != 1
+        ):
             return False
         with np.errstate(all="raise"):  # dividing by zero, and what no whole number holds
             out = compute(node, *given)
@@ -139,7 +162,10 @@ def _array(tensor: Any) -> np.ndarray:
 def _constant(given: Any) -> np.ndarray:
     if given.name == "value":
         return _array(given.t)
-    return np.array(helper.get_attribute_value(given), {"value_int": np.int64, "value_ints": np.int64}.get(given.name, np.float32))
+    return np.array(
+        helper.get_attribute_value(given),
+        {"value_int": np.int64, "value_ints": np.int64}.get(given.name, np.float32),
+    )
 
 
 def _itemsize(kind: int) -> int:
@@ -168,7 +194,9 @@ def _slice(node: Any, x: np.ndarray, *given: np.ndarray | None) -> np.ndarray:
         bounds = [*(attribute(node, name) for name in ("starts", "ends", "axes")), None]
     starts, ends, axes, steps = bounds
     chosen = [slice(None)] * x.ndim
-    for axis, start, end, step in zip(axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True):
+    for axis, start, end, step in zip(
+        axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True
+    ):
         whole = step < 0 and end < -x.shape[axis]  # backwards, the first one too
         chosen[axis] = slice(start, None if whole else end, step)
     return x[tuple(chosen)]
@@ -176,7 +204,11 @@ def _slice(node: Any, x: np.ndarray, *given: np.ndarray | None) -> np.ndarray:
 
 def _range(_: Any, start: np.ndarray, limit: np.ndarray, step: np.ndarray) -> np.ndarray | None:
     count = np.ceil((float(limit.item()) - float(start.item())) / float(step.item()))
-    return start.item() + np.arange(max(0, int(count)), dtype=start.dtype) * step.astype(start.dtype) if count <= _MOST else None
+    return (
+        start.item() + np.arange(max(0, int(count)), dtype=start.dtype) * step.astype(start.dtype)
+        if count <= _MOST
+        else None
+    )
 
 
 def _filled(node: Any, shape: np.ndarray) -> np.ndarray | None:
@@ -212,7 +244,8 @@ def _modulo(node: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     return _each(np.fmod if attribute(node, "fmod", 0) else np.mod)(node, a, b)
 
 
-# The operators that are executed here: those that shapes are computed with. None answers more than _MOST values: it is None then.
+# The operators that are executed here: those that shapes are computed with. None answers more than _MOST
+# values: it is None then.
 VALUES: dict[str, Callable[..., np.ndarray | None]] = {
     "Gather": _gather,
     "Slice": _slice,
@@ -268,8 +301,8 @@ def trace(
     own: Callable[[Any, Shapes], Steps] = lambda _, __: together(),
     wide: bool = False,
 ) -> Trace:
-    """One call. `own` says which buffers an operator makes (slot, bytes) and gives back (slot, END), and when its answers are made
-    (OUT, 0); `wide` as in Shapes."""
+    """One call. `own` says which buffers an operator makes (slot, bytes) and gives back (slot, END), and when
+    its answers are made (OUT, 0); `wide` as in Shapes."""
     return trace_of(Shapes(model, inputs, wide), own)
 
 

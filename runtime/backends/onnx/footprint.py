@@ -20,7 +20,8 @@ from . import dryrun as onnx_trace
 from .call import Inputs, answers, even_step, halves_evenly, input_shapes, once, runtime_model
 
 _PACKED = {"Conv", "MatMul", "Gemm"}
-# Bytes that ONNX Runtime takes on a CPU for itself, and a session for an operator of its graph, as measured on SD 1.5.
+# Bytes that ONNX Runtime takes on a CPU for itself, and a session for an operator of its graph, as measured
+# on SD 1.5.
 _SESSION, PER_NODE_BYTES = 20 * 2**20, 10_000
 
 
@@ -33,7 +34,8 @@ class _Call:
 
 
 def call_footprint(graph: Graph, on_cpu: bool, shapes: Inputs) -> Footprint:
-    """What a graph takes when it is called with inputs of these shapes, by their names. Raises TightfitError if it cannot be."""
+    """What a graph takes when it is called with inputs of these shapes, by their names. Raises TightfitError
+    if it cannot be."""
     call = call_of(graph, on_cpu, shapes)
     if isinstance(call, str):
         raise TightfitError(f"{graph.file} is no graph that can be followed ({call}): export the model again")
@@ -65,13 +67,20 @@ def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]])
     held.append(arena.peak)
     replay(arena, call.events, ())
     taken = arena.peak - held[-1]
-    trace = Trace(((1, taken), (2, _SESSION)), (), call.operations)  # the process takes the latter once, for all sessions
-    footprint = Footprint(tuple(held), _SESSION + loading_bytes(graph) if on_cpu else 0, trace, (), kept=taken)
+    trace = Trace(
+        ((1, taken), (2, _SESSION)), (), call.operations
+    )  # the process takes the latter once, for all sessions
+    footprint = Footprint(
+        tuple(held), _SESSION + loading_bytes(graph) if on_cpu else 0, trace, (), kept=taken
+    )
     return _Call(footprint, {value.name: shapes.shapes[value.name] for value in graph.model.graph.output})
 
 
-def call_problem(spec: ModelSpec, component: Component, on_cpu: bool, size: tuple[int, int, int]) -> str | None:
-    """Why a graph cannot be called for a batch and the picture's height and width in pixels, or None if it can."""
+def call_problem(
+    spec: ModelSpec, component: Component, on_cpu: bool, size: tuple[int, int, int]
+) -> str | None:
+    """Why a graph cannot be called for a batch and the picture's height and width in pixels, or None if it
+    can."""
     graph, inputs = component.graph, input_shapes(spec, component, size)
     assert graph is not None
     call = call_of(graph, on_cpu, inputs)
@@ -81,13 +90,15 @@ def call_problem(spec: ModelSpec, component: Component, on_cpu: bool, size: tupl
         step = even_step(spec, component)
         near = "x".join(str(max(step, round(side / step) * step)) for side in (size[2], size[1]))
         return (
-            f"{graph.file} can do multiples of {step} pixels only, as it was exported for these: ask for {near}, or export the "
-            "model again, with --to onnx"
+            f"{graph.file} can do multiples of {step} pixels only, as it was exported for these: "
+            f"ask for {near}, or export the model again, with --to onnx"
         )
     name, *_ = answers(graph, component.network.graph)
     wanted = _ANSWER_SHAPES[component.role](spec, dict(inputs))
     found = call.answers[name]
-    if len(found) != len(wanted) or any(need not in (None, side) for need, side in zip(wanted, found, strict=True)):
+    if len(found) != len(wanted) or any(
+        need not in (None, side) for need, side in zip(wanted, found, strict=True)
+    ):
         shown_wanted = [side or "any" for side in wanted]
         return f"{graph.file} answers {name} of {list(found)}, not of {shown_wanted}: export the model again"
     return None
@@ -99,7 +110,9 @@ def _picture_shape(spec: ModelSpec, inputs: Mapping[str, tuple[int, ...]]) -> tu
 
 
 # What a graph answers first, in the shapes of its inputs; None is any length.
-_ANSWER_SHAPES: Mapping[Role, Callable[[ModelSpec, Mapping[str, tuple[int, ...]]], tuple[int | None, ...]]] = {
+_ANSWER_SHAPES: Mapping[
+    Role, Callable[[ModelSpec, Mapping[str, tuple[int, ...]]], tuple[int | None, ...]]
+] = {
     Role.TEXT: lambda _, inputs: (*inputs["input_ids"], None),
     Role.DENOISER: lambda _, inputs: inputs["sample"],
     Role.DECODER: _picture_shape,
@@ -130,10 +143,18 @@ def _own(weights: Any, on_cpu: bool, node: Any, shapes: onnx_trace.Shapes) -> on
 
 
 def _function(count: int) -> onnx_trace.Steps:
-    """GroupNormalization is run as the operators that ONNX defines it by: cast, squared, less its mean, divided, cast, scaled, and
-    moved, each in a buffer of its own."""
+    """GroupNormalization is run as the operators that ONNX defines it by: cast, squared, less its mean,
+    divided, cast, scaled, and moved, each in a buffer of its own."""
     cast, squared, centred, normal, back, scaled = range(6)
-    steps = [(cast, count), (squared, count), (squared, END), (centred, count), (cast, END), (normal, count), (centred, END)]
+    steps = [
+        (cast, count),
+        (squared, count),
+        (squared, END),
+        (centred, count),
+        (cast, END),
+        (normal, count),
+        (centred, END),
+    ]
     steps += [(back, count), (normal, END), (scaled, count), (back, END), (onnx_trace.OUT, 0), (scaled, END)]
     return steps
 
@@ -141,8 +162,8 @@ def _function(count: int) -> onnx_trace.Steps:
 def weight_bytes(graph: Graph, on_cpu: bool) -> Iterator[int]:
     """Bytes of each weight as the provider holds it.
 
-    What is only cast is cast when it is loaded; on a CPU all fp16 is. There the rest is packed, or mapped from the file, so that
-    of a table only the rows that are looked up are read.
+    What is only cast is cast when it is loaded; on a CPU all fp16 is. There the rest is packed, or mapped
+    from the file, so that of a table only the rows that are looked up are read.
     """
     users = _users(graph)
     for name, tensor in graph.tensors.items():
@@ -169,9 +190,13 @@ def _users(graph: Graph) -> dict[str, list[Any]]:
 
 
 def loading_bytes(graph: Graph) -> int:
-    """Most that loading takes on a CPU beyond what is held then: the largest weight that is packed, once more; but those of
-    convolutions that are cast from fp16 are packed together."""
+    """Most that loading takes on a CPU beyond what is held then: the largest weight that is packed, once
+    more; but those of convolutions that are cast from fp16 are packed together."""
     users = _users(graph)
     packed = {name: {node.op_type for node in users.get(name, ())} & _PACKED for name in graph.tensors}
-    cast = (2 * t.stored_bytes for name, t in graph.tensors.items() if t.dtype == "F16" and "Conv" in packed[name])
-    return max(sum(cast), max((t.stored_bytes for name, t in graph.tensors.items() if packed[name]), default=0))
+    cast = (
+        2 * t.stored_bytes for name, t in graph.tensors.items() if t.dtype == "F16" and "Conv" in packed[name]
+    )
+    return max(
+        sum(cast), max((t.stored_bytes for name, t in graph.tensors.items() if packed[name]), default=0)
+    )

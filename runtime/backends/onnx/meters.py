@@ -10,7 +10,8 @@ from ...units import shown
 
 
 class ProcessMeter:
-    """For the CPU provider, whose allocator cannot be asked: by how much this process has grown since nothing was loaded."""
+    """For the CPU provider, whose allocator cannot be asked: by how much this process has grown since nothing
+    was loaded."""
 
     def __init__(self) -> None:
         self._process, self._limit, self._held = ProcessPeak(), None, 0
@@ -46,11 +47,14 @@ class ProcessMeter:
         """Raise OutOfMemoryError if there is no room for `count` bytes beside what is held."""
         room = self.room()
         if room is not None and count > room:
-            raise OutOfMemoryError(f"{shown(self._held + count)} are needed where {shown(self._held + room)} are allowed")
+            raise OutOfMemoryError(
+                f"{shown(self._held + count)} are needed where {shown(self._held + room)} are allowed"
+            )
 
 
 class DeviceMeter(ProcessMeter):
-    """For a GPU's provider: what the driver says is taken of its memory since nothing was loaded, looked at after each call."""
+    """For a GPU's provider: what the driver says is taken of its memory since nothing was loaded, looked at
+    after each call."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -75,4 +79,6 @@ class DeviceMeter(ProcessMeter):
         import torch
 
         module: Any = getattr(torch, self._device, None)
-        return int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") and module.is_available() else 0
+        return (
+            int(module.mem_get_info()[0]) if hasattr(module, "mem_get_info") and module.is_available() else 0
+        )

@@ -1,10 +1,12 @@
-"""Which of several ways to compute the same is the fastest here: tried once for each device and shape, and remembered.
+"""Which of several ways to compute the same is the fastest here: tried once for each device and shape, and
+remembered.
 
 `autotune.json` in the cache folder (runtime/files.py) has the name of the fastest way by
 
     device, its capability · torch's version · triton's version · operator, shapes, type
 
-so that another card, another library or another shape is tried anew. Delete the file to have everything tried again.
+so that another card, another library or another shape is tried anew. Delete the file to have everything tried
+again.
 """
 
 from __future__ import annotations
@@ -24,20 +26,24 @@ from ...errors import TightfitError, out_of_memory
 from ...files import cache_folder, parsed, read_bytes, replacing
 
 _TURNS = 3  # of which the fastest counts, after one that compiles
-# A turn on a GPU, whose calls come one after the other: a launch and the wait for the end, some 20 µs, are then 1 % of it.
+# A turn on a GPU, whose calls come one after the other: a launch and the wait for the end, some 20 µs, are
+# then 1 % of it.
 _TURN_SECONDS, _MOST_CALLS = 2e-3, 1024
 _chosen: dict[str, str] | None = None
-_for_now: dict[str, str] = {}  # chosen while another way lacked memory, which it may have the next time: of this process alone
+_for_now: dict[
+    str, str
+] = {}  # chosen while another way lacked memory, which it may have the next time: of this process alone
 Way = Callable[[], Tensor]
 
 
 def fastest(what: str, device: torch.device, ways: Mapping[str, Way]) -> Tensor:
     """The answer of the way that is the fastest on `device` for `what`: an operator, its shapes and its type.
 
-    A way that fails is left out: the device may lack registers or shared memory for it, as triton says, or memory, or a compiler
-    may not know the device. If none is left, raises that there was no memory, where that was so, or what the last one raised.
-    What is chosen while a way lacked memory is not written: to try it at every call would take longer than the slower way does,
-    so this process keeps it, and the next one tries again.
+    A way that fails is left out: the device may lack registers or shared memory for it, as triton says, or
+    memory, or a compiler may not know the device. If none is left, raises that there was no memory, where
+    that was so, or what the last one raised. What is chosen while a way lacked memory is not written: to try
+    it at every call would take longer than the slower way does, so this process keeps it, and the next one
+    tries again.
     """
     global _chosen
     if _chosen is None:
@@ -110,8 +116,8 @@ def _write(chosen: Mapping[str, str]) -> None:
 def turn_seconds(work: Callable[[], Any], device: Any) -> float:
     """Seconds of one call of `work` on a torch device, or on the CPU if that is None.
 
-    On a GPU those of several calls between two waits, divided: one alone would be its launch and the wait, where these take
-    longer than what is computed.
+    On a GPU those of several calls between two waits, divided: one alone would be its launch and the wait,
+    where these take longer than what is computed.
     """
     kind = "cpu" if device is None else device.type
 

@@ -1,4 +1,5 @@
-"""The torch engine: modules of diffusers and transformers, filled from safetensors files, all at once or as they run."""
+"""The torch engine: modules of diffusers and transformers, filled from safetensors files, all at once or as
+they run."""
 
 from __future__ import annotations
 
@@ -59,7 +60,10 @@ class _Case:
 _REFUSALS: tuple[Rule[_Case], ...] = (
     Rule(
         lambda case: not case.component.tensors,
-        lambda case: f"the {case.component.name} is here as ONNX only: use --backend onnx, or the model that it was exported from",
+        lambda case: (
+            f"the {case.component.name} is here as ONNX only: "
+            "use --backend onnx, or the model that it was exported from"
+        ),
     ),
     Rule(
         lambda case: case.dynamic and "int8" not in case.hardware.rates,
@@ -67,11 +71,17 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
     ),
     Rule(
         lambda case: case.dynamic and case.triton_problem,
-        lambda case: f"int8-dynamic needs Triton, which does not run here ({case.triton_problem}): choose int8",
+        lambda case: (
+            f"int8-dynamic needs Triton, which does not run here ({case.triton_problem}): choose int8"
+        ),
     ),
     Rule(
-        lambda case: case.dynamic and case.hardware.device == "cpu" and case.compute not in case.hardware.precisions,
-        lambda case: f"oneDNN makes no {case.compute} of sums of whole numbers here but by a slow loop: choose int8",
+        lambda case: (
+            case.dynamic and case.hardware.device == "cpu" and case.compute not in case.hardware.precisions
+        ),
+        lambda case: (
+            f"oneDNN makes no {case.compute} of sums of whole numbers here but by a slow loop: choose int8"
+        ),
     ),
     Rule(
         lambda case: case.dynamic and case.streamed,
@@ -82,7 +92,9 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: f"int8-dynamic is for U-Nets: choose int8 for the {case.component.name}",
     ),
     Rule(
-        lambda case: case.streamed and case.placement.precision in QUANTISED and case.component.formats is None,
+        lambda case: (
+            case.streamed and case.placement.precision in QUANTISED and case.component.formats is None
+        ),
         "weights that are quantised while they load cannot stream: export the model first",
     ),
     Rule(
@@ -90,19 +102,27 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         "a VAE's weights, a hundredth of a U-Net's, must stay loaded: its strips read them many times",
     ),
     Rule(
-        lambda case: case.compute == "bf16" and case.hardware.capability and case.hardware.capability < (8, 0),
-        lambda case: f"cuDNN has no bf16 convolutions below compute capability 8.0: choose {_instead(case.hardware)}",
+        lambda case: (
+            case.compute == "bf16" and case.hardware.capability and case.hardware.capability < (8, 0)
+        ),
+        lambda case: (
+            f"cuDNN has no bf16 convolutions below compute capability 8.0: choose {_instead(case.hardware)}"
+        ),
     ),
     Rule(
         lambda case: case.compute == "fp16" and case.hardware.half_is_broken,
-        lambda case: f"fp16 convolutions answer NaN on {case.hardware.name}: choose {_instead(case.hardware)}",
+        lambda case: (
+            f"fp16 convolutions answer NaN on {case.hardware.name}: choose {_instead(case.hardware)}"
+        ),
     ),
     Rule(
         lambda case: case.streamed and case.hardware.unified and case.hardware.device == "cuda",
         "GPU and host share one memory: the weights would be in it twice",
     ),
     Rule(
-        lambda case: case.hardware.device == "cpu" and case.compute == "fp16" and case.placement.attention == "sliced",
+        lambda case: (
+            case.hardware.device == "cpu" and case.compute == "fp16" and case.placement.attention == "sliced"
+        ),
         "torch multiplies fp16 matrices 30 times slower than fp32 ones on a CPU",
     ),
 )
@@ -131,7 +151,11 @@ class TorchBackend:
 
     @staticmethod
     def footprint(
-        spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+        spec: ModelSpec,
+        component: Component,
+        placement: Placement,
+        hardware: Hardware,
+        size: tuple[int, int, int],
     ) -> Footprint:
         return dryrun.footprint(spec, component, placement, hardware, size)
 
@@ -146,12 +170,18 @@ class TorchBackend:
         with _memory_errors_explained(self.device):
             if placement.residency == "streamed":
                 lane = functools.partial(self._lane, session, component, placement)
-                session.stream(stored, placement.kept_bytes, lane, dryrun.call_order(component, placement, self.device.type))
+                session.stream(
+                    stored,
+                    placement.kept_bytes,
+                    lane,
+                    dryrun.call_order(component, placement, self.device.type),
+                )
             else:
                 session.load(stored)
         if problem:
             session.notices += (
-                f"Triton does not run here ({problem}): weights in 8 and 4 bits are unpacked by torch, which is slower",
+                f"Triton does not run here ({problem}): "
+                "weights in 8 and 4 bits are unpacked by torch, which is slower",
             )
         return session
 
@@ -161,26 +191,37 @@ class TorchBackend:
         return triton_problem(self.device) if stored and self.device.type == "cuda" else None
 
     def _lane(
-        self, session: TorchSession, component: Component, placement: Placement, parts: streaming.Parts, scratch: torch.Tensor
+        self,
+        session: TorchSession,
+        component: Component,
+        placement: Placement,
+        parts: streaming.Parts,
+        scratch: torch.Tensor,
     ) -> streaming.Lane:
-        """How the weights of `parts` come to the device. What a GPU copies from is filled once and kept until `keep` says else."""
+        """How the weights of `parts` come to the device. What a GPU copies from is filled once and kept until
+        `keep` says else."""
         dtype = weights.DTYPES[placement.compute]
         if self.device.type != "cuda":
             return streaming.FileLane(dtype, scratch)
         if component.name not in self._stores:
-            most = pinnable(psutil.virtual_memory().total) - sum(other.pinned_bytes for _, other in self._stores.values())
+            most = pinnable(psutil.virtual_memory().total) - sum(
+                other.pinned_bytes for _, other in self._stores.values()
+            )
             self._stores[component.name] = placement, streaming.HostStore(parts, dtype, scratch, most)
         _, store = self._stores[component.name]
         if store.pageable_bytes:
             session.notices += (
-                f"{shown(store.pageable_bytes)} of the {component.name}'s weights stream from memory that is not pinned, which is "
-                "slower: choose --precision int8 or int4 for less of them",
+                f"{shown(store.pageable_bytes)} of the {component.name}'s weights stream from memory that is "
+                "not pinned, which is slower: choose --precision int8 or int4 for less of them",
             )
         return streaming.CudaLane(store)
 
     def keep(self, placements: Mapping[str, Placement]) -> None:
-        """Let go of the host's memory that weights of components placed otherwise stream from. A backend is of one model."""
-        for name in [name for name, (placement, _) in self._stores.items() if placements.get(name) != placement]:
+        """Let go of the host's memory that weights of components placed otherwise stream from. A backend is
+        of one model."""
+        for name in [
+            name for name, (placement, _) in self._stores.items() if placements.get(name) != placement
+        ]:
             del self._stores[name]
             _empty_cache(self.device)
 
@@ -207,7 +248,12 @@ class TorchSession:
     notices: tuple[str, ...] = ()
 
     def __init__(
-        self, module: torch.nn.Module, forward: networks.Forward, dtype: torch.dtype, device: torch.device, meter: Meter
+        self,
+        module: torch.nn.Module,
+        forward: networks.Forward,
+        dtype: torch.dtype,
+        device: torch.device,
+        meter: Meter,
     ) -> None:
         self.module: torch.nn.Module | None = module
         self.forward, self.dtype, self.device, self.meter = forward, dtype, device, meter
@@ -220,31 +266,46 @@ class TorchSession:
         module = self._module()
         with self._nothing_behind():
             # a GPU's weights are read by way of the host's memory
-            here = weights.loading_bytes(module, stored, self.dtype, self.device) if self.device.type == "cpu" else 0
+            here = (
+                weights.loading_bytes(module, stored, self.dtype, self.device)
+                if self.device.type == "cpu"
+                else 0
+            )
             self._hold(sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype)))
             self._hold(here)
             weights.fill(module, stored, self.dtype, self.device)
             self._hold(-here)
 
     def stream(
-        self, stored: Mapping[str, Tensor], kept_bytes: int, lane: Callable[..., streaming.Lane], order: Sequence[str]
+        self,
+        stored: Mapping[str, Tensor],
+        kept_bytes: int,
+        lane: Callable[..., streaming.Lane],
+        order: Sequence[str],
     ) -> None:
-        """Bring in what may stay, and have the rest come by way of a lane, made of its units and a buffer to read them by. `order`
-        are the module's parts as they are called. OutOfMemoryError leaves nothing behind."""
+        """Bring in what may stay, and have the rest come by way of a lane, made of its units and a buffer to
+        read them by. `order` are the module's parts as they are called. OutOfMemoryError leaves nothing
+        behind."""
         module = self._module()
         with self._nothing_behind():
             kept, rest = streaming.split(streaming.units(module, stored, self.dtype), kept_bytes)
             room = weights.scratch_bytes(module, stored, self.dtype, self.device)
             here = room if self.device.type == "cpu" else 0
-            held = sum(sum(weights.held(part, self.dtype)) for part in kept) + streaming.ring_bytes(rest, self.device)
+            held = sum(sum(weights.held(part, self.dtype)) for part in kept) + streaming.ring_bytes(
+                rest, self.device
+            )
             self._hold(sum(weights.beside(module, self.dtype)) + held + here)
             scratch = torch.empty(room, dtype=torch.uint8)
             under = tuple(f"{unit.path}." if unit.path else "" for unit in kept.values())
             loaded = {name: tensor for name, tensor in stored.items() if name.startswith(under)}
             weights.fill(module, loaded, self.dtype, self.device, scratch)
             if rest:
-                buffer = torch.empty(streaming.ring_bytes(rest, self.device), dtype=torch.uint8, device=self.device)
-                self.streamer = streaming.Streamer(module, rest, lane(rest, scratch), self.dtype, buffer, order)
+                buffer = torch.empty(
+                    streaming.ring_bytes(rest, self.device), dtype=torch.uint8, device=self.device
+                )
+                self.streamer = streaming.Streamer(
+                    module, rest, lane(rest, scratch), self.dtype, buffer, order
+                )
 
     def _module(self) -> torch.nn.Module:
         if self.module is None:
@@ -264,7 +325,9 @@ class TorchSession:
         module, key = self._module(), tuple((name, array.shape) for name, array in arrays.items())
         with tf32_off(self.device), _memory_errors_explained(self.device):
             tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
-            outs = self.meter.during(self._calls, key, lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device))
+            outs = self.meter.during(
+                self._calls, key, lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device)
+            )
             return tuple(out.cpu().numpy() for out in outs)
 
     def close(self) -> None:
@@ -279,7 +342,8 @@ class TorchSession:
             quantised.workspace(self.module).free()
         for part in self.module.modules() if self.module else ():
             part._buffers.clear()
-            part._parameters.clear()  # modules of diffusers refer to themselves, so they go when Python's collector comes by
+            # Modules of diffusers refer to themselves, so they go when Python's collector comes by.
+            part._parameters.clear()
         self.module = self.streamer = None
         self._hold(-self._held)
         _empty_cache(self.device)
@@ -289,15 +353,18 @@ class TorchSession:
         self._held += count
 
 
-# cuBLAS when there is no room for its handle or workspace, or the driver is not the one it needs; cuDNN when none of its algorithms
-# finds room for its workspace, or it has none for this precision on this card
+# cuBLAS when there is no room for its handle or workspace, or the driver is not the one it needs; cuDNN when
+# none of its algorithms finds room for its workspace, or it has none for this precision on this card
 _MAYBE_NO_MEMORY = "ALLOC_FAILED|STATUS_NOT_INITIALIZED|unable to find an engine"
-_FULL = 64 * 2**20  # of a card with less than this free nothing can be had: a segment for what is above 1 MiB takes 20
+_FULL = (
+    64 * 2**20
+)  # of a card with less than this free nothing can be had: a segment for what is above 1 MiB takes 20
 
 
 @contextmanager
 def _memory_errors_explained(device: torch.device) -> Iterator[None]:
-    """torch has a class for CUDA's own; others only say so in their text, which some say for other reasons too."""
+    """torch has a class for CUDA's own; others only say so in their text, which some say for other reasons
+    too."""
     before = _times_full(device)
     try:
         yield
@@ -308,8 +375,12 @@ def _memory_errors_explained(device: torch.device) -> Iterator[None]:
             raise
         if _times_full(device) > before or _is_full(device):
             raise OutOfMemoryError(first_line(error)) from error
-        cure = "choose another --precision, or fp32; if that fails too, install a build of torch for this driver"
-        raise TightfitError(f"{device.type} has no kernel for this, with memory left ({first_line(error)}): {cure}") from error
+        cure = (
+            "choose another --precision, or fp32; if that fails too, install a build of torch for this driver"
+        )
+        raise TightfitError(
+            f"{device.type} has no kernel for this, with memory left ({first_line(error)}): {cure}"
+        ) from error
 
 
 def _times_full(device: torch.device) -> int:

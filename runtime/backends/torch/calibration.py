@@ -19,7 +19,8 @@ _LEAST_SECONDS = 0.3  # of repeating one measurement; its fastest turn counts
 
 
 def calibrate(hardware: Hardware) -> dict[str, Any]:
-    """Rates of `hardware`'s device, as fields of Hardware. About half a minute; nothing else should run meanwhile."""
+    """Rates of `hardware`'s device, as fields of Hardware. About half a minute; nothing else should run
+    meanwhile."""
     import torch
 
     from ....kernels import attention
@@ -34,7 +35,9 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
             # half of SD 1.5's largest attention at 512x512
             q, k, v = (torch.randn(1, 4096, 8, 40, device=device).to(dtype).transpose(1, 2) for _ in range(3))
             for kind in ATTENTIONS:
-                seconds = _fastest(lambda attend=attention.VARIANTS[kind], q=q, k=k, v=v: attend(q, k, v), device)
+                seconds = _fastest(
+                    lambda attend=attention.VARIANTS[kind], q=q, k=k, v=v: attend(q, k, v), device
+                )
                 attentions[f"{precision}/{kind}"] = 4.0 * 8 * 4096 * 4096 * 40 / seconds
         if "int8" in hardware.rates and device.type == "cpu":
             rates["int8"] = _int8_rate()
@@ -74,12 +77,15 @@ def save(hardware: Hardware, found: dict[str, Any]) -> Path:
         with replacing(file) as partial:
             partial.write_text(json.dumps(known | {f"{hardware.device} {hardware.name}": found}, indent=1))
     except OSError as error:
-        raise TightfitError(f"{file} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can") from None
+        raise TightfitError(
+            f"{file} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
+        ) from None
     return file
 
 
 def _read_rate() -> float:
-    """Bytes/s from a file that the system has in its cache, as the weights' are after the first time, into memory."""
+    """Bytes/s from a file that the system has in its cache, as the weights' are after the first time, into
+    memory."""
     from tempfile import TemporaryFile
 
     target = bytearray(2**27)
@@ -94,7 +100,8 @@ def _read_rate() -> float:
 
 
 def _mixed_rate(device: Any, dtype: Any) -> float:
-    """FLOP/s over a linear layer and two convolutions of SD 1.5's U-Net at 512x512, as the time of all three says."""
+    """FLOP/s over a linear layer and two convolutions of SD 1.5's U-Net at 512x512, as the time of all three
+    says."""
     import torch
 
     def tensor(*shape: int):
@@ -105,15 +112,21 @@ def _mixed_rate(device: Any, dtype: Any) -> float:
         torch.nn.functional.conv2d(large, conv, padding=1)
         torch.nn.functional.conv2d(small, deep, padding=1)
 
-    tensors = (tensor(4096, 640), tensor(2560, 640), tensor(2, 320, 64, 64), tensor(320, 320, 3, 3), tensor(2, 1280, 16, 16))
+    tensors = (
+        tensor(4096, 640),
+        tensor(2560, 640),
+        tensor(2, 320, 64, 64),
+        tensor(320, 320, 3, 3),
+        tensor(2, 1280, 16, 16),
+    )
     tensors = (*tensors, tensor(1280, 1280, 3, 3))
     flops = 2.0 * (4096 * 640 * 2560 + 9 * (2 * 64 * 64 * 320 * 320 + 2 * 16 * 16 * 1280 * 1280))
     return flops / _fastest(lambda: layers(*tensors), device)
 
 
 def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
-    """Seconds that a layer takes with next to nothing to do: the mean of a convolution and a linear layer, as networks have of
-    both."""
+    """Seconds that a layer takes with next to nothing to do: the mean of a convolution and a linear layer, as
+    networks have of both."""
     import torch
     from torch import nn
 
@@ -121,27 +134,37 @@ def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
 
     def seconds(form: str, dynamic: bool = False) -> float:
         total = 0.0
-        for layer, shape in ((nn.Conv2d(32, 32, 3, padding=1), (2, 32, 8, 8)), (nn.Linear(64, 64), (2, 64, 64))):
+        for layer, shape in (
+            (nn.Conv2d(32, 32, 3, padding=1), (2, 32, 8, 8)),
+            (nn.Linear(64, 64), (2, 64, 64)),
+        ):
             plain = layer.requires_grad_(False).to(device, dtype)
-            made: Any = filled(plain, layer.weight.float().cpu(), form, device.type, dynamic) if form else plain
+            made: Any = (
+                filled(plain, layer.weight.float().cpu(), form, device.type, dynamic) if form else plain
+            )
             x = torch.randn(shape).to(device, dtype)
             total += _fastest(lambda made=made, x=x: [made(x) for _ in range(100)], device) / 100
         return total / 2
 
     found = {"product": seconds("")}
     found["unpack"] = max(0.0, seconds("int4-g64") - found["product"])
-    return found | ({"int8": seconds("int8", dynamic=True)} if "int8" in hardware.rates and device.type == "cpu" else {})
+    return found | (
+        {"int8": seconds("int8", dynamic=True)} if "int8" in hardware.rates and device.type == "cpu" else {}
+    )
 
 
 def operator_seconds(device: Any, dtype: Any) -> float:
-    """Seconds that the host takes to tell a device one operator of a network, modules around it included: of a residual block's and
-    a transformer's, with so little to compute that the device waits for the host."""
+    """Seconds that the host takes to tell a device one operator of a network, modules around it included: of
+    a residual block's and a transformer's, with so little to compute that the device waits for the host."""
     import torch
     from torch import nn
 
     from .dryrun import Recorder
 
-    conv, linear = (nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1)), (nn.LayerNorm(8), nn.Linear(8, 8))
+    conv, linear = (
+        (nn.GroupNorm(8, 32), nn.SiLU(), nn.Conv2d(32, 32, 3, padding=1)),
+        (nn.LayerNorm(8), nn.Linear(8, 8)),
+    )
     network = nn.Sequential(*conv, *linear, *conv, *linear).to(device, dtype).requires_grad_(False)
     x = torch.randn(2, 32, 8, 8).to(device, dtype)
     with Recorder(device.type, False) as seen:

@@ -1,7 +1,7 @@
 """What torch's CPU kernels allocate for themselves, beside their answer, and free before they return.
 
-Each formula was found with torch's profiler, which sees every allocation (torch 2.13, oneDNN, AVX-512, two threads), and
-`tests/runtime/backends/test_meter.py` holds them against it.
+Each formula was found with torch's profiler, which sees every allocation (torch 2.13, oneDNN, AVX-512, two
+threads), and `tests/runtime/backends/test_meter.py` holds them against it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ GROUP_NORM = torch.ops.aten.group_norm.default
 
 
 def own_bytes(func: Any, args: Any, out: Any) -> int:
-    """Bytes that the operator `func` takes on a CPU for arguments and an answer of these shapes (which may be on meta)."""
+    """Bytes that the operator `func` takes on a CPU for arguments and an answer of these shapes (which may be
+    on meta)."""
     formula = _FORMULAS.get(func)
     return formula(args, out) if formula else 0
 
@@ -34,10 +35,13 @@ def _attention(args: Any, _: Any) -> int:
 
 
 def _convolution(args: Any, out: torch.Tensor) -> int:
-    """oneDNN's copies of picture, weights and answer with their channels in blocks; the picture's and the weights' go before
-    the answer's is copied back. A 1x1 convolution in half precision keeps fp32 sums as well, twice on two threads."""
+    """oneDNN's copies of picture, weights and answer with their channels in blocks; the picture's and the
+    weights' go before the answer's is copied back. A 1x1 convolution in half precision keeps fp32 sums as
+    well, twice on two threads."""
     x, weight = args[:2]
-    if x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480:  # torch's own, by way of columns (use_mkldnn)
+    if (
+        x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480
+    ):  # torch's own, by way of columns (use_mkldnn)
         return 0 if weight.shape[2] == 1 else 4 * weight[0].numel() * out.shape[2] * out.shape[3]
     # Then torch makes the picture so too, and oneDNN copies the weights alone.
     if channels_last(weight) or (channels_last(x) and weight.shape[2:] == (1, 1)):
@@ -74,7 +78,8 @@ def _linear_int8(args: Any, out: torch.Tensor) -> int:
 
 
 def _convolution_int8(args: Any, out: torch.Tensor) -> int:
-    """The codes of a sample; beside them what makes these, or the sample's answer, before that joins the others."""
+    """The codes of a sample; beside them what makes these, or the sample's answer, before that joins the
+    others."""
     x = args[0]
     codes = x[0].numel()
     piece = min(codes, max(1, AT_ONCE // x.shape[1]) * x.shape[1])

@@ -1,4 +1,5 @@
-"""One call of a component on `meta` tensors: every storage that comes and goes, every attention, every operation."""
+"""One call of a component on `meta` tensors: every storage that comes and goes, every attention, every
+operation."""
 
 from __future__ import annotations
 
@@ -30,17 +31,19 @@ _modules: Recent[tuple[torch.nn.Module, Mapping[str, Tensor], str]] = Recent(16)
 _sizes_of: Recent[Any] = Recent(256)
 _traces: Recent[Trace] = Recent(64)
 _orders: Recent[tuple[str, ...]] = Recent(64)
-# What operators made of arguments of these shapes, and what it cost: a network calls the same again and again, and torch's meta
-# kernels are Python. Planning SD 1.5 meets 700 signatures in 28,000 calls.
+# What operators made of arguments of these shapes, and what it cost: a network calls the same again and
+# again, and torch's meta kernels are Python. Planning SD 1.5 meets 700 signatures in 28,000 calls.
 _answers: dict[Any, tuple[Any, Operation]] = {}
 _MOST_ANSWERS = 4096
 
 
 class Recorder(LiveBytes):
-    """A LiveBytes that keeps what it sees. Attention is not looked into: its answer is made, its shape is noted."""
+    """A LiveBytes that keeps what it sees. Attention is not looked into: its answer is made, its shape is
+    noted."""
 
     def __init__(self, device: str, channels_last: bool) -> None:
-        """`channels_last`: convolutions are given maps whose channels are last in memory, as quantised ones on a CPU."""
+        """`channels_last`: convolutions are given maps whose channels are last in memory, as quantised ones
+        on a CPU."""
         super().__init__(device)
         self.events: list[tuple[int, int]] = []
         self.attentions: list[Shape] = []
@@ -50,7 +53,9 @@ class Recorder(LiveBytes):
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is DEQUANTISE:  # writes into what is there
-            self.operations.append(Operation(0.0, sum(tensor.nbytes for tensor in tensors_in(args)), "unpack"))
+            self.operations.append(
+                Operation(0.0, sum(tensor.nbytes for tensor in tensors_in(args)), "unpack")
+            )
             return None
         if func is SDPA:
             batch, heads, n, d = args[0].shape
@@ -62,7 +67,9 @@ class Recorder(LiveBytes):
             self.operations.append(operation)
             return tuple(map(_like, outs)) if isinstance(outs, list) else _like(outs)
         out = func(*args, **kwargs)
-        if self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0]):  # on a CPU, but not on meta
+        if (
+            self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0])
+        ):  # on a CPU, but not on meta
             out = out.contiguous(memory_format=torch.channels_last)
         sources = {tensor.untyped_storage()._cdata for tensor in tensors_in(args)}
         made = [tensor for tensor in tensors_in((out,)) if tensor.untyped_storage()._cdata not in sources]
@@ -121,7 +128,11 @@ def _like(one: tuple[Any, ...]) -> torch.Tensor:
 
 def _whole(out: torch.Tensor) -> bool:
     """Whether a storage made for its shape and strides alone is as large as the one that it has."""
-    reach = sum((side - 1) * step for side, step in zip(out.shape, out.stride(), strict=True)) + 1 if out.numel() else 0
+    reach = (
+        sum((side - 1) * step for side, step in zip(out.shape, out.stride(), strict=True)) + 1
+        if out.numel()
+        else 0
+    )
     return out.is_meta and out.untyped_storage().nbytes() == reach * out.element_size()
 
 
@@ -139,9 +150,14 @@ def _flops(func: Any, args: Any, out: Any) -> float:
 
 
 def footprint(
-    spec: ModelSpec, component: Component, placement: Placement, hardware: Hardware, size: tuple[int, int, int]
+    spec: ModelSpec,
+    component: Component,
+    placement: Placement,
+    hardware: Hardware,
+    size: tuple[int, int, int],
 ) -> Footprint:
-    """What the component takes when called for `size`: a batch of it, and the picture's height and width in pixels.
+    """What the component takes when called for `size`: a batch of it, and the picture's height and width in
+    pixels.
 
     Weights from headers, the call from a dry run on `meta`, which is kept for the next time.
     """
@@ -162,16 +178,23 @@ def footprint(
     _orders.get((component.name, what), lambda: tuple(path for path, *_ in trace.calls))
     kind, fused = placement.attention, hardware.fused_attention
     flash = (hardware.capability or (0, 0)) >= (8, 0)
-    scratch = tuple(attention_bytes(kind, shape, dtype, device.type, fused, flash) for shape in trace.attentions)
-    if placement.residency == "streamed" and _kept(module, dtype, device, "as stored", lambda: weights.as_stored(module, stored)):
+    scratch = tuple(
+        attention_bytes(kind, shape, dtype, device.type, fused, flash) for shape in trace.attentions
+    )
+    if placement.residency == "streamed" and _kept(
+        module, dtype, device, "as stored", lambda: weights.as_stored(module, stored)
+    ):
         return _streamed(module, stored, dtype, device, placement.kept_bytes, trace, scratch)
     held = _kept(module, dtype, device, "held", lambda: weights.held(module, dtype))
-    loading = _kept(module, dtype, device, "loading", lambda: weights.loading_bytes(module, stored, dtype, device))
+    loading = _kept(
+        module, dtype, device, "loading", lambda: weights.loading_bytes(module, stored, dtype, device)
+    )
     return Footprint((*held, *_beside(module, dtype, device)), loading, trace, scratch)
 
 
 def call_order(component: Component, placement: Placement, device: str) -> tuple[str, ...]:
-    """The paths of the component's parts as a call begins them, of whatever size it was planned for; empty if it was not."""
+    """The paths of the component's parts as a call begins them, of whatever size it was planned for; empty if
+    it was not."""
     return _orders.get((component.name, _module(component, placement, device)[2]), tuple)
 
 
@@ -191,48 +214,78 @@ def _streamed(
     paths = {unit.path: unit.bytes for unit in rest.values()}
     arrivals = tuple(Arrival(path, paths[path], *place) for path, *place in trace.calls if path in paths)
     files = sum(tensor.stored_bytes for unit in rest.values() for _, _, tensor, _ in unit.weights)
-    reading = _kept(module, dtype, device, "scratch", lambda: weights.scratch_bytes(module, stored, dtype, device))
+    reading = _kept(
+        module, dtype, device, "scratch", lambda: weights.scratch_bytes(module, stored, dtype, device)
+    )
     own = [reading] if device.type == "cpu" else []
-    ring, host = streaming.ring_bytes(rest, device), streaming.host_bytes(rest) if device.type == "cuda" else 0
+    ring, host = (
+        streaming.ring_bytes(rest, device),
+        streaming.host_bytes(rest) if device.type == "cuda" else 0,
+    )
     held += [*_beside(module, dtype, device), ring, *own]
     sizes = tuple(sorted((unit.bytes for unit in rest.values()), reverse=True))
-    return Footprint(tuple(held), 0, trace, scratch, host, arrivals=arrivals, units=sizes, ring=ring, stored=files)
+    return Footprint(
+        tuple(held), 0, trace, scratch, host, arrivals=arrivals, units=sizes, ring=ring, stored=files
+    )
 
 
 def _beside(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> list[int]:
     return _kept(module, dtype, device, "beside", lambda: weights.beside(module, dtype))
 
 
-def _kept(module: torch.nn.Module, dtype: torch.dtype, device: torch.device, what: str, compute: Callable[[], T]) -> T:
+def _kept(
+    module: torch.nn.Module, dtype: torch.dtype, device: torch.device, what: str, compute: Callable[[], T]
+) -> T:
     """What is computed once for a module, as every candidate asks; forgotten with it."""
     return _sizes_of.get((dtype, device.type, what), compute, module)
 
 
-def _module(component: Component, placement: Placement, device: str) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
-    """The component's module on `meta`, its tensors in the files, checked, and what it is, in words; kept, as every candidate
-    asks."""
+def _module(
+    component: Component, placement: Placement, device: str
+) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
+    """The component's module on `meta`, its tensors in the files, checked, and what it is, in words; kept, as
+    every candidate asks."""
     precision = placement.precision if placement.precision in QUANTISED else ""
 
     def built() -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
-        module = networks.build(component, replace(placement, attention="sdpa"), device)  # which a Recorder notes, not runs
+        module = networks.build(
+            component, replace(placement, attention="sdpa"), device
+        )  # which a Recorder notes, not runs
         layers = {path: (type(part).__name__, part.form) for path, part in quantised_layers(module).items()}
-        return module, weights.match(component, module), json.dumps([dict(component.config), layers], sort_keys=True, default=str)
+        return (
+            module,
+            weights.match(component, module),
+            json.dumps([dict(component.config), layers], sort_keys=True, default=str),
+        )
 
     return _modules.get((precision, device), built, component)
 
 
 def _trace(
-    module: torch.nn.Module, call: networks.Forward, inputs: Mapping[str, tuple[int, ...]], dtype: torch.dtype, device: str
+    module: torch.nn.Module,
+    call: networks.Forward,
+    inputs: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    device: str,
 ) -> Trace:
     kinds = {"tokens": torch.int64}
-    tensors = {name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta") for name, shape in inputs.items()}
+    tensors = {
+        name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta")
+        for name, shape in inputs.items()
+    }
     calls: list[tuple[str, int, int]] = []
 
     def note(path: str) -> None:
         calls.append((path, len(recorder.operations), len(recorder.attentions)))
 
-    hooks = [part.register_forward_pre_hook(lambda *_, path=path: note(path)) for path, part in module.named_modules()]
-    with torch.inference_mode(), Recorder(device, device == "cpu" and bool(workspace(module).layers)) as recorder:
+    hooks = [
+        part.register_forward_pre_hook(lambda *_, path=path: note(path))
+        for path, part in module.named_modules()
+    ]
+    with (
+        torch.inference_mode(),
+        Recorder(device, device == "cpu" and bool(workspace(module).layers)) as recorder,
+    ):
         run(module, call, tensors, dtype, torch.device("meta"))
     for hook in hooks:
         hook.remove()
@@ -240,14 +293,19 @@ def _trace(
 
 
 def run(
-    module: Any, call: networks.Forward, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype, device: torch.device
+    module: Any,
+    call: networks.Forward,
+    tensors: Mapping[str, torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> list[torch.Tensor]:
     """Call the module with fp32 or int64 tensors and have fp32 ones back, all on `device`.
 
     Floating-point ones go in in the session's precision; the timestep, a scalar, and token ids as they are.
     """
     there = {
-        name: tensor.to(device, dtype if tensor.ndim and tensor.is_floating_point() else None) for name, tensor in tensors.items()
+        name: tensor.to(device, dtype if tensor.ndim and tensor.is_floating_point() else None)
+        for name, tensor in tensors.items()
     }
     return [out.float() for out in call(module, **there)]
 
@@ -258,14 +316,16 @@ def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 
 
 @functools.lru_cache(maxsize=1000)
-def attention_bytes(kind: str, shape: Shape, dtype: torch.dtype, device: str, fused: bool, flash: bool = False) -> int:
+def attention_bytes(
+    kind: str, shape: Shape, dtype: torch.dtype, device: str, fused: bool, flash: bool = False
+) -> int:
     """Bytes that an attention allocates beside its answer, at most at one time.
 
-    Our own are run on `meta`, as far as they do not repeat themselves; torch's CPU kernel is computed by its formula, and its
-    fused kernels for GPUs keep one fp32 number for each query (the log-sum, which flash attention always writes), and CUDA's
-    memory-efficient one for 16 bits an fp32 answer too, of heads wider than the 128 that it has in registers, which `flash`
-    attention (from capability 8.0) has up to 256 (kernel_forward.h, kNeedsOutputAccumulatorBuffer; sdp_utils.cpp); without one
-    torch stores the scores.
+    Our own are run on `meta`, as far as they do not repeat themselves; torch's CPU kernel is computed by its
+    formula, and its fused kernels for GPUs keep one fp32 number for each query (the log-sum, which flash
+    attention always writes), and CUDA's memory-efficient one for 16 bits an fp32 answer too, of heads wider
+    than the 128 that it has in registers, which `flash` attention (from capability 8.0) has up to 256
+    (kernel_forward.h, kNeedsOutputAccumulatorBuffer; sdp_utils.cpp); without one torch stores the scores.
     """
     batch, heads, n, m, d = shape
     if kind == "sdpa" and device == "cpu":
@@ -279,7 +339,9 @@ def attention_bytes(kind: str, shape: Shape, dtype: torch.dtype, device: str, fu
     elif kind == "chunked":
         rows, columns = attention.block(batch * heads, m, d)
         n, m = min(n, rows), min(m, 2 * columns)
-    q, k = (torch.empty(batch, length, heads, d, dtype=dtype, device="meta").transpose(1, 2) for length in (n, m))
+    q, k = (
+        torch.empty(batch, length, heads, d, dtype=dtype, device="meta").transpose(1, 2) for length in (n, m)
+    )
     with torch.inference_mode(), LiveBytes(device) as live:
         attend(q, k, k)
     return max(0, live.peak - batch * heads * n * d * dtype.itemsize)

@@ -17,22 +17,28 @@ from .quantised import Quantised, quantised_layers, workspace
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 STORED = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
-# Bytes that quantising takes for each weight of a block, and to make it fp32; torch's profiler saw 8.0 to 10.4 and 12.0 to 14.4.
+# Bytes that quantising takes for each weight of a block, and to make it fp32; torch's profiler saw 8.0 to
+# 10.4 and 12.0 to 14.4.
 _QUANTISING, _CONVERTING = 9, 4
 
 
 def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
-    """For each tensor of `module` the one in the component's files; they are all there and of the right shape.
+    """For each tensor of `module` the one in the component's files; they are all there and of the right
+    shape.
 
-    A quantised layer has its stored parts, or the plain weight that they will be made of. Tensors of other names than the
-    families' networks have are left alone, as diffusers and transformers leave them: averages, positions, a safety checker.
+    A quantised layer has its stored parts, or the plain weight that they will be made of. Tensors of other
+    names than the families' networks have are left alone, as diffusers and transformers leave them: averages,
+    positions, a safety checker.
     """
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in module.state_dict().items()}
     layers = quantised_layers(module)
     parts = {f"{path}.{part}" for path, layer in layers.items() for part in layer.form.parts(layer.shape)}
     if component.formats is None:  # parts are yet to be made
         plain = {f"{path}.weight": (torch.Size(layer.shape), torch.float32) for path, layer in layers.items()}
-        expected, parts = {name: each for name, each in (expected | plain).items() if name not in parts}, set()
+        expected, parts = (
+            {name: each for name, each in (expected | plain).items() if name not in parts},
+            set(),
+        )
     stored = {current_name(name, expected): tensor for name, tensor in component.tensors.items()}
     where = f"the weights of {component.folder.name} in {component.folder.parent}"
     cure = "files of different models were mixed, or one was renamed; copy or download the model again"
@@ -43,19 +49,27 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
     if left := next((name for name in stored if name not in expected and _decided_by(component, name)), None):
         field = _decided_by(component, left)
         raise TightfitError(
-            f"{where} have {left}, which their config.json leaves out (its {field}): copy or download both again from one place"
+            f"{where} have {left}, which their config.json leaves out (its {field}): "
+            "copy or download both again from one place"
         )
     for name, (shape, dtype) in expected.items():
         tensor = stored[name]
-        if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:  # (C, C, 1, 1) is (C, C)
-            raise TightfitError(f"{where} have {name} of shape {list(tensor.shape)}, its config says {list(shape)}: {cure}")
+        if [side for side in tensor.shape if side != 1] != [
+            side for side in shape if side != 1
+        ]:  # (C, C, 1, 1) is (C, C)
+            raise TightfitError(
+                f"{where} have {name} of shape {list(tensor.shape)}, its config says {list(shape)}: {cure}"
+            )
         if STORED.get(tensor.dtype) != dtype if name in parts else tensor.dtype not in FLOATS:
-            raise TightfitError(f"{where} have {name} as {tensor.dtype}, which plain models have not: use the original model")
+            raise TightfitError(
+                f"{where} have {name} as {tensor.dtype}, which plain models have not: use the original model"
+            )
     return {name: stored[name] for name in expected}
 
 
 def _decided_by(component: Component, name: str) -> str | None:
-    """The config field that decides whether the network has the tensor `name`, None if the family has no such tensor."""
+    """The config field that decides whether the network has the tensor `name`, None if the family has no such
+    tensor."""
     patterns = component.network.decided_by
     return next((field for pattern, field in patterns.items() if re.match(pattern, name)), None)
 
@@ -67,8 +81,8 @@ def fill(
     device: torch.device,
     scratch: torch.Tensor | None = None,
 ) -> None:
-    """Replace the meta tensors of `module` that are in `stored` by the files', converted or quantised one at a time by way of one
-    buffer: `scratch`, uint8, of `scratch_bytes`, or one of its own."""
+    """Replace the meta tensors of `module` that are in `stored` by the files', converted or quantised one at
+    a time by way of one buffer: `scratch`, uint8, of `scratch_bytes`, or one of its own."""
     if scratch is None:
         scratch = torch.empty(scratch_bytes(module, stored, dtype, device), dtype=torch.uint8)
     filled = {}
@@ -77,10 +91,15 @@ def fill(
         owner = module.get_submodule(path)
         if leaf not in owner._parameters:
             assert isinstance(owner, Quantised)
-            filled |= {f"{path}.{part}": made.to(device) for part, made in _quantised(owner, tensor, scratch).items()}
+            filled |= {
+                f"{path}.{part}": made.to(device) for part, made in _quantised(owner, tensor, scratch).items()
+            }
             continue
-        # empty, then filled: on a device the conversion then happens before the copy, and nothing else is allocated there
-        filled[name] = torch.empty(module.get_parameter(name).shape, dtype=own_dtype(owner, leaf, dtype), device=device)
+        # empty, then filled: on a device the conversion then happens before the copy, and nothing else is
+        # allocated there
+        filled[name] = torch.empty(
+            module.get_parameter(name).shape, dtype=own_dtype(owner, leaf, dtype), device=device
+        )
         read_into(filled[name], tensor, scratch)
     module.load_state_dict(filled, assign=True, strict=False)  # `match` has seen that all are there
     del scratch, filled
@@ -88,8 +107,8 @@ def fill(
 
 
 def prepare(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """What a module needs beside its weights: what quantised layers make of theirs, their workspace, and the one kind of buffer
-    that is in no file, 0, 1, 2 … for the positions of a text."""
+    """What a module needs beside its weights: what quantised layers make of theirs, their workspace, and the
+    one kind of buffer that is in no file, 0, 1, 2 … for the positions of a text."""
     for layer in quantised_layers(module).values():
         layer.prepare()
     workspace(module).allocate(dtype, device)
@@ -98,13 +117,20 @@ def prepare(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -
             owner, _, leaf = name.rpartition(".")
             if leaf != "position_ids":
                 raise TightfitError(f"the model needs the buffer {name}, which this version cannot fill")
-            module.get_submodule(owner).register_buffer(leaf, torch.arange(buffer.shape[-1], device=device)[None], persistent=False)
+            module.get_submodule(owner).register_buffer(
+                leaf, torch.arange(buffer.shape[-1], device=device)[None], persistent=False
+            )
 
 
 def own_dtype(owner: torch.nn.Module, leaf: str, dtype: torch.dtype) -> torch.dtype:
-    """What a parameter is held in when its network computes in `dtype`: parts of quantised weights are as stored."""
+    """What a parameter is held in when its network computes in `dtype`: parts of quantised weights are as
+    stored."""
     parameter = owner._parameters.get(leaf)
-    return parameter.dtype if parameter is not None and isinstance(owner, Quantised) and leaf != "bias" else dtype
+    return (
+        parameter.dtype
+        if parameter is not None and isinstance(owner, Quantised) and leaf != "bias"
+        else dtype
+    )
 
 
 def held(module: torch.nn.Module, dtype: torch.dtype) -> list[int]:
@@ -134,13 +160,20 @@ def _quantised(layer: Quantised, tensor: Tensor, scratch: torch.Tensor) -> dict[
         raise TightfitError(f"{tensor.file}: {error}; copy or download the model again") from None
 
 
-def scratch_bytes(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> int:
-    """Bytes of host memory that reading needs beside the weights: the largest tensor that cannot be read into its place."""
+def scratch_bytes(
+    module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes of host memory that reading needs beside the weights: the largest tensor that cannot be read into
+    its place."""
     most = 0
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        there = leaf in owner._parameters and STORED[tensor.dtype] == own_dtype(owner, leaf, dtype) and device.type == "cpu"
+        there = (
+            leaf in owner._parameters
+            and STORED[tensor.dtype] == own_dtype(owner, leaf, dtype)
+            and device.type == "cpu"
+        )
         most = max(most, 0 if there else tensor.stored_bytes)
     return most
 
@@ -150,8 +183,11 @@ def as_stored(module: torch.nn.Module, stored: Mapping[str, Tensor]) -> bool:
     return all(name in stored for name, _ in module.named_parameters())
 
 
-def loading_bytes(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device) -> int:
-    """Most bytes of host memory that are taken at once while a module is loaded, beyond what it holds in the end on a CPU."""
+def loading_bytes(
+    module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> int:
+    """Most bytes of host memory that are taken at once while a module is loaded, beyond what it holds in the
+    end on a CPU."""
     scratch, layers = scratch_bytes(module, stored, dtype, device), quantised_layers(module)
     now = most = 0
     for name, tensor in stored.items():
@@ -163,15 +199,18 @@ def loading_bytes(module: torch.nn.Module, stored: Mapping[str, Tensor], dtype: 
             most = max(most, now + each * min(tensor.count, max(row, BLOCK // row * row)))
         else:
             now += tensor.count * own_dtype(module.get_submodule(path), leaf, dtype).itemsize
-    packing = 2 * max((layer.packing_bytes() for layer in layers.values()), default=0)  # in another order, and packed
+    packing = 2 * max(
+        (layer.packing_bytes() for layer in layers.values()), default=0
+    )  # in another order, and packed
     return max(scratch, packing, scratch + most - sum(held(module, dtype)) - sum(beside(module, dtype)))
 
 
 def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
     """Fill `out` with one stored tensor, converted by way of `scratch` (uint8, at least its stored bytes).
 
-    Read, not mapped: a mapped file stays in memory beside the converted weights, 1002 MB for 500 MB of fp16 as bf16. And
-    by way of one buffer, as freeing one for each tensor left holes in the heap that came to the same in every other run.
+    Read, not mapped: a mapped file stays in memory beside the converted weights, 1002 MB for 500 MB of fp16
+    as bf16. And by way of one buffer, as freeing one for each tensor left holes in the heap that came to the
+    same in every other run.
     """
     direct = out.device.type == "cpu" and out.dtype == STORED[tensor.dtype]
     target = out.view(-1).view(torch.uint8) if direct else scratch[: tensor.stored_bytes]

@@ -1,4 +1,5 @@
-"""How many bytes of tensors are alive: counted operator by operator, on real tensors and on `meta` ones alike."""
+"""How many bytes of tensors are alive: counted operator by operator, on real tensors and on `meta` ones
+alike."""
 
 from __future__ import annotations
 
@@ -22,10 +23,12 @@ T = TypeVar("T")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make while it is on, from their making to their end; `peak` is the most at once.
+    """Counts the storages that operators make while it is on, from their making to their end; `peak` is the
+    most at once.
 
-    Storages that were there before count nothing. What a kernel takes for itself and gives back before it returns is known
-    for the CPU's. Above `limit` bytes OutOfMemoryError is raised. `device` is the one whose kernels run, or will.
+    Storages that were there before count nothing. What a kernel takes for itself and gives back before it
+    returns is known for the CPU's. Above `limit` bytes OutOfMemoryError is raised. `device` is the one whose
+    kernels run, or will.
     """
 
     def __init__(self, device: str, limit: float = float("inf")) -> None:
@@ -57,7 +60,11 @@ class LiveBytes(TorchDispatchMode):
         """Bytes the kernel takes beside its answer."""
         if self.device == "cpu":
             return own_bytes(func, args, out)
-        return cudnn_bytes(args, out) if self.device == "cuda" and func is CONVOLUTION else gpu_bytes(func, args, out)
+        return (
+            cudnn_bytes(args, out)
+            if self.device == "cuda" and func is CONVOLUTION
+            else gpu_bytes(func, args, out)
+        )
 
     def reach(self, count: int) -> None:
         """Note that `count` bytes are alive together, for a moment."""
@@ -75,8 +82,8 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
-    """The tensors among `values`, one level of lists and tuples deep, as operators take and return them; but none that is opaque,
-    as weights that oneDNN packed are."""
+    """The tensors among `values`, one level of lists and tuples deep, as operators take and return them; but
+    none that is opaque, as weights that oneDNN packed are."""
     found = []
     for value in values:
         if isinstance(value, torch.Tensor):
@@ -87,11 +94,11 @@ def tensors_in(values: Any) -> list[torch.Tensor]:
 
 
 def cudnn_bytes(args: Any, out: torch.Tensor) -> int:
-    """Bytes that a convolution larger than 1x1 takes beside its answer: in 16 bits input and answer once more, as cuDNN's kernels
-    there want channels_last and it copies; in fp32 the input.
+    """Bytes that a convolution larger than 1x1 takes beside its answer: in 16 bits input and answer once
+    more, as cuDNN's kernels there want channels_last and it copies; in fp32 the input.
 
-    That is what published peaks are above the tensors alive: by it 2.59 GiB of 2.616 and 8.84 of 8.958 in bf16, 4.92 of 4.948 and
-    16.68 of 16.827 in fp32 (benchmarks/published.toml).
+    That is what published peaks are above the tensors alive: by it 2.59 GiB of 2.616 and 8.84 of 8.958 in
+    bf16, 4.92 of 4.948 and 16.68 of 16.827 in fp32 (benchmarks/published.toml).
     """
     image, taps = args[0], args[1].shape[2:].numel()
     return 0 if taps == 1 else image.nbytes + (out.nbytes if out.element_size() == 2 else 0)
@@ -105,13 +112,15 @@ class Meter(Measuring, Protocol):
         ...
 
     def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:
-        """The answer of `call`, whose tensors count. Calls of one key take the same: the caller keeps `known` for that."""
+        """The answer of `call`, whose tensors count. Calls of one key take the same: the caller keeps `known`
+        for that."""
         ...
 
 
 class CountingMeter:
-    """For the CPU, whose allocator can neither be asked nor capped, and for Apple's GPU, which shares its memory: weights are
-    added up as they are held, and the first call of each kind is counted operator by operator; the next take the same."""
+    """For the CPU, whose allocator can neither be asked nor capped, and for Apple's GPU, which shares its
+    memory: weights are added up as they are held, and the first call of each kind is counted operator by
+    operator; the next take the same."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -155,11 +164,11 @@ class CountingMeter:
 
 
 class AllocatorMeter:
-    """For CUDA, ROCm and Intel GPUs: what torch's caching allocator has reserved, capped by that allocator itself. Others in this
-    process use it too: what they hold is left out.
+    """For CUDA, ROCm and Intel GPUs: what torch's caching allocator has reserved, capped by that allocator
+    itself. Others in this process use it too: what they hold is left out.
 
-    On Windows the driver (WDDM) moves what does not fit the card into the host's memory and says nothing; that is taken for
-    out of memory too.
+    On Windows the driver (WDDM) moves what does not fit the card into the host's memory and says nothing;
+    that is taken for out of memory too.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -189,8 +198,9 @@ class AllocatorMeter:
         self._held += count
 
     def _look(self) -> None:
-        """Give back what is cached; with nothing of ours loaded, read anew what others in this process hold, libraries' workspaces
-        not among it, as these count as ours once a product has made them, and cap what all may have."""
+        """Give back what is cached; with nothing of ours loaded, read anew what others in this process hold,
+        libraries' workspaces not among it, as these count as ours once a product has made them, and cap what
+        all may have."""
         if self._held:
             self._torch.empty_cache()
         else:
@@ -206,7 +216,9 @@ class AllocatorMeter:
             # what others took since they were looked at is not ours to give back
             most = max(self._limit + self._others, self._torch.memory_reserved() + self._limit - self._held)
             share = min(1.0, (max(0, most) + 1) / total)  # torch cuts the product off, so a byte more
-        if cap := getattr(self._torch, "set_per_process_memory_fraction", None):  # of Intel's GPUs from torch 2.9 on
+        if cap := getattr(
+            self._torch, "set_per_process_memory_fraction", None
+        ):  # of Intel's GPUs from torch 2.9 on
             cap(share)
 
     def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002
@@ -222,12 +234,14 @@ class AllocatorMeter:
         return self._torch.memory_reserved(), total - free, free
 
 
-SPILL_NOISE = 128 * 2**20  # what others on the card may take or give meanwhile; a guess, no Windows machine was at hand
+SPILL_NOISE = (
+    128 * 2**20
+)  # what others on the card may take or give meanwhile; a guess, no Windows machine was at hand
 
 
 def spilled(reserved: int, used: int, free: int) -> int:
-    """Bytes of ours that are not on the card, from how much we reserved and how much the card's use grew since the start, and
-    what is free on it now: only a full card spills."""
+    """Bytes of ours that are not on the card, from how much we reserved and how much the card's use grew
+    since the start, and what is free on it now: only a full card spills."""
     missing = reserved - used
     return missing if missing > SPILL_NOISE and free < SPILL_NOISE else 0
 

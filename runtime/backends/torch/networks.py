@@ -1,4 +1,5 @@
-"""The networks of a model as torch modules, and how each is called: diffusers' and transformers', with our attention and strips."""
+"""The networks of a model as torch modules, and how each is called: diffusers' and transformers', with our
+attention and strips."""
 
 from __future__ import annotations
 
@@ -21,12 +22,21 @@ Forward = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def build(component: Component, placement: Placement, device: str) -> torch.nn.Module:
-    """The component's module on the meta device, shapes and no memory, as the placement has it computed on `device`."""
+    """The component's module on the meta device, shapes and no memory, as the placement has it computed on
+    `device`."""
     config = component.folder / "config.json"
-    with explained(f"{config} describes no model that can be built", "copy or download it again"), torch.device("meta"):
+    with (
+        explained(f"{config} describes no model that can be built", "copy or download it again"),
+        torch.device("meta"),
+    ):
         module = component.network.build(component).eval().requires_grad_(False)
-    formats, used_often = _formats(component, module, placement.precision), component.role is Role.DECODER  # by its strips
-    quantised.quantise_layers(module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC)
+    formats, used_often = (
+        _formats(component, module, placement.precision),
+        component.role is Role.DECODER,
+    )  # by its strips
+    quantised.quantise_layers(
+        module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC
+    )
     processor = Processor(attention.VARIANTS[placement.attention])
     for part in module.modules():
         if type(part).__name__ == "FeedForward":
@@ -37,8 +47,11 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
 
 
 def _formats(component: Component, module: torch.nn.Module, precision: str) -> dict[str, str]:
-    """The format of each layer that is quantised, by its path: as stored in the files, or as it will be while it is loaded."""
-    paths: dict[str, Any] = {path: part for path, part in module.named_modules() if type(part) in quantised.KINDS}
+    """The format of each layer that is quantised, by its path: as stored in the files, or as it will be while
+    it is loaded."""
+    paths: dict[str, Any] = {
+        path: part for path, part in module.named_modules() if type(part) in quantised.KINDS
+    }
     if component.formats is not None:
         renamed = (current_name(path, paths) for path in component.formats)
         return dict(zip(renamed, component.formats.values(), strict=True))
@@ -50,8 +63,14 @@ def _formats(component: Component, module: torch.nn.Module, precision: str) -> d
 
 
 def current_name(stored: str, expected: Container[str]) -> str:
-    """A tensor's or a layer's name as today's libraries spell it: text models lost a prefix, VAE attention got new words."""
-    for old, new in ((".query", ".to_q"), (".key", ".to_k"), (".value", ".to_v"), (".proj_attn", ".to_out.0")):
+    """A tensor's or a layer's name as today's libraries spell it: text models lost a prefix, VAE attention
+    got new words."""
+    for old, new in (
+        (".query", ".to_q"),
+        (".key", ".to_k"),
+        (".value", ".to_v"),
+        (".proj_attn", ".to_out.0"),
+    ):
         if ".attentions." in stored and f"{old}." in f"{stored}.":
             stored = f"{stored}.".replace(f"{old}.", f"{new}.")[:-1]
     if stored not in expected:

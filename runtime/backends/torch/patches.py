@@ -11,15 +11,31 @@ from ...errors import TightfitError
 
 
 class Processor:
-    """diffusers' attention block around one of our attentions; tensors and their order as in its AttnProcessor2_0."""
+    """diffusers' attention block around one of our attentions; tensors and their order as in its
+    AttnProcessor2_0."""
 
     def __init__(self, attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
         self.attend = attend
 
-    def __call__(self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states=None, attention_mask=None, temb=None):  # noqa: ARG002
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states=None,
+        attention_mask=None,
+        temb=None,  # noqa: ARG002
+    ):
         """(batch, n, width), or (batch, width, h, w) in a VAE, attends to (batch, m, …) or to itself."""
-        if attention_mask is not None or attn.spatial_norm is not None or attn.norm_cross or attn.norm_q or attn.norm_k:
-            raise TightfitError("this model's attention has masks or norms that tightfit does not run: use a plain SD model")
+        if (
+            attention_mask is not None
+            or attn.spatial_norm is not None
+            or attn.norm_cross
+            or attn.norm_q
+            or attn.norm_k
+        ):
+            raise TightfitError(
+                "this model's attention has masks or norms that tightfit does not run: use a plain SD model"
+            )
         shape, x = hidden_states.shape, hidden_states
         if len(shape) == 4:
             x = x.view(shape[0], shape[1], shape[2] * shape[3]).transpose(1, 2)
@@ -27,7 +43,10 @@ class Processor:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         text = x if encoder_hidden_states is None else encoder_hidden_states
         heads = (linear(each) for linear, each in ((attn.to_q, x), (attn.to_k, text), (attn.to_v, text)))
-        q, k, v = (each.view(shape[0], -1, attn.heads, each.shape[-1] // attn.heads).transpose(1, 2) for each in heads)
+        q, k, v = (
+            each.view(shape[0], -1, attn.heads, each.shape[-1] // attn.heads).transpose(1, 2)
+            for each in heads
+        )
         x = self.attend(q, k, v).transpose(1, 2).flatten(2)
         del q, k, v
         x = attn.to_out[1](attn.to_out[0](x))
@@ -38,15 +57,16 @@ class Processor:
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
 
-# Of a feed-forward layer's hidden values held at a time. A GPU waits for the host, which takes 40 us to start an operator: parts of
-# 8 MiB made 3,848 operators of the 1,708 that SDXL's U-Net has whole, at 1024x1024; parts of 64 make 1,778.
+# Of a feed-forward layer's hidden values held at a time. A GPU waits for the host, which takes 40 us to start
+# an operator: parts of 8 MiB made 3,848 operators of the 1,708 that SDXL's U-Net has whole, at 1024x1024;
+# parts of 64 make 1,778.
 FEED_BYTES = 2**23
 GPU_FEED_BYTES = 2**26
 
 
 def feed_forward(part: Any, most_bytes: int) -> Callable[..., torch.Tensor]:
-    """A transformer's feed-forward, for as many tokens at a time as keep its hidden values (eight times its width) few: at 512²
-    they are 42 MB of SD 1.5's U-Net, and nothing else needs as much."""
+    """A transformer's feed-forward, for as many tokens at a time as keep its hidden values (eight times its
+    width) few: at 512² they are 42 MB of SD 1.5's U-Net, and nothing else needs as much."""
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         tokens = hidden_states.flatten(0, 1)

@@ -1,5 +1,5 @@
-"""Layers whose weights stay in 8 or 4 bits: each time one is called its weight is unpacked into a buffer that all share, or is
-multiplied as it is, by inputs quantised to 8 bits."""
+"""Layers whose weights stay in 8 or 4 bits: each time one is called its weight is unpacked into a buffer that
+all share, or is multiplied as it is, by inputs quantised to 8 bits."""
 
 from __future__ import annotations
 
@@ -19,17 +19,21 @@ from ....kernels.quantise import quantise
 from ...errors import TightfitError
 from .autotune import fastest
 
-# Weights unpacked at a time on a CPU, which takes less of its memory, and no more of its time (docs/decisions.md). A GPU would
-# have to start several kernels for one.
+# Weights unpacked at a time on a CPU, which takes less of its memory, and no more of its time
+# (docs/decisions.md). A GPU would have to start several kernels for one.
 AT_ONCE = 2**22
-FEW_ROWS = 256  # of a linear's inputs, up to which a GPU may be faster to multiply while it unpacks: it is tried
-# Of layers that multiply whole numbers on a CPU outputs times taps are WIDE times the inputs: quantising an input is paid once for
-# all that it is multiplied by, and the U-Net's other linears and 1x1 convolutions were slower for it (docs/decisions.md).
+FEW_ROWS = (
+    256  # of a linear's inputs, up to which a GPU may be faster to multiply while it unpacks: it is tried
+)
+# Of layers that multiply whole numbers on a CPU outputs times taps are WIDE times the inputs: quantising an
+# input is paid once for all that it is multiplied by, and the U-Net's other linears and 1x1 convolutions were
+# slower for it (docs/decisions.md).
 WIDE = 4
-# Output pixels, output channels and inputs that a program of Triton's convolution multiplies at a time, and its warps and stages.
+# Output pixels, output channels and inputs that a program of Triton's convolution multiplies at a time, and
+# its warps and stages.
 TILES = (
-    ((128, 128, 64), 8, 3), ((128, 64, 64), 4, 3), ((64, 128, 64), 4, 3), ((64, 64, 64), 4, 4), ((128, 256, 64), 8, 3),
-    ((64, 64, 128), 4, 3), ((32, 64, 128), 4, 4),
+    ((128, 128, 64), 8, 3), ((128, 64, 64), 4, 3), ((64, 128, 64), 4, 3), ((64, 64, 64), 4, 4),
+    ((128, 256, 64), 8, 3), ((64, 64, 128), 4, 3), ((32, 64, 128), 4, 4),
 )  # fmt: skip
 
 
@@ -92,13 +96,24 @@ def _conv2d_int8(
 
 
 @_conv2d_int8.register_fake
-def _(x: Tensor, packed: Tensor, scale: Tensor, sums: Tensor | None, bias: Tensor | None, kernel, stride, padding) -> Tensor:  # noqa: ARG001
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    sums: Tensor | None,  # noqa: ARG001
+    bias: Tensor | None,  # noqa: ARG001
+    kernel,
+    stride,
+    padding,
+) -> Tensor:
     return int8.empty_answer(x, packed, scale, kernel, stride, padding)
 
 
 def _tiles(run: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:
     return {
-        f"{tile} in {warps} warps and {stages} stages": functools.partial(run, tile=tile, num_warps=warps, num_stages=stages)
+        f"{tile} in {warps} warps and {stages} stages": functools.partial(
+            run, tile=tile, num_warps=warps, num_stages=stages
+        )
         for tile, warps, stages in TILES
     }
 
@@ -109,8 +124,8 @@ CONV2D_INT8 = torch.ops.tightfit.conv2d_int8.default
 
 
 def gpu_bytes(func: Any, args: Any, out: Any) -> int:
-    """Bytes that our operators take on a GPU beside their answer: codes of the inputs, for a moment twice if these are not
-    channels_last; codes of a weight of 4 bits, which are made where Triton does not run."""
+    """Bytes that our operators take on a GPU beside their answer: codes of the inputs, for a moment twice if
+    these are not channels_last; codes of a weight of 4 bits, which are made where Triton does not run."""
     if func is DEQUANTISE:
         return _unpacking(*args[:6])
     if func not in (LINEAR_INT8, CONV2D_INT8):
@@ -119,16 +134,21 @@ def gpu_bytes(func: Any, args: Any, out: Any) -> int:
     return max(codes, 2 * codes - out.nbytes) if func is CONV2D_INT8 and args[0].is_contiguous() else codes
 
 
-def _unpacking(out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor | None, kind: str) -> int:
-    """Bytes that dequantise_torch takes for 4 bits: the codes, and beside them scales, and zeros twice, in the weight's own dtype.
-    nf4, which no recipe of ours uses, takes more."""
+def _unpacking(
+    out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor | None, kind: str
+) -> int:
+    """Bytes that dequantise_torch takes for 4 bits: the codes, and beside them scales, and zeros twice, in
+    the weight's own dtype. nf4, which no recipe of ours uses, takes more."""
     if kind == "int8":
         return 0
-    return (packed.numel() if codes is None else 0) + scale.numel() * out.element_size() * (1 if zero is None else 3)
+    return (packed.numel() if codes is None else 0) + scale.numel() * out.element_size() * (
+        1 if zero is None else 3
+    )
 
 
 class Workspace:
-    """The buffer that a network's quantised layers share: room for the weights unpacked at a time, and on a CPU for their codes."""
+    """The buffer that a network's quantised layers share: room for the weights unpacked at a time, and on a
+    CPU for their codes."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -151,7 +171,8 @@ class Workspace:
 class Quantised(nn.Module):
     """A layer's weight in parts, named as in the files: `packed`, `scale` and, for int4, `zero`.
 
-    `at_once` output channels are unpacked at a time, on a CPU as many as AT_ONCE weights unless it is to be `whole`.
+    `at_once` output channels are unpacked at a time, on a CPU as many as AT_ONCE weights unless it is to be
+    `whole`.
     """
 
     packed: Tensor
@@ -163,7 +184,9 @@ class Quantised(nn.Module):
         self.form, self.shape, self.workspace = form, tuple(layer.weight.shape), workspace
         self.taps, self.row = math.prod(self.shape[2:]), math.prod(self.shape[1:])
         self.on_cpu = workspace.device == "cpu"
-        self.at_once = self.shape[0] if whole or not self.on_cpu else min(self.shape[0], max(1, AT_ONCE // self.row))
+        self.at_once = (
+            self.shape[0] if whole or not self.on_cpu else min(self.shape[0], max(1, AT_ONCE // self.row))
+        )
         for name, (dtype, shape) in form.parts(self.shape).items():
             part = torch.empty(shape, dtype=dtype, device=layer.weight.device)
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
@@ -196,14 +219,16 @@ class Quantised(nn.Module):
         count = len(self.packed[rows])
         end_of_out = count * self.row * dtype.itemsize
         out = buffer[:end_of_out].view(dtype).view(count, self.row)
-        self._unpack(out, rows, buffer[end_of_out : end_of_out + count * self._codes()] if self.on_cpu else None)
+        self._unpack(
+            out, rows, buffer[end_of_out : end_of_out + count * self._codes()] if self.on_cpu else None
+        )
         if self.on_cpu:
             return from_rows(out, (count, *self.shape[1:]))
         return out.view(count, *self.shape[1:])  # torch's group norms on GPUs take no channels_last
 
     def _codes(self) -> int:
-        """Bytes of the buffer that the codes of one output channel take while they are unpacked; Triton needs none, so on a GPU
-        torch makes them for a moment where it does not run."""
+        """Bytes of the buffer that the codes of one output channel take while they are unpacked; Triton needs
+        none, so on a GPU torch makes them for a moment where it does not run."""
         return self.packed.shape[1] if self.form.bits == 4 and self.on_cpu else 0
 
     def _unpack(self, out: Tensor, rows: slice | Tensor, codes: Tensor | None) -> None:
@@ -213,7 +238,10 @@ class Quantised(nn.Module):
         torch.ops.tightfit.dequantise(out, self.packed[rows], self.scale[rows], zero, codes, *how)
 
     def _parts(self) -> list[slice]:
-        return [slice(start, min(start + self.at_once, self.shape[0])) for start in range(0, self.shape[0], self.at_once)]
+        return [
+            slice(start, min(start + self.at_once, self.shape[0]))
+            for start in range(0, self.shape[0], self.at_once)
+        ]
 
 
 class Linear(Quantised):
@@ -243,11 +271,16 @@ class Linear(Quantised):
 class Conv2d(Quantised):
     def __init__(self, layer: nn.Conv2d, form: Format, workspace: Workspace, whole: bool = False) -> None:
         super().__init__(layer, form, workspace, whole or layer.groups > 1)
-        self.kernel_size, self.in_channels, self.out_channels = layer.kernel_size, layer.in_channels, layer.out_channels
+        self.kernel_size, self.in_channels, self.out_channels = (
+            layer.kernel_size,
+            layer.in_channels,
+            layer.out_channels,
+        )
         self.how: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, in, h, w) → (batch, out, h', w'); on a CPU with channels last, as the unpacked weight has them."""
+        """(batch, in, h, w) → (batch, out, h', w'); on a CPU with channels last, as the unpacked weight has
+        them."""
         if self.on_cpu:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.at_once == self.shape[0]:
@@ -258,7 +291,9 @@ class Conv2d(Quantised):
             some = functional.conv2d(x, self.dense(part.start, part.stop), bias, *self.how)
             if out is None:
                 sides = (len(some), self.shape[0], *some.shape[2:])
-                out = torch.empty(sides, dtype=some.dtype, device=some.device, memory_format=torch.channels_last)
+                out = torch.empty(
+                    sides, dtype=some.dtype, device=some.device, memory_format=torch.channels_last
+                )
             out[:, part] = some
             del some
         assert out is not None
@@ -293,7 +328,9 @@ class Conv2dInt8(LinearInt8):
     def __init__(self, layer: nn.Conv2d, form: Format, workspace: Workspace, whole: bool = False) -> None:
         super().__init__(layer, form, workspace, whole)
         self.how: Any = (layer.kernel_size, layer.stride, layer.padding)
-        sums = None if self.on_cpu else torch.empty(self.shape[0], dtype=torch.int32, device=layer.weight.device)
+        sums = (
+            None if self.on_cpu else torch.empty(self.shape[0], dtype=torch.int32, device=layer.weight.device)
+        )
         self.register_buffer("sums", sums, persistent=False)
 
     def prepare(self) -> None:
@@ -315,7 +352,11 @@ class Embedding(Quantised):
         """(…) → (…, width): only the rows that are asked for are unpacked."""
         rows = ids.flatten()
         out = torch.empty(len(rows), self.row, dtype=self.workspace.dtype, device=self.packed.device)
-        codes = torch.empty(len(rows) * self._codes(), dtype=torch.uint8, device=self.packed.device) if self.on_cpu else None
+        codes = (
+            torch.empty(len(rows) * self._codes(), dtype=torch.uint8, device=self.packed.device)
+            if self.on_cpu
+            else None
+        )
         self._unpack(out, rows, codes)
         return out.view(*ids.shape, self.row)
 
@@ -336,13 +377,20 @@ class PlainConv2d(nn.Conv2d):
         return self._conv_forward(x, weight, self.bias)
 
 
-KINDS: dict[type[nn.Module], type[Quantised]] = {nn.Linear: Linear, nn.Conv2d: Conv2d, nn.Embedding: Embedding}
+KINDS: dict[type[nn.Module], type[Quantised]] = {
+    nn.Linear: Linear,
+    nn.Conv2d: Conv2d,
+    nn.Embedding: Embedding,
+}
 
 
-def quantise_layers(module: nn.Module, formats: Mapping[str, str], device: str, whole: bool = False, dynamic: bool = False) -> None:
+def quantise_layers(
+    module: nn.Module, formats: Mapping[str, str], device: str, whole: bool = False, dynamic: bool = False
+) -> None:
     """Put quantised layers in place of those that `formats` names, by paths, to be computed on `device`.
 
-    `dynamic`: inputs of the layers that can are quantised too. Raises TightfitError for a layer or a format that there is not.
+    `dynamic`: inputs of the layers that can are quantised too. Raises TightfitError for a layer or a format
+    that there is not.
     """
     shared = Workspace(device)
     for path, name in formats.items():
@@ -395,4 +443,6 @@ def quantised_layers(module: nn.Module) -> dict[str, Quantised]:
 
 def workspace(module: nn.Module) -> Workspace:
     """What the quantised layers of `module` share; an empty one if there are none."""
-    return next((part.workspace for part in module.modules() if isinstance(part, Quantised)), Workspace("cpu"))
+    return next(
+        (part.workspace for part in module.modules() if isinstance(part, Quantised)), Workspace("cpu")
+    )

@@ -1,4 +1,5 @@
-"""Weights that come to a device as they are needed: all of a module's, or those that there is no room to keep."""
+"""Weights that come to a device as they are needed: all of a module's, or those that there is no room to
+keep."""
 
 from __future__ import annotations
 
@@ -15,14 +16,16 @@ from . import loading as weights
 from .loading import own_dtype
 
 _ALIGNED = 256  # bytes between tensors, which suits every kernel
-CHUNK = 64 * 2**20  # bytes pinned at a time: torch's allocator rounds each request up to a power of two, 1639 MiB to 2208
+CHUNK = (
+    64 * 2**20
+)  # bytes pinned at a time: torch's allocator rounds each request up to a power of two, 1639 MiB to 2208
 Parts = Mapping[nn.Module, "Unit"]
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of a module whose weights come and go together: its path, and (submodule, name, stored tensor, place in a buffer) of
-    each."""
+    """A part of a module whose weights come and go together: its path, and (submodule, name, stored tensor,
+    place in a buffer) of each."""
 
     path: str
     weights: tuple[tuple[nn.Module, str, Stored, int], ...]
@@ -30,7 +33,8 @@ class Unit:
 
 
 def units(module: nn.Module, stored: Mapping[str, Stored], dtype: torch.dtype) -> dict[nn.Module, Unit]:
-    """`module` in parts, each as large as can be without taking more bytes than the largest single layer does."""
+    """`module` in parts, each as large as can be without taking more bytes than the largest single layer
+    does."""
     paths = {part: path for path, part in module.named_modules()}
     leaves = [part for part in module.modules() if part._parameters]
     limit = max(_unit(leaf, paths[leaf], stored, dtype).bytes for leaf in leaves)
@@ -61,8 +65,9 @@ def _unit(part: nn.Module, path: str, stored: Mapping[str, Stored], dtype: torch
 
 
 def split(parts: Parts, kept_bytes: int) -> tuple[dict[nn.Module, Unit], dict[nn.Module, Unit]]:
-    """The units that stay loaded when they may take `kept_bytes`, and those that stream. The largest stay: they are the deepest,
-    which compute the least for their bytes, and the buffer need not be as large then."""
+    """The units that stay loaded when they may take `kept_bytes`, and those that stream. The largest stay:
+    they are the deepest, which compute the least for their bytes, and the buffer need not be as large
+    then."""
     kept, streamed = {}, dict(parts)
     for part, unit in sorted(parts.items(), key=lambda each: -each[1].bytes):
         kept_bytes -= unit.bytes
@@ -73,8 +78,8 @@ def split(parts: Parts, kept_bytes: int) -> tuple[dict[nn.Module, Unit], dict[nn
 
 
 def ring_bytes(parts: Parts, device: torch.device) -> int:
-    """The buffer that a Streamer keeps on the device: of a GPU room for the largest unit twice, as one is copied while another
-    computes."""
+    """The buffer that a Streamer keeps on the device: of a GPU room for the largest unit twice, as one is
+    copied while another computes."""
     return max((unit.bytes for unit in parts.values()), default=0) * (2 if device.type == "cuda" else 1)
 
 
@@ -93,11 +98,17 @@ def _pinned(count: int) -> Tensor:
 
 
 class HostStore:
-    """Units one behind the other in chunks of the host's memory, from where a GPU copies them: pinned up to `most` bytes, or as far
-    as the system allows, which WSL does to 0.5 or 1 GiB. Of the rest `pageable_bytes` is the size: it is copied slower."""
+    """Units one behind the other in chunks of the host's memory, from where a GPU copies them: pinned up to
+    `most` bytes, or as far as the system allows, which WSL does to 0.5 or 1 GiB. Of the rest `pageable_bytes`
+    is the size: it is copied slower."""
 
     def __init__(
-        self, parts: Parts, dtype: torch.dtype, scratch: Tensor, most: float = float("inf"), pin: Callable[[int], Tensor] = _pinned
+        self,
+        parts: Parts,
+        dtype: torch.dtype,
+        scratch: Tensor,
+        most: float = float("inf"),
+        pin: Callable[[int], Tensor] = _pinned,
     ) -> None:
         """`scratch` is uint8, as long as the longest of the tensors in their files."""
         self._places: dict[str, tuple[int, int]] = {}
@@ -109,7 +120,9 @@ class HostStore:
                 try:
                     chunk = pin(count)
                     self.pinned_bytes += count
-                except RuntimeError:  # "out of memory", though there may be plenty: the host's, or of what may be pinned
+                except (
+                    RuntimeError
+                ):  # "out of memory", though there may be plenty: the host's, or of what may be pinned
                     chunk = None
             if chunk is None:
                 chunk = torch.empty(count, dtype=torch.uint8)
@@ -140,7 +153,9 @@ class HostStore:
             return
         whole = torch.empty(tensor.count, dtype=dtype)
         weights.read_into(whole, tensor, scratch)
-        for piece, part in zip(pieces, whole.view(torch.uint8).split([len(piece) for piece in pieces]), strict=True):
+        for piece, part in zip(
+            pieces, whole.view(torch.uint8).split([len(piece) for piece in pieces]), strict=True
+        ):
             piece.copy_(part)
 
 
@@ -151,7 +166,8 @@ class Lane(Protocol):
     """Whether copies go on while something computes, so that it pays to begin early."""
 
     def copy(self, out: Tensor, unit: Unit, after: Sequence[Any]) -> Any:
-        """Begin to fill `out`, uint8, once what computes has passed the marks `after`; answers the mark of its end."""
+        """Begin to fill `out`, uint8, once what computes has passed the marks `after`; answers the mark of
+        its end."""
         ...
 
     def mark(self) -> Any:
@@ -226,21 +242,31 @@ def _views(unit: Unit, buffer: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 class Streamer:
-    """Brings each unit's weights into a ring when the unit is called, and takes them away after. Meanwhile what comes next, as it
-    came in the pass before, is copied as far as there is room.
+    """Brings each unit's weights into a ring when the unit is called, and takes them away after. Meanwhile
+    what comes next, as it came in the pass before, is copied as far as there is room.
 
-    What is copied over waits until what computed with it is done, whatever the order of calls: a unit that is called twice, in
-    another order, or whose pass failed has its weights all the same, at worst later.
+    What is copied over waits until what computed with it is done, whatever the order of calls: a unit that is
+    called twice, in another order, or whose pass failed has its weights all the same, at worst later.
     """
 
     def __init__(
-        self, module: nn.Module, parts: Parts, lane: Lane, dtype: torch.dtype, buffer: Tensor, order: Sequence[str] = ()
+        self,
+        module: nn.Module,
+        parts: Parts,
+        lane: Lane,
+        dtype: torch.dtype,
+        buffer: Tensor,
+        order: Sequence[str] = (),
     ) -> None:
-        """`buffer` is uint8, of `ring_bytes`; `order` are the paths of parts in the order of a pass, as far as it is known."""
+        """`buffer` is uint8, of `ring_bytes`; `order` are the paths of parts in the order of a pass, as far
+        as it is known."""
         self._parts, self._lane, self._dtype, self._buffer = parts, lane, dtype, buffer
         self._ring: Ring[nn.Module] = Ring(len(buffer))
         self._sizes = {part: unit.bytes for part, unit in parts.items()}
-        self._meta = {part: [owner._parameters[leaf] for owner, leaf, _, _ in unit.weights] for part, unit in parts.items()}
+        self._meta = {
+            part: [owner._parameters[leaf] for owner, leaf, _, _ in unit.weights]
+            for part, unit in parts.items()
+        }
         self._used: dict[nn.Module, Any] = {}
         self._copied: dict[nn.Module, Any] = {}
         by_path = {unit.path: part for part, unit in parts.items()}
@@ -253,7 +279,8 @@ class Streamer:
         self._hooks += [part.register_forward_hook(self._take) for part in parts]
 
     def close(self) -> None:
-        """Let go of the module, which holds on to this by its hooks, once the copies that are under way are done."""
+        """Let go of the module, which holds on to this by its hooks, once the copies that are under way are
+        done."""
         for hook in self._hooks:
             hook.remove()
         if self._open is not None:
@@ -278,7 +305,8 @@ class Streamer:
         self._seen.append(part)
 
     def _upcoming(self, part: nn.Module) -> Iterator[nn.Module]:
-        """What came after `part` in the last pass, and begins the next; nothing if this pass takes another way."""
+        """What came after `part` in the last pass, and begins the next; nothing if this pass takes another
+        way."""
         at = len(self._seen)
         if self._order[at - 1 : at] == [part]:
             yield from self._order[at:]
@@ -286,7 +314,9 @@ class Streamer:
 
     def _take(self, part: nn.Module, _: Any, __: Any) -> None:
         self._put_away(part)
-        if self._lane.beside:  # once the device has been told to compute: copies from memory that is not pinned hold up the host
+        if (
+            self._lane.beside
+        ):  # once the device has been told to compute: copies from memory that is not pinned hold up the host
             for other, gone in ahead(self._ring, part, self._upcoming(part), self._sizes):
                 self._copy(other, gone)
 
@@ -301,6 +331,8 @@ class Streamer:
         try:
             self._copied[part] = self._lane.copy(self._buffer[start : start + unit.bytes], unit, after)
         except BaseException:
-            self._ring.drop(part)  # its weights are not there, and those that went for it may still be computed with
+            self._ring.drop(
+                part
+            )  # its weights are not there, and those that went for it may still be computed with
             self._failed = [self._lane.mark()]
             raise

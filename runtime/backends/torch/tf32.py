@@ -1,4 +1,5 @@
-"""Products of fp32 in fp32. From Ampere on torch lets cuDNN round their inputs to TF32's 10 bits of mantissa, unless it is told."""
+"""Products of fp32 in fp32. From Ampere on torch lets cuDNN round their inputs to TF32's 10 bits of mantissa,
+unless it is told."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ import torch
 
 @contextmanager
 def tf32_off(device: torch.device) -> Iterator[None]:
-    """Convolutions and matrix products on a CUDA device are of whole fp32; what was set before is set again after."""
+    """Convolutions and matrix products on a CUDA device are of whole fp32; what was set before is set again
+    after."""
     with ExitStack() as after:
         if device.type == "cuda":
             _convolutions_off(after)
@@ -30,8 +32,8 @@ def _convolutions_off(after: ExitStack) -> None:
 
 
 def _products_off(after: ExitStack) -> None:
-    """They are off unless the user has switched them on. torch's readers raise where its two interfaces disagree, so both are
-    switched off, and what was used to switch on is used again."""
+    """They are off unless the user has switched them on. torch's readers raise where its two interfaces
+    disagree, so both are switched off, and what was used to switch on is used again."""
     matmul, older = torch.backends.cuda.matmul, None
     if getattr(matmul, "fp32_precision", "tf32") != "tf32":
         return

@@ -14,7 +14,8 @@ def decode_strips(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...
 
 
 def decode_in_strips(decoder: Any, latents: torch.Tensor) -> torch.Tensor:
-    """diffusers' `Decoder`: the middle block whole, for its attention sees all, and what is larger in strips."""
+    """diffusers' `Decoder`: the middle block whole, for its attention sees all, and what is larger in
+    strips."""
     source: strips.Rows = strips.Stored(decoder.mid_block(decoder.conv_in(latents)))
     for block in decoder.up_blocks:
         source = strips.Stored(_residuals(source, block.resnets))
@@ -35,7 +36,11 @@ def encode_in_strips(encoder: Any, pixels: torch.Tensor) -> torch.Tensor:
 
 def _residuals(source: strips.Rows, resnets: Any) -> torch.Tensor:
     for resnet in resnets:
-        convs = (resnet.conv1, resnet.conv2, *([] if resnet.conv_shortcut is None else [resnet.conv_shortcut]))
+        convs = (
+            resnet.conv1,
+            resnet.conv2,
+            *([] if resnet.conv_shortcut is None else [resnet.conv_shortcut]),
+        )
         source = strips.Stored(strips.residual(source, (resnet.norm1, resnet.norm2), convs))
     assert isinstance(source, strips.Stored)
     return source.x

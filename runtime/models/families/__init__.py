@@ -20,7 +20,9 @@ def family_of(source: Source) -> Family:
     for family in FAMILIES:
         if family.claims(source):
             return family
-    raise TightfitError(f"{source.folder} is of no family that tightfit runs: these are SD 1.x, SD 2.x and SDXL")
+    raise TightfitError(
+        f"{source.folder} is of no family that tightfit runs: these are SD 1.x, SD 2.x and SDXL"
+    )
 
 
 def networks() -> dict[str, Network]:
@@ -32,5 +34,7 @@ def role_of(name: str) -> Role:
     """Of the network called so. Raises TightfitError for a name that no family has."""
     network = networks().get(name)
     if network is None:
-        raise TightfitError(f"{name} is a network of no family that tightfit runs: {', '.join(networks())} are")
+        raise TightfitError(
+            f"{name} is a network of no family that tightfit runs: {', '.join(networks())} are"
+        )
     return network.role

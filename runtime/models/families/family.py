@@ -1,6 +1,8 @@
-"""What a family of models is: its networks, and what they are to each other. Data and plain functions; no engine is imported.
+"""What a family of models is: its networks, and what they are to each other. Data and plain functions; no
+engine is imported.
 
-A new family is one file beside this one and one line in FAMILIES (docs/architecture.md has an example, which a test runs).
+A new family is one file beside this one and one line in FAMILIES (docs/architecture.md has an example, which
+a test runs).
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ Shape = tuple[int, ...]
 
 
 class Role(Enum):
-    """What a network does. It decides the stage it runs in and how often it is called; there is no role for 'all others'."""
+    """What a network does. It decides the stage it runs in and how often it is called; there is no role for
+    'all others'."""
 
     TEXT = "text"
     DENOISER = "denoiser"
@@ -36,7 +39,8 @@ class Role(Enum):
 
 @dataclass(frozen=True)
 class Extent:
-    """What the inputs of one call depend on: rows of a batch, and the picture's height and width in pixels."""
+    """What the inputs of one call depend on: rows of a batch, and the picture's height and width in
+    pixels."""
 
     batch: int
     height: int
@@ -47,9 +51,10 @@ class Extent:
 class GraphNames:
     """How a network is called as ONNX, in Optimum's words.
 
-    `needed` and `optional` are names of inputs. `sides` are (value, count of sides, number of one of them, field of the config that
-    says how long it is). `answers` picks from a graph's outputs those that a session answers with; it raises ValueError with what
-    is missing. `names` are the graph's names for a session's arrays, where they differ.
+    `needed` and `optional` are names of inputs. `sides` are (value, count of sides, number of one of them,
+    field of the config that says how long it is). `answers` picks from a graph's outputs those that a session
+    answers with; it raises ValueError with what is missing. `names` are the graph's names for a session's
+    arrays, where they differ.
     """
 
     needed: frozenset[str]
@@ -63,14 +68,15 @@ class GraphNames:
 class Network:
     """One network of a family, for every engine and for the exporter alike.
 
-    name: of the component and of its placement in a plan; a graph lies in the folder called so. folder: of its config and
-    weights in a diffusers folder. listed: what model_index.json may say that it is made by, a library and a class, as a
-    regular expression. fields and defaults: what a field of its config may be, and is where it is missing. layers: how many
-    layers a config asks for, by the field that says so. prefixes: of the names of stored tensors, those that are used.
-    decided_by: which field of the config decides whether there is a tensor, by a pattern of its name. inputs: shapes of one
-    call, by a session's names. build: its torch module; called where tensors are made on meta, and the only place that
-    imports a class of a library. call: calls that module with a session's arrays. tokenizer: the folder of a text encoder's.
-    in_strips: whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL.
+    name: of the component and of its placement in a plan; a graph lies in the folder called so. folder: of
+    its config and weights in a diffusers folder. listed: what model_index.json may say that it is made by, a
+    library and a class, as a regular expression. fields and defaults: what a field of its config may be, and
+    is where it is missing. layers: how many layers a config asks for, by the field that says so. prefixes: of
+    the names of stored tensors, those that are used. decided_by: which field of the config decides whether
+    there is a tensor, by a pattern of its name. inputs: shapes of one call, by a session's names. build: its
+    torch module; called where tensors are made on meta, and the only place that imports a class of a library.
+    call: calls that module with a session's arrays. tokenizer: the folder of a text encoder's. in_strips:
+    whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL.
     """
 
     name: str

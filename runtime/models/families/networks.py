@@ -1,4 +1,5 @@
-"""The networks that the families of Stable Diffusion share: CLIP's text encoder, the U-Net, the decoder of the VAE."""
+"""The networks that the families of Stable Diffusion share: CLIP's text encoder, the U-Net, the decoder of
+the VAE."""
 
 from __future__ import annotations
 
@@ -53,7 +54,10 @@ _TEXT = {
 _VAE = {
     **dict.fromkeys(("in_channels", "out_channels", "latent_channels"), is_count),
     **dict.fromkeys(("down_block_types", "up_block_types"), many(is_text)),
-    **dict.fromkeys(("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast"), or_none(is_truth)),
+    **dict.fromkeys(
+        ("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention", "force_upcast"),
+        or_none(is_truth),
+    ),
     **dict.fromkeys(("latents_mean", "latents_std"), or_none(many(is_number, MOST_WIDTH))),
     "block_out_channels": many(is_count),
     "layers_per_block": is_layers,
@@ -63,16 +67,19 @@ _VAE = {
     "shift_factor": or_none(is_number),
 }
 _UNET_COUNTS = (
-    "addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim", "time_embedding_dim",
-    "encoder_hid_dim", "num_class_embeds", "addition_embed_type_num_heads", "norm_num_groups",
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim", "time_cond_proj_dim",
+    "time_embedding_dim", "encoder_hid_dim", "num_class_embeds", "addition_embed_type_num_heads",
+    "norm_num_groups",
 )  # fmt: skip
 _UNET_TRUTHS = (
-    "flip_sin_to_cos", "use_linear_projection", "upcast_attention", "dual_cross_attention", "center_input_sample",
-    "resnet_skip_time_act", "class_embeddings_concat", "mid_block_only_cross_attention",
+    "flip_sin_to_cos", "use_linear_projection", "upcast_attention", "dual_cross_attention",
+    "center_input_sample", "resnet_skip_time_act", "class_embeddings_concat",
+    "mid_block_only_cross_attention",
 )  # fmt: skip
 _UNET_TEXTS = (
-    "mid_block_type", "act_fn", "time_embedding_type", "time_embedding_act_fn", "timestep_post_act", "class_embed_type",
-    "addition_embed_type", "encoder_hid_dim_type", "resnet_time_scale_shift", "attention_type", "cross_attention_norm",
+    "mid_block_type", "act_fn", "time_embedding_type", "time_embedding_act_fn", "timestep_post_act",
+    "class_embed_type", "addition_embed_type", "encoder_hid_dim_type", "resnet_time_scale_shift",
+    "attention_type", "cross_attention_norm",
 )  # fmt: skip
 _nested_layers = or_many(or_many(is_layers))
 _UNET = {
@@ -152,7 +159,8 @@ _TEXT_DECIDED_BY = {r"(text_model\.)?encoder\.layers\.\d+\.": "num_hidden_layers
 
 
 def check_config(network: Network, component: Component) -> None:
-    """Every field that decides what is built, before it is: a count of layers may not exceed the tensors that are there."""
+    """Every field that decides what is built, before it is: a count of layers may not exceed the tensors that
+    are there."""
     file, config = component.folder / "config.json", component.config
     check_fields(file, config, network.fields)
     tensors = sum(1 for tensor in component.tensors.values() if tensor.count)
@@ -160,13 +168,15 @@ def check_config(network: Network, component: Component) -> None:
     for field, count in network.layers(config).items():
         if count > most_layers:
             raise TightfitError(
-                f"{file} has {field} {brief(config.get(field))}, more layers than {tensors} tensors can be of: "
+                f"{file} has {field} {brief(config.get(field))}, "
+                f"more layers than {tensors} tensors can be of: "
                 "files of different models were mixed; copy or download it again"
             )
     for field in ("latents_mean", "latents_std"):
         if (given := config.get(field)) and len(given) != config["latent_channels"]:
             raise TightfitError(
-                f"{file} has {field} of {len(given)} channels, not of its latent_channels: copy or download it again"
+                f"{file} has {field} of {len(given)} channels, not of its latent_channels: "
+                "copy or download it again"
             )
 
 
@@ -216,8 +226,17 @@ def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
     return (module(tokens).last_hidden_state,)
 
 
-def _predict(module: Any, sample: Any, timestep: Any, hidden: Any, time_condition: Any = None, **added: Any) -> tuple[Any, ...]:
-    return module(sample, timestep, hidden, timestep_cond=time_condition, added_cond_kwargs=added or None, return_dict=False)[:1]
+def _predict(
+    module: Any, sample: Any, timestep: Any, hidden: Any, time_condition: Any = None, **added: Any
+) -> tuple[Any, ...]:
+    return module(
+        sample,
+        timestep,
+        hidden,
+        timestep_cond=time_condition,
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[:1]
 
 
 def _decode(module: Any, latents: Any) -> tuple[Any, ...]:
@@ -225,8 +244,9 @@ def _decode(module: Any, latents: Any) -> tuple[Any, ...]:
 
 
 _TEXT_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers", "num_attention_heads",
-    "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id",
+    "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
+    "num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id",
+    "eos_token_id", "pad_token_id",
 )  # fmt: skip
 
 
@@ -239,14 +259,20 @@ def _build_text_encoder(component: Component) -> Any:
     if name not in kinds:
         raise TightfitError(f"{component.folder} holds a {name}: tightfit runs {' and '.join(kinds)}")
     # Of the others some are costly to read: for num_labels of 1e9 as many labels are made.
-    return kinds[name](CLIPTextConfig(**{field: component.config[field] for field in _TEXT_FIELDS if field in component.config}))
+    return kinds[name](
+        CLIPTextConfig(
+            **{field: component.config[field] for field in _TEXT_FIELDS if field in component.config}
+        )
+    )
 
 
 def _build_unet(component: Component) -> Any:
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
     if component.config.get("class_embed_type") is not None:
-        raise TightfitError(f"{component.folder} wants class embeddings (unCLIP): tightfit runs text-to-image models")
+        raise TightfitError(
+            f"{component.folder} wants class embeddings (unCLIP): tightfit runs text-to-image models"
+        )
     unet: Any = UNet2DConditionModel.from_config(dict(component.config))
     return unet
 
@@ -256,7 +282,9 @@ def _build_decoder(component: Component) -> Any:
     from torch import nn
 
     whole: Any = AutoencoderKL.from_config(dict(component.config))
-    return nn.ModuleDict({"decoder": whole.decoder, "post_quant_conv": whole.post_quant_conv or nn.Identity()})
+    return nn.ModuleDict(
+        {"decoder": whole.decoder, "post_quant_conv": whole.post_quant_conv or nn.Identity()}
+    )
 
 
 TEXT_ENCODER = Network(

@@ -62,7 +62,8 @@ class SDXL:
         return False
 
     def latent_affine(self, spec: ModelSpec) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-        """With the VAE's latents_std and latents_mean, if it has them, which diffusers reads in SDXL alone."""
+        """With the VAE's latents_std and latents_mean, if it has them, which diffusers reads in SDXL
+        alone."""
         vae = spec.decoder
         mean, deviation = (vae.setting(field) for field in ("latents_mean", "latents_std"))
         if mean is None or deviation is None:
@@ -81,7 +82,9 @@ class SDXL:
 
         pooled = encoded[-1][1:]
         if not pooled:
-            raise TightfitError("text_encoder_2 has no projection, which SDXL needs: copy or download the model again")
+            raise TightfitError(
+                "text_encoder_2 has no projection, which SDXL needs: copy or download the model again"
+            )
         hidden, text = np.concatenate([first for first, *_ in encoded], axis=-1), pooled[0]
         size = (request.height, request.width)
         if guided and request.negative_prompt is None and spec.force_zeros:

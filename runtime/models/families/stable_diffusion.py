@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StableDiffusion:
-    """`linear_projection` tells SD 2.x from SD 1.x: its transformers project by linears, not by 1x1 convolutions."""
+    """`linear_projection` tells SD 2.x from SD 1.x: its transformers project by linears, not by 1x1
+    convolutions."""
 
     name: str
     linear_projection: bool
@@ -62,7 +63,8 @@ def guidance_input(spec: ModelSpec, request: Request) -> dict[str, np.ndarray]:
 
 
 def guidance_embedding(scale: float, width: int) -> np.ndarray:
-    """(1, width): the sinusoids by which guidance-distilled U-Nets read w = scale - 1 (arXiv 2310.04378, appendix)."""
+    """(1, width): the sinusoids by which guidance-distilled U-Nets read w = scale - 1 (arXiv 2310.04378,
+    appendix)."""
     import numpy as np
 
     half = width // 2
@@ -72,11 +74,13 @@ def guidance_embedding(scale: float, width: int) -> np.ndarray:
 
 
 def check_parts(spec: ModelSpec) -> None:
-    """Raise TightfitError for a U-Net and a VAE of other classes, or that are not of one model, or do more than text to image."""
+    """Raise TightfitError for a U-Net and a VAE of other classes, or that are not of one model, or do more
+    than text to image."""
     unet, vae, folder = spec.unet, spec.vae, spec.folder
     if unet.get("_class_name") != "UNet2DConditionModel" or vae.get("_class_name") != "AutoencoderKL":
         raise TightfitError(
-            f"{folder} holds a {spec.pipeline} made of {unet.get('_class_name')} and {vae.get('_class_name')}: "
+            f"{folder} holds a {spec.pipeline} "
+            f"made of {unet.get('_class_name')} and {vae.get('_class_name')}: "
             "tightfit runs SD 1.x, SD 2.x and SDXL (UNet2DConditionModel, AutoencoderKL)"
         )
     if unet["in_channels"] != vae["latent_channels"]:
@@ -85,9 +89,13 @@ def check_parts(spec: ModelSpec) -> None:
             "it is an inpainting or editing model; use its text-to-image counterpart"
         )
     if vae.get("out_channels", 3) != 3 or unet.get("out_channels", 4) != vae["latent_channels"]:
-        raise TightfitError(f"{folder} paints more than red, green and blue, or predicts more than noise: use a plain model")
+        raise TightfitError(
+            f"{folder} paints more than red, green and blue, or predicts more than noise: use a plain model"
+        )
     reads = spec.denoiser.setting("cross_attention_dim")
-    other = next((width for width in ([reads] if isinstance(reads, int) else reads) if width != spec.text_width), None)
+    other = next(
+        (width for width in ([reads] if isinstance(reads, int) else reads) if width != spec.text_width), None
+    )
     if other is not None and not unet.get("encoder_hid_dim"):
         raise TightfitError(
             f"{folder} has texts {spec.text_width} wide from its text encoders, {other} wide in its U-Net: "
@@ -97,5 +105,6 @@ def check_parts(spec: ModelSpec) -> None:
 
 def unknown_conditioning(spec: ModelSpec, embedding: object) -> TightfitError:
     return TightfitError(
-        f"{spec.folder} is a {spec.pipeline} with conditioning '{embedding}': tightfit runs SD 1.x, SD 2.x and SDXL base"
+        f"{spec.folder} is a {spec.pipeline} with conditioning '{embedding}': "
+        "tightfit runs SD 1.x, SD 2.x and SDXL base"
     )

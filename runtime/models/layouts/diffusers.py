@@ -24,7 +24,8 @@ from ..spec import Component
 from .optimum import read_network
 from .safetensors import all_tensors, read_header
 
-# What model_index.json may say of the parts that are no networks, and of those that are never loaded; nothing is imported by it.
+# What model_index.json may say of the parts that are no networks, and of those that are never loaded; nothing
+# is imported by it.
 _OTHERS = {
     "tokenizer": r"transformers CLIPTokenizer(Fast)?",
     "tokenizer_2": r"transformers CLIPTokenizer(Fast)?",
@@ -44,21 +45,30 @@ def check_classes(file: Path, index: Mapping[str, Any]) -> None:
     pipeline = index.get("_class_name", "")
     if not isinstance(pipeline, str) or not re.fullmatch(r"\w{0,100}", pipeline):
         raise TightfitError(
-            f"{file} wants code of its own to run (_class_name {shortened(pipeline)}): tightfit runs none from a model"
+            f"{file} wants code of its own to run (_class_name {shortened(pipeline)}): "
+            "tightfit runs none from a model"
         )
-    classes = _OTHERS | {part: network.listed for network in networks().values() for part in (network.folder, network.name)}
+    classes = _OTHERS | {
+        part: network.listed for network in networks().values() for part in (network.folder, network.name)
+    }
     for name, value in index.items():
         known = classes.get(_ONNX_ENCODER.get(name, name))
-        if name.startswith("_") or not isinstance(value, list | dict) or (isinstance(value, list) and not any(value)):
+        if (
+            name.startswith("_")
+            or not isinstance(value, list | dict)
+            or (isinstance(value, list) and not any(value))
+        ):
             continue
         if known is None:
             raise TightfitError(
-                f"{file} lists a part {shortened(name)}, which no SD model has: tightfit runs SD 1.x, SD 2.x and SDXL"
+                f"{file} lists a part {shortened(name)}, which no SD model has: "
+                "tightfit runs SD 1.x, SD 2.x and SDXL"
             )
         pair = isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
         if not pair or not re.fullmatch(known, " ".join(value)):
             raise TightfitError(
-                f"{file} has its {name} made by {shortened(value)}, which is not known: tightfit runs no code of a model"
+                f"{file} has its {name} made by {shortened(value)}, which is not known: "
+                "tightfit runs no code of a model"
             )
 
 
@@ -71,10 +81,15 @@ class DiffusersLayout:
         index = read_json(file := _index_file(path))
         check_classes(file, index)
         pipeline = index.get("_class_name", "unknown")
-        listed = {key: value for key, value in index.items() if isinstance(value, list) and value and value[0]}
+        listed = {
+            key: value for key, value in index.items() if isinstance(value, list) and value and value[0]
+        }
         for part in _NEEDED:
             if part not in listed:
-                raise TightfitError(f"{path} is a {pipeline} without a {part}: tightfit runs SD 1.x, SD 2.x and SDXL base models")
+                raise TightfitError(
+                    f"{path} is a {pipeline} without a {part}: "
+                    "tightfit runs SD 1.x, SD 2.x and SDXL base models"
+                )
         zeroed = bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed))
         return DiffusersFolder(path, str(pipeline), listed, read_manifest(path), zeroed)
 
@@ -105,9 +120,13 @@ class DiffusersFolder:
             return Component(network, file.parent, config, {}, None, read_network(network, config, file))
         self._check_for_weights(folder, file)
         config = self._full_config(network, folder / "config.json")
-        tensors = {key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(network.prefixes)}
+        tensors = {
+            key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(network.prefixes)
+        }
         if not tensors:
-            raise TightfitError(f"the weight files in {folder} hold nothing of a {network.name}: copy or download them again")
+            raise TightfitError(
+                f"the weight files in {folder} hold nothing of a {network.name}: copy or download them again"
+            )
         graph, unreadable = None, ""
         try:
             graph = read_network(network, config, file) if file.exists() else None
@@ -116,13 +135,17 @@ class DiffusersFolder:
         return Component(network, folder, config, tensors, self._formats(network), graph, unreadable)
 
     def _check_for_weights(self, folder: Path, file: Path) -> None:
-        """Raise TightfitError where others of the model's networks are ONNX, and this one is missing or renamed."""
+        """Raise TightfitError where others of the model's networks are ONNX, and this one is missing or
+        renamed."""
         weights = any(path for pattern in ("*.safetensors", *PICKLES) for path in folder.glob(pattern))
         if weights or not any(self.folder.glob("*/*.onnx")):
             return
         others = (other.name for other in file.parent.glob("*.onnx") if other.name != file.name)
         renamed = next((f"rename {other}, which is there, or " for other in others), "")
-        raise TightfitError(f"{file if file.parent.is_dir() else file.parent} is missing: {renamed}copy or export the model again")
+        raise TightfitError(
+            f"{file if file.parent.is_dir() else file.parent} is missing: "
+            f"{renamed}copy or export the model again"
+        )
 
     def _formats(self, network: Network) -> Mapping[str, str] | None:
         """In which format each quantised layer is stored; None in a model that is not quantised."""
@@ -132,11 +155,14 @@ class DiffusersFolder:
         return {layer: form for layer, form in formats.items() if layer.startswith(network.prefixes)}
 
     def _full_config(self, network: Network, file: Path) -> dict[str, Any]:
-        """A network's config with what the libraries take for what it leaves out. The class of a text encoder is, as in diffusers,
-        the one that model_index.json names, unless its own config says that it is of another kind."""
+        """A network's config with what the libraries take for what it leaves out. The class of a text encoder
+        is, as in diffusers, the one that model_index.json names, unless its own config says that it is of
+        another kind."""
         config = {**network.defaults, **read_json(file)}
         if network.role is Role.TEXT:
-            check_fields(file, config, {"architectures": lambda named: named in (None, []) or or_many(is_text)(named)})
+            check_fields(
+                file, config, {"architectures": lambda named: named in (None, []) or or_many(is_text)(named)}
+            )
             named = self.listed[network.folder][-1]
             classes = (*(config.get("architectures") or ()), named)
             if all(str(one).startswith("CLIPTextModel") for one in classes):
@@ -156,20 +182,25 @@ def _index_file(folder: Path) -> Path:
         raise TightfitError(_single_file(folder))
     if not folder.is_dir():
         raise TightfitError(
-            f"{folder} does not exist{near(folder)}: a model is 'emoji', a diffusers folder or a hub id such as owner/name"
+            f"{folder} does not exist{near(folder)}: "
+            "a model is 'emoji', a diffusers folder or a hub id such as owner/name"
         )
     index = folder / "model_index.json"
     try:
         found = index.exists()
     except PermissionError:
-        raise TightfitError(f"{folder} may not be entered: allow it, or copy the model to a folder of yours") from None
+        raise TightfitError(
+            f"{folder} may not be entered: allow it, or copy the model to a folder of yours"
+        ) from None
     if not found:
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
             pickle = min(path for pattern in PICKLES for path in folder.glob(pattern))
             raise TightfitError(f"{folder} holds a pickle and no diffusers model: {cures.of_pickle(pickle)}")
         if single := sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf")):
             raise TightfitError(f"{folder} has no model_index.json: {_single_file(single[0])}")
-        raise TightfitError(f"{folder} has no model_index.json: it is not a diffusers folder (name the folder that has one)")
+        raise TightfitError(
+            f"{folder} has no model_index.json: it is not a diffusers folder (name the folder that has one)"
+        )
     return index
 
 
@@ -181,8 +212,13 @@ def _single_file(file: Path) -> str:
         return f"{file} is no model: a model is 'emoji', a diffusers folder or a hub id such as owner/name"
     tensors = frozenset(read_header(file))
     if cures.is_adapter(tensors):
-        return f"{file} is a LoRA, an addition to a model, which is not read in this version: name the model itself"
-    return f"{file} is a single file; a model is a diffusers folder or a hub id: {cures.of_file(file, tensors)}"
+        return (
+            f"{file} is a LoRA, an addition to a model, which is not read in this version: "
+            "name the model itself"
+        )
+    return (
+        f"{file} is a single file; a model is a diffusers folder or a hub id: {cures.of_file(file, tensors)}"
+    )
 
 
 def near(folder: Path) -> str:
@@ -191,11 +227,14 @@ def near(folder: Path) -> str:
     with suppress(OSError):
         beside = [path.name for path in islice(folder.parent.iterdir(), 1000) if path.is_dir()]
     close = get_close_matches(folder.name, ["emoji", *beside], 1)
-    return f" (did you mean {close[0] if close[0] == 'emoji' else folder.parent / close[0]}?)" if close else ""
+    return (
+        f" (did you mean {close[0] if close[0] == 'emoji' else folder.parent / close[0]}?)" if close else ""
+    )
 
 
 def _check_unmixed(file: Path, manifest: Mapping[str, Any]) -> None:
-    """A graph of another export would read its weights from wrong places in the file beside it. The weights are not read here."""
+    """A graph of another export would read its weights from wrong places in the file beside it. The weights
+    are not read here."""
     told = manifest.get("components", {}).get(file.parent.name, {}).get("sha256", {}).get(file.name)
     if told and sha256(file) != told:
         raise TightfitError(

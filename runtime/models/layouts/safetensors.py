@@ -10,15 +10,35 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import TightfitError
-from ...files import JSON_BYTES, PICKLES, WEIGHTS_BYTES, each_once, open_regular, plain_name, read_json, reason
+from ...files import (
+    JSON_BYTES,
+    PICKLES,
+    WEIGHTS_BYTES,
+    each_once,
+    open_regular,
+    plain_name,
+    read_json,
+    reason,
+)
 from ..cures import of_pickles
 from ..tensors import STORED_BYTES, Tensor
 
 _TENSORS = 10_000  # at most of one network; SDXL's U-Net has 1,680
 _SIDES = 8  # of a tensor at most; a convolution's weight has 4
 _SHARDS = 100  # files at most that one network's weights are in
-# Bytes of a value, of types in whose tensors nothing is stored that is used, too: text encoders' positions are I64.
-_VALUE_BYTES = STORED_BYTES | {"I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+# Bytes of a value, of types in whose tensors nothing is stored that is used, too: text encoders' positions
+# are I64.
+_VALUE_BYTES = STORED_BYTES | {
+    "I64": 8,
+    "U64": 8,
+    "I32": 4,
+    "U32": 4,
+    "I16": 2,
+    "U16": 2,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -57,17 +77,24 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
     for file in weight_files(folder):
         more = read_header(file)
         if twice := next((name for name in more if name in found), None):
-            raise TightfitError(f"{file} holds {twice}, which {found[twice].file.name} holds too: copy or download both again")
+            raise TightfitError(
+                f"{file} holds {twice}, which {found[twice].file.name} holds too: copy or download both again"
+            )
         found |= more
         if len(found) > _TENSORS:
-            raise TightfitError(f"{folder} promises more than {_TENSORS} tensors, as no SD model has: copy or download it again")
+            raise TightfitError(
+                f"{folder} promises more than {_TENSORS} tensors, as no SD model has: "
+                "copy or download it again"
+            )
     return found
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors that a safetensors file promises, checked against its length. Format: the safetensors README.
+    """The tensors that a safetensors file promises, checked against its length. Format: the safetensors
+    README.
 
-    As that demands, no name comes twice, and the tensors' bytes follow one another without a hole or an overlap.
+    As that demands, no name comes twice, and the tensors' bytes follow one another without a hole or an
+    overlap.
     """
     again = "copy or download it again"
     try:
@@ -79,10 +106,13 @@ def read_header(file: Path) -> dict[str, Tensor]:
             text = stream.read(length) if length <= JSON_BYTES else b""
         if length > JSON_BYTES or text.count(b"{") > _TENSORS + 2:
             raise TightfitError(
-                f"{file} promises more than {_TENSORS} tensors ({length} bytes of header), as no SD model has: {again}"
+                f"{file} promises more than {_TENSORS} tensors ({length} bytes of header), "
+                f"as no SD model has: {again}"
             )
         header = json.loads(text, object_pairs_hook=each_once)
-        tensors = {name: _tensor(entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"}
+        tensors = {
+            name: _tensor(entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"
+        }
         end = 8 + length
         for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.stored_bytes)):
             if tensor.offset != end:
@@ -98,14 +128,18 @@ def read_header(file: Path) -> dict[str, Tensor]:
 
 
 def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:
-    """One entry of a header whose tensors' bytes begin at `data`; ValueError if its numbers contradict each other."""
+    """One entry of a header whose tensors' bytes begin at `data`; ValueError if its numbers contradict each
+    other."""
     if not isinstance(entry["data_offsets"], list) or len(entry["data_offsets"]) != 2:
         raise ValueError("a tensor whose place is not told")
     begin, end = entry["data_offsets"]
     shape, dtype = entry["shape"], entry["dtype"]
     if not isinstance(shape, list) or len(shape) > _SIDES or not isinstance(dtype, str):
         raise ValueError(f"a tensor of no shape, of more than {_SIDES} sides, or of no type")
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in (begin, end, *shape)) or end < begin:
+    if (
+        any(type(number) is not int or not 0 <= number < 2**63 for number in (begin, end, *shape))
+        or end < begin
+    ):
         raise ValueError("a size that is no whole number from 0 up")
     tensor = Tensor(dtype, tuple(shape), file, data + begin, end - begin)
     if dtype in _VALUE_BYTES and tensor.count * _VALUE_BYTES[dtype] != tensor.stored_bytes:

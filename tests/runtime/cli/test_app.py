@@ -42,7 +42,9 @@ def call(monkeypatch, capsys, tmp_path):
 def test_another_models_precision_is_not_carried(call, tiny_models, tmp_path):
     """It may have no such weights. The same model by another way to write its folder is the same."""
     sd1, sd2 = tiny_models["sd1"], tiny_models["sd2"]
-    assert call("a", "--model", str(sd1), "--precision", "int8", "--seed", "7", *FAST, "-o", "one.png")[0] == 0
+    assert (
+        call("a", "--model", str(sd1), "--precision", "int8", "--seed", "7", *FAST, "-o", "one.png")[0] == 0
+    )
     code, out, err = call("--from", "one.png", "--model", str(sd1), "-o", "two.png", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] == "int8"
@@ -56,7 +58,9 @@ def test_a_device_that_was_passed_over_is_said(call, monkeypatch, sd1):
     """On standard error, before a picture takes its time on a processor."""
 
     why = "torch could not use cuda: it has no kernels for this card"
-    monkeypatch.setattr(detect, "_is_there", lambda device, notes: bool(notes.append(why)) if device == "cuda" else False)
+    monkeypatch.setattr(
+        detect, "_is_there", lambda device, notes: bool(notes.append(why)) if device == "cuda" else False
+    )
     code, out, err = call("a cat", "--model", str(sd1), *FAST)
     assert (code, err) == (0, f"note: {why}\n")
     assert "on cpu" in out
@@ -67,7 +71,17 @@ def test_a_picture_and_one_line(call, sd1, tmp_path):
     code, out, err = call("A red heart!", "--model", str(sd1), "--seed", "7", *FAST)
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
-    for word in ("a-red-heart.png", "seed 7", "torch", "staged", "encode", "denoise", "decode", "MiB", "peak"):
+    for word in (
+        "a-red-heart.png",
+        "seed 7",
+        "torch",
+        "staged",
+        "encode",
+        "denoise",
+        "decode",
+        "MiB",
+        "peak",
+    ):
         assert word in out
     with Image.open(tmp_path / "a-red-heart.png") as image:
         assert image.size == (64, 64)
@@ -93,7 +107,9 @@ def test_json(call, sd1):
 
 
 def test_repeated_from_a_picture(call, sd1, tmp_path):
-    assert call("two\nlines", "--model", str(sd1), *FAST, "--negative-prompt", "blue", "-o", "one.png")[0] == 0
+    assert (
+        call("two\nlines", "--model", str(sd1), *FAST, "--negative-prompt", "blue", "-o", "one.png")[0] == 0
+    )
     assert call("--from", "one.png", "-o", "two.png")[0] == 0
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert call("--from", "one.png", "--guidance-scale", "2", "-o", "three.png")[0] == 0
@@ -106,7 +122,9 @@ def test_a_picture_that_names_a_repository_downloads_nothing(call, tmp_path, mon
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: pytest.fail("the hub was asked"))
     image = Image.new("RGB", (8, 8))
-    image.info["parameters"] = parameters.write(Request("a", None, 64, 64, 1, 1.0, 1, "euler"), "someone/no-such-model", "fp32")
+    image.info["parameters"] = parameters.write(
+        Request("a", None, 64, 64, 1, 1.0, 1, "euler"), "someone/no-such-model", "fp32"
+    )
     png.save(image, tmp_path / "theirs.png")
     code, _, err = call("--from", "theirs.png")
     assert code == 2
@@ -118,7 +136,9 @@ def test_a_picture_of_a1111(call, sd1, tmp_path):
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
-    text.add_text("parameters", "a cat\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Model: v1-5")
+    text.add_text(
+        "parameters", "a cat\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Model: v1-5"
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "theirs.png", pnginfo=text)
     code, _, err = call("--from", "theirs.png")
     assert code == 2
@@ -143,7 +163,9 @@ def test_nothing_is_replaced_unasked(call, sd1, tmp_path):
     (tmp_path / "there").mkdir()
     assert call("a", "--model", str(sd1), *FAST, "-o", "there")[1].startswith("there/a.png ")
     (tmp_path / "a-1.png").write_text("mine")
-    assert "a-1-2.png" in call("a", "--model", str(sd1), *FAST, "--num-images", "2", "-o", "a.png", "--json")[1]
+    assert (
+        "a-1-2.png" in call("a", "--model", str(sd1), *FAST, "--num-images", "2", "-o", "a.png", "--json")[1]
+    )
     assert (tmp_path / "a-1.png").read_text() == "mine"
     before = (tmp_path / "a.png").read_bytes()
     code, out, err = call("b", "--model", str(sd1), *FAST, "-o", "a.png")
@@ -166,11 +188,24 @@ def test_a_folder_that_is_missing_is_made(call, sd1, tmp_path):
 
 @pytest.mark.parametrize("residency", ["resident", "staged"])
 def test_ctrl_c_keeps_the_pictures_that_are_painted(call, sd1, tmp_path, monkeypatch, residency):
-    """Stopped in the third of four, whether the interrupt comes while torch computes or while the command prints."""
+    """Stopped in the third of four, whether the interrupt comes while torch computes or while the command
+    prints."""
     from tightfit.runtime.pipeline import Pipeline
     from tightfit.runtime.run import Run
 
-    arguments = ("a", "--model", str(sd1), "--steps", "2", "--seed", "3", "--num-images", "4", "--residency", residency)
+    arguments = (
+        "a",
+        "--model",
+        str(sd1),
+        "--steps",
+        "2",
+        "--seed",
+        "3",
+        "--num-images",
+        "4",
+        "--residency",
+        residency,
+    )
     arguments += ("--scheduler", "euler")  # one call a step
     assert call(*arguments, "-o", "whole.png")[0] == 0
     predict, calls = Run._predict, []
@@ -188,7 +223,9 @@ def test_ctrl_c_keeps_the_pictures_that_are_painted(call, sd1, tmp_path, monkeyp
     assert "Traceback" not in err
     assert sorted(path.name for path in tmp_path.glob("part*")) == ["part-1.png", "part-2.png"]
     for number in (1, 2):
-        assert (tmp_path / f"part-{number}.png").read_bytes() == (tmp_path / f"whole-{number}.png").read_bytes()
+        assert (tmp_path / f"part-{number}.png").read_bytes() == (
+            tmp_path / f"whole-{number}.png"
+        ).read_bytes()
     calls[:] = [1] * 6
 
     def run(self, request, preview_every=0, run=Pipeline.run):
@@ -224,15 +261,17 @@ def test_no_memory_outside_a_run_is_one_line(call, monkeypatch):
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is not kept to elsewhere")
 @pytest.mark.parametrize("mebibytes", [500, 1500])
 def test_with_a_memory_that_ends(tmp_path, mebibytes):
-    """A picture, or a line; never a traceback. A library's own thread that finds no memory ends the process, which Python cannot
-    catch."""
+    """A picture, or a line; never a traceback. A library's own thread that finds no memory ends the process,
+    which Python cannot catch."""
     code = f"""import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({mebibytes} << 20, {mebibytes} << 20))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 sys.argv = ["tightfit", "a cat", "--steps", "1", "-o", "a.png"]
 from tightfit.__main__ import main
 main()"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert "Traceback" not in run.stderr
     assert run.returncode in (0, 2, -6, -11), run.stderr
     assert (tmp_path / "a.png").exists() == (run.returncode == 0)
@@ -300,7 +339,15 @@ def test_plan(call, tiny_models):
     model = ("--model", str(tiny_models["sdxl"]))
     code, out, _ = call("plan", *model, "--hardware", "rtx-2060", "--all")
     assert code == 0
-    for word in ("fp16, VAE fp32", "✓ the fastest that fits", "times as slow", "RTX 2060", "streamed", "chunked", "tiled"):
+    for word in (
+        "fp16, VAE fp32",
+        "✓ the fastest that fits",
+        "times as slow",
+        "RTX 2060",
+        "streamed",
+        "chunked",
+        "tiled",
+    ):
         assert word in out
     code, out, _ = call("plan", *model, "--hardware", "rtx-2060", "--json")
     plans = json.loads(out)["plans"]
@@ -309,8 +356,8 @@ def test_plan(call, tiny_models):
         assert each.keys() >= {"chosen", "fits", "reason", "predicted", "placements"}
         assert each["predicted"]["stages"].keys() == {"encode", "denoise", "decode"}
         assert each["placements"]["unet"].keys() == {
-                "backend", "precision", "compute", "residency", "attention", "tiling", "provider", "kept_bytes"
-            }  # fmt: skip
+            "backend", "precision", "compute", "residency", "attention", "tiling", "provider", "kept_bytes"
+        }  # fmt: skip
 
 
 def test_a_plan_is_saved_and_run(call, sd1, tmp_path):
@@ -331,7 +378,9 @@ def test_budgets(call, sd1):
 
     for words in (("a", "--model", str(sd1)), ("plan", "--model", str(sd1))):
         little = Hardware.detect("cpu").context_bytes + 40 * 2**20
-        code, _, err = call(*words, "--device", "cpu", "--ram", str(little), "--width", "1024", "--height", "1024")
+        code, _, err = call(
+            *words, "--device", "cpu", "--ram", str(little), "--width", "1024", "--height", "1024"
+        )
         assert code == 2
         assert "iB: the largest of this shape that fits is" in err
         assert "--ram" in err.split("1024x1024 needs")[1]
@@ -384,14 +433,21 @@ def test_streams_as_a_process_has_them(sd1, tmp_path):
     import os
 
     words = command("心 " + "heart " * 90, "--model", str(sd1), *FAST)
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, check=False)
+    done = subprocess.run(
+        words, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(b"\\u5fc3-heart")
     assert done.stdout.count(b"\n") == 1
     assert done.stderr.startswith(b"note: ")
     assert done.stderr.count(b"\n") == 1
     closed = subprocess.run(
-        f"{shlex.join(command('-'))} <&-", shell=True, cwd=tmp_path, capture_output=True, text=True, check=False
+        f"{shlex.join(command('-'))} <&-",
+        shell=True,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert (closed.returncode, closed.stderr.count("\n")) == (2, 1)
 
@@ -413,7 +469,9 @@ def test_interrupted_anywhere(call, sd1, tmp_path, monkeypatch, where):
 @pytest.mark.skipif(sys.platform == "win32", reason="signals work otherwise there")
 def test_interrupted(sd1, tmp_path):
     """Ctrl-C in the middle: exit 130, one line, nothing left behind."""
-    endless = command("a", "--model", str(sd1), "--steps", "900", "--num-images", "1000", "--scheduler", "euler")
+    endless = command(
+        "a", "--model", str(sd1), "--steps", "900", "--num-images", "1000", "--scheduler", "euler"
+    )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  a shell's background jobs ignore it
     process = subprocess.Popen(endless, cwd=tmp_path, preexec_fn=heard, **pipes)
@@ -440,8 +498,14 @@ def test_export(call, sd1, tmp_path):
         ((str(sd1), "--precision", "fp16", "-o", "x"), "--to torch in int8, int4"),
         ((str(sd1), "--precision", "int8", "--to", "tensorrt", "-o", "x"), "--to torch"),
         ((str(sd1), "--precision", "int8", "--bits", "9", "-o", "x"), "--calibrate"),
-        ((str(sd1), "--precision", "int8", "--bits", "3", "--calibrate", "1", "-o", "x"), "--bits must be from"),
-        ((str(sd1), "--precision", "int8", "--size", "60", "--calibrate", "1", "-o", "x"), "--size must be a multiple of"),
+        (
+            (str(sd1), "--precision", "int8", "--bits", "3", "--calibrate", "1", "-o", "x"),
+            "--bits must be from",
+        ),
+        (
+            (str(sd1), "--precision", "int8", "--size", "60", "--calibrate", "1", "-o", "x"),
+            "--size must be a multiple of",
+        ),
         ((str(sd1), "--precision", "int8", "--steps", "5", "-o", "x"), "--calibrate"),
         ((str(sd1), "--precision", "int8-dynamic", "-o", "x"), "export --precision int8"),
         (("nowhere", "--precision", "int8", "-o", "x"), "does not exist"),
@@ -495,7 +559,9 @@ def test_rows_that_are_the_same_are_shown_once(sd1, capsys):
     request = request.resolve(spec)
     (first, *_) = planner.plan(machine, spec, request)
     other = replace(first.placements["text_encoder"], residency="streamed")
-    twin = replace(first, chosen=False, reason="fits, no better", placements={**first.placements, "text_encoder": other})
+    twin = replace(
+        first, chosen=False, reason="fits, no better", placements={**first.placements, "text_encoder": other}
+    )
     slower = replace(twin, predicted=replace(twin.predicted, seconds=9999.0))
     cli_plan.print_plans([first, twin, slower], machine, request, True)
     out = capsys.readouterr().out
@@ -505,7 +571,9 @@ def test_rows_that_are_the_same_are_shown_once(sd1, capsys):
     assert "1 more are the same in all that is shown here" in out
 
 
-@pytest.mark.parametrize(("card", "holder"), [("m1-8gb", None), ("rtx-2060", "the device's context"), ("cpu-16gb", "the process")])
+@pytest.mark.parametrize(
+    ("card", "holder"), [("m1-8gb", None), ("rtx-2060", "the device's context"), ("cpu-16gb", "the process")]
+)
 def test_terms_of_nothing_are_left_out(call, sd1, card, holder):
     out = call("plan", "--model", str(sd1), "--hardware", card)[1]
     assert "0 bytes" not in out
@@ -547,7 +615,9 @@ main()
 """
     heard = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
     for where in ("tightfit.runtime.cli.app", "typer", "rich.table"):
-        done = subprocess.run([sys.executable, "-c", code, where], capture_output=True, text=True, preexec_fn=heard, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", code, where], capture_output=True, text=True, preexec_fn=heard, check=False
+        )
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "tightfit: stopped\n"), where
 
 

@@ -46,7 +46,11 @@ def test_a_field_becomes_an_option():
     command_line, calls = made("loud name ...")
     for arguments in (["x"], ["x", "--loud", "-s", "0.5"], ["x", "--strength", "1", "--rounds", "7"]):
         assert CliRunner().invoke(command_line, arguments).exit_code == 0
-    assert calls == [(Own("x"), {}), (Own("x", True), {"strength": 0.5}), (Own("x"), {"strength": 1.0, "rounds": 7})]
+    assert calls == [
+        (Own("x"), {}),
+        (Own("x", True), {"strength": 0.5}),
+        (Own("x"), {"strength": 1.0, "rounds": 7}),
+    ]
     for wrong in (["x", "--hidden", "y"], ["x", "--rounds", "1.5"], ["x", "-s", "much"], []):
         assert CliRunner().invoke(command_line, wrong).exit_code == 2
 
@@ -80,9 +84,11 @@ def test_every_field_with_a_help_is_an_option_of_generate():
 
 
 def test_names_of_options_stay():
-    of_both = """--width --height --num-inference-steps --steps --guidance-scale --model --precision --compute --backend
+    of_both = """\
+--width --height --num-inference-steps --steps --guidance-scale --model --precision --compute --backend
         --provider --device --vram --ram --residency --attention --tiling --min-psnr --json"""
-    of_generate = """prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan -o --output
+    of_generate = """\
+prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan -o --output
         --overwrite"""
     for command, more in (("generate", of_generate), ("plan", "--hardware --all --save")):
         names = {name for opts in options_of(command).values() for name in opts}

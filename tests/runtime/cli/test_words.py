@@ -1,4 +1,5 @@
-"""What reaches the terminal, and what is said to somebody who typed what is no command, option or plain prompt."""
+"""What reaches the terminal, and what is said to somebody who typed what is no command, option or plain
+prompt."""
 
 from __future__ import annotations
 
@@ -34,9 +35,14 @@ SHOWN = "\\x1b]0;owned\\x07\\x1b[2J\\x9b31m\\x7f\\u202egnp.exe\\u2028"
 
 
 def is_harmless(text: str) -> bool:
-    """By Unicode's own data, not by our list: no control but the end of a line, no separator, no change of direction."""
+    """By Unicode's own data, not by our list: no control but the end of a line, no separator, no change of
+    direction."""
     changes = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
-    bad = [c for c in text if unicodedata.category(c) in ("Cc", "Zl", "Zp") or unicodedata.bidirectional(c) in changes]
+    bad = [
+        c
+        for c in text
+        if unicodedata.category(c) in ("Cc", "Zl", "Zp") or unicodedata.bidirectional(c) in changes
+    ]
     return not set(bad) - {"\n"}
 
 
@@ -47,7 +53,9 @@ def test_printable_text_is_harmless(text):
     assert printable(printable(text)) == printable(text)
 
 
-@pytest.mark.parametrize("text", ["a red heart", "ein rötes Hérz 心", "👩‍🚀 🏴󠁧󠁢󠁥󠁮󠁧󠁿", "قلب أحمر", "C:\\models\\x", "[bold]x[/bold]"])
+@pytest.mark.parametrize(
+    "text", ["a red heart", "ein rötes Hérz 心", "👩‍🚀 🏴󠁧󠁢󠁥󠁮󠁧󠁿", "قلب أحمر", "C:\\models\\x", "[bold]x[/bold]"]
+)
 def test_ordinary_text_stays(text):
     assert printable(text) == text
     assert printable(EVIL) == SHOWN
@@ -75,7 +83,9 @@ def test_what_a_picture_says_is_harmless(tmp_path, capsys):
     from PIL.PngImagePlugin import PngInfo
 
     text = PngInfo()
-    text.add_text("parameters", f"a\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Clip skip: {EVIL}")
+    text.add_text(
+        "parameters", f"a\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Clip skip: {EVIL}"
+    )
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=text)
     cli_generate._carried(tmp_path / "x.png")
     said = capsys.readouterr().err
@@ -85,7 +95,8 @@ def test_what_a_picture_says_is_harmless(tmp_path, capsys):
 
 
 def test_a_table_of_foreign_names_is_harmless(capsys, monkeypatch):
-    """On a terminal of any width and in a file; names that rich would read as markup are shown as they are."""
+    """On a terminal of any width and in a file; names that rich would read as markup are shown as they
+    are."""
     from rich.table import Table
 
     title = f"[bold]{EVIL}[/nothing] :heart:"
@@ -115,16 +126,23 @@ def test_json_is_harmless_and_exact(capsys):
 def test_nothing_is_printed_past_the_one_function():
     """`say` and its kin make text harmless; of what is printed otherwise every line is known here."""
     known = {"f'tightfit {__version__}'", "context.get_help()", "'tightfit: stopped'"}
-    doors = {*(ROOT / "runtime/cli").glob("*.py"), *(ROOT / room / "cli.py" for room in ("export", "benchmarks"))} - {
-        ROOT / "runtime/cli/output.py"
-    }
+    doors = {
+        *(ROOT / "runtime/cli").glob("*.py"),
+        *(ROOT / room / "cli.py" for room in ("export", "benchmarks")),
+    } - {ROOT / "runtime/cli/output.py"}
     assert len(doors) > 3
     for name in sorted(doors):
         for node in ast.walk(ast.parse(name.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("typer.echo", "print", "typer.secho"):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in (
+                "typer.echo",
+                "print",
+                "typer.secho",
+            ):
                 assert ast.unparse(node.args[0]) in known, f"{name}, line {node.lineno}"
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("console.print"):
-                assert "printable" in ast.unparse(node.args[0]) or ast.unparse(node.args[0]) == "text", f"{name}, {node.lineno}"
+                assert "printable" in ast.unparse(node.args[0]) or ast.unparse(node.args[0]) == "text", (
+                    f"{name}, {node.lineno}"
+                )
 
 
 @pytest.mark.parametrize(
@@ -151,7 +169,8 @@ def test_a_word_that_is_likelier_a_command(arguments, meant):
 
 
 @pytest.mark.parametrize(
-    "prompt", ["heart", "beach", "planet", "a plan", "help me", "serve.", "心", "--steps", "-", "", "x" * 10_000]
+    "prompt",
+    ["heart", "beach", "planet", "a plan", "help me", "serve.", "心", "--steps", "-", "", "x" * 10_000],
 )
 def test_other_words_are_prompts(prompt):
     assert as_command([prompt, "--seed", "1"]) == ["generate", prompt, "--seed", "1"]
@@ -273,7 +292,9 @@ def test_a_prompt_without_end_is_not_read_to_the_end(monkeypatch):
     ],
 )
 def test_syntax_of_a1111_is_said(text, found):
-    (notice,) = painted_as_words({"negative prompt": text, "prompt": "a heart (red), 3:4, and <b>, BREAKFAST, HAND"})
+    (notice,) = painted_as_words(
+        {"negative prompt": text, "prompt": "a heart (red), 3:4, and <b>, BREAKFAST, HAND"}
+    )
     assert notice.startswith("the negative prompt has")
     assert notice.endswith(f": {found}")
 
@@ -325,16 +346,27 @@ def test_no_home_and_no_user(sd1, tmp_path):
     """`docker run --user 1234`: every command works, and none makes a folder called ~."""
     model = ["--model", str(sd1), "--device", "cpu"]
     commands = [
-        ["--version"], ["info", "--device", "cpu"], ["a", *model, "--steps", "1"], ["--from", "a.png", "-o", "b.png"],
+        ["--version"], ["info", "--device", "cpu"], ["a", *model, "--steps", "1"],
+        ["--from", "a.png", "-o", "b.png"],
         ["export", str(sd1), "--precision", "int8", "-o", "small"], ["calibrate", "--device", "cpu"],
         ["a", "--model", "~/x"], ["a", "--model", "~x/y"],
     ]  # fmt: skip
     code = f"COMMANDS = {commands!r}\n{HOMELESS}"
-    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path / "tmp"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "TMPDIR": str(tmp_path / "tmp"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     (tmp_path / "tmp").mkdir()
     (tmp_path / "work").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path / "work", env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "work",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     codes = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("code")]
     assert codes == ["0"] * 6 + ["2"] * 2, done.stderr
@@ -359,10 +391,19 @@ main()
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals work otherwise there")
 @pytest.mark.parametrize(
-    "module", ["typer", "tightfit.runtime.planner.plan", "torch._C", "transformers.models.clip", "diffusers.configuration_utils"]
+    "module",
+    [
+        "typer",
+        "tightfit.runtime.planner.plan",
+        "torch._C",
+        "transformers.models.clip",
+        "diffusers.configuration_utils",
+    ],
 )
 def test_interrupted_while_a_library_is_imported(sd1, tmp_path, module):
     code = f"MODULE, MODEL = {module!r}, {str(sd1)!r}\n{INTERRUPTED}"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "tightfit: stopped\n")
     assert list(tmp_path.iterdir()) == []

@@ -204,7 +204,9 @@ sizes = (
     | st.integers(1, 96).map(lambda n: n * 512 * KIB)
     | st.integers(1, 40 * MIB)
 )
-steps = st.lists(st.tuples(st.just("allocate"), sizes) | st.tuples(st.just("free"), st.integers(0, 1000)), max_size=60)
+steps = st.lists(
+    st.tuples(st.just("allocate"), sizes) | st.tuples(st.just("free"), st.integers(0, 1000)), max_size=60
+)
 
 
 def walk(memory: CachingAllocator):

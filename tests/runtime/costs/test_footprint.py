@@ -42,4 +42,9 @@ def test_a_bare_number_is_bytes_and_not_a_few():
 
 
 def test_shown():
-    assert [shown(n) for n in (1536, 5 * 2**20, 212 * 2**20, 3.65 * 2**30)] == ["1536 bytes", "5.0 MiB", "212 MiB", "3.65 GiB"]
+    assert [shown(n) for n in (1536, 5 * 2**20, 212 * 2**20, 3.65 * 2**30)] == [
+        "1536 bytes",
+        "5.0 MiB",
+        "212 MiB",
+        "3.65 GiB",
+    ]

@@ -16,7 +16,8 @@ from tightfit.runtime.machine.hardware import GIB, Hardware, half_is_broken
 from tightfit.runtime.machine.process import cgroup_memory
 from tightfit.runtime.machine.profiles import profile
 
-# What each version calls its folder's controllers, and its files of limit, use and the pages of files that can be dropped.
+# What each version calls its folder's controllers, and its files of limit, use and the pages of files that
+# can be dropped.
 VERSIONS = {
     2: ("", "0::", ("memory.max", "memory.current", "inactive_file")),
     1: ("memory", "4:memory:", ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")),
@@ -31,7 +32,9 @@ def test_cpu():
     assert "fp32" in cpu.precisions
     assert cpu.name
     if hasattr(os, "sysconf"):
-        assert cpu.total_bytes == pytest.approx(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rel=0.01)
+        assert cpu.total_bytes == pytest.approx(
+            os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rel=0.01
+        )
 
 
 def test_what_is_not_here():
@@ -52,11 +55,16 @@ def test_cuda():
     assert card.device == "cuda"
     assert card.total_bytes == torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     if not torch.version.hip:
-        assert sum(card.workspaces) == pytest.approx(sum(hardware.workspaces_of(card.capability, rocm=False)), abs=2**20)
+        assert sum(card.workspaces) == pytest.approx(
+            sum(hardware.workspaces_of(card.capability, rocm=False)), abs=2**20
+        )
 
 
-def group(tmp_path: Path, version: int, path: str, limit: object, used: int, inactive: int, inside: str = "") -> tuple[Path, Path]:
-    """A control group of those bytes at `path`, for a process that is told it is in `inside` or, without one, in `path`."""
+def group(
+    tmp_path: Path, version: int, path: str, limit: object, used: int, inactive: int, inside: str = ""
+) -> tuple[Path, Path]:
+    """A control group of those bytes at `path`, for a process that is told it is in `inside` or, without one,
+    in `path`."""
     kinds, row, (limit_file, used_file, inactive_name) = VERSIONS[version]
     folder = tmp_path / "cgroup" / kinds / path.lstrip("/")
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +147,8 @@ def test_no_limit_leaves_the_machine_as_it_is(monkeypatch, limit):
 
 
 def test_rates_that_were_not_measured_follow_those_that_were(tmp_path, monkeypatch):
-    """As of a calibration by a version that knew no int8; one of another machine's that this one lacks is left out."""
+    """As of a calibration by a version that knew no int8; one of another machine's that this one lacks is
+    left out."""
     for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.setenv(variable, str(tmp_path))
     estimated = Hardware.detect("cpu")
@@ -155,10 +164,12 @@ def test_rates_that_were_not_measured_follow_those_that_were(tmp_path, monkeypat
 
 
 class FakeCard:
-    """As much of torch.cuda as detection asks, on the second of two cards: the products run on the CPU, and have the libraries keep
-    what `kept` says; `built` are the architectures that torch has kernels for."""
+    """As much of torch.cuda as detection asks, on the second of two cards: the products run on the CPU, and
+    have the libraries keep what `kept` says; `built` are the architectures that torch has kernels for."""
 
-    def __init__(self, monkeypatch, name: str, capability: tuple[int, int], kept: dict[str, int], *built: str) -> None:
+    def __init__(
+        self, monkeypatch, name: str, capability: tuple[int, int], kept: dict[str, int], *built: str
+    ) -> None:
         import torch
         from torch.overrides import TorchFunctionMode
 
@@ -173,7 +184,10 @@ class FakeCard:
                 kwargs = dict(kwargs or {})
                 if kwargs.get("device") == "cuda":
                     if not card.has_kernels():
-                        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCompile with")
+                        raise RuntimeError(
+                            "CUDA error: no kernel image is available for execution on the device\n"
+                            "Compile with"
+                        )
                     kwargs["device"] = "cpu"
                 if func.__name__ in card.kept:
                     card.workspaces[func.__name__] = card.kept[func.__name__]
@@ -233,7 +247,8 @@ CU130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 
 
 def test_workspaces_are_measured(monkeypatch):
-    """Whatever made them before: cuBLAS's alone, and hipBLASLt's beside it. What is free is as much as without them."""
+    """Whatever made them before: cuBLAS's alone, and hipBLASLt's beside it. What is free is as much as
+    without them."""
     for kept in (CUBLAS, {"matmul": 32 * 2**20}, {"matmul": 32 * 2**20, "linear": 76 * 2**20}):
         card = FakeCard(monkeypatch, "NVIDIA GeForce RTX 2060", (7, 5), kept, *CU130)
         card.workspaces |= kept
@@ -247,11 +262,17 @@ def test_workspaces_are_measured(monkeypatch):
 
 def test_workspaces_by_rule():
     """torch's CublasHandlePool.cpp."""
-    assert hardware.workspaces_of((7, 5), rocm=False) == hardware.workspaces_of((8, 9), rocm=False) == ((2 * 4096 + 8 * 16) * 1024,)
+    assert (
+        hardware.workspaces_of((7, 5), rocm=False)
+        == hardware.workspaces_of((8, 9), rocm=False)
+        == ((2 * 4096 + 8 * 16) * 1024,)
+    )
     assert hardware.workspaces_of((9, 0), rocm=False) == (8 * 4096 * 1024,)
     assert profile("rtx-2060").workspaces == (8_519_680,)
     assert profile("rx-6600").workspaces == (2**25,)
-    assert profile("arc-a380").workspaces == profile("cpu-8gb").workspaces == profile("m1-8gb").workspaces == ()
+    assert (
+        profile("arc-a380").workspaces == profile("cpu-8gb").workspaces == profile("m1-8gb").workspaces == ()
+    )
 
 
 @pytest.mark.parametrize(
@@ -261,8 +282,18 @@ def test_workspaces_by_rule():
         ("NVIDIA GeForce GTX 780", (3, 5), CU130, "no build has, so use --device cpu"),
         ("NVIDIA GeForce RTX 5090", (12, 0), ("sm_75", "sm_86", "sm_90"), "install a newer one"),
         ("NVIDIA GeForce RTX 2060", (7, 5), (), "no kernel image is available"),  # a build that does not tell
-        ("NVIDIA GeForce RTX 4060", (8, 9), ("sm_80", "sm_86"), "no kernel image is available"),  # 8.6's would run: another fault
-        ("NVIDIA GeForce RTX 9090", (14, 0), ("sm_90", "compute_120"), "no kernel image is available"),  # the driver compiles
+        (
+            "NVIDIA GeForce RTX 4060",
+            (8, 9),
+            ("sm_80", "sm_86"),
+            "no kernel image is available",
+        ),  # 8.6's would run: another fault
+        (
+            "NVIDIA GeForce RTX 9090",
+            (14, 0),
+            ("sm_90", "compute_120"),
+            "no kernel image is available",
+        ),  # the driver compiles
     ],
 )
 def test_a_build_without_kernels_for_the_card(monkeypatch, name, capability, built, cure):
@@ -304,7 +335,9 @@ def test_cards_whose_halves_are_broken(monkeypatch, name, capability, broken):
     assert half_is_broken(name, capability) == broken
     found = FakeCard(monkeypatch, name, capability, CUBLAS, "sm_61", *CU130).detect("cuda")
     assert found.half_is_broken == broken
-    assert found.precisions == (("fp32",) if broken else ("fp16", "bf16", "fp32") if capability >= (8, 0) else ("fp16", "fp32"))
+    assert found.precisions == (
+        ("fp32",) if broken else ("fp16", "bf16", "fp32") if capability >= (8, 0) else ("fp16", "fp32")
+    )
 
 
 def test_a_card_of_two_memories_is_asked_about():
@@ -320,7 +353,10 @@ def test_profiles_whose_halves_are_broken():
 def test_the_context_is_what_the_driver_tells(monkeypatch):
     """Of this process, less what torch reserved; by vendor where it does not."""
     card = FakeCard(monkeypatch, "NVIDIA GeForce RTX 2060", (7, 5), CUBLAS, *CU130)
-    listed = [SimpleNamespace(pid=1, usedGpuMemory=2**30), SimpleNamespace(pid=os.getpid(), usedGpuMemory=card.context)]
+    listed = [
+        SimpleNamespace(pid=1, usedGpuMemory=2**30),
+        SimpleNamespace(pid=os.getpid(), usedGpuMemory=card.context),
+    ]
     nvml = SimpleNamespace(
         nvmlInit=lambda: None,
         nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
@@ -329,7 +365,9 @@ def test_the_context_is_what_the_driver_tells(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert card.detect("cuda").context_bytes == card.context
-    listed[1].usedGpuMemory = card.context = 200 * 2**20  # before most kernels are loaded, for which there must be room
+    listed[1].usedGpuMemory = card.context = (
+        200 * 2**20
+    )  # before most kernels are loaded, for which there must be room
     found = card.detect("cuda")
     assert (found.context_bytes, found.free_bytes) == (hardware.CUDA_CONTEXT, card.total)
     for other in ([listed[0]], [listed[0], SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)]):
@@ -361,7 +399,10 @@ def test_another_allocator_is_noted(monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "garbage_collection_threshold:0.8, expandable_segments:False")
     assert not any("allocator" in note for note in card.detect("cuda").notes)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments: True,roundup_power2_divisions:4")
-    assert any("set to expandable_segments:true, roundup_power2_divisions:" in note for note in card.detect("cuda").notes)
+    assert any(
+        "set to expandable_segments:true, roundup_power2_divisions:" in note
+        for note in card.detect("cuda").notes
+    )
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setattr(card, "get_allocator_backend", lambda: "cudaMallocAsync")
     assert any("set to cudaMallocAsync: memory is predicted" in note for note in card.detect("cuda").notes)

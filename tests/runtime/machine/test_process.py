@@ -29,13 +29,18 @@ def test_a_limit_is_what_is_free(monkeypatch):
     assert found.free_bytes <= 6 * GIB - 756 * MIB
     assert found.free_bytes == pytest.approx(6 * GIB - max(756 * MIB, mapped.vms - mapped.rss), abs=32 * MIB)
     monkeypatch.setattr(process, "address_space", lambda: math.inf)
-    assert Hardware.detect("cpu").free_bytes > found.free_bytes or Hardware.detect("cpu").total_bytes < 6 * GIB
+    assert (
+        Hardware.detect("cpu").free_bytes > found.free_bytes or Hardware.detect("cpu").total_bytes < 6 * GIB
+    )
 
 
 def test_the_limit_is_named_as_the_cure(monkeypatch, sd1):
     monkeypatch.setattr(process, "address_space", lambda: 1300 * MIB)
     monkeypatch.setattr("tightfit.runtime.planner.choose.address_space", lambda: 1300 * MIB)
-    found, spec = Hardware("cpu", "a processor", 8 * GIB, 500 * MIB, ("fp32",), context_bytes=600 * MIB), inspect(sd1)
+    found, spec = (
+        Hardware("cpu", "a processor", 8 * GIB, 500 * MIB, ("fp32",), context_bytes=600 * MIB),
+        inspect(sd1),
+    )
     request = Request("a", width=64, height=64).resolve(spec)
     wishes = Wishes(precision="fp32", attention="sdpa")
     said = str(none_fits(plan(found, spec, request, wishes), found, spec, request, wishes))
@@ -44,13 +49,21 @@ def test_the_limit_is_named_as_the_cure(monkeypatch, sd1):
 
 def test_a_limit_too_small_for_the_libraries_is_one_line(tmp_path):
     """Where C++ libraries would abort the process: of 100, 150, 550 and 775 MiB none gave a line."""
-    with pytest.raises(OutOfMemoryError, match=r"may map 550 MiB.*ulimit -v"), pytest.MonkeyPatch.context() as patch:
+    with (
+        pytest.raises(OutOfMemoryError, match=r"may map 550 MiB.*ulimit -v"),
+        pytest.MonkeyPatch.context() as patch,
+    ):
         patch.setattr(process, "address_space", lambda: 550 * MIB)
         Hardware.detect("cpu")
     code = (
         "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (150 << 20,) * 2);"
         "from tightfit.__main__ import main; sys.argv[1:] = ['a cat']; main()"
     )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 2
-    assert ran.stderr.startswith("tightfit: out of memory: this process may map 150 MiB") and ran.stderr.count("\n") == 1
+    assert (
+        ran.stderr.startswith("tightfit: out of memory: this process may map 150 MiB")
+        and ran.stderr.count("\n") == 1
+    )

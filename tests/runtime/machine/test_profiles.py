@@ -1,4 +1,5 @@
-"""Every profile has the keys of profiles/README.md, a source for each figure, and makes hardware to plan for."""
+"""Every profile has the keys of profiles/README.md, a source for each figure, and makes hardware to plan
+for."""
 
 from __future__ import annotations
 
@@ -15,7 +16,17 @@ from tightfit.runtime.machine.profiles import CLASSES, card_class, cards, profil
 
 ROOT = Path(__file__).parents[3]
 PROFILES = {stem: read_profile(ROOT / "profiles" / f"{stem}.toml") for stem in cards()}
-KEYS = {"name", "device", "memory_gib", "unified", "bandwidth_gb_s", "bus_gb_s", "fused_attention", "tflops", "sources"}
+KEYS = {
+    "name",
+    "device",
+    "memory_gib",
+    "unified",
+    "bandwidth_gb_s",
+    "bus_gb_s",
+    "fused_attention",
+    "tflops",
+    "sources",
+}
 every = pytest.mark.parametrize("stem", PROFILES)
 
 
@@ -43,7 +54,10 @@ def test_keys(stem):
 @every
 def test_a_source_for_each_figure(stem):
     data = PROFILES[stem]
-    assert data["sources"].keys() == (data.keys() - {"device", "unified", "tflops", "sources"}) | data["tflops"].keys()
+    assert (
+        data["sources"].keys()
+        == (data.keys() - {"device", "unified", "tflops", "sources"}) | data["tflops"].keys()
+    )
     assert all(len(source) > 15 for source in data["sources"].values())
 
 
@@ -61,8 +75,8 @@ def test_kinds_of_values(stem):
 
 @every
 def test_rates_are_plausible(stem):
-    """Halves go once to sixteen times as fast as fp32, and as the class of the card says; bf16 as fast as fp16; NVIDIA's bf16 came
-    with capability 8.0."""
+    """Halves go once to sixteen times as fast as fp32, and as the class of the card says; bf16 as fast as
+    fp16; NVIDIA's bf16 came with capability 8.0."""
     data = PROFILES[stem]
     rates = data["tflops"]
     assert rates["fp32"] <= rates.get("fp16", rates["fp32"]) <= 16 * rates["fp32"]
@@ -70,7 +84,11 @@ def test_rates_are_plausible(stem):
     assert not is_nvidia(data) or ("bf16" in rates) == (data["capability"] >= [8, 0])
     halves = card_class(data["name"], tuple(data.get("capability", ()))).get("halves")
     assert halves is None or rates["fp16"] == pytest.approx(halves * rates["fp32"], rel=0.01)
-    assert data["bus_gb_s"] == data["bandwidth_gb_s"] if data["unified"] else data["bus_gb_s"] < data["bandwidth_gb_s"]
+    assert (
+        data["bus_gb_s"] == data["bandwidth_gb_s"]
+        if data["unified"]
+        else data["bus_gb_s"] < data["bandwidth_gb_s"]
+    )
 
 
 @every
@@ -84,7 +102,10 @@ def test_hardware_to_plan_for(stem):
     assert 0 <= made.context_bytes < made.free_bytes
     assert made.precisions[-1] == "fp32"
     assert {*made.precisions} <= {"fp16", "bf16", "fp32"} & made.rates.keys()
-    assert all(made.rate(precision) == pytest.approx(data["tflops"][precision] * 1e12) for precision in made.precisions)
+    assert all(
+        made.rate(precision) == pytest.approx(data["tflops"][precision] * 1e12)
+        for precision in made.precisions
+    )
     assert made.bandwidth == pytest.approx(data["bandwidth_gb_s"] * 1e9)
     assert made.bus == pytest.approx(data["bus_gb_s"] * 1e9)
     assert made.unified == data["unified"]
@@ -100,7 +121,8 @@ def test_a_card_and_its_memory_tell_the_profile():
 
 
 def test_figures_known_from_elsewhere():
-    """2 x cores x boost clock, and the width of the bus x its rate: those of an RTX 2060 and of an M1, by hand."""
+    """2 x cores x boost clock, and the width of the bus x its rate: those of an RTX 2060 and of an M1, by
+    hand."""
     card, mac = profile("rtx-2060"), profile("m1-8gb")
     assert card.rate("fp32") == pytest.approx(2 * 1920 * 1.68e9, rel=0.01)
     assert card.bandwidth == pytest.approx(192 / 8 * 14e9)
@@ -110,7 +132,8 @@ def test_figures_known_from_elsewhere():
 
 
 def test_classes():
-    """Each has its keys, a source, and shares of what is possible; no two are of the same cards. A card's own comes first."""
+    """Each has its keys, a source, and shares of what is possible; no two are of the same cards. A card's own
+    comes first."""
     classes = read_profile(CLASSES)["classes"]
     keys = {"name", "capability", "lanes", "halves", "efficiency", "source"}
     assert all(each.keys() - {"half_is_broken"} == keys and len(each["source"]) > 15 for each in classes)
@@ -142,9 +165,13 @@ def test_a_card_without_a_profile_has_its_class(name, capability, found):
 
 
 def test_estimated_rates():
-    """Of a card that has a profile, from its multiprocessors and clock, against the maker's rates there: an RTX 2060's 30 and 1680
-    MHz, an RTX 3060's 28 and 1777, a GTX 1050 Ti's 6 and 1392."""
-    for stem, multiprocessors, clock in (("rtx-2060", 30, 1680), ("rtx-3060-12gb", 28, 1777), ("gtx-1050-ti", 6, 1392)):
+    """Of a card that has a profile, from its multiprocessors and clock, against the maker's rates there: an
+    RTX 2060's 30 and 1680 MHz, an RTX 3060's 28 and 1777, a GTX 1050 Ti's 6 and 1392."""
+    for stem, multiprocessors, clock in (
+        ("rtx-2060", 30, 1680),
+        ("rtx-3060-12gb", 28, 1777),
+        ("gtx-1050-ti", 6, 1392),
+    ):
         data = PROFILES[stem]
         properties = SimpleNamespace(multi_processor_count=multiprocessors, clock_rate=1000 * clock)
         module = SimpleNamespace(
@@ -159,17 +186,26 @@ def test_estimated_rates():
 
 @every
 def test_what_seconds_rest_on_is_told(stem):
-    """In the first note, made of the field; a share of the rates is only where the words say so, and launches only on GPUs."""
+    """In the first note, made of the field; a share of the rates is only where the words say so, and launches
+    only on GPUs."""
     made = profile(stem)
     assert made.notes[0] == f"seconds come from {made.seconds_from}"
-    assert ("published runs" in made.seconds_from) == bool(made.efficiency) == bool(card_class(made.name, made.capability))
+    assert (
+        ("published runs" in made.seconds_from)
+        == bool(made.efficiency)
+        == bool(card_class(made.name, made.capability))
+    )
     assert (made.operator_seconds > 0) == (made.device != "cpu")
 
 
 def test_measured_rates_are_not_scaled(monkeypatch, tmp_path):
     """The same card, before and after `tightfit calibrate`."""
     file = tmp_path / "calibration.json"
-    file.write_text(json.dumps({"cuda NVIDIA GeForce RTX 2060": {"rates": {"fp32": 5e12, "fp16": 11e12}, "bandwidth": 3e11}}))
+    file.write_text(
+        json.dumps(
+            {"cuda NVIDIA GeForce RTX 2060": {"rates": {"fp32": 5e12, "fp16": 11e12}, "bandwidth": 3e11}}
+        )
+    )
     monkeypatch.setattr(detect, "calibration_file", lambda: file)
     found = profile("rtx-2060")
     made = detect._calibrated(found)

@@ -48,7 +48,11 @@ def test_those_that_cannot_be_loaded_are_left_out(monkeypatch, capsys):
     fake = FakeRuntime({"OpenVINOExecutionProvider"})
     monkeypatch.setitem(sys.modules, "onnxruntime", fake)
     for _ in range(2):
-        assert hardware.providers() == ("OpenVINOExecutionProvider", "AzureExecutionProvider", "CPUExecutionProvider")
+        assert hardware.providers() == (
+            "OpenVINOExecutionProvider",
+            "AzureExecutionProvider",
+            "CPUExecutionProvider",
+        )
     assert fake.tried == ["CUDAExecutionProvider", "DmlExecutionProvider", "OpenVINOExecutionProvider"]
     assert providers.provider_problems()["CUDAExecutionProvider"] == "its libraries cannot be loaded"
     assert providers.provider_problems()["DmlExecutionProvider"] == "no adapter"

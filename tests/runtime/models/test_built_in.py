@@ -37,17 +37,21 @@ def test_at_most_25_megabytes():
 
 
 def test_proportions_of_sd15(pipe):
-    """3x3 convolutions, 1x1 convolutions and linears: 63, 6 and 31 % of SD 1.5's U-Net weights (DESIGN.md)."""
+    """3x3 convolutions, 1x1 convolutions and linears: 63, 6 and 31 % of SD 1.5's U-Net weights
+    (DESIGN.md)."""
     counts = dict.fromkeys(("3x3", "1x1", "linear"), 0)
     for tensor in pipe.spec.components["unet"].tensors.values():
         if len(tensor.shape) > 1:
-            counts["linear" if len(tensor.shape) == 2 else f"{tensor.shape[-1]}x{tensor.shape[-1]}"] += tensor.count
+            counts["linear" if len(tensor.shape) == 2 else f"{tensor.shape[-1]}x{tensor.shape[-1]}"] += (
+                tensor.count
+            )
     assert np.allclose(np.array(list(counts.values())) / sum(counts.values()), [0.63, 0.06, 0.31], atol=0.02)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_a_red_heart(pipe, seed):
-    """Red in the middle and on both upper lobes, white in every corner, and in the notch between the lobes."""
+    """Red in the middle and on both upper lobes, white in every corner, and in the notch between the
+    lobes."""
     image = pipe("a red heart", seed=seed)
     assert image.size == (128, 128)
     for box in ((56, 56, 72, 72), (30, 30, 44, 44), (84, 30, 98, 44)):
@@ -66,7 +70,8 @@ def test_colours_and_shapes_follow_the_prompt(pipe):
 
 
 def test_guidance_matters(pipe):
-    """The picture follows its prompt more with guidance than without; an empty negative prompt is what none is."""
+    """The picture follows its prompt more with guidance than without; an empty negative prompt is what none
+    is."""
     plain = pipe("a red heart", seed=0, guidance_scale=1.0)
     guided = pipe("a red heart", seed=0)
     assert guided.tobytes() != plain.tobytes()
@@ -79,6 +84,8 @@ def test_as_diffusers(pipe):
 
     theirs = StableDiffusionPipeline.from_pretrained(BUILT_IN["emoji"])  # as the model's card says
     theirs.set_progress_bar_config(disable=True)
-    image = theirs("a rocket", num_inference_steps=8, guidance_scale=3.0, generator=torch.Generator().manual_seed(4)).images[0]
+    image = theirs(
+        "a rocket", num_inference_steps=8, guidance_scale=3.0, generator=torch.Generator().manual_seed(4)
+    ).images[0]
     error = np.square(pixels(image) - pixels(pipe("a rocket", num_inference_steps=8, seed=4))).mean()
     assert error < 1e-6  # 60 dB

@@ -23,7 +23,11 @@ def model(dtype=TensorProto.FLOAT):
     y = helper.make_tensor_value_info("y", dtype, ["batch", 32])
     small = numpy_helper.from_array(np.array([1, 2], np.int64), "small")
     graph = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], [numpy_helper.from_array(WEIGHT, "w"), small]
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [x],
+        [y],
+        [numpy_helper.from_array(WEIGHT, "w"), small],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
 
@@ -40,7 +44,9 @@ def external(tmp_path):
 def rewritten(file, **place):
     proto = onnx.load(file, load_external_data=False)
     weight = next(each for each in proto.graph.initializer if each.name == "w")
-    kept = {each.key: each.value for each in weight.external_data} | {key: str(value) for key, value in place.items()}
+    kept = {each.key: each.value for each in weight.external_data} | {
+        key: str(value) for key, value in place.items()
+    }
     del weight.external_data[:]
     for key, value in kept.items():
         weight.external_data.add(key=key, value=value)
@@ -57,7 +63,11 @@ def test_weights_are_found_where_they_are(tmp_path, external, inside):
     assert (graph.opset, graph.compute, graph.precision) == (20, "fp32", "fp32")
     assert graph.inputs == {"x": (TensorProto.FLOAT, ("batch", 64))}
     (tensor,) = graph.tensors.values()
-    assert (tensor.dtype, tensor.shape, tensor.file.name) == ("F32", (64, 32), file.name if inside else "model.onnx_data")
+    assert (tensor.dtype, tensor.shape, tensor.file.name) == (
+        "F32",
+        (64, 32),
+        file.name if inside else "model.onnx_data",
+    )
     read = np.zeros_like(WEIGHT)
     tensor.read_into(read.view(np.uint8).data)
     np.testing.assert_array_equal(read, WEIGHT)
@@ -65,7 +75,9 @@ def test_weights_are_found_where_they_are(tmp_path, external, inside):
 
 
 @pytest.mark.parametrize(
-    "place", ["../other", "/etc/passwd", "a/../../b", "C:\\secrets", "\\\\host\\share", "..\\up", ""], ids=lambda p: p or "empty"
+    "place",
+    ["../other", "/etc/passwd", "a/../../b", "C:\\secrets", "\\\\host\\share", "..\\up", ""],
+    ids=lambda p: p or "empty",
 )
 def test_weights_outside_of_the_folder_are_refused(external, place):
     rewritten(external, location=place)
@@ -77,10 +89,14 @@ def test_truncated_and_missing_weights(external):
     data = external.with_name("model.onnx_data")
     whole = data.read_bytes()
     data.write_bytes(whole[:-1])
-    with pytest.raises(TightfitError, match=r"model.onnx_data is truncated: it has 8191 bytes of at least 8192"):
+    with pytest.raises(
+        TightfitError, match=r"model.onnx_data is truncated: it has 8191 bytes of at least 8192"
+    ):
         read_graph(external)
     data.rename(data.with_name("renamed"))
-    with pytest.raises(TightfitError, match=r"model.onnx_data is missing, .*: rename renamed, which is there, or copy"):
+    with pytest.raises(
+        TightfitError, match=r"model.onnx_data is missing, .*: rename renamed, which is there, or copy"
+    ):
         read_graph(external)
 
 
@@ -139,7 +155,10 @@ def initializer(proto, **fields):
         (lambda m: initializer(m, data_type=999), "a type"),
         (lambda m: setattr(m.graph.node[0], "op_type", "x" * 2000), "a name that is none"),
         (lambda m: m.functions.add(), "functions of its own"),
-        (lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "x" * 5000), "a value that is told of"),
+        (
+            lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "x" * 5000),
+            "a value that is told of",
+        ),
     ],
 )
 def test_graphs_that_contradict_themselves(tmp_path, change, why):
@@ -178,12 +197,14 @@ EMPTY = 2**20  # each of two bytes
         field(7, field(5, b"\x0a\x00" * 400) * 30_000),
     ],
     ids=(
-        "nodes", "initializers", "inferred shapes", "opsets", "attributes", "a graph of a node", "sides of a constant",
+        "nodes", "initializers", "inferred shapes", "opsets", "attributes", "a graph of a node",
+        "sides of a constant",
         "sides of a weight", "packed sides", "a type's sides", "a name", "many small weights",
     ),
 )  # fmt: skip
 def test_bombs_are_refused_before_protobuf_has_them(tmp_path, content, monkeypatch):
-    """Millions of fields of two bytes, of each of which protobuf would make up to 150: they do not reach it."""
+    """Millions of fields of two bytes, of each of which protobuf would make up to 150: they do not reach
+    it."""
     file, seen = tmp_path / "model.onnx", []
     file.write_bytes(b"\x08\x09" + content)
     parse = onnx.load_from_string
@@ -205,7 +226,12 @@ def test_what_nobody_reads_is_not_kept(tmp_path):
     proto.graph.node[0].metadata_props.add(key="a", value="b")
     file.write_bytes(proto.SerializeToString())
     graph = read_graph(file).model.graph
-    assert (len(graph.value_info), graph.doc_string, graph.node[0].doc_string, len(graph.node[0].metadata_props)) == (0, "", "", 0)
+    assert (
+        len(graph.value_info),
+        graph.doc_string,
+        graph.node[0].doc_string,
+        len(graph.node[0].metadata_props),
+    ) == (0, "", "", 0)
     assert (graph.node[0].op_type, *graph.node[0].input) == ("MatMul", "x", "w")
 
 
@@ -233,7 +259,8 @@ def test_a_graph_of_another_network_is_refused(onnx_models, tmp_path):
     shutil.copyfile(folder / "vae_decoder" / "model.onnx", folder / "unet" / "model.onnx")
     shutil.copyfile(folder / "vae_decoder" / "model.onnx_data", folder / "unet" / "model.onnx_data")
     with pytest.raises(
-        TightfitError, match=r"unet/model.onnx has the inputs latent_sample, a unet has encoder_hidden_states, sample"
+        TightfitError,
+        match=r"unet/model.onnx has the inputs latent_sample, a unet has encoder_hidden_states, sample",
     ):
         tightfit.inspect(str(folder))
 
@@ -242,7 +269,9 @@ def test_pickles_beside_a_graph_are_told_of(tiny_models, tmp_path):
     """A model for torch, with pickled weights and somebody's graph."""
     folder = tmp_path / "model"
     shutil.copytree(tiny_models["sd1"], folder)
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(folder / "unet" / "diffusion_pytorch_model.bin")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").rename(
+        folder / "unet" / "diffusion_pytorch_model.bin"
+    )
     (folder / "safety_checker").mkdir(exist_ok=True)
     onnx.save(model(), folder / "safety_checker" / "model.onnx")
     with pytest.raises(TightfitError, match="pickle"):
@@ -253,22 +282,29 @@ def test_a_graph_of_another_export_is_refused(onnx_models, tmp_path):
     """Its weights would be read from wrong places of the file beside it."""
     folder = tmp_path / "model"
     shutil.copytree(onnx_models("sd1", "fp32"), folder)
-    shutil.copyfile(onnx_models("sd1", "fp16") / "text_encoder" / "model.onnx", folder / "text_encoder" / "model.onnx")
-    with pytest.raises(TightfitError, match=r"text_encoder/model.onnx is not the one that was exported into this folder"):
+    shutil.copyfile(
+        onnx_models("sd1", "fp16") / "text_encoder" / "model.onnx", folder / "text_encoder" / "model.onnx"
+    )
+    with pytest.raises(
+        TightfitError, match=r"text_encoder/model.onnx is not the one that was exported into this folder"
+    ):
         tightfit.inspect(str(folder))
 
 
 @pytest.mark.parametrize(
     ("network", "field", "value"),
     [("unet", "in_channels", "sample"), ("unet", "cross_attention_dim", "encoder_hidden_states"),
-     ("vae_decoder", "latent_channels", "latent_sample"), ("text_encoder", "hidden_size", "last_hidden_state")],
+     ("vae_decoder", "latent_channels", "latent_sample"),
+     ("text_encoder", "hidden_size", "last_hidden_state")],
 )  # fmt: skip
 def test_a_graph_of_another_width_is_refused(onnx_models, tmp_path, network, field, value):
     folder = tmp_path / "model"
     shutil.copytree(onnx_models("sd1", "fp32"), folder)
     config = folder / network / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: 9}))
-    with pytest.raises(TightfitError, match=rf"{network}/model.onnx has {value} of .*, its config says {field} 9"):
+    with pytest.raises(
+        TightfitError, match=rf"{network}/model.onnx has {value} of .*, its config says {field} 9"
+    ):
         tightfit.inspect(str(folder))
 
 
@@ -287,7 +323,9 @@ def test_a_missing_or_renamed_graph_is_named(onnx_models, tmp_path):
 def test_weights_as_numbers_count(tmp_path):
     """onnx's own helper writes them so: one field for each value, not bytes."""
     proto = model()
-    proto.graph.initializer[0].CopyFrom(helper.make_tensor("w", TensorProto.FLOAT, WEIGHT.shape, WEIGHT.ravel()))
+    proto.graph.initializer[0].CopyFrom(
+        helper.make_tensor("w", TensorProto.FLOAT, WEIGHT.shape, WEIGHT.ravel())
+    )
     assert not proto.graph.initializer[0].raw_data
     file = tmp_path / "model.onnx"
     onnx.save(proto, file)
@@ -297,7 +335,8 @@ def test_weights_as_numbers_count(tmp_path):
 
 
 def test_shapes_may_be_left_open(tmp_path):
-    """Or a side be written as -1; and weights may be constants, so that nothing is known of what they are held in."""
+    """Or a side be written as -1; and weights may be constants, so that nothing is known of what they are
+    held in."""
     proto = model()
     proto.graph.output[0].type.tensor_type.ClearField("shape")
     proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1

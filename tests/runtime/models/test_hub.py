@@ -45,19 +45,31 @@ def test_wanted_of_a_full_repository():
         "unet/diffusion_pytorch_model.safetensors",
         "vae/diffusion_pytorch_model.safetensors",
     ]
-    assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(hub.wanted(SD15))
+    assert {"model_index.json", "unet/config.json", "tokenizer/vocab.json", "tokenizer/merges.txt"} <= set(
+        hub.wanted(SD15)
+    )
 
 
 def test_wanted_shards_and_variants():
-    files = ["unet/diffusion_pytorch_model-00001-of-00002.safetensors", "unet/diffusion_pytorch_model-00002-of-00002.safetensors"]
-    files += ["unet/diffusion_pytorch_model.safetensors.index.json", "vae/diffusion_pytorch_model.fp16.safetensors"]
+    files = [
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+    ]
+    files += [
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ]
     assert set(hub.wanted(files)) == set(files)
 
 
 def test_wanted_of_onnx_repositories():
-    """Optimum's layout where there is nothing else; not the graphs that SDXL is published with beside its weights."""
+    """Optimum's layout where there is nothing else; not the graphs that SDXL is published with beside its
+    weights."""
     folders = ("text_encoder", "unet", "vae_decoder", "vae_encoder")
-    files = ["model_index.json", *(f"{folder}/{name}" for folder in folders for name in ("config.json", "model.onnx"))]
+    files = [
+        "model_index.json",
+        *(f"{folder}/{name}" for folder in folders for name in ("config.json", "model.onnx")),
+    ]
     files += ["unet/model.onnx_data"]
     graphs = {"text_encoder/model.onnx", "unet/model.onnx", "unet/model.onnx_data", "vae_decoder/model.onnx"}
     assert {file for file in hub.wanted(files) if not file.endswith(".json")} == graphs
@@ -79,7 +91,8 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def cache(monkeypatch, tmp_path):
-    """An empty hub cache; `fill` puts a model there in the hub's own layout: models--owner--name/snapshots/<commit>."""
+    """An empty hub cache; `fill` puts a model there in the hub's own layout:
+    models--owner--name/snapshots/<commit>."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
     def fill(folder: Path) -> Path:
@@ -115,14 +128,16 @@ def test_half_a_download_is_not_taken_for_a_model(cache, sd1, monkeypatch):
     """The disk was full: that is what the error says, not that a file is missing."""
     (cache(sd1) / "unet/diffusion_pytorch_model.safetensors").unlink()
     monkeypatch.setattr(
-        "huggingface_hub.HfApi.model_info", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+        "huggingface_hub.HfApi.model_info",
+        lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
     )
     with pytest.raises(TightfitError, match="No space left on device"):
         hub.inspect("someone/model")
 
 
 def test_fetching(cache, sd1, monkeypatch):
-    """What is asked of the hub: the list of files, then those that are wanted, and nothing with local_files_only."""
+    """What is asked of the hub: the list of files, then those that are wanted, and nothing with
+    local_files_only."""
     asked = []
     files = [SimpleNamespace(rfilename=name) for name in SD15]
 

@@ -1,4 +1,5 @@
-"""ModelSpec: families told apart by their configs, headers read exactly, every broken folder refused with a cure."""
+"""ModelSpec: families told apart by their configs, headers read exactly, every broken folder refused with a
+cure."""
 
 from __future__ import annotations
 
@@ -51,9 +52,13 @@ def test_header_agrees_with_the_library(tmp_path, shapes):
     import numpy as np
     from safetensors.numpy import save_file
 
-    save_file({f"t{i}": np.zeros(shape, np.float16) for i, shape in enumerate(shapes)}, tmp_path / "x.safetensors")
+    save_file(
+        {f"t{i}": np.zeros(shape, np.float16) for i, shape in enumerate(shapes)}, tmp_path / "x.safetensors"
+    )
     read = read_header(tmp_path / "x.safetensors")
-    assert {name: t.shape for name, t in read.items()} == {f"t{i}": tuple(shape) for i, shape in enumerate(shapes)}
+    assert {name: t.shape for name, t in read.items()} == {
+        f"t{i}": tuple(shape) for i, shape in enumerate(shapes)
+    }
     assert {t.dtype for t in read.values()} == {"F16"}
 
 
@@ -111,7 +116,10 @@ def test_single_file_is_refused(tmp_path):
     """With the command for its family, whether it is named or its folder; what is no model says so."""
     file = tmp_path / "model.safetensors"
     for key, words in (
-        ("model.diffusion_model.x", ("single file", f"StableDiffusionPipeline as P; P.from_single_file('{file}')")),
+        (
+            "model.diffusion_model.x",
+            ("single file", f"StableDiffusionPipeline as P; P.from_single_file('{file}')"),
+        ),
         ("conditioner.embedders.0.x", ("single file", "StableDiffusionXLPipeline as P; P.from_single_file")),
         ("lora_unet_x.lora_down.weight", ("LoRA", "name the model itself")),
     ):
@@ -154,7 +162,12 @@ def test_texts_of_another_width_are_refused(tiny_models, sd1_copy):
     config = sd1_copy / "text_encoder/config.json"
     width = json.loads(config.read_text())["hidden_size"]
     edit(config, hidden_size=2 * width)
-    refused(sd1_copy, f"texts {2 * width} wide", f"{width} wide in its U-Net", "files of different models were mixed")
+    refused(
+        sd1_copy,
+        f"texts {2 * width} wide",
+        f"{width} wide in its U-Net",
+        "files of different models were mixed",
+    )
 
 
 def test_broken_configs(sd1_copy):
@@ -174,8 +187,12 @@ def test_shards_and_variants(sd1_copy):
     whole.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
     assert [f.name for f in weight_files(folder)] == ["diffusion_pytorch_model.fp16.safetensors"]
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}}))
-    assert [f.name for f in weight_files(folder)] == ["diffusion_pytorch_model.fp16.safetensors"]  # the shards are not there
+    index.write_text(
+        json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}})
+    )
+    assert [f.name for f in weight_files(folder)] == [
+        "diffusion_pytorch_model.fp16.safetensors"
+    ]  # the shards are not there
     inspect(sd1_copy)
     for shard in ("one", "two"):
         (folder / f"{shard}.safetensors").touch()
@@ -268,7 +285,9 @@ def test_more_layers_than_tensors(sd1_copy, file, changes):
 
 def header_of(**shapes):
     """A safetensors file of fp32 tensors of these shapes, all of them empty."""
-    entries = {name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()}
+    entries = {
+        name: {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]} for name, shape in shapes.items()
+    }
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text)) + text
 
@@ -295,7 +314,9 @@ def test_a_tensor_in_two_shards(sd1_copy):
     whole = (sd1_copy / UNET).rename(sd1_copy / "unet/a.safetensors")
     name = next(iter(read_header(whole)))
     (sd1_copy / "unet/b.safetensors").write_bytes(header_of(**{name: [0]}))
-    (sd1_copy / f"{UNET}.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    (sd1_copy / f"{UNET}.index.json").write_text(
+        json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}})
+    )
     refused(sd1_copy, "b.safetensors holds", "which a.safetensors holds too")
 
 
@@ -319,9 +340,15 @@ def test_labels_are_not_made(sd1, sd1_copy):
     import tightfit
 
     edit(sd1_copy / "text_encoder/config.json", num_labels=10**9, id2label={"x": 1})
-    with tightfit.load(str(sd1_copy), precision="fp32", device="cpu") as ours, tightfit.load(str(sd1), device="cpu") as theirs:
+    with (
+        tightfit.load(str(sd1_copy), precision="fp32", device="cpu") as ours,
+        tightfit.load(str(sd1), device="cpu") as theirs,
+    ):
         ours("a cat", num_inference_steps=1)
-        assert ours.spec.components["text_encoder"].tensors.keys() == theirs.spec.components["text_encoder"].tensors.keys()
+        assert (
+            ours.spec.components["text_encoder"].tensors.keys()
+            == theirs.spec.components["text_encoder"].tensors.keys()
+        )
 
 
 def test_fields_left_to_the_libraries(sd1, sd1_copy):
@@ -331,7 +358,9 @@ def test_fields_left_to_the_libraries(sd1, sd1_copy):
         ("vae", ("latent_channels", "out_channels")),
     ):
         config = json.loads((sd1_copy / file / "config.json").read_text())
-        (sd1_copy / file / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k not in fields}))
+        (sd1_copy / file / "config.json").write_text(
+            json.dumps({k: v for k, v in config.items() if k not in fields})
+        )
     spec, whole = inspect(sd1_copy), inspect(sd1)
     for component in whole.components.values():
         sizes = (component, 2, 64, 64)
@@ -355,17 +384,20 @@ def test_no_size_of_its_own(sd1_copy):
     whole = Request("a", width=64, height=72).resolve(spec)
     assert (whole.width, whole.height) == (64, 72)
     for some in (Request("a"), Request("a", width=64)):
-        with pytest.raises(TightfitError, match=r"unet/config.json has no sample_size: say --width and --height"):
+        with pytest.raises(
+            TightfitError, match=r"unet/config.json has no sample_size: say --width and --height"
+        ):
             some.resolve(spec)
 
 
 @pytest.mark.parametrize(
     ("version", "size", "native"),
-    [("0.6.0", 32, 64), ("0.8.1", 8, 64), ("0.9.0", 32, 32), ("0.9.0.dev0", 32, 32), ("0.10.2", 8, 8), ("0.6.0", 96, 96),
-     ("0.6.0", [32, 40], None), (None, 32, 32)],
+    [("0.6.0", 32, 64), ("0.8.1", 8, 64), ("0.9.0", 32, 32), ("0.9.0.dev0", 32, 32), ("0.10.2", 8, 8),
+     ("0.6.0", 96, 96), ("0.6.0", [32, 40], None), (None, 32, 32)],
 )  # fmt: skip
 def test_sizes_that_diffusers_corrects(sd1_copy, version, size, native):
-    """Configs of before 0.9 said 32 for pictures of 512; StableDiffusionPipeline takes 64 there, and so do we."""
+    """Configs of before 0.9 said 32 for pictures of 512; StableDiffusionPipeline takes 64 there, and so do
+    we."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 
     more = {"sample_size": size} | ({"_diffusers_version": version} if version else {})
@@ -373,7 +405,9 @@ def test_sizes_that_diffusers_corrects(sd1_copy, version, size, native):
     config = {name: value for name, value in config.items() if name != "_diffusers_version"} | more
     (sd1_copy / "unet/config.json").write_text(json.dumps(config))
     spec = inspect(sd1_copy)
-    theirs = StableDiffusionPipeline(None, None, None, UNet2DConditionModel.from_config(config), None, None, None)
+    theirs = StableDiffusionPipeline(
+        None, None, None, UNet2DConditionModel.from_config(config), None, None, None
+    )
     assert theirs.unet.config.sample_size == (native or size)
     assert spec.native_size == ((native * 8, native * 8) if native else (256, 320))
     edit(sd1_copy / "model_index.json", _class_name="LatentConsistencyModelPipeline")

@@ -30,7 +30,10 @@ def test_two_threads_plan_what_one_plans(shallow_models):
 
     def plans(turn: int, begun: threading.Barrier) -> list:
         begun.wait()
-        return [plan(card, spec, Request("a", width=width, height=height), wishes) for width, height in sizes[turn]]
+        return [
+            plan(card, spec, Request("a", width=width, height=height), wishes)
+            for width, height in sizes[turn]
+        ]
 
     forget()
     after_another = [plans(turn, threading.Barrier(1)) for turn in range(2)]

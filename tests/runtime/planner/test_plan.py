@@ -46,7 +46,15 @@ RTX_3060 = Hardware(
     call_seconds=0,
 )
 OLD_CPU = Hardware(
-    "cpu", "an old CPU", 8 * GIB, 6 * GIB, ("fp32",), rates={"fp32": 0.2 * TERA}, bandwidth=20e9, bus=20e9, call_seconds=0
+    "cpu",
+    "an old CPU",
+    8 * GIB,
+    6 * GIB,
+    ("fp32",),
+    rates={"fp32": 0.2 * TERA},
+    bandwidth=20e9,
+    bus=20e9,
+    call_seconds=0,
 )
 
 
@@ -69,13 +77,21 @@ def test_whole_numbers_where_the_processor_multiplies_them_fast(sd1):
     }  # fmt: skip
     assert all(p.precision != "int8-dynamic" for p in plan(OLD_CPU, spec, wishes=wishes))
     asked = Wishes(precision="int8-dynamic")
-    for refused in (p for p in plan(OLD_CPU, spec, wishes=asked) if p.placements["unet"].residency != "streamed"):
+    for refused in (
+        p for p in plan(OLD_CPU, spec, wishes=asked) if p.placements["unet"].residency != "streamed"
+    ):
         assert "no fast products of 8-bit whole numbers" in refused.reason
     able = dataclasses.replace(OLD_CPU, rates=rates)
-    slow = plan(able, spec, wishes=Wishes(compute="bf16", precision="int8-dynamic"))  # which it has no arithmetic for
+    slow = plan(
+        able, spec, wishes=Wishes(compute="bf16", precision="int8-dynamic")
+    )  # which it has no arithmetic for
     assert not any(p.fits for p in slow)
-    once, often = (plan(able, spec, wishes=Wishes(precision="int8-dynamic", requests=count))[0] for count in (1, 100))
-    assert often.predicted.seconds < once.predicted.seconds  # its weights are packed each time they are loaded
+    once, often = (
+        plan(able, spec, wishes=Wishes(precision="int8-dynamic", requests=count))[0] for count in (1, 100)
+    )
+    assert (
+        often.predicted.seconds < once.predicted.seconds
+    )  # its weights are packed each time they are loaded
     gpu = dataclasses.replace(RTX_3060, rates={**RTX_3060.rates, "int8": 2 * RTX_3060.rates["fp16"]})
     assert all(p.precision != "int8-dynamic" for p in plan(gpu, spec))
     found = plan(gpu, spec, wishes=asked)
@@ -86,10 +102,17 @@ def test_whole_numbers_where_the_processor_multiplies_them_fast(sd1):
 
 def test_sdxl_vae_never_runs_in_fp16(tiny_models):
     spec = inspect(tiny_models["sdxl"])
-    for hardware, precision, expected in ((TURING, "auto", "fp32"), (RTX_3060, "fp16", "bf16"), (RTX_3060, "fp32", "fp32")):
+    for hardware, precision, expected in (
+        (TURING, "auto", "fp32"),
+        (RTX_3060, "fp16", "bf16"),
+        (RTX_3060, "fp32", "fp32"),
+    ):
         for made in plan(hardware, spec, wishes=Wishes(precision=precision)):
             if made.precision == precision or precision == "auto":
-                assert made.placements["vae_decoder"].precision in (expected, made.precision.replace("fp16", expected))
+                assert made.placements["vae_decoder"].precision in (
+                    expected,
+                    made.precision.replace("fp16", expected),
+                )
 
 
 def test_every_candidate_has_its_reason(sd1):
@@ -155,7 +178,8 @@ def test_a_smaller_budget_never_takes_more(sd1):
 
 
 def test_random_requests_and_budgets(tiny_models):
-    """Never over budget; never "does not fit" while a candidate that fits exists; never one slower than another that fits."""
+    """Never over budget; never "does not fit" while a candidate that fits exists; never one slower than
+    another that fits."""
     draw = random.Random(0)
     specs = [inspect(folder) for folder in tiny_models.values()]
     refused = 0
@@ -163,10 +187,16 @@ def test_random_requests_and_budgets(tiny_models):
     for _ in range(60):
         spec, hardware = draw.choice(specs), draw.choice(machines)
         width, height = draw.choice(((64, 64), (256, 192)))
-        request = Request("a", width=width, height=height, guidance_scale=draw.choice((1.0, 7.5)), num_inference_steps=2)
+        request = Request(
+            "a", width=width, height=height, guidance_scale=draw.choice((1.0, 7.5)), num_inference_steps=2
+        )
         budget = round(2 ** draw.uniform(20, 25)) + hardware.context_bytes
         plans = plan(hardware, spec, request, Wishes(budget=budget))
-        fitting = [p for p in plans if p.predicted.peak_bytes + p.predicted.context_bytes <= budget and "refused" not in p.reason]
+        fitting = [
+            p
+            for p in plans
+            if p.predicted.peak_bytes + p.predicted.context_bytes <= budget and "refused" not in p.reason
+        ]
         assert [p for p in plans if p.fits] == plans[: len(fitting)]
         assert plans[0].chosen == plans[0].fits == bool(fitting)
         if fitting:
@@ -195,7 +225,10 @@ def test_planning_one_precision_does_not_change_another(sd1_copy, precision):
     random_model.write("sd1", sd1_copy.parent / "halves", tiny=True, precision="fp16")
     peaks = []
     for first in ((), ("bf16", "fp16")):
-        spec, hardware = inspect(sd1_copy.parent / "halves"), dataclasses.replace(OLD_CPU, precisions=("bf16", "fp16", "fp32"))
+        spec, hardware = (
+            inspect(sd1_copy.parent / "halves"),
+            dataclasses.replace(OLD_CPU, precisions=("bf16", "fp16", "fp32")),
+        )
         for each in (*first, precision):
             found = plan(hardware, spec, wishes=Wishes(precision=each))
         peaks.append(sorted(p.predicted.peak_bytes for p in found))
@@ -203,7 +236,8 @@ def test_planning_one_precision_does_not_change_another(sd1_copy, precision):
 
 
 def test_streaming_keeps_loaded_what_there_is_room_for():
-    """Between nothing kept and staged, in bytes and in seconds; within the budget; never where staging fits."""
+    """Between nothing kept and staged, in bytes and in seconds; within the budget; never where staging
+    fits."""
     spec, slow = inspect("emoji"), dataclasses.replace(OLD_CPU, read=1e8)
     asked = {"precision": "fp32", "attention": "sdpa", "cfg": "batched", "tiling": "whole"}
     staged = plan(slow, spec, wishes=Wishes(**asked, residency="staged"))[0].predicted
@@ -218,7 +252,9 @@ def test_streaming_keeps_loaded_what_there_is_room_for():
         assert best.residency.startswith("streamed, keeps ")
         order = [best, *rest, *(p for p in found if p.residency == "streamed")]
         assert [p.predicted.seconds for p in order] == sorted(p.predicted.seconds for p in order)
-        assert [p.predicted.peak_bytes for p in order] == sorted((p.predicted.peak_bytes for p in order), reverse=True)
+        assert [p.predicted.peak_bytes for p in order] == sorted(
+            (p.predicted.peak_bytes for p in order), reverse=True
+        )
         assert staged.seconds < best.predicted.seconds < least.predicted.seconds
         assert best.placements["text_encoder"].residency == "staged"
         assert checked(best, slow, spec, Request("a"), Wishes(budget=budget)).predicted == best.predicted
@@ -306,7 +342,15 @@ def test_each_verdict(sd1):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", "{}", '{"version": 99}', '{"plans": []}', '{"version": 3, "placements": {"unet": {"x": 1}}}', "[" * 100_000],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"version": 99}',
+        '{"plans": []}',
+        '{"version": 3, "placements": {"unet": {"x": 1}}}',
+        "[" * 100_000,
+    ],
 )
 def test_damaged_plans(text):
     with pytest.raises(TightfitError, match="plan"):
@@ -338,14 +382,19 @@ def test_a_saved_plan_is_checked(tiny_models):
     spec, request = inspect(tiny_models["sd1"]), Request("a")
     saved = plan(RTX_3060, spec, request)[0]
     assert checked(saved, RTX_3060, spec, request, Wishes()).predicted == saved.predicted
-    elsewhere = checked(saved, dataclasses.replace(TURING, precisions=("fp16", "fp32")), spec, request, Wishes())
+    elsewhere = checked(
+        saved, dataclasses.replace(TURING, precisions=("fp16", "fp32")), spec, request, Wishes()
+    )
     assert "RTX 3060" in elsewhere.reason
     assert elsewhere.budget_bytes == TURING.free_bytes
     with pytest.raises(TightfitError, match="precision fp32 is asked for, the plan says fp16"):
         checked(saved, RTX_3060, spec, request, Wishes(precision="fp32"))
     with pytest.raises(TightfitError, match="not for emoji"):
         checked(saved, RTX_3060, inspect("emoji"), request, Wishes())
-    assert checked(dataclasses.replace(saved, budget_bytes=GIB), RTX_3060, spec, request, Wishes()).budget_bytes == GIB
+    assert (
+        checked(dataclasses.replace(saved, budget_bytes=GIB), RTX_3060, spec, request, Wishes()).budget_bytes
+        == GIB
+    )
     with pytest.raises(TightfitError, match="another kind of model"):
         checked(saved, RTX_3060, inspect(tiny_models["sdxl"]), request, Wishes())
     with pytest.raises(TightfitError, match="runs on cpu"):
@@ -361,7 +410,8 @@ def test_unknown_choices(field):
 
 
 def test_starts_of_operators():
-    """A CPU does one thing after another; a GPU is told what comes next while it computes. By hand: 2 ms of work and 5 starts."""
+    """A CPU does one thing after another; a GPU is told what comes next while it computes. By hand: 2 ms of
+    work and 5 starts."""
     work = Operation(OLD_CPU.rates["fp32"] * 1e-3, 0.0, "product")
     light = (Operation(0.0, 0.0, "unpack"), Operation(0.0, 0.0), Operation(0.0, 0.0))
     own = Footprint((), 0, Trace((), (), (work, work, *light)), (), 0)

@@ -1,4 +1,5 @@
-"""The ONNX Runtime engine: shapes and bytes told beforehand, what is refused and why, and plans that mix engines."""
+"""The ONNX Runtime engine: shapes and bytes told beforehand, what is refused and why, and plans that mix
+engines."""
 
 from __future__ import annotations
 
@@ -55,10 +56,16 @@ def test_shapes_are_those_that_onnx_runtime_finds(onnx_models, family, precision
     model.graph.output.extend(onnx.ValueInfoProto(name=value) for value in outputs)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(component.graph.file.parent))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(component.graph.file.parent)
+    )
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     feeds = {
-        value.name: np.ones(inputs[value.name], helper.tensor_dtype_to_np_dtype(component.graph.inputs[value.name][0]))
+        value.name: np.ones(
+            inputs[value.name], helper.tensor_dtype_to_np_dtype(component.graph.inputs[value.name][0])
+        )
         for value in session.get_inputs()
     }
     for value, got in zip(outputs, session.run(outputs, feeds), strict=True):
@@ -78,7 +85,9 @@ def chain():
         helper.make_node("Add", ["a", "s"], ["y"]),
     ]
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("x", "y")]
-    graph = helper.make_graph(nodes, "g", values[:1], values[1:], [numpy_helper.from_array(np.array([-1], np.int64), "flat")])
+    graph = helper.make_graph(
+        nodes, "g", values[:1], values[1:], [numpy_helper.from_array(np.array([-1], np.int64), "flat")]
+    )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
 
 
@@ -87,7 +96,9 @@ def test_buffers_come_and_go_with_their_use():
     call = onnx_trace.trace(chain(), {"x": (256, 256)})
     assert peak("cpu", (), Footprint((), 0, call, (), 0)) == 4 * MIB
     call = onnx_trace.trace(
-        chain(), {"x": (256, 256)}, lambda node, _: onnx_trace.together(*[3 * MIB] * (node.op_type == "Sigmoid"))
+        chain(),
+        {"x": (256, 256)},
+        lambda node, _: onnx_trace.together(*[3 * MIB] * (node.op_type == "Sigmoid")),
     )
     assert peak("cpu", (), Footprint((), 0, call, (), 0)) == 5 * MIB
 
@@ -111,7 +122,8 @@ def test_arithmetic_is_counted():
 
 
 def test_one_dequantised_weight_at_a_time(onnx_models):
-    """What is alive in int4 beyond fp32 is at most twice the largest weight, which is dequantised, then lessened."""
+    """What is alive in int4 beyond fp32 is at most twice the largest weight, which is dequantised, then
+    lessened."""
     most = {}
     for precision in ("fp32", "int4"):
         spec = tightfit.inspect(str(onnx_models("sd1", precision)))
@@ -127,25 +139,41 @@ def test_one_dequantised_weight_at_a_time(onnx_models):
 def test_attention_keeps_no_scores(onnx_models):
     """It is rewritten for ONNX Runtime, but for text, whose attention has a mask."""
     spec = tightfit.inspect(str(onnx_models("sd1", "fp32")))
-    for name, kind in (("unet", "MultiHeadAttention"), ("vae_decoder", "MultiHeadAttention"), ("text_encoder", "Attention")):
+    for name, kind in (
+        ("unet", "MultiHeadAttention"),
+        ("vae_decoder", "MultiHeadAttention"),
+        ("text_encoder", "Attention"),
+    ):
         graph = spec.components[name].graph
         assert graph
         kinds = {node.op_type for node in onnx_call.runtime_model(graph).graph.node}
         assert kinds & {"Attention", "MultiHeadAttention"} == {kind}
-        assert "MultiHeadAttention" not in {node.op_type for node in graph.model.graph.node}  # the file's is left as it is
+        assert "MultiHeadAttention" not in {
+            node.op_type for node in graph.model.graph.node
+        }  # the file's is left as it is
 
 
 def test_a_provider_that_is_not_here(onnx_models):
     folder = str(onnx_models("sd1", "fp32"))
-    here = "tightfit does not run on ONNX Runtime's provider 'azure': choose cpu$"  # it sends the model elsewhere
-    azure = here if "AzureExecutionProvider" in onnxruntime.get_available_providers() else "no provider 'azure'"
+    # It sends the model elsewhere.
+    here = "tightfit does not run on ONNX Runtime's provider 'azure': choose cpu$"
+    azure = (
+        here if "AzureExecutionProvider" in onnxruntime.get_available_providers() else "no provider 'azure'"
+    )
     for asked, cure in (
-        ("cuda", "no provider 'cuda' for .*: choose cpu$"), ("dml", "no provider 'dml' for .*: choose cpu$"), ("azure", azure)
+        ("cuda", "no provider 'cuda' for .*: choose cpu$"),
+        ("dml", "no provider 'dml' for .*: choose cpu$"),
+        ("azure", azure)
     ):  # fmt: skip
-        with tightfit.load(folder, device="cpu", provider=asked) as pipe, pytest.raises(TightfitError, match=cure):
+        with (
+            tightfit.load(folder, device="cpu", provider=asked) as pipe,
+            pytest.raises(TightfitError, match=cure),
+        ):
             pipe("a")
     spec, card = tightfit.inspect(folder), replace(tightfit.profile("rtx-2060"), providers=None)
-    with pytest.raises(TightfitError, match="pip install onnxruntime-gpu in place of onnxruntime, or choose cpu"):
+    with pytest.raises(
+        TightfitError, match="pip install onnxruntime-gpu in place of onnxruntime, or choose cpu"
+    ):
         tightfit.plan(card, spec, wishes=Wishes(provider="cuda"))
 
 
@@ -162,7 +190,11 @@ def test_each_maker_has_its_providers(onnx_models, card, best, others):
     assert {f"{each}ExecutionProvider" for each in {best, *others}} == {*(hardware.providers or ())}
     assert tightfit.plan(hardware, spec)[0].placements["unet"].provider == f"{best}ExecutionProvider"
     for each in others:
-        assert tightfit.plan(hardware, spec, wishes=Wishes(provider=each.lower()))[0].placements["unet"].provider.startswith(each)
+        assert (
+            tightfit.plan(hardware, spec, wishes=Wishes(provider=each.lower()))[0]
+            .placements["unet"]
+            .provider.startswith(each)
+        )
 
 
 def test_a_graph_from_the_future(onnx_models, tmp_path, here):
@@ -173,7 +205,10 @@ def test_a_graph_from_the_future(onnx_models, tmp_path, here):
     proto.opset_import[0].version = engine.newest_opset() + 1
     (folder / "tightfit.json").unlink()
     file.write_bytes(proto.SerializeToString())
-    cure = rf"is of opset {engine.newest_opset() + 1}, ONNX Runtime .* knows opset {engine.newest_opset()}: install a newer one"
+    cure = (
+        rf"is of opset {engine.newest_opset() + 1}, "
+        rf"ONNX Runtime .* knows opset {engine.newest_opset()}: install a newer one"
+    )
     with tightfit.load(str(folder), device="cpu") as pipe, pytest.raises(TightfitError, match=cure):
         pipe("a")
 
@@ -187,7 +222,9 @@ def test_newest_opset_is_onnx_runtimes_own():
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         try:
-            onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            onnxruntime.InferenceSession(
+                model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
             found = True
         except Exception:
             found = False
@@ -198,9 +235,18 @@ def test_newest_opset_is_onnx_runtimes_own():
     ("wishes", "cure"),
     [
         ({"backend": "torch"}, "has no weights that torch reads"),
-        ({"precision": "int4"}, r"not int4: choose --precision auto, or export /.*sd1 with --to onnx --precision int4"),
-        ({"precision": "int8-dynamic"}, r"choose --precision auto, or use /.*sd1, from which it was exported"),
-        ({"compute": "fp16"}, r"not fp16: choose --compute auto, or export /.*sd1 with --to onnx --precision fp16"),
+        (
+            {"precision": "int4"},
+            r"not int4: choose --precision auto, or export /.*sd1 with --to onnx --precision int4",
+        ),
+        (
+            {"precision": "int8-dynamic"},
+            r"choose --precision auto, or use /.*sd1, from which it was exported",
+        ),
+        (
+            {"compute": "fp16"},
+            r"not fp16: choose --compute auto, or export /.*sd1 with --to onnx --precision fp16",
+        ),
         ({"compute": "bf16", "backend": "onnx"}, r"choose --compute auto, or use /.*sd1, from which"),
         ({"residency": "streamed"}, "cannot stream weights: leave out --residency streamed"),
         ({"attention": "sliced"}, "has its own attention: leave out --attention sliced"),
@@ -208,7 +254,10 @@ def test_newest_opset_is_onnx_runtimes_own():
     ],
 )
 def test_what_a_graph_cannot_do(onnx_models, wishes, cure):
-    with tightfit.load(str(onnx_models("sd1", "fp32")), device="cpu", **wishes) as pipe, pytest.raises(TightfitError, match=cure):
+    with (
+        tightfit.load(str(onnx_models("sd1", "fp32")), device="cpu", **wishes) as pipe,
+        pytest.raises(TightfitError, match=cure),
+    ):
         pipe("a")
 
 
@@ -235,8 +284,12 @@ def test_a_fixed_batch_is_kept_to(onnx_models, tmp_path, batch, cfg):
 
     broken(folder, fixed)
     with tightfit.load(str(folder), device="cpu") as pipe:
-        assert pipe.generate(tightfit.Request("a", width=32, height=32, num_inference_steps=1)).plan.cfg == cfg
-        with pytest.raises(TightfitError, match=r"takes sample of .* only, not of .*: ask for what it was made for"):
+        assert (
+            pipe.generate(tightfit.Request("a", width=32, height=32, num_inference_steps=1)).plan.cfg == cfg
+        )
+        with pytest.raises(
+            TightfitError, match=r"takes sample of .* only, not of .*: ask for what it was made for"
+        ):
             pipe("a", width=64, height=32)
 
 
@@ -290,14 +343,16 @@ def test_engines_share_a_budget(mixed, onnx_models):
         shutil.copyfile(onnx_models("sd1", "fp32") / "unet" / name, mixed / "unet" / name)
     with tightfit.load(str(mixed), device="cpu", **wishes) as pipe:
         small = kept(pipe, pipe.generate(tightfit.Request("a", **request)).plan)
-        large = kept(pipe, pipe.generate(tightfit.Request("a", **request | {"width": 128, "height": 128})).plan)
+        large = kept(
+            pipe, pipe.generate(tightfit.Request("a", **request | {"width": 128, "height": 128})).plan
+        )
         assert large > small
         assert kept(pipe, pipe.generate(tightfit.Request("a", **request)).plan) == small  # loaded anew
 
 
 def test_residents_by_hand(onnx_models, monkeypatch):
-    """Three components that stay: held 10, 20, 30; loading 7, 100, 5; kept of a call 1, 2, 3. Each is loaded beside those before it
-    and called beside all others."""
+    """Three components that stay: held 10, 20, 30; loading 7, 100, 5; kept of a call 1, 2, 3. Each is loaded
+    beside those before it and called beside all others."""
     parts = {"text_encoder": (10, 7, 1), "unet": (20, 100, 2), "vae_decoder": (30, 5, 3)}
 
     def footprint(_, name, *__):
@@ -309,19 +364,27 @@ def test_residents_by_hand(onnx_models, monkeypatch):
     spec, here = tightfit.inspect(str(onnx_models("sd1", "fp32"))), Hardware.detect("cpu")
     plans = planner.plan(here, spec, None, Wishes(residency="resident", cfg="batched"))
     everything = 10 + 20 + 30 + 1 + 2 + 3
-    assert plans[0].predicted.stages == {"encode": everything, "denoise": 10 + 1 + 20 + 100, "decode": 10 + 1 + 20 + 2 + 30 + 5}
+    assert plans[0].predicted.stages == {
+        "encode": everything,
+        "denoise": 10 + 1 + 20 + 100,
+        "decode": 10 + 1 + 20 + 2 + 30 + 5,
+    }
 
 
 def test_a_text_encoder_on_the_host_takes_nothing_of_the_gpu(mixed):
     """On a machine with a GPU and ONNX Runtime for the CPU only."""
     card = replace(tightfit.profile("rtx-2060"), providers=("CPUExecutionProvider",))
-    plans = planner.plan(card, tightfit.inspect(str(mixed)), tightfit.Request("a"), Wishes(backend="onnx", precision="fp16"))
+    plans = planner.plan(
+        card, tightfit.inspect(str(mixed)), tightfit.Request("a"), Wishes(backend="onnx", precision="fp16")
+    )
     assert plans[0].placements["text_encoder"].provider == "CPUExecutionProvider"
     assert plans[0].placements["unet"].backend == "torch"
     nothing = peak("cuda", card.workspaces, Footprint((), 0, Trace((), (), ()), ()))
     assert plans[0].predicted.stages["encode"] == nothing
     graph = read_graph(mixed / "text_encoder" / "model.onnx")
-    assert graph.stored_bytes < plans[0].predicted.host_bytes - onnx_footprint._SESSION < 20 * graph.stored_bytes
+    assert (
+        graph.stored_bytes < plans[0].predicted.host_bytes - onnx_footprint._SESSION < 20 * graph.stored_bytes
+    )
 
 
 def test_no_room_is_said_before_it_is_taken(onnx_models):
@@ -369,7 +432,8 @@ print(predicted, process.bytes() - start)
 
 
 def test_the_process_grows_as_predicted(tmp_path):
-    """What the system says a process of its own took for a network with weights and buffers of hundreds of MB."""
+    """What the system says a process of its own took for a network with weights and buffers of hundreds of
+    MB."""
     random = np.random.default_rng(0)
     weights = {f"w{i}": random.normal(0, 0.1, (32, 32, 3, 3)).astype(np.float32) for i in range(3)}
     weights["m"] = random.normal(0, 0.01, (4096, 8192)).astype(np.float32)
@@ -386,7 +450,10 @@ def test_the_process_grows_as_predicted(tmp_path):
         helper.make_node("MatMul", ["r", "m"], ["y"]),
     ]
     constants = {"times": np.array([1, 128, 1, 1], np.int64), "row": np.array([1, 4096], np.int64)}
-    values = [helper.make_tensor_value_info("x", 1, ["b", 32, "h", "w"]), helper.make_tensor_value_info("y", 1, ["b", 8192])]
+    values = [
+        helper.make_tensor_value_info("x", 1, ["b", 32, "h", "w"]),
+        helper.make_tensor_value_info("y", 1, ["b", 8192]),
+    ]
     initializers = [numpy_helper.from_array(array, name) for name, array in (weights | constants).items()]
     model = helper.make_model(
         helper.make_graph(nodes, "g", values[:1], values[1:], initializers),
@@ -463,15 +530,36 @@ def answer(model, node):
         (lambda m: m.graph.output.pop(), "answers nothing, not out_sample"),
         (lambda m: setattr(m.graph.node[5], "op_type", "Elephant"), "is no graph that can be followed"),
         (lambda m: m.graph.node[9].input.__setitem__(0, "nowhere"), "is no graph that can be followed"),
-        (lambda m: m.graph.input.append(helper.make_tensor_value_info("time_ids", 1, ["b", 6])), "its config wants"),
-        (lambda m: m.graph.node.insert(0, helper.make_node("ConstantOfShape", ["big"], ["e"])) or big(m), "1600000000 values of"),
+        (
+            lambda m: m.graph.input.append(helper.make_tensor_value_info("time_ids", 1, ["b", 6])),
+            "its config wants",
+        ),
+        (
+            lambda m: m.graph.node.insert(0, helper.make_node("ConstantOfShape", ["big"], ["e"])) or big(m),
+            "1600000000 values of",
+        ),
         (lambda m: m.graph.node.extend(a_loop()), "it has Loop"),
-        (lambda m: answer(m, helper.make_node("ReduceSum", ["before"], ["out_sample"], keepdims=0)), r"out_sample of \[\], not of"),
-        (lambda m: answer(m, helper.make_node("Shape", ["before"], ["out_sample"])), r"out_sample of \[4\], not of"),
+        (
+            lambda m: answer(m, helper.make_node("ReduceSum", ["before"], ["out_sample"], keepdims=0)),
+            r"out_sample of \[\], not of",
+        ),
+        (
+            lambda m: answer(m, helper.make_node("Shape", ["before"], ["out_sample"])),
+            r"out_sample of \[4\], not of",
+        ),
         (lambda m: m.graph.output[0].type.Clear(), "out_sample as no tensor"),
-        (lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.STRING), "has sample as string"),
-        (lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.INT64), "has sample as int64"),
-        (lambda m: setattr(m.graph.input[0].type.sequence_type.elem_type.tensor_type, "elem_type", 1), "has sample as no tensor"),
+        (
+            lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.STRING),
+            "has sample as string",
+        ),
+        (
+            lambda m: setattr(m.graph.input[0].type.tensor_type, "elem_type", TensorProto.INT64),
+            "has sample as int64",
+        ),
+        (
+            lambda m: setattr(m.graph.input[0].type.sequence_type.elem_type.tensor_type, "elem_type", 1),
+            "has sample as no tensor",
+        ),
         (lambda m: m.graph.node[9].attribute.add(name="a", i=1, type=2), "Unrecognized attribute"),
     ],
     ids=(
@@ -505,7 +593,8 @@ def test_graphs_that_cannot_be_run(onnx_models, shallow_models, tmp_path, change
 
 
 def doubles(model):
-    """As a U-Net traced at a size that halves evenly has it, by Optimum too: what is upsampled is two times as large, always."""
+    """As a U-Net traced at a size that halves evenly has it, by Optimum too: what is upsampled is two times
+    as large, always."""
     model.graph.initializer.append(numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "twice"))
     for node in model.graph.node:
         if node.op_type == "Resize":
@@ -514,12 +603,18 @@ def doubles(model):
 
 
 def test_sizes_that_a_graph_was_not_made_for(onnx_models, shallow_models, tmp_path, here):
-    """Latents of 25 x 19 in a graph that only doubles: one line in a plan and in painting, and torch runs them where it can."""
+    """Latents of 25 x 19 in a graph that only doubles: one line in a plan and in painting, and torch runs
+    them where it can."""
     folder = tmp_path / "model"
     shutil.copytree(onnx_models("sd1", "fp32"), folder)
     broken(folder, doubles)
-    spec, cure = tightfit.inspect(str(folder)), r"can do multiples of 4 pixels only, .*: ask for 48x40, or export the model again"
-    even, uneven = (tightfit.Request("a", num_inference_steps=1, width=w, height=h) for w, h in ((48, 40), (50, 38)))
+    spec, cure = (
+        tightfit.inspect(str(folder)),
+        r"can do multiples of 4 pixels only, .*: ask for 48x40, or export the model again",
+    )
+    even, uneven = (
+        tightfit.Request("a", num_inference_steps=1, width=w, height=h) for w, h in ((48, 40), (50, 38))
+    )
     assert planner.plan(here, spec, even)[0].fits
     plans = planner.plan(here, spec, uneven)
     assert not any(plan.fits for plan in plans)
@@ -563,11 +658,15 @@ def tiny_graph(nodes, out="y"):
 
 
 def whole(name, *values):
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.int64), "v"))
+    return helper.make_node(
+        "Constant", [], [name], value=numpy_helper.from_array(np.array(values, np.int64), "v")
+    )
 
 
 def scalar(name, value):
-    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array(value, np.int64), "v"))
+    return helper.make_node(
+        "Constant", [], [name], value=numpy_helper.from_array(np.array(value, np.int64), "v")
+    )
 
 
 def a_loop():
@@ -595,10 +694,12 @@ def doubled(rounds, kind):
 
 BOMBS = {
     "ConstantOfShape": [whole("s", 40000, 40000), helper.make_node("ConstantOfShape", ["s"], ["end"])],
-    "Range": [scalar("a", 0), scalar("b", 2 * 10**9), scalar("c", 1), helper.make_node("Range", ["a", "b", "c"], ["end"])],
+    "Range": [scalar("a", 0), scalar("b", 2 * 10**9), scalar("c", 1),
+              helper.make_node("Range", ["a", "b", "c"], ["end"])],
     "Expand": [whole("a", 1), whole("s", 40000, 40000), helper.make_node("Expand", ["a", "s"], ["end"])],
     "Tile": [whole("a", 1), whole("s", 2**40), helper.make_node("Tile", ["a", "s"], ["end"])],
-    "OneHot": [whole("a", 1), scalar("d", 2**40), whole("v", 0, 1), helper.make_node("OneHot", ["a", "d", "v"], ["end"])],
+    "OneHot": [whole("a", 1), scalar("d", 2**40), whole("v", 0, 1),
+               helper.make_node("OneHot", ["a", "d", "v"], ["end"])],
     "Pad": [whole("a", 1), whole("p", 0, 2**40), helper.make_node("Pad", ["a", "p"], ["end"])],
     "RandomNormal": [helper.make_node("RandomNormal", [], ["end"], shape=[2**40])],
     "Split": [whole("a", 1, 2), helper.make_node("Split", ["a"], ["end"], axis=0, num_outputs=2**24)],
@@ -612,7 +713,8 @@ BOMBS = {
     "Unsqueeze": doubled(40, "Unsqueeze"),
     "Div": [scalar("a", 1), scalar("b", 0), helper.make_node("Div", ["a", "b"], ["end"])],
     "broadcast": [
-        whole("a", *range(2000)), whole("one", 1), whole("many", 1, 100), helper.make_node("Unsqueeze", ["a", "one"], ["b"]),
+        whole("a", *range(2000)), whole("one", 1), whole("many", 1, 100),
+        helper.make_node("Unsqueeze", ["a", "one"], ["b"]),
         helper.make_node("Add", ["a", "b"], ["c"]), helper.make_node("Tile", ["c", "many"], ["end"]),
     ],
 }  # fmt: skip
@@ -620,8 +722,8 @@ BOMBS = {
 
 @pytest.mark.parametrize("kind", BOMBS)
 def test_planning_executes_nothing_that_grows(kind, monkeypatch):
-    """Graphs of a few hundred bytes that would take gigabytes or years. No operator makes more than 4,096 values here, and one that
-    makes gigabytes of nothing, loops or chooses is refused."""
+    """Graphs of a few hundred bytes that would take gigabytes or years. No operator makes more than 4,096
+    values here, and one that makes gigabytes of nothing, loops or chooses is refused."""
     made = []
     for name, compute in onnx_trace.VALUES.items():
 
@@ -651,7 +753,9 @@ def test_only_operators_of_shapes_are_executed(monkeypatch):
 
     monkeypatch.setattr(onnx.reference.ReferenceEvaluator, "run", never)
     nodes = [
-        helper.make_node("Constant", [], ["a"], value=numpy_helper.from_array(np.ones((4, 4), np.float32), "v")),
+        helper.make_node(
+            "Constant", [], ["a"], value=numpy_helper.from_array(np.ones((4, 4), np.float32), "v")
+        ),
         helper.make_node("MatMul", ["a", "a"], ["b"]),
         helper.make_node("Softmax", ["b"], ["c"]),
         helper.make_node("Add", ["x", "c"], ["y"]),
@@ -663,7 +767,11 @@ def test_only_operators_of_shapes_are_executed(monkeypatch):
 
 def values_of_shapes():
     """Operators of whole numbers and their inputs, as exporters make sizes with them."""
-    i, f, b = (lambda *v: np.array(v, np.int64)), (lambda *v: np.array(v, np.float32)), (lambda *v: np.array(v, bool))
+    i, f, b = (
+        (lambda *v: np.array(v, np.int64)),
+        (lambda *v: np.array(v, np.float32)),
+        (lambda *v: np.array(v, bool)),
+    )
     yield from (
         (name, {}, (i(-7, 7, 9), i(2, -2, 4)))
         for name in ("Add", "Sub", "Mul", "Div", "Mod", "Max", "Min", "Equal", "Less", "Greater")
@@ -704,7 +812,9 @@ def test_values_are_onnx_runtimes(kind, attributes, given):
     got = onnx_trace.VALUES[kind](node, *given)
     kinds = [helper.make_tensor_value_info("y", helper.np_dtype_to_tensor_dtype(got.dtype), None)]
     model = helper.make_model(
-        helper.make_graph([node], "g", inputs, kinds), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+        helper.make_graph([node], "g", inputs, kinds),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
     )
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     (expected,) = session.run(None, dict(zip(names, given, strict=True)))
@@ -724,7 +834,9 @@ def test_a_damaged_graph_beside_torchs_weights(mixed, here):
 def test_engines_are_costed_apart(mixed, here):
     """In one planning run, where all that is computed is kept."""
     spec = tightfit.inspect(str(mixed))
-    plans = planner.plan(here, spec, tightfit.Request("a"), Wishes(precision="fp32", residency="staged", cfg="batched"))
+    plans = planner.plan(
+        here, spec, tightfit.Request("a"), Wishes(precision="fp32", residency="staged", cfg="batched")
+    )
     encode = {plan.placements["text_encoder"].backend: plan.predicted.stages["encode"] for plan in plans}
     assert encode["onnx"] >= encode["torch"] + onnx_footprint._SESSION // 2
 
@@ -749,7 +861,10 @@ def test_the_host_has_its_own_meter():
 
 def test_gpu_memory_is_capped():
     options = engine.provider_options("CUDAExecutionProvider", 3 * 2**30)
-    assert (options["gpu_mem_limit"], options["arena_extend_strategy"]) == (str(3 * 2**30), "kSameAsRequested")
+    assert (options["gpu_mem_limit"], options["arena_extend_strategy"]) == (
+        str(3 * 2**30),
+        "kSameAsRequested",
+    )
     assert "gpu_mem_limit" not in engine.provider_options("CUDAExecutionProvider", None)
     assert engine.provider_options("CPUExecutionProvider", 1) == {}
 
@@ -785,10 +900,19 @@ def test_fp32_on_cuda_is_no_tf32():
 
 
 def test_fp16_graphs_are_refused_where_they_answer_nan(onnx_models):
-    specs = {kind: tightfit.inspect(str(onnx_models(family, kind))) for family, kind in (("sd1", "fp32"), ("sdxl", "fp16"))}
-    for card, precision, why in (("gtx-1650", "fp16", "NaN"), ("gtx-1650", "fp32", ""), ("rtx-2060", "fp16", "")):
+    specs = {
+        kind: tightfit.inspect(str(onnx_models(family, kind)))
+        for family, kind in (("sd1", "fp32"), ("sdxl", "fp16"))
+    }
+    for card, precision, why in (
+        ("gtx-1650", "fp16", "NaN"),
+        ("gtx-1650", "fp32", ""),
+        ("rtx-2060", "fp16", ""),
+    ):
         hardware, spec = tightfit.profile(card), specs[precision]
-        placement = Placement("onnx", precision, precision, "staged", "sdpa", "whole", "CUDAExecutionProvider")
+        placement = Placement(
+            "onnx", precision, precision, "staged", "sdpa", "whole", "CUDAExecutionProvider"
+        )
         refused = engine.OnnxBackend.refuses(spec, spec.components["unet"], placement, hardware, (1, 64, 64))
         assert why in (refused or "")
         assert bool(refused) == bool(why)

@@ -60,7 +60,9 @@ def test_the_fastest_is_remembered(cache, monkeypatch):
     assert "slow" in calls
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("of 2 GiB"), RuntimeError("CUDA error: out of memory"), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("of 2 GiB"), RuntimeError("CUDA error: out of memory"), MemoryError()]
+)
 def test_a_choice_for_want_of_memory_is_not_written(cache, monkeypatch, error):
     """This process keeps to it; the next one, which may have the memory, tries again."""
     calls: list[str] = []
@@ -117,7 +119,9 @@ def test_a_way_that_fails_is_left_out(cache):
     def uncompiled() -> torch.Tensor:
         raise RuntimeError("Failed to find C compiler")
 
-    answer = autotune.fastest("a product", CPU, {"uncompiled": uncompiled, "plain": lambda: torch.full((1,), 7.0)})
+    answer = autotune.fastest(
+        "a product", CPU, {"uncompiled": uncompiled, "plain": lambda: torch.full((1,), 7.0)}
+    )
     assert answer == 7
     assert list(json.loads(cache.read_text()).values()) == ["plain"]
 
@@ -126,15 +130,18 @@ def test_that_there_was_no_memory_is_what_is_raised(cache):
     def fails(error: Exception) -> torch.Tensor:
         raise error
 
-    ways = {"large": lambda: fails(torch.OutOfMemoryError("of 2 GiB")), "odd": lambda: fails(OutOfResources("shared memory"))}
+    ways = {
+        "large": lambda: fails(torch.OutOfMemoryError("of 2 GiB")),
+        "odd": lambda: fails(OutOfResources("shared memory")),
+    }
     with pytest.raises(torch.OutOfMemoryError, match="of 2 GiB"):
         autotune.fastest("a product", CPU, ways)
     assert not cache.exists()
 
 
 class FakeGpu:
-    """A clock, and a device that computes one thing after the other while the host goes on: 10 µs to launch, 50 to compute, and
-    15 to wait for the end."""
+    """A clock, and a device that computes one thing after the other while the host goes on: 10 µs to launch,
+    50 to compute, and 15 to wait for the end."""
 
     type = "fake"
 
@@ -156,7 +163,8 @@ class FakeGpu:
 
 @pytest.mark.parametrize(("compute", "seconds"), [(50e-6, 50e-6), (1e-6, 10e-6), (0.1, 0.1), (0.0, 10e-6)])
 def test_what_a_gpu_computes_is_timed(monkeypatch, compute, seconds):
-    """Not the launch and the wait: by a turn of one call 50 µs would be 75, and 1 µs 26. Where the host is slower, it counts."""
+    """Not the launch and the wait: by a turn of one call 50 µs would be 75, and 1 µs 26. Where the host is
+    slower, it counts."""
     gpu = FakeGpu()
     monkeypatch.setattr(autotune, "time", gpu)
     monkeypatch.setattr(torch, "fake", gpu, raising=False)

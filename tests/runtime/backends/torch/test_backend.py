@@ -32,16 +32,25 @@ def rewrite(file, change) -> None:
 
 
 def test_old_names(sd1, sd1_copy):
-    """SD 1.5 as published: VAE attention called query, key, value, proj_attn, and position ids among the text weights."""
+    """SD 1.5 as published: VAE attention called query, key, value, proj_attn, and position ids among the text
+    weights."""
     import torch
 
     def older(name):
-        for new, old in ((".to_q.", ".query."), (".to_k.", ".key."), (".to_v.", ".value."), (".to_out.0.", ".proj_attn.")):
+        for new, old in (
+            (".to_q.", ".query."),
+            (".to_k.", ".key."),
+            (".to_v.", ".value."),
+            (".to_out.0.", ".proj_attn."),
+        ):
             name = name.replace(new, old)
         return name
 
     rewrite(sd1_copy / VAE, lambda weights: {older(n): w for n, w in weights.items()})
-    rewrite(sd1_copy / TEXT, lambda weights: weights | {"text_model.embeddings.position_ids": torch.arange(77)[None]})
+    rewrite(
+        sd1_copy / TEXT,
+        lambda weights: weights | {"text_model.embeddings.position_ids": torch.arange(77)[None]},
+    )
     assert paint(sd1_copy) == paint(sd1)
 
 
@@ -51,7 +60,11 @@ def test_old_names(sd1, sd1_copy):
         ("text_encoder", {"num_hidden_layers": 1}, ("encoder.layers.1.", "num_hidden_layers")),
         ("unet", {"mid_block_type": None}, ("mid_block.", "mid_block_type")),
         ("vae", {"use_post_quant_conv": False}, ("post_quant_conv.", "use_post_quant_conv")),
-        ("vae", {"mid_block_add_attention": False}, ("decoder.mid_block.attentions.0", "mid_block_add_attention")),
+        (
+            "vae",
+            {"mid_block_add_attention": False},
+            ("decoder.mid_block.attentions.0", "mid_block_add_attention"),
+        ),
         ("vae", {"layers_per_block": 1}, ("decoder.up_blocks.0.resnets.2", "layers_per_block")),
     ],
 )
@@ -73,7 +86,9 @@ def test_what_is_of_no_network_is_ignored(sd1, sd1_copy):
         TEXT: ("text_projection.weight", "logit_scale", "vision_model.encoder.layers.0.x"),
     }
     for file, names in extra.items():
-        rewrite(sd1_copy / file, lambda weights, names=names: weights | {name: torch.zeros(2) for name in names})
+        rewrite(
+            sd1_copy / file, lambda weights, names=names: weights | {name: torch.zeros(2) for name in names}
+        )
     assert paint(sd1_copy) == paint(sd1)
 
 
@@ -91,7 +106,9 @@ def test_shards(sd1, sd1_copy):
         file = f"diffusion_pytorch_model-{i + 1:05}-of-00002.safetensors"
         save_file({n: weights[n] for n in part}, sd1_copy / "unet" / file)
         places |= dict.fromkeys(part, file)
-    (sd1_copy / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (sd1_copy / "unet/diffusion_pytorch_model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": places})
+    )
     assert paint(sd1_copy) == paint(sd1)
 
 
@@ -104,10 +121,16 @@ def fails(folder, *words) -> None:
 
 
 def test_missing_and_foreign_tensors(sd1_copy):
-    rewrite(sd1_copy / UNET, lambda w: {("conv_first.weight" if n == "conv_in.weight" else n): t for n, t in w.items()})
+    rewrite(
+        sd1_copy / UNET,
+        lambda w: {("conv_first.weight" if n == "conv_in.weight" else n): t for n, t in w.items()},
+    )
     fails(sd1_copy, "unet", "lack 1, such as conv_in.weight", "conv_first.weight", "renamed")
     rewrite(sd1_copy / VAE, lambda w: {n: t for n, t in w.items() if n != "decoder.conv_in.weight"})
-    rewrite(sd1_copy / UNET, lambda w: {("conv_in.weight" if n == "conv_first.weight" else n): t for n, t in w.items()})
+    rewrite(
+        sd1_copy / UNET,
+        lambda w: {("conv_in.weight" if n == "conv_first.weight" else n): t for n, t in w.items()},
+    )
     fails(sd1_copy, "vae", "lack 1, such as decoder.conv_in.weight", "renamed")
 
 
@@ -120,7 +143,10 @@ def test_tensors_nobody_knows_are_left_alone(sd1, sd1_copy):
 def test_other_shapes(sd1_copy):
     rewrite(sd1_copy / UNET, lambda w: w | {"conv_in.weight": w["conv_in.weight"][:16].contiguous()})
     fails(sd1_copy, "conv_in.weight", "[16, 4, 3, 3]", "[32, 4, 3, 3]")
-    rewrite(sd1_copy / UNET, lambda w: w | {"conv_in.weight": w["time_embedding.linear_1.weight"].new_zeros(4, 32, 3, 3)})
+    rewrite(
+        sd1_copy / UNET,
+        lambda w: w | {"conv_in.weight": w["time_embedding.linear_1.weight"].new_zeros(4, 32, 3, 3)},
+    )
     fails(sd1_copy, "conv_in.weight", "[4, 32, 3, 3]")
 
 
@@ -161,7 +187,9 @@ def test_everything_is_checked_before_a_weight_is_read(sd1_copy, monkeypatch):
 
 def test_config_that_cannot_be_built(sd1_copy):
     config = json.loads((sd1_copy / "unet/config.json").read_text())
-    (sd1_copy / "unet/config.json").write_text(json.dumps(config | {"down_block_types": ["NoSuchBlock2D"] * 4}))
+    (sd1_copy / "unet/config.json").write_text(
+        json.dumps(config | {"down_block_types": ["NoSuchBlock2D"] * 4})
+    )
     fails(sd1_copy, "unet/config.json", "NoSuchBlock2D")
 
 
@@ -205,10 +233,14 @@ print(peak.bytes() - before if peak.resets else -1)
 
 
 def test_loading_never_holds_the_file_beside_the_weights(tmp_path):
-    """fp16 on disk, bf16 in memory: the peak is the converted weights and little more; in a process of its own."""
+    """fp16 on disk, bf16 in memory: the peak is the converted weights and little more; in a process of its
+    own."""
     import torch
 
-    save_file({f"t{i}": torch.full((4 * 2**20,), i, dtype=torch.float16) for i in range(16)}, tmp_path / "x.safetensors")
+    save_file(
+        {f"t{i}": torch.full((4 * 2**20,), i, dtype=torch.float16) for i in range(16)},
+        tmp_path / "x.safetensors",
+    )
     grown = int(subprocess.check_output([sys.executable, "-c", MEASURE, str(tmp_path / "x.safetensors")]))
     if grown < 0:
         pytest.skip("this system cannot reset the peak")
@@ -224,12 +256,15 @@ TEXTS = (
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_what_may_mean_out_of_memory(monkeypatch, text):
-    """Only if torch's allocator found no room meanwhile, or hardly anything of the card is free; else it is a kernel that lacks."""
+    """Only if torch's allocator found no room meanwhile, or hardly anything of the card is free; else it is a
+    kernel that lacks."""
     import torch
     from tightfit.runtime.backends.torch.backend import _memory_errors_explained
 
     card = SimpleNamespace(ooms=3, free=2**30)
-    fake = SimpleNamespace(memory_stats=lambda: {"num_ooms": card.ooms}, mem_get_info=lambda: (card.free, 2**32))
+    fake = SimpleNamespace(
+        memory_stats=lambda: {"num_ooms": card.ooms}, mem_get_info=lambda: (card.free, 2**32)
+    )
     monkeypatch.setattr(torch, "cuda", fake)
 
     def raised(full: bool = False, device: str = "cuda") -> TightfitError:
@@ -253,24 +288,47 @@ def test_what_says_out_of_memory(monkeypatch):
     import torch
     from tightfit.runtime.backends.torch.backend import _memory_errors_explained
 
-    cuda = SimpleNamespace(memory_stats=dict, mem_get_info=lambda: (2**30, 2**32))  # before the first allocation
+    cuda = SimpleNamespace(
+        memory_stats=dict, mem_get_info=lambda: (2**30, 2**32)
+    )  # before the first allocation
     monkeypatch.setattr(torch, "cuda", cuda)
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")):
         with pytest.raises(OutOfMemoryError), _memory_errors_explained(torch.device("cuda")):
             raise error
-    with pytest.raises(RuntimeError, match="an illegal memory access"), _memory_errors_explained(torch.device("cuda")):
+    with (
+        pytest.raises(RuntimeError, match="an illegal memory access"),
+        _memory_errors_explained(torch.device("cuda")),
+    ):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
 @pytest.mark.parametrize(
     ("name", "capability", "precision", "compute", "words"),
     [
-        ("NVIDIA GeForce RTX 2060", (7, 5), "bf16", "bf16", "below compute capability 8.0: choose fp16, or int8"),
-        ("NVIDIA GeForce GTX 1060 6GB", (6, 1), "int8", "bf16", "below compute capability 8.0: choose fp16, or int8"),
+        (
+            "NVIDIA GeForce RTX 2060",
+            (7, 5),
+            "bf16",
+            "bf16",
+            "below compute capability 8.0: choose fp16, or int8",
+        ),
+        (
+            "NVIDIA GeForce GTX 1060 6GB",
+            (6, 1),
+            "int8",
+            "bf16",
+            "below compute capability 8.0: choose fp16, or int8",
+        ),
         ("NVIDIA GeForce RTX 3060", (8, 6), "bf16", "bf16", None),
         ("AMD Radeon RX 6600", None, "bf16", "bf16", None),
         ("NVIDIA GeForce RTX 2060", (7, 5), "fp16", "fp16", None),
-        ("NVIDIA T600 Laptop GPU", (7, 5), "fp16", "fp16", "answer NaN on NVIDIA T600 Laptop GPU: choose fp32, or int8 or int4"),
+        (
+            "NVIDIA T600 Laptop GPU",
+            (7, 5),
+            "fp16",
+            "fp16",
+            "answer NaN on NVIDIA T600 Laptop GPU: choose fp32, or int8 or int4",
+        ),
         (
             "NVIDIA GeForce GTX 1650",
             (7, 5),
@@ -306,11 +364,18 @@ def test_nothing_is_set_for_a_card_that_answers_nan(monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "width", "fp32_answer"),
-    [((7, 5), 128, False), ((7, 5), 160, True), ((8, 6), 160, False), ((8, 6), 512, True), ((7, 5), 512, True)],
+    [
+        ((7, 5), 128, False),
+        ((7, 5), 160, True),
+        ((8, 6), 160, False),
+        ((8, 6), 512, True),
+        ((7, 5), 512, True),
+    ],
 )
 @pytest.mark.parametrize("side", [64, 128])
 def test_wide_heads_keep_an_fp32_answer(capability, width, fp32_answer, side):
-    """The VAE's head of 512 at 512x512 and 1024x1024 pixels: 8 and 32 MiB; of fp32 it is the answer itself."""
+    """The VAE's head of 512 at 512x512 and 1024x1024 pixels: 8 and 32 MiB; of fp32 it is the answer
+    itself."""
     import torch
     from tightfit.runtime.backends.torch.dryrun import attention_bytes
 
@@ -332,10 +397,14 @@ def test_without_triton_a_notice_and_torchs_path(sd1, monkeypatch, precision):
 
     backend = engine.TorchBackend("cpu")
     backend.device = torch.device("cuda")
-    monkeypatch.setattr(engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler; install one")
+    monkeypatch.setattr(
+        engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler; install one"
+    )
     monkeypatch.setattr(engine.TorchSession, "load", lambda *_: None)
     spec = inspect(str(sd1))
-    session = backend.load(spec, spec.components["unet"], Placement("torch", precision, "fp16", "staged", "sdpa", "whole"))
+    session = backend.load(
+        spec, spec.components["unet"], Placement("torch", precision, "fp16", "staged", "sdpa", "whole")
+    )
     assert session.module is not None
     layers = quantised.quantised_layers(session.module).values()
     if precision == "fp16":
@@ -352,7 +421,9 @@ def test_whole_numbers_are_refused_where_triton_does_not_run(sd1, monkeypatch):
     import torch
     from tightfit.runtime.backends.torch import backend as engine
 
-    monkeypatch.setattr(engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler; install one")
+    monkeypatch.setattr(
+        engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler; install one"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     spec, placement = inspect(str(sd1)), Placement("torch", "int8-dynamic", "fp16", "staged", "sdpa", "whole")
     rates = {"fp32": 1e13, "fp16": 2e13, "int8": 4e13}

@@ -24,11 +24,16 @@ class Forgetful(dict):
 def test_remembered_operators_leave_the_same_trace(monkeypatch, tiny_models, machine, precision):
     spec, hardware = inspect(str(tiny_models["sdxl"])), profile(machine)
     parts = (("text_encoder", "whole"), ("unet", "whole"), ("vae_decoder", "whole"), ("vae_decoder", "tiled"))
-    ways = [(name, Placement("torch", precision, "fp32", "resident", "sdpa", tiling)) for name, tiling in parts]
+    ways = [
+        (name, Placement("torch", precision, "fp32", "resident", "sdpa", tiling)) for name, tiling in parts
+    ]
 
     def traces():
         dryrun._traces.clear()
-        return [dryrun.footprint(spec, spec.components[name], way, hardware, (1, 136, 72)).trace for name, way in ways]
+        return [
+            dryrun.footprint(spec, spec.components[name], way, hardware, (1, 136, 72)).trace
+            for name, way in ways
+        ]
 
     monkeypatch.setattr(dryrun, "_answers", {})
     once, again = traces(), traces()
@@ -62,7 +67,11 @@ def test_planning_leaves_the_search_for_cycles_as_it_was(tiny_models, searched):
     was = gc.isenabled()
     try:
         (gc.enable if searched else gc.disable)()
-        plan(profile("gtx-1650"), inspect(str(tiny_models["sd1"])), wishes=Wishes(precision="fp32", attention="sdpa"))
+        plan(
+            profile("gtx-1650"),
+            inspect(str(tiny_models["sd1"])),
+            wishes=Wishes(precision="fp32", attention="sdpa"),
+        )
         assert gc.isenabled() == searched
     finally:
         (gc.enable if was else gc.disable)()

@@ -66,21 +66,28 @@ def test_against_the_profiler(tiny_models, model, component, attention, tiling, 
     if precision == "int8-dynamic" and "int8" not in Hardware.detect("cpu").rates:
         pytest.skip("this processor has no VNNI")
     spec = inspect(tiny_models.get(model, model))
-    part, placement = spec.components[component], Placement("torch", precision, compute, "staged", attention, tiling)
+    part, placement = (
+        spec.components[component],
+        Placement("torch", precision, compute, "staged", attention, tiling),
+    )
     size = (batch, 128, 192)
     footprint = dryrun.footprint(spec, part, placement, CPU, size)
     call, dtype, cpu = networks.forward(part, placement), weights.DTYPES[compute], torch.device("cpu")
     module = networks.build(part, placement, "cpu")
     weights.fill(module, weights.match(part, module), dtype, cpu)
     shapes = spec.inputs(part, *size)
-    tensors = {n: torch.zeros(s, dtype=torch.int64 if n == "tokens" else torch.float32) for n, s in shapes.items()}
+    tensors = {
+        n: torch.zeros(s, dtype=torch.int64 if n == "tokens" else torch.float32) for n, s in shapes.items()
+    }
     run = lambda: dryrun.run(module, call, tensors, dtype, cpu)  # noqa: E731
     seen = profiled(run)
     with torch.inference_mode(), LiveBytes("cpu") as live:
         run()
     parts = (*module.parameters(), *module.buffers(), workspace(module).buffer)
     opaque = [each for each in parts if each.layout is not torch.strided]
-    held = sum(each.nbytes for each in parts if each.layout is torch.strided) + sum(map(torch.ops.mkldnn._nbytes, opaque))
+    held = sum(each.nbytes for each in parts if each.layout is torch.strided) + sum(
+        map(torch.ops.mkldnn._nbytes, opaque)
+    )
     assert footprint.held_bytes == pytest.approx(held, rel=0.02 if opaque else 0)  # oneDNN keeps sums in them
     predicted = peak("cpu", (), Footprint((), 0, footprint.trace, footprint.scratch, 0))
     for count in (live.peak, predicted):
@@ -97,13 +104,22 @@ def answer_and_own(func, *args):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("x", "weight"),
-    [((1, 64, 64, 64), (32, 64, 3, 3)), ((2, 320, 16, 16), (640, 320, 3, 3)), ((1, 16, 64, 64), (3, 16, 3, 3))],
+    [
+        ((1, 64, 64, 64), (32, 64, 3, 3)),
+        ((2, 320, 16, 16), (640, 320, 3, 3)),
+        ((1, 16, 64, 64), (3, 16, 3, 3)),
+    ],
 )
 def test_convolutions(x, weight, dtype):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("the formula was found on AVX-512")
     seen, formula = answer_and_own(
-        torch.ops.aten.conv2d.default, torch.randn(x).to(dtype), torch.randn(weight).to(dtype), None, [1, 1], [1, 1]
+        torch.ops.aten.conv2d.default,
+        torch.randn(x).to(dtype),
+        torch.randn(weight).to(dtype),
+        None,
+        [1, 1],
+        [1, 1],
     )
     assert seen == pytest.approx(formula, rel=0.02)
 
@@ -174,8 +190,9 @@ def test_spill(reserved, used, free, expected):
 
 
 class FakeCuda:
-    """As much of torch.cuda as the meter asks, on a card of 6 GiB of which another program took one: an allocator that keeps what
-    is freed in segments, to be used again by what fits, and cuBLAS's workspace, which the first product makes."""
+    """As much of torch.cuda as the meter asks, on a card of 6 GiB of which another program took one: an
+    allocator that keeps what is freed in segments, to be used again by what fits, and cuBLAS's workspace,
+    which the first product makes."""
 
     TOTAL = 6 * 2**30
 
@@ -237,7 +254,8 @@ class FakeCuda:
         self.share = share
 
     def stage(self, meter: AllocatorMeter) -> int:
-        """100 MiB of weights are loaded, called with 30 MiB and a product, called again, and freed: what was measured."""
+        """100 MiB of weights are loaded, called with 30 MiB and a product, called again, and freed: what was
+        measured."""
         meter.reset()
         meter.hold(100 * MIB)
         weights = self.take(100 * MIB)
@@ -256,7 +274,8 @@ CUDA = torch.device("cuda")
 
 
 def test_the_allocators_cap_and_peak_are_ours_alone(monkeypatch):
-    """Of any number of bytes, exactly; what another library holds comes on top, what it left in the cache does not."""
+    """Of any number of bytes, exactly; what another library holds comes on top, what it left in the cache
+    does not."""
     cuda = FakeCuda(monkeypatch)
     cuda.take(50 * MIB)
     left = cuda.take(500 * MIB)
@@ -276,7 +295,8 @@ def test_the_allocators_cap_and_peak_are_ours_alone(monkeypatch):
 
 
 def test_pipelines_one_after_another(monkeypatch):
-    """Each measures the same, stage by stage, with the workspace that the one before it left, and has the same cap."""
+    """Each measures the same, stage by stage, with the workspace that the one before it left, and has the
+    same cap."""
     cuda = FakeCuda(monkeypatch)
     for _ in range(3):
         meter = AllocatorMeter(CUDA)
@@ -321,7 +341,8 @@ def test_what_is_loaded_stays_ours(monkeypatch):
 
 
 def test_two_pipelines_in_turns(monkeypatch):
-    """Each may take 300 MiB and holds 250: a stage that begins lowers no cap under what both hold, and what is left of its own."""
+    """Each may take 300 MiB and holds 250: a stage that begins lowers no cap under what both hold, and what
+    is left of its own."""
     card = FakeCuda(monkeypatch)
     meters = []
     for _ in range(2):

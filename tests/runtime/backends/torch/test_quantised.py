@@ -1,4 +1,5 @@
-"""Quantised layers answer what their weights mean, whole or in parts, and are filled from plain weights and from stored parts."""
+"""Quantised layers answer what their weights mean, whole or in parts, and are filled from plain weights and
+from stored parts."""
 
 from __future__ import annotations
 
@@ -21,7 +22,9 @@ LAYERS = {
 }
 
 
-def put_in(layer: nn.Module, name: str, dtype=torch.float32, device="cpu", dynamic=False) -> tuple[nn.Module, torch.Tensor]:
+def put_in(
+    layer: nn.Module, name: str, dtype=torch.float32, device="cpu", dynamic=False
+) -> tuple[nn.Module, torch.Tensor]:
     """The layer in a network of one, quantised and filled, and the weight that its parts mean."""
     network = nn.ModuleDict({"layer": layer.requires_grad_(False)}).to(dtype)
     weight = layer.weight.detach().float()
@@ -85,9 +88,16 @@ def test_whole_numbers(kind, dtype):
 
 
 def test_which_layers_multiply_whole_numbers_on_a_gpu():
-    layers = {"a": nn.Linear(64, 10), "b": nn.Conv2d(8, 16, 3), "c": nn.Conv2d(8, 16, 3, groups=2), "d": nn.Linear(64, 9)}
+    layers = {
+        "a": nn.Linear(64, 10),
+        "b": nn.Conv2d(8, 16, 3),
+        "c": nn.Conv2d(8, 16, 3, groups=2),
+        "d": nn.Linear(64, 9),
+    }
     network = nn.ModuleDict(layers)
-    quantised.quantise_layers(network, {"a": "int8", "b": "int8", "c": "int8", "d": "int8-g64"}, "cuda", dynamic=True)
+    quantised.quantise_layers(
+        network, {"a": "int8", "b": "int8", "c": "int8", "d": "int8-g64"}, "cuda", dynamic=True
+    )
     assert [type(part) for part in network.values()] == [
         quantised.LinearInt8, quantised.Conv2dInt8, quantised.Conv2d, quantised.Linear
     ]  # fmt: skip

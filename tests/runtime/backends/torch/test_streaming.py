@@ -1,4 +1,5 @@
-"""Weights that stream: each unit computes with its own, whatever runs before what, and none is read once it was copied over."""
+"""Weights that stream: each unit computes with its own, whatever runs before what, and none is read once it
+was copied over."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ F32 = torch.float32
 
 
 class Device:
-    """Two queues, as those of a GPU: what is at the head of either may run next, but for what waits for a mark. A lane beside."""
+    """Two queues, as those of a GPU: what is at the head of either may run next, but for what waits for a
+    mark. A lane beside."""
 
     beside = True
 
@@ -55,7 +57,11 @@ class Device:
     def run(self, count: int = 10**9) -> None:
         """Up to `count` entries, in any order that the marks allow."""
         while count:
-            able = [q for q in self.queues.values() if q and not (q[0][0] == "wait" and q[0][1] not in self.passed)]
+            able = [
+                q
+                for q in self.queues.values()
+                if q and not (q[0][0] == "wait" and q[0][1] not in self.passed)
+            ]
             if not able:
                 assert not any(self.queues.values()), "each waits for the other"
                 return
@@ -83,7 +89,9 @@ class Layer(nn.Module):
 
     def _look(self, weight):
         def look() -> None:
-            assert (weight == self.value).all(), f"layer {self.value:.0f} computes with {weight.unique().tolist()}"
+            assert (weight == self.value).all(), (
+                f"layer {self.value:.0f} computes with {weight.unique().tolist()}"
+            )
             self.ran += 1
 
         return look
@@ -118,13 +126,17 @@ def passes(chance: random.Random, count: int, kind: str):
         yield order
 
 
-@pytest.mark.parametrize("kind", ["usual", "twice", "in turns", "another order", "some left out", "failed", "a copy failed"])
+@pytest.mark.parametrize(
+    "kind", ["usual", "twice", "in turns", "another order", "some left out", "failed", "a copy failed"]
+)
 def test_each_unit_computes_with_its_own_weights(kind):
     for seed in range(30):
         chance = random.Random(seed)
         device = Device(chance)
         network = Network([chance.randint(1, 2000) for _ in range(chance.randint(2, 9))], device)
-        stored = {n: Stored("F32", tuple(p.shape), None, 0, 4 * p.numel()) for n, p in network.named_parameters()}
+        stored = {
+            n: Stored("F32", tuple(p.shape), None, 0, 4 * p.numel()) for n, p in network.named_parameters()
+        }
         parts = streaming.units(network, stored, F32)
         buffer = torch.empty(2 * max(unit.bytes for unit in parts.values()), dtype=torch.uint8)
         streamer = streaming.Streamer(network, parts, device, F32, buffer)
@@ -151,7 +163,10 @@ def test_the_simulation_can_fail():
         for seed in range(60):
             device = Unordered(random.Random(seed))
             network = Network([300, 300, 300, 300], device)
-            stored = {n: Stored("F32", tuple(p.shape), None, 0, 4 * p.numel()) for n, p in network.named_parameters()}
+            stored = {
+                n: Stored("F32", tuple(p.shape), None, 0, 4 * p.numel())
+                for n, p in network.named_parameters()
+            }
             parts = streaming.units(network, stored, F32)
             streaming.Streamer(network, parts, device, F32, torch.empty(2 * 1280, dtype=torch.uint8))
             for _ in range(4):
@@ -160,13 +175,19 @@ def test_the_simulation_can_fail():
 
 
 def test_what_comes_next_is_there_before_it_is_called():
-    """From the third pass on nothing is copied when it is called, though a unit is called twice in turns with another."""
+    """From the third pass on nothing is copied when it is called, though a unit is called twice in turns with
+    another."""
     device = Device(random.Random(0))
     network = Network([64] * 6, device)
     stored = {n: Stored("F32", tuple(p.shape), None, 0, 4 * p.numel()) for n, p in network.named_parameters()}
-    streamer = streaming.Streamer(network, streaming.units(network, stored, F32), device, F32, torch.empty(512, dtype=torch.uint8))
+    streamer = streaming.Streamer(
+        network, streaming.units(network, stored, F32), device, F32, torch.empty(512, dtype=torch.uint8)
+    )
     late, put = [], streamer._ring.put
-    streamer._ring.put = lambda part, count, needed=None: (needed is None and late.append(part), put(part, count, needed or ()))[1]
+    streamer._ring.put = lambda part, count, needed=None: (
+        needed is None and late.append(part),
+        put(part, count, needed or ()),
+    )[1]
     order = [0, 1, 0, 1, 2, 3, 4, 5]
     network(order)
     assert len(late) == 6
@@ -253,11 +274,15 @@ def test_files_are_read_each_time(tmp_path):
     network.forward = lambda: [layer() for layer in network.layers]
     parts = streaming.units(network, stored, F32)
     buffer = torch.empty(streaming.ring_bytes(parts, torch.device("cpu")), dtype=torch.uint8)
-    lane = streaming.FileLane(F32, torch.empty(weights.scratch_bytes(network, stored, F32, torch.device("cpu")), dtype=torch.uint8))
+    lane = streaming.FileLane(
+        F32, torch.empty(weights.scratch_bytes(network, stored, F32, torch.device("cpu")), dtype=torch.uint8)
+    )
     streaming.Streamer(network, parts, lane, F32, buffer)
     network()
     network()
-    assert all(torch.equal(got, want.float()) for got, want in zip(seen, [*tensors.values()] * 2, strict=True))
+    assert all(
+        torch.equal(got, want.float()) for got, want in zip(seen, [*tensors.values()] * 2, strict=True)
+    )
 
 
 def test_the_order_may_be_known_before(tmp_path):
@@ -269,13 +294,17 @@ def test_the_order_may_be_known_before(tmp_path):
     buffer = torch.empty(512, dtype=torch.uint8)
     streamer = streaming.Streamer(network, streaming.units(network, stored, F32), device, F32, buffer, order)
     late, put = [], streamer._ring.put
-    streamer._ring.put = lambda part, count, needed=None: (needed is None and late.append(part), put(part, count, needed or ()))[1]
+    streamer._ring.put = lambda part, count, needed=None: (
+        needed is None and late.append(part),
+        put(part, count, needed or ()),
+    )[1]
     network(range(6))
     assert late == [network.layers[0]]
 
 
 def test_one_store_for_a_pipeline(sd1, monkeypatch):
-    """Filled once for all requests of one plan, and gone before that of another is made; gone too when nothing streams any more."""
+    """Filled once for all requests of one plan, and gone before that of another is made; gone too when
+    nothing streams any more."""
     import weakref
     from types import SimpleNamespace
 

@@ -34,7 +34,12 @@ def state() -> list[Any]:
 
     cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     older = [lambda: cudnn.allow_tf32, lambda: cuda.allow_tf32, torch.get_float32_matmul_precision]
-    newer = [cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, cuda.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision]
+    newer = [
+        cudnn.conv.fp32_precision,
+        cudnn.rnn.fp32_precision,
+        cuda.fp32_precision,
+        torch.backends.mkldnn.matmul.fp32_precision,
+    ]
     return [read(get) for get in older] + newer
 
 
@@ -51,15 +56,22 @@ def flags():
     reset()
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the older interface alone")
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="this torch has the older interface alone"
+)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.usefixtures("flags")
 def test_however_it_was_switched_on(way):
     WAYS[way]()
     before = state()
     with pytest.raises(KeyboardInterrupt), tf32_off(torch.device("cuda")):
-        assert torch.backends.cuda.matmul.allow_tf32 is False  # kernels of torch's ask so too, and would raise
-        assert "tf32" not in (torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.conv.fp32_precision)
+        assert (
+            torch.backends.cuda.matmul.allow_tf32 is False
+        )  # kernels of torch's ask so too, and would raise
+        assert "tf32" not in (
+            torch.backends.cuda.matmul.fp32_precision,
+            torch.backends.cudnn.conv.fp32_precision,
+        )
         raise KeyboardInterrupt
     assert state() == before
     with tf32_off(torch.device("cpu")):
@@ -89,7 +101,9 @@ def test_sessions_switch_it_off(monkeypatch, fails):
 
     monkeypatch.setattr(engine.dryrun, "run", run)
     meter: Any = SimpleNamespace(during=lambda _known, _key, call: call())
-    session = engine.TorchSession(torch.nn.Identity(), lambda *_: (), torch.float32, torch.device("cuda"), meter)
+    session = engine.TorchSession(
+        torch.nn.Identity(), lambda *_: (), torch.float32, torch.device("cuda"), meter
+    )
     if fails:
         with pytest.raises(ValueError, match="no"):
             session(sample=np.zeros(1))
