@@ -75,7 +75,8 @@ def test_what_was_lost_stays(tmp_path, monkeypatch):
 
 def dead_links(page: Path) -> list[str]:
     """Relative links of a page that lead to no file."""
-    links = re.findall(r"\]\(([^)#:\s]+)\)", page.read_text(encoding="utf-8"))
+    prose = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)#:\s]+)\)", prose)
     return [link for link in links if not (page.parent / link).exists()]
 
 

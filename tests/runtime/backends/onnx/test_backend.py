@@ -390,9 +390,8 @@ def test_a_text_encoder_on_the_host_takes_nothing_of_the_gpu(mixed):
 def test_no_room_is_said_before_it_is_taken(onnx_models):
     spec = tightfit.inspect(str(onnx_models("sd1", "fp32")))
     backend = engine.OnnxBackend("cpu")
-    placement = candidates._on_onnx(
-        Hardware.detect("cpu"), spec, "unet", Wishes(), dict.fromkeys(("residency", "attention"), "staged")
-    )
+    choice = candidates._Choice("fp32", "fp32", "staged", "sdpa", "whole")
+    placement = candidates._on_onnx(Hardware.detect("cpu"), spec, "unet", Wishes(), choice)
     backend.meter.limit(MIB // 4)
     with pytest.raises(OutOfMemoryError):
         backend.load(spec, spec.components["unet"], placement)

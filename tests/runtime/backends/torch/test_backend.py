@@ -218,7 +218,7 @@ import sys, torch
 from pathlib import Path
 from tightfit.runtime.backends.torch.loading import read_into
 from tightfit.runtime.machine.process import ProcessPeak
-from tightfit.runtime.files import read_header
+from tightfit.runtime.models.layouts.safetensors import read_header
 
 peak = ProcessPeak()
 before = peak.bytes()
