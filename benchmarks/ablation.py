@@ -29,9 +29,8 @@ from .metrics import summary
 from .quality import labelled, paint
 from .record import record
 
-Rounding = Callable[
-    [str, str, torch.Tensor], tuple[torch.Tensor, float]
-]  # component, layer, weight → rounded, bytes
+# Component, layer, weight → rounded, bytes.
+Rounding = Callable[[str, str, torch.Tensor], tuple[torch.Tensor, float]]
 
 
 def main() -> None:
@@ -52,9 +51,8 @@ def main() -> None:
             pictures = paint(f"{folder}/emoji:fp32:fp32", requests)
         row = {"unet_bits": round(bits, 3), **summary(pictures, exact), "match": judge(pictures)}
         print(name, row, flush=True)
-        record(
-            "ablation", {"variant": name, "pictures": len(requests), **row}
-        )  # one by one: all of them take half an hour
+        # One by one: all of them take half an hour.
+        record("ablation", {"variant": name, "pictures": len(requests), **row})
 
 
 def rounded_model(target: Path, rounding: Rounding) -> float:
@@ -157,9 +155,8 @@ def bitsandbytes(kind: str) -> Rounding:
             return functional.dequantize_4bit(
                 packed, state
             ).float(), weight.numel() / 2 + 4 * state.absmax.numel()
-        scale = (
-            weight.abs().amax(1, keepdim=True) / 127
-        )  # LLM.int8()'s weights: absmax of each output channel
+        # LLM.int8()'s weights: absmax of each output channel.
+        scale = weight.abs().amax(1, keepdim=True) / 127
         return (weight / scale).round() * scale, weight.numel() + 4.0 * len(weight)
 
     return rounding

@@ -379,10 +379,11 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['summary']}: {figures(row)}{why}"
 
 
+# Columns of a terminal for all figures; else these.
 _WIDE, _NARROW = (
     150,
     ("s/picture", "±", "predicted s", "peak", "dB"),
-)  # columns of a terminal for all figures; else these
+)
 
 
 def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) -> None:

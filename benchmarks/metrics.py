@@ -18,10 +18,11 @@ MOST_PSNR = 99.0  # what identical pictures count as, as in a plan
 # Weights of MS-SSIM's scales: Wang, Simoncelli and Bovik, Asilomar 2003.
 _SCALES = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 _WINDOW = 11
+# What pictures of emoji are looked up in; pixels of each.
 GALLERY, THUMBNAIL = (
     Path(__file__).with_name("emoji.png"),
     16,
-)  # what pictures of emoji are looked up in; pixels of each
+)
 
 
 def psnr(one: Any, other: Any) -> float:

@@ -41,10 +41,11 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             results.append(pipe.generate(request))
         after = joules(plan.device)
     for result in (warmup, *results):
+        # It went on with another.
         if (result.plan.placements, result.plan.cfg) != (
             plan.placements,
             plan.cfg,
-        ):  # it went on with another
+        ):
             return {"outcome": "out of memory", "why": " ".join(result.notices)}
     for (_, seed), result in zip(job["pictures"], results, strict=True):
         result.images[0].save(folder / f"{seed}.png")

@@ -73,10 +73,11 @@ FAMILY = {
 }
 # Models trained by flow matching, and what each of our names means for them: family, config, name →
 # diffusers' config.
+# Of betas it says nothing, which flows do not need.
 _SHIFT = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "shift": 3.0,
-}  # of betas it says nothing, which flows do not need
+}
 FLOWS: dict[str, tuple[str, Config, dict[str, Config]]] = {
     "unipc": ("sdxl", {**BETAS, "_class_name": UNIPC, **FLOW}, {
         "unipc": {**BETAS, "_class_name": UNIPC, **FLOW},

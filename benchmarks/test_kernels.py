@@ -51,9 +51,8 @@ CONVOLUTIONS = {
 FORMS = {"16 bits": None, "int8": "int8", "int4": "int4-g64"}
 
 
-TURNS = (
-    10 if DEVICE.type == "cuda" else 1
-)  # of a call for each wait, which would be most of a small one's time
+# Of a call for each wait, which would be most of a small one's time.
+TURNS = 10 if DEVICE.type == "cuda" else 1
 
 
 def timed(

@@ -42,10 +42,11 @@ PROMPTS = (
     "a vintage car, black and white photograph", "an owl, pencil sketch", "a mountain lake at sunrise",
     "a robot reading a book", "a bouquet of sunflowers", "a pizza",
 )  # fmt: skip
+# None: 16 bits.
 LADDER = {
     "int8": ("int8", "int8-g64", None),
     "int4": ("int4-g64", "int4-g32", "int8", "int8-g64", None),
-}  # None: 16 bits
+}
 BITS = {"int8": 8.15, "int4": 5.0}  # a value of the U-Net, on average
 MOST_BITS = {"int8": 12, "int4": 8}  # beyond which a model would hardly deserve its precision's name
 _ROWS = 4096  # of a layer's inputs that a call adds to its moment, at most

@@ -91,14 +91,16 @@ def merge_heads(graph: ir.Graph) -> None:
         after = [_only(node.outputs[0])]
         while len(after) < 4 and (after[-1].op_type, len(after[-1].outputs[0].shape or ())) != ("Reshape", 3):
             after.append(_only(after[-1].outputs[0]))
+        # Before them may be one to the same shape.
         if [each.op_type for each in after][-2:] != [
             "Transpose",
             "Reshape",
-        ]:  # before them may be one to the same shape
+        ]:
             raise GraphError(f"attention is followed by {', '.join(each.op_type for each in after)}")
-        heads = {
-            name: operands[i].outputs[0].shape[2] for name, i in (("q_num_heads", 0), ("kv_num_heads", 1))
-        }  # pyright: ignore
+        query, key = (operand.outputs[0].shape for operand in operands[:2])
+        if query is None or key is None:
+            raise GraphError("the shapes of attention's operands are not known")
+        heads = {"q_num_heads": query[2], "kv_num_heads": key[2]}
         if not all(isinstance(count, int) for count in heads.values()):
             raise GraphError("the number of heads is not known")
         kept = {

@@ -215,9 +215,8 @@ def _text_encoder(folder: str, config: Path, sdxl: bool) -> Network:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     settings = _config(config)
-    listed = (read_json(config.parent / "model_index.json").get(config.name) or [""])[
-        -1
-    ]  # as in runtime/models/spec.py
+    # As in runtime/models/spec.py.
+    listed = (read_json(config.parent / "model_index.json").get(config.name) or [""])[-1]
     kinds = [listed] if str(listed).startswith("CLIPTextModel") else settings.get("architectures") or ()
     projects = "CLIPTextModelWithProjection" in kinds
     module: Any = (CLIPTextModelWithProjection if projects else CLIPTextModel)(

@@ -115,9 +115,8 @@ def write(
 
 def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Written:
     promised: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    plain = {
-        key: tensor for key, tensor in tensors.items() if tensor.dtype in _FLOATS
-    }  # positions of a text need no storing
+    # Positions of a text need no storing.
+    plain = {key: tensor for key, tensor in tensors.items() if tensor.dtype in _FLOATS}
     for key, tensor in plain.items():
         layer = key.removesuffix(".weight")
         if layer in scheme.formats and key != layer:

@@ -64,9 +64,8 @@ class DeviceBudget:
     def __init__(self) -> None:
         self._running = threading.Lock()
         self._turn: Turn | None = None
-        self._tenants: weakref.WeakKeyDictionary[Tenant, None] = (
-            weakref.WeakKeyDictionary()
-        )  # the last that ran is the last
+        # The last that ran is the last.
+        self._tenants: weakref.WeakKeyDictionary[Tenant, None] = weakref.WeakKeyDictionary()
 
     @classmethod
     def of(cls, device: str) -> DeviceBudget:

@@ -69,9 +69,8 @@ def out_of_memory(error: BaseException | None) -> bool:
             isinstance(error, OSError) and error.errno == errno.ENOMEM
         ):
             return True
-        waits = isinstance(
-            error, BlockingIOError
-        )  # a file that another holds has the words of a thread without a stack
+        # A file that another holds has the words of a thread without a stack.
+        waits = isinstance(error, BlockingIOError)
         if (
             isinstance(error, RuntimeError | ImportError | OSError | SystemError)
             and not waits

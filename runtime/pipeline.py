@@ -75,9 +75,8 @@ class Pipeline:
         self.spec, self.hardware, self.wishes = spec, hardware, wishes or Wishes()
         self.loaded = Loaded(hardware)
         self._saved, self._planned, self._on_stage = plan, ([], []), on_stage
-        self._using = (
-            threading.RLock()
-        )  # held while something of this pipeline is read or changed, not between two events
+        # Held while something of this pipeline is read or changed, not between two events.
+        self._using = threading.RLock()
         self._current: tuple[Run, Turn] | None = None
 
     def plans(self, request: Request) -> list[Plan]:

@@ -71,12 +71,13 @@ class Run:
         """Events while the request runs; the last has the result. Closing the generator stops the run."""
         try:
             yield from self._stages(preview_every)
+        # Of planning too, and of a library that comes late.
         except (
             MemoryError,
             RuntimeError,
             ImportError,
             OSError,
-        ) as error:  # of planning too, and of a library that comes late
+        ) as error:
             if not out_of_memory(error):
                 raise
             raise OutOfMemoryError(
@@ -123,9 +124,8 @@ class Run:
         """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first."""
         encoded = []
         for name, texts in tokens.items():
-            rows = [
-                self._encoded(name, ids) for ids in texts.ids
-            ]  # one text at a time, as diffusers, for the same last bits
+            # One text at a time, as diffusers, for the same last bits.
+            rows = [self._encoded(name, ids) for ids in texts.ids]
             encoded.append(tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)))
             if self.plan.placements[name].residency != "resident":
                 self.loaded.drop(name)

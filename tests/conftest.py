@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # before torch is imported: workers that have two threads each wait for one another
+# Before torch is imported: workers that have two threads each wait for one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FAMILIES = ("sd1", "sd2", "sdxl")

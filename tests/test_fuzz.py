@@ -36,13 +36,11 @@ import pytest
 MUTANTS, FIRST = int(os.environ.get("FUZZ_MUTANTS", 40)), int(os.environ.get("FUZZ_FIRST", 0))
 SEED, WORKERS = int(os.environ.get("FUZZ_SEED", 16)), int(os.environ.get("FUZZ_WORKERS", 1))
 KEEP = os.environ.get("FUZZ_KEEP")
-LOG = (
-    Path(os.environ["FUZZ_LOG"]) if "FUZZ_LOG" in os.environ else None
-)  # a line of JSON for each mutant, as they end
+# A line of JSON for each mutant, as they end.
+LOG = Path(os.environ["FUZZ_LOG"]) if "FUZZ_LOG" in os.environ else None
 MOST_SECONDS = 5.0  # of the processor, of one mutant
-MOST_BYTES = (
-    2**30
-)  # that one mutant may take beside what the process has after it has painted with every base
+# That one mutant may take beside what the process has after it has painted with every base.
+MOST_BYTES = 2**30
 WATCHDOG_SECONDS = 60.0  # by the wall, on whatever machine: one that only waits takes no processor
 SECRET = "what-no-export-may-copy"
 
@@ -893,9 +891,8 @@ class Mutant:
         self.arena = place / f"mutant-{number}"
         shutil.rmtree(self.arena, ignore_errors=True)
         model = self.arena / "model"
-        shutil.copytree(
-            bases[self.base], model, copy_function=linked
-        )  # nothing is copied but what is changed
+        # Nothing is copied but what is changed.
+        shutil.copytree(bases[self.base], model, copy_function=linked)
         if self.kind in GRAPHS and rng.random() < 0.2:  # weights for torch beside them
             shutil.copytree(bases["sd1"], model, copy_function=linked, dirs_exist_ok=True)
         if self.kind in GRAPHS and rng.random() < 0.9:  # it says that a graph is not the one that was written
@@ -953,9 +950,10 @@ def call(arguments: list[str]) -> tuple[int | str, str]:
     return code, os.pread(2, 2**20, 0).decode("utf-8", "replace")
 
 
+# Export tells of networks.
 _OWN = re.compile(
     "tightfit: |note: |(text_encoder|text_encoder_2|unet|vae|calibrat\\w+|vae_\\w+|[0-9]+ of .*): "
-)  # export tells of networks
+)
 
 
 def fault(arena: Path, code: int | str, said: str, before: dict[str, tuple[Any, ...]]) -> str:
@@ -1075,9 +1073,8 @@ def watched(bases: dict[str, str], place: Path, first: int, step: int) -> list[d
         threading.Thread(target=pour, args=(worker.stdout, lines), daemon=True).start()
         at, why = -1, "died"
         try:
-            while line := lines.get(
-                timeout=WATCHDOG_SECONDS * (5 if at < 0 else 1)
-            ):  # it imports what there is first
+            # It imports what there is first.
+            while line := lines.get(timeout=WATCHDOG_SECONDS * (5 if at < 0 else 1)):
                 told = json.loads(line)
                 at = told.get("begins", at)
                 if "number" in told:

@@ -153,9 +153,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = Conditional(build_unet(latents.shape[-1]), build_text_encoder(tokenizer)).to(args.device)
-    model.unet.set_attn_processor(
-        AttnProcessor()
-    )  # the fused CPU attention took 62 % of a step, backwards mostly
+    # The fused CPU attention took 62 % of a step, backwards mostly.
+    model.unet.set_attn_processor(AttnProcessor())
     optimizer = optim.Optimizer([model], muon_lr=4e-3, adam_lr=2e-3)
     run = Run("diffusion", args, model, optimizer, optim.Average(model, decay=0.999))
     alphas, rng = noise_schedule().alphas_cumprod.to(args.device), random.Random(run.steps)

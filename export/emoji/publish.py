@@ -44,9 +44,8 @@ def main() -> None:
 
     partial = args.folder.with_name(f".{args.folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    model.text_encoder.config.dtype = (
-        torch.float32
-    )  # what transformers loads it as unless told; diffusers loads the rest so
+    # What transformers loads it as unless told; diffusers loads the rest so.
+    model.text_encoder.config.dtype = torch.float32
     networks = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": vae}
     index: dict[str, Any] = {
         name: write_component(

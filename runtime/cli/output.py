@@ -38,11 +38,12 @@ def show_table(
     """
     from rich.console import Console
 
+    # A model may be called [bold] or :heart:
     plain: dict[str, Any] = {
         "highlight": False,
         "markup": False,
         "emoji": False,
-    }  # a model may be called [bold] or :heart:
+    }
     console = Console(**plain)
     if title and console.is_terminal:
         console.print(printable(title), style="bold", soft_wrap=True)

@@ -324,9 +324,8 @@ def _cpu(_: str) -> Hardware:
     total, free = cpu_memory()
     flags, cores = cpu_flags(), psutil.cpu_count(logical=False) or 1
     wide = "avx512f" in flags
-    fp32 = (
-        cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)
-    )  # two units of 16, 8 or 4 lanes, 2.5 GHz
+    # Two units of 16, 8 or 4 lanes, 2.5 GHz.
+    fp32 = cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)
     half, whole = (
         bool({"amx_bf16", "avx512_bf16"} & flags),
         bool({"amx_int8", "avx512_vnni", "avx_vnni"} & flags),
@@ -361,9 +360,8 @@ def _calibrated(found: Hardware) -> Hardware:
             return found
         notes = tuple(note for note in found.notes if "tightfit calibrate" not in note)
         measured = {kind: rate for kind, rate in known.get("rates", {}).items() if kind in found.rates}
-        faster = (
-            measured["fp32"] / found.rates["fp32"] if "fp32" in measured else 1.0
-        )  # than was estimated, so the others too
+        # Than was estimated, so the others too.
+        faster = measured["fp32"] / found.rates["fp32"] if "fp32" in measured else 1.0
         known["rates"] = {kind: measured.get(kind, rate * faster) for kind, rate in found.rates.items()}
         origin = {"efficiency": {}, "seconds_from": "rates measured here"}
         return replace(found, **known | origin, calibrated=True, notes=notes)

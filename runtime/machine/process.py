@@ -140,9 +140,8 @@ def cgroup_memory(root: Path, own: Path) -> tuple[int | None, int]:
             own_group = folder / path.strip("/")
             groups = [own_group, *(p for p in own_group.parents if p == folder or folder in p.parents)]
             found = [limits for group in groups if (limits := _read_cgroup(group, *_CGROUP[kinds]))]
-            if (
-                found
-            ):  # the tightest of the group and those it is in; inside a container its own folder is the root
+            # The tightest of the group and those it is in; inside a container its own folder is the root.
+            if found:
                 return min(found, key=lambda limits: limits[0] - limits[1])
     return None, 0
 

@@ -45,9 +45,8 @@ def profile(name: str) -> Hardware:
     """The card or machine of `profiles/NAME.toml`, with a desktop running on it. Raises TightfitError for an
     unknown one."""
     if name.lower() not in cards():
-        same = [
-            card for card in cards() if name and card.startswith(name.lower())
-        ]  # rtx-3060 is sold with two memories
+        # Rtx-3060 is sold with two memories.
+        same = [card for card in cards() if name and card.startswith(name.lower())]
         close = same or get_close_matches(name.lower(), cards(), 1)
         meant = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise TightfitError(f"unknown hardware '{name}'{meant}: choose {', '.join(cards())}")

@@ -21,9 +21,8 @@ def whole(least: int, most: int) -> Check:
 
 
 def is_number(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and -1e9 <= value <= 1e9
-    )  # neither NaN nor infinite
+    # Neither NaN nor infinite.
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 <= value <= 1e9
 
 
 def is_positive(value: Any) -> bool:

@@ -112,9 +112,8 @@ def _bits(node: Any) -> int:
 
 def _type(value: Any) -> tuple[int, tuple[int | str, ...]]:
     tensor = value.type.tensor_type
-    fixed = (
-        (side, side.HasField("dim_value") and side.dim_value >= 0) for side in tensor.shape.dim
-    )  # some write -1
+    # Some write -1.
+    fixed = ((side, side.HasField("dim_value") and side.dim_value >= 0) for side in tensor.shape.dim)
     sides = (side.dim_value if known else side.dim_param for side, known in fixed)
     return tensor.elem_type, tuple(sides)
 

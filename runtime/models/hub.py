@@ -93,9 +93,8 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
             folder = Path(snapshot_download(repository, allow_patterns=wanted(files)))
         except TightfitError:
             raise
-        except (
-            Exception
-        ) as error:  # the hub's HTTP library has changed before, and any failure has the same cure
+        # The hub's HTTP library has changed before, and any failure has the same cure.
+        except Exception as error:
             problem = " ".join(str(error).split())[:300] or type(error).__name__
             cure = "check the name and the connection, or give --model a diffusers folder on this machine"
         else:

@@ -138,11 +138,12 @@ def _chosen(name: str, spec: ModelSpec) -> tuple[str, dict[str, Any]]:
     if trained == "edm":  # its noise levels are Karras's already
         return kind, {option: value for option, value in chosen.options.items() if option not in _PLAIN}
     shift = spec.scheduler.get("flow_shift", spec.scheduler.get("shift", 1.0))
+    # In place of Karras's levels.
     flow = {
         "use_flow_sigmas": True,
         "prediction_type": "flow_prediction",
         "flow_shift": shift,
-    }  # in place of Karras's levels
+    }
     return kind, chosen.options | (_PLAIN | flow if kind == chosen.kind else _PLAIN | {"shift": shift})
 
 
@@ -189,9 +190,8 @@ def make(name: str, spec: ModelSpec, steps: int, seed: int = 0):
             raise ValueError("it has not so many noise levels")
     if getattr(scheduler, "noise_sampler_seed", 0) is None:
         scheduler.noise_sampler_seed = seed
-    if spec.design.first_step_is_known and hasattr(
-        scheduler, "set_begin_index"
-    ):  # as StableDiffusionXLPipeline does
+    # As StableDiffusionXLPipeline does.
+    if spec.design.first_step_is_known and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return scheduler
 
@@ -228,9 +228,8 @@ def calls(name: str, spec: ModelSpec, steps: int) -> int:
         return 2 * steps - 1
     if kind == "PNDMScheduler" and spec.scheduler.get("skip_prk_steps"):
         return steps + (steps > 1)  # its second step is taken twice
-    if (
-        kind == "PNDMScheduler"
-    ):  # four calls of Runge and Kutta for each of the first three steps; it takes four or more
+    # Four calls of Runge and Kutta for each of the first three steps; it takes four or more.
+    if kind == "PNDMScheduler":
         return steps + 9
     return steps
 

@@ -26,9 +26,8 @@ def read_tokenizer(folder: Path) -> Any:
         for place in (folder, folder / "additional_chat_templates"):
             for each in place.iterdir() if place.is_dir() else ():
                 if each.exists() and not each.is_dir():
-                    open_regular(
-                        each, JSON_BYTES
-                    ).close()  # transformers opens what it finds, and a pipe would keep it for ever
+                    # Transformers opens what it finds, and a pipe would keep it for ever.
+                    open_regular(each, JSON_BYTES).close()
         if not (folder / "tokenizer.json").exists() and not (
             (folder / "vocab.json").exists() and (folder / "merges.txt").exists()
         ):

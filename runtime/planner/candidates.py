@@ -155,9 +155,8 @@ def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, cho
         tiling=choice.tiling if role is Role.DECODER and wishes.tiling != "auto" else "whole",
         provider=chosen_provider(hardware, wishes.provider),
     )
-    if (
-        role is Role.DENOISER
-    ):  # what is asked for is of the U-Net; the engine says that it cannot stream, or slice
+    # What is asked for is of the U-Net; the engine says that it cannot stream, or slice.
+    if role is Role.DENOISER:
         return replace(placement, residency=choice.residency, attention=choice.attention)
     return placement
 

@@ -194,9 +194,8 @@ class Estimate:
         """While one component is called, beside those that stay loaded."""
         own, names = placements[name], list(placements)
         others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
-        first = [
-            n for n in others if own.residency != "resident" or names.index(n) < names.index(name)
-        ]  # loaded before it
+        # Loaded before it.
+        first = [n for n in others if own.residency != "resident" or names.index(n) < names.index(name)]
         groups = (first, [n for n in others if n not in first])
 
         def compute() -> int:

@@ -92,9 +92,8 @@ def test_what_a_folder_has(measured, tmp_path, tiny_models):
     jobs, folder, rows = measured
     copy = tmp_path / "bench"
     shutil.copytree(folder.file.parent, copy)
-    assert [job for job, _ in suite.Folder(copy, setup()).missing(jobs)] == [
-        jobs[2]
-    ]  # there may be room for it now
+    # There may be room for it now.
+    assert [job for job, _ in suite.Folder(copy, setup()).missing(jobs)] == [jobs[2]]
     assert len(suite.Folder(copy, setup(torch="2.14")).missing(jobs)) == 5
     assert len(suite.Folder(copy, setup()).missing(jobs, again=True)) == 5
     failed = suite.Folder(copy, setup())
@@ -216,9 +215,8 @@ def test_quick_begins_with_the_fastest_and_ends_in_time(measured, monkeypatch, t
     jobs, _, _ = measured
     slow = [replace(job, effort=suite.Effort(2, 2, 1, seconds=job.seconds + 0.1)) for job in jobs[:2]]
     assert suite.in_time(jobs) == jobs
-    assert [job.seconds for job in suite.in_time(slow)] == sorted(
-        job.seconds for job in slow
-    )  # the reference takes too much
+    # The reference takes too much.
+    assert [job.seconds for job in suite.in_time(slow)] == sorted(job.seconds for job in slow)
     ample = [
         replace(job, effort=suite.Effort(2, 2, 1, seconds=100 * job.seconds)) for job in (jobs[1], jobs[0])
     ]

@@ -43,9 +43,8 @@ def test_average_is_the_mean_of_recent_weights():
     for value in np.linspace(0, 1, 200):
         module.weight.data.fill_(float(value))
         average.update(module)
-    assert average.module.weight.item() == pytest.approx(
-        1 - 9 / 199, abs=1e-3
-    )  # a ramp lags by decay / (1 - decay) steps
+    # A ramp lags by decay / (1 - decay) steps.
+    assert average.module.weight.item() == pytest.approx(1 - 9 / 199, abs=1e-3)
 
 
 def test_schedule():

@@ -132,9 +132,8 @@ def test_operators_stay_whole_and_no_path_leaves_this_machine(onnx_models, shall
     graph = onnx.load(file, load_external_data=False)
     count = Counter(node.op_type for node in graph.graph.node)
     assert (count["Attention"], count["GroupNormalization"]) == (len(unet.attn_processors), norms)
-    assert count["Transpose"] <= 2 * len(
-        unet.attn_processors
-    )  # into and out of each transformer, none of a weight or a head
+    # Into and out of each transformer, none of a weight or a head.
+    assert count["Transpose"] <= 2 * len(unet.attn_processors)
     assert graph.opset_import[0].version == 23
     assert b"/" not in b"".join(p.value.encode() for node in graph.graph.node for p in node.metadata_props)
     assert str(shallow_models["sd1"].parent).encode() not in file.read_bytes()

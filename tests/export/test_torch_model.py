@@ -122,9 +122,8 @@ def test_every_family(tiny_models, tmp_path, family):
         ours = np.array(pipe("a cat", **OPTIONS), np.float64)
     with tightfit.load(str(tiny_models[family]), device="cpu", precision="fp32") as pipe:
         exact = np.array(pipe("a cat", **OPTIONS), np.float64)
-    assert (
-        10 * np.log10(255**2 / ((ours - exact) ** 2).mean()) > 15
-    )  # of noise with these weights; another seed gives 9
+    # Of noise with these weights; another seed gives 9.
+    assert 10 * np.log10(255**2 / ((ours - exact) ** 2).mean()) > 15
 
 
 def test_weights_in_bf16_and_fp32_and_old_names(sd1_copy, tmp_path):

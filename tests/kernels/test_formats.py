@@ -100,9 +100,10 @@ def test_values_that_are_there_come_back(name, sides, size, seed):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size
     once = dequantise(quantise(weight, form), form, shape)
     if form.kind != "int4":
+        # Of fp16's scales.
         torch.testing.assert_close(
             dequantise(quantise(once, form), form, shape), once, rtol=2e-3, atol=127 * 2**-24
-        )  # of fp16's scales
+        )
     groups = form.rows(weight)
     for channels, _, length in form.spans(groups.shape[-1]):
         part = groups[..., channels].unflatten(-1, (-1, length))

@@ -125,9 +125,10 @@ def test_codes(kernels, shape, last, dtype, lopsided):
     assert (plain.stride(), plain.dtype, scale.dtype) == (x.stride(), torch.int8, torch.float32)
     assert (other.stride(), other.dtype) == (x.stride(), torch.int8)
     assert plain.equal(other)
+    # Zero is rounded too.
     assert (
         ((plain.float() - zero) * scale - x.float()).abs() <= scale * (1.001 if lopsided else 0.5001)
-    ).all()  # zero is rounded too
+    ).all()
     dims = tuple(range(1, x.ndim))
     assert (
         ((plain == -128) | (plain == 127)).any(dims).all()

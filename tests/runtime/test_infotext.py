@@ -214,9 +214,8 @@ def test_lines_below_the_settings():
         assert Request(**parameters.parse(text + more, "x.png").request) == request
 
 
-ORIGINAL = re.compile(
-    r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)'
-)  # A1111's own, modules/infotext_utils.py
+# A1111's own, modules/infotext_utils.py.
+ORIGINAL = re.compile(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^\\"])+"|[^,]*)(?:,|$)')
 
 
 @pytest.mark.parametrize(

@@ -254,9 +254,8 @@ def test_cuda_budgets_can_be_held(tiny_models, capability, residency):
     assert best.fits
     assert best.placements["unet"].residency == residency
     more = best.predicted.peak_bytes - bare.predicted.peak_bytes
-    assert (
-        card.workspaces[0] - 20 * MIB <= more <= card.workspaces[0] + 20 * MIB
-    )  # a segment for less than 10 MiB takes 20
+    # A segment for less than 10 MiB takes 20.
+    assert card.workspaces[0] - 20 * MIB <= more <= card.workspaces[0] + 20 * MIB
 
 
 @pytest.mark.gpu
@@ -269,8 +268,7 @@ def test_cuda_budgets_are_held(tiny_models, whole):
             result = pipe.generate(REQUEST)
         predicted = result.plan.predicted.peak_bytes
         assert result.peak_bytes <= ROOM
-        assert abs(result.peak_bytes - predicted) <= 0.05 * predicted + 20 * MIB, (
-            residency
-        )  # a segment of torch's allocator
+        # A segment of torch's allocator.
+        assert abs(result.peak_bytes - predicted) <= 0.05 * predicted + 20 * MIB, residency
         assert psnr(result.images[0], whole["sd1"]) > 50
     assert torch.cuda.memory_reserved() < 64 * MIB

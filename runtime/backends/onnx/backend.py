@@ -134,9 +134,8 @@ class OnnxBackend:
     def __init__(self, device: str) -> None:
         self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
         self._sessions: weakref.WeakValueDictionary[str, OnnxSession] = weakref.WeakValueDictionary()
-        self._host = (
-            self.meter if device == "cpu" else ProcessMeter()
-        )  # of what runs beside the GPU, which has no limit of its own
+        # Of what runs beside the GPU, which has no limit of its own.
+        self._host = self.meter if device == "cpu" else ProcessMeter()
 
     @staticmethod
     def refuses(
@@ -325,9 +324,8 @@ def session_options() -> Any:
     # a weight's shape is kept from the first layer of that shape to the last: 800 MB instead of 303 for SD
     # 1.5's U-Net in int4 at 512.
     options.enable_mem_reuse = options.enable_mem_pattern = False
-    options.add_session_config_entry(
-        "session.force_spinning_stop", "1"
-    )  # other engines' threads want the cores between calls
+    # Other engines' threads want the cores between calls.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 

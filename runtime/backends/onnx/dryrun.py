@@ -25,16 +25,16 @@ from ...models.graph import MOST_SIDES
 Shape = tuple[int, ...]
 _MOST = 4096  # values of a constant that is computed with
 _MOST_OF_ALL = 2**20  # of all of them; SD 1.5's U-Net has 2,000
-_MOST_CONSTANT = (
-    2**26
-)  # values that a graph may make of nothing, and nobody computes here; a text's mask has 77 x 77
+# Values that a graph may make of nothing, and nobody computes here; a text's mask has 77 x 77.
+_MOST_CONSTANT = 2**26
 _NUMBERS = "biuf"  # numpy's kinds: bool, signed and unsigned whole numbers, floating point
 _BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
+# Answer in their first input's shape; onnx 1.23 does not infer it.
 _SAME = {
     "GroupNormalization",
     "MultiHeadAttention",
-}  # answer in their first input's shape; onnx 1.23 does not infer it
+}
 
 
 class Shapes:
@@ -100,9 +100,8 @@ class Shapes:
         if node.op_type in _BRANCHES:
             raise TightfitError(f"it has {node.op_type}, whose graphs are not followed")
         if node.op_type == "Split" and attribute(node, "num_outputs", len(node.output)) != len(node.output):
-            raise TightfitError(
-                f"Split has {len(node.output)} answers, not num_outputs"
-            )  # onnx makes a list of num_outputs
+            # Onnx makes a list of num_outputs.
+            raise TightfitError(f"Split has {len(node.output)} answers, not num_outputs")
         if all(name in self.values for name in ins) and self._compute(node):
             self._constant.update(node.output if self._constant.issuperset(ins) else ())
             return

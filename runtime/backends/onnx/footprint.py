@@ -67,9 +67,8 @@ def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]])
     held.append(arena.peak)
     replay(arena, call.events, ())
     taken = arena.peak - held[-1]
-    trace = Trace(
-        ((1, taken), (2, _SESSION)), (), call.operations
-    )  # the process takes the latter once, for all sessions
+    # The process takes the latter once, for all sessions.
+    trace = Trace(((1, taken), (2, _SESSION)), (), call.operations)
     footprint = Footprint(
         tuple(held), _SESSION + loading_bytes(graph) if on_cpu else 0, trace, (), kept=taken
     )

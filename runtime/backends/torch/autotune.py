@@ -30,9 +30,8 @@ _TURNS = 3  # of which the fastest counts, after one that compiles
 # then 1 % of it.
 _TURN_SECONDS, _MOST_CALLS = 2e-3, 1024
 _chosen: dict[str, str] | None = None
-_for_now: dict[
-    str, str
-] = {}  # chosen while another way lacked memory, which it may have the next time: of this process alone
+# Chosen while another way lacked memory, which it may have the next time: of this process alone.
+_for_now: dict[str, str] = {}
 Way = Callable[[], Tensor]
 
 

@@ -356,9 +356,8 @@ class TorchSession:
 # cuBLAS when there is no room for its handle or workspace, or the driver is not the one it needs; cuDNN when
 # none of its algorithms finds room for its workspace, or it has none for this precision on this card
 _MAYBE_NO_MEMORY = "ALLOC_FAILED|STATUS_NOT_INITIALIZED|unable to find an engine"
-_FULL = (
-    64 * 2**20
-)  # of a card with less than this free nothing can be had: a segment for what is above 1 MiB takes 20
+# Of a card with less than this free nothing can be had: a segment for what is above 1 MiB takes 20.
+_FULL = 64 * 2**20
 
 
 @contextmanager

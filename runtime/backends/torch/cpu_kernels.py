@@ -39,9 +39,8 @@ def _convolution(args: Any, out: torch.Tensor) -> int:
     weights' go before the answer's is copied back. A 1x1 convolution in half precision keeps fp32 sums as
     well, twice on two threads."""
     x, weight = args[:2]
-    if (
-        x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480
-    ):  # torch's own, by way of columns (use_mkldnn)
+    # Torch's own, by way of columns (use_mkldnn).
+    if x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480:
         return 0 if weight.shape[2] == 1 else 4 * weight[0].numel() * out.shape[2] * out.shape[3]
     # Then torch makes the picture so too, and oneDNN copies the weights alone.
     if channels_last(weight) or (channels_last(x) and weight.shape[2:] == (1, 1)):

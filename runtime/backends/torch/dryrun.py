@@ -67,9 +67,8 @@ class Recorder(LiveBytes):
             self.operations.append(operation)
             return tuple(map(_like, outs)) if isinstance(outs, list) else _like(outs)
         out = func(*args, **kwargs)
-        if (
-            self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0])
-        ):  # on a CPU, but not on meta
+        # On a CPU, but not on meta.
+        if self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0]):
             out = out.contiguous(memory_format=torch.channels_last)
         sources = {tensor.untyped_storage()._cdata for tensor in tensors_in(args)}
         made = [tensor for tensor in tensors_in((out,)) if tensor.untyped_storage()._cdata not in sources]
@@ -248,9 +247,8 @@ def _module(
     precision = placement.precision if placement.precision in QUANTISED else ""
 
     def built() -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
-        module = networks.build(
-            component, replace(placement, attention="sdpa"), device
-        )  # which a Recorder notes, not runs
+        # Which a Recorder notes, not runs.
+        module = networks.build(component, replace(placement, attention="sdpa"), device)
         layers = {path: (type(part).__name__, part.form) for path, part in quantised_layers(module).items()}
         return (
             module,

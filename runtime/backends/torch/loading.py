@@ -54,9 +54,8 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
         )
     for name, (shape, dtype) in expected.items():
         tensor = stored[name]
-        if [side for side in tensor.shape if side != 1] != [
-            side for side in shape if side != 1
-        ]:  # (C, C, 1, 1) is (C, C)
+        # (C, C, 1, 1) is (C, C).
+        if [side for side in tensor.shape if side != 1] != [side for side in shape if side != 1]:
             raise TightfitError(
                 f"{where} have {name} of shape {list(tensor.shape)}, its config says {list(shape)}: {cure}"
             )
@@ -199,9 +198,8 @@ def loading_bytes(
             most = max(most, now + each * min(tensor.count, max(row, BLOCK // row * row)))
         else:
             now += tensor.count * own_dtype(module.get_submodule(path), leaf, dtype).itemsize
-    packing = 2 * max(
-        (layer.packing_bytes() for layer in layers.values()), default=0
-    )  # in another order, and packed
+    # In another order, and packed.
+    packing = 2 * max((layer.packing_bytes() for layer in layers.values()), default=0)
     return max(scratch, packing, scratch + most - sum(held(module, dtype)) - sum(beside(module, dtype)))
 
 

@@ -216,9 +216,8 @@ class AllocatorMeter:
             # what others took since they were looked at is not ours to give back
             most = max(self._limit + self._others, self._torch.memory_reserved() + self._limit - self._held)
             share = min(1.0, (max(0, most) + 1) / total)  # torch cuts the product off, so a byte more
-        if cap := getattr(
-            self._torch, "set_per_process_memory_fraction", None
-        ):  # of Intel's GPUs from torch 2.9 on
+        # Of Intel's GPUs from torch 2.9 on.
+        if cap := getattr(self._torch, "set_per_process_memory_fraction", None):
             cap(share)
 
     def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002
@@ -234,9 +233,8 @@ class AllocatorMeter:
         return self._torch.memory_reserved(), total - free, free
 
 
-SPILL_NOISE = (
-    128 * 2**20
-)  # what others on the card may take or give meanwhile; a guess, no Windows machine was at hand
+# What others on the card may take or give meanwhile; a guess, no Windows machine was at hand.
+SPILL_NOISE = 128 * 2**20
 
 
 def spilled(reserved: int, used: int, free: int) -> int:

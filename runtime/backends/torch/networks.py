@@ -30,10 +30,11 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         torch.device("meta"),
     ):
         module = component.network.build(component).eval().requires_grad_(False)
+    # By its strips.
     formats, used_often = (
         _formats(component, module, placement.precision),
         component.role is Role.DECODER,
-    )  # by its strips
+    )
     quantised.quantise_layers(
         module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC
     )

@@ -16,9 +16,8 @@ from . import loading as weights
 from .loading import own_dtype
 
 _ALIGNED = 256  # bytes between tensors, which suits every kernel
-CHUNK = (
-    64 * 2**20
-)  # bytes pinned at a time: torch's allocator rounds each request up to a power of two, 1639 MiB to 2208
+# Bytes pinned at a time: torch's allocator rounds each request up to a power of two, 1639 MiB to 2208.
+CHUNK = 64 * 2**20
 Parts = Mapping[nn.Module, "Unit"]
 
 
@@ -120,9 +119,8 @@ class HostStore:
                 try:
                     chunk = pin(count)
                     self.pinned_bytes += count
-                except (
-                    RuntimeError
-                ):  # "out of memory", though there may be plenty: the host's, or of what may be pinned
+                # "out of memory", though there may be plenty: the host's, or of what may be pinned.
+                except RuntimeError:
                     chunk = None
             if chunk is None:
                 chunk = torch.empty(count, dtype=torch.uint8)
@@ -314,9 +312,8 @@ class Streamer:
 
     def _take(self, part: nn.Module, _: Any, __: Any) -> None:
         self._put_away(part)
-        if (
-            self._lane.beside
-        ):  # once the device has been told to compute: copies from memory that is not pinned hold up the host
+        # Once the device has been told to compute: copies from memory that is not pinned hold up the host.
+        if self._lane.beside:
             for other, gone in ahead(self._ring, part, self._upcoming(part), self._sizes):
                 self._copy(other, gone)
 
@@ -331,8 +328,7 @@ class Streamer:
         try:
             self._copied[part] = self._lane.copy(self._buffer[start : start + unit.bytes], unit, after)
         except BaseException:
-            self._ring.drop(
-                part
-            )  # its weights are not there, and those that went for it may still be computed with
+            # Its weights are not there, and those that went for it may still be computed with.
+            self._ring.drop(part)
             self._failed = [self._lane.mark()]
             raise

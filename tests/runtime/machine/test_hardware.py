@@ -365,9 +365,8 @@ def test_the_context_is_what_the_driver_tells(monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "pynvml", nvml)
     assert card.detect("cuda").context_bytes == card.context
-    listed[1].usedGpuMemory = card.context = (
-        200 * 2**20
-    )  # before most kernels are loaded, for which there must be room
+    # Before most kernels are loaded, for which there must be room.
+    listed[1].usedGpuMemory = card.context = 200 * 2**20
     found = card.detect("cuda")
     assert (found.context_bytes, found.free_bytes) == (hardware.CUDA_CONTEXT, card.total)
     for other in ([listed[0]], [listed[0], SimpleNamespace(pid=os.getpid(), usedGpuMemory=None)]):

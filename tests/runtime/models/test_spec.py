@@ -190,9 +190,8 @@ def test_shards_and_variants(sd1_copy):
     index.write_text(
         json.dumps({"weight_map": {"a": "one.safetensors", "b": "two.safetensors", "c": "one.safetensors"}})
     )
-    assert [f.name for f in weight_files(folder)] == [
-        "diffusion_pytorch_model.fp16.safetensors"
-    ]  # the shards are not there
+    # The shards are not there.
+    assert [f.name for f in weight_files(folder)] == ["diffusion_pytorch_model.fp16.safetensors"]
     inspect(sd1_copy)
     for shard in ("one", "two"):
         (folder / f"{shard}.safetensors").touch()

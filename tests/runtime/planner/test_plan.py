@@ -82,16 +82,14 @@ def test_whole_numbers_where_the_processor_multiplies_them_fast(sd1):
     ):
         assert "no fast products of 8-bit whole numbers" in refused.reason
     able = dataclasses.replace(OLD_CPU, rates=rates)
-    slow = plan(
-        able, spec, wishes=Wishes(compute="bf16", precision="int8-dynamic")
-    )  # which it has no arithmetic for
+    # Which it has no arithmetic for.
+    slow = plan(able, spec, wishes=Wishes(compute="bf16", precision="int8-dynamic"))
     assert not any(p.fits for p in slow)
     once, often = (
         plan(able, spec, wishes=Wishes(precision="int8-dynamic", requests=count))[0] for count in (1, 100)
     )
-    assert (
-        often.predicted.seconds < once.predicted.seconds
-    )  # its weights are packed each time they are loaded
+    # Its weights are packed each time they are loaded.
+    assert often.predicted.seconds < once.predicted.seconds
     gpu = dataclasses.replace(RTX_3060, rates={**RTX_3060.rates, "int8": 2 * RTX_3060.rates["fp16"]})
     assert all(p.precision != "int8-dynamic" for p in plan(gpu, spec))
     found = plan(gpu, spec, wishes=asked)

@@ -148,9 +148,8 @@ def test_attention_keeps_no_scores(onnx_models):
         assert graph
         kinds = {node.op_type for node in onnx_call.runtime_model(graph).graph.node}
         assert kinds & {"Attention", "MultiHeadAttention"} == {kind}
-        assert "MultiHeadAttention" not in {
-            node.op_type for node in graph.model.graph.node
-        }  # the file's is left as it is
+        # The file's is left as it is.
+        assert "MultiHeadAttention" not in {node.op_type for node in graph.model.graph.node}
 
 
 def test_a_provider_that_is_not_here(onnx_models):

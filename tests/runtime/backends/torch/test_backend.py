@@ -288,9 +288,8 @@ def test_what_says_out_of_memory(monkeypatch):
     import torch
     from tightfit.runtime.backends.torch.backend import _memory_errors_explained
 
-    cuda = SimpleNamespace(
-        memory_stats=dict, mem_get_info=lambda: (2**30, 2**32)
-    )  # before the first allocation
+    # Before the first allocation.
+    cuda = SimpleNamespace(memory_stats=dict, mem_get_info=lambda: (2**30, 2**32))
     monkeypatch.setattr(torch, "cuda", cuda)
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory")):
         with pytest.raises(OutOfMemoryError), _memory_errors_explained(torch.device("cuda")):

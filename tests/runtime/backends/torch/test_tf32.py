@@ -65,9 +65,8 @@ def test_however_it_was_switched_on(way):
     WAYS[way]()
     before = state()
     with pytest.raises(KeyboardInterrupt), tf32_off(torch.device("cuda")):
-        assert (
-            torch.backends.cuda.matmul.allow_tf32 is False
-        )  # kernels of torch's ask so too, and would raise
+        # Kernels of torch's ask so too, and would raise.
+        assert torch.backends.cuda.matmul.allow_tf32 is False
         assert "tf32" not in (
             torch.backends.cuda.matmul.fp32_precision,
             torch.backends.cudnn.conv.fp32_precision,
