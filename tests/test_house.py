@@ -246,6 +246,39 @@ def test_what_is_no_decision_from_a_sentence():
     )
 
 
+def names_of_models(text: str) -> list[str]:
+    """Constants of a module that are the name of a family, or of one of its networks or their folders."""
+    from tightfit.runtime.models.families import FAMILIES
+
+    networks = [network for family in FAMILIES for network in family.networks]
+    names = {name for network in networks for name in (network.name, network.folder)}
+    names |= {family.name for family in FAMILIES}
+    constants = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
+    return [value for value in constants if isinstance(value, str) and value in names]
+
+
+KNOW_NAMES = ("runtime.models.families", "runtime.models.layouts")
+
+
+def test_names_of_families_and_networks_stay_in_their_rooms():
+    found = {
+        name: names
+        for name, file in sources().items()
+        if name.startswith("runtime") and not name.startswith(KNOW_NAMES)
+        if (names := names_of_models(file.read_text(encoding="utf-8")))
+    }
+    assert found == {"runtime.cli.words": ["vae"]}  # an option that people type, and that there is not
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["if family == 'sdxl': pass", "unet = plan.placements['unet']", "f = {'vae_decoder': 1}", "x = 'vae'"],
+)
+def test_a_name_outside_its_room_is_found(line):
+    assert names_of_models(line)
+    assert not names_of_models("role = spec.components[name].role  # of the unet")
+
+
 def test_kernels_is_no_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()  # it would shadow the package diffusers asks for
 
