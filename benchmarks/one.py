@@ -42,10 +42,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         after = joules(plan.device)
     for result in (warmup, *results):
         # It went on with another.
-        if (result.plan.placements, result.plan.cfg) != (
-            plan.placements,
-            plan.cfg,
-        ):
+        if (result.plan.placements, result.plan.cfg) != (plan.placements, plan.cfg):
             return {"outcome": "out of memory", "why": " ".join(result.notices)}
     for (_, seed), result in zip(job["pictures"], results, strict=True):
         result.images[0].save(folder / f"{seed}.png")

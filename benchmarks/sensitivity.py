@@ -37,7 +37,7 @@ def main() -> None:
     arrays = noise(spec, 1, args.size)
 
     def session(precision: str, compute: str):
-        return backend.load(spec, unet, Placement("torch", precision, compute, "resident", "sliced", "whole"))
+        return backend.load(unet, Placement("torch", precision, compute, "resident", "sliced", "whole"))
 
     plain = session("fp32", "fp32")
     exact = plain(**arrays)[0].astype(np.float64)

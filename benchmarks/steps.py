@@ -42,7 +42,7 @@ def main() -> None:
         placement = Placement(
             "torch", precision or spec.precision or compute, compute, "resident", args.attention, "whole"
         )
-        session = backend.load(spec, unet, placement)
+        session = backend.load(unet, placement)
         held = backend.meter.bytes()
         arrays = noise(spec, 2, args.size)
         session(**arrays)

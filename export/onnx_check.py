@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import torch
 
-from . import onnx_networks as onnx_trace
+from . import onnx_networks
 
 # Of the answer's norm. The same values are multiplied in another order; fp16 has 11 bits, and a network a
 # hundred layers.
@@ -35,7 +35,7 @@ class Room:
 
 def check(
     file: Path,
-    network: onnx_trace.Network,
+    network: onnx_networks.Network,
     program: torch.export.ExportedProgram,
     dtype: torch.dtype,
     room: Room,
@@ -93,7 +93,7 @@ def _relative(got: np.ndarray, expected: np.ndarray) -> float:
 
 def _first_departure(
     file: Path,
-    network: onnx_trace.Network,
+    network: onnx_networks.Network,
     program: torch.export.ExportedProgram,
     arguments: dict[str, torch.Tensor],
     dtype: Any,
@@ -123,7 +123,7 @@ def _first_departure(
 
 
 def _every_answer(
-    network: onnx_trace.Network,
+    network: onnx_networks.Network,
     program: torch.export.ExportedProgram,
     arguments: dict[str, torch.Tensor],
     dtype: torch.dtype,
@@ -145,7 +145,8 @@ def _every_answer(
         elif "device" in node.kwargs:
             node.update_kwarg("device", "cpu")
     state = {
-        f"{onnx_trace.PREFIX}{name}": value.to(dtype) for name, value in network.module.state_dict().items()
+        f"{onnx_networks.PREFIX}{name}": value.to(dtype)
+        for name, value in network.module.state_dict().items()
     }
     module.load_state_dict(state, assign=True, strict=False)
     with torch.inference_mode():

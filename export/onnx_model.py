@@ -2,8 +2,8 @@
 it.
 
 `tightfit export MODEL --to onnx --precision fp16 -o DIR` comes here. One network at a time is traced without
-its weights (onnx_trace.py), changed (onnx_graph.py), given its weights tensor by tensor, and checked against
-torch (onnx_check.py).
+its weights (onnx_networks.py), changed (onnx_graph.py), given its weights tensor by tensor, and checked
+against torch (onnx_check.py).
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import torch
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..runtime.files import sha256
-from . import onnx_check, onnx_graph
-from . import onnx_networks as onnx_trace
+from . import onnx_check, onnx_graph, onnx_networks
 from .folder import appearing, copy_the_rest
 from .torch_model import VERSION, Scheme, Tensors, read
 
@@ -77,7 +76,7 @@ def write(
             source, folder, components, {name: folders for name, folders in parts.items() if name == "vae"}
         )
         written = {}
-        for network in onnx_trace.networks(
+        for network in onnx_networks.networks(
             source, {folder: source / name for folder, name in origin.items()}
         ):
             name = origin[network.folder]
@@ -91,7 +90,7 @@ def write(
             "version": VERSION,
             **manifest,
             "compute": job.compute,
-            "opset": onnx_trace.OPSET,
+            "opset": onnx_networks.OPSET,
             "versions": versions,
             "components": written,
         }
@@ -109,7 +108,7 @@ class Stored:
 
 
 def _stored(
-    network: onnx_trace.Network,
+    network: onnx_networks.Network,
     tensors: Tensors,
     formats: Mapping[str, str],
     renamed: Callable[[str, Any], str],
@@ -143,18 +142,18 @@ def _squeezed(shape: Sequence[int]) -> list[int]:
 
 
 def _network(
-    folder: Path, network: onnx_trace.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job
+    folder: Path, network: onnx_networks.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job
 ) -> dict[str, Any]:
     """Write one network's files; what the manifest says of it."""
     folder.mkdir(exist_ok=True)
     dtype, total, tell = job.dtype(network.folder), len(stored), job.tell
     tell(network.folder, "tracing", 0, total)
-    model, program = onnx_trace.trace(network, dtype)
+    model, program = onnx_networks.trace(network, dtype)
     shapes = {name: tuple(parameter.shape) for name, parameter in network.module.named_parameters()}
     graph, formats = model.graph, {name: FORMATS[each.form] for name, each in stored.items() if each.form}
     onnx_graph.cast_concatenated(graph)
     onnx_graph.merge_heads(graph)
-    names = {name: onnx_trace.PREFIX + name for name in stored}
+    names = {name: onnx_networks.PREFIX + name for name in stored}
     layouts = {
         name: onnx_graph.quantise_weight(graph, names[name], form, shapes[name], _TYPES[dtype])
         for name, form in formats.items()

@@ -104,7 +104,7 @@ class DeviceBudget:
         """
         self._tenants.pop(tenant, None)
         idle = [other for other in self._tenants if other.held() > 0]
-        total_bytes = max(other.room_bytes for other in (tenant, *self._tenants))
+        total_bytes = max(other.room_bytes for other in (tenant, *idle))
         self._tenants[tenant] = None
         held_bytes = sum(other.held() for other in idle)
         if idle and total_bytes - held_bytes < peak_bytes:

@@ -6,7 +6,7 @@ from .backends import backend
 from .backends.protocol import Backend, Session
 from .budget import BUILDING, DeviceBudget
 from .machine.hardware import Hardware
-from .models.spec import ModelSpec
+from .models.spec import Component
 from .placement import Placement
 from .planner.plan import Plan
 
@@ -39,15 +39,15 @@ class Loaded:
         self._limits.clear()  # another pipeline may have set the process's cap since
         self._limit()
 
-    def session(self, spec: ModelSpec, name: str, placement: Placement) -> Session:
-        """The session of a component, loaded if it is not there."""
+    def session(self, component: Component, placement: Placement) -> Session:
+        """Its session, loaded if it is not there."""
         if len(self.backends) > 1:
             self._limit()
-        if name not in self.sessions:
+        if component.name not in self.sessions:
             with BUILDING:
-                session = self.backends[placement.backend].load(spec, spec.components[name], placement)
-            self.sessions[name] = placement, session
-        return self.sessions[name][1]
+                session = self.backends[placement.backend].load(component, placement)
+            self.sessions[component.name] = placement, session
+        return self.sessions[component.name][1]
 
     def drop(self, name: str) -> None:
         if entry := self.sessions.pop(name, None):

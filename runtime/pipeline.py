@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .budget import BUILDING, Turn
+from .budget import Turn
 from .errors import TightfitError
 from .events import Event, Result
 from .loaded import Loaded
@@ -85,28 +85,25 @@ class Pipeline:
         request = request.resolve(self.spec)
         steps = schedulers.calls(str(request.scheduler), self.spec, int(request.num_inference_steps or 0))
         key = [request.width, request.height, steps, request.num_images, guided(self.spec, request)]
-        with self._using, BUILDING:
-            return self._plans(key, request)
+        with self._using:
+            if key != self._planned[0]:
+                self._planned = key, self._planned_anew(request)
+            return list(self._planned[1])
 
-    def _plans(self, key: list[Any], request: Request) -> list[Plan]:
-        if key != self._planned[0]:
-            saved = self._checked(request)
-            if not saved:
-                planner.refuse_hopeless(self.hardware, self.spec, request, self.wishes)
-            plans = planner.plan(self.hardware, self.spec, request, self.wishes)
-            if saved:
-                plans = [*saved, *(replace(plan, chosen=False) for plan in plans)]
-            elif not plans[0].fits:
-                raise planner.none_fits(plans, self.hardware, self.spec, request, self.wishes)
-            self._planned = key, plans
-        return list(self._planned[1])
+    def _planned_anew(self, request: Request) -> list[Plan]:
+        saved = self._checked(request)
+        if not saved:
+            planner.refuse_hopeless(self.hardware, self.spec, request, self.wishes)
+        plans = planner.plan(self.hardware, self.spec, request, self.wishes)
+        if not saved and not plans[0].fits:
+            raise planner.none_fits(plans, self.hardware, self.spec, request, self.wishes)
+        return [*saved, *(replace(plan, chosen=False) for plan in plans)] if saved else plans
 
     def _checked(self, request: Request) -> list[Plan]:
         """The plan that was given for all requests, predicted for this one; nothing without one."""
         if not self._saved:
             return []
-        with BUILDING:
-            return [planner.checked(self._saved, self.hardware, self.spec, request, self.wishes)]
+        return [planner.checked(self._saved, self.hardware, self.spec, request, self.wishes)]
 
     def _first(self, request: Request) -> Plan:
         """The plan to begin with."""

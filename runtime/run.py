@@ -72,12 +72,7 @@ class Run:
         try:
             yield from self._stages(preview_every)
         # Of planning too, and of a library that comes late.
-        except (
-            MemoryError,
-            RuntimeError,
-            ImportError,
-            OSError,
-        ) as error:
+        except (MemoryError, RuntimeError, ImportError, OSError) as error:
             if not out_of_memory(error):
                 raise
             raise OutOfMemoryError(
@@ -202,14 +197,8 @@ class Run:
                 latents = finished[index]
                 values = self._surviving(lambda latents=latents: self._decoded(latents))
                 images.append(self._picture(values, index))
-                yield Event(
-                    "decode",
-                    index + 1,
-                    request.num_images,
-                    index,
-                    notices=self._news(),
-                    picture=images[index],
-                )
+                news, picture = self._news(), images[index]
+                yield Event("decode", index + 1, request.num_images, index, notices=news, picture=picture)
             except KeyboardInterrupt as interrupt:
                 if stopped or len(images) == len(finished):
                     raise
@@ -219,9 +208,8 @@ class Run:
 
     def _decoded(self, latents: np.ndarray) -> np.ndarray:
         """(height, width, 3) in -1..1."""
-        return self._session(self.spec.decoder.name)(latents=widened(self.spec, latents))[0][0].transpose(
-            1, 2, 0
-        )
+        (pictures, *_) = self._session(self.spec.decoder.name)(latents=widened(self.spec, latents))
+        return pictures[0].transpose(1, 2, 0)
 
     def _picture(self, values: np.ndarray, index: int) -> Image.Image:
         """One PIL picture with its own request in `info["parameters"]`."""
@@ -262,7 +250,7 @@ class Run:
         if self.closed:
             raise TightfitError("the pipeline was closed while it was painting")
         is_new, start = name not in self.loaded.sessions, time.perf_counter()
-        session = self.loaded.session(self.spec, name, self.plan.placements[name])
+        session = self.loaded.session(self.spec.components[name], self.plan.placements[name])
         if is_new:
             self._load_seconds += time.perf_counter() - start
             self._note(*session.notices)

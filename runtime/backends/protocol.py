@@ -58,7 +58,7 @@ class Backend(Protocol):
     @property
     def meter(self) -> Meter: ...
 
-    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> Session:
+    def load(self, component: Component, placement: Placement) -> Session:
         """Raises OutOfMemoryError if there is no room for it, and leaves nothing behind then."""
         ...
 

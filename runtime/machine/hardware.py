@@ -46,7 +46,7 @@ class Hardware:
     context, or Python and its libraries. Rates are FLOP/s by precision (a multiplication and an addition are
     two); `bandwidth` and `bus` bytes/s of the memory and from the host; `read` bytes/s from files that the
     system has in its cache; `call_seconds` is what starting one operator takes, and `starts` what one of a
-    kind does, where that is more (memory.Operation). `attention_rates` are FLOP/s by 'precision/kind', where
+    kind does, where that is more (Operation.kind). `attention_rates` are FLOP/s by 'precision/kind', where
     they were measured. `fused_attention`: torch has a kernel here that never stores the scores. `providers`
     are ONNX Runtime's; None where they have not been asked for yet, as that takes time. `host_rate` is FLOP/s
     of the host's processor beside a GPU, in fp32. `workspaces` are bytes that libraries take through torch's

@@ -23,7 +23,7 @@ def read_model(path: Path, name: str | None = None) -> ModelSpec:
         design = family_of(source)
         components = {network.name: source.component(network) for network in design.networks}
         for component in components.values():
-            check_config(component.network, component)
+            check_config(component)
         denoiser = next(component for component in components.values() if component.role is Role.DENOISER)
         spec = ModelSpec(
             name=name or str(path.absolute()),

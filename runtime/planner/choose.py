@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from ..budget import BUILDING
 from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..machine.process import PROCESS, address_space, process_context
@@ -33,7 +34,7 @@ def plan(
     request = (request or Request("a")).resolve(spec)
     estimate = ESTIMATOR.estimate(hardware, spec, request, wishes)
     budget = _budget(hardware, wishes)
-    with _cycles_left():
+    with BUILDING, _cycles_left():
         found = [
             each for way in ways(hardware, spec, request, wishes) for each in estimate.plans(*way, budget)
         ]

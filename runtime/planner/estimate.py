@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import threading
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
 from ..backends import engine
+from ..budget import BUILDING
 from ..costs.footprint import Footprint, peak
 from ..costs.latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from ..machine.hardware import Hardware
@@ -43,17 +42,16 @@ class Estimator:
     """Costs every request of this process. Requests for the same machine, model and size share what was
     computed.
 
-    Threads take turns, one plan each: calls are followed on `meta` modules that all requests share.
+    Threads take turns (BUILDING): calls are followed on `meta` modules that all requests share.
     """
 
     def __init__(self, most: int = 4) -> None:
         """Keeps the costs of the last `most` machines, models and sizes."""
         self.costs: Recent[dict[Any, Any]] = Recent(most)
-        self.turn = threading.RLock()
 
     def estimate(self, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Estimate:
         key = (request.width, request.height, guided(spec, request))
-        return Estimate(hardware, spec, request, wishes, self.costs.get(key, dict, hardware, spec), self.turn)
+        return Estimate(hardware, spec, request, wishes, self.costs.get(key, dict, hardware, spec))
 
 
 ESTIMATOR = Estimator()  # the one of this process
@@ -68,10 +66,9 @@ class Estimate:
     request: Request
     wishes: Wishes
     _known: dict[Any, Any]
-    _turn: AbstractContextManager[Any]
 
     def plan(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> Plan:
-        with self._turn:
+        with BUILDING:
             predicted = self._predict(cfg, placements)
             verdict, reason = self._verdict(cfg, placements, predicted, budget_bytes)
         return Plan(
@@ -90,15 +87,11 @@ class Estimate:
     def plans(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> list[Plan]:
         """This way of running. Where its weights stream, also with as many kept loaded as the budget has room
         for, and with half of those."""
-        with self._turn:
-            plan = self.plan(cfg, placements, budget_bytes)
-            room = budget_bytes - plan.predicted.context_bytes
-            if plan.predicted.peak_bytes > room or not self._may_keep(cfg, placements):
-                return [plan]
-            return [
-                plan,
-                *(self.plan(cfg, kept, budget_bytes) for kept in self._keeping(cfg, placements, room)),
-            ]
+        plan = self.plan(cfg, placements, budget_bytes)
+        room = budget_bytes - plan.predicted.context_bytes
+        if plan.predicted.peak_bytes > room or not self._may_keep(cfg, placements):
+            return [plan]
+        return [plan, *(self.plan(cfg, kept, budget_bytes) for kept in self._keeping(cfg, placements, room))]
 
     def _may_keep(self, cfg: str, placements: Mapping[str, Placement]) -> bool:
         if placements[self.spec.denoiser.name].residency != "streamed":

@@ -60,6 +60,16 @@ def test_the_longest_idle_makes_room_first(budget):
     assert [tenant.held_bytes for tenant in tenants] == [0, 0, 0]
 
 
+def test_the_room_of_one_that_holds_nothing_is_no_room(budget):
+    """A pipeline that was closed, detected when more was free, and not collected yet."""
+    closed, idle, newest = Tenant(500), Tenant(100), Tenant(100)
+    budget.share(closed, 500, 10)
+    budget.share(idle, 100, 90)
+    idle.held_bytes = 90
+    assert budget.share(newest, 100, 60) == 100
+    assert idle.held_bytes == 0
+
+
 def test_a_tenant_that_is_gone_holds_nothing(budget):
     gone = Tenant(500)
     budget.share(gone, 100, 10)

@@ -174,7 +174,7 @@ class OnnxBackend:
         hardware: Hardware,
         size: tuple[int, int, int],
     ) -> Footprint:
-        """Weights as the provider holds them, and one call of the graph by onnx_trace.py, in ONNX Runtime's
+        """Weights as the provider holds them, and one call of the graph by dryrun.py, in ONNX Runtime's
         arena. Nothing, of what is refused."""
         assert component.graph is not None
         on_cpu = placement.provider == CPU_PROVIDER
@@ -185,7 +185,7 @@ class OnnxBackend:
             return Footprint((), 0, nothing, (), host=peak("cpu", (), whole))
         return whole
 
-    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> OnnxSession:  # noqa: ARG002
+    def load(self, component: Component, placement: Placement) -> OnnxSession:
         """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be
         run."""
         assert component.graph is not None

@@ -16,7 +16,7 @@ from ...machine.providers import CPU_PROVIDER
 from ...models.families.family import GraphNames, Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
-from . import dryrun as onnx_trace
+from . import dryrun
 
 _FLOAT = onnx.TensorProto.FLOAT
 _WHOLE = {onnx.TensorProto.INT32, onnx.TensorProto.INT64}
@@ -61,10 +61,10 @@ def _rewritten(model: Any) -> Any:
     copy.CopyFrom(model)
     changed = False
     for node in copy.graph.node:
-        heads = onnx_trace.attribute(node, "q_num_heads")
-        plain = len(node.input) == 3 and heads and not onnx_trace.attribute(node, "is_causal", 0)
+        heads = dryrun.attribute(node, "q_num_heads")
+        plain = len(node.input) == 3 and heads and not dryrun.attribute(node, "is_causal", 0)
         if node.op_type == "Attention" and node.domain in ("", "ai.onnx") and plain:
-            scale = onnx_trace.attribute(node, "scale")
+            scale = dryrun.attribute(node, "scale")
             del node.attribute[:]
             node.op_type, node.domain = "MultiHeadAttention", "com.microsoft"
             node.attribute.append(helper.make_attribute("num_heads", heads))

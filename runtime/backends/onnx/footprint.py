@@ -16,7 +16,7 @@ from ...errors import TightfitError, first_line
 from ...models.families.family import Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
-from . import dryrun as onnx_trace
+from . import dryrun
 from .call import Inputs, answers, even_step, halves_evenly, input_shapes, once, runtime_model
 
 _PACKED = {"Conv", "MatMul", "Gemm"}
@@ -56,8 +56,8 @@ def call_of(graph: Graph, on_cpu: bool, shapes: Inputs) -> _Call | str:
 
 def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]]) -> _Call:
     own = functools.partial(_own, graph.tensors.keys(), on_cpu)
-    shapes = onnx_trace.Shapes(runtime_model(graph), inputs, wide=on_cpu)
-    call = onnx_trace.trace_of(shapes, own)
+    shapes = dryrun.Shapes(runtime_model(graph), inputs, wide=on_cpu)
+    call = dryrun.trace_of(shapes, own)
     arena, held = OnnxArena(exact=not on_cpu), [PER_NODE_BYTES * len(graph.model.graph.node)]
     for i, count in enumerate(weight_bytes(graph, on_cpu)):
         if on_cpu:
@@ -118,9 +118,9 @@ _ANSWER_SHAPES: Mapping[
 }
 
 
-def _own(weights: Any, on_cpu: bool, node: Any, shapes: onnx_trace.Shapes) -> onnx_trace.Steps:
+def _own(weights: Any, on_cpu: bool, node: Any, shapes: dryrun.Shapes) -> dryrun.Steps:
     """What ONNX Runtime's kernels take beside their answers, as measured one by one (docs/decisions.md)."""
-    ins, together = [name for name in node.input if name], onnx_trace.together
+    ins, together = [name for name in node.input if name], dryrun.together
     if node.op_type == "GroupNormalization":
         return _function(shapes.bytes(ins[0]))
     if not on_cpu:
@@ -129,7 +129,7 @@ def _own(weights: Any, on_cpu: bool, node: Any, shapes: onnx_trace.Shapes) -> on
         return together(*(shapes.bytes(name) for name in ins[:3]))
     if node.op_type == "Attention":  # the scores
         q, k = (shapes.shapes[name] for name in ins[:2])
-        heads = onnx_trace.attribute(node, "q_num_heads") or q[1]
+        heads = dryrun.attribute(node, "q_num_heads") or q[1]
         return together(4 * q[0] * heads * q[-2] * k[-2])
     if node.op_type == "Conv" and ins[1] in weights:  # in blocks of channels (NCHWc)
         return together(shapes.bytes(ins[0]))
@@ -141,7 +141,7 @@ def _own(weights: Any, on_cpu: bool, node: Any, shapes: onnx_trace.Shapes) -> on
     return together()
 
 
-def _function(count: int) -> onnx_trace.Steps:
+def _function(count: int) -> dryrun.Steps:
     """GroupNormalization is run as the operators that ONNX defines it by: cast, squared, less its mean,
     divided, cast, scaled, and moved, each in a buffer of its own."""
     cast, squared, centred, normal, back, scaled = range(6)
@@ -154,7 +154,7 @@ def _function(count: int) -> onnx_trace.Steps:
         (normal, count),
         (centred, END),
     ]
-    steps += [(back, count), (normal, END), (scaled, count), (back, END), (onnx_trace.OUT, 0), (scaled, END)]
+    steps += [(back, count), (normal, END), (scaled, count), (back, END), (dryrun.OUT, 0), (scaled, END)]
     return steps
 
 
@@ -167,7 +167,7 @@ def weight_bytes(graph: Graph, on_cpu: bool) -> Iterator[int]:
     users = _users(graph)
     for name, tensor in graph.tensors.items():
         kinds = {node.op_type for node in users.get(name, ())}
-        casts = [onnx_trace.attribute(node, "to") for node in users.get(name, ()) if node.op_type == "Cast"]
+        casts = [dryrun.attribute(node, "to") for node in users.get(name, ()) if node.op_type == "Cast"]
         wide = on_cpu and tensor.dtype == "F16"
         if kinds == {"Cast"}:
             yield tensor.count * onnx.helper.tensor_dtype_to_np_dtype(casts[0]).itemsize

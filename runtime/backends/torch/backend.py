@@ -159,7 +159,7 @@ class TorchBackend:
     ) -> Footprint:
         return dryrun.footprint(spec, component, placement, hardware, size)
 
-    def load(self, spec: ModelSpec, component: Component, placement: Placement) -> TorchSession:  # noqa: ARG002
+    def load(self, component: Component, placement: Placement) -> TorchSession:
         """Build the module without memory, then fill it, or have it filled as it runs."""
         dtype = weights.DTYPES[placement.compute]
         with _memory_errors_explained(self.device):

@@ -32,9 +32,8 @@ def networks() -> dict[str, Network]:
 
 def role_of(name: str) -> Role:
     """Of the network called so. Raises TightfitError for a name that no family has."""
-    network = networks().get(name)
-    if network is None:
-        raise TightfitError(
-            f"{name} is a network of no family that tightfit runs: {', '.join(networks())} are"
-        )
-    return network.role
+    for family in FAMILIES:
+        for network in family.networks:
+            if network.name == name:
+                return network.role
+    raise TightfitError(f"{name} is a network of no family that tightfit runs: {', '.join(networks())} are")

@@ -186,13 +186,7 @@ def _index_file(folder: Path) -> Path:
             "a model is 'emoji', a diffusers folder or a hub id such as owner/name"
         )
     index = folder / "model_index.json"
-    try:
-        found = index.exists()
-    except PermissionError:
-        raise TightfitError(
-            f"{folder} may not be entered: allow it, or copy the model to a folder of yours"
-        ) from None
-    if not found:
+    if not index.exists():
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
             pickle = min(path for pattern in PICKLES for path in folder.glob(pattern))
             raise TightfitError(f"{folder} holds a pickle and no diffusers model: {cures.of_pickle(pickle)}")

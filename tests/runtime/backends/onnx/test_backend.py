@@ -393,10 +393,10 @@ def test_no_room_is_said_before_it_is_taken(onnx_models):
     placement = candidates._on_onnx(Hardware.detect("cpu"), spec, "unet", Wishes(), choice)
     backend.meter.limit(MIB // 4)
     with pytest.raises(OutOfMemoryError):
-        backend.load(spec, spec.components["unet"], placement)
+        backend.load(spec.components["unet"], placement)
     held = sum(engine.weight_bytes(read_graph(spec.folder / "unet" / "model.onnx"), True))
     backend.meter.limit(3 * held)
-    session = backend.load(spec, spec.components["unet"], placement)
+    session = backend.load(spec.components["unet"], placement)
     large = dict(spec.inputs(spec.components["unet"], 2, 1024, 1024))
     with pytest.raises(OutOfMemoryError):
         session(**{name: np.zeros(shape, np.float32) for name, shape in large.items()})

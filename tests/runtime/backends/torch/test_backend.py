@@ -402,7 +402,7 @@ def test_without_triton_a_notice_and_torchs_path(sd1, monkeypatch, precision):
     monkeypatch.setattr(engine.TorchSession, "load", lambda *_: None)
     spec = inspect(str(sd1))
     session = backend.load(
-        spec, spec.components["unet"], Placement("torch", precision, "fp16", "staged", "sdpa", "whole")
+        spec.components["unet"], Placement("torch", precision, "fp16", "staged", "sdpa", "whole")
     )
     assert session.module is not None
     layers = quantised.quantised_layers(session.module).values()
