@@ -1,11 +1,11 @@
-"""A tensor in a file: where it is, and how it is read."""
+"""A tensor in a file: where it is, how it is read, and what adapters change in it."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import TightfitError
 from ..files import WEIGHTS_BYTES, open_regular
@@ -13,20 +13,48 @@ from ..files import WEIGHTS_BYTES, open_regular
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
 
 
+class Patch(Protocol):
+    """A change that an adapter makes to the values of one stored tensor. Hashable."""
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors of the adapter's file that it is computed from."""
+        ...
+
+    def apply(self, rows: Any, start: int, parts: tuple[Any, ...]) -> None:
+        """Change `rows` in place: the tensor's values from row `start` on, fp32, of its shape but for the
+        first side.
+
+        `parts` are the values of `tensors`, fp32. It may allocate as much as `rows` takes.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Tensor:
     """One tensor of a safetensors file: its dtype in that format's spelling, its shape, and its bytes' place
-    there."""
+    there.
+
+    transposed: the file has the transpose of these two sides. patches: applied to its values in order,
+    whenever they are read.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     file: Path
     offset: int
     stored_bytes: int
+    transposed: bool = False
+    patches: tuple[Patch, ...] = ()
 
     @property
     def count(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether its values are the file's bytes in order."""
+        return not (self.transposed or self.patches)
 
     def read_into(self, buffer: Any) -> None:
         """Fill a writable buffer of `stored_bytes` bytes: read, not mapped, so that it is in memory once."""

@@ -290,7 +290,7 @@ class TorchSession:
         with self._nothing_behind():
             kept, rest = streaming.split(streaming.units(module, stored, self.dtype), kept_bytes)
             room = weights.scratch_bytes(module, stored, self.dtype, self.device)
-            here = room if self.device.type == "cpu" else 0
+            here = room + weights.patching_bytes(stored) if self.device.type == "cpu" else 0
             held = sum(sum(weights.held(part, self.dtype)) for part in kept) + streaming.ring_bytes(
                 rest, self.device
             )

@@ -216,7 +216,7 @@ def _streamed(
     reading = _kept(
         module, dtype, device, "scratch", lambda: weights.scratch_bytes(module, stored, dtype, device)
     )
-    own = [reading] if device.type == "cpu" else []
+    own = [reading, weights.patching_bytes(stored)] if device.type == "cpu" else []
     ring, host = (
         streaming.ring_bytes(rest, device),
         streaming.host_bytes(rest) if device.type == "cuda" else 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 
@@ -151,10 +151,13 @@ def beside(module: torch.nn.Module, dtype: torch.dtype) -> list[int]:
 
 
 def _quantised(layer: Quantised, tensor: Tensor, scratch: torch.Tensor) -> dict[str, torch.Tensor]:
-    raw = scratch[: tensor.stored_bytes]
-    tensor.read_into(raw.numpy().data)
+    if tensor.patches:
+        values = torch.empty(tensor.shape)
+        read_into(values, tensor, scratch)
+    else:
+        values = _values(tensor, scratch)
     try:
-        return quantise(raw.view(STORED[tensor.dtype]).view(layer.shape), layer.form)
+        return quantise(values.reshape(layer.shape), layer.form)
     except ValueError as error:
         raise TightfitError(f"{tensor.file}: {error}; copy or download the model again") from None
 
@@ -168,12 +171,10 @@ def scratch_bytes(
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
-        there = (
-            leaf in owner._parameters
-            and STORED[tensor.dtype] == own_dtype(owner, leaf, dtype)
-            and device.type == "cpu"
+        in_place = leaf in owner._parameters and _reads_in_place(
+            tensor, own_dtype(owner, leaf, dtype), device
         )
-        most = max(most, 0 if there else tensor.stored_bytes)
+        most = max(most, 0 if in_place else tensor.stored_bytes)
     return most
 
 
@@ -194,10 +195,14 @@ def loading_bytes(
         if path in layers and leaf == "weight":
             now += layers[path].form.bytes(tensor.shape)
             row = tensor.count // tensor.shape[0]
-            each = _QUANTISING + (0 if tensor.dtype == "F32" else _CONVERTING)
-            most = max(most, now + each * min(tensor.count, max(row, BLOCK // row * row)))
+            merged = 4 * tensor.count if tensor.patches else 0
+            each = _QUANTISING + (0 if tensor.dtype == "F32" or merged else _CONVERTING)
+            most = max(most, now + merged + each * min(tensor.count, max(row, BLOCK // row * row)))
         else:
             now += tensor.count * own_dtype(module.get_submodule(path), leaf, dtype).itemsize
+            merged = 0
+        if tensor.patches:
+            most = max(most, now + merged + _patching_bytes(tensor))
     # In another order, and packed.
     packing = 2 * max((layer.packing_bytes() for layer in layers.values()), default=0)
     return max(scratch, packing, scratch + most - sum(held(module, dtype)) - sum(beside(module, dtype)))
@@ -210,8 +215,64 @@ def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
     as bf16. And by way of one buffer, as freeing one for each tensor left holes in the heap that came to the
     same in every other run.
     """
-    direct = out.device.type == "cpu" and out.dtype == STORED[tensor.dtype]
-    target = out.view(-1).view(torch.uint8) if direct else scratch[: tensor.stored_bytes]
-    tensor.read_into(target.numpy().data)
-    if not direct:
-        out.copy_(target.view(STORED[tensor.dtype]).view(out.shape))
+    if _reads_in_place(tensor, out.dtype, out.device):
+        tensor.read_into(out.view(-1).view(torch.uint8).numpy().data)
+        return
+    values, out = _values(tensor, scratch), out.view(tensor.shape)
+    if not tensor.patches:
+        out.copy_(values)
+        return
+    for start, rows in _patched(values, tensor):
+        out[start : start + len(rows)].copy_(rows)
+
+
+def _reads_in_place(tensor: Tensor, dtype: torch.dtype, device: torch.device) -> bool:
+    return tensor.as_stored and device.type == "cpu" and dtype == STORED[tensor.dtype]
+
+
+def _values(tensor: Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """The tensor's values as the file has them, in `scratch`."""
+    raw = scratch[: tensor.stored_bytes]
+    tensor.read_into(raw.numpy().data)
+    values = raw.view(STORED[tensor.dtype])
+    return values.view(tensor.shape[::-1]).T if tensor.transposed else values.view(tensor.shape)
+
+
+def _patched(values: torch.Tensor, tensor: Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """A tensor's values in fp32 as its patches change them, some rows at a time, and which row is their
+    first."""
+    parts = {patch: tuple(map(_in_fp32, patch.tensors)) for patch in tensor.patches}
+    step = _block_rows(tensor)
+    for start in range(0, len(values), step):
+        rows = values[start : start + step].to(torch.float32, copy=True)
+        for patch in tensor.patches:
+            patch.apply(rows, start, parts[patch])
+        yield start, rows
+        del rows  # before the next ones are made
+
+
+def _in_fp32(tensor: Tensor) -> torch.Tensor:
+    values = torch.empty(tensor.shape)
+    read_into(values, tensor, torch.empty(tensor.stored_bytes, dtype=torch.uint8))
+    return values
+
+
+def _block_rows(tensor: Tensor) -> int:
+    """Rows of a tensor that are patched at a time."""
+    return max(1, BLOCK * tensor.shape[0] // tensor.count)
+
+
+def patching_bytes(stored: Mapping[str, Tensor]) -> int:
+    """Most bytes of host memory that applying the patches of one tensor takes at once."""
+    return max((_patching_bytes(tensor) for tensor in stored.values() if tensor.patches), default=0)
+
+
+def _patching_bytes(tensor: Tensor) -> int:
+    """What the patches are computed from, in fp32, one of them also as stored; a block, and its change."""
+    parts = [part for patch in tensor.patches for part in patch.tensors]
+    block = min(tensor.count, _block_rows(tensor) * (tensor.count // tensor.shape[0]))
+    return (
+        4 * sum(part.count for part in parts)
+        + max((part.stored_bytes for part in parts), default=0)
+        + 8 * block
+    )
