@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from .runtime.planner.wishes import Wishes
     from .runtime.png import save
     from .runtime.request import Request
+    from .runtime.service import Service, Ticket
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +35,8 @@ __all__ = [
     "Plan",
     "Request",
     "Result",
+    "Service",
+    "Ticket",
     "TightfitError",
     "Wishes",
     "export_model",
@@ -58,6 +61,7 @@ _HOMES = {
     "runtime.planner.wishes": ("Wishes",),
     "runtime.png": ("save",),
     "runtime.request": ("Request",),
+    "runtime.service": ("Service", "Ticket"),
 }
 
 

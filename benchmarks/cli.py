@@ -292,7 +292,7 @@ def _plans(
     if which in _WAYS:
         chosen = suite.choose(known, which)
         if not any(plan.fits for plan in chosen) and which != "all":
-            raise planner.none_fits(known, machine, spec, request, Wishes(**wishes))
+            raise planner.none_fits(known, machine, request.resolve(spec), Wishes(**wishes))
     else:
         files = [Path(part) for part in which.split(",")]
         for file in files:
@@ -302,7 +302,8 @@ def _plans(
                     "or files of 'tightfit plan --save'"
                 )
         chosen = [
-            planner.checked(Plan.read(file), machine, spec, request, Wishes(**wishes)) for file in files
+            planner.checked(Plan.read(file), machine, request.resolve(spec), Wishes(**wishes))
+            for file in files
         ]
     every = (
         known

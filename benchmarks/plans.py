@@ -47,7 +47,7 @@ def main() -> None:
             plans = plan(hardware, spec, request)
             best, room = plans[0], shown(hardware.free_bytes - hardware.context_bytes)
             if not best.fits:
-                print(f"| {card} | {room} | {none_fits(plans, hardware, spec, request, Wishes())} |")
+                print(f"| {card} | {room} | {none_fits(plans, hardware, request, Wishes())} |")
                 continue
             unet, vae = best.placements["unet"], best.placements["vae_decoder"]
             how = (unet.precision, best.residency, best.cfg, unet.attention, f"{vae.precision} {vae.tiling}")

@@ -67,7 +67,7 @@ def combination(pipe: Pipeline, request: Request, names: Row) -> Iterator[Row]:
     """A row for each stage. The profiler is started and stopped with the stages, and its count begins with
     what is held."""
     predicted = pipe.plans(request)[0].predicted.stages
-    held = sum(_bytes(session.module) for _, session in pipe.loaded.sessions.values())  # pyright: ignore[reportAttributeAccessIssue]
+    held = sum(_bytes(session.module) for *_, session in pipe.loaded.sessions.values())  # pyright: ignore[reportAttributeAccessIssue]
     measured, seen = {}, None
     cpu = pipe.hardware.device == "cpu"
     if cpu:

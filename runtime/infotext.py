@@ -13,14 +13,14 @@ from . import png
 from .errors import TightfitError
 from .fields import kinds
 from .models.schedulers import SCHEDULERS
-from .request import Request
+from .request import PLAIN, Job, Request
 
 _NAME = re.compile(r"\w[\w \-/]*")
 _QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
 _SETTINGS = re.compile(r"\s*Steps:\s*\d")
 _TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
-_FIELDS = {field.name: field for field in dataclasses.fields(Request)}
 _KINDS = kinds(Request)
+_FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
 _UNDERSTOOD = {
     "Steps",
     "Sampler",
@@ -45,19 +45,18 @@ class Carried:
     notices: tuple[str, ...] = ()
 
 
-def write(request: Request, model: str, precision: str) -> str:
-    """A resolved request as A1111 would write it. A last field holds it once more as JSON, exact whatever the
-    prompt."""
-    exact = {"model": model, "precision": precision, **dataclasses.asdict(request)}
-    lines = [request.prompt]
-    if request.negative_prompt:
-        lines.append(f"Negative prompt: {request.negative_prompt}")
+def write(job: Job, model: str, precision: str) -> str:
+    """A job as A1111 would write it. A last field holds it once more as JSON, exact whatever the prompt."""
+    exact = {"model": model, "precision": precision, **job.to_json()}
+    lines = [job.prompt]
+    if job.negative_prompt:
+        lines.append(f"Negative prompt: {job.negative_prompt}")
     fields = {
-        "Steps": request.num_inference_steps,
-        "Sampler": SCHEDULERS[str(request.scheduler)].a1111,
-        "CFG scale": request.guidance_scale,
-        "Seed": request.seed,
-        "Size": f"{request.width}x{request.height}",
+        "Steps": job.num_inference_steps,
+        "Sampler": SCHEDULERS[job.scheduler].a1111,
+        "CFG scale": job.guidance_scale,
+        "Seed": job.seed,
+        "Size": f"{job.width}x{job.height}",
         "Model": json.dumps(model) if re.search(r'[,:"\n]', model) else model,
         "Precision": precision,
         "tightfit": json.dumps(json.dumps(exact)),

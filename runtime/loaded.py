@@ -6,29 +6,30 @@ from .backends import backend
 from .backends.protocol import Backend, Session
 from .budget import BUILDING, DeviceBudget
 from .machine.hardware import Hardware
-from .models.spec import Component
+from .models.spec import Component, ModelSpec
 from .placement import Placement
 from .planner.plan import Plan
 
 
 class Loaded:
-    """Sessions of one model by component, each with its placement. A tenant of its device's budget."""
+    """Sessions of one model by component, each with what it is of and its placement. A tenant of its device's
+    budget."""
 
     def __init__(self, hardware: Hardware) -> None:
         self.budget = DeviceBudget.of(hardware.device)
         self.room_bytes = hardware.free_bytes - hardware.context_bytes
         self.backends: dict[str, Backend] = {}
-        self.sessions: dict[str, tuple[Placement, Session]] = {}
+        self.sessions: dict[str, tuple[Component, Placement, Session]] = {}
         self._allowed_bytes = 0
         self._limits: dict[str, int] = {}
 
-    def take(self, plan: Plan) -> None:
-        """Make way for `plan`: what another placed otherwise is freed, and each engine is held to what it may
-        take."""
+    def take(self, plan: Plan, spec: ModelSpec) -> None:
+        """Make way for `plan` of `spec`: what is placed otherwise, or of other tensors, is freed, and each
+        engine is held to what it may take."""
         for engine in {placement.backend for placement in plan.placements.values()} - self.backends.keys():
             self.backends[engine] = backend(engine, plan.device)
-        for name, (placement, _) in list(self.sessions.items()):
-            if placement != plan.placements.get(name):
+        for name, (component, placement, _) in list(self.sessions.items()):
+            if placement != plan.placements.get(name) or component is not spec.components.get(name):
                 self.drop(name)
         for engine in self.backends.values():
             engine.keep(plan.placements)
@@ -46,16 +47,16 @@ class Loaded:
         if component.name not in self.sessions:
             with BUILDING:
                 session = self.backends[placement.backend].load(component, placement)
-            self.sessions[component.name] = placement, session
-        return self.sessions[component.name][1]
+            self.sessions[component.name] = component, placement, session
+        return self.sessions[component.name][-1]
 
     def drop(self, name: str) -> None:
         if entry := self.sessions.pop(name, None):
-            entry[1].close()
+            entry[-1].close()
 
     def drop_staged(self) -> None:
         """Free what is loaded for one stage alone."""
-        for name, (placement, _) in list(self.sessions.items()):
+        for name, (_, placement, _) in list(self.sessions.items()):
             if placement.residency != "resident":
                 self.drop(name)
 

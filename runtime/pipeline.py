@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -11,18 +11,18 @@ from typing import Any
 
 from PIL import Image
 
+from .adapters import Adapter, adapted
 from .budget import Turn
 from .errors import TightfitError
 from .events import Event, Result
 from .loaded import Loaded
 from .machine.hardware import Hardware
-from .models import schedulers
 from .models.hub import inspect
 from .models.spec import ModelSpec
 from .planner import choose as planner
 from .planner.plan import Plan
 from .planner.wishes import Wishes
-from .request import Request, guided
+from .request import Job, Request
 from .run import OnStage, Run, Ways
 
 # Requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them.
@@ -34,6 +34,7 @@ def load(
     *,
     device: str = "auto",
     plan: Plan | None = None,
+    adapters: Sequence[Adapter] = (),
     local_files_only: bool = False,
     **wishes: Any,
 ) -> Pipeline:
@@ -42,15 +43,17 @@ def load(
 
     device: auto, cuda, xpu, mps or cpu. Each request is planned for what was free here, by `wishes`, the
     fields of Wishes: precision, compute, residency, attention, tiling and cfg (auto unless named), budget
-    (bytes, or text such as "4GiB"; of the GPU's memory, or of the process's on a CPU), min_psnr (decibels).
-    Or else all run by `plan`, if it fits. With local_files_only nothing is fetched. Raises TightfitError.
+    (bytes, or text such as "4GiB"; of the GPU's memory, or of the process's on a CPU), min_psnr
+    (decibels). Or else all run by `plan`, if it fits. `adapters` change the model for every request. With
+    local_files_only nothing is fetched. Raises TightfitError.
     """
     known = Wishes.__dataclass_fields__
     if unknown := [name for name in wishes if name not in known]:
         raise TightfitError(f"unknown option '{unknown[0]}': choose {', '.join(known)}")
     wishes.setdefault("requests", MANY)
     hardware = Hardware.detect(device)
-    return Pipeline(inspect(model, local_files_only=local_files_only), hardware, Wishes(**wishes), plan)
+    spec = adapted(inspect(model, local_files_only=local_files_only), adapters)
+    return Pipeline(spec, hardware, Wishes(**wishes), plan)
 
 
 class Pipeline:
@@ -82,32 +85,31 @@ class Pipeline:
     def plans(self, request: Request) -> list[Plan]:
         """Every way to run `request` here, the one that will be taken first. Raises TightfitError if none
         fits."""
-        request = request.resolve(self.spec)
-        steps = schedulers.calls(str(request.scheduler), self.spec, int(request.num_inference_steps or 0))
-        key = [request.width, request.height, steps, request.num_images, guided(self.spec, request)]
+        job = request.resolve(self.spec)
+        key = [id(job.spec), job.width, job.height, job.calls, job.num_images, job.branches]
         with self._using:
             if key != self._planned[0]:
-                self._planned = key, self._planned_anew(request)
+                self._planned = key, self._planned_anew(job)
             return list(self._planned[1])
 
-    def _planned_anew(self, request: Request) -> list[Plan]:
-        saved = self._checked(request)
+    def _planned_anew(self, job: Job) -> list[Plan]:
+        saved = self._checked(job)
         if not saved:
-            planner.refuse_hopeless(self.hardware, self.spec, request, self.wishes)
-        plans = planner.plan(self.hardware, self.spec, request, self.wishes)
+            planner.refuse_hopeless(self.hardware, job, self.wishes)
+        plans = planner.plan(self.hardware, self.spec, job, self.wishes)
         if not saved and not plans[0].fits:
-            raise planner.none_fits(plans, self.hardware, self.spec, request, self.wishes)
+            raise planner.none_fits(plans, self.hardware, job, self.wishes)
         return [*saved, *(replace(plan, chosen=False) for plan in plans)] if saved else plans
 
-    def _checked(self, request: Request) -> list[Plan]:
+    def _checked(self, job: Job) -> list[Plan]:
         """The plan that was given for all requests, predicted for this one; nothing without one."""
         if not self._saved:
             return []
-        return [planner.checked(self._saved, self.hardware, self.spec, request, self.wishes)]
+        return [planner.checked(self._saved, self.hardware, job, self.wishes)]
 
-    def _first(self, request: Request) -> Plan:
+    def _first(self, job: Job) -> Plan:
         """The plan to begin with."""
-        return (self._checked(request) or self.plans(request))[0]
+        return (self._checked(job) or self.plans(job))[0]
 
     def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
@@ -150,9 +152,9 @@ class Pipeline:
         it, of this or another pipeline, waits for that in another thread; in the same one it is refused with
         a TightfitError.
         """
-        request = request.resolve(self.spec)
+        job = request.resolve(self.spec)
         with self.loaded.budget.claim(self.loaded) as turn:
-            run = Run(self.spec, self.loaded, request, Ways(self._first, self.plans), self._on_stage)
+            run = Run(job, self.loaded, Ways(self._first, self.plans), self._on_stage)
             self._current = run, turn
             try:
                 yield from self._resumed(run.events(preview_every), turn)

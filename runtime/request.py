@@ -1,4 +1,4 @@
-"""What a person wants: checked once, then total."""
+"""What a person wants, and the job that it becomes for one model: checked once, then total."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
+from .adapters import Adapter, adapted
+from .conditions import Condition
 from .errors import TightfitError
 from .fields import described, kinds, option
 from .models import schedulers
@@ -27,7 +29,8 @@ class Request:
 
     Sizes are pixels. Picture i of `num_images` is made from seed + i, so each can be made again alone. A
     negative prompt of None is no negative prompt, which SDXL treats differently from an empty one, as
-    diffusers does. A seed of -1 is a random one, as None is.
+    diffusers does. A seed of -1 is a random one, as None is. `adapters` change the model for this request;
+    `conditions` are what it asks besides its text.
     """
 
     prompt: str
@@ -46,6 +49,8 @@ class Request:
     seed: int | None = option(None, "Default, and -1: random.", "N", bounds=(0, 2**63 - 1))
     scheduler: str | None = option(None, _NAMES, "NAME", choices=tuple(SCHEDULERS), costs=True)
     num_images: int = option(1, "From seed, seed + 1 …", "N", bounds=(1, 10_000), costs=True)
+    adapters: tuple[Adapter, ...] = ()
+    conditions: tuple[Condition, ...] = ()
 
     def checked(self) -> Request:
         """The same request with plain Python numbers; raises TightfitError for what no model could do."""
@@ -69,31 +74,81 @@ class Request:
             raise TightfitError(f"unknown scheduler '{self.scheduler}'{meant}: choose {known}")
         return dataclasses.replace(self, guidance_scale=_scale(self.guidance_scale), **whole)
 
-    def resolve(self, spec: ModelSpec) -> Request:
-        """The same request with everything decided for `spec`; raises TightfitError for what cannot be
-        done."""
+    def to_json(self) -> dict[str, Any]:
+        """Its numbers and texts by field, and the names of its adapters and conditions, if it has any."""
+        fields: dict[str, Any] = {name: getattr(self, name) for name in PLAIN}
+        if self.adapters:
+            fields["adapters"] = [adapter.name for adapter in self.adapters]
+        if self.conditions:
+            fields["conditions"] = [type(condition).__name__ for condition in self.conditions]
+        return fields
+
+    def resolve(self, spec: ModelSpec) -> Job:
+        """This request with everything decided for `spec`; raises TightfitError for what cannot be done."""
         request = self.checked()
         height, width = (
             (request.height, request.width) if request.height and request.width else spec.native_size
         )
-        whole = dataclasses.replace(
-            request,
-            width=request.width or width,
-            height=request.height or height,
-            num_inference_steps=request.num_inference_steps or spec.default_steps,
-            guidance_scale=_scale(spec.default_guidance)
+        given = {field.name: getattr(request, field.name) for field in dataclasses.fields(Request)}
+        decided = {
+            "width": request.width or width,
+            "height": request.height or height,
+            "num_inference_steps": request.num_inference_steps or spec.default_steps,
+            "guidance_scale": _scale(spec.default_guidance)
             if request.guidance_scale is None
             else request.guidance_scale,
-            seed=random.SystemRandom().randrange(2**32) if request.seed is None else request.seed,
-            scheduler=request.scheduler or schedulers.default(spec),
-        )
+            "seed": random.SystemRandom().randrange(2**32) if request.seed is None else request.seed,
+            "scheduler": request.scheduler or schedulers.default(spec),
+        }
         for name in ("width", "height"):
-            if getattr(whole, name) % spec.downsampling:
-                raise TightfitError(_size_error(name, getattr(whole, name), spec.downsampling))
-        return whole
+            if decided[name] % spec.downsampling:
+                raise TightfitError(_size_error(name, decided[name], spec.downsampling))
+        changed = adapted(spec, request.adapters)
+        parts = [part for condition in request.conditions for part in condition.components(changed)]
+        return Job(**given | decided, model=spec, spec=changed.with_components(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Request):
+    """A request with everything decided for one model. Only a job is planned and run; no field is None but
+    the negative prompt.
+
+    `model` is the model that it was resolved for; `spec` is that with the adapters, and with the networks of
+    the conditions.
+    """
+
+    width: int = dataclasses.field()
+    height: int = dataclasses.field()
+    num_inference_steps: int = dataclasses.field()
+    guidance_scale: float = dataclasses.field()
+    seed: int = dataclasses.field()
+    scheduler: str = dataclasses.field()
+    model: ModelSpec = dataclasses.field(compare=False, repr=False)
+    spec: ModelSpec = dataclasses.field(compare=False, repr=False)
+
+    @property
+    def request(self) -> Request:
+        """What would be asked to have just this again, of the same model."""
+        return Request(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Request)})
+
+    @property
+    def branches(self) -> int:
+        """Predictions a step, each with texts of its own. Classifier-free guidance takes two: asked for
+        above one, as in diffusers, but not of models distilled for it."""
+        return 2 if self.guidance_scale > 1 and not self.spec.guidance_width else 1
+
+    @property
+    def calls(self) -> int:
+        """How often one picture's denoiser predicts: some schedulers take two predictions a step."""
+        return schedulers.calls(self.scheduler, self.spec, self.num_inference_steps)
+
+    def resolve(self, spec: ModelSpec) -> Job:
+        return self if spec is self.model else super().resolve(spec)
 
 
 _KINDS, _ABOUT = kinds(Request), described(Request)
+PLAIN = tuple(name for name, kind in _KINDS.items() if kind in (str, int, float))
+"""Fields that are numbers or texts."""
 _WHOLE = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is int}
 
 
@@ -140,8 +195,3 @@ def _size_error(name: str, value: int, factor: int) -> str:
         f"{name} {value} is not a multiple of {factor}, by which this model shrinks a picture: "
         f"the nearest are {near}"
     )
-
-
-def guided(spec: ModelSpec, request: Request) -> bool:
-    """Classifier-free guidance: asked for above one, as in diffusers, but not of models distilled for it."""
-    return (request.guidance_scale or 0) > 1 and not spec.guidance_width

@@ -14,15 +14,17 @@ from PIL import Image
 
 from . import infotext, sampling
 from .backends.protocol import Session
+from .conditions import Steering, Steerings
 from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from .events import Event, Measured, Result
 from .loaded import Loaded
 from .machine.process import ProcessPeak
 from .models import schedulers
+from .models.families.family import Role
 from .models.spec import ModelSpec
 from .models.tokens import Tokens, painted_as_words, tokenize
 from .planner.plan import Plan
-from .request import Request, guided
+from .request import Job
 from .units import shown
 
 T = TypeVar("T")
@@ -33,23 +35,37 @@ CURE = "make the picture smaller, or close what else uses the memory"
 
 @dataclass(frozen=True)
 class Ways:
-    """How to plan a request: `first` is the plan to begin with, `every` all there are, for when that needs
-    too much."""
+    """How to plan a job: `first` is the plan to begin with, `every` all there are, for when that needs too
+    much."""
 
-    first: Callable[[Request], Plan]
-    every: Callable[[Request], list[Plan]]
+    first: Callable[[Job], Plan]
+    every: Callable[[Job], list[Plan]]
+
+
+class Conditioning:
+    """The denoiser's inputs that stay the same over all steps, a row for each branch; the same arrays in
+    every step, so that an engine finds them on its device."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        rows = range(max((len(array) for array in arrays.values()), default=0))
+        self._parts = {
+            "batched": [arrays],
+            "sequential": [{name: array[i : i + 1] for name, array in arrays.items()} for i in rows],
+        }
+
+    def of(self, cfg: str) -> list[Mapping[str, np.ndarray]]:
+        """The inputs of each call of one step."""
+        return self._parts[cfg]
 
 
 class Run:
-    """A resolved request, run with the sessions of `loaded`, which outlive it.
+    """A job, run with the sessions of `loaded`, which outlive it.
 
     When memory runs out all the same, it goes on from where it was by a plan that takes less.
     """
 
-    def __init__(
-        self, spec: ModelSpec, loaded: Loaded, request: Request, ways: Ways, on_stage: OnStage = nullcontext
-    ) -> None:
-        self.spec, self.loaded, self.request = spec, loaded, request
+    def __init__(self, job: Job, loaded: Loaded, ways: Ways, on_stage: OnStage = nullcontext) -> None:
+        self.job, self.spec, self.loaded = job, job.spec, loaded
         self.notices: list[str] = []
         self.stage = "prepare"
         self.closed = False
@@ -60,6 +76,7 @@ class Run:
         self._load_seconds, self._announced = 0.0, 0
         self._finished: list[np.ndarray] = []
         self._images: list[Image.Image] = []
+        self._steering = Steerings(())
 
     @property
     def plan(self) -> Plan:
@@ -80,14 +97,15 @@ class Run:
             ) from error
 
     def _stages(self, preview_every: int) -> Iterator[Event]:
-        request, images = self.request, self._images
+        job, images = self.job, self._images
         with self._measured("prepare"):
-            self._take(self._ways.first(request))
+            self._take(self._ways.first(job))
             tokens = self._prepare()
         with self._measured("encode"):
-            conditioning = self._encode(tokens)
+            conditioning = Conditioning(self._encode(tokens))
+            self._steering = self._steer()
         yield Event("encode", 1, 1, notices=self._news())
-        while len(images) < request.num_images:
+        while len(images) < job.num_images:
             stopped = None
             try:
                 with self._measured("denoise"):
@@ -101,16 +119,16 @@ class Run:
                 stopped = yield from self._decode(stopped)
             if stopped:
                 raise stopped
-        result = Result(request, self.plan, tuple(images), self._measures, tuple(self.notices))
-        yield Event("done", request.num_images, request.num_images, notices=self._news(), result=result)
+        result = Result(job.request, self.plan, tuple(images), self._measures, tuple(self.notices))
+        yield Event("done", job.num_images, job.num_images, notices=self._news(), result=result)
 
     def _prepare(self) -> dict[str, Tokens]:
         """Find out whatever else can fail before any weight is read; the tokens, by text encoder, are
         kept."""
-        request = self.request
-        schedulers.rehearse(str(request.scheduler), self.spec, int(request.num_inference_steps or 0))
-        texts = {"negative prompt": request.negative_prompt or ""} if guided(self.spec, request) else {}
-        texts["prompt"] = request.prompt
+        job = self.job
+        schedulers.rehearse(job.scheduler, self.spec, job.num_inference_steps)
+        texts = {"negative prompt": job.negative_prompt or ""} if job.branches > 1 else {}
+        texts["prompt"] = job.prompt
         tokens = {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
         self.notices += (*painted_as_words(texts), *_cut(tokens))
         return tokens
@@ -124,14 +142,25 @@ class Run:
             encoded.append(tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)))
             if self.plan.placements[name].residency != "resident":
                 self.loaded.drop(name)
-        return self.spec.design.condition(self.spec, encoded, self.request, guided(self.spec, self.request))
+        return self.spec.design.condition(self.job, encoded)
+
+    def _steer(self) -> Steering:
+        """What the conditions do to the steps."""
+        steerings = [condition.prepare(self.job, self._called) for condition in self.job.conditions]
+        for name in [component.name for component in self.spec.of_role(Role.ENCODER)]:
+            if self.plan.placements[name].residency != "resident":
+                self.loaded.drop(name)
+        return Steerings(steerings)
+
+    def _called(self, name: str, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+        return self._surviving(lambda: self._session(name)(**arrays))
 
     def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
-        return self._surviving(lambda: self._session(name)(tokens=ids[None]))
+        return self._called(name, tokens=ids[None])
 
-    def _denoise(self, conditioning: Mapping[str, np.ndarray], preview_every: int) -> Iterator[Event]:
+    def _denoise(self, conditioning: Conditioning, preview_every: int) -> Iterator[Event]:
         """The next picture's latents; all that are left, unless U-Net and VAE stay loaded together anyway."""
-        for index in range(len(self._finished), self.request.num_images):
+        for index in range(len(self._finished), self.job.num_images):
             latents = np.empty(0)
             for number, (event, latents) in enumerate(self._steps(conditioning, index), 1):
                 if preview_every and number % preview_every == 0:
@@ -141,42 +170,36 @@ class Run:
             if self.plan.denoiser.residency == self.plan.decoder.residency == "resident":
                 return
 
-    def _steps(
-        self, conditioning: Mapping[str, np.ndarray], index: int
-    ) -> Iterator[tuple[Event, np.ndarray]]:
+    def _steps(self, conditioning: Conditioning, index: int) -> Iterator[tuple[Event, np.ndarray]]:
         """The steps of picture `index`, with its latents (1, channels, h, w)."""
-        request, factor = self.request, self.spec.downsampling
-        seed, steps = int(request.seed or 0) + index, int(request.num_inference_steps or 0)
-        shape = (
-            1,
-            self.spec.unet["in_channels"],
-            int(request.height or 0) // factor,
-            int(request.width or 0) // factor,
-        )
-        scheduler = schedulers.make(str(request.scheduler), self.spec, steps, seed)
+        job, factor = self.job, self.spec.downsampling
+        seed, steps = job.seed + index, job.num_inference_steps
+        shape = (1, self.spec.unet["in_channels"], job.height // factor, job.width // factor)
+        scheduler = schedulers.make(job.scheduler, self.spec, steps, seed)
 
         def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
             return self._surviving(lambda: self._predict(sample, timestep, conditioning))
 
-        for step in sampling.denoise(scheduler, steps, shape, seed, predict):
-            done, total = index * step.count + step.number, request.num_images * step.count
+        noise = sampling.Noise(shape, seed)
+        for step in sampling.denoise(scheduler, steps, noise, predict, self._steering):
+            done, total = index * step.count + step.number, job.num_images * step.count
             yield Event("denoise", done, total, index, notices=self._news()), step.latents
 
-    def _predict(
-        self, sample: np.ndarray, timestep: float, conditioning: Mapping[str, np.ndarray]
-    ) -> np.ndarray:
+    def _predict(self, sample: np.ndarray, timestep: float, conditioning: Conditioning) -> np.ndarray:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each
         half."""
-        unet, time_step = self._session(self.spec.denoiser.name), np.array(timestep, np.float32)
-        if not guided(self.spec, self.request):
-            return unet(sample=sample, timestep=time_step, **conditioning)[0]
-        if self.plan.cfg == "batched":
-            both = unet(sample=np.concatenate([sample, sample]), timestep=time_step, **conditioning)[0]
-        else:
-            halves = [{name: array[i : i + 1] for name, array in conditioning.items()} for i in range(2)]
-            both = np.concatenate([unet(sample=sample, timestep=time_step, **half)[0] for half in halves])
-        without, given = both[:1], both[1:]
-        return without + np.float32(self.request.guidance_scale) * (given - without)
+        time_step, parts = np.array(timestep, np.float32), conditioning.of(self.plan.cfg)
+        samples = np.concatenate([sample] * (self.job.branches // len(parts)))
+
+        def denoised(part: Mapping[str, np.ndarray]) -> np.ndarray:
+            arrays = self._steering.inputs({"sample": samples, "timestep": time_step, **part})
+            return self._session(self.spec.denoiser.name)(**arrays)[0]
+
+        predicted = np.concatenate([denoised(part) for part in parts])
+        if self.job.branches == 1:
+            return predicted
+        without, given = predicted[:1], predicted[1:]
+        return without + np.float32(self.job.guidance_scale) * (given - without)
 
     def _preview(self, latents: np.ndarray, index: int) -> Image.Image | None:
         """The picture as it is now, if there is room for the VAE beside the U-Net, which goes on after."""
@@ -191,14 +214,14 @@ class Run:
 
     def _decode(self, stopped: KeyboardInterrupt | None) -> Generator[Event, None, KeyboardInterrupt | None]:
         """The pictures of the latents that are finished. Returns the first interrupt once all are there."""
-        request, finished, images = self.request, self._finished, self._images
+        job, finished, images = self.job, self._finished, self._images
         while (index := len(images)) < len(finished):
             try:
                 latents = finished[index]
                 values = self._surviving(lambda latents=latents: self._decoded(latents))
                 images.append(self._picture(values, index))
                 news, picture = self._news(), images[index]
-                yield Event("decode", index + 1, request.num_images, index, notices=news, picture=picture)
+                yield Event("decode", index + 1, job.num_images, index, notices=news, picture=picture)
             except KeyboardInterrupt as interrupt:
                 if stopped or len(images) == len(finished):
                     raise
@@ -221,15 +244,15 @@ class Run:
                 f"the picture overflowed in {compute}: {cure}, or try a smaller guidance scale"
             )
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
-        own = replace(self.request, seed=(self.request.seed or 0) + index, num_images=1)
-        image.info["parameters"] = infotext.write(own, self.spec.name, self.plan.precision)
+        alone = replace(self.job, seed=self.job.seed + index, num_images=1)
+        image.info["parameters"] = infotext.write(alone, self.spec.name, self.plan.precision)
         return image
 
     def _stopping(self) -> Event:
         done, count = len(self._images), len(self._finished) - len(self._images)
         pictures = "1 picture that is painted is" if count == 1 else f"{count} pictures that are painted are"
         self.notices.append(f"stopping; {pictures} decoded first, a second Ctrl-C gives up on that")
-        return Event("decode", done, self.request.num_images, done, notices=self._news())
+        return Event("decode", done, self.job.num_images, done, notices=self._news())
 
     def _note(self, *notices: str) -> None:
         """Say each once in a run."""
@@ -244,7 +267,7 @@ class Run:
     def _take(self, plan: Plan) -> None:
         """Run by `plan` from now on."""
         self._plan = plan
-        self.loaded.take(plan)
+        self.loaded.take(plan, self.spec)
 
     def _session(self, name: str) -> Session:
         if self.closed:
@@ -304,9 +327,7 @@ class Run:
         now, stage = self.plan, self.stage
         needs = now.predicted.stages[stage]
         lower = [
-            plan
-            for plan in self._ways.every(self.request)
-            if plan.fits and plan.predicted.stages[stage] < needs
+            plan for plan in self._ways.every(self.job) if plan.fits and plan.predicted.stages[stage] < needs
         ]
         self.loaded.free()
         if not lower:

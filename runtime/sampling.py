@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .conditions import Steering
 from .models import schedulers
 
 Predict = Callable[[np.ndarray, float], np.ndarray]
@@ -24,9 +25,15 @@ class Step:
     latents: np.ndarray
 
 
-def denoise(
-    scheduler: Any, steps: int, shape: tuple[int, ...], seed: int, predict: Predict
-) -> Iterator[Step]:
+@dataclass(frozen=True)
+class Noise:
+    """What a picture's latents begin as: their shape, and the seed that they are drawn by."""
+
+    shape: tuple[int, ...]
+    seed: int
+
+
+def denoise(scheduler: Any, steps: int, noise: Noise, predict: Predict, steering: Steering) -> Iterator[Step]:
     """The steps of one picture. Noise and scheduler stay on the CPU in fp32, so one seed is the same noise on
     every device.
 
@@ -34,13 +41,17 @@ def denoise(
     """
     import torch
 
-    generator = torch.Generator("cpu").manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(noise.seed)
     options = schedulers.step_options(scheduler, generator)
-    latents = torch.randn(shape, generator=generator) * getattr(scheduler, "init_noise_sigma", 1.0)
+    drawn = torch.randn(noise.shape, generator=generator)
+    latents = drawn * getattr(scheduler, "init_noise_sigma", 1.0)
+    latents = torch.from_numpy(steering.start(latents.numpy(), drawn.numpy(), scheduler))
     ends = schedulers.ends(scheduler, steps)
     for call, timestep in enumerate(scheduler.timesteps):
         sample = schedulers.scaled(scheduler, latents, timestep).numpy()
         prediction = torch.from_numpy(predict(sample, float(timestep)))
         latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         if call in ends:
-            yield Step(ends.index(call) + 1, len(ends), latents.numpy())
+            number = ends.index(call) + 1
+            latents = torch.from_numpy(steering.after(latents.numpy(), number))
+            yield Step(number, len(ends), latents.numpy())

@@ -154,7 +154,7 @@ def _closing_line(result: Result, paths: list[Path]) -> str:
 
 def _report(result: Result, paths: list[Path]) -> dict[str, Any]:
     return {
-        "request": asdict(result.request),
+        "request": result.request.to_json(),
         "plan": result.plan.to_json(),
         "predicted": asdict(result.plan.predicted),
         "measured": {

@@ -61,16 +61,16 @@ def show_plan(options: Options, asked: Mapping[str, Any], wished: Mapping[str, A
     spec = inspect(options.model)
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
-    request = Request("a", **asked, scheduler=sampler).resolve(spec)
-    planner.refuse_hopeless(machine, spec, request, wanted)
-    plans = planner.plan(machine, spec, request, wanted)
+    job = Request("a", **asked, scheduler=sampler).resolve(spec)
+    planner.refuse_hopeless(machine, job, wanted)
+    plans = planner.plan(machine, spec, job, wanted)
     if options.as_json:
         notes = _notes(plans[0], machine)
-        say_json({"request": _sized(request), "notes": notes, "plans": [plan.to_json() for plan in plans]})
+        say_json({"request": _sized(job), "notes": notes, "plans": [plan.to_json() for plan in plans]})
     else:
-        print_plans(plans, machine, request, options.every)
+        print_plans(plans, machine, job, options.every)
     if not plans[0].fits:
-        raise planner.none_fits(plans, machine, spec, request, wanted)
+        raise planner.none_fits(plans, machine, job, wanted)
     if options.save:
         write(options.save, json.dumps(plans[0].to_json(), indent=1, ensure_ascii=False))
 

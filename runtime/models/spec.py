@@ -4,12 +4,13 @@ pickle."""
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import TightfitError
+from ..recent import Recent
 from .families.family import Extent, Family, Network, Role
 from .graph import Graph
 from .tensors import Tensor
@@ -94,6 +95,16 @@ class ModelSpec:
     @property
     def decoder(self) -> Component:
         return self.of_role(Role.DECODER)[0]
+
+    def with_components(self, components: Sequence[Component]) -> ModelSpec:
+        """This model with these networks besides its own, in the order of their roles: the same object for
+        the same networks."""
+        return _EXTENDED.get((), lambda: self._with(components), self, *components) if components else self
+
+    def _with(self, components: Sequence[Component]) -> ModelSpec:
+        every = {**self.components, **{component.name: component for component in components}}
+        order = sorted(every.values(), key=lambda component: [*Role].index(component.role))
+        return replace(self, components={component.name: component for component in order})
 
     def of_role(self, role: Role) -> tuple[Component, ...]:
         """Its networks that do this, in order."""
@@ -198,6 +209,9 @@ class ModelSpec:
         """Shapes of what a session is called with, by their names there, for a picture of `height` x `width`
         pixels."""
         return component.network.inputs(self, Extent(batch, height, width))
+
+
+_EXTENDED: Recent[ModelSpec] = Recent(16)
 
 
 def _before_0_9(version: Any) -> bool:

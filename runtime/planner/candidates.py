@@ -14,7 +14,7 @@ from ..machine.providers import CPU_PROVIDER, PACKAGES, PROVIDERS, provider_name
 from ..models.families.family import Role
 from ..models.spec import Component, ModelSpec
 from ..placement import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STORED, TILINGS, Placement
-from ..request import Request, guided
+from ..request import Job
 from .wishes import Wishes
 
 
@@ -29,11 +29,9 @@ class _Choice:
     tiling: str
 
 
-def ways(
-    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes
-) -> Iterator[tuple[str, dict[str, Placement]]]:
+def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, dict[str, Placement]]]:
     """Every candidate once: its kind of guidance, and the placement of each component."""
-    modes = _options(wishes.cfg, CFG) if guided(spec, request) else ("batched",)
+    spec, modes = job.spec, _options(wishes.cfg, CFG) if job.branches > 1 else ("batched",)
     seen = set()
     for engines in _engines(spec, wishes):
         for choice, cfg in product(_choices(hardware, spec, wishes, engines), modes):
@@ -127,7 +125,7 @@ def _runnable(spec: ModelSpec, component: Component) -> tuple[str, ...]:
 
 def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -> Placement:
     role, precision = spec.components[name].role, choice.precision
-    vae = role is Role.DECODER
+    vae = role in (Role.ENCODER, Role.DECODER)
     if precision == DYNAMIC and role is not Role.DENOISER:
         # a strip of a VAE would have another scale than the next; text encoders have little to gain
         precision = "int8"
@@ -138,7 +136,7 @@ def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -
         compute=compute,
         # a VAE is a hundredth of a U-Net: nothing to gain
         residency="staged" if vae and choice.residency == "streamed" else choice.residency,
-        attention=choice.attention if role in (Role.DENOISER, Role.DECODER) else "sdpa",
+        attention="sdpa" if role is Role.TEXT else choice.attention,
         tiling=choice.tiling if spec.components[name].network.in_strips else "whole",
     )
 

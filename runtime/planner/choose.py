@@ -14,7 +14,7 @@ from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..machine.process import PROCESS, address_space, process_context
 from ..models.spec import ModelSpec
-from ..request import Request, guided
+from ..request import Job, Request
 from ..units import shown
 from .candidates import ways
 from .estimate import ESTIMATOR, holder
@@ -31,13 +31,11 @@ def plan(
     """Every way to run `request` (the model's native size by default) on `hardware`, best first: those that
     fit, fastest first, then the others by what they lack. The first is marked as chosen, if any fits."""
     wishes = wishes or Wishes()
-    request = (request or Request("a")).resolve(spec)
-    estimate = ESTIMATOR.estimate(hardware, spec, request, wishes)
+    job = (request or Request("a")).resolve(spec)
+    estimate = ESTIMATOR.estimate(hardware, job, wishes)
     budget = _budget(hardware, wishes)
     with BUILDING, _cycles_left():
-        found = [
-            each for way in ways(hardware, spec, request, wishes) for each in estimate.plans(*way, budget)
-        ]
+        found = [each for way in ways(hardware, job, wishes) for each in estimate.plans(*way, budget)]
     if not found:
         raise TightfitError(
             f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
@@ -67,12 +65,10 @@ def _cycles_left() -> Iterator[None]:
             gc.enable()
 
 
-def none_fits(
-    plans: Sequence[Plan], hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes
-) -> TightfitError:
+def none_fits(plans: Sequence[Plan], hardware: Hardware, job: Job, wishes: Wishes) -> TightfitError:
     """The error that says what would fit: a smaller picture, or a larger budget; or that what is asked for
     runs nowhere."""
-    asked = f"{request.width}x{request.height}"
+    spec, asked = job.spec, f"{job.width}x{job.height}"
     large = [plan for plan in plans if plan.verdict is Verdict.TOO_LARGE]
     if not large:  # no memory would help
         return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {plans[0].cause}")
@@ -84,7 +80,7 @@ def none_fits(
     cure = _more_memory(hardware, asked, least.predicted.peak_bytes + context_bytes)
     if least.predicted.context_bytes >= budget_bytes:
         cure = f"{holder(hardware)} alone takes {shown(context_bytes)}, and {cure}"
-    elif smaller := _largest_of_this_shape(hardware, spec, request, wishes, plans):
+    elif smaller := _largest_of_this_shape(hardware, job, wishes, plans):
         cure = f"the largest of this shape that fits is {smaller}, or {cure}"
     return TightfitError(f"{spec.name} does not fit {shown(budget_bytes)}: {cure} (with {least.summary()})")
 
@@ -103,35 +99,33 @@ def _more_memory(hardware: Hardware, asked: str, needed_bytes: int) -> str:
     return f"{asked} needs {shown(needed_bytes)} free, {shown(hardware.free_bytes)} are{_limit(hardware)}"
 
 
-def refuse_hopeless(hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> None:
+def refuse_hopeless(hardware: Hardware, job: Job, wishes: Wishes) -> None:
     """Raise TightfitError for what no way of running can fit, found out without following all of them: where
     there is no room beside the context, or none for one feature map of the picture. Following how 16384x16384
     runs takes minutes."""
-    request = request.resolve(spec)
     room = _budget(hardware, wishes) - hardware.context_bytes
     if room <= 0:
-        plans = plan(hardware, spec, request, _frugal(spec, request, wishes))
-        raise none_fits(plans, hardware, spec, request, wishes)
-    map_bytes = _largest_map(hardware, spec, int(request.width or 0), int(request.height or 0))
+        plans = plan(hardware, job.model, job, _frugal(job, wishes))
+        raise none_fits(plans, hardware, job, wishes)
+    map_bytes = _largest_map(hardware, job.spec, job.width, job.height)
     if map_bytes > room:
-        raise _no_room_for_a_map(hardware, spec, request, wishes, map_bytes)
+        raise _no_room_for_a_map(hardware, job, wishes, map_bytes)
 
 
-def _no_room_for_a_map(
-    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, map_bytes: int
-) -> TightfitError:
+def _no_room_for_a_map(hardware: Hardware, job: Job, wishes: Wishes, map_bytes: int) -> TightfitError:
     """The error for a picture whose one feature map is too much. The plans that its cure is from are of the
     native size."""
-    native = replace(request, width=spec.native_size[1], height=spec.native_size[0])
-    plans = plan(hardware, spec, native, _frugal(spec, native, wishes))
+    height, width = job.spec.native_size
+    native = replace(job, width=width, height=height)
+    plans = plan(hardware, job.model, native, _frugal(native, wishes))
     runs = [plan for plan in plans if _runs_somewhere(plan)]
     if not runs:
-        return none_fits(plans, hardware, spec, request, wishes)
-    smaller = _largest_of_this_shape(hardware, spec, request, wishes, runs)
+        return none_fits(plans, hardware, job, wishes)
+    smaller = _largest_of_this_shape(hardware, job, wishes, runs)
     cure = f"the largest of this shape that fits is {smaller}" if smaller else "no size of this shape fits"
-    asked, budget_bytes = f"{request.width}x{request.height}", _budget(hardware, wishes)
+    asked, budget_bytes = f"{job.width}x{job.height}", _budget(hardware, wishes)
     return TightfitError(
-        f"{spec.name} does not fit {shown(budget_bytes)}: "
+        f"{job.spec.name} does not fit {shown(budget_bytes)}: "
         f"one feature map of {asked} takes {shown(map_bytes)}, {cure}"
     )
 
@@ -141,13 +135,13 @@ def _runs_somewhere(plan: Plan) -> bool:
     return plan.verdict in (Verdict.FITS, Verdict.TOO_LARGE)
 
 
-def _frugal(spec: ModelSpec, request: Request, wishes: Wishes) -> Wishes:
+def _frugal(job: Job, wishes: Wishes) -> Wishes:
     """Wishes for the ways that take little memory, where they are torch's: half as many calls are followed
     for these."""
-    if any(component.graph for component in spec.components.values()):
+    if any(component.graph for component in job.spec.components.values()):
         return wishes
     least: dict[str, str] = {"tiling": "tiled"}
-    if guided(spec, request):
+    if job.branches > 1:
         least["cfg"] = "sequential"
     return replace(
         wishes, **{name: value for name, value in least.items() if getattr(wishes, name) == "auto"}
@@ -179,22 +173,18 @@ def _largest_map(hardware: Hardware, spec: ModelSpec, width: int, height: int) -
     )
 
 
-def _largest_of_this_shape(
-    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, plans: Sequence[Plan]
-) -> str | None:
+def _largest_of_this_shape(hardware: Hardware, job: Job, wishes: Wishes, plans: Sequence[Plan]) -> str | None:
     """By the way of running that takes the least memory at the size asked for; or by the least that streams,
     as of a small picture it is the weights that take memory."""
     runs = sorted(filter(_runs_somewhere, plans), key=lambda plan: plan.predicted.peak_bytes)
     ways = [*runs[:1], *[p for p in runs[1:] if p.denoiser.residency == "streamed"][:1]]
-    found = (_largest_that_fits(hardware, spec, request, wishes, way) for way in ways)
+    found = (_largest_that_fits(hardware, job, wishes, way) for way in ways)
     return next(filter(None, found), None)
 
 
-def _largest_that_fits(
-    hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes, least: Plan
-) -> str | None:
+def _largest_that_fits(hardware: Hardware, job: Job, wishes: Wishes, least: Plan) -> str | None:
     """The largest size of the request's shape that runs as `least` does."""
-    width, height, step = int(request.width or 0), int(request.height or 0), spec.downsampling * 8
+    spec, width, height, step = job.spec, job.width, job.height, job.spec.downsampling * 8
     shorter, budget = min(width, height), _budget(hardware, wishes)
     sizes = [(round(width * side / shorter / step) * step, round(height * side / shorter / step) * step)
              for side in range(step, shorter, step)]  # fmt: skip
@@ -203,12 +193,9 @@ def _largest_that_fits(
     with _cycles_left():
         while low <= high:  # the sizes grow
             middle = (low + high) // 2
-            smaller = replace(request, width=sizes[middle][0], height=sizes[middle][1])
-            if (
-                ESTIMATOR.estimate(hardware, spec, smaller, wishes)
-                .plan(least.cfg, least.placements, budget)
-                .fits
-            ):
+            smaller = replace(job, width=sizes[middle][0], height=sizes[middle][1])
+            estimate = ESTIMATOR.estimate(hardware, smaller, wishes)
+            if estimate.plan(least.cfg, least.placements, budget).fits:
                 best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
             else:
                 high = middle - 1

@@ -14,12 +14,11 @@ from ..budget import BUILDING
 from ..costs.footprint import Footprint, peak
 from ..costs.latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from ..machine.hardware import Hardware
-from ..models import schedulers
 from ..models.families.family import Role
 from ..models.spec import Component, ModelSpec
 from ..placement import DYNAMIC, QUANTISED, STAGES, Placement
 from ..recent import Recent
-from ..request import Request, guided
+from ..request import Job
 from ..units import shown
 from .plan import Plan, Predicted, Verdict, refused
 from .wishes import Wishes
@@ -49,9 +48,9 @@ class Estimator:
         """Keeps the costs of the last `most` machines, models and sizes."""
         self.costs: Recent[dict[Any, Any]] = Recent(most)
 
-    def estimate(self, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Estimate:
-        key = (request.width, request.height, guided(spec, request))
-        return Estimate(hardware, spec, request, wishes, self.costs.get(key, dict, hardware, spec))
+    def estimate(self, hardware: Hardware, job: Job, wishes: Wishes) -> Estimate:
+        key = (job.width, job.height, job.branches)
+        return Estimate(hardware, job, wishes, self.costs.get(key, dict, hardware, job.spec))
 
 
 ESTIMATOR = Estimator()  # the one of this process
@@ -59,13 +58,16 @@ ESTIMATOR = Estimator()  # the one of this process
 
 @dataclass(frozen=True)
 class Estimate:
-    """One request on one machine, and what it costs to run it in one way or another."""
+    """One job on one machine, and what it costs to run it in one way or another."""
 
     hardware: Hardware
-    spec: ModelSpec
-    request: Request
+    job: Job
     wishes: Wishes
     _known: dict[Any, Any]
+
+    @property
+    def spec(self) -> ModelSpec:
+        return self.job.spec
 
     def plan(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> Plan:
         with BUILDING:
@@ -161,12 +163,8 @@ class Estimate:
 
     def _size(self, name: str, cfg: str) -> tuple[int, int, int]:
         """The batch that a component is called with, and the picture's height and width."""
-        both = (
-            2
-            if self._role(name) is Role.DENOISER and guided(self.spec, self.request) and cfg == "batched"
-            else 1
-        )
-        return both, int(self.request.height or 0), int(self.request.width or 0)
+        batched = self._role(name) is Role.DENOISER and cfg == "batched"
+        return self.job.branches if batched else 1, self.job.height, self.job.width
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
@@ -207,17 +205,16 @@ class Estimate:
     def _seconds(
         self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
     ) -> float:
-        both = 2 if guided(self.spec, self.request) else 1
-        steps = schedulers.calls(
-            str(self.request.scheduler), self.spec, int(self.request.num_inference_steps or 0)
-        )
+        job, branches = self.job, self.job.branches
+        calls_of = {
+            Role.TEXT: branches,  # texts are encoded one by one
+            Role.ENCODER: 1,
+            Role.DENOISER: job.calls * (branches if cfg == "sequential" else 1) * job.num_images,
+            Role.DECODER: job.num_images,
+        }
         total = 0.0
         for name, placement in placements.items():
-            calls = {
-                Role.TEXT: both,  # texts are encoded one by one
-                Role.DENOISER: steps * (both if cfg == "sequential" else 1) * self.request.num_images,
-                Role.DECODER: self.request.num_images,
-            }[self._role(name)]
+            calls = calls_of[self._role(name)]
             one = ("seconds", name, placement, cfg)
             total += calls * self._once(
                 one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n])

@@ -10,12 +10,13 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from ..conditions import networks as networks_of_conditions
 from ..errors import TightfitError
 from ..files import read_bytes
 from ..machine.hardware import DEVICES
 from ..models.families import role_of
 from ..models.families.family import Role
-from ..placement import CFG, CHOICES, QUANTISED, Placement
+from ..placement import CFG, CHOICES, QUANTISED, STAGES, Placement
 from ..units import shown
 
 VERSION = 5
@@ -85,7 +86,7 @@ class Plan:
         return self._of_role(Role.DECODER)
 
     def _of_role(self, role: Role) -> Placement:
-        return next(placement for name, placement in self.placements.items() if role_of(name) is role)
+        return next(placement for name, placement in self.placements.items() if _role(name) is role)
 
     @property
     def precision(self) -> str:
@@ -170,6 +171,12 @@ class Plan:
             ) from None
 
 
+def _role(name: str) -> Role:
+    """Of a network of any family or condition."""
+    known = networks_of_conditions()
+    return known[name].role if name in known else role_of(name)
+
+
 def refused(why: str) -> str:
     """The reason of a plan that an engine refuses, of what the engine says."""
     return _REFUSED + why
@@ -193,7 +200,7 @@ def _problem(plan: Plan) -> str | None:
     if (
         plan.cfg not in CFG
         or plan.device not in DEVICES
-        or {role_of(name) for name in plan.placements} != set(Role)
+        or {_role(name).stage for name in plan.placements} != set(STAGES)
     ):
         return "it leaves open how something runs"
     for placement in plan.placements.values():

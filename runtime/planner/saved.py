@@ -8,7 +8,7 @@ from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..models.spec import ModelSpec
 from ..placement import Placement
-from ..request import Request
+from ..request import Job
 from ..rules import Rule, first_broken
 from .candidates import chosen_provider, of_stored, vae_compute
 from .estimate import ESTIMATOR
@@ -134,13 +134,13 @@ _OF_PLAN: tuple[Rule[_Saved], ...] = (
 )
 
 
-def checked(plan: Plan, hardware: Hardware, spec: ModelSpec, request: Request, wishes: Wishes) -> Plan:
-    """A plan from a file, predicted anew for this machine and request. Raises TightfitError if it cannot run
+def checked(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> Plan:
+    """A plan from a file, predicted anew for this machine and job. Raises TightfitError if it cannot run
     here."""
-    if problem := _problem(_Saved(plan, hardware, spec, wishes)):
+    if problem := _problem(_Saved(plan, hardware, job.spec, wishes)):
         raise TightfitError(problem)
     budget_bytes = min(plan.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
-    estimate = ESTIMATOR.estimate(hardware, spec, request.resolve(spec), wishes)
+    estimate = ESTIMATOR.estimate(hardware, job, wishes)
     new = estimate.plan(plan.cfg, plan.placements, budget_bytes)
     if not new.fits:
         raise TightfitError(

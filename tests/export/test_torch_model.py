@@ -194,7 +194,7 @@ def test_a_plan_of_another_precision(exported):
     best = tightfit.plan(machine, spec, request)[0]
     unet = replace(best.placements["unet"], precision="int4")
     other = replace(best, placements={**best.placements, "unet": unet})
-    assert checked(best, machine, spec, request, Wishes()).precision == "int8"
+    assert checked(best, machine, request, Wishes()).precision == "int8"
     with pytest.raises(TightfitError, match="is stored in int8"):
         checked(other, machine, spec, request, Wishes())
 

@@ -93,8 +93,8 @@ def test_neither_budget_nor_option_can_be(sd1):
     spec, request = inspect(sd1), Request("a").resolve(inspect(sd1))
     wishes = Wishes(precision="fp16", attention="sliced", budget=MIB)
     for raised in (
-        lambda: none_fits(plan(CPU, spec, request, wishes), CPU, spec, request, wishes),
-        lambda: refuse_hopeless(CPU, spec, request, wishes),
+        lambda: none_fits(plan(CPU, spec, request, wishes), CPU, request, wishes),
+        lambda: refuse_hopeless(CPU, request, wishes),
     ):
         with pytest.raises(TightfitError) as refused:
             raise raised() or AssertionError
@@ -109,7 +109,7 @@ def test_a_context_that_leaves_nothing_is_said(sd1):
         r"needs \S+ \w+ to \w+ beside the 600 MiB of the process, \d+ MiB too much", plans[0].reason
     )
     with pytest.raises(TightfitError, match=r"the process alone takes \d+ MiB, and 64x64 needs --ram 6"):
-        refuse_hopeless(CPU, spec, request, wishes)
+        refuse_hopeless(CPU, request, wishes)
 
 
 def test_a_hopeless_size_is_not_followed(sd1, traced):
@@ -117,7 +117,7 @@ def test_a_hopeless_size_is_not_followed(sd1, traced):
     spec, wishes = inspect(sd1), Wishes(budget=700 * MIB, precision="fp32")
     request = Request("a", width=16384, height=8192).resolve(spec)
     with pytest.raises(TightfitError, match="one feature map of 16384x8192 takes") as refused:
-        refuse_hopeless(CPU, spec, request, wishes)
+        refuse_hopeless(CPU, request, wishes)
     assert max(max(size) for size in traced) * spec.downsampling < 8192
     found = re.search(r"that fits is (\d+)x(\d+)", str(refused.value))
     assert found
@@ -132,7 +132,7 @@ def test_the_largest_size_is_found_by_one_way_of_running(sd1, traced):
     request = Request("a", width=1024, height=1024).resolve(spec)
     plans = plan(CPU, spec, request, wishes)
     followed = len(traced)
-    assert "largest of this shape" in str(none_fits(plans, CPU, spec, request, wishes))
+    assert "largest of this shape" in str(none_fits(plans, CPU, request, wishes))
     sizes = {size for size in traced[followed:] if any(size)}
     assert len(traced) - followed <= 3 * len(sizes)
 

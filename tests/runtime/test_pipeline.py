@@ -224,7 +224,7 @@ def test_events(pipes):
     ]
     assert [e.preview is not None for e in events if e.stage == "denoise"] == [False, True, False] * 2
     result = events[-1].result
-    assert result.request == request.resolve(pipes["sd1"].spec)
+    assert result.request == request.resolve(pipes["sd1"].spec).request
     assert list(result.stages) == ["prepare", "encode", "denoise", "decode"]
     assert all(
         stage.seconds > 0 and (stage.peak_bytes > 0 or name == "prepare")

@@ -185,6 +185,6 @@ def test_a_small_picture_fits_where_its_weights_stream(full_models):
     1650."""
     spec, wishes, card = full_models["sd1"], Wishes(budget="600MiB"), profile("gtx-1650")
     request = Request("a").resolve(spec)
-    text = str(none_fits(plan(card, spec, request, wishes), card, spec, request, wishes))
+    text = str(none_fits(plan(card, spec, request, wishes), card, request, wishes))
     width, height = map(int, text.split("that fits is ")[1].split(",")[0].split("x"))
     assert plan(card, spec, replace(request, width=width, height=height), wishes)[0].fits

@@ -26,6 +26,7 @@ from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from ...placement import Placement
 from ...rules import Rule, first_broken
+from ..sent import Sent
 from .call import answers, check_types, for_runtime, input_shapes, newest_opset
 from .footprint import PER_NODE_BYTES, call_footprint, call_of, call_problem, loading_bytes, weight_bytes
 from .meters import DeviceMeter, ProcessMeter
@@ -245,7 +246,7 @@ class OnnxSession:
         )
         self.inputs = graph.inputs
         self.outputs = answers(graph, names)
-        self._sent: dict[str, tuple[np.ndarray, Any]] = {}
+        self._sent = Sent()
         meter.hold(self._held)
         release()  # what packing left in the heap
 
@@ -276,11 +277,8 @@ class OnnxSession:
         their own memory."""
         binding = self.session.io_binding()
         for array, (name, feed) in zip(given.values(), feeds.items(), strict=True):
-            kept, there = self._sent.get(name, (None, None))
-            if kept is not array:
-                there = onnxruntime.OrtValue.ortvalue_from_numpy(feed, "cuda", 0)
-                self._sent[name] = array, there
-            binding.bind_ortvalue_input(name, there)
+            send = functools.partial(onnxruntime.OrtValue.ortvalue_from_numpy, feed, "cuda", 0)
+            binding.bind_ortvalue_input(name, self._sent.get(name, array, send))
         for name in self.outputs:
             binding.bind_output(name, "cuda", 0)
         self.session.run_with_iobinding(binding)

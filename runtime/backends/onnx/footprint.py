@@ -108,11 +108,17 @@ def _picture_shape(spec: ModelSpec, inputs: Mapping[str, tuple[int, ...]]) -> tu
     return batch, None, height * spec.downsampling, width * spec.downsampling
 
 
+def _latent_shape(spec: ModelSpec, inputs: Mapping[str, tuple[int, ...]]) -> tuple[int | None, ...]:
+    batch, _, height, width = inputs["sample"]
+    return batch, None, height // spec.downsampling, width // spec.downsampling
+
+
 # What a graph answers first, in the shapes of its inputs; None is any length.
 _ANSWER_SHAPES: Mapping[
     Role, Callable[[ModelSpec, Mapping[str, tuple[int, ...]]], tuple[int | None, ...]]
 ] = {
     Role.TEXT: lambda _, inputs: (*inputs["input_ids"], None),
+    Role.ENCODER: _latent_shape,
     Role.DENOISER: lambda _, inputs: inputs["sample"],
     Role.DECODER: _picture_shape,
 }

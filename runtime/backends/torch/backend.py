@@ -26,6 +26,7 @@ from ...models.tensors import Tensor
 from ...placement import DYNAMIC, QUANTISED, Placement
 from ...rules import Rule, first_broken
 from ...units import shown
+from ..sent import Sent
 from . import dryrun, networks, quantised, streaming
 from . import loading as weights
 from .meter import Meter, meter
@@ -132,7 +133,7 @@ class TorchBackend:
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.meter = meter(self.device)
-        self._stores: dict[str, tuple[Placement, streaming.HostStore]] = {}
+        self._stores: dict[str, tuple[Component, Placement, streaming.HostStore]] = {}
 
     @staticmethod
     def refuses(
@@ -203,12 +204,14 @@ class TorchBackend:
         dtype = weights.DTYPES[placement.compute]
         if self.device.type != "cuda":
             return streaming.FileLane(dtype, scratch)
-        if component.name not in self._stores:
+        if self._stores.get(component.name, (None,))[0] is not component:
+            self._stores.pop(component.name, None)
             most = pinnable(psutil.virtual_memory().total) - sum(
-                other.pinned_bytes for _, other in self._stores.values()
+                other.pinned_bytes for *_, other in self._stores.values()
             )
-            self._stores[component.name] = placement, streaming.HostStore(parts, dtype, scratch, most)
-        _, store = self._stores[component.name]
+            store = streaming.HostStore(parts, dtype, scratch, most)
+            self._stores[component.name] = component, placement, store
+        *_, store = self._stores[component.name]
         if store.pageable_bytes:
             session.notices += (
                 f"{shown(store.pageable_bytes)} of the {component.name}'s weights stream from memory that is "
@@ -220,7 +223,7 @@ class TorchBackend:
         """Let go of the host's memory that weights of components placed otherwise stream from. A backend is
         of one model."""
         for name in [
-            name for name, (placement, _) in self._stores.items() if placements.get(name) != placement
+            name for name, (_, placement, _) in self._stores.items() if placements.get(name) != placement
         ]:
             del self._stores[name]
             _empty_cache(self.device)
@@ -260,6 +263,7 @@ class TorchSession:
         self.streamer: streaming.Streamer | None = None
         self._held = 0
         self._calls: dict[Any, int] = {}
+        self._sent = None if device.type == "cpu" else Sent()
 
     def load(self, stored: Mapping[str, Tensor]) -> None:
         """Bring the weights in; OutOfMemoryError leaves nothing behind."""
@@ -324,11 +328,18 @@ class TorchSession:
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         module, key = self._module(), tuple((name, array.shape) for name, array in arrays.items())
         with tf32_off(self.device), _memory_errors_explained(self.device):
-            tensors = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}
+            tensors = {name: self._input(name, array) for name, array in arrays.items()}
             outs = self.meter.during(
                 self._calls, key, lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device)
             )
             return tuple(out.cpu().numpy() for out in outs)
+
+    def _input(self, name: str, array: np.ndarray) -> torch.Tensor:
+        """What the module reads for `array`; on a CPU that is the array."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._sent is None:
+            return tensor
+        return self._sent.get(name, array, lambda: dryrun.on_device(tensor, self.dtype, self.device))
 
     def close(self) -> None:
         try:
@@ -345,6 +356,8 @@ class TorchSession:
             # Modules of diffusers refer to themselves, so they go when Python's collector comes by.
             part._parameters.clear()
         self.module = self.streamer = None
+        if self._sent:
+            self._sent.clear()
         self._hold(-self._held)
         _empty_cache(self.device)
 

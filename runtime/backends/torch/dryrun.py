@@ -297,15 +297,15 @@ def run(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Call the module with fp32 or int64 tensors and have fp32 ones back, all on `device`.
+    """Call the module with fp32 or int64 tensors and have fp32 ones back, all on `device`."""
+    inputs = {name: on_device(tensor, dtype, device) for name, tensor in tensors.items()}
+    return [out.float() for out in call(module, **inputs)]
 
-    Floating-point ones go in in the session's precision; the timestep, a scalar, and token ids as they are.
-    """
-    there = {
-        name: tensor.to(device, dtype if tensor.ndim and tensor.is_floating_point() else None)
-        for name, tensor in tensors.items()
-    }
-    return [out.float() for out in call(module, **there)]
+
+def on_device(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As a module reads it: floating-point values in the session's precision; the timestep, a scalar, and
+    token ids as they are."""
+    return tensor.to(device, dtype if tensor.ndim and tensor.is_floating_point() else None)
 
 
 def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..checks import Check
 if TYPE_CHECKING:
     import numpy as np
 
-    from ...request import Request
+    from ...request import Job
     from ..layouts import Source
     from ..spec import Component, ModelSpec
 
@@ -29,12 +29,16 @@ class Role(Enum):
     'all others'."""
 
     TEXT = "text"
+    ENCODER = "encoder"
     DENOISER = "denoiser"
     DECODER = "decoder"
 
     @property
     def stage(self) -> str:
-        return {Role.TEXT: "encode", Role.DENOISER: "denoise", Role.DECODER: "decode"}[self]
+        return _STAGES[self]
+
+
+_STAGES = {Role.TEXT: "encode", Role.ENCODER: "encode", Role.DENOISER: "denoise", Role.DECODER: "decode"}
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,7 @@ class Family(Protocol):
         """Networks that answer infinities in fp16, so that they compute in another precision."""
         ...
 
-    def condition(
-        self, spec: ModelSpec, encoded: Sequence[Sequence[np.ndarray]], request: Request, guided: bool
-    ) -> dict[str, np.ndarray]:
+    def condition(self, job: Job, encoded: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
         """The denoiser's inputs that stay the same over all steps, the unguided row of a batch first.
 
         `encoded` has what each text encoder answered, in their order, a row for each text.

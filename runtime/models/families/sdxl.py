@@ -14,7 +14,7 @@ from .stable_diffusion import check_parts, guidance_input, unknown_conditioning
 if TYPE_CHECKING:
     import numpy as np
 
-    from ...request import Request
+    from ...request import Job
     from ..layouts import Source
     from ..spec import ModelSpec
 
@@ -73,11 +73,9 @@ class SDXL:
 
     def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
         """Its VAE, unless it is one that was published with force_upcast off."""
-        return frozenset([Role.DECODER] if spec.vae.get("force_upcast", True) else [])
+        return frozenset([Role.ENCODER, Role.DECODER] if spec.vae.get("force_upcast", True) else [])
 
-    def condition(
-        self, spec: ModelSpec, encoded: Sequence[Sequence[np.ndarray]], request: Request, guided: bool
-    ) -> dict[str, np.ndarray]:
+    def condition(self, job: Job, encoded: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
         import numpy as np
 
         pooled = encoded[-1][1:]
@@ -86,8 +84,8 @@ class SDXL:
                 "text_encoder_2 has no projection, which SDXL needs: copy or download the model again"
             )
         hidden, text = np.concatenate([first for first, *_ in encoded], axis=-1), pooled[0]
-        size = (request.height, request.width)
-        if guided and request.negative_prompt is None and spec.force_zeros:
+        size = (job.height, job.width)
+        if job.branches > 1 and job.negative_prompt is None and job.spec.force_zeros:
             hidden[0] = text[0] = 0
         sizes = np.array([[*size, 0, 0, *size]] * len(text), np.float32)
-        return {"hidden": hidden, "text_embeds": text, "time_ids": sizes} | guidance_input(spec, request)
+        return {"hidden": hidden, "text_embeds": text, "time_ids": sizes} | guidance_input(job)

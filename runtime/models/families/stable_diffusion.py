@@ -13,7 +13,7 @@ from .networks import DECODER, TEXT_ENCODER, UNET
 if TYPE_CHECKING:
     import numpy as np
 
-    from ...request import Request
+    from ...request import Job
     from ..layouts import Source
     from ..spec import ModelSpec
 
@@ -49,17 +49,15 @@ class StableDiffusion:
     def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
         return frozenset()
 
-    def condition(
-        self, spec: ModelSpec, encoded: Sequence[Sequence[np.ndarray]], request: Request, guided: bool
-    ) -> dict[str, np.ndarray]:
+    def condition(self, job: Job, encoded: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
         (hidden, *_), *_ = encoded
-        return {"hidden": hidden} | guidance_input(spec, request)
+        return {"hidden": hidden} | guidance_input(job)
 
 
-def guidance_input(spec: ModelSpec, request: Request) -> dict[str, np.ndarray]:
+def guidance_input(job: Job) -> dict[str, np.ndarray]:
     """What guidance-distilled U-Nets (LCM) take in place of a second call."""
-    width = spec.guidance_width
-    return {"time_condition": guidance_embedding(float(request.guidance_scale or 0), width)} if width else {}
+    width = job.spec.guidance_width
+    return {"time_condition": guidance_embedding(job.guidance_scale, width)} if width else {}
 
 
 def guidance_embedding(scale: float, width: int) -> np.ndarray:

@@ -43,7 +43,7 @@ def test_the_limit_is_named_as_the_cure(monkeypatch, sd1):
     )
     request = Request("a", width=64, height=64).resolve(spec)
     wishes = Wishes(precision="fp32", attention="sdpa")
-    said = str(none_fits(plan(found, spec, request, wishes), found, spec, request, wishes))
+    said = str(none_fits(plan(found, spec, request, wishes), found, request, wishes))
     assert "under this process's limit of 1.27 GiB (ulimit -v)" in said
 
 

@@ -134,7 +134,7 @@ def test_what_an_engine_refuses_says_why(sd1):
     plans = plan(OLD_CPU, inspect(sd1), wishes=Wishes(precision="fp16", attention="sliced"))
     assert not plans[0].fits
     assert "refused: torch multiplies fp16 matrices" in plans[0].reason
-    error = none_fits(plans, OLD_CPU, inspect(sd1), Request("a").resolve(inspect(sd1)), Wishes())
+    error = none_fits(plans, OLD_CPU, Request("a").resolve(inspect(sd1)), Wishes())
     assert "as asked: torch multiplies fp16 matrices" in str(error)
 
 
@@ -208,7 +208,7 @@ def test_the_cure_keeps_the_quality_floor(sd1):
     """What is named as enough must itself be allowed."""
     spec, request = inspect(sd1), Request("a", width=256, height=256).resolve(inspect(sd1))
     wishes = Wishes(budget=2 * MIB, min_psnr=90)
-    text = str(none_fits(plan(RTX_3060, spec, request, wishes), RTX_3060, spec, request, wishes))
+    text = str(none_fits(plan(RTX_3060, spec, request, wishes), RTX_3060, request, wishes))
     enough = text.split("--vram ")[1].split()[0]
     best = plan(RTX_3060, spec, request, Wishes(budget=enough, min_psnr=90))[0]
     assert best.fits
@@ -255,7 +255,9 @@ def test_streaming_keeps_loaded_what_there_is_room_for():
         )
         assert staged.seconds < best.predicted.seconds < least.predicted.seconds
         assert best.placements["text_encoder"].residency == "staged"
-        assert checked(best, slow, spec, Request("a"), Wishes(budget=budget)).predicted == best.predicted
+        assert (
+            checked(best, slow, Request("a").resolve(spec), Wishes(budget=budget)).predicted == best.predicted
+        )
     assert not any(p.placements["unet"].kept_bytes for p in plan(slow, spec, wishes=Wishes(**asked)))
 
 
@@ -274,7 +276,7 @@ def test_nothing_fits_says_what_would(sd1):
     request = Request("a", width=1024, height=768).resolve(spec)
     plans = plan(hardware, spec, request, wishes)
     assert not plans[0].fits
-    text = str(none_fits(plans, hardware, spec, request, wishes))
+    text = str(none_fits(plans, hardware, request, wishes))
     words = text.split()
     width, height = map(int, words[words.index("is") + 1].rstrip(",").split("x"))
     assert plan(hardware, spec, dataclasses.replace(request, width=width, height=height), wishes)[0].fits
@@ -379,26 +381,28 @@ def test_plans_that_leave_something_open(sd1, old, new):
 def test_a_saved_plan_is_checked(tiny_models):
     spec, request = inspect(tiny_models["sd1"]), Request("a")
     saved = plan(RTX_3060, spec, request)[0]
-    assert checked(saved, RTX_3060, spec, request, Wishes()).predicted == saved.predicted
+    assert checked(saved, RTX_3060, request.resolve(spec), Wishes()).predicted == saved.predicted
     elsewhere = checked(
-        saved, dataclasses.replace(TURING, precisions=("fp16", "fp32")), spec, request, Wishes()
+        saved, dataclasses.replace(TURING, precisions=("fp16", "fp32")), request.resolve(spec), Wishes()
     )
     assert "RTX 3060" in elsewhere.reason
     assert elsewhere.budget_bytes == TURING.free_bytes
     with pytest.raises(TightfitError, match="precision fp32 is asked for, the plan says fp16"):
-        checked(saved, RTX_3060, spec, request, Wishes(precision="fp32"))
+        checked(saved, RTX_3060, request.resolve(spec), Wishes(precision="fp32"))
     with pytest.raises(TightfitError, match="not for emoji"):
-        checked(saved, RTX_3060, inspect("emoji"), request, Wishes())
+        checked(saved, RTX_3060, request.resolve(inspect("emoji")), Wishes())
     assert (
-        checked(dataclasses.replace(saved, budget_bytes=GIB), RTX_3060, spec, request, Wishes()).budget_bytes
+        checked(
+            dataclasses.replace(saved, budget_bytes=GIB), RTX_3060, request.resolve(spec), Wishes()
+        ).budget_bytes
         == GIB
     )
     with pytest.raises(TightfitError, match="another kind of model"):
-        checked(saved, RTX_3060, inspect(tiny_models["sdxl"]), request, Wishes())
+        checked(saved, RTX_3060, request.resolve(inspect(tiny_models["sdxl"])), Wishes())
     with pytest.raises(TightfitError, match="runs on cpu"):
-        checked(saved, OLD_CPU, spec, request, Wishes())
+        checked(saved, OLD_CPU, request.resolve(spec), Wishes())
     with pytest.raises(TightfitError, match=r"does not run here: it needs .* too much"):
-        checked(saved, RTX_3060, spec, Request("a", width=1024, height=1024), Wishes(budget=MIB))
+        checked(saved, RTX_3060, Request("a", width=1024, height=1024).resolve(spec), Wishes(budget=MIB))
 
 
 @pytest.mark.parametrize("field", ["precision", "residency", "attention", "tiling", "cfg"])
