@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Component:
     safetensors files, none if it is there as ONNX alone; `graph` is that, and `unreadable` says why there is
     none though there is a file.
 
+    `words` are what a text encoder was taught besides its vocabulary: for each word its vectors (n, width).
     `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is
     not quantised.
     """
@@ -33,6 +34,7 @@ class Component:
     formats: Mapping[str, str] | None = None
     graph: Graph | None = None
     unreadable: str = ""
+    words: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def name(self) -> str:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TightfitError, explained
 from .spec import Component, ModelSpec
@@ -29,25 +29,47 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
 
     folder = spec.folder / encoder.network.tokenizer
     tokenizer = read_tokenizer(folder)
+    known = encoder.setting("vocab_size")
     with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
+        taught = _teach(tokenizer, encoder)
         length = min(tokenizer.model_max_length, encoder.setting("max_position_embeddings"))
-        rows = np.array(
-            tokenizer(
-                list(texts.values()), padding="max_length", max_length=length, truncation=True
-            ).input_ids,
-            np.int64,
-        )
         whole = tokenizer(list(texts.values()), verbose=False).input_ids
-    if rows.max() >= encoder.setting("vocab_size"):
+    if max(token for row in whole for token in row if token not in taught) >= known:
         raise TightfitError(
             f"{folder} has more tokens than {encoder.folder} knows: they belong to different models"
         )
+    vectors = [[vector for token in row for vector in taught.get(token, [token])] for row in whole]
+    rows = np.full((len(whole), length), tokenizer.pad_token_id, np.int64)
+    for row, ids in zip(rows, vectors, strict=True):
+        row[: len(ids)] = [*ids[: length - 1], ids[-1]] if len(ids) > length else ids
     cut = {
-        name: tokenizer.decode(row[length - 1 : -1])
-        for name, row in zip(texts, whole, strict=True)
-        if len(row) > length
+        name: _end(tokenizer, row, taught, length - 1)
+        for name, row, ids in zip(texts, whole, vectors, strict=True)
+        if len(ids) > length
     }
     return Tokens(rows, cut)
+
+
+def _teach(tokenizer: Any, encoder: Component) -> dict[int, list[int]]:
+    """Add the words that the encoder was taught: for the id of each the rows of its vectors, which follow
+    those of the vocabulary."""
+    taught, first = {}, encoder.setting("vocab_size")
+    for word, vectors in encoder.words.items():
+        if word in tokenizer.get_vocab():
+            raise TightfitError(f"{word} is a word of the model already: name another, as in FILE:word")
+        tokenizer.add_tokens(word)
+        taught[tokenizer.convert_tokens_to_ids(word)] = [*range(first, first + vectors.shape[0])]
+        first += vectors.shape[0]
+    return taught
+
+
+def _end(tokenizer: Any, row: Sequence[int], taught: Mapping[int, list[int]], room: int) -> str:
+    """What of a text's tokens comes after the first `room` vectors, without the mark of its end."""
+    for place, token in enumerate(row):
+        room -= len(taught.get(token, [token]))
+        if room < 0:
+            return tokenizer.decode(row[place:-1])
+    return ""
 
 
 # What A1111's prompt parser (its wiki, Features: attention, prompt editing, alternating words, AND, BREAK,

@@ -250,10 +250,11 @@ def _module(
         # Which a Recorder notes, not runs.
         module = networks.build(component, replace(placement, attention="sdpa"), device)
         layers = {path: (type(part).__name__, part.form) for path, part in quantised_layers(module).items()}
+        words = [word.shape for word in component.words.values()]
         return (
             module,
             weights.match(component, module),
-            json.dumps([dict(component.config), layers], sort_keys=True, default=str),
+            json.dumps([dict(component.config), layers, words], sort_keys=True, default=str),
         )
 
     return _modules.get((precision, device), built, component)

@@ -40,6 +40,8 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
             set(),
         )
     stored = {current_name(name, expected): tensor for name, tensor in component.tensors.items()}
+    words = [name for name in expected if ".words." in name]
+    stored |= dict(zip(words, component.words.values(), strict=True))
     where = f"the weights of {component.folder.name} in {component.folder.parent}"
     cure = "files of different models were mixed, or one was renamed; copy or download the model again"
     if missing := [name for name in expected if name not in stored]:

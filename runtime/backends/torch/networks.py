@@ -15,7 +15,7 @@ from ...models.families.family import Role
 from ...models.spec import Component
 from ...placement import DYNAMIC, QUANTISED, Placement
 from . import quantised
-from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward
+from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward, with_words
 from .vae import decode_strips
 
 Forward = Callable[..., tuple[torch.Tensor, ...]]
@@ -38,6 +38,8 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     quantised.quantise_layers(
         module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC
     )
+    if component.words:
+        _teach(component, module)
     processor = Processor(attention.VARIANTS[placement.attention])
     for part in module.modules():
         if type(part).__name__ == "FeedForward":
@@ -45,6 +47,17 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         if hasattr(part, "set_processor"):
             part.set_processor(processor)  # pyright: ignore[reportCallIssue]
     return module
+
+
+def _teach(component: Component, module: torch.nn.Module) -> None:
+    """Give the layer that looks up tokens the vectors of the words that the component was taught."""
+    name, size = component.network.vocabulary, component.setting("vocab_size")
+    layer = next(part for path, part in module.named_modules() if path.rpartition(".")[2] == name)
+    vectors = [
+        torch.nn.Parameter(torch.empty(word.shape, device="meta"), False) for word in component.words.values()
+    ]
+    layer.words = torch.nn.ParameterList(vectors)
+    layer.forward = with_words(layer, layer.forward, size)
 
 
 def _formats(component: Component, module: torch.nn.Module, precision: str) -> dict[str, str]:

@@ -85,3 +85,16 @@ def _through(layers: Any, x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
         x = layer(x)
     return x
+
+
+def with_words(
+    layer: Any, known: Callable[[torch.Tensor], torch.Tensor], size: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The look-up of tokens, whose vocabulary has `size`, with the vectors of `layer.words` behind it."""
+
+    def forward(ids: torch.Tensor) -> torch.Tensor:
+        out = known(ids.clamp(max=size - 1))
+        vectors = torch.nn.functional.embedding((ids - size).clamp(min=0), torch.cat([*layer.words]))
+        return torch.where((ids < size)[..., None], out, vectors.to(out.dtype))
+
+    return forward

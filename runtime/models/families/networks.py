@@ -306,6 +306,7 @@ TEXT_ENCODER = Network(
         names={"tokens": "input_ids"},
     ),
     tokenizer="tokenizer",
+    vocabulary="token_embedding",
 )
 UNET = Network(
     name="unet",

@@ -1,0 +1,100 @@
+"""Textual inversion: words that a text encoder learns, each as one or several vectors in its embedding.
+
+The formats are those of diffusers (one tensor, named as the word), of A1111 (`emb_params`) and of SDXL
+trainers (`clip_l`, `clip_g`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..errors import TightfitError
+from ..files import shortened
+from ..models.layouts.safetensors import read_header
+from ..models.spec import Component, ModelSpec
+from ..models.tensors import Tensor
+
+_MOST_VECTORS = 75  # as many as one text has room for
+_FLOATS = ("F32", "F16", "BF16")
+_NAMES = ("emb_params", "clip_l", "clip_g")
+
+
+@dataclass(frozen=True)
+class TextualInversion:
+    """The word `token`, whose vectors are `tensors`: one for each text encoder, in their order."""
+
+    file: Path
+    token: str
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.file.name}:{self.token}"
+
+    def apply(self, spec: ModelSpec) -> ModelSpec:
+        """The model whose text encoders know the word. Raises TightfitError if one of them has embeddings of
+        another width."""
+        encoders = spec.text_encoders
+        widths = [encoder.setting("hidden_size") for encoder in encoders]
+        trained = [tensor.shape[-1] for tensor in self.tensors]
+        if trained != widths:
+            raise TightfitError(
+                f"{self.file} has vectors {_listed(trained)} wide, the text encoders of {spec.name} "
+                f"read {_listed(widths)}: it was made for another family of models"
+            )
+        taught = {
+            encoder.name: self._taught(encoder, tensor)
+            for encoder, tensor in zip(encoders, self.tensors, strict=True)
+        }
+        return replace(spec, components={**spec.components, **taught})
+
+    def _taught(self, encoder: Component, tensor: Tensor) -> Component:
+        if not encoder.tensors:
+            raise TightfitError(
+                f"{encoder.folder} is there as ONNX alone, which learns no words: "
+                "use the model from which it was exported"
+            )
+        if self.token in encoder.words:
+            raise TightfitError(
+                f"the word {self.token} comes twice, the second time from {self.file}: "
+                "rename one, as in FILE:other"
+            )
+        vectors = replace(tensor, shape=(tensor.count // tensor.shape[-1], tensor.shape[-1]))
+        return replace(encoder, words={**encoder.words, self.token: vectors})
+
+
+def read(file: Path, token: str = "") -> TextualInversion:
+    """The embedding in a safetensors file, for `token`, else for the word that the file names, else for the
+    file's own name. Raises TightfitError if it holds none."""
+    stored = read_header(file)
+    names = [name for name in _NAMES if name in stored] or [*stored][:1]
+    if not claims(stored):
+        raise TightfitError(
+            f"{file} is no embedding (it holds {shortened(next(iter(stored), 'nothing'))}): "
+            "name a file of textual inversion"
+        )
+    tensors = tuple(stored[name] for name in names)
+    for tensor in tensors:
+        if tensor.dtype not in _FLOATS or not 0 < tensor.count // tensor.shape[-1] <= _MOST_VECTORS:
+            raise TightfitError(
+                f"{file} has an embedding of shape {list(tensor.shape)} in {tensor.dtype}, "
+                f"which cannot be: a word has 1 to {_MOST_VECTORS} vectors; copy or download it again"
+            )
+    word = token or (names[0] if names[0] not in _NAMES else file.stem)
+    if not re.fullmatch(r"\S{1,100}", word):
+        raise TightfitError(f"{file} teaches the word {word!r}, which has spaces: name another, FILE:word")
+    return TextualInversion(file, word, tensors)
+
+
+def claims(stored: Mapping[str, Tensor]) -> bool:
+    """Whether a file's tensors are vectors of words."""
+    named = [name for name in _NAMES if name in stored]
+    one = [*stored.values()] if len(stored) == 1 else []
+    return bool(named) or any(len(tensor.shape) in (1, 2) and tensor.count for tensor in one)
+
+
+def _listed(widths: Sequence[int]) -> str:
+    return " and ".join(map(str, widths))
