@@ -1,10 +1,10 @@
-"""What each refinement of quantisation is worth on emoji: the pictures of models whose weights were rounded,
-run in fp32.
+"""What each refinement of quantisation is worth on emoji: pictures of models with rounded weights, run in
+fp32.
 
     python -m tightfit.benchmarks.ablation WORK [NAME…]
 
-Every variant rounds all components: text encoder, U-Net and VAE, each weight of 4096 values or more. WORK is
-the folder of emoji's training; 200 of its labels are painted in 20 steps, one seed each, and compared with
+Every variant rounds all components (text encoder, U-Net and VAE), each weight of 4096 values or more. WORK is
+the folder of emoji's training. 200 of its labels are painted in 20 steps, one seed each, and compared with
 the unrounded model's pictures.
 """
 
@@ -29,7 +29,7 @@ from .metrics import summary
 from .quality import labelled, paint
 from .record import record
 
-# Component, layer, weight → rounded, bytes.
+# (component, layer, weight) → (rounded weight, bytes).
 Rounding = Callable[[str, str, torch.Tensor], tuple[torch.Tensor, float]]
 
 
@@ -51,13 +51,13 @@ def main() -> None:
             pictures = paint(f"{folder}/emoji:fp32:fp32", requests)
         row = {"unet_bits": round(bits, 3), **summary(pictures, exact), "match": judge(pictures)}
         print(name, row, flush=True)
-        # One by one: all of them take half an hour.
+        # Recorded one by one: all of them take half an hour.
         record("ablation", {"variant": name, "pictures": len(requests), **row})
 
 
 def rounded_model(target: Path, rounding: Rounding) -> float:
-    """A copy of emoji with its weights rounded, in fp32; answers the bits of a U-Net value, what stays at 16
-    included."""
+    """Copy emoji with its weights rounded, in fp32. Returns the bits per U-Net value, counting what stays in
+    16 bits."""
     shutil.copytree(inspect("emoji").folder, target)
     bits = 0.0
     for file in target.rglob("*.safetensors"):
@@ -92,7 +92,7 @@ def by_recipe(precision: str) -> Rounding:
 
 
 def round_to_nearest() -> Rounding:
-    """int4 in groups of 64, the zero a fraction: neither fitted nor in sixteenths."""
+    """int4 in groups of 64 with a fractional zero: neither fitted nor in sixteenths."""
 
     def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         form, rows = FORMATS["int4-g64"], FORMATS["int4-g64"].rows(weight).clone()
@@ -109,7 +109,8 @@ def round_to_nearest() -> Rounding:
 def calibrated(
     precision: str, bits: float, feedback: bool = True, formats_too: bool = True
 ) -> Callable[[], Rounding]:
-    """What `export --calibrate 8 --bits` stores; or without error feedback, or by the recipe's formats."""
+    """What `export --calibrate 8 --bits` stores; optionally without error feedback, or with the recipe's
+    formats."""
 
     def make() -> Rounding:
         effort = calibrate.Effort(8, 20, None, 3.0, bits)
@@ -128,22 +129,22 @@ def calibrated(
 
 
 def low_rank(rank: int) -> Rounding:
-    """int4 in groups of 64 of what is left after the largest singular directions, kept in fp16 (SVDQuant,
-    arXiv 2411.05007)."""
+    """int4 in groups of 64 for the remainder after the largest singular directions, which are kept in fp16
+    (SVDQuant, arXiv 2411.05007)."""
 
     def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         flat = weight.flatten(1)
         u, s, v = torch.linalg.svd(flat, full_matrices=False)
         most = min(rank, len(s))
         large = ((u[:, :most] * s[:most]).half().float() @ v[:most].half().float()).view_as(weight)
-        rest, size = in_format("int4-g64", weight - large)
-        return large + rest, size + 2.0 * most * (flat.shape[0] + flat.shape[1])
+        rounded, size = in_format("int4-g64", weight - large)
+        return large + rounded, size + 2.0 * most * (flat.shape[0] + flat.shape[1])
 
     return rounding
 
 
 def bitsandbytes(kind: str) -> Rounding:
-    """What bitsandbytes quantises: linears alone, in NF4 or in int8, the rest in fp16."""
+    """What bitsandbytes quantises: only linears, in NF4 or int8; the others stay in fp16."""
 
     def rounding(_: str, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
@@ -155,7 +156,7 @@ def bitsandbytes(kind: str) -> Rounding:
             return functional.dequantize_4bit(
                 packed, state
             ).float(), weight.numel() / 2 + 4 * state.absmax.numel()
-        # LLM.int8()'s weights: absmax of each output channel.
+        # LLM.int8()'s weights: absmax per output channel.
         scale = weight.abs().amax(1, keepdim=True) / 127
         return (weight / scale).round() * scale, weight.numel() + 4.0 * len(weight)
 

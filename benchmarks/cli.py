@@ -1,4 +1,4 @@
-"""`tightfit bench`: arguments become jobs for benchmarks/suite.py, rows become a table and a page."""
+"""`tightfit bench`: arguments become jobs for benchmarks/suite.py; rows become a table and a page."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ app = typer.Typer(
 _WAYS = ("auto", "all", "quick")
 
 
-_WHICH = "auto: no other beats them. all. quick: the fastest of each precision. Or FILE,FILE."
+_WHICH = "auto: those no other beats. all. quick: the fastest per precision. Or FILE,FILE."
 _PLANS = typer.Option(help=_WHICH, metavar="WHICH")
 _SIZES = typer.Option(help="256,512x768; default: model's.", metavar="LIST")
-_STEPS = typer.Option(help="Of each picture: 20.", metavar="N")
-_PICTURES = typer.Option(help="Timed in each process, after a step to warm up: 1.", metavar="N")
-_ROUNDS = typer.Option(help="Processes of each plan, in turns with the others': 3.", metavar="N")
+_STEPS = typer.Option(help="Per picture: 20.", metavar="N")
+_PICTURES = typer.Option(help="Timed per process, after a warm-up step: 1.", metavar="N")
+_ROUNDS = typer.Option(help="Processes per plan, in turns with the others': 3.", metavar="N")
 _QUICK = typer.Option("--quick", help="Two minutes: --plans quick --rounds 1, 20 steps or as many as fit.")
-_HARDWARE = typer.Option(help="here, which is all that can be measured.", metavar="NAME")
+_HARDWARE = typer.Option(help="Only 'here' can be measured.", metavar="NAME")
 _DEVICE = typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")
-_PRECISION = typer.Option(help="Only this one, and the best.", metavar="NAME")
+_PRECISION = typer.Option(help="Only this one and the best.", metavar="NAME")
 _BACKEND = typer.Option(help="auto, torch, onnx.", metavar="NAME")
-_VRAM = typer.Option("--vram", "--ram", help="Keep to it: 4GiB.", metavar="BYTES")
-_OUTPUT = typer.Option("-o", "--output", help="Folder of results.jsonl and pictures.", metavar="DIR")
+_VRAM = typer.Option("--vram", "--ram", help="Budget, such as 4GiB.", metavar="BYTES")
+_OUTPUT = typer.Option("-o", "--output", help="Folder for results.jsonl and pictures.", metavar="DIR")
 _REPORT = typer.Option(help="Also write one page with plots and pictures.", metavar="HTML")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What is typed after `tightfit bench`."""
+    """The options of `tightfit bench`."""
 
     context: typer.Context
     model: Annotated[str, MODEL] = "emoji"
@@ -70,25 +70,25 @@ class Options:
     output: Annotated[Path, _OUTPUT] = Path("tightfit-bench")
     report: Annotated[Path | None, _REPORT] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False
-    again: Annotated[bool, typer.Option("--again", help="Measure also what the folder has already.")] = False
+    again: Annotated[bool, typer.Option("--again", help="Also repeat what the folder already has.")] = False
 
     def check(self) -> None:
         """Raise TightfitError for what cannot be measured or written."""
         if self.hardware != "here":
-            cure = f"see what is predicted with 'tightfit plan --hardware {self.hardware}'"
-            raise TightfitError(f"{self.hardware} is not here to be measured: {cure}")
+            cure = f"'tightfit plan --hardware {self.hardware}' predicts it"
+            raise TightfitError(f"{self.hardware} is not this machine, so it cannot be measured: {cure}")
         if self.report and not (folder := self.report.absolute().parent).is_dir():
             raise TightfitError(f"there is no folder {folder}: make it, or name another place for --report")
         if self.report and self.report.is_dir():
             raise TightfitError(f"--report {self.report} is a folder: name a file in it")
 
     def efforts(self, suite: Any) -> list[Effort]:
-        """What each plan is measured with: the first that the time is enough for, else the last."""
+        """Efforts to choose from: the first one that fits the time is used, else the last."""
         names = ("steps", "pictures", "rounds")
         counts = {name: count for name in names if (count := getattr(self, name)) is not None}
         for name, count in counts.items():
             if count < 1:
-                raise TightfitError(f"--{name} counts from 1 up, not from {count}")
+                raise TightfitError(f"--{name} must be at least 1, not {count}")
         effort = replace(suite.QUICK if self.quick else suite.Effort(), **counts)
         in_time = self.quick and self.steps is None
         return [replace(effort, steps=steps) for steps in suite.QUICK_STEPS] if in_time else [effort]
@@ -102,9 +102,9 @@ class Options:
 @app.callback()
 @taking(Options)
 def bench(options: Options) -> None:
-    """Run each way to paint with a model in processes of its own.
+    """Run each way to paint with a model in its own processes.
 
-    Seconds, bytes and quality, predicted and measured.
+    Reports seconds, bytes and quality, predicted and measured.
     """
     if options.context.invoked_subcommand:
         _refuse_options(options.context)
@@ -123,7 +123,7 @@ def _bench(options: Options) -> None:
     todo: list[Job] = []
     for effort in efforts:
         todo = _jobs(spec, machine, wishes, options.sizes, plans, effort)
-        # Predictions are best cases.
+        # The margin is for predictions, which are best cases.
         if sum(job.seconds for job in todo) * effort.rounds <= 0.75 * effort.seconds:
             break
     rows = _measure(suite.in_time(todo), options.output, machine, options.again)
@@ -138,7 +138,7 @@ def _bench(options: Options) -> None:
 
 
 def _refuse_options(context: typer.Context) -> None:
-    """Raise TightfitError for options of `bench` before its subcommand, which measures nothing."""
+    """Raise TightfitError for options of `bench` typed before a subcommand, which measures nothing."""
     sources = {name: context.get_parameter_source(name) for name in context.params}
     if typed := [name for name, source in sources.items() if source and source.name == "COMMANDLINE"]:
         raise TightfitError(f"'bench {context.invoked_subcommand}' measures nothing: leave out --{typed[0]}")
@@ -147,13 +147,14 @@ def _refuse_options(context: typer.Context) -> None:
 @app.command()
 def compare(
     files: Annotated[
-        list[Path], typer.Argument(help="results.jsonl of two runs, or more.", metavar="A.jsonl B.jsonl …")
+        list[Path], typer.Argument(help="results.jsonl of two or more runs.", metavar="A.jsonl B.jsonl …")
     ],
 ) -> None:
-    """Say what got better or worse beyond noise between two files of one machine: exit code 1 if anything got
+    """Say what got better or worse beyond noise between two files of one machine. Exit code 1 if anything got
     worse or is missing.
 
-    Of several machines, or of more files, the figures beside each other."""
+    With several machines or more files, only show the figures side by side.
+    """
     from . import compare as side
 
     tables = _tables(files)
@@ -161,7 +162,7 @@ def compare(
     heads = [f"{file}\n{name}" for file, name in zip(_results(files), machines, strict=True)]
     _side_by_side(heads, list(side.merged(tables)))
     if len(files) > 2 or machines[0] != machines[1]:
-        say("nothing is judged: that takes two files of one machine")
+        say("nothing is judged: only two files of one machine are")
     elif _is_worse(*tables):
         raise typer.Exit(1)
 
@@ -171,12 +172,12 @@ def _results(files: Sequence[Path]) -> list[Path]:
 
 
 def _tables(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows of each file, by what they are of."""
+    """The rows of each file, by what they measured."""
     from . import compare as side
     from .suite import read, rows
 
     if len(files) < 2:
-        raise TightfitError("there is nothing to compare with: name two results files or more")
+        raise TightfitError("nothing to compare with: name two or more results files")
     tables = []
     for file in _results(files):
         if not file.is_file():
@@ -206,7 +207,7 @@ def _is_worse(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
         say(f"missing: {name}")
     runs = {key: min(_runs(before[key]), _runs(after[key])) for key in both if before[key]["outcome"] == "ok"}
     if few := sum(count < side.FEW for count in runs.values()):
-        say(f"seconds of {few} plans are not judged: that takes {side.FEW} processes of each (--rounds)")
+        say(f"seconds of {few} plans are not judged: they need {side.FEW} processes each (--rounds)")
     worse = sum(not change.better for change in changes)
     better = len(changes) - worse
     say(f"{len(both)} plans in both, {len(missing)} missing: {worse} figures worse, {better} better")
@@ -235,8 +236,8 @@ def _side_by_side(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]]) 
 
 
 def _detected(device: str) -> Hardware:
-    """In another process where there is a GPU, of which this one must not hold any memory while others are
-    measured."""
+    """Hardware of the device. On a GPU it is detected in another process, so that this one holds none of its
+    memory while others are measured."""
     import torch
 
     if device == "cpu" or not torch.cuda.is_available():
@@ -254,7 +255,7 @@ def _suite() -> Any:
 
 
 def _sizes(text: str | None) -> Iterator[tuple[int | None, int | None]]:
-    """Width and height of each: "256,512x768"."""
+    """Width and height of each entry in "256,512x768"."""
     for part in [""] if text is None else text.split(","):
         sides = part.strip().split("x")
         if text is not None and (len(sides) > 2 or not all(side.isdecimal() for side in sides)):
@@ -270,29 +271,29 @@ def _jobs(
     plans: str,
     effort: Effort,
 ) -> list[Job]:
-    """What is to be measured, of every size, each thing once."""
+    """What is to be measured at every size, each job once."""
     from . import suite
 
-    found: dict[str, Job] = {}
+    todo: dict[str, Job] = {}
     for width, height in _sizes(sizes):
         request = Request("a", None, width, height, effort.steps, scheduler="euler").resolve(spec)
         chosen = _plans(machine, spec, request, wishes, plans)
-        found |= {job.key: job for job in suite.jobs(spec, chosen, request, effort, wishes["budget"])}
-    return list(found.values())
+        todo |= {job.key: job for job in suite.jobs(spec, chosen, request, effort, wishes["budget"])}
+    return list(todo.values())
 
 
 def _plans(
     machine: Hardware, spec: ModelSpec, request: Request, wishes: Mapping[str, Any], which: str
 ) -> list[Plan]:
-    """Those that were asked for, and that of the best precision, which they are compared with."""
+    """The plans asked for, and the best precision's, which they are compared with."""
     from ..runtime.planner import choose as planner
     from . import suite
 
-    known = suite.candidates(machine, spec, request, wishes)
+    candidates = suite.candidates(machine, spec, request, wishes)
     if which in _WAYS:
-        chosen = suite.choose(known, which)
+        chosen = suite.choose(candidates, which)
         if not any(plan.fits for plan in chosen) and which != "all":
-            raise planner.none_fits(known, machine, request.resolve(spec), Wishes(**wishes))
+            raise planner.none_fits(candidates, machine, request.resolve(spec), Wishes(**wishes))
     else:
         files = [Path(part) for part in which.split(",")]
         for file in files:
@@ -306,7 +307,7 @@ def _plans(
             for file in files
         ]
     every = (
-        known
+        candidates
         if wishes["precision"] == "auto"
         else suite.candidates(machine, spec, request, {**wishes, "precision": "auto"})
     )
@@ -315,7 +316,7 @@ def _plans(
 
 
 def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) -> list[dict[str, Any]]:
-    """The rows of all jobs, those that the folder has and those that are measured now."""
+    """The rows of all jobs: those already in the folder and those measured now."""
     from . import suite
     from .record import envelope, typed
 
@@ -326,21 +327,21 @@ def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) 
         missing = every if again else folder.missing(todo)
         if len(missing) < len(every):
             say(
-                f"{len(every) - len(missing)} of {len(every)} runs are in {output} already; "
+                f"{len(every) - len(missing)} of {len(every)} runs are already in {output}; "
                 "--again repeats them",
                 err=True,
             )
-        left = len(missing)
+        remaining = len(missing)
         if missing:
             with _told(missing) as (begin, end):
                 for line in suite.measured(missing, folder, begin):
                     end(line)
-                    left -= 1
-        if left:
-            say(f"{left} runs were not begun, as the time was over: the same command goes on", err=True)
+                    remaining -= 1
+        if remaining:
+            say(f"out of time with {remaining} runs left: the same command continues", err=True)
         return folder.rows(todo)
     except KeyboardInterrupt:
-        say(f"what is measured is in {output}: the same command goes on from there", err=True)
+        say(f"{output} has what was measured: the same command continues from there", err=True)
         raise
     except OSError as error:
         raise TightfitError(
@@ -352,22 +353,22 @@ def _measure(todo: Sequence[Job], output: Path, machine: Hardware, again: bool) 
 def _told(
     missing: Sequence[tuple[Job, int]],
 ) -> Iterator[tuple[Callable[[Job], None], Callable[[dict[str, Any]], None]]]:
-    """What to call before each run and after it: a bar with the time left, or lines where there is no
+    """Progress callbacks for before and after each run: a bar with the time left, or lines without a
     terminal."""
-    left, start = [job.seconds for job, _ in missing], time.perf_counter()
-    whole = sum(left)
+    estimates, start = [job.seconds for job, _ in missing], time.perf_counter()
+    total_seconds = sum(estimates)
     with progress_bar(48) as bar:
         task = bar.add_task("", total=len(missing))
 
         def begin(job: Job) -> None:
-            done = whole - sum(left)
-            seconds = sum(left) * ((time.perf_counter() - start) / done if done else 1.0)
+            done = total_seconds - sum(estimates)
+            seconds = sum(estimates) * ((time.perf_counter() - start) / done if done else 1.0)
             bar.update(task, description=f"{seconds / 60:.0f} min left · {job.plan.summary()}"[:48])
 
         def end(line: dict[str, Any]) -> None:
-            del left[0]
+            del estimates[0]
             bar.advance(task)
-            text = printable(f"{len(missing) - len(left)}/{len(missing)} {_line(line)}")
+            text = printable(f"{len(missing) - len(estimates)}/{len(missing)} {_line(line)}")
             bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
 
         yield begin, end
@@ -380,7 +381,7 @@ def _line(row: Mapping[str, Any]) -> str:
     return f"{row['summary']}: {figures(row)}{why}"
 
 
-# Columns of a terminal for all figures; else these.
+# Width of a terminal with room for all columns; a narrower one gets only these.
 _WIDE, _NARROW = (
     150,
     ("s/picture", "±", "predicted s", "peak", "dB"),
@@ -388,7 +389,7 @@ _WIDE, _NARROW = (
 
 
 def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) -> None:
-    """A table of each size, then what to take; `chosen` are the keys of the plans that tightfit takes."""
+    """A table per size, then advice. `chosen` are the keys of the plans that tightfit would take."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -397,14 +398,14 @@ def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) 
     from .compare import seconds
 
     console = Console(highlight=False)
-    for own in report.groups(rows):
-        columns, lines = report.table(own)
+    for group in report.groups(rows):
+        columns, lines = report.table(group)
         kept = [
             i
             for i, name in enumerate(columns)
             if name in _NARROW or not console.is_terminal or console.width >= _WIDE
         ]
-        title = f"{report.title(own)} on {machine.name}"
+        title = f"{report.title(group)} on {machine.name}"
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("plan")
         for i in kept:
@@ -413,14 +414,14 @@ def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) 
             name = f"{row['summary']}: {row['outcome']}" if not cells else row["summary"]
             table.add_row(printable(name), *(cells[i] for i in kept if cells), style=None if cells else "dim")
         show_table(title, table, [((_line(row),), None) for row, _ in lines], 100)
-        for line in report.advice(own):
+        for line in report.advice(group):
             say(line)
-        ran = [row for row in own if row["outcome"] == "ok"]
+        ran = [row for row in group if row["outcome"] == "ok"]
         for row in ran:
             if row["key"] in chosen:
                 ratio = seconds(row) / min(map(seconds, ran))
                 say(f"tightfit takes: {_line(row)}; {ratio:.2f} of the fastest's seconds")
-        for row in own:
+        for row in group:
             if row["outcome"] not in ("ok", "does not fit"):
                 say(_line(row))
     if not machine.calibrated:

@@ -1,9 +1,9 @@
-"""The figures of the emoji model's card, and its contact sheets: what is in the box, run as a user runs it.
+"""Figures and contact sheets for the emoji model's card: the built-in model, run as a user runs it.
 
     python -m tightfit.benchmarks.emoji WORK
 
-WORK is the folder of the training (`python -m tightfit.export.emoji.autoencoder` fetches the pictures into
-it). `--gallery` writes what metrics.py looks up instead: all of them, small, with their labels.
+WORK is the folder of the training (`python -m tightfit.export.emoji.autoencoder` downloads the pictures into
+it). `--gallery` instead writes the small labelled pictures that metrics.py looks pictures up in.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def contact_sheet(pipe: Pipeline, prompts: tuple[str, ...], columns: int, seed: 
 
 
 def gallery(chosen: list[data.Emoji], columns: int = 27) -> None:
-    """All pictures on white, THUMBNAIL pixels wide, by averaging; their labels are in the file, in the same
+    """All pictures on white, averaged down to THUMBNAIL pixels. The labels are in the file, in the same
     order."""
     side, pixels = THUMBNAIL, torch.from_numpy(data.pixels(chosen, 128)).permute(0, 3, 1, 2).float()
     small = (
@@ -55,10 +55,10 @@ def gallery(chosen: list[data.Emoji], columns: int = 27) -> None:
         .numpy()
     )
     sheet = Image.new("RGB", (columns * side, -(-len(small) // columns) * side), "white")
-    for i, each in enumerate(small):
-        sheet.paste(Image.fromarray(each), (i % columns * side, i // columns * side))
+    for i, tile in enumerate(small):
+        sheet.paste(Image.fromarray(tile), (i % columns * side, i // columns * side))
     info = PngInfo()
-    info.add_text("labels", json.dumps([each.label for each in chosen]))
+    info.add_text("labels", json.dumps([emoji.label for emoji in chosen]))
     info.add_text("Copyright", "Fluent Emoji, (c) Microsoft Corporation, MIT License")
     sheet.save(GALLERY, pnginfo=info, optimize=True)
 

@@ -1,5 +1,4 @@
-"""What a card says that it holds, beside what torch says: read at a moment, or watched while something
-runs."""
+"""Memory in use by the driver's count and by torch's: at one moment, or watched during a run."""
 
 from __future__ import annotations
 
@@ -17,44 +16,44 @@ from ..runtime.machine.hardware import Hardware
 from ..runtime.machine.process import resident
 
 MIB = 2**20
-# Seconds between two looks; torch's allocator gives nothing back within a stage, so hardly a peak is missed.
+# Seconds between readings. torch's allocator returns nothing within a stage, so hardly a peak is missed.
 _EVERY = 0.01
 
 
 @dataclass
 class Seen:
-    """The most bytes seen: `used` of the card, by whomever; `outside` of torch's allocator, so of the context
-    and of others."""
+    """Peak bytes seen: `used` on the card by anyone; `outside` torch's allocator, so contexts and other
+    programs."""
 
     used: int = 0
     outside: int = 0
 
 
 class Card:
-    """The current GPU of `device` (cuda, which is AMD's too), or with cpu this process, whose resident bytes
-    are `used`."""
+    """The current GPU of `device` (AMD's is cuda too). With cpu it is this process, whose resident bytes are
+    `used`."""
 
     def __init__(self, device: str) -> None:
         self.device, self.is_gpu = device, device != "cpu"
         self.torch: Any = getattr(torch, device) if self.is_gpu else None
 
     def read(self) -> tuple[int, int]:
-        """`used` and `outside`, of one moment."""
+        """`used` and `outside` at one moment."""
         if not self.is_gpu:
             return resident(), 0
         while True:
             before = self.torch.memory_reserved()
             free, total = self.torch.mem_get_info()
-            if self.torch.memory_reserved() == before:  # else torch took or gave back some between the two
+            if self.torch.memory_reserved() == before:  # else torch changed it in between
                 return total - free, total - free - before
 
     def outside(self) -> int:
-        """Bytes of the card that are neither free nor torch's."""
+        """Bytes on the card that are neither free nor torch's."""
         return self.read()[1]
 
     @contextmanager
     def watched(self) -> Iterator[Seen]:
-        """The most that is seen until the end, by a thread of its own."""
+        """Context manager: a thread watches the card and keeps the peaks."""
         seen, over = Seen(), threading.Event()
 
         def look() -> None:
@@ -73,16 +72,14 @@ class Card:
             watcher.join()
 
     def clear(self) -> None:
-        """Give back what nothing uses. Raises what the card says if a kernel broke it for the rest of this
-        process."""
+        """Return unused memory. Raises the card's error if a kernel broke it for the rest of this process."""
         gc.collect()
         if self.is_gpu:
             self.torch.synchronize()
             self.torch.empty_cache()
 
     def most(self, run: Callable[[], Any]) -> tuple[int, Any]:
-        """Bytes that torch allocated at most while `run` ran, beyond those before, and its answer. For
-        GPUs."""
+        """Peak bytes that torch allocated while `run` ran, beyond those before, and its result. GPUs only."""
         self.clear()
         self.torch.reset_peak_memory_stats()
         before = self.torch.memory_allocated()
@@ -91,7 +88,7 @@ class Card:
         return self.torch.max_memory_allocated() - before, answer
 
     def milliseconds(self, run: Callable[[], Any], turns: int = 20) -> float:
-        """Of one `run`, on the GPU's own clock, after three that are not counted."""
+        """Milliseconds per `run` by the GPU's own clock, after three warm-up runs."""
         for _ in range(3):
             run()
         start, end = (self.torch.Event(enable_timing=True) for _ in range(2))
@@ -103,7 +100,7 @@ class Card:
         return start.elapsed_time(end) / turns
 
     def name(self) -> Hardware:
-        """Name and size alone, as Hardware.detect would warm up a context that is to be measured bare."""
+        """Name and size only: Hardware.detect would warm up a context that is to be measured bare."""
         name, total = (
             (self.torch.get_device_name(), self.torch.mem_get_info()[1]) if self.is_gpu else (cpu_name(), 0)
         )

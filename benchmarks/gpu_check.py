@@ -1,28 +1,28 @@
-"""Everything only a GPU can tell, in one command that ends in time:
+"""Everything that only a GPU can show, in one command with a time limit:
 
     python -m tightfit.benchmarks.gpu_check --limit 360
 
-On a machine with PyTorch and Triton but without a network, bring the wheels that it lacks (diffusers at
-least; rich, typer, psutil and pytest if they are not there): on one with a network, in the checkout,
+On a machine with PyTorch and Triton but no network, bring the missing wheels (at least diffusers; perhaps
+rich, typer, psutil and pytest). On a machine with a network, in the checkout,
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux2014_x86_64 \
         -d .whl diffusers
 
-where the folder .whl is in .git/info/exclude; then there, in the checkout,
+with .whl listed in .git/info/exclude; then on the other machine, in the checkout,
 
     pip install --no-index --no-deps --target /tmp/site .whl/*.whl
     ln -s "$PWD" /tmp/site/tightfit
-    # in place of an installation, for which setuptools may be too old (77 is needed)
+    # instead of installing it, for which setuptools may be too old (77 is needed)
     PYTHONPATH=/tmp/site python -m tightfit.benchmarks.gpu_check --limit 360
 
-Sections, the most wanted first: the probe (gpu_probe.py); a full-size random SD 1.5 in fp16 by eight plans
-that differ, under caps of 2 to 8 GB; beside diffusers' best; in int8, int4 and whole numbers; the GPU tests;
-kernels and single layers; SDXL; diffusers compiled; ONNX Runtime. Each runs in a process of its own for so
-long and no longer; one that fails, hangs or dies costs itself alone, and the rows that it had are kept.
-Models are written once, by other processes beside the probe and the tests. Pictures are held against fp32's,
-bytes against what the card says that it holds, so close what else uses it. One screen tells what was wrong,
-worst first; all else is in gpu_check.jsonl under $OUT, else in benchmarks/results. `--tiny --device cpu`
-rehearses it anywhere, and writes to the cache folder.
+Sections, the most important first: the probe (gpu_probe.py); a full-size random SD 1.5 in fp16 by eight
+different plans, under caps of 2 to 8 GB; against diffusers' best; in int8, int4 and integer arithmetic; the
+GPU tests; kernels and single layers; SDXL; diffusers compiled; ONNX Runtime. Each section has its own process
+and time limit. One that fails, hangs or crashes does not stop the others, and its rows so far are kept.
+Models are written once, by other processes during the probe and the tests. Pictures are compared with
+fp32's, bytes with the driver's count, so close other programs that use the card. One screen shows what was
+wrong, worst first; everything is in gpu_check.jsonl under $OUT, else in benchmarks/results.
+`--tiny --device cpu` rehearses it anywhere and writes to the cache folder.
 """
 
 from __future__ import annotations
@@ -47,17 +47,16 @@ from ..runtime.machine.hardware import Hardware
 from .gpu_report import faults, screen
 from .record import command, envelope, record
 
-LEAST = 15  # seconds that a section must have left: less, and it hardly starts
-QUIET = 20  # seconds before models are written: the probe times copies from the host's memory first
-# Seconds for models that are not yet written when their section has ended; whoever wants one then writes it.
+LEAST = 15  # seconds below which a section is not started
+QUIET = 20  # seconds before models are written: the probe times copies from host memory first
+# Seconds to wait for models when their section has ended; after that, the section that needs one writes it.
 WAIT = 60
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the check: after so many `seconds` it is ended. `meanwhile` are models that are written
-    while it runs."""
+    """One part of the check, ended after `seconds`. Models named in `meanwhile` are written while it runs."""
 
     name: str
     seconds: float
@@ -96,16 +95,16 @@ def main() -> None:
 
 
 def gpu_is_here() -> bool:
-    """Asked in another process: this one makes no context, which would count as used."""
-    asked = "import torch, sys; sys.exit(not torch.cuda.is_available())"
-    return subprocess.run([sys.executable, "-c", asked], check=False).returncode == 0
+    """Asked in another process: a context in this one would count as used memory."""
+    question = "import torch, sys; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", question], check=False).returncode == 0
 
 
 def every(args: argparse.Namespace) -> int:
-    """Every section in turn, or the one asked for. 1 if something was wrong, else 0; to be slow is not
-    wrong."""
-    begun, found, file = time.perf_counter(), dict[str, list[Row]](), None
-    known: Row = {}
+    """Run every section in turn, or the one asked for. Returns 1 if something was wrong, else 0; being slow
+    is not wrong."""
+    begun, results, file = time.perf_counter(), dict[str, list[Row]](), None
+    last_setup: Row = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for section in sections("fp16" if args.device == "cuda" else "bf16"):
             if args.section not in (None, section.name):
@@ -116,35 +115,37 @@ def every(args: argparse.Namespace) -> int:
                 if left > LEAST
                 else ({}, [{"left": "for want of time"}])
             )
-            found[section.name] = rows
-            known = setup or known or envelope("", Hardware(args.device, "unknown", 0, 0, ("fp32",)))
-            setup, rehearsal = known | {"command": command()}, args.tiny or args.device == "cpu"
+            results[section.name] = rows
+            last_setup = (
+                setup or last_setup or envelope("", Hardware(args.device, "unknown", 0, 0, ("fp32",)))
+            )
+            setup, rehearsal = last_setup | {"command": command()}, args.tiny or args.device == "cpu"
             file = record("gpu_check", {"section": section.name, "rows": rows}, setup, rehearsal)
             print(
                 f"{time.perf_counter() - begun:4.0f} s: {section.name}, {len(rows)} rows",
                 file=sys.stderr,
                 flush=True,
             )
-    if not found:
+    if not results:
         print(
             f"no section is called '{args.section}': "
-            f"choose {', '.join(each.name for each in sections('fp16'))}"
+            f"choose {', '.join(part.name for part in sections('fp16'))}"
         )
         return 2
-    versions = known["versions"]
-    told = ", ".join(
+    versions = last_setup["versions"]
+    version_texts = ", ".join(
         f"{name} {versions[name]}"
         for name in ("torch", "cuda", "diffusers", "transformers")
         if name in versions
     )
-    print(f"{known['hardware']['name']}: {told}", *screen(found), sep="\n")
+    print(f"{last_setup['hardware']['name']}: {version_texts}", *screen(results), sep="\n")
     print(f"everything in {file}, in {time.perf_counter() - begun:.0f} s")
-    return int(any(fault.kind != "slower" for fault in faults(found)))
+    return int(any(fault.kind != "slower" for fault in faults(results)))
 
 
 def _section(section: Section, args: argparse.Namespace, folder: Path, left: float) -> tuple[Row, list[Row]]:
-    """The envelope and the rows of a section, with `left` seconds for all that is still to come."""
-    own = [
+    """A section's envelope and rows, with `left` seconds for everything still to come."""
+    command_line = [
         sys.executable,
         "-m",
         "tightfit.benchmarks.gpu_check",
@@ -153,18 +154,21 @@ def _section(section: Section, args: argparse.Namespace, folder: Path, left: flo
         "--steps",
         str(args.steps),
     ]
-    own += ["--folder", str(folder), *(["--tiny"] if args.tiny else [])]
+    command_line += ["--folder", str(folder), *(["--tiny"] if args.tiny else [])]
     file, start = folder / f"{section.name.replace(' ', '-')}.jsonl", time.perf_counter()
     writer = None
     if section.meanwhile:
         models = folder / f"models-{file.name}"
         writer = Apart(
-            [*own, "--section", "models", "--rows", str(models), "--models", *section.meanwhile], models
+            [*command_line, "--section", "models", "--rows", str(models), "--models", *section.meanwhile],
+            models,
         )
     try:
-        # one that is asked for alone has all the time; a CPU only rehearses
+        # a single section gets all the time; a CPU only rehearses
         seconds = left if args.section else section.seconds * (1 if args.device == "cuda" else 2)
-        rows = Apart([*own, "--section", section.name, "--rows", str(file)], file).rows(seconds, left)
+        rows = Apart([*command_line, "--section", section.name, "--rows", str(file)], file).rows(
+            seconds, left
+        )
     except BaseException:
         if writer:
             writer.end()
@@ -176,8 +180,8 @@ def _section(section: Section, args: argparse.Namespace, folder: Path, left: flo
 
 
 class Apart:
-    """A command in a process of its own, which writes rows into `file`, one of JSON a line; what it prints
-    goes beside that."""
+    """A command in its own process that writes rows to `file`, one JSON a line; its output goes to a log
+    beside it."""
 
     def __init__(self, call: Sequence[str], file: Path) -> None:
         self.file, self.log = file, file.with_suffix(".log")
@@ -186,8 +190,8 @@ class Apart:
             self.process = subprocess.Popen(call, env=_environment(call), **how)
 
     def rows(self, seconds: float, left: float) -> list[Row]:
-        """Its rows once it ended, or was ended after `seconds` or when no time is `left`; a row more says
-        what went wrong."""
+        """Its rows, once it ended or was ended, after `seconds` or with no time `left`. A last row says what
+        went wrong."""
         try:
             code: int | None = self.process.wait(max(0.0, min(seconds, left)))
         except subprocess.TimeoutExpired:
@@ -203,15 +207,15 @@ class Apart:
             )
         elif code and not any("failed" in row for row in rows[-1:]):
             died = f"died by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-            said = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            rows.append({"failed": f"{died}: {said[-1][:200]}" if said else died})
+            output = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            rows.append({"failed": f"{died}: {output[-1][:200]}" if output else died})
         if any("failed" in row for row in rows):
             rows.append({"log": self.log.read_text(encoding="utf-8", errors="replace")[-4000:]})
         return rows
 
     def end(self) -> None:
-        """End it, and whatever it started."""
-        with suppress(ProcessLookupError, PermissionError):  # it is gone, or on macOS its end not yet noticed
+        """End it and everything it started."""
+        with suppress(ProcessLookupError, PermissionError):  # already gone, or on macOS not yet reaped
             if hasattr(os, "killpg"):
                 os.killpg(self.process.pid, signal.SIGKILL)
             else:
@@ -220,13 +224,13 @@ class Apart:
 
 
 def _environment(call: Iterable[str]) -> dict[str, str]:
-    """Models are written by half the cores: a section that is measured has the others."""
+    """Models are written with half the cores, so that the section being measured has the others."""
     few = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2))} if "models" in call else {}
     return {**os.environ, "PYTHONFAULTHANDLER": "1", "PYTHONUNBUFFERED": "1", **few}
 
 
 def _read(file: Path) -> Iterable[Row]:
-    """Whole lines; one that was being written when its process ended is left out."""
+    """Complete lines only: a process may have ended in the middle of one."""
     if file.exists():
         for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
             if line.endswith("\n"):
@@ -234,7 +238,7 @@ def _read(file: Path) -> Iterable[Row]:
 
 
 def within(args: argparse.Namespace) -> int:
-    """One section, in this process: rows are written as they come, and what it raises is the last of them."""
+    """One section in this process. Rows are written as they come; an exception becomes the last one."""
     from .gpu_sections import Check
 
     begun = time.perf_counter()

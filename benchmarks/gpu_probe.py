@@ -1,9 +1,10 @@
-"""The first minute on a GPU: what reading sources could not settle, each doubt a function, each answer a row.
+"""The first minute on a GPU: settles what reading sources could not. Each doubt is a function, each answer a
+row.
 
     python -m tightfit.benchmarks.gpu_probe
 
-No model is needed: the pictures are of tiny random ones, written into a temporary folder. A doubt that fails
-is a row, and the next one begins. `--device cpu` rehearses what a CPU can; the rest is told as skipped.
+Needs no model: the pictures come from tiny random ones in a temporary folder. A doubt that fails is a row,
+and the next one begins. `--device cpu` rehearses what a CPU can; the others are reported as skipped.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ from .record import record
 Row = dict[str, Any]
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 NAMES = {HALF: "fp16", BF16: "bf16", FULL: "fp32"}
-# Decibels below which a picture is wrong. Two orders of one sum in fp32 give over 70 on tiny models and TF32
-# 56 to 62, a stale or a missing weight under 20: the tests' own 50 tells them apart. fp16 gives 40 to 60
-# there, bf16 30 to 49 (planner.PSNR has the worst of emoji's). int8 and int4 are as far from it as the worst
-# of a trained model, 51 and 33, less 21: random weights have no shape that rounding could follow.
+# Decibels below which a picture is wrong. On tiny models, reordered fp32 sums give over 70, TF32 56 to 62, a
+# stale or missing weight under 20: the tests' 50 tells them apart. fp16 gives 40 to 60 there, bf16 30 to 49
+# (planner.PSNR has the worst of emoji's). int8 and int4: the worst of a trained model, 51 and 33, less 21,
+# because random weights have no shape that rounding could follow.
 FLOORS = {"fp32": 50.0, "fp16": 35.0, "bf16": 25.0, "int8": 30.0, "int8-dynamic": 30.0, "int4": 12.0}
-# Of a value that was rounded twice (torch's path), as a share of the largest; of a sum, ‖off‖ / ‖right‖.
+# Error of a value rounded twice (torch's path), relative to the largest; of a sum, ‖off‖ / ‖right‖.
 ROUNDED = {FULL: 1e-5, HALF: 2e-3, BF16: 1.6e-2}
 SUMMED = {FULL: 1e-4, HALF: 5e-3, BF16: 3e-2}
-WHOLE = 2e-2  # of whole numbers: oneDNN's codes may be the next but one's in 16 bits
+INTEGER = 2e-2  # integer products: oneDNN's codes may be off by two in 16 bits
 
-# Batch, channels, height, width; output channels; type. The VAE's widest and the U-Net's at 512x512.
+# Input (batch, channels, height, width), output channels, dtype: the VAE's widest and the U-Net's at 512x512.
 CONVOLUTIONS = (
     ((1, 128, 512, 512), 128, HALF),
     ((1, 256, 512, 512), 128, HALF),
@@ -62,8 +63,7 @@ CONVOLUTIONS = (
 HEADS = ((40, 4096, 8), (80, 1024, 8), (160, 256, 8), (64, 4096, 10), (512, 4096, 1))  # width, tokens, heads
 UNPACKED = (1280, 1280, 3, 3)
 WEIGHTS = ((320, 320, 3, 3), (96, 4, 3, 3), (33, 70, 1, 1), (1280, 768), (5, 7))
-# Batch, channels, height, width, output channels, side of the kernel, stride, padding: usual ones and odd
-# ones.
+# Batch, channels, height, width, output channels, kernel side, stride, padding: usual shapes and odd ones.
 LAYERS = (
     (2, 320, 32, 32, 320, 3, 1, 1),
     (2, 64, 32, 32, 64, 3, 2, 1),
@@ -77,22 +77,22 @@ PINNED = (1, 16, 64, 256, 1024, 2048)  # MiB
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("--device", default="cuda", type=there)
-    found, begun = list[Row](), time.perf_counter()
+    parse.add_argument("--device", default="cuda", type=device_here)
+    results, begun = list[Row](), time.perf_counter()
     device = parse.parse_args().device
     for row in rows(device):
-        found.append(row)
+        results.append(row)
         print(
             f"{time.perf_counter() - begun:6.1f} s",
             *(f"{name} {value}" for name, value in row.items()),
             sep="  ",
             flush=True,
         )
-    record("gpu_probe", found, rehearsal=device == "cpu")
+    record("gpu_probe", results, rehearsal=device == "cpu")
 
 
-def there(device: str) -> str:
-    """The device, if it is here; argparse says why not."""
+def device_here(device: str) -> str:
+    """The device if it is available; else argparse says why not."""
     if device not in ("cuda", "cpu"):
         raise argparse.ArgumentTypeError(f"{device!r} is neither cuda nor cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -101,7 +101,7 @@ def there(device: str) -> str:
 
 
 def rows(device: str) -> Iterator[Row]:
-    """Every doubt's, in the order in which they were asked: bytes first, while the process is bare."""
+    """Rows of every doubt, in order: bytes first, while the process is bare."""
     card = Card(device)
     for doubt, only_gpu in DOUBTS:
         name = doubt.__name__.replace("_", " ")
@@ -110,7 +110,7 @@ def rows(device: str) -> Iterator[Row]:
             continue
         try:
             yield from ({"doubt": name} | row for row in doubt(card))
-        except Exception as error:  # the next doubt is another matter
+        except Exception as error:  # the next doubt may still be answered
             traceback.print_exc()
             yield {"doubt": name, "failed": f"{type(error).__name__}: {first_line(error)[:200]}"}
 
@@ -137,8 +137,8 @@ def _version(package: str) -> str:
 
 
 def context_and_workspaces(card: Card) -> Iterator[Row]:
-    """What is taken outside of torch's allocator, bare and as libraries are loaded; and what each kind of
-    product keeps inside."""
+    """Bytes taken outside torch's allocator, bare and as libraries are loaded, and bytes that each kind of
+    product keeps inside it."""
     bare = card.outside()
     x, bias = (
         torch.randn(512, 512, device=card.device, dtype=HALF),
@@ -163,12 +163,16 @@ def context_and_workspaces(card: Card) -> Iterator[Row]:
     card.clear()
     after_convolution, kept_all = card.outside(), card.torch.memory_allocated() - start - weight.nbytes
     predicted = Hardware.detect(card.device)
-    told = {
+    readings = {
         "bare MiB": bare / MIB,
         "after products MiB": after_products / MIB,
         "after a convolution MiB": after_convolution / MIB,
     }
-    yield {"what": "the context, and others", **told, **_compared(predicted.context_bytes, after_convolution)}
+    yield {
+        "what": "the context, and others",
+        **readings,
+        **_compared(predicted.context_bytes, after_convolution),
+    }
     yield {"what": "workspaces that libraries keep", **_compared(sum(predicted.workspaces), kept_all)}
 
 
@@ -190,11 +194,11 @@ def cudnn_workspaces(card: Card) -> Iterator[Row]:
         )
         run = partial(functional.conv2d, x, weight, padding=1)
         used, answer = card.most(run)
-        own, moved = answer.nbytes, x.nbytes + weight.nbytes + answer.nbytes
+        answer_bytes, moved = answer.nbytes, x.nbytes + weight.nbytes + answer.nbytes
         del answer
         yield {
             "convolution": f"{shape} > {out} {NAMES[dtype]} {'NHWC' if last else 'NCHW'}",
-            "workspace MiB": round((used - own) / MIB, 1),
+            "workspace MiB": round((used - answer_bytes) / MIB, 1),
             "in, out and weight MiB": round(moved / MIB, 1),
             "ms": round(card.milliseconds(run), 3),
         }
@@ -202,7 +206,7 @@ def cudnn_workspaces(card: Card) -> Iterator[Row]:
 
 @torch.inference_mode()
 def attention(card: Card) -> Iterator[Row]:
-    """SDPA by the width of a head: what torch chose, what it took, whether it is right."""
+    """SDPA by head width: which kernel torch chose, its memory, whether it is right."""
     dtype = HALF if card.is_gpu else BF16
     for width, tokens, heads in HEADS if card.is_gpu else ((40, 64, 2), (512, 64, 1)):
         q, k, v = (
@@ -214,8 +218,10 @@ def attention(card: Card) -> Iterator[Row]:
         start = time.perf_counter()
         used, answer = card.most(run) if card.is_gpu else (0, run())
         row["first ms"] = round(1e3 * (time.perf_counter() - start), 1)
-        one, other, third = (each[:1].float() for each in (q, k, v))  # all scores of both would be 2.5 GiB
-        right = (one @ other.transpose(-1, -2) * width**-0.5).softmax(-1) @ third
+        query, key, value = (
+            tensor[:1].float() for tensor in (q, k, v)
+        )  # all scores of both would be 2.5 GiB
+        right = (query @ key.transpose(-1, -2) * width**-0.5).softmax(-1) @ value
         row |= _judged([off(answer[:1], right)], SUMMED[dtype])
         if card.is_gpu:
             row |= {
@@ -228,33 +234,33 @@ def attention(card: Card) -> Iterator[Row]:
 
 
 def off(answer: Tensor, right: Tensor) -> float:
-    """‖answer - right‖ / ‖right‖; what is not finite is so."""
+    """‖answer - right‖ / ‖right‖; NaN and infinity pass through."""
     right = right.double()
     return float((answer.to(right.device).double() - right).norm() / right.norm())
 
 
 def _judged(errors: Sequence[float], bound: float) -> Row:
-    """NaN is wrong, and the worst."""
+    """NaN counts as wrong, and as the worst."""
     worst = max(errors, key=lambda error: float("inf") if error != error else error, default=0.0)
     wrong = sum(not error <= bound for error in errors)
     return {"cases": len(errors), "wrong": wrong, "worst": float(f"{worst:.2g}"), "bound": bound}
 
 
 def unpacking(card: Card) -> Iterator[Row]:
-    """GB/s, read and written: the Triton kernel beside torch's operators."""
+    """Dequantisation in GB/s read and written: the Triton kernel beside torch's operators."""
     shape = UNPACKED
     for name in ("int8", "int4-g64", "nf4-g64"):
         form = FORMATS[name]
         parts = _on(quantise(torch.randn(shape) * 0.05, form), card)
         out = torch.empty(shape[0], shape[1] * 9, device=card.device, dtype=HALF)
         moved = form.bytes(shape) + out.nbytes
-        for way, run in ways(card).items():
+        for variant, run in unpackers(card).items():
             took = card.milliseconds(partial(run, out, parts, form, 9, True), 10)
-            yield {"unpacked": f"{name} by {way}", "GB/s": round(moved / took / 1e6, 1)}
+            yield {"unpacked": f"{name} by {variant}", "GB/s": round(moved / took / 1e6, 1)}
 
 
-def ways(card: Card) -> Mapping[str, Callable[..., None]]:
-    """How a weight can be made dense here."""
+def unpackers(card: Card) -> Mapping[str, Callable[..., None]]:
+    """The available ways to dequantise a weight."""
 
     def plain(out: Tensor, parts: Mapping[str, Tensor], form: Format, taps: int, taps_last: bool) -> None:
         dequantise.dequantise_torch(
@@ -264,11 +270,21 @@ def ways(card: Card) -> Mapping[str, Callable[..., None]]:
     def by_triton(out: Tensor, parts: Mapping[str, Tensor], form: Format, taps: int, taps_last: bool) -> None:
         from ..kernels.triton_weights import dequantise_triton
 
-        rest = parts["packed"], parts["scale"], parts.get("zero"), form, taps, out.shape[1] // taps, taps_last
-        dequantise_triton(out, *rest)
+        arguments = (
+            parts["packed"],
+            parts["scale"],
+            parts.get("zero"),
+            form,
+            taps,
+            out.shape[1] // taps,
+            taps_last,
+        )
+        dequantise_triton(out, *arguments)
 
-    there = card.is_gpu and dequantise.triton_runs(torch.device(card.device, card.torch.current_device()))
-    return {"Triton": by_triton, "torch": plain} if there else {"torch": plain}
+    has_triton = card.is_gpu and dequantise.triton_runs(
+        torch.device(card.device, card.torch.current_device())
+    )
+    return {"Triton": by_triton, "torch": plain} if has_triton else {"torch": plain}
 
 
 def _on(parts: Mapping[str, Tensor], card: Card) -> dict[str, Tensor]:
@@ -276,14 +292,16 @@ def _on(parts: Mapping[str, Tensor], card: Card) -> dict[str, Tensor]:
 
 
 def weights_unpacked_right(card: Card) -> Iterator[Row]:
-    """Every format, shapes of every kind, in torch's order and in ours, into memory that is NaN before. fp16
+    """Every format and kind of shape, in torch's order of taps and in ours, into memory filled with NaN. fp16
     first."""
     generator = torch.Generator().manual_seed(0)
-    for dtype, (name, form), (way, run) in product((HALF, FULL, BF16), FORMATS.items(), ways(card).items()):
+    for dtype, (name, form), (variant, run) in product(
+        (HALF, FULL, BF16), FORMATS.items(), unpackers(card).items()
+    ):
         errors = []
         for shape, taps_last in product(WEIGHTS, (True, False)):
             if not taps_last and (dtype != HALF or len(shape) == 2):
-                continue  # another kernel to compile, and only CPUs have that order
+                continue  # one kernel more to compile, in an order that only CPUs use
             weight = torch.randn(shape, generator=generator) * 0.05
             parts = quantise(weight, form)
             right = reference(parts, form, shape)
@@ -292,15 +310,18 @@ def weights_unpacked_right(card: Card) -> Iterator[Row]:
             run(out, _on(parts, card), form, taps, taps_last)
             ordered = right if taps_last or taps == 1 else right.permute(0, 2, 3, 1)
             errors.append(float((out.float().cpu() - ordered.flatten(1)).abs().max() / right.abs().max()))
-        yield {"kernel": f"unpacking {name} by {way} in {NAMES[dtype]}", **_judged(errors, ROUNDED[dtype])}
+        yield {
+            "kernel": f"unpacking {name} by {variant} in {NAMES[dtype]}",
+            **_judged(errors, ROUNDED[dtype]),
+        }
 
 
 @torch.inference_mode()
 def products_at_once_right(card: Card) -> Iterator[Row]:
-    """Triton's product of few rows, which unpacks while it multiplies."""
+    """Triton's product for few rows, which dequantises inside the product."""
     from ..kernels.triton_weights import linear_triton
 
-    if "Triton" not in ways(card):
+    if "Triton" not in unpackers(card):
         yield {"skipped": "Triton does not run here"}
         return
     generator = torch.Generator().manual_seed(0)
@@ -323,11 +344,11 @@ def products_at_once_right(card: Card) -> Iterator[Row]:
 
 @torch.inference_mode()
 def layers_right(card: Card) -> Iterator[Row]:
-    """The layers that pipelines run, weights in few bits, beside the same of dense weights in fp64; both
+    """Quantised layers as pipelines run them, against fp64 layers with the same weights; both memory
     layouts."""
     for dtype, name in product((HALF, FULL, BF16) if card.is_gpu else (BF16, FULL), FORMATS):
         errors = []
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as a session in fp32 has it
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as in an fp32 session
             for cases in (_convolutions, _linears):
                 errors += [off(made(x), right(x.double())) for made, right, x in cases(card, name, dtype)]
         yield {"kernel": f"layers in {name}, computing in {NAMES[dtype]}", **_judged(errors, SUMMED[dtype])}
@@ -349,7 +370,7 @@ def _linears(card: Card, name: str, dtype: torch.dtype) -> Iterator[tuple[Any, A
 
 
 def _quantised(card: Card, layer: Any, name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The layer with its weight in few bits, and in fp64 with the weight that these bits mean."""
+    """The layer with a quantised weight, and in fp64 with that weight dequantised."""
     weight, form = layer.weight.clone(), FORMATS[name]
     layer = layer.to(card.device, dtype)
     right = type(layer)(*_sides(layer), device=card.device, dtype=torch.float64).requires_grad_(False)
@@ -366,15 +387,15 @@ def _sides(layer: Any) -> tuple[Any, ...]:
 
 @torch.inference_mode()
 def whole_numbers_right(card: Card) -> Iterator[Row]:
-    """int8 times int8, by Triton or by oneDNN, beside the plain version."""
-    if "int8" not in Hardware.detect(card.device).rates or (card.is_gpu and "Triton" not in ways(card)):
-        yield {"skipped": "no whole numbers are multiplied here"}
+    """int8 times int8, by Triton or oneDNN, against the plain version."""
+    if "int8" not in Hardware.detect(card.device).rates or (card.is_gpu and "Triton" not in unpackers(card)):
+        yield {"skipped": "this device multiplies no integers"}
         return
     for dtype in (HALF, FULL) if card.is_gpu else (BF16, FULL):
         errors = list(_whole_convolutions(card, dtype))
-        yield {"kernel": f"convolutions of whole numbers in {NAMES[dtype]}", **_judged(errors, WHOLE)}
+        yield {"kernel": f"integer convolutions in {NAMES[dtype]}", **_judged(errors, INTEGER)}
         errors = list(_whole_linears(card, dtype))
-        yield {"kernel": f"linears of whole numbers in {NAMES[dtype]}", **_judged(errors, WHOLE)}
+        yield {"kernel": f"integer linears in {NAMES[dtype]}", **_judged(errors, INTEGER)}
 
 
 def _whole_convolutions(card: Card, dtype: torch.dtype) -> Iterator[float]:
@@ -414,8 +435,8 @@ def _whole_linears(card: Card, dtype: torch.dtype) -> Iterator[float]:
 
 
 def pictures_right(card: Card) -> Iterator[Row]:
-    """Tiny models, every residency, whole and tiled, each picture painted twice by one pipeline, beside fp32
-    on the CPU."""
+    """Tiny models in every residency, whole and tiled, each picture painted twice by one pipeline, against
+    fp32 on the CPU."""
     request = Request("a cat", seed=1, num_inference_steps=3, scheduler="euler")
     precisions = ("fp32", "fp16" if card.is_gpu else "bf16")
     with tempfile.TemporaryDirectory() as folder:
@@ -438,26 +459,31 @@ def pictures_right(card: Card) -> Iterator[Row]:
                 )
 
 
-def beside(pictures: Sequence[Any], right: Any, precision: str, name: str, what: str) -> Row:
-    """How far the worst of them is from the right one, and how far it may be."""
+def beside(pictures: Sequence[Any], right: Any, precision: str, name: str, reference_name: str) -> Row:
+    """How far the worst picture is from the right one, and how far it may be."""
     decibels = min(min(psnr(picture, right), MOST_PSNR) for picture in pictures)
-    return {"picture": name, "beside": what, "decibels": round(decibels, 1), "floor": FLOORS[precision]}
+    return {
+        "picture": name,
+        "beside": reference_name,
+        "decibels": round(decibels, 1),
+        "floor": FLOORS[precision],
+    }
 
 
 def copies(card: Card) -> Iterator[Row]:
-    """Seconds to pin by size, and GB/s to the card from pinned and from pageable memory."""
+    """Seconds to pin, by size, and GB/s to the card from pinned and from pageable memory."""
     for size in PINNED:
         count = size * MIB
-        there = torch.empty(count, dtype=torch.uint8, device=card.device)
+        target = torch.empty(count, dtype=torch.uint8, device=card.device)
         pageable = torch.ones(count, dtype=torch.uint8)
-        slow = card.milliseconds(partial(there.copy_, pageable), 3)
+        slow = card.milliseconds(partial(target.copy_, pageable), 3)
         start = time.perf_counter()
         pinned = torch.empty(count, dtype=torch.uint8, pin_memory=True)
         took = time.perf_counter() - start
-        fast = card.milliseconds(partial(there.copy_, pinned, non_blocking=True), 3)
+        fast = card.milliseconds(partial(target.copy_, pinned, non_blocking=True), 3)
         rates = {"pinned GB/s": round(count / fast / 1e6, 2), "pageable GB/s": round(count / slow / 1e6, 2)}
         yield {"copied MiB": size, "pinning s": round(took, 4), **rates}
-        del pinned, pageable, there
+        del pinned, pageable, target
         if empty := getattr(torch._C, "_host_emptyCache", None):
             empty()
 
@@ -472,13 +498,17 @@ def caps_hold(card: Card) -> Iterator[Row]:
     card.torch.set_per_process_memory_fraction((card.torch.memory_reserved() + x.nbytes + MIB) / total)
     try:
         refused = card.torch.memory_stats()["num_ooms"]
-        said = "ran"
+        outcome = "ran"
         try:
             functional.conv2d(x, weight, padding=1)
         except RuntimeError as error:
-            said = f"{type(error).__name__}: {first_line(error)[:90]}"
+            outcome = f"{type(error).__name__}: {first_line(error)[:90]}"
         refused = card.torch.memory_stats()["num_ooms"] - refused
-        yield {"what": "a convolution without room for a workspace", "said": said, "refused inside": refused}
+        yield {
+            "what": "a convolution without room for a workspace",
+            "said": outcome,
+            "refused inside": refused,
+        }
         try:
             torch.empty(2**27, device=card.device)
             yield {"failed": "torch's cap is not held: 512 MiB were given under one of less"}
@@ -494,7 +524,7 @@ def context_at_the_end(card: Card) -> Iterator[Row]:
     yield {"what": "the context after every library, and others", **_compared(predicted, card.outside())}
 
 
-# Each with whether it is for GPUs alone.
+# (doubt, needs a GPU)
 DOUBTS: Sequence[tuple[Callable[[Card], Iterator[Row]], bool]] = (
     (versions, False),
     (context_and_workspaces, True),

@@ -1,4 +1,4 @@
-"""What gpu_check found, on one screen: what was wrong, worst first, then speeds in short."""
+"""What gpu_check measured, on one screen: faults, worst first, then speeds in short."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from ..runtime.units import shown
 
-LINES, COLUMNS = 38, 140  # gpu_check says two more
+LINES, COLUMNS = 38, 140  # gpu_check prints two more lines
 PREDICTED_WITHIN, AS_FAST = 0.05, 1.02
-# The worst first, and how each is called.
+# Kinds of fault, the worst first, with their headings.
 KINDS = {
     "picture": "wrong pictures and answers",
     "budget": "budgets not held, as the card says",
@@ -25,7 +25,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Fault:
-    """One of KINDS; `size` orders those of a kind, the largest first."""
+    """One of KINDS; `size` sorts faults of a kind, the largest first."""
 
     kind: str
     size: float
@@ -33,26 +33,30 @@ class Fault:
 
 
 def faults(sections: Mapping[str, Sequence[Row]]) -> list[Fault]:
-    """What is wrong in the rows of sections, worst first; the same failure of several is told once."""
-    found, failures = list[Fault](), Counter[tuple[str, str]]()
+    """Everything wrong in the sections' rows, worst first. A failure shared by several is reported once."""
+    wrong, failures = list[Fault](), Counter[tuple[str, str]]()
     for section, rows in sections.items():
-        found += _context(section, rows)
+        wrong += _context(section, rows)
         for row in rows:
-            found += _of(row)
+            wrong += _of(row)
             if why := row.get("failed"):
                 failures[f"{section}, {name(row)}" if name(row) else section, str(why)] += 1
     same = Counter(why for (_, why), _ in failures.items())
-    told = {why: where for (where, why) in reversed(failures)}  # the first that had it
+    places = {why: where for (where, why) in reversed(failures)}  # the first place with it
     for why, count in same.items():
         more = f" and {count - 1} more" if count > 1 else ""
-        found.append(Fault("failure", count, f"{told[why]}{more}: {why}"))
+        wrong.append(Fault("failure", count, f"{places[why]}{more}: {why}"))
     order = list(KINDS)
-    return sorted(found, key=lambda fault: (order.index(fault.kind), -fault.size))
+    return sorted(wrong, key=lambda fault: (order.index(fault.kind), -fault.size))
 
 
 def _context(section: str, rows: Sequence[Row]) -> Iterator[Fault]:
-    """The context is the card's, not a plan's: told once for each section."""
-    off = [told / seen - 1 for told, seen in (row["context"] for row in rows if "context" in row) if seen]
+    """The context is the card's, not a plan's, so it is reported once per section."""
+    off = [
+        predicted / seen - 1
+        for predicted, seen in (row["context"] for row in rows if "context" in row)
+        if seen
+    ]
     if off and abs(worst := max(off, key=abs)) > PREDICTED_WITHIN:
         yield Fault("prediction", abs(worst), f"{worst:+.1%} context: {section}")
 
@@ -64,7 +68,7 @@ def name(row: Row) -> str:
 
 
 def _of(row: Row) -> Iterator[Fault]:
-    """All but failures."""
+    """Every fault of a row except failures."""
     if "decibels" in row and not row["decibels"] >= row["floor"]:
         off = row["floor"] - row["decibels"]
         yield Fault(
@@ -86,7 +90,7 @@ def _of(row: Row) -> Iterator[Fault]:
         for stage, (predicted, measured) in row.get("stages", {}).items()
         if measured
     }
-    # what is loaded when it is first wanted is not there yet in a first run, so a stage may take less
+    # in a first run, code that is loaded lazily is missing, so a stage may take less
     errors = {"in all": row.get("error", 0.0)} | {
         f"to {stage}": error for stage, error in stages.items() if error < 0
     }
@@ -101,18 +105,20 @@ def _of(row: Row) -> Iterator[Fault]:
 
 
 def screen(sections: Mapping[str, Sequence[Row]]) -> list[str]:
-    """At most LINES lines of COLUMNS: the faults of each kind that fit, then speeds, then what did not
+    """At most LINES lines of COLUMNS: as many faults of each kind as fit, then speeds, then what did not
     run."""
-    found, speeds, missing = faults(sections), _speeds(sections), _missing(sections)
-    counts = Counter(fault.kind for fault in found)
+    wrong, speeds, missing = faults(sections), _speeds(sections), _missing(sections)
+    counts = Counter(fault.kind for fault in wrong)
     lines = list[str]()
     room = LINES - min(len(speeds), _SPEED_LINES) - len(missing) - 2 * len(counts)
     for i, (kind, count) in enumerate(counts.items()):
-        own = [fault.text for fault in found if fault.kind == kind]
+        texts = [fault.text for fault in wrong if fault.kind == kind]
         most = max(1, min(count, room // (len(counts) - i)))
         room -= most
         lines.append(f"{KINDS[kind]}: {count}")
-        lines += [f"  {text}" for text in own[:most]] + ([f"  … {count - most} more"] if count > most else [])
+        lines += [f"  {text}" for text in texts[:most]] + (
+            [f"  … {count - most} more"] if count > most else []
+        )
     lines = lines or [f"nothing wrong in {sum(len(rows) for rows in sections.values())} rows"]
     return [_cut(line) for line in (*lines, *speeds[:_SPEED_LINES], *missing)]
 
@@ -125,10 +131,10 @@ def _cut(line: str) -> str:
 def _speeds(sections: Mapping[str, Sequence[Row]]) -> list[str]:
     lines = []
     for section, rows in sections.items():
-        told = [row for row in rows if "times" in row]
-        if told:
+        timed = [row for row in rows if "times" in row]
+        if timed:
             decibels = {name(row): f", {row['decibels']} dB" for row in rows if "decibels" in row}
-            for row in told:
+            for row in timed:
                 predicted = f", predicted {row['predicted s']} s" if "predicted s" in row else ""
                 beside = (
                     f", {row['times']:.2f} times {row['of']}{decibels.get(name(row), '')}"
@@ -163,7 +169,9 @@ def _speeds(sections: Mapping[str, Sequence[Row]]) -> list[str]:
 
 
 def _missing(sections: Mapping[str, Sequence[Row]]) -> list[str]:
-    left = [row.get("what", section) for section, rows in sections.items() for row in rows if "left" in row]
+    unstarted = [
+        row.get("what", section) for section, rows in sections.items() for row in rows if "left" in row
+    ]
     skipped = [name(row) or section for section, rows in sections.items() for row in rows if "skipped" in row]
-    lines = [f"no time for: {', '.join(left)}"] if left else []
+    lines = [f"no time for: {', '.join(unstarted)}"] if unstarted else []
     return lines + ([f"skipped: {', '.join(skipped)}"] if skipped else [])

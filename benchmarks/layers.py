@@ -1,11 +1,10 @@
 """Single layers of SD 1.5's U-Net at 512x512, both halves of guidance in a batch, with weights in 16, 8 and 4
-bits, and in whole numbers.
+bits, and in integers.
 
     python -m tightfit.benchmarks.layers --device cpu
 
-Microseconds of a call; how fast int4 weights are unpacked, in what is read and written; and how fast whole
-numbers are multiplied, quantising the inputs included. Hold both against what the device can do (`tightfit
-calibrate`, or its maker).
+Reports microseconds per call, int4 dequantisation in GB/s read and written, and integer products in TOP/s,
+quantising the inputs included. Compare both with the device's limits (`tightfit calibrate`, or its maker).
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ..runtime.machine.hardware import Hardware
 from .record import record
 
 Shape = tuple[int, int, int, int]
-# Pixels or tokens, in-channels, out-channels, taps of a convolution.
+# Pixels or tokens, input channels, output channels, taps of a convolution.
 SHAPES: Sequence[Shape] = (
     (2 * 64 * 64, 320, 320, 9),
     (2 * 32 * 32, 640, 640, 9),
@@ -42,15 +41,15 @@ CONTENDERS = (("int8", "int8", False), ("int4", "int4-g64", False), ("int8-dynam
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--device", default="cpu")
-    found = list[dict[str, Any]]()
+    results = list[dict[str, Any]]()
     for row in rows(parse.parse_args().device, SHAPES):
-        found.append(row)
+        results.append(row)
         print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-    record("layers", found)
+    record("layers", results)
 
 
 def rows(device: str, shapes: Sequence[Shape]) -> Iterator[dict[str, Any]]:
-    """One for each shape, as it is measured. 16 bits are fp16 on a GPU, bf16 elsewhere."""
+    """One row per shape, as it is measured. 16 bits are fp16 on a GPU, bf16 elsewhere."""
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
     contenders = CONTENDERS if "int8" in Hardware.detect(device).rates else CONTENDERS[:-1]
     for pixels, channels, out, taps in shapes:
@@ -80,7 +79,7 @@ def _unpack(layer: quantised.Quantised) -> None:
 
 @torch.inference_mode()
 def microseconds(run: Callable[[], Any], device: str) -> float:
-    """The fastest of ten turns of three calls, after one that may compile."""
+    """The fastest of ten turns of three calls, after a turn that may compile."""
     turns = [turn_seconds(lambda: [run() for _ in range(3)], torch.device(device)) for _ in range(11)]
     return round(min(turns[1:]) / 3e-6, 1)
 

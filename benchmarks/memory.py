@@ -1,4 +1,4 @@
-"""Peak memory and time of one picture, ours beside diffusers', each in a process of its own.
+"""Peak memory and time of one picture, ours against diffusers', each in its own process.
 
     python -m tightfit.benchmarks.memory MODEL --precision bf16 --size 512 --steps 2
 
@@ -21,13 +21,13 @@ from .record import named, record
 
 
 def diffusers_run(args: argparse.Namespace) -> int:
-    """diffusers as its documentation starts: load, call; with Euler, as ours. The peak resident bytes of the
-    whole process."""
+    """diffusers as its documentation starts: load, then call, with Euler as in ours. Returns the process's
+    peak resident bytes."""
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
     from ..runtime.backends.torch.loading import DTYPES
 
-    folder = inspect(args.model).folder  # which refuses one that names classes of its own
+    folder = inspect(args.model).folder  # refuses a model that names its own classes
     peak = ProcessPeak()
     pipe: Any = DiffusionPipeline.from_pretrained(folder, dtype=DTYPES[args.precision], safety_checker=None)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
@@ -36,7 +36,7 @@ def diffusers_run(args: argparse.Namespace) -> int:
 
 
 def tightfit_run(args: argparse.Namespace) -> int:
-    """Ours as the command line runs it. The largest of what the stages and the time before them took."""
+    """Ours as the command line runs it. Returns the peak over all stages and the time before them."""
     from .. import Request, load
 
     before = ProcessPeak()

@@ -1,9 +1,9 @@
-"""One plan, run in this process, which was made for it: reads a job from standard input, prints what it
-measured as JSON.
+"""Runs one plan in this process, started for it: reads a job from standard input, prints measurements as
+JSON.
 
-A job is {"plan", "model", "options": fields of Request, "pictures": [[prompt, seed] …], "folder"}. One step
-of the first picture is painted before anything is timed; then each is painted, timed, and saved in the folder
-by its seed.
+A job is {"plan", "model", "options": fields of Request, "pictures": [[prompt, seed] …], "folder"}. One
+untimed step of the first picture comes first; then each picture is painted, timed, and saved in the folder by
+its seed.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
             results.append(pipe.generate(request))
         after = joules(plan.device)
     for result in (warmup, *results):
-        # It went on with another.
+        # The run stepped down to another plan.
         if (result.plan.placements, result.plan.cfg) != (plan.placements, plan.cfg):
             return {"outcome": "out of memory", "why": " ".join(result.notices)}
     for (_, seed), result in zip(job["pictures"], results, strict=True):
         result.images[0].save(folder / f"{seed}.png")
     energy = None if before is None or after is None else (after - before) / len(results)
-    return {"outcome": "ok", "why": "", "warmup_seconds": warmup.seconds, "joules": energy, **told(results)}
+    return {"outcome": "ok", "why": "", "warmup_seconds": warmup.seconds, "joules": energy, **row_of(results)}
 
 
-def told(results: list[Result]) -> dict[str, Any]:
-    """Seconds of each picture, whole and by stage, and the most bytes of any."""
+def row_of(results: list[Result]) -> dict[str, Any]:
+    """Seconds per picture, in total and by stage, and peak bytes over all pictures."""
     stages = {
         name: {
             "seconds": [result.stages[name].seconds for result in results],
@@ -71,9 +71,9 @@ def told(results: list[Result]) -> dict[str, Any]:
 
 
 def joules(device: str) -> float | None:
-    """What NVIDIA's driver says the card has used so far; None where it does not tell."""
-    found = driver(device, lambda nvml, card: nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000)
-    return None if isinstance(found, str) else found
+    """Energy used by the card so far, by NVIDIA's driver; None if it does not say."""
+    energy = driver(device, lambda nvml, card: nvml.nvmlDeviceGetTotalEnergyConsumption(card) / 1000)
+    return None if isinstance(energy, str) else energy
 
 
 if __name__ == "__main__":

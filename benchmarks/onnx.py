@@ -1,12 +1,11 @@
-"""ONNX: what was predicted of running beside what it took, and what ONNX Runtime paints beside what torch
-does.
+"""ONNX: predicted against measured memory, and ONNX Runtime's pictures against torch's.
 
     python -m tightfit.benchmarks.onnx predicted WORK/fp32:256 WORK/int4:512 …
     python -m tightfit.benchmarks.onnx pictures WORK emoji:128x128 emoji:160x96 tiny_sd2:128x64 …
 
-`predicted` runs each plan of folders that `tightfit export --to onnx` wrote in a process of its own.
-`pictures` exports each model to WORK in each precision and compares with what torch paints from the same
-values. Beside Optimum: benchmarks/peers.
+`predicted` runs each plan of folders written by `tightfit export --to onnx`, each in its own process.
+`pictures` exports each model to WORK in each precision and compares with torch's pictures from the same
+weights. For Optimum see benchmarks/peers.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ Row = dict[str, Any]
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kinds = parse.add_subparsers(dest="kind", required=True)
-    each = kinds.add_parser("predicted")
-    each.add_argument("models", nargs="+", metavar="FOLDER:SIZE")
+    command = kinds.add_parser("predicted")
+    command.add_argument("models", nargs="+", metavar="FOLDER:SIZE")
     painted = kinds.add_parser("pictures")
     painted.add_argument("work", type=Path)
     painted.add_argument("models", nargs="+", metavar="MODEL:WIDTHxHEIGHT")
@@ -45,14 +44,16 @@ def main() -> None:
 
 
 def predicted(models: list[str]) -> Iterator[Row]:
-    """Each way to run each model at each size; the largest stage is what a plan is held to."""
+    """Every way to run each model at each size. The largest stage counts, as for a plan."""
     errors = []
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
         for model, residency, cfg in product(models, ("staged", "resident"), CFG):
             row = processes.apply(run, (model, residency, cfg))
-            told, took = max(row["predicted"].values()), max(row["measured"].values())
-            errors.append(told / took - 1)
-            print(model, residency, cfg, shown(told), shown(took), f"{errors[-1]:+.1%}", flush=True)
+            predicted_bytes, took = max(row["predicted"].values()), max(row["measured"].values())
+            errors.append(predicted_bytes / took - 1)
+            print(
+                model, residency, cfg, shown(predicted_bytes), shown(took), f"{errors[-1]:+.1%}", flush=True
+            )
             yield {"what": f"{named(model)} {residency} {cfg}", "error": errors[-1], **row}
     sizes = sorted(map(abs, errors))
     print(f"{len(sizes)} plans: median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
@@ -70,25 +71,26 @@ def run(model: str, residency: str, cfg: str) -> Row:
     request = Request("a red heart", None, int(size), int(size), 1, 5.0, 0, "euler")
     with load(folder, device="cpu", residency=residency, cfg=cfg, requests=1) as pipe:
         result = pipe.generate(request)
-    told = result.plan.predicted
+    predicted_bytes = result.plan.predicted
     measured = {name: stage.peak_bytes for name, stage in result.stages.items() if name != "prepare"}
-    seconds = {"predicted_seconds": told.seconds, "run_seconds": result.seconds}
+    seconds = {"predicted_seconds": predicted_bytes.seconds, "run_seconds": result.seconds}
     return {
         "measured": measured,
-        "predicted": dict(told.stages),
+        "predicted": dict(predicted_bytes.stages),
         "process_bytes": result.process_bytes,
         **seconds,
     }
 
 
 def pictures(work: Path, models: list[str]) -> Iterator[Row]:
-    """The same seed on both engines; torch in fp32 with weights in fp32, or as they were quantised."""
+    """The same seed on both engines. torch computes in fp32, with weights in fp32 or quantised the same
+    way."""
     work.mkdir(exist_ok=True)
     for text, kind in product(models, KINDS):
         model, _, size = text.rpartition(":")
         width, height = map(int, size.split("x"))
         folder = work.absolute() / f"{Path(model).name}-{kind}"
-        own: dict[str, Any] = (
+        wishes: dict[str, Any] = (
             {"precision": kind, "compute": "fp32"} if kind.startswith("int") else {"precision": "fp32"}
         )
         if not folder.exists():
@@ -102,7 +104,7 @@ def pictures(work: Path, models: list[str]) -> Iterator[Row]:
             subprocess.run(
                 [sys.executable, "-m", "tightfit", "export", model, *options, "-o", str(folder)], check=True
             )
-        with load(model, device="cpu", **own) as torchs, load(str(folder), device="cpu") as ours:
+        with load(model, device="cpu", **wishes) as torchs, load(str(folder), device="cpu") as ours:
             for scheduler in ("ddim", "euler", "dpmpp_2m_karras"):
                 request = {
                     "seed": 0,
@@ -111,9 +113,11 @@ def pictures(work: Path, models: list[str]) -> Iterator[Row]:
                     "width": width,
                     "height": height,
                 }
-                found = min(psnr(ours("a red heart", **request), torchs("a red heart", **request)), MOST_PSNR)
-                print(f"{text} {kind} {scheduler}: {found:.1f} dB", flush=True)
-                yield {"what": f"{named(text)} {kind} {scheduler}", "psnr": found}
+                decibels = min(
+                    psnr(ours("a red heart", **request), torchs("a red heart", **request)), MOST_PSNR
+                )
+                print(f"{text} {kind} {scheduler}: {decibels:.1f} dB", flush=True)
+                yield {"what": f"{named(text)} {kind} {scheduler}", "psnr": decibels}
 
 
 if __name__ == "__main__":

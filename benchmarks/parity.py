@@ -34,7 +34,7 @@ PROMPT, SEED = "a red heart", 7
 
 
 def reference(pipeline: Any, scheduler: str, prompt: str, seed: int, **options: Any) -> Image.Image:
-    """The picture of diffusers' own `pipeline` with one of SCHEDULERS, as its documentation swaps them."""
+    """diffusers' own picture by one of SCHEDULERS, swapped as its documentation does."""
     kind, changes = SCHEDULERS[scheduler]
     before = pipeline.scheduler
     pipeline.scheduler = getattr(diffusers, kind).from_config(before.config, **changes)
@@ -45,7 +45,7 @@ def reference(pipeline: Any, scheduler: str, prompt: str, seed: int, **options: 
 
 
 class FlowMatching(diffusers.FlowMatchEulerDiscreteScheduler):
-    """With the two names that diffusers' pipelines of SD and SDXL look for, which do nothing."""
+    """With the two members that diffusers' SD and SDXL pipelines expect; they do nothing."""
 
     init_noise_sigma = 1.0
 
@@ -54,14 +54,15 @@ class FlowMatching(diffusers.FlowMatchEulerDiscreteScheduler):
 
 
 def made(config: Mapping[str, Any]) -> Any:
-    """diffusers' scheduler of a config."""
+    """The diffusers scheduler that a config describes."""
     name = config["_class_name"]
     kind: Any = FlowMatching if name == "FlowMatchEulerDiscreteScheduler" else getattr(diffusers, name)
     return kind.from_config(dict(config))
 
 
 def with_scheduler(pipeline: Any, config: Mapping[str, Any]) -> Any:
-    """diffusers' pipeline made anew of the same components, as it corrects what it is made with."""
+    """A new diffusers pipeline from the same components, because its constructor corrects the scheduler's
+    config."""
     again = type(pipeline)(**{**pipeline.components, "scheduler": made(config)})
     again.set_progress_bar_config(disable=True)
     return again
@@ -72,7 +73,7 @@ def main() -> None:
     parse.add_argument("folders", nargs="*", type=Path)
     parse.add_argument("--steps", type=int, default=8)
     parse.add_argument(
-        "--cases", action="store_true", help="every kind of model and scheduler, in place of folders"
+        "--cases", action="store_true", help="every kind of model and scheduler instead of folders"
     )
     args = parse.parse_args()
     if args.cases == bool(args.folders):
@@ -87,14 +88,14 @@ def of_folders(folders: list[Path], steps: int) -> None:
     options = {"num_inference_steps": steps, "guidance_scale": 6.0}
     table: dict[str, dict[str, float]] = {}
     for folder in folders:
-        theirs: Any = diffusers.DiffusionPipeline.from_pretrained(
+        pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(
             inspect(str(folder)).folder, dtype=torch.float32
         )
-        theirs.set_progress_bar_config(disable=True)
+        pipeline.set_progress_bar_config(disable=True)
         with load(str(folder), precision="fp32", device="cpu") as pipe:
             table[folder.name] = {
                 name: psnr(
-                    reference(theirs, name, PROMPT, SEED, **options),
+                    reference(pipeline, name, PROMPT, SEED, **options),
                     pipe(PROMPT, seed=SEED, scheduler=name, **options),
                 )
                 for name in SCHEDULERS
@@ -108,7 +109,7 @@ def of_folders(folders: list[Path], steps: int) -> None:
 
 
 def of_cases() -> None:
-    """A page with a table of every case, and a row of results."""
+    """A page with a table of every case, and one line of results."""
     setup, rows = envelope(command()), list[dict[str, str]]()
     facts, versions = setup["hardware"], setup["versions"]
     print("# Pictures beside diffusers' own\n")
@@ -127,12 +128,12 @@ def of_cases() -> None:
     )
     print(f"{setup['date']}: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
     with Pairs() as pairs:
-        for kind, own in groupby(cases(), key=lambda case: case.kind):
+        for kind, group in groupby(cases(), key=lambda case: case.kind):
             print(
                 f"\n## {kind[0].upper()}{kind[1:]}\n\n"
                 "| case | model | diffusers' scheduler | dB |\n|---|---|---|---|"
             )
-            for case in own:
+            for case in group:
                 decibels = f"needs {case.lacks}" if case.lacks else shown(pairs.decibels(case))
                 print(f"| {case.name} | {case.family} | {described(case)} | {decibels} |", flush=True)
                 rows.append({"kind": kind, "case": case.name, "model": case.family, "dB": decibels})
@@ -150,30 +151,30 @@ class Pairs(ExitStack):
         self._loaded: dict[str, tuple[Any, Pipeline]] = {}
 
     def decibels(self, case: Case) -> float:
-        """Between the two pictures of a case."""
+        """PSNR between the two pictures of a case."""
         key = json.dumps([case.family, case.pipeline, case.changes])
         if key not in self._loaded:
             folder = self._work / str(len(self._loaded))
             write(case, folder)
-            theirs: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+            pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
             ours = self.enter_context(
                 load(str(folder), precision="fp32", device="cpu", residency="resident", **_AS_DIFFUSERS)
             )
-            self._loaded[key] = theirs, ours
-        theirs, ours = self._loaded[key]
+            self._loaded[key] = pipeline, ours
+        pipeline, ours = self._loaded[key]
         ours.spec = replace(ours.spec, scheduler=dict(case.own))
         generator = torch.Generator("cpu").manual_seed(SEED)
-        image = with_scheduler(theirs, case.theirs)(PROMPT, generator=generator, **case.options).images[0]
+        image = with_scheduler(pipeline, case.theirs)(PROMPT, generator=generator, **case.options).images[0]
         return psnr(ours(PROMPT, seed=SEED, scheduler=case.asked, **case.options), image)
 
 
-# Of the ways that differ in rounding the one that diffusers has.
+# Where choices differ in rounding, diffusers'.
 _AS_DIFFUSERS: dict[str, Any] = {"attention": "sdpa", "tiling": "whole", "cfg": "batched"}
 
 
 def write(case: Case, folder: Path) -> None:
-    """A case's model as a diffusers folder. One whose U-Net has other layers than the tiny ones gets random
-    weights anew."""
+    """Write a case's model as a diffusers folder. A U-Net whose layers differ from the tiny ones' gets new
+    random weights."""
     random_model.write(case.family, folder, tiny=True, precision="fp32")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(case.own))
     for component, fields in case.changes.items():
@@ -190,8 +191,7 @@ def write(case: Case, folder: Path) -> None:
 
 
 def described(case: Case) -> str:
-    """The class and the options of diffusers' scheduler that are not the usual betas, and what else is asked
-    for."""
+    """diffusers' scheduler: its class, its options other than the usual betas, and what else is asked for."""
     kind = case.theirs["_class_name"].removesuffix("Scheduler")
     usual = {"_class_name", "beta_start", "beta_end", "beta_schedule"}
     options = [f"{name} {value}" for name, value in case.theirs.items() if name not in usual]

@@ -1,5 +1,5 @@
-"""Kinds of models and schedulers whose pictures must be those of diffusers' own pipelines: for tests/runtime
-and for parity.py."""
+"""Kinds of models and schedulers whose pictures must equal diffusers' own, for tests/runtime and
+parity.py."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Config = Mapping[str, Any]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-# diffusers' class of each of our names and what its documentation changes.
+# Our name → diffusers' class, and what its documentation changes.
 SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "euler": ("EulerDiscreteScheduler", {}),
     "euler_a": ("EulerAncestralDiscreteScheduler", {}),
@@ -21,8 +21,7 @@ SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
     "unipc": (UNIPC, {}),
     "lcm": ("LCMScheduler", {}),
 }
-# Schedulers of a model's own: one of each class, as models publish them, and the options that were dropped
-# once.
+# Models' own schedulers: one of each class as models publish them, and options that were once dropped.
 OWN: dict[str, dict[str, Any]] = {
     "ddim": {"_class_name": "DDIMScheduler", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True,
         "prediction_type": "v_prediction"},
@@ -71,9 +70,8 @@ FAMILY = {
     "tcd": "sdxl",
     "kdpm2": "sdxl",
 }
-# Models trained by flow matching, and what each of our names means for them: family, config, name →
-# diffusers' config.
-# Of betas it says nothing, which flows do not need.
+# Models trained by flow matching, and what our names mean for them: family, config, name → diffusers' config.
+# _SHIFT has no betas, which flows do not need.
 _SHIFT = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "shift": 3.0,
@@ -90,7 +88,7 @@ FLOWS: dict[str, tuple[str, Config, dict[str, Config]]] = {
     }),
 }  # fmt: skip
 EDM = {"euler": "EDMEulerScheduler", "dpmpp_2m_karras": "EDMDPMSolverMultistepScheduler"}
-# Playground 2.5 and its kind: a mean and a deviation for each channel of the latents.
+# Playground 2.5 and similar: a mean and a deviation per channel of the latents.
 AFFINE = {
     "latents_mean": [-1.65, 0.13, -0.66, 1.3],
     "latents_std": [8.47, 5.98, 7.98, 4.21],
@@ -104,8 +102,8 @@ _DDIM = {"_class_name": "DDIMScheduler", **BETAS}
 
 @dataclass(frozen=True)
 class Case:
-    """A tiny model of `family` with `changes` of its components' configs and the scheduler config `own`,
-    painted with the scheduler `asked`, and diffusers' pipeline with the config `theirs`."""
+    """A tiny model of `family`, with `changes` to its components' configs and the scheduler config `own`,
+    painted with the scheduler `asked`; and diffusers' pipeline with the scheduler config `theirs`."""
 
     kind: str
     name: str
@@ -119,13 +117,13 @@ class Case:
 
     @property
     def lacks(self) -> str:
-        """The package without which diffusers has no such scheduler, if it is not here."""
+        """The missing package that diffusers' scheduler needs, or ""."""
         need = NEEDS.get(self.name, "")
         return "" if not need or find_spec(need) else need
 
 
 def cases() -> Iterator[Case]:
-    """All of them, those of one family and kind together."""
+    """All cases, grouped by kind and family."""
     yield from _of_schedulers()
     yield from _of_flows()
     yield from _of_pipelines()
@@ -133,8 +131,8 @@ def cases() -> Iterator[Case]:
 
 def _of_schedulers() -> Iterator[Case]:
     for name, config in OWN.items():
-        own = {**BETAS, **config}
-        yield Case("a model's own scheduler", name, FAMILY.get(name, "sd1"), own, own)
+        full = {**BETAS, **config}
+        yield Case("a model's own scheduler", name, FAMILY.get(name, "sd1"), full, full)
     for kind, fields in (("v-prediction", _V), ("zero terminal SNR", _ZERO_SNR)):
         for name, (cls, changes) in SCHEDULERS.items():
             if fields is _V or name in ("ddim", "dpmpp_2m_karras", "unipc", "lcm"):
@@ -149,15 +147,15 @@ def _of_schedulers() -> Iterator[Case]:
     karras = {**BETAS, **OWN["dpm-sde"]}
     plain = {"use_karras_sigmas": False, "algorithm_type": "dpmsolver++"}
     for name, (cls, changes) in SCHEDULERS.items():
-        theirs = {**karras, **plain, **changes, "_class_name": cls}
-        yield Case("a name, of a model with SDE and Karras", name, "sdxl", karras, theirs, name)
+        expected = {**karras, **plain, **changes, "_class_name": cls}
+        yield Case("a name, of a model with SDE and Karras", name, "sdxl", karras, expected, name)
 
 
 def _of_flows() -> Iterator[Case]:
-    for own_name, (family, own, names) in FLOWS.items():
-        yield Case("flow matching", f"{own_name}: its own", family, own, own)
-        for name, theirs in names.items():
-            yield Case("flow matching", f"{own_name}: {name}", family, own, theirs, name)
+    for own_name, (family, config, names) in FLOWS.items():
+        yield Case("flow matching", f"{own_name}: its own", family, config, config)
+        for name, expected in names.items():
+            yield Case("flow matching", f"{own_name}: {name}", family, config, expected, name)
     for name, cls in EDM.items():
         yield Case(
             "in EDM's terms", name, "sdxl", OWN["edm-dpm"], {**OWN["edm-dpm"], "_class_name": cls}, name

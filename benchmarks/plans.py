@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def sized(text: str) -> tuple[ModelSpec, int]:
-    """A model and the side of its pictures, of MODEL:SIZE; argparse says what is wrong with another text."""
+    """Model and side of MODEL:SIZE; argparse reports what is wrong with any other text."""
     name, _, side = text.rpartition(":")
     if not name or not side.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r} is not MODEL:SIZE, such as emoji:128")

@@ -1,4 +1,4 @@
-"""Plots as SVG text: axes with round ticks, points, bars. No library of plots draws so little in so few
+"""Plots as SVG text: axes with round ticks, points, bars. No plotting library writes so little in so few
 bytes."""
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ _WIDTH, _HEIGHT, _LEFT, _BOTTOM, _TOP, _RIGHT = 560, 340, 78, 46, 14, 16
 
 @dataclass(frozen=True)
 class Axis:
-    """From `low` to `high`, logarithmic if so. `shown` writes a value; ticks are round in `unit`s, such as
-    MiB."""
+    """From `low` to `high`, optionally `logarithmic`. `shown` formats a value; ticks are round in `unit`s,
+    such as MiB."""
 
     label: str
     low: float
@@ -24,20 +24,21 @@ class Axis:
     unit: float = 1.0
 
     def place(self, value: float) -> float:
-        """0 at the low end, 1 at the high one."""
+        """0 at the low end, 1 at the high end."""
         if self.logarithmic:
             return math.log(max(value, self.low) / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """Round values: of each power of ten 1, 2 and 5 if logarithmic, else at most seven steps of such."""
+        """Round values: 1, 2 and 5 of each power of ten if logarithmic, else at most seven steps of 1, 2, 5
+        or 10."""
         low, high = self.low / self.unit, self.high / self.unit
         if self.logarithmic:
             first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-            found = [
+            ticks = [
                 m * 10.0**p for p in range(first, last + 1) for m in (1, 2, 5) if low <= m * 10.0**p <= high
             ]
-            kept = found if len(found) <= 8 else [value for value in found if math.log10(value).is_integer()]
+            kept = ticks if len(ticks) <= 8 else [value for value in ticks if math.log10(value).is_integer()]
             return [value * self.unit for value in kept]
         rough = (high - low) / 6
         power = 10.0 ** math.floor(math.log10(rough))
@@ -46,9 +47,9 @@ class Axis:
 
 
 def axis(label: str, values: Iterable[float], shown: Callable[[float], str], unit: float = 1.0) -> Axis:
-    """One that has room for `values`: from zero on, or logarithmic if they differ tenfold."""
-    known = [value for value in values if value > 0] or [unit]
-    low, high = min(known), max(known)
+    """An axis with room for `values`: from zero, or logarithmic if they span a factor of ten."""
+    positive = [value for value in values if value > 0] or [unit]
+    low, high = min(positive), max(positive)
     if high > 10 * low:
         return Axis(label, low / 1.25, high * 1.25, True, shown, unit)
     return Axis(label, 0.0, high * 1.08, False, shown, unit)
@@ -56,7 +57,7 @@ def axis(label: str, values: Iterable[float], shown: Callable[[float], str], uni
 
 @dataclass(frozen=True)
 class Point:
-    """At x and y, of the kind that gives it its colour, with a text that a pointer shows."""
+    """At x and y; `kind` gives the colour, `text` the tooltip."""
 
     x: float
     y: float
@@ -71,13 +72,13 @@ def scatter(
     colours: Mapping[str, str],
     line: Sequence[tuple[float, float]] = (),
 ) -> str:
-    """Points and a line, with the kinds named below; `colours` has the CSS class of each, the same in every
-    plot of a page."""
+    """Points and a line, with a legend. `colours` maps kinds to CSS classes, the same in every plot of a
+    page."""
     kinds = list(dict.fromkeys(point.kind for point in points))
     parts = [_frame(x, y)]
     if line:
-        way = " ".join(f"{_x(x, a):.1f},{_y(y, b):.1f}" for a, b in line)
-        parts.append(f'<polyline class="front" points="{way}"/>')
+        path = " ".join(f"{_x(x, a):.1f},{_y(y, b):.1f}" for a, b in line)
+        parts.append(f'<polyline class="front" points="{path}"/>')
     for point in points:
         place = f'cx="{_x(x, point.x):.1f}" cy="{_y(y, point.y):.1f}"'
         parts.append(
@@ -90,8 +91,7 @@ def scatter(
 
 
 def bars(rows: Sequence[tuple[str, Sequence[float]]], colours: Mapping[str, str], unit: str) -> str:
-    """A stacked bar for each row: its name above it, its parts of the kinds of `colours` in their order,
-    their sum behind it."""
+    """A stacked bar per row: its name above, its parts in the order of `colours`, their sum at the end."""
     most = max((sum(parts) for _, parts in rows), default=1.0) or 1.0
     height, out, kinds = 40 * len(rows) + 8, [], list(colours)
     for number, (name, parts) in enumerate(rows):

@@ -3,9 +3,9 @@
     python -m tightfit.benchmarks.predicted emoji:128 sd15:256 --precision bf16
 
 MODEL:SIZE is emoji or a diffusers folder, and pixels; `python -m tightfit.export.random_model sd1 DIR` makes
-a full-size one. Each combination paints once to warm up, when something stays loaded, and once under torch's
-profiler, which sees every allocation of torch's CPU allocator: an independent count of live bytes. On CUDA it
-is torch's `max_memory_reserved`.
+a full-size one. Each combination paints once to warm up, if something stays loaded, and once under torch's
+profiler, which sees every allocation of torch's CPU allocator: an independent count of live bytes. On CUDA
+the measure is torch's `max_memory_reserved`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 
 def mark(stage: str) -> record_function:
-    """Shows a pipeline's stage in a profile."""
+    """Marks a pipeline's stage in a profile."""
     return record_function(f"tightfit {stage}")
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     parse.add_argument("--residency", choices=RESIDENCIES)
     args = parse.parse_args()
     hardware = Hardware.detect(args.device)
-    rows = [row for each in args.models for row in model(each, args, hardware)]
+    rows = [row for text in args.models for row in model(text, args, hardware)]
     errors = sorted(abs(row["predicted"] / row["measured"] - 1) for row in rows)
     summary = {"combinations": len(rows) // len(STAGES), "stages": len(rows)}
     summary |= {"median_error": statistics.median(errors), "worst_error": errors[-1]}
@@ -64,8 +64,7 @@ def model(text: str, args: argparse.Namespace, hardware: Hardware) -> Iterator[R
 
 
 def combination(pipe: Pipeline, request: Request, names: Row) -> Iterator[Row]:
-    """A row for each stage. The profiler is started and stopped with the stages, and its count begins with
-    what is held."""
+    """A row per stage. The profiler starts and stops with the stages; its count starts at what is held."""
     predicted = pipe.plans(request)[0].predicted.stages
     held = sum(_bytes(session.module) for *_, session in pipe.loaded.sessions.values())  # pyright: ignore[reportAttributeAccessIssue]
     measured, seen = {}, None
@@ -96,8 +95,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _by_stage(seen: profile, held: int) -> dict[str, int]:
-    """Most live bytes in each stage, from the profiler's events and the marks that `mark` leaves between
-    them."""
+    """Peak live bytes per stage, from the profiler's events and the marks between them."""
     now, stage = held, ""
     most: dict[str, int] = dict.fromkeys(STAGES, 0)
     results: Any = seen.profiler

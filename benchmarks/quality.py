@@ -1,12 +1,12 @@
-"""How far pictures are from fp32's of the same seed: the dB that a plan prints, and the quality of every way
-to quantise.
+"""Similarity to fp32 pictures of the same seed: the dB that a plan prints, and the quality of every
+quantisation.
 
     python -m tightfit.benchmarks.quality                               # 24 pictures of each precision
     python -m tightfit.benchmarks.quality --work WORK emoji:int8:fp32 emoji:int4:fp32 DIR:int4:fp32
 
 A contender is MODEL:PRECISION:COMPUTE. With WORK, the folder of emoji's training, 200 of its labels are
-painted, one seed each, and it is counted how many of the pictures are nearest to what their prompt says.
-Strips and attentions are held by tests instead: they change nothing that fp32 shows.
+painted, one seed each, and the pictures nearest to their own label are counted. Strips and attentions are
+covered by tests instead: they change nothing that shows in fp32.
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def main() -> None:
 
 
 def paint(contender: str, requests: Sequence[Request]) -> list[Any]:
-    """The pictures of MODEL:PRECISION:COMPUTE."""
+    """Pictures by MODEL:PRECISION:COMPUTE."""
     model, precision, compute = contender.rsplit(":", 2)
     with load(model, precision=precision, compute=compute, device="cpu") as pipe:
         return [pipe.generate(request).images[0] for request in requests]
 
 
 def labelled(work: Path, count: int) -> tuple[list[tuple[str, int]], Callable[[Sequence[Any]], float]]:
-    """`count` labels of emoji's training with a seed each, and the share of pictures nearest to the one their
-    label names."""
+    """`count` labels of emoji's training with a seed each, and a function: the share of pictures nearest to
+    their own label."""
     from ..export.emoji import data
     from ..export.emoji.diffusion import match
 
@@ -70,7 +70,7 @@ def labelled(work: Path, count: int) -> tuple[list[tuple[str, int]], Callable[[S
 
     def judge(drawn: Sequence[Any]) -> float:
         return match(
-            torch.from_numpy(np.stack([np.array(each) for each in drawn])).permute(0, 3, 1, 2),
+            torch.from_numpy(np.stack([np.array(picture) for picture in drawn])).permute(0, 3, 1, 2),
             pictures,
             right,
         )[0]

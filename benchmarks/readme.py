@@ -57,33 +57,33 @@ def main() -> None:
 
 
 def pages() -> dict[str, Callable[[], str]]:
-    """Each file with what makes its marked section."""
+    """Each file, and the function that makes its marked section."""
     return {"README.md": summary, "docs/results.md": tables}
 
 
 def replaced(text: str, section: str) -> str:
     """The text with `section` between its marks."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, following = text.partition(BEGIN)
+    _, end, after = following.partition(END)
     if not (begin and end):
         raise ValueError(f"no section to replace: the text lacks '{END if begin else BEGIN}'")
     return f"{before}{BEGIN}\n\n{section}\n{END}{after}"
 
 
 def summary() -> str:
-    """README.md's: one table of contenders, and how far off predictions are."""
+    """README.md's section: one table of contenders, and the errors of predictions."""
     stages, median, worst = prediction_errors()
     errors = f"{median:.1%} off in the median, {worst:.1%} at worst"
     return f"{peers(README_CONTENDERS)}\nPredicted peak against measured peak, {stages} stages: {errors}.\n"
 
 
 def tables() -> str:
-    """docs/results.md's: all of them."""
+    """docs/results.md's section: all tables."""
     return f"{peers()}\n{plans()}\n{details()}"
 
 
 def results(name: str, contains: str = "") -> list[Any]:
-    """What NAME.jsonl has of commands that contain a text, the newest last."""
+    """Results in NAME.jsonl from commands that contain a text, the newest last."""
     lines = map(json.loads, (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
     return [line["results"] for line in lines if contains in line["command"] + " "]
 
@@ -94,13 +94,13 @@ def table(head: str, rows: list[str]) -> str:
 
 
 def whole_peers() -> Row:
-    """The newest run of all contenders."""
+    """The newest run with all contenders."""
     names = {contender.name for contender in contenders("cpu")}
     return next(run for run in reversed(results("peers")) if run["rows"].keys() >= names)
 
 
 def peers(names: Collection[str] | None = None) -> str:
-    """Each contender, or those named, beside diffusers in bf16, least memory first."""
+    """All contenders, or those named, against diffusers in bf16, least memory first."""
     run = whole_peers()
     base, rows = run["rows"]["diffusers bf16"], []
     for name, row in sorted(run["rows"].items(), key=lambda item: item[1].get("peak_bytes", 0)):
@@ -157,7 +157,7 @@ def of_model(rows: list[Row]) -> str:
 
 
 def judged(row: Row) -> str:
-    """A plan's pictures beside the reference's."""
+    """A plan's quality against the reference's pictures."""
     quality = row["quality"] or {}
     text = f"{quality['psnr']:.0f} dB, {quality['ms_ssim']:.4f}" if quality else ""
     text = "exact" if row["key"] == row["reference"] else text
@@ -174,21 +174,21 @@ def torch_rows() -> Iterator[tuple[str, str, str, str]]:
     same = f"identical in {cells.count('identical')} of {len(cells)}"
     yield "fp32 pictures of four models, six schedulers, beside diffusers'", same, "", "`… parity FOLDER…`"
     stages, median, worst = prediction_errors()
-    what = f"predicted against measured peak of {stages} stages above 2 MiB"
-    yield what, f"median {median:.1%}, worst {worst:.1%} off", "", "`… predicted emoji:128 sd15:512 …`"
+    title = f"predicted against measured peak of {stages} stages above 2 MiB"
+    yield title, f"median {median:.1%}, worst {worst:.1%} off", "", "`… predicted emoji:128 sd15:512 …`"
     memory = {(Path(run["model"]).name, run.get("ram") or ""): run for run in results("memory")}
     for name, ram in (("sd15", ""), ("sd15", "1.5GiB"), ("sdxl", ""), ("sdxl", "2GiB")):
         run = memory[name, ram]
-        ours, theirs = (peak_and_seconds(run[program]) for program in ("tightfit", "diffusers"))
+        ours, rival = (peak_and_seconds(run[program]) for program in ("tightfit", "diffusers"))
         budget = f", `--ram {ram}`" if ram else ""
-        what = f"process of {name} in bf16, 512×512, {run['steps']} steps{budget}"
-        yield what, ours, f"{theirs} (diffusers)", f"`… memory {name}`"
+        title = f"process of {name} in bf16, 512×512, {run['steps']} steps{budget}"
+        yield title, ours, f"{rival} (diffusers)", f"`… memory {name}`"
     sizes = {(Path(row["model"]).name, row["precision"]): row for row in results("sizes")[-1]}
     for name in ("sd15", "sdxl"):
         kinds = [f"{sizes[f'{name}_{kind}', kind]['unet disk']:.2f}" for kind in ("int8", "int4")]
         fp16, nf4 = (sizes[name, kind]["unet disk"] for kind in ("fp16", "bitsandbytes nf4"))
-        others = f"{fp16:.2f} GB fp16, {nf4:.2f} bitsandbytes NF4"
-        yield f"U-Net of {name} on disk, int8, int4", f"{' and '.join(kinds)} GB", others, "`… sizes FOLDER…`"
+        rivals = f"{fp16:.2f} GB fp16, {nf4:.2f} bitsandbytes NF4"
+        yield f"U-Net of {name} on disk, int8, int4", f"{' and '.join(kinds)} GB", rivals, "`… sizes FOLDER…`"
     steps = dict(results("steps")[-1]["rows"])
     bf16 = f"bf16 {steps.pop('sd15')['seconds']:.2f} s"
     kinds = [f"{name.split(':')[-1].removeprefix('sd15_')} {row['ratio']:.2f}" for name, row in steps.items()]
@@ -213,15 +213,15 @@ def onnx_rows() -> Iterator[tuple[str, str, str, str]]:
     run = whole_peers()
     exports, command = run["exports"], f"`… peers {run['model']} WORK`"
     ours = {kind: exports[f"onnx-{kind}"] for kind in ("fp32", "fp16", "int8", "int4")}
-    theirs = exports["optimum"]
+    optimum = exports["optimum"]
     seconds = ", ".join(f"{kind} {row['seconds']:.0f}" for kind, row in ours.items())
-    yield f"{run['model']} to ONNX, seconds", seconds, f"Optimum, fp32: {theirs['seconds']:.0f}", command
+    yield f"{run['model']} to ONNX, seconds", seconds, f"Optimum, fp32: {optimum['seconds']:.0f}", command
     peaks = ", ".join(f"{kind} {shown(row['peak_bytes'])}" for kind, row in ours.items())
-    yield "the same, memory", peaks, f"Optimum, fp32: {shown(theirs['peak_bytes'])}", command
+    yield "the same, memory", peaks, f"Optimum, fp32: {shown(optimum['peak_bytes'])}", command
     last = results("onnx", " predicted ")[-1]["rows"][-1]
     figures = f"median {last['median_error']:.1%}, worst {last['worst_error']:.1%} off"
-    what = f"predicted against measured growth of the process, {last['plans']} plans of sd15 on ONNX Runtime"
-    yield what, figures, "", "`… onnx predicted …`"
+    title = f"predicted against measured growth of the process, {last['plans']} plans of sd15 on ONNX Runtime"
+    yield title, figures, "", "`… onnx predicted …`"
 
 
 def emoji_rows() -> Iterator[tuple[str, str, str, str]]:
@@ -231,10 +231,10 @@ def emoji_rows() -> Iterator[tuple[str, str, str, str]]:
         row = ablation[variant]
         return f"{row['median']:.1f}, {row['tenth']:.1f} dB, {row['unet_bits']:.2f} bits"
 
-    what, command = "emoji, 200 prompts, against fp32 (median, tenth percentile)", "`… ablation WORK`"
+    title, command = "emoji, 200 prompts, against fp32 (median, tenth percentile)", "`… ablation WORK`"
     int8 = figures("int8 recipe: delicate layers in groups of 64")
     linears = figures("bitsandbytes int8 (linears only)")
-    yield f"{what}: int8", int8, f"bitsandbytes int8, linears only: {linears}", command
+    yield f"{title}: int8", int8, f"bitsandbytes int8, linears only: {linears}", command
     calibrated = figures("int4 calibrated (both), 5.0 bits")
     nearest, nf4 = figures("int4 round to nearest, groups of 64"), figures("bitsandbytes NF4 (linears only)")
     yield "the same: int4, calibrated", calibrated, f"round to nearest: {nearest}; NF4: {nf4}", command
@@ -242,8 +242,8 @@ def emoji_rows() -> Iterator[tuple[str, str, str, str]]:
     last = results("emoji")[-1]
     match = f"{last['top1']:.0%} top-1, {last['top5']:.0%} top-5"
     autoencoder = f"autoencoder {last['autoencoder_psnr']:.1f} dB"
-    what = f"emoji: prompt match of {last['labels']} labels; autoencoder on {last['pictures']} pictures"
-    yield what, f"{match}; {autoencoder}", "", "`… emoji WORK`"
+    title = f"emoji: prompt match of {last['labels']} labels; autoencoder on {last['pictures']} pictures"
+    yield title, f"{match}; {autoencoder}", "", "`… emoji WORK`"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One line of JSON per measurement, with all that is needed to repeat it."""
+"""One line of JSON per measurement, with everything needed to repeat it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _there() -> Iterator[str]:
 
 
 def envelope(command: str, hardware: Hardware | None = None) -> dict[str, Any]:
-    """What is needed to repeat a measurement: the day, the command, the machine and the versions."""
+    """What is needed to repeat a measurement: date, command, machine and versions."""
     import torch
 
     machine = hardware or Hardware.detect()
@@ -58,42 +58,39 @@ def envelope(command: str, hardware: Hardware | None = None) -> dict[str, Any]:
 
 
 def own_version() -> str:
-    """tightfit's, and in a checkout its commit too."""
+    """tightfit's version; in a checkout also its commit."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists() or not shutil.which("git"):
         return __version__
-    asked = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    command_line = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    commit = subprocess.run(command_line, capture_output=True, text=True, check=False).stdout.strip()
     return f"{__version__}+{commit}" if commit else __version__
 
 
 def command() -> str:
-    """The one that runs now, as it would be typed in the folder that its models are in."""
+    """The running command, as typed in the folder that holds its models."""
     program = Path(sys.argv[0])
     module = program.parent.name if program.stem == "__main__" else program.stem
     return typed(["python", "-m", f"tightfit.benchmarks.{module}", *sys.argv[1:]])
 
 
-# A path that begins at a root or leads out of the folder, alone or behind an option's "=".
+# A path that starts at a root or leaves the folder, alone or after an option's "=".
 _PLACE = re.compile(r"(?:(?<==)|^)(?:/|~|[A-Za-z]:[\\/]|\.\.?[\\/]).*?([^\\/]+)[\\/]?$")
 
 
 def typed(arguments: Sequence[str]) -> str:
-    """A command with the names of files and folders alone: where they are on this machine is nobody else's
-    concern."""
+    """A command with bare names of files and folders: where they are on this machine concerns nobody else."""
     return shlex.join(",".join(map(named, argument.split(","))) for argument in arguments)
 
 
 def named(model: str) -> str:
-    """The name alone of what may be a path of this machine: `../sdxl:512` is `sdxl:512`. A hub id stays as it
-    is."""
+    """Bare name of what may be a local path: `../sdxl:512` becomes `sdxl:512`. A hub id stays as it is."""
     return _PLACE.sub(r"\1", model)
 
 
 def record(name: str, results: Any, setup: dict[str, Any] | None = None, rehearsal: bool = False) -> Path:
-    """Append `results` to `name`.jsonl and return that file, which is under $OUT, else in
-    benchmarks/results/, or in the cache folder if it is only a `rehearsal`. `setup` is the envelope, if
-    another process measured them."""
+    """Append `results` to `name`.jsonl and return that file: under $OUT if set, else in benchmarks/results/,
+    or in the cache folder for a `rehearsal`. `setup` is the envelope if another process measured."""
     line = (setup or envelope(command())) | {"results": results}
     usual = cache_folder() / "rehearsals" if rehearsal else Path(__file__).parent / "results"
     folder = Path(os.environ.get("OUT") or usual)

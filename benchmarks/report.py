@@ -1,4 +1,4 @@
-"""One page that needs nothing else: what each plan took and gave, as plots, a table and pictures."""
+"""One self-contained page: what each plan cost and gave, as plots, a table and pictures."""
 
 from __future__ import annotations
 
@@ -61,8 +61,7 @@ td:first-child { white-space: normal; min-width: 15em; } p.terms { font-size: .8
 
 
 def page(rows: Sequence[Row], pictures: Path) -> str:
-    """The whole page of the rows that a suite measured, `pictures` being the folder that it saved theirs
-    in."""
+    """The page for a suite's rows; `pictures` is the folder with their pictures."""
     first = rows[0]
     machine, title = first["hardware"], f"tightfit on {first['hardware']['name']}"
     versions = ", ".join(f"{name} {version}" for name, version in first["versions"].items())
@@ -77,14 +76,14 @@ def page(rows: Sequence[Row], pictures: Path) -> str:
         f"<body><h1>{escape(title)}</h1><p>{escape(facts)}</p>",
         *(f"<p><code>{escape(command)}</code></p>"
           for command in dict.fromkeys(row["command"] for row in rows)),
-        *(_section(own, pictures) for own in groups(rows)),
+        *(_section(group, pictures) for group in groups(rows)),
         "</body></html>",
     ])  # fmt: skip
 
 
 def groups(rows: Sequence[Row]) -> list[list[Row]]:
-    """Rows of one model, size and number of steps together."""
-    return [list(own) for _, own in groupby(sorted(rows, key=_group), key=_group)]
+    """Rows grouped by model, size and number of steps."""
+    return [list(group) for _, group in groupby(sorted(rows, key=_group), key=_group)]
 
 
 def title(rows: Sequence[Row]) -> str:
@@ -112,19 +111,18 @@ def _section(rows: list[Row], pictures: Path) -> str:
     return heading + about + (_plots(ran) if ran else "") + _table(rows) + best + _grid(ran, pictures)
 
 
-# What a colour means, on every plot of every page: a precision has its own, and one of another engine that of
-# its precision, paler.
+# Colours, the same on every page: one per precision, paler for another engine.
 _STAGE_COLOURS = {name: name for name in STAGES}
 
 
 def _colours() -> dict[str, str]:
     plain = {precision: f"k{number}" for number, precision in enumerate(PRECISIONS)}
-    others = {
+    paler = {
         _kind(precision, engine): f"{colour} {engine}"
         for precision, colour in plain.items()
         for engine in BACKENDS[1:]
     }
-    return plain | others
+    return plain | paler
 
 
 def _kind(precision: str, engine: str) -> str:
@@ -132,15 +130,15 @@ def _kind(precision: str, engine: str) -> str:
 
 
 def _plots(ran: list[Row]) -> str:
-    """Each row as a point of each plot, and as a bar."""
+    """Each row as a point in each plot, and as a bar."""
     peaks = _bytes_axis("peak memory", [row["peak_bytes"] for row in ran])
     paces = axis("seconds a picture", [seconds(row) for row in ran], _number)
     judged = [row for row in ran if row["quality"] and row["key"] != row["reference"]]
-    known = [row["quality"]["psnr"] for row in judged]
+    values = [row["quality"]["psnr"] for row in judged]
     decibels = Axis(
         "PSNR against the best precision, dB",
-        min(known, default=0) - 3,
-        max(known, default=0) + 3,
+        min(values, default=0) - 3,
+        max(values, default=0) + 3,
         False,
         _number,
     )
@@ -194,54 +192,58 @@ def _seconds_axis(label: str, values: Sequence[float]) -> Axis:
 
 
 def _against(
-    points: list[Point], colours: Mapping[str, str], make: Callable[[str, Sequence[float]], Axis], what: str
+    points: list[Point],
+    colours: Mapping[str, str],
+    make: Callable[[str, Sequence[float]], Axis],
+    quantity: str,
 ) -> str:
     values = [value for point in points for value in (point.x, point.y)]
-    x, y = make(f"predicted {what}", values), make(f"measured {what}", values)
+    x, y = make(f"predicted {quantity}", values), make(f"measured {quantity}", values)
     return scatter(x, y, points, colours, [(x.low, x.low), (x.high, x.high)])
 
 
 def front(ran: Sequence[Row]) -> list[tuple[float, float]]:
-    """Peak bytes and seconds of those that no other beats in both, the smallest first."""
-    found: list[tuple[float, float]] = []
+    """Peak bytes and seconds of the rows that no other beats in both, the smallest first."""
+    best: list[tuple[float, float]] = []
     for peak, pace in sorted((row["peak_bytes"], seconds(row)) for row in ran):
-        if not found or pace < found[-1][1]:
-            found.append((peak, pace))
-    return found
+        if not best or pace < best[-1][1]:
+            best.append((peak, pace))
+    return best
 
 
 def _number(value: float) -> str:
     return f"{value:.3g}"
 
 
-# Each figure's name and what it is.
+# Columns and what they mean.
 COLUMNS = {
-    "s/picture": "seconds of a picture once everything is warm: the median",
-    "±": "half of what the processes' medians span, in seconds",
+    "s/picture": "median seconds per picture, warm",
+    "±": "half the range of the processes' medians, in seconds",
     "predicted s": "the same, predicted",
-    "warm-up s": "a process's first picture, of one step: loading and preparing",
-    "peak": "most bytes that the device's allocator has at once (on a CPU: of tensors)",
-    "predicted": "predicted beside measured bytes",
-    "process": "most memory of the whole process",
-    "on disk": "the weights' files",
-    "dB": "PSNR against the best precision's pictures of the same seeds: the median",
-    "least dB": "the same: the worst picture",
-    "SSIM": "structural similarity to these: the median",
+    "warm-up s": "a process's first picture, with one step: loading and preparing",
+    "peak": "peak bytes of the device's allocator (on a CPU: of tensors)",
+    "predicted": "error of the predicted peak",
+    "process": "peak memory of the process",
+    "on disk": "bytes of the weights' files",
+    "dB": "PSNR against the best precision's pictures of the same seeds, median",
+    "least dB": "the same, worst picture",
+    "SSIM": "structural similarity to those pictures, median",
     "MS-SSIM": "the same at several scales",
-    "LPIPS": "perceptual distance to these (AlexNet): the median",
-    "match": "share of pictures that are nearer to the emoji that they should be than to any other of 459",
-    "J/picture": "energy that the driver counted for a picture",
+    "LPIPS": "perceptual distance to those pictures (AlexNet), median",
+    "match": "share of pictures nearer to their own emoji than to the other 458",
+    "J/picture": "energy per picture, by the driver's count",
 }
 
 
 def cells(row: Row) -> list[str]:
-    """A row as text, a cell for each of COLUMNS; "" for what was not measured."""
-    told, quality, exact = row["plan"]["predicted"], row["quality"] or {}, row["key"] == row["reference"]
+    """A row as text, one cell per column of COLUMNS; "" for what was not measured."""
+    predicted, quality, exact = row["plan"]["predicted"], row["quality"] or {}, row["key"] == row["reference"]
     measures = {"psnr": 1, "psnr_worst": 1, "ssim": 4, "ms_ssim": 4, "lpips": 4}
     return [
-        f"{seconds(row):.3g}", f"{spread(row):.2g}" if len(row["runs"]) > 1 else "", f"{told['seconds']:.3g}",
+        f"{seconds(row):.3g}", f"{spread(row):.2g}" if len(row["runs"]) > 1 else "",
+        f"{predicted['seconds']:.3g}",
         f"{row['warmup_seconds']:.3g}", shown(row["peak_bytes"]),
-        f"{told['peak_bytes'] / max(row['peak_bytes'], 1) - 1:+.1%}", shown(row["process_bytes"]),
+        f"{predicted['peak_bytes'] / max(row['peak_bytes'], 1) - 1:+.1%}", shown(row["process_bytes"]),
         shown(row["disk_bytes"]),
         *("exact" if exact and name == "psnr"
           else "" if exact or name not in quality else f"{quality[name]:.{digits}f}"
@@ -252,26 +254,25 @@ def cells(row: Row) -> list[str]:
 
 
 def table(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
-    """The columns of which some row has a figure, and these rows' cells: fastest first, then those that did
-    not run."""
+    """Columns in which some row has a figure, and the rows' cells: fastest first, then those that did not
+    run."""
     ran = sorted((row for row in rows if row["outcome"] == "ok"), key=seconds)
     every = [cells(row) for row in ran]
-    there = [i for i, _ in enumerate(COLUMNS) if any(each[i] for each in every)]
-    found = [(row, [each[i] for i in there]) for row, each in zip(ran, every, strict=True)]
-    return [list(COLUMNS)[i] for i in there], found + [(row, []) for row in rows if row["outcome"] != "ok"]
+    filled = [i for i, _ in enumerate(COLUMNS) if any(texts[i] for texts in every)]
+    lines = [(row, [texts[i] for i in filled]) for row, texts in zip(ran, every, strict=True)]
+    return [list(COLUMNS)[i] for i in filled], lines + [(row, []) for row in rows if row["outcome"] != "ok"]
 
 
 def advice(rows: Sequence[Row]) -> list[str]:
-    """What a budget of so many GiB is best spent on, by what was measured: a line for each plan that is one's
-    fastest."""
+    """The measured fastest plan for each budget, one line per plan."""
     lines: dict[str, list[int]] = {}
     for budget in BUDGETS:
         room = [row for row in rows if row["outcome"] == "ok" and _taken(row) <= budget * 2**30]
         if best := min(room, key=seconds, default=None):
             lines.setdefault(f"{best['summary']}: {figures(best)}", []).append(budget)
     return [
-        f"fastest within {' to '.join(map(str, sorted({each[0], each[-1]})))} GiB: {text}"
-        for text, each in lines.items()
+        f"fastest within {' to '.join(map(str, sorted({budgets[0], budgets[-1]})))} GiB: {text}"
+        for text, budgets in lines.items()
     ]
 
 
@@ -279,7 +280,7 @@ BUDGETS = (1, 2, 4, 6, 8, 12, 16, 24)  # GiB that cards have
 
 
 def _taken(row: Row) -> int:
-    """Bytes of a card: tensors and the device's context; on a CPU the whole process."""
+    """Bytes on a card: tensors and the device's context; on a CPU the whole process."""
     return (
         row["process_bytes"]
         if row["plan"]["device"] == "cpu"
@@ -293,15 +294,15 @@ def _table(rows: list[Row]) -> str:
         f'<th title="{escape(COLUMNS[name])}">{escape(name)}</th>' for name in columns
     )
     body = [
-        f"<tr><td>{escape(row['summary'])}</td>{''.join(f'<td>{cell}</td>' for cell in own)}</tr>"
-        if own
+        f"<tr><td>{escape(row['summary'])}</td>{''.join(f'<td>{cell}</td>' for cell in texts)}</tr>"
+        if texts
         else f'<tr class="not"><td>{escape(row["summary"])}</td><td class="why" colspan="{len(columns)}">'
         f"{escape(row['outcome'])}: {escape(row['why'])}</td></tr>"
-        for row, own in lines
+        for row, texts in lines
     ]
     legend = "; ".join(f"{name}: {COLUMNS[name]}" for name in columns)
-    whole = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    return f'<div class="scroll">{whole}</div><p class="terms">{escape(legend)}.</p>'
+    table_html = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="scroll">{table_html}</div><p class="terms">{escape(legend)}.</p>'
 
 
 def _grid(ran: list[Row], pictures: Path) -> str:
@@ -316,13 +317,13 @@ def _grid(ran: list[Row], pictures: Path) -> str:
 
 
 def _card(row: Row, pictures: Path) -> Iterator[str]:
-    own, other = (pictures / row[name] / "0.png" for name in ("key", "reference"))
-    if not own.exists():
+    picture, exact = (pictures / row[name] / "0.png" for name in ("key", "reference"))
+    if not picture.exists():
         return
-    with explained(f"{own} or {other} is no picture that can be shown", "remove it"):
-        images = [_embedded(Image.open(own), row["summary"])]
-        if own != other and other.exists():
-            images.append(_embedded(difference(Image.open(own), Image.open(other), _GAIN), "difference"))
+    with explained(f"{picture} or {exact} is no picture that can be shown", "remove it"):
+        images = [_embedded(Image.open(picture), row["summary"])]
+        if picture != exact and exact.exists():
+            images.append(_embedded(difference(Image.open(picture), Image.open(exact), _GAIN), "difference"))
     yield (
         f"<figure>{''.join(images)}<figcaption>{escape(row['summary'])}: {figures(row)}</figcaption></figure>"
     )

@@ -1,9 +1,9 @@
-"""What quantising does to the noise that a U-Net predicts in one step: all of it, and one layer at a time.
+"""How quantisation changes the noise that a U-Net predicts in one step: all layers, and one layer at a time.
 
     python -m tightfit.benchmarks.sensitivity sd15 --size 256
 
-In decibels of signal to noise against fp32, of one call with random latents and texts; and the ten layers
-that alone do most.
+In decibels of signal to noise against fp32, for one call with random latents and texts; and the ten layers
+that alone change most.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("model")
     parse.add_argument("--size", type=int, default=256)
-    parse.add_argument("--form", default="int4-g64", help="of the layer that is quantised alone")
+    parse.add_argument("--form", default="int4-g64", help="format of the layer that is quantised alone")
     args = parse.parse_args()
     spec, began = inspect(args.model), time.perf_counter()
     unet, backend = spec.components["unet"], TorchBackend("cpu")
@@ -45,12 +45,12 @@ def main() -> None:
     def snr(answer: np.ndarray) -> float:
         return round(10 * math.log10((exact**2).sum() / max(((answer - exact) ** 2).sum(), 1e-30)), 2)
 
-    whole = {}
+    networks = {}
     for precision in ("int8", "int8-dynamic", "int4"):
         made = session(precision, "fp32")
-        whole[precision] = snr(made(**arrays)[0])
+        networks[precision] = snr(made(**arrays)[0])
         made.close()
-        print(f"{precision}: {whole[precision]} dB", flush=True)
+        print(f"{precision}: {networks[precision]} dB", flush=True)
     alone, form = {}, FORMATS[args.form]
     assert plain.module is not None
     layers = {
@@ -75,7 +75,7 @@ def main() -> None:
     print(f"the median of {len(alone)} layers: {middle:.1f} dB; {seconds} s")
     results = {
         "size": args.size,
-        "whole": whole,
+        "whole": networks,
         "form": args.form,
         "layers": len(alone),
         "median": middle,

@@ -1,11 +1,11 @@
-"""Bytes of a model in every precision, on disk and loaded, beside what bitsandbytes would hold: it quantises
-linears alone.
+"""Bytes of a model in every precision, on disk and loaded, against bitsandbytes, which only quantises
+linears.
 
     python -m tightfit.benchmarks.sizes sd15 sd15-int8 sd15-int4 sdxl sdxl-int8 sdxl-int4
 
-Models are diffusers folders, plain or from `tightfit export`; plain ones stand for fp16. Loaded is what a
-session holds to compute in fp16: weights, and the buffer that quantised layers share. bitsandbytes' bytes
-follow from the layers' shapes.
+Models are diffusers folders, plain or from `tightfit export`; plain ones stand for fp16. "Loaded" is what a
+session holds to compute in fp16: weights, and the quantised layers' shared buffer. bitsandbytes' bytes follow
+from the layers' shapes.
 """
 
 from __future__ import annotations
@@ -35,19 +35,23 @@ def main() -> None:
         rows.append(row(spec, precision, ours))
         if spec.precision is None:
             for kind in ("int8", "nf4"):
-                theirs = {name: bitsandbytes(part, kind) for name, part in spec.components.items()}
+                component_bytes = {name: bitsandbytes(part, kind) for name, part in spec.components.items()}
                 rows.append(
-                    row(spec, f"bitsandbytes {kind}", {name: (size, size) for name, size in theirs.items()})
+                    row(
+                        spec,
+                        f"bitsandbytes {kind}",
+                        {name: (size, size) for name, size in component_bytes.items()},
+                    )
                 )
-    for each in rows:
-        print("  ".join(f"{name} {value}" for name, value in each.items()))
+    for result in rows:
+        print("  ".join(f"{name} {value}" for name, value in result.items()))
     record("sizes", rows)
 
 
-def row(spec: ModelSpec, precision: str, found: dict[str, tuple[int, int]]) -> dict[str, object]:
-    """Decimal gigabytes of the U-Net and of all, on disk and loaded."""
-    disk, loaded = (sum(each[i] for each in found.values()) for i in (0, 1))
-    unet = found["unet"]
+def row(spec: ModelSpec, precision: str, component_bytes: dict[str, tuple[int, int]]) -> dict[str, object]:
+    """Decimal gigabytes of the U-Net and of everything, on disk and loaded."""
+    disk, loaded = (sum(pair[i] for pair in component_bytes.values()) for i in (0, 1))
+    unet = component_bytes["unet"]
     names = {"unet disk": unet[0], "unet loaded": unet[1], "all disk": disk, "all loaded": loaded}
     return {
         "model": Path(spec.name).name,
@@ -57,23 +61,25 @@ def row(spec: ModelSpec, precision: str, found: dict[str, tuple[int, int]]) -> d
 
 
 def sizes(component: Component, precision: str) -> tuple[int, int]:
-    """Bytes in the files (two a value of a plain model, however it is stored) and loaded."""
+    """Bytes on disk (a plain model counts two per value, however it is stored) and loaded."""
     module = _module(component, precision)
     on_disk = component.stored_bytes if component.formats else 2 * sum(p.numel() for p in module.parameters())
     return on_disk, sum(weights.held(module, torch.float16)) + sum(weights.beside(module, torch.float16))
 
 
 def bitsandbytes(component: Component, kind: str) -> int:
-    """int8: a byte a weight and an fp32 scale for each output. nf4: half a byte, and an fp32 scale for each
-    64."""
+    """int8: one byte per weight and an fp32 scale per output. nf4: half a byte, and an fp32 scale per 64
+    weights."""
     total = 0
     module = _module(component, "fp16")
     for path, parameter in module.named_parameters():
         linear = path.endswith(".weight") and isinstance(
             module.get_submodule(path.removesuffix(".weight")), torch.nn.Linear
         )
-        each = {"int8": 1 + 4 / math.prod(parameter.shape[1:]), "nf4": 0.5 + 4 / 64}[kind] if linear else 2.0
-        total += round(parameter.numel() * each)
+        bytes_per_value = (
+            {"int8": 1 + 4 / math.prod(parameter.shape[1:]), "nf4": 0.5 + 4 / 64}[kind] if linear else 2.0
+        )
+        total += round(parameter.numel() * bytes_per_value)
     return total
 
 

@@ -1,11 +1,10 @@
-"""Seconds of one U-Net call with weights in 16, 8 and 4 bits, taken in turns in one process, and what each
-holds.
+"""Seconds per U-Net call with weights in 16, 8 and 4 bits, in turns in one process, and what each holds.
 
     python -m tightfit.benchmarks.steps sd15 sd15-int8 sd15-int8:int8-dynamic sd15-int4 --size 512
 
-Models are diffusers folders, plain or from `tightfit export`, with a precision behind a colon if it is
-another; the first is what the others are compared with. Each round calls every one of them once, so that a
-machine that slows down slows all; the least of the rounds counts.
+Models are diffusers folders, plain or from `tightfit export`, optionally with a colon and another precision;
+the first is the baseline. Each round calls every one once, so that a slow spell of the machine slows all; the
+least of the rounds counts.
 """
 
 from __future__ import annotations
@@ -69,8 +68,7 @@ def main() -> None:
 
 
 def noise(spec: ModelSpec, batch: int, size: int) -> dict[str, np.ndarray]:
-    """What a U-Net is called with in the middle of a picture: noise in place of latents and texts, the same
-    each time."""
+    """Inputs of a U-Net in the middle of a picture: reproducible noise in place of latents and texts."""
     random, shapes = np.random.default_rng(0), spec.inputs(spec.components["unet"], batch, size, size)
     arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
     return arrays | {"timestep": np.array(500, np.float32)}

@@ -1,10 +1,10 @@
-"""What streaming costs on each card of profiles/: seconds of one U-Net call whose weights flow through, by
-several ways of copying.
+"""What streaming costs on each card of profiles/: seconds per U-Net call with streamed weights, by several
+ways of copying.
 
     python -m tightfit.benchmarks.streaming sd15:512 sdxl:1024
 
-`bound` is the larger of all computing and all copying, which no order of copies beats; `one ahead` copies
-each unit while the one before it computes; `ring` copies ahead as far as the buffer goes; `kept` also keeps
+`bound` is the larger of all computing and all copying, which no order of copies beats. `one ahead` copies
+each unit while the one before it computes. `ring` copies ahead as far as the buffer allows. `kept` also keeps
 loaded what the card has room for. Nothing is measured and no weight is read.
 """
 
@@ -40,32 +40,32 @@ def main() -> None:
 def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:
     precision = hardware.precisions[0]
     placement = Placement("torch", precision, precision, "streamed", "sdpa", "whole")
-    own = engine("torch").footprint(spec, spec.components["unet"], placement, hardware, (2, side, side))
-    head, spans = arrival_spans(hardware, placement, own)
-    copies = [each.bytes / bus_rate(hardware, own) for each in own.arrivals]
-    ways = [
+    streamed = engine("torch").footprint(spec, spec.components["unet"], placement, hardware, (2, side, side))
+    head, spans = arrival_spans(hardware, placement, streamed)
+    copies = [arrival.bytes / bus_rate(hardware, streamed) for arrival in streamed.arrivals]
+    variants = [
         max(sum(copies), head + sum(spans)),
         head + one_ahead(copies, spans),
-        call_seconds(hardware, placement, own),
+        call_seconds(hardware, placement, streamed),
     ]
     wishes = Wishes(
         precision=precision, residency="streamed", cfg="batched", attention="sdpa", budget=hardware.free_bytes
     )
     best = plan(hardware, spec, Request("a", width=side, height=side), wishes)[0].placements["unet"]
     kept = engine("torch").footprint(spec, spec.components["unet"], best, hardware, (2, side, side))
-    ways.append(call_seconds(hardware, replace(placement, kept_bytes=best.kept_bytes), kept))
-    return [f"{seconds:.3f}" for seconds in ways] + [shown(best.kept_bytes)]
+    variants.append(call_seconds(hardware, replace(placement, kept_bytes=best.kept_bytes), kept))
+    return [f"{seconds:.3f}" for seconds in variants] + [shown(best.kept_bytes)]
 
 
 def one_ahead(copies: Sequence[float], spans: Sequence[float]) -> float:
-    """Two slots: a unit is copied once the one before it begins to compute, which frees the slot of the one
-    before that."""
-    began, ended, there = 0.0, 0.0, 0.0
+    """Two slots: a unit's copy starts when the unit before it starts to compute, which frees the slot of the
+    one before that."""
+    began, ended, arrived = 0.0, 0.0, 0.0
     ends = []
     for _ in range(2):
         for copy, span in zip(copies, spans, strict=True):
-            there = max(there, began) + copy
-            began = max(ended, there)
+            arrived = max(arrived, began) + copy
+            began = max(ended, arrived)
             ended = began + span
         ends.append(ended)
     return ends[1] - ends[0]

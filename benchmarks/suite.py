@@ -1,10 +1,10 @@
-"""Every plan of a model on this machine, each in processes of its own, in rounds, so that a machine that
-slows down slows all.
+"""Every plan of a model on this machine, each in its own processes, in rounds, so that a slow spell of the
+machine slows all.
 
-Each process is one line of results.jsonl: model, request and plan with what was predicted; `outcome` (ok,
-does not fit, out of memory, failed) and why; seconds and bytes of each stage; bytes on disk; quality beside
-the best precision's pictures of the same seeds; and the command, hardware and versions. Lines are appended as
-they come, so that a run that was stopped goes on where it was; `rows` adds up the rounds of a plan.
+Each process is one line of results.jsonl: model, request and plan with its predictions; `outcome` (ok, does
+not fit, out of memory, failed) and why; seconds and bytes per stage; bytes on disk; quality against the best
+precision's pictures of the same seeds; and the command, hardware and versions. Lines are appended as they
+come, so a stopped run continues where it was; `rows` merges the rounds of a plan.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..runtime.planner.wishes import Wishes
 from .record import named
 
 VERSION = 2
-# What emoji knows, four themes in turns.
+# Prompts that emoji knows, four themes in turns.
 PROMPTS = (
     "red heart", "cat", "pizza", "rocket",
     "broken heart", "dog face", "hamburger", "airplane",
@@ -46,11 +46,11 @@ PROMPTS = (
     "alien", "octopus", "ice cream", "snowman",
 )  # fmt: skip
 Row = dict[str, Any]
-_MOST_BYTES = 2**28  # of a results file: a line has some 4,000
+_MOST_BYTES = 2**28  # limit for a results file; a line has some 4,000
 _BYTES, _SECONDS = (int, 0, 2**60), (float, 0.0, 1e9)
 _STAGE = {"seconds": [_SECONDS], "load_seconds": [_SECONDS], "peak_bytes": _BYTES, "process_bytes": _BYTES}
-# What a line has at least, and what more it has if it is ok: types, and the least and the most of numbers; {}
-# holds anything.
+# What each line must have, and what it must also have if it is ok: types, and bounds of numbers; {} allows
+# anything.
 _LINE = {
     "key": str, "round": (int, 0, 10**6), "reference": str, "model": str, "summary": str,
     "outcome": str, "why": str, "date": str,
@@ -71,8 +71,8 @@ _MEASURED = {
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured of each plan: `rounds` processes, each painting `pictures` of `steps`, one seed
-    and prompt each; and in how many `seconds` all should be done."""
+    """How much is measured per plan: `rounds` processes that each paint `pictures` of `steps`, each with its
+    own seed and prompt; `seconds` is the time for everything."""
 
     steps: int = 20
     pictures: int = 1
@@ -81,13 +81,13 @@ class Effort:
 
 
 QUICK = Effort(rounds=1, seconds=100)
-QUICK_STEPS = (20, 8, 4, 2, 1)  # the most of which all is done in that time
+QUICK_STEPS = (20, 8, 4, 2, 1)  # the largest with which everything fits the time
 
 
 @dataclass(frozen=True)
 class Job:
-    """One plan for one size of picture; `budget` is what was asked for, if it was, and `reference` the key of
-    the job with whose pictures its own are compared."""
+    """One plan at one picture size. `budget` is the one asked for, if any; `reference` is the key of the job
+    whose pictures its own are compared with."""
 
     spec: ModelSpec
     plan: Plan
@@ -98,9 +98,8 @@ class Job:
 
     @cached_property
     def key(self) -> str:
-        """The same for the same plan, request, weights and machine, but not for what was predicted of
-        them."""
-        what: list[Any] = [
+        """Equal for the same plan, request, weights and machine, whatever was predicted."""
+        facts: list[Any] = [
             self.plan.hardware,
             self.plan.device,
             self.spec.name,
@@ -108,13 +107,13 @@ class Job:
             self.plan.cfg,
             _age(self.spec),
         ]
-        what += [asdict(each) for each in self.plan.placements.values()]
-        what += [self.request.width, self.request.height, self.effort.steps, self.effort.pictures]
-        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+        facts += [asdict(placement) for placement in self.plan.placements.values()]
+        facts += [self.request.width, self.request.height, self.effort.steps, self.effort.pictures]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @property
     def seconds(self) -> float:
-        """What a round is likely to take: a process that begins, a step to warm up, and each picture."""
+        """Likely seconds per round: the process's start, a warm-up step, and each picture."""
         return (
             self.plan.predicted.seconds * (self.effort.pictures + 1 / self.effort.steps) + 4.0
             if self.plan.fits
@@ -123,8 +122,7 @@ class Job:
 
 
 def _age(spec: ModelSpec) -> int:
-    """When the youngest of the model's weights was written: another export to the same folder is another
-    model."""
+    """When the model's newest weights were written: another export to the same folder is another model."""
     files = [file for kind in ("safetensors", "onnx") for file in spec.folder.rglob(f"*.{kind}")]
     return max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
 
@@ -132,8 +130,7 @@ def _age(spec: ModelSpec) -> int:
 def jobs(
     spec: ModelSpec, plans: Sequence[Plan], request: Request, effort: Effort, budget: int | None = None
 ) -> list[Job]:
-    """A job for each plan, the one of the best precision first, with whose pictures the others' are
-    compared."""
+    """A job per plan. The best precision's comes first; the others' pictures are compared with its."""
     every = list(
         {job.key: job for job in (Job(spec, plan, request, effort, budget) for plan in plans)}.values()
     )
@@ -145,8 +142,8 @@ def jobs(
 
 
 def in_time(todo: Sequence[Job]) -> list[Job]:
-    """In the order in which most is told in the time there is: what others are compared with, unless that
-    would take most of it, then the fastest first. As they are, where there is time for all."""
+    """Order that learns most in the available time: the reference first, unless it would take most of the
+    time, then the fastest first. Unchanged if there is time for all."""
     if not todo or todo[0].effort.seconds == float("inf"):
         return list(todo)
     first = [job for job in todo if job.key == job.reference and job.seconds < 0.4 * job.effort.seconds]
@@ -154,28 +151,28 @@ def in_time(todo: Sequence[Job]) -> list[Job]:
 
 
 def most_exact(plans: Iterable[Plan]) -> Plan | None:
-    """The fastest of the best precision that fits."""
+    """The fastest plan with the best precision that fits."""
     return min(
         (p for p in plans if p.fits), key=lambda p: (-p.predicted.psnr, p.predicted.seconds), default=None
     )
 
 
 def choose(plans: Sequence[Plan], which: str) -> list[Plan]:
-    """Of what a planner found: all that some budget would run, those that no other beats in everything, or
-    the fastest of each precision."""
-    known = [plan for plan in plans if plan.verdict is not Verdict.REFUSED]
+    """Choose among a planner's plans: all that would run under some budget, those that no other beats in
+    everything, or the fastest per precision."""
+    runnable = [plan for plan in plans if plan.verdict is not Verdict.REFUSED]
     if which == "all":
-        return known
-    fitting = [plan for plan in known if plan.fits]
+        return runnable
+    fitting = [plan for plan in runnable if plan.fits]
     if which == "quick":
         return list({(p.precision, p.placements["unet"].backend): p for p in reversed(fitting)}.values())[
             ::-1
         ]
-    return [plan for plan in fitting if not any(other.beats(plan) for other in fitting)]
+    return [plan for plan in fitting if not any(rival.beats(plan) for rival in fitting)]
 
 
 def candidates(hardware: Any, spec: ModelSpec, request: Request, wishes: Mapping[str, Any]) -> list[Plan]:
-    """What the planner says of many requests one after another, as each is timed after one that warms up."""
+    """The planner's plans for many requests in a row, since each is timed after a warm-up."""
     return every_plan(hardware, spec, request, Wishes(**wishes, requests=MANY))
 
 
@@ -183,8 +180,8 @@ class Folder:
     """Where lines and pictures go."""
 
     def __init__(self, folder: Path, setup: Row) -> None:
-        """`setup` is what `record.envelope` says. Raises TightfitError for a file of something else, OSError
-        if it cannot be written."""
+        """`setup` is from `record.envelope`. Raises TightfitError for a file of something else, OSError if it
+        cannot be written."""
         folder.mkdir(parents=True, exist_ok=True)
         self.file, self.pictures, self.setup = folder / "results.jsonl", folder / "pictures", setup
         self.pictures.mkdir(exist_ok=True)
@@ -192,21 +189,21 @@ class Folder:
         self.lines = read(self.file)
 
     def missing(self, todo: Sequence[Job], again: bool = False) -> list[tuple[Job, int]]:
-        """The rounds that this software and hardware have not measured, or all `again`, round by round; what
-        does not fit has only the first."""
+        """The rounds that this software and hardware have not measured, or all of them with `again`, round by
+        round. What does not fit only has a first round."""
         rounds = range(max((job.effort.rounds for job in todo), default=0))
-        known = {
+        complete = {
             (line["key"], line["round"]) for line in newest(self.lines) if not again and self._counts(line)
         }
         pairs = ((job, number) for number in rounds for job in todo if job.plan.fits or not number)
-        return [(job, number) for job, number in pairs if (job.key, number) not in known]
+        return [(job, number) for job, number in pairs if (job.key, number) not in complete]
 
     def _counts(self, line: Row) -> bool:
-        """Whether another try would not change it."""
+        """Whether measuring again would change nothing."""
         return line["outcome"] in ("ok", "out of memory") and same_setup(line, self.setup)
 
     def measure(self, job: Job, number: int) -> Row:
-        """Run the job once more, as its round `number`, from 0 up, and append a line."""
+        """Run the job as round `number`, from 0, and append a line."""
         line = self.setup | described(job) | {"round": number}
         line |= (
             run(job, number, self.pictures)
@@ -222,8 +219,7 @@ class Folder:
             stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def rows(self, todo: Sequence[Job]) -> list[Row]:
-        """A row for each job of which there are lines. Lines that were compared with another reference are
-        compared anew."""
+        """A row per job that has lines. Lines compared with another reference are compared again."""
         by_key = {job.key: job for job in todo}
         for line in [line for line in newest(self.lines) if line["key"] in by_key]:
             job = by_key[line["key"]]
@@ -231,13 +227,12 @@ class Folder:
                 again = line | judged(self.pictures, job, line)
                 if again != line:
                     self._append(again)
-        found = {row["key"]: row for row in rows(self.lines)}
-        return [found[key] for key in by_key if key in found]
+        row_of = {row["key"]: row for row in rows(self.lines)}
+        return [row_of[key] for key in by_key if key in row_of]
 
 
 def _end(file: Path) -> None:
-    """Take away a last line that was cut off, as when the machine stopped, lest the next be written behind
-    it."""
+    """Remove a last line that was cut off, as by a power cut, so that the next is not appended to it."""
     text = read_bytes(file, _MOST_BYTES) if file.exists() else b"\n"
     if not text.endswith(b"\n"):
         os.truncate(file, text.rfind(b"\n") + 1)
@@ -246,7 +241,7 @@ def _end(file: Path) -> None:
 def measured(
     missing: Sequence[tuple[Job, int]], folder: Folder, tell: Callable[[Job], None] = lambda _: None
 ) -> Iterator[Row]:
-    """Run them, append a line for each and answer a row; `tell` is called with each job before it is run."""
+    """Run jobs and append their lines; yields a row each. `tell` is called with each job before it runs."""
     start = time.perf_counter()
     for job, number in missing:
         passed = time.perf_counter() - start
@@ -257,24 +252,24 @@ def measured(
 
 
 def newest(lines: Iterable[Row]) -> list[Row]:
-    """The last line of each round, as far as the software and hardware of a job's last line measured it."""
+    """The last line of each round, if measured with the software and hardware of the job's last line."""
     by_key: dict[str, dict[int, Row]] = {}
     for line in lines:
-        known = by_key.pop(line["key"], {})
-        by_key[line["key"]] = {n: each for n, each in known.items() if same_setup(each, line)} | {
+        rounds = by_key.pop(line["key"], {})
+        by_key[line["key"]] = {n: earlier for n, earlier in rounds.items() if same_setup(earlier, line)} | {
             line["round"]: line
         }
-    return [known[number] for known in by_key.values() for number in sorted(known)]
+    return [rounds[number] for rounds in by_key.values() for number in sorted(rounds)]
 
 
 def rows(lines: Iterable[Row]) -> list[Row]:
-    """One row for each job, of its newest lines."""
-    return [added(list(own)) for _, own in groupby(newest(lines), key=lambda line: line["key"])]
+    """One row per job, from its newest lines."""
+    return [added(list(group)) for _, group in groupby(newest(lines), key=lambda line: line["key"])]
 
 
 def added(rounds: Sequence[Row]) -> Row:
-    """Rounds of one plan as one row: all seconds, one after another, and the most bytes; `runs` has the
-    median seconds of each process. A round that was not ok speaks for all."""
+    """Merges a plan's rounds into one row: all seconds in order, and the most bytes; `runs` has the median
+    seconds of each process. A round that was not ok replaces the others."""
     last = next((line for line in rounds if line["outcome"] != "ok"), rounds[-1])
     if last["outcome"] != "ok":
         return last
@@ -286,31 +281,34 @@ def added(rounds: Sequence[Row]) -> Row:
             field: _of_all(rounds, field)
             for field in ("seconds", "warmup_seconds", "peak_bytes", "process_bytes")
         },
-        "stages": {name: {field: _of_all(own, field) for field in _STAGE} for name, own in every.items()},
+        "stages": {
+            name: {field: _of_all(records, field) for field in _STAGE} for name, records in every.items()
+        },
         "runs": [statistics.median(line["seconds"]) for line in rounds],
         "joules": statistics.mean(joules) if joules else None,
-        "quality": summed([each for line in rounds for each in line["quality"]]),
+        "quality": summed([picture for line in rounds for picture in line["quality"]]),
     }
 
 
 def _of_all(rounds: Sequence[Row], field: str) -> Any:
-    values = [each[field] for each in rounds]
-    return [each for value in values for each in value] if isinstance(values[0], list) else max(values)
+    values = [line[field] for line in rounds]
+    return [item for value in values for item in value] if isinstance(values[0], list) else max(values)
 
 
 def summed(qualities: Sequence[Mapping[str, float]]) -> Row | None:
-    """Medians over pictures of what `metrics.compare` says of each, and the worst PSNR; of `match` the
-    share."""
+    """Medians over pictures of `metrics.compare`'s values, the worst PSNR, and the share of `match`."""
     if not qualities:
         return None
     middle = {"match": statistics.mean}
-    names = [name for name in qualities[0] if all(name in each for each in qualities)]
-    found = {name: middle.get(name, statistics.median)(each[name] for each in qualities) for name in names}
-    return found | {"psnr_worst": min(each["psnr"] for each in qualities)}
+    names = [name for name in qualities[0] if all(name in quality for quality in qualities)]
+    values = {
+        name: middle.get(name, statistics.median)(quality[name] for quality in qualities) for name in names
+    }
+    return values | {"psnr_worst": min(quality["psnr"] for quality in qualities)}
 
 
-def same_setup(one: Row, other: Row) -> bool:
-    return all(one[name] == other[name] for name in ("hardware", "versions"))
+def same_setup(line: Row, setup: Row) -> bool:
+    return all(line[name] == setup[name] for name in ("hardware", "versions"))
 
 
 def described(job: Job) -> Row:
@@ -332,17 +330,17 @@ def described(job: Job) -> Row:
 
 
 def prompts(job: Job, number: int) -> list[tuple[str, int]]:
-    """What round `number` paints: prompts and seeds."""
+    """Prompts and seeds of round `number`."""
     first = number * job.effort.pictures
     return [(PROMPTS[i % len(PROMPTS)], i) for i in range(first, first + job.effort.pictures)]
 
 
 def run(job: Job, number: int, pictures: Path) -> Row:
-    """In a process of its own, so that its peak is its own, and so that its end is not ours."""
+    """Run a job in its own process, so that its peak is its own and its crash is not ours."""
     options = {
         name: getattr(job.request, name) for name in ("width", "height", "guidance_scale", "scheduler")
     }
-    what = {
+    task = {
         "plan": job.plan.to_json(),
         "model": job.spec.name,
         "options": options | {"num_inference_steps": job.effort.steps},
@@ -351,7 +349,7 @@ def run(job: Job, number: int, pictures: Path) -> Row:
     }
     done = subprocess.run(
         [sys.executable, "-m", "tightfit.benchmarks.one"],
-        input=json.dumps(what),
+        input=json.dumps(task),
         capture_output=True,
         text=True,
         check=False,
@@ -365,54 +363,55 @@ def run(job: Job, number: int, pictures: Path) -> Row:
 
 
 def judged(pictures: Path, job: Job, line: Row) -> Row:
-    """`reference` and `quality` of a line: a list of each picture's, empty if it or the reference's is not
-    there."""
+    """`reference` and `quality` of a line: one entry per picture, none if a picture is missing."""
     from PIL import Image
 
     from .metrics import compare, match
 
-    found = []
+    qualities = []
     for prompt, seed in prompts(job, line["round"]) if line["outcome"] == "ok" else ():
-        own, exact = (pictures / key / f"{seed}.png" for key in (job.key, job.reference))
-        if own.exists() and exact.exists():
-            unreadable = explained(f"{own} or {exact} is no picture that can be compared", "remove it")
-            with unreadable, Image.open(own) as one, Image.open(exact) as other:
-                found.append(
-                    compare(one, other) | ({"match": match(one, prompt)} if _is_emoji(job.spec) else {})
+        picture_file, exact = (pictures / key / f"{seed}.png" for key in (job.key, job.reference))
+        if picture_file.exists() and exact.exists():
+            unreadable = explained(
+                f"{picture_file} or {exact} is no picture that can be compared", "remove it"
+            )
+            with unreadable, Image.open(picture_file) as picture, Image.open(exact) as target:
+                qualities.append(
+                    compare(picture, target)
+                    | ({"match": match(picture, prompt)} if _is_emoji(job.spec) else {})
                 )
-    return {"reference": job.reference, "quality": found}
+    return {"reference": job.reference, "quality": qualities}
 
 
 def _is_emoji(spec: ModelSpec) -> bool:
-    """The model in the box, or an export of it."""
+    """Whether this is the built-in model, or an export of it."""
     manifest = spec.folder / "tightfit.json"
     return manifest.exists() and read_json(manifest).get("source") in ("tightfit.export.emoji", "emoji")
 
 
 def read(file: Path) -> list[Row]:
-    """The lines of a results file; none of one that is not there. Raises TightfitError for what is no such
-    file."""
+    """Lines of a results file; none if it does not exist. Raises TightfitError for another kind of file."""
     if not file.exists():
         return []
-    found, number = list[Row](), 0
+    lines, number = list[Row](), 0
     try:
         for text in read_bytes(file, _MOST_BYTES).splitlines():
             number += 1
-            found.append(_checked(parsed(text), file))
+            lines.append(_checked(parsed(text), file))
     except ValueError as error:
         raise TightfitError(
             f"line {number} of {file} is no result of 'tightfit bench' ({first_line(error)}): remove it"
         ) from None
     except OSError as error:
         raise TightfitError(f"{file} cannot be read ({error.strerror}): name another") from None
-    return found
+    return lines
 
 
 def _checked(line: Any, file: Path) -> Row:
-    """The line, if it has all that tables and plots are made of; else ValueError says what is wrong."""
+    """The line if it has everything that tables and plots need; else ValueError says what is wrong."""
     version = line.get("version") if isinstance(line, dict) else None
     if type(version) is int and version != VERSION:
-        raise TightfitError(f"{file} is of version {version} of the results, not {VERSION}: measure again")
+        raise TightfitError(f"{file} has results of version {version}, not {VERSION}: measure again")
     _check(line, {"version": (int, VERSION, VERSION), **_LINE}, "it")
     if line["outcome"] == "ok":
         _check(line, _MEASURED, "it")
@@ -421,7 +420,7 @@ def _checked(line: Any, file: Path) -> Row:
         for picture in line["quality"]:
             _check(picture, dict.fromkeys(picture, (float, -1000.0, 1000.0)), "quality")
         if not min(line["seconds"], default=0) > 0:
-            raise ValueError("seconds are more than 0")
+            raise ValueError("seconds must be more than 0")
         if line.setdefault("joules", None) is not None:
             _check(line["joules"], (float, 0.0, 1e12), "joules")
     if line.setdefault("budget", None) is not None:
@@ -430,22 +429,22 @@ def _checked(line: Any, file: Path) -> Row:
 
 
 def _check(value: Any, shape: Any, name: str) -> None:
-    """ValueError if a value of JSON is not of the shape that _LINE describes."""
+    """ValueError if a JSON value does not have the shape that _LINE describes."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            raise ValueError(f"{name} is no object")
+            raise ValueError(f"{name} is not an object")
         if absent := shape.keys() - value.keys():
-            raise ValueError(f"{name} is without {', '.join(sorted(absent))}")
-        for key, own in shape.items():
-            _check(value[key], own, key)
+            raise ValueError(f"{name} lacks {', '.join(sorted(absent))}")
+        for key, part in shape.items():
+            _check(value[key], part, key)
     elif isinstance(shape, list):
         if not isinstance(value, list):
-            raise ValueError(f"{name} is no list")
-        for each in value:
-            _check(each, shape[0], name)
+            raise ValueError(f"{name} is not a list")
+        for item in value:
+            _check(item, shape[0], name)
     elif isinstance(shape, tuple) and isinstance(shape[0], type):
         kind, least, most = shape
         if not isinstance(value, int | kind) or not least <= value <= most:
-            raise ValueError(f"{name} is no number from {least:g} to {most:g}")
+            raise ValueError(f"{name} is not a number from {least:g} to {most:g}")
     elif value not in shape if isinstance(shape, tuple) else not isinstance(value, shape):
         raise ValueError(f"{name} is {str(value)[:40]!r}")

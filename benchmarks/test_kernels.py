@@ -1,11 +1,11 @@
-"""Kernels beside their baselines, in the U-Nets' real shapes. Not part of the tests:
+"""Kernels against their baselines, in the U-Nets' real shapes. Not part of the tests:
 
     pytest benchmarks --benchmark-group-by=group --benchmark-columns=min,median,stddev,rounds
     pytest benchmarks -k attention --benchmark-json=kernels.json
 
-Each group is one shape; its baseline is in it. The extra info of a result has GFLOP/s or GB/s, and what share
-that is of what `tightfit calibrate` measured (without it, of an estimate). SD 1.5 is at 512x512 and SDXL at
-1024x1024, both halves of guidance in a batch but for attention, of which a half is as good.
+Each group is one shape and includes its baseline. A result's extra info has GFLOP/s or GB/s, and their share
+of what `tightfit calibrate` measured (without it, of an estimate). SD 1.5 is at 512x512 and SDXL at
+1024x1024, with both halves of guidance in a batch, except for attention, where one half is as good.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ CONVOLUTIONS = {
 FORMS = {"16 bits": None, "int8": "int8", "int4": "int4-g64"}
 
 
-# Of a call for each wait, which would be most of a small one's time.
+# Calls per wait; a single wait would be most of a small call's time.
 TURNS = 10 if DEVICE.type == "cuda" else 1
 
 
@@ -63,10 +63,10 @@ def timed(
     bytes_moved: float = 0.0,
     kind: str = HERE.precisions[0],
 ) -> None:
-    """A call of so many operations, at the rate of `kind`, and bytes: the roofline is the time that the
-    slower of both takes."""
+    """Times a call with this many operations, at the rate of `kind`, and bytes. The roofline is the slower of
+    both."""
 
-    def whole() -> None:
+    def turn() -> None:
         with torch.inference_mode():
             for _ in range(TURNS):
                 run()
@@ -74,7 +74,7 @@ def timed(
             torch.cuda.synchronize()
 
     benchmark.group = group
-    benchmark(whole)
+    benchmark(turn)
     if not benchmark.stats:  # --benchmark-disable
         return
     seconds = benchmark.stats.stats.min / TURNS
@@ -139,7 +139,7 @@ def made(layer: Any, form: str) -> Any:
     layer = layer.to(DEVICE, DTYPE)
     if form == "int8-dynamic":
         if "int8" not in HERE.rates or (DEVICE.type == "cpu" and HERE.precisions[0] == "fp16"):
-            pytest.skip("no fast products of whole numbers here")
+            pytest.skip("this device has no fast integer products")
         return filled(layer, weight, "int8", str(DEVICE), dynamic=True)
     return (
         layer if FORMS[form] is None else filled(layer, weight, str(FORMS[form]), str(DEVICE), dynamic=False)
@@ -185,14 +185,16 @@ def test_dequantise_baseline(benchmark):
     timed(benchmark, weight.clone, "unpack 1280x1280x3x3", bytes_moved=8.0 * weight.numel())
 
 
-@pytest.mark.parametrize("way", ["pack", "unpack", "copy"])
-def test_nibbles(benchmark, way):
+@pytest.mark.parametrize("direction", ["pack", "unpack", "copy"])
+def test_nibbles(benchmark, direction):
     codes = torch.randint(0, 16, (1280, 11520), dtype=torch.uint8, device=DEVICE)
     packed = pack(codes)
-    run = {"pack": lambda: pack(codes), "unpack": lambda: unpack(packed, 11520), "copy": codes.clone}[way]
+    run = {"pack": lambda: pack(codes), "unpack": lambda: unpack(packed, 11520), "copy": codes.clone}[
+        direction
+    ]
     timed(
         benchmark,
         run,
         "4-bit codes of 1280x11520",
-        bytes_moved=codes.numel() * (2.0 if way == "copy" else 1.5),
+        bytes_moved=codes.numel() * (2.0 if direction == "copy" else 1.5),
     )

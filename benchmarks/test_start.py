@@ -1,4 +1,4 @@
-"""What comes before a picture: planning, reading headers and making tokens. Run as test_kernels.py says."""
+"""What comes before a picture: planning, reading headers and tokenising. Run as test_kernels.py says."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
 def test_plan(benchmark, models, family):
-    """Every candidate for a card of 6 GB, each time as if nothing were known."""
+    """Every candidate for a card of 6 GB, each time with empty caches."""
     benchmark.group = "plan"
     card = profile("rtx-2060")
     benchmark.pedantic(
@@ -38,7 +38,7 @@ def test_inspect(benchmark, models, family):
 
 @pytest.mark.parametrize("who", ["tightfit", "transformers"])
 def test_tokenize(benchmark, models, who):
-    """77 tokens, beside transformers' own tokenizer, which is read anew each time as ours is."""
+    """77 tokens, against transformers' own tokenizer, which is read anew each time, as ours is."""
     spec = inspect(str(models / "sd1"))
     text = "a lighthouse at dusk, oil on canvas, " * 4
     benchmark.group = "tokenize"
@@ -47,9 +47,9 @@ def test_tokenize(benchmark, models, who):
         return
     from transformers import AutoTokenizer
 
-    def theirs() -> object:
+    def transformers_tokens() -> object:
         return AutoTokenizer.from_pretrained(spec.folder / "tokenizer")(
             text, padding="max_length", truncation=True, max_length=77
         )
 
-    benchmark(theirs)
+    benchmark(transformers_tokens)

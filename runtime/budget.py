@@ -1,5 +1,5 @@
-"""One device's memory, which all pipelines of this process share: one of them runs at a time, the others make
-room for it."""
+"""One device's memory, shared by all pipelines of this process: one runs at a time, the others make room for
+it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Protocol
 
 from .errors import TightfitError
 
-# Libraries change their own globals while they build a module, and the planner pauses Python's search for
-# cycles: whoever plans or loads, on whatever device, does so alone.
+# Libraries change globals while they build a module, and the planner pauses the garbage collector. So only
+# one thread plans or loads at a time, whatever the device.
 BUILDING = threading.RLock()
 
 
@@ -18,14 +18,14 @@ class Tenant(Protocol):
     """What a pipeline has loaded on a device."""
 
     room_bytes: int
-    """Bytes that were free for tensors when its machine was detected."""
+    """Bytes free for tensors when the machine was detected."""
 
     def held(self) -> int:
-        """Bytes that it holds now."""
+        """Bytes held now."""
         ...
 
     def free(self) -> None:
-        """Free all that is loaded. It is loaded again when it is needed."""
+        """Free everything loaded. It is loaded again when needed."""
         ...
 
 
@@ -37,7 +37,7 @@ class Turn:
         self.thread = threading.get_ident()
 
     def resumed(self) -> None:
-        """The run goes on in the thread that calls this: a generator may be advanced by any."""
+        """The run continues in the calling thread: a generator may be advanced by any thread."""
         self.thread = threading.get_ident()
 
     def release(self) -> None:
@@ -51,20 +51,20 @@ class Turn:
 
 
 class DeviceBudget:
-    """One for each device of the process: `DeviceBudget.of`.
+    """One per device of the process: `DeviceBudget.of`.
 
-    Plans reckon with the whole free memory, and torch's allocator has one cap for the process. So runs on a
-    device follow one another: a second thread waits. Within one thread that would be for ever, so a second
-    run there is refused.
+    Plans assume all of the free memory, and torch's allocator has one cap per process, so runs on a device
+    follow one another. A second thread waits. A second run within one thread would wait for ever, so it is
+    refused.
     """
 
-    _devices: dict[str, DeviceBudget] = {}  # noqa: RUF012  # of the process, as what they guard is
+    _devices: dict[str, DeviceBudget] = {}  # noqa: RUF012  # per process, like the memory it guards
     _lock = threading.RLock()  # an abandoned run may end while this thread has it
 
     def __init__(self) -> None:
         self._running = threading.Lock()
         self._turn: Turn | None = None
-        # The last that ran is the last.
+        # Ordered by last run, the most recent at the end.
         self._tenants: weakref.WeakKeyDictionary[Tenant, None] = weakref.WeakKeyDictionary()
 
     @classmethod
@@ -73,8 +73,8 @@ class DeviceBudget:
             return cls._devices.setdefault(device, cls())
 
     def claim(self, tenant: Tenant) -> Turn:
-        """Wait until no other run is under way here. Raises TightfitError where this thread would wait for
-        itself."""
+        """Wait until no other run is under way on this device. Raises TightfitError where this thread would
+        wait for itself."""
         turn = self._turn
         if turn and turn.thread == threading.get_ident():
             whose = "this pipeline" if turn.tenant is tenant else "another pipeline of this thread"
@@ -84,14 +84,14 @@ class DeviceBudget:
         return self._turn
 
     def release(self, turn: Turn) -> None:
-        """End `turn`, if it has not ended yet."""
+        """End `turn` if it has not ended yet."""
         with self._lock:
             if self._turn is turn:
                 self._turn = None
                 self._running.release()
 
     def busy(self, tenant: Tenant) -> bool:
-        """Whether another tenant than this is running."""
+        """Whether a tenant other than this one is running."""
         turn = self._turn
         return turn is not None and turn.tenant is not tenant
 
@@ -99,14 +99,14 @@ class DeviceBudget:
         """Bytes that `tenant`, whose turn it is, may hold: `wanted_bytes`, or what idle tenants leave of the
         device.
 
-        Where `peak_bytes` do not fit beside them they are freed, the longest idle first, and `tenant` starts
-        from nothing: what others hold is told from what is its own before it loads anything.
+        If `peak_bytes` do not fit beside them, tenants are freed, the longest idle first. `tenant` is freed
+        too, so that what others hold is measured before it loads anything.
         """
         self._tenants.pop(tenant, None)
-        idle = [other for other in self._tenants if other.held() > 0]
-        total_bytes = max(other.room_bytes for other in (tenant, *idle))
+        idle = [resident for resident in self._tenants if resident.held() > 0]
+        total_bytes = max(resident.room_bytes for resident in (tenant, *idle))
         self._tenants[tenant] = None
-        held_bytes = sum(other.held() for other in idle)
+        held_bytes = sum(resident.held() for resident in idle)
         if idle and total_bytes - held_bytes < peak_bytes:
             tenant.free()
             while idle and total_bytes - held_bytes < peak_bytes:

@@ -1,4 +1,4 @@
-"""The one exception that means: what was asked cannot be done as asked, and here is the cure."""
+"""Errors that a user can act on, and the rules by which other exceptions become one."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# C0 and C1 controls, by which text moves the cursor, recolours or clears a terminal; line separators;
-# Unicode's bidirectional controls, which show text in another order than it has.
+# C0 and C1 controls, which move a terminal's cursor, recolour or clear it; line separators; Unicode's
+# bidirectional controls, which reorder text on the screen.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
 def printable(text: object) -> str:
-    """`text` as one line that a terminal only shows: white space as spaces, control characters as escapes
-    such as \\x1b.
+    """`text` as one line that is safe to print: white space becomes spaces, control characters escapes such
+    as \\x1b.
 
-    For whatever was written by others: prompts, names of files and models, what pictures and configs say.
+    For anything written by others: prompts, names of files and models, contents of pictures and configs.
     """
     return _UNSAFE.sub(_escaped, str(text))
 
@@ -30,10 +30,10 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 class TightfitError(Exception):
-    """Bad input or a bad file. Its text is one line a user can act on; the command line prints it and exits
-    with 2.
+    """Bad input or a bad file. Its text is one line that the user can act on; the command line prints it and
+    exits with 2.
 
-    Names and contents of files are part of it: control characters in them are written as escapes.
+    The text may quote names and contents of files, so control characters are escaped.
     """
 
     def __str__(self) -> str:
@@ -41,9 +41,9 @@ class TightfitError(Exception):
 
 
 class OutOfMemoryError(TightfitError):
-    """The device, or the budget, has no room for what is needed now; a plan that takes less may still run.
+    """The device or the budget has no room for what is needed now; a smaller plan may still run.
 
-    `complete` where the text says what to do; else it is a library's, or what was needed, alone.
+    `complete`: the text says what to do. Otherwise it is a library's own, or only says what was needed.
     """
 
     def __init__(self, text: str = "", complete: bool = False) -> None:
@@ -51,9 +51,9 @@ class OutOfMemoryError(TightfitError):
         self.complete = complete
 
 
-# torch's words for CUDA, MPS and the CPU (c10's alloc_cpu.cpp; on Windows too), the C++ library's, oneDNN's
-# where it has no room for its code or its scratchpad, threads' that get no stack, the loader's of a library
-# that comes late, and Python's of a C function that failed and had no room to say so.
+# How running out of memory reads in torch (CUDA, MPS and the CPU: c10's alloc_cpu.cpp, on Windows too), the
+# C++ library, oneDNN (no room for code or scratchpad), threads that get no stack, the loader of a late
+# library, and Python when a C function failed without room to say so.
 _NO_MEMORY = re.compile(
     "out of memory|allocate memory|not enough memory|bad_alloc|std::length_error"
     "|could not create a (primitive|memory)|could not execute a primitive|start new thread"
@@ -63,13 +63,13 @@ _NO_MEMORY = re.compile(
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an exception, or what it came from, says that memory ran out."""
+    """Whether an exception, or one in its chain of causes, says that memory ran out."""
     while error is not None:
         if isinstance(error, MemoryError | OutOfMemoryError) or (
             isinstance(error, OSError) and error.errno == errno.ENOMEM
         ):
             return True
-        # A file that another holds has the words of a thread without a stack.
+        # A locked file raises the same words as a thread without a stack.
         waits = isinstance(error, BlockingIOError)
         if (
             isinstance(error, RuntimeError | ImportError | OSError | SystemError)
@@ -82,15 +82,15 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or its type's name if it has none."""
+    """First line of an exception's text, or the name of its type if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
 def explained(problem: str, cure: str) -> Iterator[None]:
-    """Turn whatever a library raises inside into 'problem (its first line): cure'.
+    """Context manager: whatever a library raises becomes 'problem (its first line): cure'.
 
-    For the places where a file's content reaches a library that promises no particular exception.
+    For places where a file's contents reach a library that documents no exceptions.
     """
     try:
         yield

@@ -1,7 +1,7 @@
-"""A model's files: JSON, and what the headers of safetensors files promise. Never a weight, never a pickle.
+"""A model's files: JSON, and the headers of safetensors files. Never a weight, never a pickle.
 
-A folder is hostile until shown otherwise: what is opened is a regular file of a sane size, and what names
-code is on a list.
+A folder is hostile until shown otherwise: only regular files of a sane size are opened, and names of code
+come from a list.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from uuid import uuid4
 from .errors import TightfitError
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
-JSON_BYTES = 2**24  # at most; the largest published beside SD, CLIP's tokenizer.json, has 3.6 MB
-WEIGHTS_BYTES = 2**40  # at most in one file; SDXL's U-Net in fp32 has 10 GB
+JSON_BYTES = 2**24  # limit; the largest published with SD, CLIP's tokenizer.json, has 3.6 MB
+WEIGHTS_BYTES = 2**40  # limit per file; SDXL's U-Net in fp32 has 10 GB
 
 
 def open_regular(path: Path, most_bytes: int) -> BufferedReader:
-    """Open a regular file of at most `most_bytes` bytes to read: of a pipe, a device or a folder
-    TightfitError says what it is.
+    """Open a regular file of at most `most_bytes` bytes for reading. TightfitError for a pipe, a device or a
+    folder says what it is.
 
-    Not blocking, as opening a pipe to which nothing writes would wait for ever. Raises OSError as `open`
-    does.
+    Non-blocking, because opening a pipe without a writer would wait for ever. Raises OSError as `open` does.
     """
     flags = (
         os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0)
@@ -41,16 +40,15 @@ def open_regular(path: Path, most_bytes: int) -> BufferedReader:
         descriptor = os.open(path, flags)
     except ValueError:
         raise TightfitError(
-            f"{str(path)!r} has a null character, which no file's name has: name another"
+            f"{str(path)!r} has a null character, which no file name can have: name another"
         ) from None
     try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise TightfitError(f"{path} is {_kind(found.st_mode)}, not a file: put the file itself there")
-        if found.st_size > most_bytes:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise TightfitError(f"{path} is {_kind(status.st_mode)}, not a file: put the file itself there")
+        if status.st_size > most_bytes:
             raise TightfitError(
-                f"{path} has {found.st_size} bytes, of at most {most_bytes} that such a file has: "
-                "name another"
+                f"{path} has {status.st_size} bytes, and such a file at most {most_bytes}: name another"
             )
         return os.fdopen(descriptor, "rb")
     except BaseException:
@@ -64,19 +62,19 @@ def _kind(mode: int) -> str:
 
 
 def read_bytes(path: Path, most_bytes: int = JSON_BYTES) -> bytes:
-    """What is in a regular file of at most `most_bytes` bytes, also of those whose size the system does not
-    tell, as in /proc."""
+    """Contents of a regular file of at most `most_bytes` bytes. Also works where the system reports no size,
+    as in /proc."""
     with open_regular(path, most_bytes) as stream:
         content = stream.read(most_bytes + 1) or b""
     if len(content) > most_bytes:
         raise TightfitError(
-            f"{path} has more than the {most_bytes} bytes that such a file has at most: name another"
+            f"{path} has more than {most_bytes} bytes, the limit for such a file: name another"
         )
     return content
 
 
 def sha256(path: Path) -> str:
-    """In hexadecimal digits, of a regular file, a part of which is in memory at a time."""
+    """Hexadecimal SHA-256 of a regular file, read in parts."""
     digest = hashlib.sha256()
     try:
         with open_regular(path, WEIGHTS_BYTES) as stream:
@@ -88,19 +86,18 @@ def sha256(path: Path) -> str:
 
 
 def parsed(content: bytes) -> Any:
-    """JSON that can be worked with: ValueError for what is broken, for a whole number beyond 64 bits, and for
-    half a character."""
+    """JSON from UTF-8. ValueError for broken JSON, an integer beyond 64 bits, or half of a surrogate pair."""
 
     def whole(digits: str) -> int:
         if len(digits) > 20 or not -(2**63) <= int(digits) < 2**64:
-            raise ValueError(f"a whole number of {len(digits)} digits")
+            raise ValueError(f"an integer of {len(digits)} digits")
         return int(digits)
 
     try:
         text = content.decode("utf-8")
         value = json.loads(text, parse_int=whole)
         if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()  # half of a character of two could not be printed
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair cannot be printed
     except RecursionError:
         raise ValueError("nested too deep") from None
     return value
@@ -108,7 +105,7 @@ def parsed(content: bytes) -> Any:
 
 @contextmanager
 def readable(folder: Path) -> Iterator[None]:
-    """Raise TightfitError for whatever in a folder may not be looked at."""
+    """Context manager: TightfitError for whatever in a folder may not be read."""
     try:
         yield
     except OSError as error:
@@ -133,16 +130,16 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def shortened(value: Any) -> str:
-    """In one line, and no longer than a person reads."""
+    """`value` in one line of at most 80 characters."""
     text = ascii(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def inside(path: Path, root: Path) -> bool:
-    """Whether `path`, its links followed, is in the folder `root`; or, if this is a snapshot in the hub's
-    cache, in its blobs.
+    """Whether `path`, with links resolved, is in the folder `root`, or in the blobs of the hub's cache if
+    `root` is a snapshot there.
 
-    A snapshot there is links to the files of the folder blobs, which is beside that of the snapshots.
+    A snapshot in the hub's cache links to files in the sibling folder blobs.
     """
     try:
         place, home = path.resolve(strict=True), root.resolve(strict=True)
@@ -153,30 +150,29 @@ def inside(path: Path, root: Path) -> bool:
 
 
 def plain_name(name: str) -> bool:
-    """Whether it is a file's name without a folder, which can be looked for: systems have names of at most
-    255 bytes."""
+    """Whether it is a file name without a folder, short enough for every system (255 bytes)."""
     return Path(name).name == name and "\0" not in name and len(name.encode("utf-8", "replace")) <= 255
 
 
 def reason(error: Exception) -> str:
-    """Our own words, or that it is no JSON of this kind."""
+    """Our own wording, or that it is no such JSON."""
     return str(error) if type(error) is ValueError else "not JSON of tensors"
 
 
 def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of which no name comes twice, and every name can be printed."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    """An object with no repeated name, every name printable."""
+    named = dict(pairs)
+    if len(named) != len(pairs):
         raise ValueError("a name that comes twice")
-    if not "".join(found).isprintable():
+    if not "".join(named).isprintable():
         raise ValueError("a name that cannot be printed")
-    return found
+    return named
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to: it takes the place of `path` at the end, or is removed, so half a file
-    is never seen."""
+    """A temporary sibling to write to. It replaces `path` at the end, or is removed on an error, so nobody
+    sees half a file."""
     partial = path.with_name(f".tightfit-{uuid4().hex}.partial")
     try:
         yield partial
@@ -187,9 +183,8 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def adding(path: Path) -> Iterator[list[Path]]:
-    """As `replacing`, but what is there stays: a file called so already, or by another process meanwhile, and
-    the new one gets a number. What is written to comes first in the list, and the place that it took is added
-    at the end."""
+    """Like `replacing`, but never overwrites: if `path` exists, the new file gets a number. Yields a list:
+    the file to write to; at the end its final path is appended."""
     partial = path.with_name(f".tightfit-{uuid4().hex}.partial")
     places = [partial]
     try:
@@ -204,8 +199,8 @@ def adding(path: Path) -> Iterator[list[Path]]:
 
 
 def _placed(partial: Path, place: Path) -> bool:
-    """Give a whole file a name that is free, and say if it was: of two processes that try at once one
-    does."""
+    """Move a finished file to a free name; False if the name is taken. Of two processes that try at once, one
+    succeeds."""
     try:
         os.link(partial, place)
     except FileExistsError:
@@ -220,18 +215,16 @@ def _placed(partial: Path, place: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again: XDG_CACHE_HOME, or what the system uses for
-    it.
+    """The user's cache folder: XDG_CACHE_HOME, or the system's own.
 
-    A user without a home (`docker run --user 1234`) gets a folder in the temporary one that nobody else can
-    write to.
+    A user without a home (`docker run --user 1234`) gets a private folder in the temporary one.
     """
-    given = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    if given:
-        return Path(given) / "tightfit"
+    folder_name = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
+    if folder_name:
+        return Path(folder_name) / "tightfit"
     try:
         home = Path.home()
-    except RuntimeError:  # no HOME, and nothing in the list of users
+    except RuntimeError:  # no HOME, and no entry in the list of users
         return _temporary_cache() / "tightfit"
     below = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
     return home / below / "tightfit"
@@ -239,14 +232,14 @@ def cache_folder() -> Path:
 
 @cache
 def _temporary_cache() -> Path:
-    """`tightfit-UID` in the temporary folder, if it is this user's alone; else one of this process, or none
-    that can be written."""
+    """`tightfit-UID` in the temporary folder if only this user can use it, else a new one for this process,
+    or a path that cannot be written."""
     user = getattr(os, "getuid", lambda: 0)()
     try:
         folder = Path(gettempdir()) / f"tightfit-{user}"
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & 0o077
+        status = folder.lstat()
+        ours = stat.S_ISDIR(status.st_mode) and status.st_uid == user and not status.st_mode & 0o077
         return folder if ours else Path(mkdtemp(prefix="tightfit-"))
-    except OSError:  # what would be kept is made again each time
+    except OSError:  # nothing is cached
         return Path(os.sep) / "nonexistent"

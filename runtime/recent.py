@@ -1,5 +1,4 @@
-"""Values computed from objects, the most recently used, kept while the objects live. Safe to call from
-threads."""
+"""Values computed from objects: the most recently used, kept while the objects live. Thread-safe."""
 
 from __future__ import annotations
 
@@ -12,10 +11,10 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """Values by a key and the identity of their owners. No owner is kept alive. The values of an owner that
-    dies go with it, so an id that is given out again never finds the value of another object.
+    """Values by a key and their owners' identities. No owner is kept alive. An owner's values die with it, so
+    a reused id never finds another object's value.
 
-    A thread that asks while another computes waits, and finds what that one computed.
+    A thread that asks while another computes waits and gets that result.
     """
 
     def __init__(self, most: int) -> None:
@@ -27,13 +26,13 @@ class Recent(Generic[T]):
         return len(self._kept)
 
     def get(self, key: Hashable, compute: Callable[[], T], *owners: object) -> T:
-        """The value of `key` and `owners`, by `compute` if it is not there."""
+        """The value of `key` and `owners`, computed if it is not cached."""
         full = (key, *(id(owner) for owner in owners))
         with self._turn:
             entry = self._kept.pop(full, None)
             if entry is None:
                 entry = compute(), tuple(weakref.ref(owner, lambda _: self._forget(full)) for owner in owners)
-            self._kept[full] = entry  # the last now
+            self._kept[full] = entry  # now the most recent
             for oldest in list(self._kept)[: max(0, len(self._kept) - self._most)]:
                 self._forget(oldest)
         return entry[0]
@@ -43,7 +42,7 @@ class Recent(Generic[T]):
             self._kept.clear()
 
     def _forget(self, full: Hashable) -> None:
-        """Called at any moment, in any thread, when an owner dies. It takes no lock, as the thread that holds
-        the lock may be waiting for this one. Removing an item is one step, and so is copying the keys before
-        they are read."""
+        """Called in any thread at any moment, when an owner dies. It takes no lock: the thread that holds the
+        lock may be waiting for this one. Popping an item is atomic, and so is the copy of the keys in
+        `get`."""
         self._kept.pop(full, None)

@@ -1,5 +1,5 @@
-"""Where weights that stream lie on a device: a buffer smaller than all of them, filled in turn. Pure
-arithmetic, by which a Streamer works and its seconds are predicted."""
+"""Where streamed weights lie on a device: a buffer smaller than all of them, filled in turn. Pure arithmetic,
+shared by the Streamer and the prediction of its seconds."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ K = TypeVar("K", bound=Hashable)
 
 
 class Ring(Generic[K]):
-    """Units in a buffer of `capacity` bytes, each in one piece: a new one comes behind the last, at the end
-    at the start."""
+    """Units in a buffer of `capacity` bytes, each contiguous. A new one goes behind the last, or wraps around
+    to the start."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -22,7 +22,7 @@ class Ring(Generic[K]):
         return unit in self._places
 
     def start(self, unit: K) -> int:
-        """Where the unit begins. KeyError if it is not there."""
+        """Offset of the unit. KeyError if it is not in the buffer."""
         return self._places[unit][0]
 
     def drop(self, unit: K) -> None:
@@ -30,17 +30,17 @@ class Ring(Generic[K]):
         del self._places[unit]
 
     def put(self, unit: K, count: int, needed: Container[K] = ()) -> list[K] | None:
-        """Place `count` bytes, and answer the units that had to go for them. None, and nothing is changed, if
-        one that is `needed` is in the way."""
+        """Place `count` bytes and return the units evicted for them. None, with nothing changed, if a
+        `needed` unit is in the way."""
         for start in (self._end, 0):
             end = start + count
-            gone = [other for other, (low, high) in self._places.items() if low < end and start < high]
-            if end <= self.capacity and not any(other in needed for other in gone):
+            gone = [placed for placed, (low, high) in self._places.items() if low < end and start < high]
+            if end <= self.capacity and not any(placed in needed for placed in gone):
                 break
         else:
             return None
-        for other in gone:
-            del self._places[other]
+        for placed in gone:
+            del self._places[placed]
         self._places[unit], self._end = (start, end), end
         return gone
 
@@ -48,8 +48,8 @@ class Ring(Generic[K]):
 def ahead(
     ring: Ring[K], now: K, upcoming: Iterable[K], sizes: Mapping[K, int]
 ) -> Iterator[tuple[K, list[K]]]:
-    """Place what comes after `now`, as far as it fits beside what is called before it; each with the units
-    that had to go."""
+    """Place the units that come after `now`, as long as each fits beside what is called before it. Yields
+    each with the units evicted for it."""
     needed = {now}
     for unit in upcoming:
         needed.add(unit)

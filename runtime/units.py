@@ -17,20 +17,20 @@ _UNITS |= {
 
 
 def parse_bytes(text: str | float, option: str) -> int:
-    """Bytes from '4GiB', '3.5GB', '800 MiB' or a number of bytes, of which there are a million at least, as
-    nobody means 8 of them; raises TightfitError naming `option`."""
-    found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", str(text).lower())
+    """Bytes from '4GiB', '3.5GB', '800 MiB' or a plain number, which must be a million at least, since nobody
+    means 8 bytes. Raises TightfitError naming `option`."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", str(text).lower())
     if (
-        not found
-        or found[2] not in _UNITS
-        or float(found[1]) == 0
-        or (found[2] and float(found[1]) * _UNITS[found[2]] < 1)
+        not match
+        or match[2] not in _UNITS
+        or float(match[1]) == 0
+        or (match[2] and float(match[1]) * _UNITS[match[2]] < 1)
     ):
         raise TightfitError(f"{option} must be an amount such as 4GiB or 3500MB, not {str(text)!r}")
-    count = int(float(found[1]) * _UNITS[found[2]])
-    if not found[2] and count < 2**20:
+    count = int(float(match[1]) * _UNITS[match[2]])
+    if not match[2] and count < 2**20:
         raise TightfitError(
-            f"{option} is {found[1]} bytes: did you mean {found[1]}{'GiB' if count < 1000 else 'MiB'}?"
+            f"{option} is {match[1]} bytes: did you mean {match[1]}{'GiB' if count < 1000 else 'MiB'}?"
         )
     return count
 

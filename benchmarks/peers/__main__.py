@@ -1,14 +1,13 @@
-"""Ours beside diffusers, Optimum and stable-diffusion.cpp: the same weights, prompt, steps, size and seed, in
+"""Ours against diffusers, Optimum and stable-diffusion.cpp: same weights, prompt, steps, size and seed, in
 one command.
 
     python -m tightfit.benchmarks.peers MODEL WORK --rounds 2
 
-MODEL is a diffusers folder. In WORK the peers' environments are made, once (stable-diffusion.cpp is compiled:
-six minutes), and the exports, ours and Optimum's, each in a process of its own, timed. Then each contender
-paints one picture in a process of its own, one after another, and all of them again in each round, so that a
-machine that slows down slows all. Least seconds and most bytes count; decibels are against the contender
-whose picture it should be. `--make` stops before painting; `--only` names contenders, or the beginnings of
-their names.
+MODEL is a diffusers folder. WORK gets the peers' environments, made once (compiling stable-diffusion.cpp
+takes six minutes), and the exports, ours and Optimum's, each timed in its own process. Then each contender
+paints one picture in its own process, one after another, repeated in rounds, so that a slow spell of the
+machine slows all. Least seconds and most bytes count; decibels are against the contender whose picture it
+should be. `--make` stops before painting; `--only` takes names of contenders, or their beginnings.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ OPTIMUM = (
     "onnxruntime==1.31.1",
 )
 SDCPP = ("stable-diffusion-cpp-python==0.4.7",)
-# AVX-512 and the like of this processor, and the fast products of llamafile.
+# This processor's instructions, such as AVX-512, and llamafile's fast products.
 BUILD = "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DCMAKE_BUILD_TYPE=Release"
 Row = dict[str, Any]
 
@@ -51,7 +50,8 @@ Row = dict[str, Any]
 @dataclass(frozen=True)
 class Contender:
     """`engine` of programs.py runs `model`, a folder in WORK or "" for the original, in `precision` with
-    `options`; from the same noise `like` paints what it should ("" where the noise is another)."""
+    `options`. `like` is the contender that paints the same picture from the same noise; "" if the noise
+    differs."""
 
     name: str
     engine: str
@@ -62,17 +62,17 @@ class Contender:
 
 
 def contenders(device: str) -> list[Contender]:
-    """What each offers on this device for speed, and for little memory."""
+    """What each program offers on this device for speed and for little memory."""
     flash = () if device == "cpu" else ("flash_attention",)
-    found = [
+    chosen = [
         Contender("diffusers fp32", "diffusers", "fp32"),
         Contender("diffusers bf16", "diffusers", "bf16"),
         Contender("diffusers bf16, channels_last", "diffusers", "bf16", ("channels_last",)),
         Contender("diffusers bf16, slicing, tiling", "diffusers", "bf16", ("slicing", "tiling")),
-        # Its scheduler has diffusers' defaults written out, other timesteps among them.
+        # Its exported scheduler has diffusers' defaults written out, among them other timesteps.
         Contender("Optimum fp32", "optimum", "fp32", (), "optimum", ""),
         Contender("Optimum fp32, our folder", "optimum", "fp32", (), "onnx-fp32"),
-        # On a CPU its flash attention takes three times the time of a step.
+        # On a CPU its flash attention makes a step three times as slow.
         *(Contender(f"sd.cpp {kind}", "sdcpp", kind, flash, "", "") for kind in ("f16", "q8_0", "q4_0")),
         Contender("sd.cpp q4_0, flash, tiling", "sdcpp", "q4_0", ("flash_attention", "tiling"), "", ""),
         Contender("tightfit fp32", "tightfit", "fp32"),
@@ -88,7 +88,7 @@ def contenders(device: str) -> list[Contender]:
         Contender("tightfit int4, 1.2 GiB", "tightfit", "int4", ("budget=1.2GiB",), "int4"),
     ]
     if device == "cuda":
-        found += [
+        chosen += [
             Contender("diffusers fp16", "diffusers", "fp16"),
             Contender("diffusers fp16, model offload", "diffusers", "fp16", ("model_offload", "tiling")),
             Contender("diffusers fp16, group offload", "diffusers", "fp16", ("group_offload", "tiling")),
@@ -98,7 +98,7 @@ def contenders(device: str) -> list[Contender]:
             Contender("diffusers fp16, bitsandbytes int8", "diffusers", "int8"),
             Contender("tightfit fp16", "tightfit", "fp16"),
         ]
-    return found
+    return chosen
 
 
 def main() -> None:
@@ -109,14 +109,14 @@ def main() -> None:
     parse.add_argument("--steps", type=int, default=4)
     parse.add_argument("--rounds", type=int, default=2)
     parse.add_argument(
-        "--patience", type=float, default=90, metavar="SECONDS", help="what took longer once is not run again"
+        "--patience", type=float, default=90, metavar="SECONDS", help="what once took longer is not run again"
     )
     parse.add_argument("--only", action="append", default=[], metavar="NAME")
     parse.add_argument("--make", action="store_true")
     args = parse.parse_args()
     if args.steps < 2:
         parse.error("--steps: a step is timed from the end of the one before, so at least 2")
-    inspect(args.model)  # refuses a model that names classes of its own: other programs would run their code
+    inspect(args.model)  # refuses a model that names its own classes: other programs would run their code
     model, work = args.model.absolute(), args.work.absolute()
     chosen = [
         c
@@ -147,7 +147,7 @@ def main() -> None:
                 "to": str(picture(work, contender.name)),
             }
             row = run(pythons[contender.engine], contender.engine, job)
-            print(f"{number + 1}/{args.rounds} {contender.name:<34} {told(row)}", flush=True)
+            print(f"{number + 1}/{args.rounds} {contender.name:<34} {line(row)}", flush=True)
             how = {"engine": contender.engine, "precision": contender.precision, "options": contender.options}
             rows[contender.name] = better(rows.get(contender.name), row) | how | {"rounds": number + 1}
     for contender in chosen:
@@ -157,8 +157,8 @@ def main() -> None:
             and contender.like in rows
             and all(file.exists() for file in both)
         ):
-            found = min(psnr(*map(Image.open, both)), MOST_PSNR)
-            rows[contender.name] |= {"psnr": found, "like": contender.like}
+            decibels = min(psnr(*map(Image.open, both)), MOST_PSNR)
+            rows[contender.name] |= {"psnr": decibels, "like": contender.like}
     told_of = {
         "model": args.model.name,
         "size": args.size,
@@ -171,8 +171,8 @@ def main() -> None:
 
 
 def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, str], dict[str, Row]]:
-    """The interpreter of each engine, and what each export took; whatever is not in WORK yet is made, under
-    another name until it is whole."""
+    """Each engine's interpreter, and each export's row. What WORK lacks is made under a temporary name
+    first."""
     work.mkdir(parents=True, exist_ok=True)
     engines, models = {c.engine for c in chosen}, {c.model for c in chosen if c.model}
     pythons = {"diffusers": sys.executable, "tightfit": sys.executable}
@@ -194,7 +194,7 @@ def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, st
         row = run(
             pythons[engine], f"{engine}_export", {"model": str(model), "to": str(partial), "options": to}
         )
-        print(f"{name:<38} {told(row)}", flush=True)
+        print(f"{name:<38} {line(row)}", flush=True)
         if "failed" in row:
             raise TightfitError(f"the export of {name} failed: {row['failed']}")
         partial.rename(work / name)
@@ -207,7 +207,7 @@ def picture(work: Path, name: str) -> Path:
 
 
 def environment(folder: Path, packages: tuple[str, ...], variables: dict[str, str]) -> str:
-    """A virtual environment with these packages, compiled with these variables set: its interpreter."""
+    """The interpreter of a virtual environment with these packages, built with these variables set."""
     python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
     done = folder / "made.json"
     if not done.exists():
@@ -220,7 +220,7 @@ def environment(folder: Path, packages: tuple[str, ...], variables: dict[str, st
 
 
 def run(python: str, engine: str, job: Row) -> Row:
-    """In a process of its own; one that fails is a row that says so."""
+    """Run a job in its own process; one that fails is a row that says so."""
     done = subprocess.run(
         [python, str(PROGRAMS), engine, json.dumps(job)], capture_output=True, text=True, check=False
     )
@@ -230,7 +230,7 @@ def run(python: str, engine: str, job: Row) -> Row:
 
 
 def better(before: Row | None, now: Row) -> Row:
-    """Least seconds of the rounds, most bytes; a failure stays one."""
+    """Least seconds of the rounds and most bytes; a failure stays a failure."""
     if before is None or "failed" in now:
         return now
     if "failed" in before:
@@ -243,7 +243,7 @@ def better(before: Row | None, now: Row) -> Row:
     )
 
 
-def told(row: Row) -> str:
+def line(row: Row) -> str:
     if "failed" in row:
         return f"failed: {row['failed']}"
     step = f", {row['step_seconds']:.2f} s a step" if "step_seconds" in row else ""
@@ -251,17 +251,17 @@ def told(row: Row) -> str:
 
 
 def peak(row: Row) -> int:
-    """Of the GPU's memory where one was used, else of the process's."""
+    """Bytes of GPU memory if a GPU was used, else of the process."""
     return row.get("device_bytes") or row.get("peak_bytes", 0)
 
 
 def table(rows: dict[str, Row]) -> None:
-    """Each beside diffusers in bf16, which is the best that most people run on a CPU, or the first there is;
-    then how each ran."""
-    there = {name: row for name, row in rows.items() if "failed" not in row}
-    if not there:
+    """Each against diffusers in bf16, the best that most people run on a CPU, or the first contender; then
+    how each ran."""
+    painted = {name: row for name, row in rows.items() if "failed" not in row}
+    if not painted:
         sys.exit("peers: no contender painted anything")
-    base = there.get("diffusers bf16") or next(iter(there.values()))
+    base = painted.get("diffusers bf16") or next(iter(painted.values()))
     print(f"\n{'':<34} {'peak':>10} {'ratio':>6} {'s a step':>9} {'ratio':>6} {'in all':>7} {'dB':>5}")
     for name, row in sorted(rows.items(), key=lambda item: peak(item[1])):
         if "failed" in row:
@@ -272,7 +272,7 @@ def table(rows: dict[str, Row]) -> None:
         decibels = f" {row['psnr']:>5.1f}" if "psnr" in row else ""
         print(f"{name:<34} {shown(peak(row)):>10} {figures}{decibels}")
     print(f"\nsd.cpp is built with {BUILD} and has {os.cpu_count()} threads")
-    for name, row in there.items():
+    for name, row in painted.items():
         how = ", ".join((row["precision"], *row["options"], f"rounds: {row['rounds']}"))
         print(
             f"{name:<34} {how}; "

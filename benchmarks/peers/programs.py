@@ -1,9 +1,8 @@
-"""One picture by one engine, in that engine's own environment: `python programs.py ENGINE JOB`, which needs
-nothing of ours.
+"""One picture by one engine in its own environment, `python programs.py ENGINE JOB`, without our packages.
 
-JOB is {"model", "precision", "options", "steps", "size", "to"} as JSON, `to` being the picture, or the folder
-of an export. What is printed last is JSON too: the largest resident bytes of the process, seconds from its
-start to the picture, seconds of a step (the median, after the first), and versions.
+JOB is {"model", "precision", "options", "steps", "size", "to"} as JSON; `to` is the picture, or an export's
+folder. The last line printed is JSON: peak resident bytes of the process, seconds from its start to the
+picture, seconds per step (the median, without the first), and versions.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ Job = dict[str, Any]
 
 
 class Clock:
-    """When each step ended; and the peaks of the process and of the GPU, for who sets the system's and
-    torch's back."""
+    """When each step ended; and peaks of process and GPU for engines that reset the system's and torch's."""
 
     def __init__(self, steps: int) -> None:
         self.steps, self.ends = steps, list[float]()
@@ -44,7 +42,7 @@ class Clock:
 
 
 def diffusers(job: Job, clock: Clock) -> list[str]:
-    """As its documentation says; `options` name what it offers to save memory or time."""
+    """As its documentation says; `options` name its ways to save memory or time."""
     import torch
     from diffusers import DiffusionPipeline, EulerDiscreteScheduler
 
@@ -90,7 +88,7 @@ def diffusers(job: Job, clock: Clock) -> list[str]:
 
 
 def optimum(job: Job, clock: Clock) -> list[str]:
-    """`model` is a folder that optimum-cli exported."""
+    """`model` is a folder exported by optimum-cli."""
     import torch
     from diffusers import EulerDiscreteScheduler
     from optimum.onnxruntime import ORTDiffusionPipeline  # pyright: ignore[reportMissingImports]
@@ -128,14 +126,14 @@ def optimum_export(job: Job, _: Clock) -> list[str]:
 
 
 def sdcpp(job: Job, clock: Clock) -> list[str]:
-    """stable-diffusion.cpp, which quantises a diffusers folder while it loads it."""
+    """stable-diffusion.cpp, which quantises a diffusers folder at load."""
     from stable_diffusion_cpp import StableDiffusion  # pyright: ignore[reportMissingImports]
 
     options = set(job["options"])
     pipe: Any = StableDiffusion(
         model_path=job["model"],
         wtype=job["precision"],
-        n_threads=os.cpu_count() or 1,  # its own choice is one for two hyperthreads
+        n_threads=os.cpu_count() or 1,  # its default is one per two hyperthreads
         diffusion_flash_attn="flash_attention" in options,
         vae_decode_only=True,
         verbose=False,
@@ -154,7 +152,7 @@ def sdcpp(job: Job, clock: Clock) -> list[str]:
 
 
 def tightfit(job: Job, clock: Clock) -> list[str]:
-    """Ours, as the command line runs it; `options` are wishes, such as residency=staged."""
+    """Ours as the command line runs it; `options` are wishes, such as residency=staged."""
     from ... import Request, load  # pyright: ignore[reportMissingImports]
     from ...runtime.events import Event  # pyright: ignore[reportMissingImports]
 
@@ -166,16 +164,16 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
         "guidance_scale": GUIDANCE,
     }
 
-    def told(event: Event) -> None:
+    def on_event(event: Event) -> None:
         if event.stage == "denoise":
             clock()
 
     with load(job["model"], precision=job["precision"], requests=1, **wishes) as pipe:
         before = most_resident()
-        result = pipe.generate(Request(PROMPT, seed=SEED, scheduler="euler", **sizes), told)
+        result = pipe.generate(Request(PROMPT, seed=SEED, scheduler="euler", **sizes), on_event)
     result.images[0].save(job["to"])
-    clock.peak_bytes = max(before, result.process_bytes)  # the system's own mark is set back at each stage
-    clock.device_bytes = result.peak_bytes  # and torch's too
+    clock.peak_bytes = max(before, result.process_bytes)  # each stage resets the system's peak
+    clock.device_bytes = result.peak_bytes  # and torch's
     on_onnx = result.plan.placements["unet"].backend == "onnx"
     return ["torch", "diffusers", "transformers", *(["onnxruntime"] if on_onnx else [])]
 
@@ -187,20 +185,20 @@ def tightfit_export(job: Job, _: Clock) -> list[str]:
     sys.argv = ["tightfit", "export", job["model"], *job["options"], "-o", job["to"]]
     try:
         tightfit_cli()
-    except SystemExit as end:  # which it always ends with
+    except SystemExit as end:  # it always raises this
         if end.code:
             raise
     return ["torch", "diffusers", "transformers"]
 
 
 def cuda_is_used() -> Any:
-    """torch's module for CUDA if this process computes on it."""
+    """torch's CUDA module if this process computes on it."""
     torch = sys.modules.get("torch")
     return torch.cuda if torch and torch.cuda.is_initialized() else None
 
 
 def most_resident() -> int:
-    """Bytes, as Linux marks them."""
+    """Peak resident bytes by Linux's count."""
     return int(re.findall(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[0]) * 1024
 
 

@@ -1,4 +1,4 @@
-"""Which engines there are. Each package beside this one is the only importer of its engine."""
+"""The engines. Each package in this folder is the only importer of its engine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .protocol import Backend, Engine
 
 
 def engine(name: str) -> type[Engine]:
-    """The engine called `name`, imported now. Raises TightfitError for an unknown one."""
+    """The engine called `name`, imported on the first call. Raises TightfitError for an unknown name."""
     if name == "torch":
         from .torch.backend import TorchBackend
 
@@ -22,6 +22,6 @@ def engine(name: str) -> type[Engine]:
 
 
 def backend(name: str, device: str) -> Backend:
-    """The engine called `name` on a device that is here."""
+    """The engine called `name` on a device of this machine."""
     make: type = engine(name)
     return make(device)

@@ -15,8 +15,7 @@ if TYPE_CHECKING:
 
 
 class Session(Protocol):
-    """A loaded component: called with float32 or int64 numpy arrays by name, answers with float32 numpy
-    arrays.
+    """A loaded component. It takes float32 or int64 numpy arrays by name and returns float32 numpy arrays.
 
     text_encoder: tokens (batch, length) → hidden (batch, length, width), and pooled (batch, width) if it
     projects. unet: sample (batch, channels, h, w), timestep (), hidden, and for some models time_condition,
@@ -25,7 +24,7 @@ class Session(Protocol):
     """
 
     notices: tuple[str, ...]
-    """What a user should know of how it was loaded."""
+    """What the user should know about how it was loaded."""
 
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]: ...
 
@@ -35,20 +34,20 @@ class Session(Protocol):
 
 
 class Meter(Protocol):
-    """Measures the bytes that a backend's device holds, and keeps them under a limit."""
+    """Measures the bytes held on a backend's device and keeps them under a limit."""
 
     def limit(self, count: int | None) -> None:
-        """From now on raise OutOfMemoryError rather than hold more than `count` bytes."""
+        """From now on, raise OutOfMemoryError instead of holding more than `count` bytes."""
         ...
 
     def reset(self) -> None: ...
 
     def bytes(self) -> int:
-        """The most held at once since `reset`."""
+        """Peak bytes held since `reset`."""
         ...
 
     def held(self) -> int:
-        """Bytes that what is loaded holds now."""
+        """Bytes held now by what is loaded."""
         ...
 
 
@@ -59,22 +58,22 @@ class Backend(Protocol):
     def meter(self) -> Meter: ...
 
     def load(self, component: Component, placement: Placement) -> Session:
-        """Raises OutOfMemoryError if there is no room for it, and leaves nothing behind then."""
+        """Raises OutOfMemoryError if there is no room, and then leaves nothing behind."""
         ...
 
     def keep(self, placements: Mapping[str, Placement]) -> None:
-        """Let go of what is kept of the host's memory between requests for components placed otherwise than
-        these, by name. No session of theirs is called again."""
+        """Free the host memory cached between requests for every component whose placement is not in
+        `placements`. Its sessions are not called again."""
         ...
 
     def trim(self, peak_bytes: int) -> Iterable[str]:
-        """Give back what makes it hold more than `peak_bytes`, the most that the next plan takes, if anything
-        does. The names of the components whose sessions were closed for that; they are loaded anew."""
+        """Free memory until at most `peak_bytes`, the next plan's peak, are held. Returns the components
+        whose sessions were closed for that; they must be loaded again."""
         ...
 
 
 class Engine(Protocol):
-    """What an engine knows of a machine that need not be here."""
+    """What an engine knows about any machine, present or not."""
 
     @staticmethod
     def refuses(
@@ -84,12 +83,13 @@ class Engine(Protocol):
         hardware: Hardware,
         size: tuple[int, int, int],
     ) -> str | None:
-        """Why it cannot run a component so on that hardware for that size, or None if it can."""
+        """Why the component cannot run with this placement on that hardware at that size, or None if it
+        can."""
         ...
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:
-        """Raise TightfitError for a component that it cannot run on any machine."""
+        """Raise TightfitError for a component that this engine cannot run on any machine."""
         ...
 
     @staticmethod
@@ -100,6 +100,5 @@ class Engine(Protocol):
         hardware: Hardware,
         size: tuple[int, int, int],
     ) -> Footprint:
-        """What a component takes when called for `size`: a batch, and the picture's height and width in
-        pixels."""
+        """Memory of a component called at `size`: batch, and the picture's height and width in pixels."""
         ...

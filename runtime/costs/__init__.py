@@ -1,1 +1,1 @@
-"""Bytes and seconds."""
+"""Predicted bytes and seconds."""

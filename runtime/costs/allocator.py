@@ -1,11 +1,11 @@
-"""What torch's caching allocator reserves for a sequence of allocations. Pure arithmetic: no device is
+"""Bytes that torch's caching allocator reserves for a sequence of allocations. Pure arithmetic: no device is
 touched.
 
 Sizes and rules are those of c10/cuda/CUDACachingAllocator.cpp (torch 2.8 to 2.13, default settings), which
-ROCm and Intel's XPU share: requests are rounded up to 512 bytes; up to 1 MiB they are cut from segments of 2
-MiB, below 10 MiB from segments of 20 MiB, above that each segment is the request rounded up to 2 MiB. The
-best fitting free block is taken and split, neighbours that are free are joined again, and segments are given
-back only when the cache is emptied.
+ROCm and Intel's XPU share. Requests are rounded up to 512 bytes. Up to 1 MiB they are cut from segments of 2
+MiB, below 10 MiB from segments of 20 MiB; a larger request gets a segment of its own, rounded up to 2 MiB.
+The best-fitting free block is taken and split, free neighbours are merged again, and segments are returned
+only when the cache is emptied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ROUND, _SMALL, _SMALL_SEGMENT, _LARGE, _LARGE_SEGMENT = 512, MIB, 2 * MIB, 10 *
 
 
 class Allocator(Protocol):
-    """Answers what is reserved while allocations come and go by their names; `peak` is the most so far."""
+    """Replays allocations by name; `peak` is the most bytes reserved so far."""
 
     peak: int
 
@@ -28,12 +28,12 @@ class Allocator(Protocol):
     def free(self, name: int) -> None: ...
 
     def moment(self, count: int) -> None:
-        """Allocate and free again at once."""
+        """Allocate and free at once."""
         ...
 
 
 class ExactAllocator:
-    """The CPU's and MPS's: what is asked for is what is taken."""
+    """For the CPU and MPS: reserves exactly what is requested."""
 
     def __init__(self) -> None:
         self.peak = self._now = 0
@@ -62,7 +62,7 @@ class _Block:
 
 
 class CachingAllocator:
-    """torch's for CUDA, with one stream."""
+    """torch's allocator for CUDA, with one stream."""
 
     def __init__(self) -> None:
         self.peak = self._reserved = self._count = 0
@@ -75,34 +75,34 @@ class CachingAllocator:
         size = -(-count // _ROUND) * _ROUND
         small = size <= _SMALL
         block = self._best(size, small) or self._segment(size, small)
-        left = block.size - size
-        if left >= _ROUND if small else left > _SMALL:
-            rest = self._block(left, small)
-            rest.before, rest.after = block, block.after
+        spare = block.size - size
+        if spare >= _ROUND if small else spare > _SMALL:
+            remainder = self._block(spare, small)
+            remainder.before, remainder.after = block, block.after
             if block.after:
-                block.after.before = rest
-            block.after, block.size = rest, size
-            self._release(rest)
+                block.after.before = remainder
+            block.after, block.size = remainder, size
+            self._release(remainder)
         block.used = True
         self._blocks[name] = block
 
     def free(self, name: int) -> None:
         if block := self._blocks.pop(name, None):
-            for other in (block.before, block.after):
-                if other and not other.used:
-                    self._join(block, other)
+            for neighbour in (block.before, block.after):
+                if neighbour and not neighbour.used:
+                    self._join(block, neighbour)
             self._release(block)
 
     def moment(self, count: int) -> None:
         size = -(-count // _ROUND) * _ROUND
         small = size <= _SMALL
         free = self._free[small]
-        if count and bisect_left(free, (size, -1)) == len(free):  # else a block is split, and joined again
+        if count and bisect_left(free, (size, -1)) == len(free):  # else a block is split and merged again
             self._release(self._segment(size, small))
 
     def _best(self, size: int, small: bool) -> _Block | None:
         free = self._free[small]
-        place = bisect_left(free, (size, -1))  # the smallest that is large enough
+        place = bisect_left(free, (size, -1))  # the smallest that fits
         return free.pop(place)[2] if place < len(free) else None
 
     def _segment(self, size: int, small: bool) -> _Block:
@@ -116,18 +116,18 @@ class CachingAllocator:
         self._count += 1
         return _Block(size, small, self._count)
 
-    def _join(self, block: _Block, other: _Block) -> None:
-        """`other`, a free neighbour, becomes part of `block`."""
-        self._free[other.small].remove((other.size, other.order, other))
-        block.size += other.size
-        if other is block.before:
-            block.before = other.before
-            if other.before:
-                other.before.after = block
+    def _join(self, block: _Block, neighbour: _Block) -> None:
+        """Merge `neighbour`, which is free, into `block`."""
+        self._free[neighbour.small].remove((neighbour.size, neighbour.order, neighbour))
+        block.size += neighbour.size
+        if neighbour is block.before:
+            block.before = neighbour.before
+            if neighbour.before:
+                neighbour.before.after = block
         else:
-            block.after = other.after
-            if other.after:
-                other.after.before = block
+            block.after = neighbour.after
+            if neighbour.after:
+                neighbour.after.before = block
 
     def _release(self, block: _Block) -> None:
         block.used = False
@@ -135,16 +135,18 @@ class CachingAllocator:
 
 
 def allocator(device: str) -> Allocator:
-    """An empty one of the kind that torch uses on `device`."""
+    """A new allocator of the kind that torch uses on `device`."""
     return CachingAllocator() if device in ("cuda", "xpu") else ExactAllocator()
 
 
 class OnnxArena:
-    """ONNX Runtime's arena (core/framework/bfc_arena.cc, default settings): requests are rounded up to 256
-    bytes and cut from regions, each twice the last up to 1 GiB, or large enough; the best fitting free chunk
-    is taken, and split where half of it, or 128 MiB, would be left. Nothing is given back. `peak` is what has
-    been touched of the regions, each from its beginning, as the system gives pages when they are touched.
-    `exact` is kSameAsRequested on a GPU: regions as large as what is asked for, all of which counts.
+    """ONNX Runtime's arena (core/framework/bfc_arena.cc, default settings). It never shrinks.
+
+    Requests are rounded up to 256 bytes and cut from regions; each region is twice the last, up to 1 GiB, or
+    as large as the request. The best-fitting free chunk is taken, and split if half of it or 128 MiB would
+    remain. `peak` counts each region up to its highest touched byte, since the system allocates pages when
+    they are touched. `exact` is kSameAsRequested, as on a GPU: each region is as large as its request and
+    counts in full.
     """
 
     def __init__(self, exact: bool = False) -> None:
@@ -160,22 +162,24 @@ class OnnxArena:
         if at == len(self._free):
             self._extend(size)
             at = bisect_left(self._free, (size, 0, 0))
-        found, region, offset = self._free.pop(at)
-        if found >= 2 * size or found - size >= 128 * MIB:
-            insort(self._free, (found - size, region, offset + size))
-            found = size
-        self._used[name] = found, region, offset
+        chunk_bytes, region, offset = self._free.pop(at)
+        if chunk_bytes >= 2 * size or chunk_bytes - size >= 128 * MIB:
+            insort(self._free, (chunk_bytes - size, region, offset + size))
+            chunk_bytes = size
+        self._used[name] = chunk_bytes, region, offset
         if not self._exact and offset + size > self._touched[region]:
             self.peak += offset + size - self._touched[region]
             self._touched[region] = offset + size
 
     def free(self, name: int) -> None:
         size, region, offset = self._used.pop(name)
-        for other in [
-            each for each in self._free if each[1] == region and each[2] in (offset + size, offset - each[0])
+        for neighbour in [
+            chunk
+            for chunk in self._free
+            if chunk[1] == region and chunk[2] in (offset + size, offset - chunk[0])
         ]:
-            self._free.remove(other)
-            size, offset = size + other[0], min(offset, other[2])
+            self._free.remove(neighbour)
+            size, offset = size + neighbour[0], min(offset, neighbour[2])
         insort(self._free, (size, region, offset))
 
     def moment(self, count: int) -> None:

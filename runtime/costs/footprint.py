@@ -1,4 +1,4 @@
-"""Predicted bytes: what is alive, or reserved, at most while a component runs, before any weight exists."""
+"""Predicted bytes: peak bytes alive or reserved while a component runs, before any weight exists."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from .allocator import Allocator, allocator
 
 END, ATTENTION, MOMENT = -1, -2, -3
-Shape = tuple[int, int, int, int, int]  # of an attention: batch, heads, queries, keys, width of a head
+Shape = tuple[int, int, int, int, int]  # of an attention: batch, heads, queries, keys, head width
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One arithmetic operator of a dry run: its operations (multiply and add are two) and bytes moved. `kind`
-    is product, int8 if that is of whole numbers, unpack for weights in few bits, or "" for all else."""
+    """One arithmetic operator of a dry run: operations (a multiply-add is two) and bytes moved. `kind` is
+    "product", "int8" for an integer product, "unpack" for dequantising weights, or "" for everything else."""
 
     flops: float
     bytes: float
@@ -23,11 +23,11 @@ class Operation:
 
 @dataclass(frozen=True)
 class Trace:
-    """One call of a component as a dry run saw it.
+    """One call of a component as a dry run recorded it.
 
-    `events` are (storage, bytes) where one is made, (storage, END) where it ends, (i, ATTENTION) where
-    `attentions[i]` runs, its answer being there, and (bytes, MOMENT) where a kernel takes and frees some for
-    itself. `calls` are the modules in the order in which they begin: path, and how many operations and
+    `events` are (storage, bytes) for an allocation, (storage, END) when it is freed, (i, ATTENTION) when
+    `attentions[i]` runs, with its output already allocated, and (bytes, MOMENT) for scratch that a kernel
+    allocates and frees. `calls` are the modules in the order they begin: path, and how many operations and
     attentions came before.
     """
 
@@ -39,8 +39,8 @@ class Trace:
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """Weights that stream in, `unit` of `bytes`, needed before a call's operation and attention of these
-    numbers."""
+    """Streamed weights: `unit`, of `bytes`, is needed before this operation and this attention of a call,
+    both by index."""
 
     unit: str
     bytes: int
@@ -50,12 +50,14 @@ class Arrival:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What a component takes on its device: `held`, the bytes of each allocation that stays while it is
-    loaded; `loading`, bytes of host memory while it is read; `trace`, one call; `scratch`, what each
-    attention takes for itself; `host`, what it takes of the host's memory beside a GPU's; `kept`, bytes of a
-    call that stay with a component that stays loaded. Of one that is streamed `arrivals` are the weights that
-    flow through in each call, in order, `units` their bytes, the largest first, `ring` those of the buffer
-    that they flow through, and `stored` their bytes in the files."""
+    """Memory of a component on its device.
+
+    `held`: bytes of each allocation that stays while it is loaded. `loading`: host bytes while it is read.
+    `trace`: one call. `scratch`: bytes that each attention takes for itself. `host`: bytes of host memory
+    beside a GPU's. `kept`: bytes of a call that stay as long as the component is loaded. If it is streamed:
+    `arrivals` are the weights that flow through in a call, in order; `units` their bytes, largest first;
+    `ring` the bytes of the buffer they flow through; `stored` their bytes in the files.
+    """
 
     held: tuple[int, ...]
     loading: int
@@ -73,23 +75,23 @@ class Footprint:
         return sum(self.held)
 
 
-def peak(device: str, held: Iterable[int], own: Footprint, later: Iterable[int] = ()) -> int:
-    """Peak bytes that torch's allocator on `device` reserves (on the CPU: that are alive) while `own` is
-    loaded and called. `held` was allocated before it, `later` between its loading and its call."""
+def peak(device: str, held: Iterable[int], component: Footprint, later: Iterable[int] = ()) -> int:
+    """Peak bytes that torch's allocator on `device` reserves (on the CPU: peak bytes alive) while `component`
+    is loaded and called. `held` was allocated before it, `later` between its loading and its call."""
     memory = allocator(device)
-    names = iter(range(-1, -(10**9), -1))  # those of storages in a trace are positive
-    for count in (*held, *own.held):
+    names = iter(range(-1, -(10**9), -1))  # storages in a trace have positive names
+    for count in (*held, *component.held):
         memory.allocate(next(names), count)
     if device == "cpu":
-        memory.moment(own.loading)
+        memory.moment(component.loading)
     for count in later:
         memory.allocate(next(names), count)
-    replay(memory, own.trace.events, own.scratch)
+    replay(memory, component.trace.events, component.scratch)
     return memory.peak
 
 
 def replay(memory: Allocator, events: Sequence[tuple[int, int]], scratch: Sequence[int]) -> None:
-    """Have the storages of a trace come and go, and what kernels take for a moment."""
+    """Replay a trace's allocations and frees, and its kernels' scratch."""
     for name, count in events:
         if count == END:
             memory.free(name)

@@ -1,6 +1,6 @@
-"""Predicted seconds: a roofline. Each operator takes as long as its arithmetic or its memory traffic,
-whichever is more (Williams, Waterman and Patterson, "Roofline", CACM 2009); on a CPU also its start, which a
-GPU does while it computes what is before."""
+"""Predicted seconds, by a roofline: each operator takes as long as its arithmetic or its memory traffic,
+whichever is longer (Williams, Waterman and Patterson, "Roofline", CACM 2009). A CPU also pays each operator's
+start, which a GPU overlaps with the work before it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,25 @@ from .footprint import Footprint, Shape
 
 _HOST_BANDWIDTH = 2e10  # bytes/s; one channel of DDR4-2400
 SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, read
-# Of a weight, on two cores: quantised while it is loaded (kernels/quantise.py), and then packed by oneDNN (SD
-# 1.5: 3.4 s).
+# Per weight, on two cores: quantising at load (kernels/quantise.py), and then packing by oneDNN (SD 1.5: 3.4
+# s).
 QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
 PACK_SECONDS = 4e-9
-ONNX_SHARE = (
-    0.67  # of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512 (benchmarks/onnx.py)
-)
-SESSION_SECONDS = 2e-4  # of ONNX Runtime to prepare an operator of a graph
-PAGEABLE = 2.0  # times as long as from pinned memory: an assumption, which benchmarks/gpu_probe.py measures
-PIN_SECONDS = 1 / 3e9  # of a byte that is pinned, once for a pipeline: an assumption likewise
-BLOCK_PASSES = (
-    6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum and the products
-)
+# ONNX Runtime's share of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512
+# (benchmarks/onnx.py).
+ONNX_SHARE = 0.67
+SESSION_SECONDS = 2e-4  # per operator of a graph, for ONNX Runtime to prepare it
+PAGEABLE = 2.0  # times as long as from pinned memory: assumed, benchmarks/gpu_probe.py measures it
+PIN_SECONDS = 1 / 3e9  # per byte, once per pipeline: assumed too
+BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum, products
 
 
 def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
-    """One call of a component whose weights are loaded, or stream in."""
+    """Seconds of one call, with weights loaded or streamed."""
     head, spans = arrival_spans(hardware, placement, footprint)
     if not spans:
         return head
-    if hardware.device != "cuda":  # from files, between two operators
+    if hardware.device != "cuda":  # read from files between operators
         return head + sum(spans) + footprint.stored / hardware.read
     return head + streamed_seconds(footprint, spans, bus_rate(hardware, footprint))
 
@@ -43,22 +41,26 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
 def arrival_spans(
     hardware: Hardware, placement: Placement, footprint: Footprint
 ) -> tuple[float, list[float]]:
-    """Seconds of computing before any weight that streams is needed, and from each arrival to the next."""
+    """Seconds of computing before the first streamed weight is needed, and from each arrival to the next."""
     trace = footprint.trace
-    here = placement.provider != CPU_PROVIDER or hardware.device == "cpu"
-    share = hardware.efficiency.get(placement.compute, 1.0) if here else 1.0
+    on_device = placement.provider != CPU_PROVIDER or hardware.device == "cpu"
+    share = hardware.efficiency.get(placement.compute, 1.0) if on_device else 1.0
     work = _sums(_operation_seconds(hardware, placement, footprint, share))
     attention = _sums(attention_seconds(hardware, placement, shape) / share for shape in trace.attentions)
-    # ONNX Runtime starts operators in C++, which `call_seconds` has
-    told = hardware.operator_seconds if placement.backend == "torch" and hardware.device != "cpu" else 0.0
+    # ONNX Runtime issues operators in C++; `call_seconds` covers that
+    issue_seconds = (
+        hardware.operator_seconds if placement.backend == "torch" and hardware.device != "cpu" else 0.0
+    )
 
     def between(begin: tuple[int, int], end: tuple[int, int]) -> float:
-        """From one place of the call to another, in operations and attentions: a GPU computes while the host
-        tells it the next."""
+        """Seconds between two places of the call, each given in operations and attentions. A GPU computes
+        while the host issues the next operator."""
         (first, a), (last, b) = begin, end
-        return max(work[last] - work[first] + attention[b] - attention[a], told * (last - first + b - a))
+        return max(
+            work[last] - work[first] + attention[b] - attention[a], issue_seconds * (last - first + b - a)
+        )
 
-    places = [(each.operation, each.attention) for each in footprint.arrivals]
+    places = [(arrival.operation, arrival.attention) for arrival in footprint.arrivals]
     places = [(0, 0), *places, (len(trace.operations), len(trace.attentions))]
     head, *spans = [between(*pair) for pair in pairwise(places)]
     return head, spans
@@ -81,45 +83,47 @@ def _operation_seconds(
         for kind in ("", "product", "int8", "unpack")
     }
     summed = torchs and hardware.device == "cpu"
-    for each in footprint.trace.operations:
-        work = max(each.flops / rates.get(each.kind, rates[""]), each.bytes / bandwidth) / share
-        yield work + starts[each.kind] if summed else max(work, starts[each.kind])
+    for operation in footprint.trace.operations:
+        work = (
+            max(operation.flops / rates.get(operation.kind, rates[""]), operation.bytes / bandwidth) / share
+        )
+        yield work + starts[operation.kind] if summed else max(work, starts[operation.kind])
 
 
 def streamed_seconds(footprint: Footprint, spans: Sequence[float], bus: float) -> float:
-    """One of many calls of a component whose weights are copied at `bus` bytes/s into the buffer they share,
-    each as soon as there is room, while it computes: `spans` are the seconds from the arrival of one unit to
-    that of the next."""
+    """Steady-state seconds per call when weights are copied at `bus` bytes/s into a shared buffer, each as
+    soon as there is room, while the component computes. `spans` are the seconds from one unit's arrival to
+    the next's."""
     ring: Ring[str] = Ring(footprint.ring)
-    order = [each.unit for each in footprint.arrivals]
-    sizes = {each.unit: each.bytes for each in footprint.arrivals}
+    order = [arrival.unit for arrival in footprint.arrivals]
+    sizes = {arrival.unit: arrival.bytes for arrival in footprint.arrivals}
     copied = computed = 0.0
-    there, used = dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
+    arrived, used = dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
 
     def copy(unit: str, gone: Sequence[str]) -> None:
         nonlocal copied
-        copied = there[unit] = max(copied, *(used[other] for other in gone), 0.0) + sizes[unit] / bus
+        copied = arrived[unit] = max(copied, *(used[evicted] for evicted in gone), 0.0) + sizes[unit] / bus
 
     ends = []
-    for _ in range(2):  # the first of which begins with nothing there
+    for _ in range(2):  # the first starts with an empty buffer
         for i, unit in enumerate(order):
             if unit not in ring:
                 copy(unit, ring.put(unit, sizes[unit]) or ())
-            for other, gone in ahead(ring, unit, (*order[i + 1 :], *order[:i]), sizes):
-                copy(other, gone)
-            computed = used[unit] = max(computed, there[unit]) + spans[i]
+            for following, gone in ahead(ring, unit, (*order[i + 1 :], *order[:i]), sizes):
+                copy(following, gone)
+            computed = used[unit] = max(computed, arrived[unit]) + spans[i]
         ends.append(computed)
     return ends[1] - ends[0]
 
 
 def bus_rate(hardware: Hardware, footprint: Footprint) -> float:
-    """Bytes/s from the host: what cannot be pinned is copied once more, by the host."""
+    """Bytes/s from the host; what cannot be pinned is copied once more by the host."""
     pinned = min(1.0, hardware.pinnable_bytes / footprint.host) if footprint.host else 1.0
     return hardware.bus / (pinned + (1 - pinned) * PAGEABLE)
 
 
 def _sums(values: Iterable[float]) -> list[float]:
-    """0, the first, the first two, …"""
+    """Running sums, from 0."""
     return list(accumulate(values, initial=0.0))
 
 
@@ -142,7 +146,7 @@ def attention_seconds(hardware: Hardware, placement: Placement, shape: Shape) ->
 
 
 def _starts(kind: str, shape: Shape, size: int) -> int:
-    """Operators that an attention starts: four for each slice, twelve for each block."""
+    """Operators that an attention starts: four per slice, twelve per block."""
     from ...kernels.attention import block, slice_rows
 
     batch, heads, n, m, d = shape

@@ -1,1 +1,1 @@
-"""What a machine is: this one, or one of profiles/."""
+"""The machine: this one, or a profile from profiles/."""

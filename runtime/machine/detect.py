@@ -1,4 +1,4 @@
-"""What this machine is. The only place that probes it, and only when asked."""
+"""Detects this machine. The only module that probes it, and only on request."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from .profiles import (
 
 
 def detect(device: str = "auto") -> Hardware:
-    """The named device, or with "auto" the first of DEVICES that is there. Raises TightfitError if it is
-    not."""
+    """The named device, or with "auto" the first of DEVICES that works. Raises TightfitError if there is
+    none."""
     if device not in ("auto", *DEVICES):
         raise TightfitError(f"unknown device '{device}': choose auto, {', '.join(DEVICES)}")
     check_address_space()
     notes: list[str] = []
     for name in DEVICES if device == "auto" else (device,):
         if name == "cpu" or _is_there(name, notes):
-            found = {"cpu": _cpu, "mps": _mps}.get(name, _gpu)(name)
+            hardware = {"cpu": _cpu, "mps": _mps}.get(name, _gpu)(name)
             return with_origin(
-                _calibrated(replace(found, notes=(*found.notes, *notes), passed_over=tuple(notes)))
+                _calibrated(replace(hardware, notes=(*hardware.notes, *notes), passed_over=tuple(notes)))
             )
     why = f" ({notes[0]})" if notes else ""
     raise TightfitError(
@@ -49,35 +49,36 @@ def detect(device: str = "auto") -> Hardware:
     )
 
 
-# torch's allocator, the driver, cuBLAS and cuDNN when there is no room for a handle, a workspace or a
-# kernel's code
+# Out of memory in the words of torch's allocator, the driver, cuBLAS and cuDNN (no room for a handle, a
+# workspace or a kernel's code).
 _FULL = re.compile("out of memory|ALLOC_FAILED|STATUS_NOT_INITIALIZED")
 
 
 def _is_there(device: str, notes: list[str]) -> bool:
-    """Whether torch can use it; a driver that fails, or a build without kernels for the card, is noted, not
-    raised."""
+    """Whether torch can use the device. A failing driver, or a build without kernels for the card, is noted,
+    not raised."""
     import torch
 
     try:
-        here = torch.backends.mps.is_available() if device == "mps" else getattr(torch, device).is_available()
-        if here and device != "mps":
+        usable = (
+            torch.backends.mps.is_available() if device == "mps" else getattr(torch, device).is_available()
+        )
+        if usable and device != "mps":
             getattr(torch, device).mem_get_info()
             _workspaces_kept(device)
     except (RuntimeError, AssertionError, AttributeError) as error:
         lacks = _lacks_kernels(device)
-        if not lacks and _FULL.search(str(error)):  # for now: the planner says what is free
+        if not lacks and _FULL.search(str(error)):  # full for now: the planner reports what is free
             return True
         notes.append(f"torch could not use {device}: {lacks or first_line(error)}")
         return False
-    return here
+    return usable
 
 
 def _lacks_kernels(device: str) -> str | None:
-    """What to install where torch was built without kernels for NVIDIA's card that is here; None where it has
-    some.
+    """What to install if torch was built without kernels for this NVIDIA card, else None.
 
-    A build's sm_80 runs on 8.0 to 8.9, its compute_90 is compiled by the driver for whatever is newer.
+    A build's sm_80 runs on 8.0 to 8.9. Its compute_90 is compiled by the driver for anything newer.
     """
     import torch
 
@@ -89,7 +90,7 @@ def _lacks_kernels(device: str) -> str | None:
             torch.cuda.get_device_capability(),
             torch.cuda.get_arch_list(),
         )
-    except (RuntimeError, AssertionError):  # the driver does not even tell that; its first error is told
+    except (RuntimeError, AssertionError):  # the driver does not say; its first error is reported
         return None
     if not built:
         return None
@@ -109,8 +110,8 @@ def _lacks_kernels(device: str) -> str | None:
 
 
 def empty_cache(device: str) -> None:
-    """Have torch's allocator give back to the device what nothing uses: libraries' workspaces, which are made
-    again when they are needed, and blocks that were freed."""
+    """Have torch's allocator return unused memory to the device: freed blocks, and libraries' workspaces,
+    which are allocated again when needed."""
     import torch
 
     clear = getattr(torch._C, "_cuda_clearCublasWorkspaces", None)
@@ -120,8 +121,8 @@ def empty_cache(device: str) -> None:
 
 
 def _workspaces_kept(device: str) -> tuple[int, ...]:
-    """Bytes that libraries keep of the device's memory after a small operation of each kind that networks
-    have, each of which has run then. Raises what torch raises where it cannot."""
+    """Bytes that libraries keep on the device after one small operation of each kind that networks have. Also
+    checks that each kind runs: raises what torch raises if not."""
     import torch
 
     module: Any = getattr(torch, device)
@@ -144,8 +145,8 @@ def _workspaces_kept(device: str) -> tuple[int, ...]:
 
 
 def _gpu(device: str) -> Hardware:
-    """The current CUDA, ROCm or Intel GPU. Its context exists from here on, so what that takes is not among
-    the free bytes any more and is added to them again: it has its own line."""
+    """The current CUDA, ROCm or Intel GPU. Its context exists from now on and is no longer among the free
+    bytes. It is added to them again, because plans list it separately."""
     import torch
 
     module: Any = getattr(torch, device)
@@ -154,12 +155,12 @@ def _gpu(device: str) -> Hardware:
     capability = module.get_device_capability() if device == "cuda" and not rocm else None
     try:
         workspaces = _workspaces_kept(device)
-    except RuntimeError:  # no memory for it, as it has run before
+    except RuntimeError:  # out of memory: it has run before
         workspaces = workspaces_of(capability, rocm) if device == "cuda" else ()
     empty_cache(device)
     free, total = module.mem_get_info()
     usual = ROCM_CONTEXT if rocm else CUDA_CONTEXT
-    own = _own_context(device, module.memory_reserved()) or usual
+    context = _own_context(device, module.memory_reserved()) or usual
     host = cpu_memory()[1]
     like: dict[str, Any] | None = _like(name, total)
     rates = (
@@ -168,14 +169,14 @@ def _gpu(device: str) -> Hardware:
         else _estimated_rates(module, capability)
     )
     notes = [] if like else [f"{name} has no profile: its rates are estimated, run 'tightfit calibrate'"]
-    bf16 = capability >= (8, 0) if capability else True  # it came with Ampere
+    bf16 = capability >= (8, 0) if capability else True  # since Ampere
     halves = () if half_is_broken(name, capability) else ("fp16", "bf16") if bf16 else ("fp16",)
     made = Hardware(
         device=device,
         name=name,
         total_bytes=total,
-        free_bytes=min(total, free + own),
-        context_bytes=max(own, usual),  # kernels that run later are loaded then
+        free_bytes=min(total, free + context),
+        context_bytes=max(context, usual),  # later kernels are loaded lazily
         workspaces=workspaces,
         unified=like["unified"] if like else bool(getattr(_properties(module), "is_integrated", False)),
         precisions=(*halves, "fp32"),
@@ -196,20 +197,20 @@ def _gpu(device: str) -> Hardware:
 
 
 def _properties(module: Any) -> Any:
-    """Of the device that torch uses now, which need not be its first."""
+    """Properties of torch's current device, which need not be the first."""
     return module.get_device_properties(module.current_device())
 
 
 def pinnable(host: int) -> int:
-    """Bytes that can be pinned of `host` free ones. WSL2 has refused more than 500 MB (microsoft/WSL#14078)
-    and more than 0.75 to 1 GiB (FlashML-org/FreeToken#233), whatever is free. Windows takes half of the
-    memory at most for what GPUs share with it, to which pinned memory counts."""
+    """How many of `host` free bytes can be pinned. WSL2 has refused more than 500 MB (microsoft/WSL#14078)
+    and more than 0.75 to 1 GiB (FlashML-org/FreeToken#233), whatever was free. Windows lets GPUs share at
+    most half of the memory, pinned memory included."""
     if "microsoft" in platform.uname().release.lower():
         return min(host, GIB // 2)
     return min(host, psutil.virtual_memory().total // 2) if sys.platform == "win32" else host
 
 
-# What makes torch's allocator round, split or reserve otherwise than runtime/costs/allocator.py knows.
+# Settings by which torch's allocator rounds, splits or reserves differently from runtime/costs/allocator.py.
 _OTHER_RULES = (
     "expandable_segments:true",
     "roundup_power2_divisions",
@@ -219,23 +220,23 @@ _OTHER_RULES = (
 
 
 def _other_allocator(module: Any) -> list[str]:
-    """A note where torch's allocator is not its own with its defaults, for which memory is predicted."""
+    """A note if torch's allocator is not the default one, for which memory is predicted."""
     names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
     settings = ",".join(os.environ.get(name, "") for name in names).lower().replace(" ", "")
-    other = [rule for rule in _OTHER_RULES if rule in settings]
+    changed = [rule for rule in _OTHER_RULES if rule in settings]
     if (kind := getattr(module, "get_allocator_backend", lambda: "native")()) != "native":
-        other.insert(0, kind)
-    if not other:
+        changed.insert(0, kind)
+    if not changed:
         return []
     return [
-        f"torch's allocator is set to {', '.join(other)}: memory is predicted for its defaults, so may differ"
+        f"torch's allocator is set to {', '.join(changed)}: predictions assume its defaults and may be off"
     ]
 
 
 def _estimated_rates(module: Any, capability: tuple[int, int] | None) -> dict[str, float]:
-    """From multiprocessors and clock, by the class of the card; of those without one with 128 fp32 lanes
-    each, and halves twice as fast where there are tensor cores, which is what the maker leaves GeForce cards
-    since the RTX 30."""
+    """FLOP/s from multiprocessors and clock, by the card's class. A card without a class counts 128 fp32
+    lanes per multiprocessor, and halves at twice the rate if it has tensor cores, as GeForce cards since the
+    RTX 30."""
     properties, shared = _properties(module), card_class(module.get_device_name(), capability)
     clock = getattr(properties, "clock_rate", 1_500_000) * 1e3
     fp32 = 2.0 * shared.get("lanes", 128) * getattr(properties, "multi_processor_count", 20) * clock
@@ -244,7 +245,7 @@ def _estimated_rates(module: Any, capability: tuple[int, int] | None) -> dict[st
 
 
 def _like(name: str, total: int) -> dict[str, Any] | None:
-    """The profile of the card that calls itself so and has about as much memory."""
+    """The profile of the card with this name and about this much memory."""
     profiles = (read_profile(PROFILES / f"{stem}.toml") for stem in cards())
     return next(
         (p for p in profiles if p["name"] == name and abs(p["memory_gib"] * GIB - total) < 0.6 * GIB), None
@@ -252,8 +253,7 @@ def _like(name: str, total: int) -> dict[str, Any] | None:
 
 
 def driver(device: str, ask: Callable[[Any, Any], float]) -> float | str:
-    """What `ask` makes of nvidia-ml-py's module and its handle of torch's current card; in words, why the
-    driver cannot tell."""
+    """`ask(pynvml, handle of torch's current card)`, or the reason why the driver cannot tell."""
     import torch
 
     if device != "cuda" or torch.version.hip:
@@ -271,30 +271,30 @@ def driver(device: str, ask: Callable[[Any, Any], float]) -> float | str:
 
 
 def _own_context(device: str, reserved: int) -> int:
-    """Bytes of this process on the card beside the `reserved` ones of torch's allocator; 0 where the driver
-    does not tell them, as on Windows, and in a container, where processes have other numbers."""
+    """Bytes of this process on the card beyond the `reserved` bytes of torch's allocator. 0 if the driver
+    does not report them, as on Windows, or in a container, where process ids differ."""
     used = driver(
         device,
         lambda nvml, card: sum(
-            each.usedGpuMemory or 0
-            for each in nvml.nvmlDeviceGetComputeRunningProcesses(card)
-            if each.pid == os.getpid()
+            process.usedGpuMemory or 0
+            for process in nvml.nvmlDeviceGetComputeRunningProcesses(card)
+            if process.pid == os.getpid()
         ),
     )
     return 0 if isinstance(used, str) else max(0, int(used) - reserved)
 
 
-def _other_processes(device: str, others: int) -> list[str]:
-    """What others hold of the card, and where nvidia-ml-py can tell, how many they are."""
+def _other_processes(device: str, others_bytes: int) -> list[str]:
+    """Notes: how much of the card others hold and, if nvidia-ml-py can tell, how many processes there are."""
     import torch
 
-    held = [f"{others / GIB:.2f} GiB of it are held by the context and by others"]
+    notes = [f"{others_bytes / GIB:.2f} GiB of it are held by the context and by others"]
     if device != "cuda" or torch.version.hip:
-        return held
+        return notes
     count = driver(device, lambda nvml, card: len(nvml.nvmlDeviceGetComputeRunningProcesses(card)))
     if isinstance(count, str):
-        return [*held, f"how many programs share the card cannot be told: {count}"]
-    return [*held, f"{count} processes compute on it, this one included"]
+        return [*notes, f"the number of programs on the card is unknown: {count}"]
+    return [*notes, f"{count} processes compute on it, this one included"]
 
 
 def _mps(_: str) -> Hardware:
@@ -316,7 +316,7 @@ def _mps(_: str) -> Hardware:
         fused_attention=False,
         unified=True,
         operator_seconds=OPERATOR_SECONDS,
-        seconds_from="the rates of an M1, so they are what is possible at best: run 'tightfit calibrate'",
+        seconds_from="the rates of an M1, so they are a lower bound: run 'tightfit calibrate'",
     )
 
 
@@ -324,25 +324,25 @@ def _cpu(_: str) -> Hardware:
     total, free = cpu_memory()
     flags, cores = cpu_flags(), psutil.cpu_count(logical=False) or 1
     wide = "avx512f" in flags
-    # Two units of 16, 8 or 4 lanes, 2.5 GHz.
+    # Two units of 16, 8 or 4 lanes at 2.5 GHz.
     fp32 = cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)
-    half, whole = (
+    half, int8 = (
         bool({"amx_bf16", "avx512_bf16"} & flags),
         bool({"amx_int8", "avx512_vnni", "avx_vnni"} & flags),
     )
-    own = resident()
+    resident_bytes = resident()
     return Hardware(
         device="cpu",
         name=cpu_name(),
         total_bytes=total,
-        free_bytes=min(total, free + own),
+        free_bytes=min(total, free + resident_bytes),
         precisions=("bf16", "fp32") if half else ("fp32",),
-        rates={"fp32": fp32, **({"bf16": 2 * fp32} if half else {}), **({"int8": 4 * fp32} if whole else {})},
+        rates={"fp32": fp32, **({"bf16": 2 * fp32} if half else {}), **({"int8": 4 * fp32} if int8 else {})},
         bandwidth=20e9,  # one channel of DDR4-2400
         bus=20e9,
         starts={"product": 4e-5, "int8": 25e-5, "unpack": 5e-5},
         host_bytes=free,
-        context_bytes=process_context(own),
+        context_bytes=process_context(resident_bytes),
         unified=True,
         seconds_from="rates estimated from its cores and instructions: run 'tightfit calibrate'",
     )
@@ -352,33 +352,33 @@ def calibration_file() -> Path:
     return cache_folder() / "calibration.json"
 
 
-def _calibrated(found: Hardware) -> Hardware:
-    """With the rates that `tightfit calibrate` measured here, if it did."""
+def _calibrated(hardware: Hardware) -> Hardware:
+    """`hardware` with the rates that `tightfit calibrate` measured here, if any."""
     try:
-        known = parsed(read_bytes(calibration_file())).get(f"{found.device} {found.name}")
-        if not known:
-            return found
-        notes = tuple(note for note in found.notes if "tightfit calibrate" not in note)
-        measured = {kind: rate for kind, rate in known.get("rates", {}).items() if kind in found.rates}
-        # Than was estimated, so the others too.
-        faster = measured["fp32"] / found.rates["fp32"] if "fp32" in measured else 1.0
-        known["rates"] = {kind: measured.get(kind, rate * faster) for kind, rate in found.rates.items()}
+        fields = parsed(read_bytes(calibration_file())).get(f"{hardware.device} {hardware.name}")
+        if not fields:
+            return hardware
+        notes = tuple(note for note in hardware.notes if "tightfit calibrate" not in note)
+        measured = {kind: rate for kind, rate in fields.get("rates", {}).items() if kind in hardware.rates}
+        # Rates that were not measured scale with fp32's ratio of measured to estimated.
+        faster = measured["fp32"] / hardware.rates["fp32"] if "fp32" in measured else 1.0
+        fields["rates"] = {kind: measured.get(kind, rate * faster) for kind, rate in hardware.rates.items()}
         origin = {"efficiency": {}, "seconds_from": "rates measured here"}
-        return replace(found, **known | origin, calibrated=True, notes=notes)
+        return replace(hardware, **fields | origin, calibrated=True, notes=notes)
     except FileNotFoundError:
-        return found
+        return hardware
     except (OSError, TightfitError, ValueError, TypeError, AttributeError) as error:
         note = f"{calibration_file()} cannot be read ({first_line(error)}): run 'tightfit calibrate' again"
-        return replace(found, notes=(*found.notes, note))
+        return replace(hardware, notes=(*hardware.notes, note))
 
 
 def cpu_name() -> str:
-    """What the processor calls itself, such as 'AMD EPYC'."""
+    """The processor's own name, such as 'AMD EPYC'."""
     return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
 def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags as Linux names them; empty on systems that do not tell."""
+    """The processor's feature flags by Linux's names; empty on systems that do not report them."""
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
 
 

@@ -1,4 +1,4 @@
-"""Machines that need not be here, from the tables in profiles/, and what cards of one kind share."""
+"""Machines from the tables in profiles/, which need not be present, and what cards of one class share."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from .process import PROCESS
 from .providers import CPU_PROVIDER, PROVIDERS
 
 PROFILES = Path(__file__).parents[2] / "profiles"
-CLASSES = PROFILES / "classes.toml"  # of no card, but what cards of a kind share
+CLASSES = PROFILES / "classes.toml"  # not a card: what the cards of a class share
 
 
-# What the host takes to tell a GPU one operator, by the fastest steps published, divided by the operators of
-# a U-Net as diffusers runs it (698 of SD 1.5's, 1708 of SDXL's): 35 us on an RTX 4090, 46 on an A100, 49 at
-# most on an H100 (benchmarks/published.toml).
+# The host's time to issue one operator to a GPU: the fastest published steps, divided by the operators of a
+# U-Net in diffusers (698 of SD 1.5's, 1708 of SDXL's). 35 us on an RTX 4090, 46 on an A100, at most 49 on an
+# H100 (benchmarks/published.toml).
 OPERATOR_SECONDS = 4e-5
 
 
@@ -43,9 +43,9 @@ def cards() -> tuple[str, ...]:
 
 def profile(name: str) -> Hardware:
     """The card or machine of `profiles/NAME.toml`, with a desktop running on it. Raises TightfitError for an
-    unknown one."""
+    unknown name."""
     if name.lower() not in cards():
-        # Rtx-3060 is sold with two memories.
+        # rtx-3060 is sold with two sizes of memory.
         same = [card for card in cards() if name and card.startswith(name.lower())]
         close = same or get_close_matches(name.lower(), cards(), 1)
         meant = f" (did you mean {' or '.join(close)}?)" if close else ""
@@ -62,32 +62,32 @@ def profile(name: str) -> Hardware:
         if of_amd
         else CUDA_CONTEXT
     )
-    taken = SYSTEM if unified else DESKTOP
+    reserved = SYSTEM if unified else DESKTOP
     rates = {precision: teraflops * 1e12 for precision, teraflops in data["tflops"].items()}
     gpu, capability = device != "cpu", tuple(data["capability"]) if "capability" in data else None
     halves = () if not gpu or half_is_broken(data["name"], capability) else ("fp16", "bf16")
-    others = _AMD if device == "cuda" and not of_amd else {"CUDAExecutionProvider"}
-    there = (*(each for each in PROVIDERS[device] if gpu and each not in others), CPU_PROVIDER)
+    missing = _AMD if device == "cuda" and not of_amd else {"CUDAExecutionProvider"}
+    listed = (*(provider for provider in PROVIDERS[device] if gpu and provider not in missing), CPU_PROVIDER)
     made = Hardware(
-        providers=there,
+        providers=listed,
         device=device,
         name=data["name"],
         total_bytes=total,
-        free_bytes=int(total * METAL_SHARE) if device == "mps" else total - taken,
+        free_bytes=int(total * METAL_SHARE) if device == "mps" else total - reserved,
         precisions=(*(p for p in halves if p in rates), "fp32"),
         capability=capability,
         rates=with_int8(rates, tuple(data.get("capability", ()))),
         bandwidth=data["bandwidth_gb_s"] * 1e9,
         bus=data["bus_gb_s"] * 1e9,
-        host_bytes=total - taken if unified else 12 * GIB,
+        host_bytes=total - reserved if unified else 12 * GIB,
         context_bytes=context,
         workspaces=workspaces_of(capability, of_amd) if device == "cuda" else (),
         fused_attention=data["fused_attention"],
         unified=unified,
         notes=(
-            f"the system is taken to hold {SYSTEM / GIB:.0f} GiB of the memory"
+            f"assumes that the system holds {SYSTEM / GIB:.0f} GiB of the memory"
             if unified
-            else "a desktop is taken to hold 0.5 GB of the card, and 12 GiB of the host's memory to be free",
+            else "assumes that a desktop holds 0.5 GB of the card, and that 12 GiB of host memory are free",
         ),
     )
     return with_origin(with_efficiency(made, data))
@@ -104,34 +104,35 @@ def _classes() -> tuple[dict[str, Any], ...]:
 
 
 def card_class(name: str, capability: tuple[int, int] | None) -> dict[str, Any]:
-    """What NVIDIA's cards of this kind share, from profiles/classes.toml; empty where no run of one is
+    """What NVIDIA's cards of this class share, from profiles/classes.toml; empty if no run of one is
     published."""
     broken = half_is_broken(name, capability)
-    same = (each for each in _classes() if capability and list(capability) == each["capability"])
-    return next((each for each in same if each.get("half_is_broken", False) == broken), {})
+    same = (entry for entry in _classes() if capability and list(capability) == entry["capability"])
+    return next((entry for entry in same if entry.get("half_is_broken", False) == broken), {})
 
 
-def with_efficiency(made: Hardware, known: Mapping[str, Any] | None) -> Hardware:
-    """With the share of its rates that published runs reach on it, or on cards of its class; `known` is its
-    profile."""
-    efficiency = card_class(made.name, made.capability).get("efficiency", {}) | (known or {}).get(
+def with_efficiency(made: Hardware, card: Mapping[str, Any] | None) -> Hardware:
+    """`made` with the share of its rates that published runs reach on it or on cards of its class. `card` is
+    its profile."""
+    efficiency = card_class(made.name, made.capability).get("efficiency", {}) | (card or {}).get(
         "efficiency", {}
     )
-    rates = "the maker's rates" if known else "rates estimated from its multiprocessors and clock"
-    how = "scaled by published runs of such cards" if efficiency else "so they are what is possible at best"
-    told = 0.0 if made.device == "cpu" else OPERATOR_SECONDS
-    return replace(made, efficiency=efficiency, operator_seconds=told, seconds_from=f"{rates}, {how}")
+    rates = "the maker's rates" if card else "rates estimated from its multiprocessors and clock"
+    how = "scaled by published runs of such cards" if efficiency else "so they are a lower bound"
+    issue_seconds = 0.0 if made.device == "cpu" else OPERATOR_SECONDS
+    return replace(
+        made, efficiency=efficiency, operator_seconds=issue_seconds, seconds_from=f"{rates}, {how}"
+    )
 
 
 def with_origin(made: Hardware) -> Hardware:
-    """With a note of what its seconds rest on."""
+    """`made` with a note about what its seconds rest on."""
     return replace(made, notes=(f"seconds come from {made.seconds_from}", *made.notes))
 
 
 def with_int8(rates: Mapping[str, float], capability: tuple[int, ...] | None) -> Mapping[str, float]:
-    """Where tightfit can use it, the rate of 8-bit whole numbers: on tensor cores since Ampere
-    (kernels/triton_int8.py), which multiply twice as many as fp16 where no other rate is known (NVIDIA's
-    GA102 whitepaper, version 2)."""
+    """`rates` with int8 where tightfit can use it, on tensor cores since Ampere (kernels/triton_int8.py).
+    Without a known rate it is twice fp16's (NVIDIA's GA102 whitepaper, version 2)."""
     able = capability is not None and capability >= (8, 0)
-    known = {"int8": 2 * rates["fp16"], **rates} if able else rates
-    return {kind: rate for kind, rate in known.items() if able or kind != "int8"}
+    all_rates = {"int8": 2 * rates["fp16"], **rates} if able else rates
+    return {kind: rate for kind, rate in all_rates.items() if able or kind != "int8"}

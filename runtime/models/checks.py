@@ -1,4 +1,4 @@
-"""What a field of a config may be, checked before a library reads it."""
+"""Checks of a config's fields before a library reads them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from ..errors import TightfitError
 
-MOST_LEVELS = 100_000  # of a scheduler's noise; SD has 1000
+MOST_LEVELS = 100_000  # noise levels of a scheduler; SD has 1000
 MOST_WIDTH = 2**20
-# Of what is counted before anything is built: more than any model of these families has, by far.
+# Limits before anything is built, far beyond any model of these families.
 MOST_LAYERS, MOST_BLOCKS, MOST_ALL = 512, 16, 4096
-LEAST_TENSORS = 6  # of a layer: a residual block without a shortcut has 8, a text encoder's layer 16
+LEAST_TENSORS = 6  # in a layer: a residual block without a shortcut has 8, a text encoder's layer 16
 Check = Callable[[Any], bool]
 
 
@@ -57,18 +57,18 @@ def check_fields(file: Path, config: Mapping[str, Any], checks: Mapping[str, Che
     for field, fits in checks.items():
         if field in config and not fits(config[field]):
             raise TightfitError(
-                f"{file} has {field} {brief(config[field])}, which cannot be: copy or download it again"
+                f"{file} has an impossible {field}, {brief(config[field])}: copy or download it again"
             )
 
 
 def brief(value: Any) -> str:
     try:
         text = repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
-        return "of more digits than can be shown"
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        return "an integer too long to print"
     return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def largest(value: Any) -> int:
-    """The largest number of a count that may be given for each block, and each layer of it."""
+    """The largest number in a count that may be given per block, and per layer of a block."""
     return max(map(largest, value)) if isinstance(value, list | tuple) else value

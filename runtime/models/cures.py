@@ -1,5 +1,4 @@
-"""What to do with a model in a format that is not read here: a command that makes a diffusers folder of
-safetensors of it."""
+"""What to do with a model in a format that is not read: a command that turns it into a diffusers folder."""
 
 from __future__ import annotations
 
@@ -7,11 +6,11 @@ import re
 from pathlib import Path
 
 _PICKLE = "a pickle can run any code when it is opened, so tightfit never does"
-_PLAIN = re.compile(r"[\w./\\:~ +@-]{1,200}")  # a name that a shell takes between quotes as it is
+_PLAIN = re.compile(r"[\w./\\:~ +@-]{1,200}")  # safe between quotes in a shell
 
 
 def of_pickles(folder: str | Path) -> str:
-    """For a diffusers folder, or a repository on the hub, whose weights are .bin files."""
+    """Cure for a diffusers folder or a hub repository whose weights are .bin files."""
     return (
         f"{_PICKLE}; convert it once, in a place you trust: "
         f"{_command('DiffusionPipeline', 'from_pretrained', folder)}"
@@ -19,8 +18,8 @@ def of_pickles(folder: str | Path) -> str:
 
 
 def of_file(file: Path, tensors: frozenset[str] = frozenset()) -> str:
-    """For a checkpoint in one file, such as A1111's. `tensors` are names in it, if it could be read: they
-    tell SDXL from SD."""
+    """Cure for a single-file checkpoint, such as A1111's. `tensors` are the names in it, if it could be read:
+    they tell SDXL from SD."""
     sdxl = any(name.startswith("conditioner.embedders.") for name in tensors)
     pipeline = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
     command = _command(pipeline, "from_single_file", file)
@@ -36,21 +35,20 @@ def of_pickle(file: Path) -> str:
 
 _IF_SDXL = " (with StableDiffusionXLPipeline if it is SDXL)"
 GGUF = (
-    "GGUF is not read: take the model that it was made from, in diffusers' layout; "
+    "GGUF is not read: use the model it was made from, in diffusers' layout; "
     "--precision int4 makes that as small"
 )
 
 
 def is_adapter(tensors: frozenset[str]) -> bool:
-    """A LoRA or its kin, by the names that kohya's and diffusers' tools give."""
+    """Whether this is a LoRA or a relative, by the names that kohya's and diffusers' tools give."""
     return any(
         name.startswith(("lora_", "lycoris_")) or ".lora_" in name or ".lora." in name for name in tensors
     )
 
 
 def _command(pipeline: str, method: str, source: str | Path) -> str:
-    """One line for a shell, of Windows too. A name that a shell could take for more than a name stands in
-    capitals instead."""
+    """One line for a shell, Windows' included. A name that a shell might interpret becomes MODEL."""
     name = str(source).replace("\\", "/")
     name = name if _PLAIN.fullmatch(name) else "MODEL"
     return (

@@ -1,4 +1,4 @@
-"""What an ONNX file promises: its graph, and where each weight's bytes are. Never a weight.
+"""An ONNX file's structure: its graph, and where each weight's bytes are. Never a weight.
 
 Format: onnx.proto3 of the ONNX repository, in protobuf's wire format.
 """
@@ -26,20 +26,19 @@ if TYPE_CHECKING:
 # Fields of ModelProto, GraphProto, NodeProto, AttributeProto and TensorProto.
 _GRAPH, _FUNCTION, _OF_MODEL = 7, 25, {1, 8}  # ir_version, opset_import
 _NODE, _INITIALIZER, _OF_GRAPH = 1, 5, {2, 11, 12}  # name, input, output
-_ATTRIBUTE, _OF_NODE = 5, {1, 2, 3, 4, 5, 7, 8}  # all but texts and what was measured
+_ATTRIBUTE, _OF_NODE = 5, {1, 2, 3, 4, 5, 7, 8}  # all but documentation and metadata
 _TENSOR, _SUBGRAPH, _SUBGRAPHS = 5, 6, 11
 _TENSOR_NAME, _RAW_DATA, _VALUES = 8, 9, {4, 9, 10}  # float_data, raw_data, double_data
-_BYTES = 2  # the wire type of what has a length
-# What is refused before it is parsed. SDXL's U-Net as Optimum writes it, the largest of these families'
-# graphs, has 7.3 MB beside its weights, about 12,000 operators and 100,000 fields down to those of its
-# operators.
+_BYTES = 2  # the wire type of length-delimited fields
+# Limits checked before parsing. The largest graph of these families, SDXL's U-Net by Optimum, has 7.3 MB
+# beside its weights, about 12,000 operators, and 100,000 fields down to its operators'.
 MOST_NODES, MOST_FIELDS, MOST_STRUCTURE, _VALUE_BYTES = 50_000, 300_000, 16 * 2**20, 4096
 MOST_SIDES = 16
-_TENSOR_FIELDS = 1000  # a side each, before packing
+_TENSOR_FIELDS = 1000  # without packing, each side is a field
 _LONGEST = 80  # letters of a name in a message
 _AGAIN = "copy or download it again"
-_SMALL = 1024  # bytes of an initializer that stays in the graph: shapes and the like
-# TensorProto.DataType, as safetensors spells it, and bits of each value
+_SMALL = 1024  # bytes up to which an initializer stays in the graph, such as a shape
+# TensorProto.DataType → safetensors' name, and bits per value
 _TYPES = {
     1: ("F32", 32), 2: ("U8", 8), 3: ("I8", 8), 6: ("I32", 32), 7: ("I64", 64), 9: ("BOOL", 8),
     10: ("F16", 16), 11: ("F64", 64), 16: ("BF16", 16), 21: ("U4", 4), 22: ("I4", 4),
@@ -48,11 +47,11 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX model whose large initializers are references to bytes in files, also where the file has them
-    inside.
+    """An ONNX model whose large initializers are references to bytes in files, even if they are stored inside
+    the .onnx file.
 
-    `inputs` has the type and shape of each input as (TensorProto.DataType, sides), a side that varies as its
-    name or "". A value whose shape is left open has no sides.
+    `inputs` maps each input to (TensorProto.DataType, sides); a side that varies is its name or "". A value
+    without a shape has no sides.
     """
 
     file: Path
@@ -61,7 +60,7 @@ class Graph:
 
     @cached_property
     def known(self) -> dict[Any, Any]:
-        """What was computed of it, by whoever computed it: kept as long as the graph is."""
+        """Results computed from the graph by anyone, kept as long as the graph is."""
         return {}
 
     @cached_property
@@ -79,7 +78,7 @@ class Graph:
 
     @property
     def compute(self) -> str:
-        """What it computes in: fp16 if its answers are, else fp32."""
+        """Arithmetic precision: fp16 if an output is, else fp32."""
         return (
             "fp16"
             if any(value.type.tensor_type.elem_type == 10 for value in self.model.graph.output)
@@ -88,7 +87,7 @@ class Graph:
 
     @cached_property
     def precision(self) -> str:
-        """What most of its weights are held in: int4, int8, or what it computes in."""
+        """Precision of most of its weights: int4, int8, or the arithmetic's."""
         quantised = [
             node for node in self.model.graph.node if node.op_type == "MatMulNBits" and len(node.input) > 1
         ]
@@ -102,25 +101,24 @@ class Graph:
     @property
     def opset(self) -> int:
         return max(
-            (each.version for each in self.model.opset_import if each.domain in ("", "ai.onnx")), default=0
+            (opset.version for opset in self.model.opset_import if opset.domain in ("", "ai.onnx")), default=0
         )
 
 
 def _bits(node: Any) -> int:
-    return next((each.i for each in node.attribute if each.name == "bits"), 4)
+    return next((attribute.i for attribute in node.attribute if attribute.name == "bits"), 4)
 
 
 def _type(value: Any) -> tuple[int, tuple[int | str, ...]]:
     tensor = value.type.tensor_type
-    # Some write -1.
+    # Some exporters write -1 for a side that varies.
     fixed = ((side, side.HasField("dim_value") and side.dim_value >= 0) for side in tensor.shape.dim)
     sides = (side.dim_value if known else side.dim_param for side, known in fixed)
     return tensor.elem_type, tuple(sides)
 
 
 def read_graph(file: Path) -> Graph:
-    """Raises TightfitError for a file that is broken, larger than any graph of these families, or whose
-    weights are not where it says."""
+    """Raises TightfitError for a file that is broken or too large, or whose weights are not where it says."""
     try:
         import onnx
     except ImportError:
@@ -140,7 +138,7 @@ def read_graph(file: Path) -> Graph:
         raise
     except OSError as error:
         raise TightfitError(f"{file} cannot be read ({error.strerror}): {_AGAIN}") from None
-    except Exception as error:  # protobuf has classes of its own
+    except Exception as error:  # protobuf has its own classes
         raise TightfitError(
             f"{file} is truncated, or no ONNX file ({type(error).__name__}): {_AGAIN}"
         ) from None
@@ -157,7 +155,7 @@ def read_graph(file: Path) -> Graph:
 
 
 def _tensors(file: Path, graph: Any) -> dict[str, Tensor]:
-    """Where the bytes of the weights are. Small ones are read into the graph."""
+    """Where the weights' bytes are. Small weights are read into the graph."""
     external = 1  # TensorProto.EXTERNAL
     sizes: dict[str, int] = {}
     stored = [tensor for tensor in graph.initializer if tensor.data_location == external]
@@ -168,7 +166,7 @@ def _tensors(file: Path, graph: Any) -> dict[str, Tensor]:
     for tensor in graph.initializer:
         numbers = tensor.float_data or tensor.int32_data or tensor.int64_data or tensor.double_data
         if tensor.name not in tensors and numbers and tensor.data_type in _TYPES:
-            kind, bits = _TYPES[tensor.data_type]  # values that are no bytes stay in the graph, and count
+            kind, bits = _TYPES[tensor.data_type]  # typed values stay in the graph, and count
             tensors[tensor.name] = Tensor(
                 kind, tuple(tensor.dims), file, 0, math.ceil(len(numbers) * bits / 8)
             )
@@ -176,8 +174,8 @@ def _tensors(file: Path, graph: Any) -> dict[str, Tensor]:
 
 
 def _problem(graph: Any) -> str | None:
-    """What no graph has that can be followed, if this one has it. Constants that are in files become
-    initializers, as torch's older exporter has weights as constants."""
+    """Why the graph cannot be followed, or None. Constants stored in files become initializers: torch's older
+    exporter writes weights as constants."""
     nodes = []
     for node in graph.node:
         if (
@@ -215,7 +213,7 @@ def _problem(graph: Any) -> str | None:
 
 
 def _bring(tensor: Any, place: Tensor) -> None:
-    """Read a small one into the graph: shapes are computed with it."""
+    """Read a small initializer into the graph, because shapes are computed from it."""
     values = bytearray(place.stored_bytes)
     place.read_into(values)
     tensor.ClearField("external_data")
@@ -223,7 +221,7 @@ def _bring(tensor: Any, place: Tensor) -> None:
 
 
 def _checked(file: Path, tensor: Any, sizes: dict[str, int]) -> Tensor:
-    """Where an initializer's bytes are. `sizes` are those of the files that were looked at."""
+    """Where an initializer's bytes are. `sizes` caches the sizes of weight files."""
     place = {entry.key: entry.value for entry in tensor.external_data}
     location = place.get("location", "")
     if tensor.data_type not in _TYPES:
@@ -241,7 +239,7 @@ def _checked(file: Path, tensor: Any, sizes: dict[str, int]) -> Tensor:
         raise TightfitError(f"{file} has no place for {tensor.name}: {again}") from None
     if length != count or offset < 0:
         raise TightfitError(
-            f"{file} promises {tensor.name} as {length} bytes, its shape needs {count}: {again}"
+            f"{file} gives {tensor.name} {length} bytes, but its shape needs {count}: {again}"
         )
     if offset + length > sizes[location]:
         raise TightfitError(
@@ -251,8 +249,8 @@ def _checked(file: Path, tensor: Any, sizes: dict[str, int]) -> Tensor:
 
 
 def _size(file: Path, location: str) -> int:
-    """Bytes of a file of weights. A path that leaves the model's folder is refused, as it could name any
-    file; but links of both files to one place, as in the hub's cache, are followed."""
+    """Bytes of a weight file. A path that leaves the model's folder could name any file, so it is refused.
+    Links of both files into one folder, as in the hub's cache, are followed."""
     windows = PureWindowsPath(location)
     outside = (
         windows.is_absolute()
@@ -262,46 +260,41 @@ def _size(file: Path, location: str) -> int:
     )
     if not location or not location.isprintable() or outside:  # NUL is not printable
         raise TightfitError(
-            f"{file} has its weights in {location[:_LONGEST]!r}, outside of its folder: "
-            "they are not read, use another copy"
+            f"{file} has its weights in {location[:_LONGEST]!r}, outside of its folder: use another copy"
         )
     data = file.parent / location
     try:
         inside = any(
             data.resolve().is_relative_to(folder) for folder in (file.parent.resolve(), file.resolve().parent)
         )
-        found = data.stat() if inside else None
+        status = data.stat() if inside else None
     except (OSError, RuntimeError, ValueError):  # RuntimeError: links in a circle, before Python 3.13
         folder = data.parent
         plain = all(map(plain_name, PurePosixPath(location).parts))
-        there = sorted(folder.iterdir()) if plain and folder.is_dir() else ()
-        others = (path.name for path in there if path.is_file() and path.suffix not in (".onnx", ".json"))
-        renamed = next((f"rename {name}, which is there, or " for name in others), "")
+        siblings = sorted(folder.iterdir()) if plain and folder.is_dir() else ()
+        names = (path.name for path in siblings if path.is_file() and path.suffix not in (".onnx", ".json"))
+        renamed = next((f"rename {name}, which is there, or " for name in names), "")
         raise TightfitError(
-            f"{data} is missing, which has the weights of {file.name}: "
-            f"{renamed}copy or export the model again"
+            f"{data} is missing, with the weights of {file.name}: {renamed}copy or export the model again"
         ) from None
-    if found is None:
+    if status is None:
+        raise TightfitError(f"{data} is a link to another place than {file.name}: use another copy")
+    if not S_ISREG(status.st_mode):
         raise TightfitError(
-            f"{data} is a link to another place than {file.name} is in: it is not read, use another copy"
+            f"{data} is no file, but should hold the weights of {file.name}: copy or export the model again"
         )
-    if not S_ISREG(found.st_mode):
-        raise TightfitError(
-            f"{data} is no file, it should have the weights of {file.name}: copy or export the model again"
-        )
-    return found.st_size
+    return status.st_size
 
 
 class _TooMuchError(Exception):
-    """More of something than any graph that can be run has."""
+    """More of something than any graph that can run has."""
 
 
 class _Walk:
-    """One pass over the fields of a file before protobuf reads it, which makes up to 150 bytes of two bytes
-    of a hostile one.
+    """One pass over a file's fields before protobuf reads it: protobuf can turn two hostile bytes into 150.
 
-    Only what a graph is run with is kept: no inferred shape, text for people or training. `inside` tells
-    where the bytes of large initializers are, by name; they are not kept.
+    Keeps only what running the graph needs: no inferred shapes, documentation or training information.
+    `inside` maps large initializers, which are not kept, to the position of their bytes.
     """
 
     def __init__(self, stream: BinaryIO, size: int) -> None:
@@ -331,7 +324,7 @@ class _Walk:
                 yield self._message(number, self._initializer(first, last))
             elif number in _OF_GRAPH:
                 if last - first > _VALUE_BYTES:
-                    raise _TooMuchError(f"a value that is told of in {last - first} bytes")
+                    raise _TooMuchError(f"an input or output described in {last - first} bytes")
                 yield self._copy(number, wire, first, last)
             if max(self._nodes, self._initializers) > MOST_NODES:
                 raise _TooMuchError(f"more than {MOST_NODES} operators or weights")
@@ -350,7 +343,7 @@ class _Walk:
         return b"".join(parts)
 
     def _attribute(self, start: int, end: int) -> bytes:
-        """A long one: a constant, or a graph of its own, which is not followed."""
+        """A long attribute: a constant, or a subgraph, which is not followed."""
         parts = []
         for number, wire, first, last in self._fields(start, end):
             if number == _TENSOR:
@@ -364,7 +357,7 @@ class _Walk:
             return self._read(start, end)
         fields = self._few(start, end)
         raw = [(first, last) for number, wire, first, last in fields if (number, wire) == (_RAW_DATA, _BYTES)]
-        if raw and raw[-1][1] - raw[-1][0] > _SMALL:  # the last counts, as in protobuf
+        if raw and raw[-1][1] - raw[-1][0] > _SMALL:  # the last one wins, as in protobuf
             first, last = raw[-1]
             name = self._read(
                 *next(field[2:] for field in reversed(fields) if field[:2] == (_TENSOR_NAME, _BYTES))
@@ -376,8 +369,8 @@ class _Walk:
         return self._tensor(fields)
 
     def _tensor(self, fields: list[tuple[int, int, int, int]]) -> bytes:
-        """One whose values are kept. Bytes, floats and doubles take no more memory than in the file, and are
-        not structure."""
+        """A tensor whose values are kept. Bytes, floats and doubles take no more memory than in the file, so
+        they do not count as structure."""
         parts = []
         for number, wire, start, end in fields:
             if number in _VALUES and wire == _BYTES:
@@ -403,7 +396,7 @@ class _Walk:
         return self._stream.read(end - start)
 
     def _fields(self, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
-        """Number, wire type, and where the content begins and ends, of each field of a message."""
+        """Number, wire type, start and end of each field's content in a message."""
         stream = self._stream
         while start < end:
             self._count += 1

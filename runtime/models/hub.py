@@ -1,4 +1,4 @@
-"""From what a person calls a model to what it is: built in, a folder, or a repository on the hub."""
+"""From a model's name to its spec: built in, a folder, or a repository on the hub."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SMALL = ("*.json", "*.txt")
 
 
 def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
-    """What `model` is: a built-in name, a diffusers folder or a hub id. Only configs and headers are read.
+    """The spec of `model`: a built-in name, a diffusers folder or a hub id. Reads only configs and headers.
 
-    A repository on the hub is fetched first, whole, into the hub's own cache, unless `local_files_only`.
-    Raises TightfitError.
+    A hub repository is first downloaded into the hub's own cache, unless `local_files_only`. Raises
+    TightfitError.
     """
     name = str(model)
     if not name.strip():
@@ -38,7 +38,7 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
     try:
         path = Path(name).expanduser()
         exists = path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # too long a name, no such user, a null character
+    except (OSError, RuntimeError, ValueError) as error:  # name too long, no such user, null character
         raise TightfitError(f"no model can be called '{name[:60]}' ({first_line(error)})") from None
     single_file = path.suffix in {pattern[1:] for pattern in PICKLES} | {".safetensors", ".gguf"}
     if exists or single_file or not _HUB_ID.fullmatch(name):
@@ -47,39 +47,39 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
 
 
 def _address(url: str) -> str:
-    """Why an address is no model, and what to give instead: of a page of the hub, its id."""
+    """Why a URL is no model, and what to give instead; for a page of the hub that is its id."""
     page = re.match(r"https?://[\w.-]*(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", url)
     cure = (
         f"give --model {page[1]}"
         if page
         else "download the model first, and give --model its folder, or a hub id"
     )
-    return f"{url[:200]} is an address, which no model is read from: {cure}"
+    return f"{url[:200]} is an address, and models are not read from one: {cure}"
 
 
 def wanted(files: list[str]) -> list[str]:
-    """Of a repository's files, those a run needs: configs, vocabularies, and one set of safetensors per
+    """The files of a repository that a run needs: configs, vocabularies, and one set of weights per
     component.
 
-    The plain weights are taken, or the fp16 variant where a component has no plain ones, or ONNX where it has
-    neither; never a pickle.
+    Plain safetensors are preferred, then the fp16 variant, then ONNX; never a pickle.
     """
     chosen = [
         f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in _SMALL) and f.count("/") <= 1
     ]
     for folder, graph in {network.folder: network.name for network in networks().values()}.items():
-        here = [
+        tensors = [
             f for f in files if re.fullmatch(rf"{folder}/(diffusion_pytorch_)?model[^/]*\.safetensors", f)
         ]
-        plain = [f for f in here if re.search(r"/(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors$", f)]
+        suffix = r"/(diffusion_pytorch_)?model(-\d+-of-\d+)?\.safetensors$"
+        plain = [f for f in tensors if re.search(suffix, f)]
         onnx = [f for f in files if re.fullmatch(rf"{graph}/(model\.onnx[^/]*|weights\.pb)", f)]
-        chosen += plain or [f for f in here if ".fp16" in f] or onnx
+        chosen += plain or [f for f in tensors if ".fp16" in f] or onnx
     return chosen
 
 
 def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
-    """Bring what `wanted` names up to date in the hub's cache; with no connection, use a complete copy that
-    is there."""
+    """Update the files that `wanted` names in the hub's cache. Without a connection, use a complete cached
+    copy."""
     from huggingface_hub import HfApi, snapshot_download
 
     problem, cure = "a picture alone starts no download", f"name it with --model {repository}"
@@ -93,7 +93,7 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
             folder = Path(snapshot_download(repository, allow_patterns=wanted(files)))
         except TightfitError:
             raise
-        # The hub's HTTP library has changed before, and any failure has the same cure.
+        # The hub's HTTP library has changed before, and every failure has the same cure.
         except Exception as error:
             problem = " ".join(str(error).split())[:300] or type(error).__name__
             cure = "check the name and the connection, or give --model a diffusers folder on this machine"
@@ -101,10 +101,10 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
             return read_model(folder, repository)
     try:
         return read_model(Path(snapshot_download(repository, local_files_only=True)), repository)
-    except (OSError, ValueError):  # nothing of it is here
-        found = "is not in the hub's cache"
+    except (OSError, ValueError):  # not cached at all
+        state = "is not in the hub's cache"
     except TightfitError as error:
-        found = f"is in the hub's cache but cannot be used as it is there ({error})"
+        state = f"is in the hub's cache, but that copy cannot be used ({error})"
     raise TightfitError(
-        f"'{repository}'{near(Path(repository))} {found}, and was not fetched ({problem}): {cure}"
+        f"'{repository}'{near(Path(repository))} {state}, and was not fetched ({problem}): {cure}"
     )

@@ -1,4 +1,4 @@
-"""tightfit.json, which `tightfit export` writes beside a model."""
+"""tightfit.json, which `tightfit export` writes into a model's folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ MANIFEST_VERSION = 1  # of tightfit.json
 
 
 def read_manifest(folder: Path) -> Mapping[str, Any]:
-    """The folder's tightfit.json, if there is one, as `tightfit export` writes it: defaults, precision,
-    components."""
+    """The folder's tightfit.json, or {} without one: defaults, precision, components."""
     file = folder / "tightfit.json"
     data = read_json(file) if file.exists() else {}
     version = data.get("version", MANIFEST_VERSION)
@@ -38,14 +37,14 @@ def _understood(manifest: Mapping[str, Any]) -> bool:
     ):
         return False
     parts = [
-        each.get(part, {}) if isinstance(each, dict) else None
-        for each in components.values()
+        entry.get(part, {}) if isinstance(entry, dict) else None
+        for entry in components.values()
         for part in ("formats", "sha256")
     ]
-    told = [
+    texts = [
         manifest.get("source"),
-        *(name for each in parts if isinstance(each, dict) for name in each.values()),
+        *(name for entry in parts if isinstance(entry, dict) for name in entry.values()),
     ]
-    return all(isinstance(each, dict) for each in parts) and all(
-        isinstance(name, str | None) for name in told
+    return all(isinstance(entry, dict) for entry in parts) and all(
+        isinstance(name, str | None) for name in texts
     )

@@ -1,4 +1,4 @@
-"""Schedulers: six by the names users know, and the model's own; the arithmetic is diffusers'."""
+"""Schedulers: six by the names users know, and the model's own. The arithmetic is diffusers'."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from .spec import ModelSpec
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A name of ours, what A1111 calls it, diffusers' class, and the options that make the name mean one
-    algorithm.
+    """Our name, A1111's name, diffusers' class, and the options that make the name mean one algorithm.
 
     `flow` and `edm` are the class of the same algorithm for models trained by flow matching or in EDM's
-    terms, if there is one.
+    terms, or "".
     """
 
     name: str
@@ -63,9 +62,8 @@ SCHEDULERS = {
         Scheduler(OWN, "Model's own", ""),
     )
 }
-_PACKAGES = "scipy", "torchsde"  # which some schedulers, and some of their options, ask for
-# The classes of diffusers that paint from text with these families' U-Nets; no other name of a config is
-# looked up.
+_PACKAGES = "scipy", "torchsde"  # needed by some schedulers, or some of their options
+# diffusers' classes that work with these families' U-Nets. No other name from a config is looked up.
 KINDS = (
     "DDIMScheduler", "DDIMParallelScheduler", "DDPMScheduler", "DDPMParallelScheduler",
     "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSDEScheduler",
@@ -75,7 +73,7 @@ KINDS = (
     "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler",
     "TCDScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
-# Two calls of the U-Net for a step, but one for the last.
+# Two calls of the U-Net per step, except one for the last.
 _TWICE = {
     "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
     "DPMSolverSDEScheduler", "FlowMatchHeunDiscreteScheduler",
@@ -83,23 +81,24 @@ _TWICE = {
 
 
 def default(spec: ModelSpec) -> str:
-    """The model's own scheduler: by our name where that means the same, else "own".
+    """The model's own scheduler: our name if it means the same, else "own".
 
     Raises TightfitError if its config names none that runs here.
     """
-    own = spec.scheduler.get("_class_name")
-    if own not in KINDS:
-        others = ", ".join(name for name in SCHEDULERS if name != OWN)
+    kind = spec.scheduler.get("_class_name")
+    if kind not in KINDS:
+        choices = ", ".join(name for name in SCHEDULERS if name != OWN)
         raise TightfitError(
-            f"{_file(spec)} names {own!r}, which tightfit does not run: choose --scheduler {others}"
+            f"{_file(spec)} names {kind!r}, which tightfit does not run: choose --scheduler {choices}"
         )
     plain = () if _trained(spec.scheduler) else SCHEDULERS.values()
-    return next((each.name for each in plain if each.kind == own and _same(each, spec.scheduler)), OWN)
+    same = (known for known in plain if known.kind == kind and _same(known, spec.scheduler))
+    return next((known.name for known in same), OWN)
 
 
 def _same(scheduler: Scheduler, config: Mapping[str, Any]) -> bool:
-    """Whether the options of a name are what a config of the same class has. What they are without Karras are
-    the class's own."""
+    """Whether a config of the same class has the options of our name. Without Karras they are the class's
+    defaults."""
     karras = {"use_karras_sigmas": False}
     return all(
         config.get(name, (scheduler.options | karras)[name]) == value
@@ -108,7 +107,7 @@ def _same(scheduler: Scheduler, config: Mapping[str, Any]) -> bool:
 
 
 def _trained(config: Mapping[str, Any]) -> str:
-    """flow or edm, if a scheduler config tells that the model was trained so."""
+    """ "flow" or "edm" if a scheduler config says that the model was trained so, else ""."""
     kind = str(config.get("_class_name"))
     if (
         kind.startswith("FlowMatch")
@@ -120,22 +119,22 @@ def _trained(config: Mapping[str, Any]) -> str:
 
 
 def _chosen(name: str, spec: ModelSpec) -> tuple[str, dict[str, Any]]:
-    """diffusers' class for a name and a model, and what of its config is changed. Raises TightfitError if
-    there is none."""
+    """diffusers' class for a name and a model, and the options to override in its config. Raises
+    TightfitError if there is none."""
     if name == OWN:
-        default(spec)  # which knows what runs here
+        default(spec)  # raises for one that does not run
         return spec.scheduler["_class_name"], {}
     chosen, trained = SCHEDULERS[name], _trained(spec.scheduler)
     if not trained:
         return chosen.kind, chosen.options
     if not (kind := getattr(chosen, trained)):
-        others = ", ".join(each.name for each in SCHEDULERS.values() if getattr(each, trained))
+        choices = ", ".join(known.name for known in SCHEDULERS.values() if getattr(known, trained))
         how = "by flow matching" if trained == "flow" else "in EDM's terms"
         raise TightfitError(
             f"{spec.name} was trained {how}, for which there is no {name}: "
-            f"choose --scheduler {others}, or leave it out"
+            f"choose --scheduler {choices}, or leave it out"
         )
-    if trained == "edm":  # its noise levels are Karras's already
+    if trained == "edm":  # its noise levels are already Karras's
         return kind, {option: value for option, value in chosen.options.items() if option not in _PLAIN}
     shift = spec.scheduler.get("flow_shift", spec.scheduler.get("shift", 1.0))
     # In place of Karras's levels.
@@ -148,11 +147,10 @@ def _chosen(name: str, spec: ModelSpec) -> tuple[str, dict[str, Any]]:
 
 
 def make(name: str, spec: ModelSpec, steps: int, seed: int = 0):
-    """A diffusers scheduler made from the model's scheduler config, with its `steps` timesteps set, on the
-    CPU.
+    """A diffusers scheduler from the model's config, with `steps` timesteps set, on the CPU.
 
-    `seed` is of the noise that is not drawn from a generator. Raises TightfitError if the config is broken or
-    the scheduler cannot take so many steps.
+    `seed` is for noise that is not drawn from a generator. Raises TightfitError if the config is broken or
+    the scheduler cannot take that many steps.
     """
     import diffusers
 
@@ -167,12 +165,13 @@ def make(name: str, spec: ModelSpec, steps: int, seed: int = 0):
         f"{_file(spec)} describes no {kind} that runs here",
         "copy or download it again, or choose a --scheduler",
     ):
-        known = inspect.signature(made.__init__).parameters  # of what another class has diffusers would warn
+        # diffusers would warn about another class's options
+        parameters = inspect.signature(made.__init__).parameters
         try:
             scheduler = made.from_config(
-                {key: value for key, value in {**spec.scheduler, **options}.items() if key in known}
+                {key: value for key, value in {**spec.scheduler, **options}.items() if key in parameters}
             )
-        except ImportError as error:  # scipy or torchsde, which some ask for
+        except ImportError as error:  # scipy or torchsde
             package = next((name for name in _PACKAGES if name in str(error)), None)
             if package is None:
                 raise
@@ -187,7 +186,7 @@ def make(name: str, spec: ModelSpec, steps: int, seed: int = 0):
     with _steps_explained(name, spec, steps):
         scheduler.set_timesteps(steps, device="cpu")
         if len(levels := set(scheduler.timesteps.tolist())) == 1 < len(scheduler.timesteps) or not levels:
-            raise ValueError("it has not so many noise levels")
+            raise ValueError("it does not have that many noise levels")
     if getattr(scheduler, "noise_sampler_seed", 0) is None:
         scheduler.noise_sampler_seed = seed
     # As StableDiffusionXLPipeline does.
@@ -197,9 +196,8 @@ def make(name: str, spec: ModelSpec, steps: int, seed: int = 0):
 
 
 def rehearse(name: str, spec: ModelSpec, steps: int) -> None:
-    """Take all steps with numbers in place of latents. Raises TightfitError for what a scheduler finds out as
-    it goes: a step too many, a prediction type that is not its own, noise levels from which nothing finite
-    follows."""
+    """Take every step with numbers in place of latents. Raises TightfitError for faults that only show in a
+    step: a step too many, a foreign prediction type, noise levels that lead to nothing finite."""
     import torch
 
     scheduler = make(name, spec, steps)
@@ -214,39 +212,38 @@ def rehearse(name: str, spec: ModelSpec, steps: int) -> None:
 
 
 def scaled(scheduler, latents, timestep):
-    """The latents as the U-Net wants them; flow matching has them so already."""
+    """The latents as the U-Net expects them; flow matching needs no scaling."""
     return (
         scheduler.scale_model_input(latents, timestep) if hasattr(scheduler, "scale_model_input") else latents
     )
 
 
 def calls(name: str, spec: ModelSpec, steps: int) -> int:
-    """How often the U-Net is called, for one picture, to take `steps` steps. Nothing of diffusers is needed
-    for that."""
+    """How often the U-Net is called per picture for `steps` steps. Needs no diffusers."""
     kind, _ = _chosen(name, spec)
     if kind in _TWICE:
         return 2 * steps - 1
     if kind == "PNDMScheduler" and spec.scheduler.get("skip_prk_steps"):
-        return steps + (steps > 1)  # its second step is taken twice
-    # Four calls of Runge and Kutta for each of the first three steps; it takes four or more.
+        return steps + (steps > 1)  # the second step runs twice
+    # Four Runge-Kutta calls in each of the first three steps; it takes four or more steps.
     if kind == "PNDMScheduler":
         return steps + 9
     return steps
 
 
 def ends(scheduler, steps: int) -> list[int]:
-    """After which calls of the U-Net, counted from 0, a step is done: as diffusers counts them for its
-    progress bar."""
+    """The calls of the U-Net, counted from 0, that end a step, as diffusers counts them for its progress
+    bar."""
     count, order = len(scheduler.timesteps), scheduler.order
     early = count - steps * order
     return [i for i in range(count) if i == count - 1 or (i + 1 > early and (i + 1) % order == 0)]
 
 
 def step_options(scheduler, generator) -> dict[str, Any]:
-    """What `scheduler.step` wants beside the tensors: the generator, where the scheduler adds noise, and how
-    much (eta 0), as diffusers' pipelines say it."""
-    known = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in known}
+    """Keyword arguments of `scheduler.step` beside the tensors, as diffusers' pipelines give them: the
+    generator if the scheduler adds noise, and eta 0."""
+    parameters = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in parameters}
 
 
 def _steps_explained(name: str, spec: ModelSpec, steps: int):

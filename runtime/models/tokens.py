@@ -1,4 +1,4 @@
-"""From words to tokens, and which words did not fit."""
+"""Words to tokens, and which words did not fit."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """`ids` are int64 (texts, length); `cut` has, by name, the ends of those texts that did not fit."""
+    """`ids` are int64 (texts, length). `cut` maps a text's name to the end that did not fit."""
 
     ids: np.ndarray
     cut: Mapping[str, str]
 
 
 def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> Tokens:
-    """Tokens of the named `texts` for one text encoder, padded or cut to what it reads."""
+    """Tokens of the named `texts` for one text encoder, padded or cut to its length."""
     import numpy as np
 
     folder = spec.folder / encoder.network.tokenizer
@@ -33,13 +33,13 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
     with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
         taught = _teach(tokenizer, encoder)
         length = min(tokenizer.model_max_length, encoder.setting("max_position_embeddings"))
-        whole = tokenizer(list(texts.values()), verbose=False).input_ids
-    if max(token for row in whole for token in row if token not in taught) >= known:
+        whole, pad = tokenizer(list(texts.values()), verbose=False).input_ids, int(tokenizer.pad_token_id)
+    if max(pad, *(token for row in whole for token in row if token not in taught)) >= known:
         raise TightfitError(
-            f"{folder} has more tokens than {encoder.folder} knows: they belong to different models"
+            f"{folder} has more tokens than {encoder.folder}: they belong to different models"
         )
     vectors = [[vector for token in row for vector in taught.get(token, [token])] for row in whole]
-    rows = np.full((len(whole), length), tokenizer.pad_token_id, np.int64)
+    rows = np.full((len(whole), length), pad, np.int64)
     for row, ids in zip(rows, vectors, strict=True):
         row[: len(ids)] = [*ids[: length - 1], ids[-1]] if len(ids) > length else ids
     cut = {
@@ -72,31 +72,30 @@ def _end(tokenizer: Any, row: Sequence[int], taught: Mapping[int, list[int]], ro
     return ""
 
 
-# What A1111's prompt parser (its wiki, Features: attention, prompt editing, alternating words, AND, BREAK,
-# extra networks) reads as more than words. Single parentheses, which mean a weight of 1.1 there, are left
-# out: they are ordinary punctuation too.
+# What A1111's prompt parser reads as syntax (its wiki, Features: attention, prompt editing, alternating
+# words, AND, BREAK, extra networks). Single parentheses, a weight of 1.1 there, are left out: they are
+# ordinary punctuation too.
 _SYNTAX = re.compile(
     r"\([^()]*:\s*[+-]?[\d.]+\s*\)"  # (red:1.3)
     r"|\(\([^()]+\)\)"  # ((red))
     r"|\[[^\[\]]+\]"  # [blurry], [cat:dog:0.5], [cat|dog]
     r"|<\w{1,20}:[^<>]+>"  # <lora:x:0.8>
-    r"|\\[()\[\]]"  # a parenthesis that is meant as one
+    r"|\\[()\[\]]"  # an escaped parenthesis
     r"|\bAND\b|\bBREAK\b"
 )
-_NAMED = 5, 40  # of what is found, so many are named, and so many characters of each
+_NAMED = 5, 40  # pieces of syntax in a notice, and characters of each
 
 
 def painted_as_words(texts: Mapping[str, str]) -> tuple[str, ...]:
-    """A notice for each of the named `texts` that holds syntax of A1111, which the text encoders get as
-    ordinary words."""
+    """A notice for each of the named `texts` with A1111's syntax, which the text encoders read as ordinary
+    words."""
     most, letters = _NAMED
     notices = []
     for name, text in texts.items():
-        if found := list(dict.fromkeys(match[0] for match in _SYNTAX.finditer(text))):
-            shown = [each if len(each) <= letters else f"{each[: letters - 1]}…" for each in found[:most]]
-            more = f" and {len(found) - most} more" if len(found) > most else ""
+        if syntax := list(dict.fromkeys(match[0] for match in _SYNTAX.finditer(text))):
+            shown = [part if len(part) <= letters else f"{part[: letters - 1]}…" for part in syntax[:most]]
+            more = f" and {len(syntax) - most} more" if len(syntax) > most else ""
             notices.append(
-                f"the {name} has syntax of A1111, which is painted as ordinary words here: "
-                f"{', '.join(shown)}{more}"
+                f"the {name} has A1111's syntax, which is painted as ordinary words: {', '.join(shown)}{more}"
             )
     return tuple(notices)

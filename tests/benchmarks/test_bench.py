@@ -201,7 +201,7 @@ def test_the_same_command_goes_on(tiny_models, tmp_path):
     lines = suite.read(tmp_path / "out" / "results.jsonl")
     assert len(lines) == 1  # of one size, named twice
     again = CliRunner().invoke(app(), arguments, catch_exceptions=False)
-    assert "1 of 1 runs are in" in again.output
+    assert "1 of 1 runs are already in" in again.output
     assert suite.read(tmp_path / "out" / "results.jsonl") == lines
     repeated = CliRunner().invoke(app(), [*arguments, "--again", "--json"], catch_exceptions=False)
     assert len(suite.read(tmp_path / "out" / "results.jsonl")) == 2
@@ -235,7 +235,7 @@ def test_quick_begins_with_the_fastest_and_ends_in_time(measured, monkeypatch, t
         (["--sizes", "64,big"], "pixels such as 256,512x768, not 'big'"),
         (["--sizes", ""], "pixels such as"),
         (["--pictures", "0"], "from 1 up"),
-        (["--steps", "-1"], "--steps counts from 1 up"),
+        (["--steps", "-1"], "--steps must be at least 1"),
         (["--plans", "nowhere.json"], "auto, all, quick, or files"),
         (["--ram", "1MiB"], "does not fit"),
         (["--report", "/nowhere/page.html"], "there is no folder /nowhere"),

@@ -373,7 +373,7 @@ def test_doubts_of_gpus_ask_what_there_is(monkeypatch):
     )
     card = Card("cpu")
     card.is_gpu, card.torch = True, cuda
-    monkeypatch.setattr(gpu_probe, "ways", lambda _: {"torch": lambda *_: None})
+    monkeypatch.setattr(gpu_probe, "unpackers", lambda _: {"torch": lambda *_: None})
     monkeypatch.setattr(gpu_probe, "CONVOLUTIONS", (((1, 4, 8, 8), 4, torch.float32),))
     monkeypatch.setattr(gpu_probe, "HEADS", ((8, 16, 2),))
     monkeypatch.setattr(gpu_probe, "UNPACKED", (8, 8, 3, 3))

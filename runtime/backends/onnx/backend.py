@@ -1,5 +1,5 @@
-"""The ONNX Runtime engine: graphs as `tightfit export --to onnx` and Optimum write them, on the provider that
-detection found."""
+"""The ONNX Runtime engine: runs graphs laid out as `tightfit export --to onnx` and Optimum write them, on the
+provider that detection found."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .footprint import PER_NODE_BYTES, call_footprint, call_of, call_problem, lo
 from .meters import DeviceMeter, ProcessMeter
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
-# Operators whose place matters; ONNX Runtime keeps what only computes shapes on the CPU, and means to.
+# Operators whose provider matters. ONNX Runtime deliberately keeps pure shape arithmetic on the CPU.
 _HEAVY = {
     "Conv",
     "MatMul",
@@ -48,7 +48,7 @@ _HEAVY = {
 
 @dataclass(frozen=True)
 class _Case:
-    """One component, placed so on that hardware, called for that size, as the rules below look at it."""
+    """What the rules below look at: a component, its placement, the hardware and the size."""
 
     spec: ModelSpec
     component: Component
@@ -67,7 +67,7 @@ class _Case:
 
     @functools.cached_property
     def other_shape(self) -> str | None:
-        """An input that the graph takes in one shape only, if this size asks for another."""
+        """The first input whose fixed shape in the graph differs from the one this size needs, in words."""
         shapes = input_shapes(self.spec, self.component, self.size)
         for (name, shape), (_, sides) in zip(shapes, self.graph.inputs.values(), strict=True):
             if any(
@@ -97,7 +97,7 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
             and case.hardware.half_is_broken
         ),
         lambda case: (
-            f"fp16 convolutions answer NaN on {case.hardware.name}: "
+            f"fp16 convolutions return NaN on {case.hardware.name}: "
             "export the model in fp32, or choose --provider cpu"
         ),
     ),
@@ -135,7 +135,7 @@ class OnnxBackend:
     def __init__(self, device: str) -> None:
         self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
         self._sessions: weakref.WeakValueDictionary[str, OnnxSession] = weakref.WeakValueDictionary()
-        # Of what runs beside the GPU, which has no limit of its own.
+        # For components placed on the CPU beside a GPU: the host has a meter of its own, without a limit.
         self._host = self.meter if device == "cpu" else ProcessMeter()
 
     @staticmethod
@@ -146,12 +146,13 @@ class OnnxBackend:
         hardware: Hardware,
         size: tuple[int, int, int],
     ) -> str | None:
-        """Why this engine cannot run a component so on that hardware for that size, or None if it can."""
+        """Why the component cannot run with this placement on that hardware at that size, or None if it
+        can."""
         return first_broken(_REFUSALS, _Case(spec, component, placement, hardware, size))
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:
-        """Raise TightfitError for a graph that is not of this component, or that cannot be followed."""
+        """Raise TightfitError for a graph that belongs to another component, or that cannot be followed."""
         assert component.graph is not None
         file, given = component.graph.file, component.graph.inputs.keys()
         names = component.network.graph
@@ -175,20 +176,19 @@ class OnnxBackend:
         hardware: Hardware,
         size: tuple[int, int, int],
     ) -> Footprint:
-        """Weights as the provider holds them, and one call of the graph by dryrun.py, in ONNX Runtime's
-        arena. Nothing, of what is refused."""
+        """Weights as the provider holds them, and one call of the graph (dryrun.py) in ONNX Runtime's arena.
+        Zero bytes for a graph that is refused."""
         assert component.graph is not None
         on_cpu = placement.provider == CPU_PROVIDER
         call = call_of(component.graph, on_cpu, input_shapes(spec, component, size))
-        whole = Footprint((), 0, Trace((), (), ()), ()) if isinstance(call, str) else call.footprint
-        if on_cpu and hardware.device != "cpu":  # it takes nothing of the GPU's memory
-            nothing = Trace((), (), whole.trace.operations)
-            return Footprint((), 0, nothing, (), host=peak("cpu", (), whole))
-        return whole
+        usage = Footprint((), 0, Trace((), (), ()), ()) if isinstance(call, str) else call.footprint
+        if on_cpu and hardware.device != "cpu":  # no GPU memory
+            nothing = Trace((), (), usage.trace.operations)
+            return Footprint((), 0, nothing, (), host=peak("cpu", (), usage))
+        return usage
 
     def load(self, component: Component, placement: Placement) -> OnnxSession:
-        """Raises OutOfMemoryError if there is no room for it, TightfitError for a graph that cannot be
-        run."""
+        """Raises OutOfMemoryError if there is no room, and TightfitError for a graph that cannot run."""
         assert component.graph is not None
         meter = self._host if placement.provider == CPU_PROVIDER else self.meter
         session = OnnxSession(component.graph, placement.provider, meter, component.network.graph)
@@ -196,11 +196,11 @@ class OnnxBackend:
         return session
 
     def keep(self, placements: Mapping[str, Placement]) -> None:
-        """Nothing is kept."""
+        """Nothing is cached between requests."""
 
     def trim(self, peak_bytes: int) -> tuple[str, ...]:
-        """Close every session where they hold more together: an arena that a larger picture has grown gives
-        nothing back."""
+        """Close every session if together they hold more than `peak_bytes`: an arena that grew for a larger
+        picture never shrinks."""
         if self.meter.held() <= peak_bytes:
             return ()
         crowded = dict(self._sessions)
@@ -211,7 +211,7 @@ class OnnxBackend:
 
 
 class OnnxSession:
-    """A graph, called with arrays by the names that Session has for them."""
+    """A graph, called with arrays by the names that Session uses."""
 
     def __init__(self, graph: Graph, provider: str, meter: ProcessMeter, names: GraphNames) -> None:
         self.graph, self.provider, self.meter, self._names = graph, provider, meter, names.names
@@ -232,7 +232,7 @@ class OnnxSession:
             chosen.append(CPU_PROVIDER)
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
         with _errors_explained(graph):
-            # without falling back on the CPU, which it does where there is no memory for a provider
+            # No fallback: ONNX Runtime would silently use the CPU when a provider has no memory.
             self.session = onnxruntime.InferenceSession(source, options, providers=chosen, enable_fallback=0)
         if provider not in self.session.get_providers():
             self.session = None
@@ -248,7 +248,7 @@ class OnnxSession:
         self.outputs = answers(graph, names)
         self._sent = Sent()
         meter.hold(self._held)
-        release()  # what packing left in the heap
+        release()  # heap that packing has freed
 
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         if self.session is None:
@@ -260,23 +260,23 @@ class OnnxSession:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
             feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
         shapes = {name: array.shape for name, array in feeds.items()}
-        taken = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items())).kept
-        if taken > self._arena:
-            self.meter.reach(taken - self._arena)
-            self.meter.hold(taken - self._arena)  # an arena gives nothing back
-            self._arena = taken
+        call_bytes = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items())).kept
+        if call_bytes > self._arena:
+            self.meter.reach(call_bytes - self._arena)
+            self.meter.hold(call_bytes - self._arena)  # an arena never shrinks
+            self._arena = call_bytes
         with _errors_explained(self.graph):
             on_device = self.provider == CUDA_PROVIDER
             outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
         return tuple(np.asarray(out, np.float32) for out in outs)
 
     def _on_device(
-        self, given: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]
+        self, arrays: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]
     ) -> list[np.ndarray]:
-        """On CUDA: inputs stay there as long as the caller passes the same array; answers are made there, in
-        their own memory."""
+        """Run on CUDA. An input stays on the device while the caller passes the same array; outputs are
+        allocated there."""
         binding = self.session.io_binding()
-        for array, (name, feed) in zip(given.values(), feeds.items(), strict=True):
+        for array, (name, feed) in zip(arrays.values(), feeds.items(), strict=True):
             send = functools.partial(onnxruntime.OrtValue.ortvalue_from_numpy, feed, "cuda", 0)
             binding.bind_ortvalue_input(name, self._sent.get(name, array, send))
         for name in self.outputs:
@@ -295,15 +295,14 @@ class OnnxSession:
 
 
 def _cure(provider: str) -> str:
-    """What to install where a provider's libraries are not found."""
+    """What to install when a provider's libraries are not found."""
     if provider == CUDA_PROVIDER:
         return "pip install 'onnxruntime-gpu[cuda,cudnn]', of the CUDA version that torch and the driver have"
     return f"install what {provider_name(provider)} needs"
 
 
 def elsewhere(assigned: Iterable[Any], provider: str, graph: Graph) -> tuple[str, ...]:
-    """In one line, the operators of a graph that its provider has no kernels for, so that they run on the
-    CPU."""
+    """One line that names the operators that run on the CPU because the provider has no kernels for them."""
     nodes = (node for part in assigned if part.ep_name != provider for node in part.get_nodes())
     kinds = Counter(node.op_type for node in nodes if node.op_type.removeprefix("Fused") in _HEAVY)
     if not kinds:
@@ -317,18 +316,18 @@ def elsewhere(assigned: Iterable[Any], provider: str, graph: Graph) -> tuple[str
 
 def session_options() -> Any:
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised, and explained
-    # Buffers are made for each answer and given back after its last use. With ONNX Runtime's own reuse one of
-    # a weight's shape is kept from the first layer of that shape to the last: 800 MB instead of 303 for SD
-    # 1.5's U-Net in int4 at 512.
+    options.log_severity_level = 4  # errors are raised and explained, not logged
+    # Each output gets a buffer that is freed after its last use. ONNX Runtime's own reuse keeps a buffer of a
+    # weight's shape from the first layer of that shape to the last: 800 MB instead of 303 for SD 1.5's U-Net
+    # in int4 at 512.
     options.enable_mem_reuse = options.enable_mem_pattern = False
-    # Other engines' threads want the cores between calls.
+    # Spinning threads would take the cores from other engines between calls.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     return options
 
 
 def provider_options(provider: str, room: int | None) -> dict[str, str]:
-    """What keeps a provider to `room` bytes, or as many as it wants if that is None."""
+    """Options that keep a provider's arena within `room` bytes; None sets no limit."""
     if provider != CUDA_PROVIDER:
         return {}
     options = {
@@ -336,7 +335,7 @@ def provider_options(provider: str, room: int | None) -> dict[str, str]:
         "arena_extend_strategy": "kSameAsRequested",
         "cudnn_conv_algo_search": "HEURISTIC",
     }
-    options |= {"cudnn_conv_use_max_workspace": "0", "use_tf32": "0"}  # fp32 is to be exact
+    options |= {"cudnn_conv_use_max_workspace": "0", "use_tf32": "0"}  # exact fp32
     return options if room is None else options | {"gpu_mem_limit": str(room)}
 
 
@@ -347,7 +346,7 @@ _NO_MEMORY = (
 
 @contextmanager
 def _errors_explained(graph: Graph) -> Iterator[None]:
-    """ONNX Runtime has a class of its own for every status, and none for memory."""
+    """ONNX Runtime has an exception class for every status but none for memory, so the text decides."""
     try:
         yield
     except Exception as error:

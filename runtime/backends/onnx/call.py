@@ -1,5 +1,4 @@
-"""How a graph is called: the names of what goes in and comes out, and the graph that ONNX Runtime is
-given."""
+"""How a graph is called: names of its inputs and outputs, and the graph that ONNX Runtime gets."""
 
 from __future__ import annotations
 
@@ -19,13 +18,13 @@ from ...models.spec import Component, ModelSpec
 from . import dryrun
 
 _FLOAT = onnx.TensorProto.FLOAT
-_WHOLE = {onnx.TensorProto.INT32, onnx.TensorProto.INT64}
+_INTEGER = {onnx.TensorProto.INT32, onnx.TensorProto.INT64}
 _REAL = {_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
 _ANSWERS = {"out_sample", "sample", "last_hidden_state", "text_embeds"}
 
 
 def answers(graph: Graph, names: GraphNames) -> list[str]:
-    """Those of a graph's outputs that a Session answers with. Raises TightfitError if it has them not."""
+    """The graph's outputs that a Session returns, in order. Raises TightfitError if one is missing."""
     outputs = [value.name for value in graph.model.graph.output]
     try:
         return names.answers(outputs)
@@ -37,7 +36,8 @@ def answers(graph: Graph, names: GraphNames) -> list[str]:
 
 @functools.cache
 def newest_opset() -> int:
-    """The newest opset that the installed ONNX Runtime runs, asked of it with a graph from the future."""
+    """The newest opset that the installed ONNX Runtime supports, read from its error for an impossibly new
+    one."""
     value = onnx.helper.make_tensor_value_info("x", _FLOAT, [1])
     graph = onnx.helper.make_graph([onnx.helper.make_node("Identity", ["x"], ["y"])], "g", [value], [
         onnx.helper.make_tensor_value_info("y", _FLOAT, [1])])  # fmt: skip
@@ -46,15 +46,15 @@ def newest_opset() -> int:
     options.log_severity_level = 4
     try:
         onnxruntime.InferenceSession(model.SerializeToString(), options, providers=[CPU_PROVIDER])
-    except Exception as error:  # its own class is not public
-        found = re.search(r"till opset (\d+)", str(error))
-        return int(found[1]) if found else 999
+    except Exception as error:  # ONNX Runtime's class is not public
+        match = re.search(r"till opset (\d+)", str(error))
+        return int(match[1]) if match else 999
     return 999
 
 
 def _rewritten(model: Any) -> Any:
-    """A copy with what ONNX Runtime runs in less memory: attention that keeps no scores, in place of the
-    operator that does."""
+    """A copy that ONNX Runtime runs in less memory: MultiHeadAttention, which stores no scores, in place of
+    Attention, which does."""
     from onnx import helper
 
     copy = type(model)()
@@ -71,16 +71,16 @@ def _rewritten(model: Any) -> Any:
             if scale is not None:
                 node.attribute.append(helper.make_attribute("scale", scale))
             changed = True
-    if changed and all(each.domain != "com.microsoft" for each in copy.opset_import):
+    if changed and all(opset.domain != "com.microsoft" for opset in copy.opset_import):
         copy.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     return copy if changed else model
 
 
-_KEPT = 64  # calls of a graph
+_KEPT = 64  # results cached per graph
 
 
 def once(graph: Graph, key: Any, compute: Any) -> Any:
-    """Kept with the graph, and gone with it."""
+    """The cached value of `key`, computed on first use and dropped with the graph."""
     if key not in graph.known:
         while len(graph.known) >= _KEPT:
             del graph.known[next(iter(graph.known))]
@@ -93,9 +93,11 @@ def runtime_model(graph: Graph) -> Any:
 
 
 def for_runtime(graph: Graph) -> tuple[bytes, Path] | None:
-    """The graph to be run and the folder of its weights, if they are not as the file has them. Of linked
-    weights, as in the hub's cache, it is the place that they are in, as ONNX Runtime follows no links out of
-    the folder it is given."""
+    """The serialised graph and its weights' folder, or None if the file can be loaded as it is.
+
+    Symlinked weights, as in the hub's cache, are given by their real path: ONNX Runtime follows no link out
+    of its folder.
+    """
     model, folder = runtime_model(graph), graph.file.parent
     linked = {
         name: tensor.file.resolve() for name, tensor in graph.tensors.items() if tensor.file.is_symlink()
@@ -105,8 +107,8 @@ def for_runtime(graph: Graph) -> tuple[bytes, Path] | None:
         copy = type(model)()
         copy.CopyFrom(model)
         for tensor in copy.graph.initializer:
-            for each in tensor.external_data if tensor.name in linked else ():
-                each.value = linked[tensor.name].name if each.key == "location" else each.value
+            for entry in tensor.external_data if tensor.name in linked else ():
+                entry.value = linked[tensor.name].name if entry.key == "location" else entry.value
         model, folder = copy, next(iter(linked.values())).parent
     return None if model is graph.model else (model.SerializeToString(), folder.absolute())
 
@@ -115,20 +117,21 @@ Inputs = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def check_types(graph: Graph) -> None:
-    """Raise TightfitError for inputs and answers that are no tensors of numbers, or of another kind than they
-    mean."""
+    """Raise TightfitError for an input or output that is no tensor, or whose element type its name does not
+    allow."""
     for name, (kind, _) in (graph.inputs | graph.outputs).items():
-        known = {"input_ids": _WHOLE, "timestep": _WHOLE | _REAL, "time_ids": _WHOLE | _REAL}.get(name, _REAL)
-        if kind not in known and (name in graph.inputs or name in _ANSWERS):
-            kinds = {value: key.lower() for key, value in onnx.TensorProto.DataType.items()} | {
-                0: "no tensor"
-            }
-            raise TightfitError(f"{graph.file} has {name} as {kinds.get(kind, kind)}: export the model again")
+        allowed = {"input_ids": _INTEGER, "timestep": _INTEGER | _REAL, "time_ids": _INTEGER | _REAL}.get(
+            name, _REAL
+        )
+        if kind not in allowed and (name in graph.inputs or name in _ANSWERS):
+            words = {value: key.lower() for key, value in onnx.TensorProto.DataType.items()}
+            words[0] = "no tensor"
+            raise TightfitError(f"{graph.file} has {name} as {words.get(kind, kind)}: export the model again")
 
 
 def even_step(spec: ModelSpec, component: Component) -> int:
-    """Pixels of which each side of a picture is a multiple where the U-Net's latents halve evenly at each of
-    its levels."""
+    """Pixels that each side must be a multiple of, so that the latents halve evenly at every level of the
+    U-Net."""
     return spec.downsampling * 2 ** max(0, len(component.config.get("block_out_channels") or ()) - 1)
 
 
@@ -139,11 +142,11 @@ def halves_evenly(spec: ModelSpec, component: Component, size: tuple[int, int, i
 
 
 def input_shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> Inputs:
-    """Shapes of the graph's inputs, by their names there, for a batch and the picture's height and width in
-    pixels."""
+    """Shapes of the graph's inputs by their names in the graph. `size`: batch, and the picture's height and
+    width in pixels."""
     assert component.graph is not None
     names = component.network.graph.names
-    wanted = {names.get(name, name): shape for name, shape in spec.inputs(component, *size).items()}
+    shapes = {names.get(name, name): shape for name, shape in spec.inputs(component, *size).items()}
     return tuple(
-        (name, wanted[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items()
+        (name, shapes[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items()
     )

@@ -1,10 +1,9 @@
-"""One call of an ONNX graph without a tensor: shapes resolved for given inputs, every value that comes and
-goes, every operator.
+"""A dry run of an ONNX graph: the shapes, lifetimes and operators of one call, without any tensor.
 
-Shapes come from onnx's own inference, a node at a time, with the small whole numbers that they depend on
-computed beside it, by the few operators that shapes are computed with. Nothing else is executed: a graph may
-be made to do harm. Buffers come and go as in ONNX Runtime's sequential executor without its reuse (see
-onnx.py): an answer is allocated when its operator runs, and freed after its last use.
+Shapes come from onnx's inference, node by node. The small integers that shapes depend on are computed
+alongside, by the few operators in VALUES. Nothing else is executed, because a graph may be hostile. Buffers
+live as in ONNX Runtime's sequential executor with its reuse switched off (see backend.py): an output is
+allocated when its operator runs, and freed after its last use.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from ...errors import TightfitError
 from ...models.graph import MOST_SIDES
 
 Shape = tuple[int, ...]
-_MOST = 4096  # values of a constant that is computed with
-_MOST_OF_ALL = 2**20  # of all of them; SD 1.5's U-Net has 2,000
-# Values that a graph may make of nothing, and nobody computes here; a text's mask has 77 x 77.
+_MOST = 4096  # elements of one array that is computed
+_MOST_OF_ALL = 2**20  # elements of all of them; SD 1.5's U-Net has 2,000
+# Elements of a constant that the graph makes when it runs; a text mask has 77 x 77.
 _MOST_CONSTANT = 2**26
-_NUMBERS = "biuf"  # numpy's kinds: bool, signed and unsigned whole numbers, floating point
+_NUMBERS = "biuf"  # numpy's kinds: bool, signed and unsigned integer, floating point
 _BRANCHES = {"If", "Loop", "Scan", "SequenceMap"}
 _VIEWS = {"Reshape", "Squeeze", "Unsqueeze", "Identity", "Flatten"}
-# Answer in their first input's shape; onnx 1.23 does not infer it.
+# Output has the shape of the first input; onnx 1.23 does not infer it.
 _SAME = {
     "GroupNormalization",
     "MultiHeadAttention",
@@ -38,16 +37,16 @@ _SAME = {
 
 
 class Shapes:
-    """Types, shapes and small values of everything in a graph, for inputs of given shapes."""
+    """Types, shapes and small values of everything in a graph, given the shapes of its inputs."""
 
     def __init__(self, model: Any, inputs: Mapping[str, Shape], wide: bool = False) -> None:
-        """`wide`: fp16 is computed in fp32, as where there are no kernels for it."""
+        """`wide`: fp16 is counted as fp32, as on a provider without fp16 kernels."""
         self.graph, self.wide = model.graph, wide
         self.kinds: dict[str, int] = {}
         self.shapes: dict[str, Shape] = {}
         self.values: dict[str, np.ndarray] = {}
         self._constant, self._room = set[str](), _MOST_OF_ALL
-        opsets = {each.domain: each.version for each in model.opset_import}
+        opsets = {opset.domain: opset.version for opset in model.opset_import}
         self.opsets = [helper.make_opsetid(domain, number) for domain, number in opsets.items()]
         self._versions, self._ir = opsets, model.ir_version
         for tensor in self.graph.initializer:
@@ -77,8 +76,8 @@ class Shapes:
         self.kinds[name], self.shapes[name] = kind, shape
 
     def _keep(self, name: str, value: np.ndarray) -> bool:
-        """A value to compute with, if it is of numbers of a fixed size: texts are Python's, whose numbers
-        grow without an end."""
+        """Keep a value to compute with if its numbers have a fixed size. numpy holds text as Python objects,
+        whose integers grow without bound."""
         if kept := value.dtype.kind in _NUMBERS:
             self.values[name] = value
         return kept
@@ -100,7 +99,7 @@ class Shapes:
         if node.op_type in _BRANCHES:
             raise TightfitError(f"it has {node.op_type}, whose graphs are not followed")
         if node.op_type == "Split" and attribute(node, "num_outputs", len(node.output)) != len(node.output):
-            # Onnx makes a list of num_outputs.
+            # onnx would allocate a list of num_outputs, however large.
             raise TightfitError(f"Split has {len(node.output)} answers, not num_outputs")
         if all(name in self.values for name in ins) and self._compute(node):
             self._constant.update(node.output if self._constant.issuperset(ins) else ())
@@ -108,21 +107,19 @@ class Shapes:
         schema = onnx.defs.get_schema(node.op_type, self._versions.get(node.domain, 1), node.domain)
         types = {name: helper.make_tensor_type_proto(self.kinds[name], self.shapes[name]) for name in ins}
         data = {name: numpy_helper.from_array(self.values[name]) for name in ins if name in self.values}
-        found = shape_inference.infer_node_outputs(
+        inferred = shape_inference.infer_node_outputs(
             schema, node, types, data, opset_imports=self.opsets, ir_version=self._ir
         )
-        for name, kind in found.items():
+        for name, kind in inferred.items():
             sides = kind.tensor_type.shape.dim
             if not kind.tensor_type.HasField("shape") or not all(
                 side.HasField("dim_value") for side in sides
             ):
-                raise TightfitError(
-                    f"the shape of {name}, made by {node.op_type}, cannot be told before it runs"
-                )
+                raise TightfitError(f"the shape of {name}, made by {node.op_type}, is unknown before it runs")
             self._know(name, kind.tensor_type.elem_type, tuple(side.dim_value for side in sides))
         if self._constant.issuperset(ins):
-            self._constant.update(found)
-            if large := next((name for name in found if self.count(name) > _MOST_CONSTANT), None):
+            self._constant.update(inferred)
+            if large := next((name for name in inferred if self.count(name) > _MOST_CONSTANT), None):
                 raise TightfitError(f"{node.op_type} would make {self.count(large)} values of constants")
 
     def _shape(self, node: Any) -> None:
@@ -133,10 +130,9 @@ class Shapes:
         self.values[node.output[0]] = value
 
     def _compute(self, node: Any) -> bool:
-        """Of small values, by the operators that shapes are computed with; False if it is another, or would
-        make many."""
-        given = [self.values[name] if name else None for name in node.input]
-        compute, size = VALUES.get(node.op_type), sum(value.size for value in given if value is not None)
+        """Compute the node if VALUES has its operator and its values are few enough; False otherwise."""
+        operands = [self.values[name] if name else None for name in node.input]
+        compute, size = VALUES.get(node.op_type), sum(value.size for value in operands if value is not None)
         if (
             node.domain not in ("", "ai.onnx")
             or compute is None
@@ -144,8 +140,8 @@ class Shapes:
             or len(node.output) != 1
         ):
             return False
-        with np.errstate(all="raise"):  # dividing by zero, and what no whole number holds
-            out = compute(node, *given)
+        with np.errstate(all="raise"):  # division by zero, and overflow
+            out = compute(node, *operands)
         if out is None or not self._keep(node.output[0], out):
             return False
         self._room -= out.size
@@ -154,16 +150,16 @@ class Shapes:
 
 
 def _array(tensor: Any) -> np.ndarray:
-    """Raises ValueError for fewer or more values than its shape has."""
+    """Raises ValueError if the data do not match the shape."""
     return numpy_helper.to_array(tensor)
 
 
-def _constant(given: Any) -> np.ndarray:
-    if given.name == "value":
-        return _array(given.t)
+def _constant(constant: Any) -> np.ndarray:
+    if constant.name == "value":
+        return _array(constant.t)
     return np.array(
-        helper.get_attribute_value(given),
-        {"value_int": np.int64, "value_ints": np.int64}.get(given.name, np.float32),
+        helper.get_attribute_value(constant),
+        {"value_int": np.int64, "value_ints": np.int64}.get(constant.name, np.float32),
     )
 
 
@@ -172,12 +168,14 @@ def _itemsize(kind: int) -> int:
 
 
 def attribute(node: Any, name: str, default: Any = None) -> Any:
-    return next((helper.get_attribute_value(each) for each in node.attribute if each.name == name), default)
+    return next(
+        (helper.get_attribute_value(entry) for entry in node.attribute if entry.name == name), default
+    )
 
 
 def _axes(node: Any, axes: np.ndarray | None) -> tuple[int, ...]:
-    found = attribute(node, "axes", ()) if axes is None else axes.tolist()
-    return tuple(found)
+    chosen = attribute(node, "axes", ()) if axes is None else axes.tolist()
+    return tuple(chosen)
 
 
 def _gather(node: Any, x: np.ndarray, i: np.ndarray) -> np.ndarray | None:
@@ -185,10 +183,10 @@ def _gather(node: Any, x: np.ndarray, i: np.ndarray) -> np.ndarray | None:
     return np.take(x, i, axis) if i.size * x.size // max(1, x.shape[axis]) <= _MOST else None
 
 
-def _slice(node: Any, x: np.ndarray, *given: np.ndarray | None) -> np.ndarray:
-    """Inputs since opset 10, attributes before."""
-    if given:
-        bounds: list[Any] = [None if part is None else part.tolist() for part in (*given, None, None)[:4]]
+def _slice(node: Any, x: np.ndarray, *operands: np.ndarray | None) -> np.ndarray:
+    """The bounds are inputs since opset 10, attributes before."""
+    if operands:
+        bounds: list[Any] = [None if part is None else part.tolist() for part in (*operands, None, None)[:4]]
     else:
         bounds = [*(attribute(node, name) for name in ("starts", "ends", "axes")), None]
     starts, ends, axes, steps = bounds
@@ -196,8 +194,8 @@ def _slice(node: Any, x: np.ndarray, *given: np.ndarray | None) -> np.ndarray:
     for axis, start, end, step in zip(
         axes or range(len(starts)), starts, ends, steps or [1] * len(starts), strict=True
     ):
-        whole = step < 0 and end < -x.shape[axis]  # backwards, the first one too
-        chosen[axis] = slice(start, None if whole else end, step)
+        to_the_first = step < 0 and end < -x.shape[axis]  # backwards, up to and including the first
+        chosen[axis] = slice(start, None if to_the_first else end, step)
     return x[tuple(chosen)]
 
 
@@ -226,7 +224,7 @@ def _fits(sides: Sequence[int]) -> bool:
 
 
 def _each(compute: Callable[..., Any]) -> Callable[..., np.ndarray | None]:
-    """An operator of each value, whose inputs are broadcast."""
+    """An elementwise operator with broadcast inputs."""
 
     def broadcast(_: Any, *xs: np.ndarray) -> np.ndarray | None:
         return np.asarray(compute(*xs)) if _fits(np.broadcast_shapes(*(x.shape for x in xs))) else None
@@ -235,7 +233,7 @@ def _each(compute: Callable[..., Any]) -> Callable[..., np.ndarray | None]:
 
 
 def _divided(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Whole numbers towards zero, as ONNX has it."""
+    """Integers round towards zero, as ONNX defines it."""
     return np.sign(a) * np.sign(b) * (abs(a) // abs(b)) if a.dtype.kind == "i" else a / b
 
 
@@ -243,8 +241,8 @@ def _modulo(node: Any, a: np.ndarray, b: np.ndarray) -> np.ndarray | None:
     return _each(np.fmod if attribute(node, "fmod", 0) else np.mod)(node, a, b)
 
 
-# The operators that are executed here: those that shapes are computed with. None answers more than _MOST
-# values: it is None then.
+# The only operators that are executed: those that compute shapes. Each returns None for more than _MOST
+# elements.
 VALUES: dict[str, Callable[..., np.ndarray | None]] = {
     "Gather": _gather,
     "Slice": _slice,
@@ -285,28 +283,28 @@ VALUES: dict[str, Callable[..., np.ndarray | None]] = {
 }
 
 
-OUT = -1  # the slot of an operator's answers
+OUT = -1  # the slot of an operator's outputs
 Steps = Sequence[tuple[int, int]]
 
 
 def together(*counts: int) -> Steps:
-    """Buffers that an operator has of its own while its answers are there."""
+    """Scratch buffers of `counts` bytes that all live beside the operator's outputs."""
     return [(OUT, 0), *enumerate(counts), *((i, END) for i in range(len(counts)))]
 
 
 def trace(
     model: Any,
     inputs: Mapping[str, Shape],
-    own: Callable[[Any, Shapes], Steps] = lambda _, __: together(),
+    scratch: Callable[[Any, Shapes], Steps] = lambda _, __: together(),
     wide: bool = False,
 ) -> Trace:
-    """One call. `own` says which buffers an operator makes (slot, bytes) and gives back (slot, END), and when
-    its answers are made (OUT, 0); `wide` as in Shapes."""
-    return trace_of(Shapes(model, inputs, wide), own)
+    """One call. `scratch` gives an operator's buffers in order: (slot, bytes) allocates, (slot, END) frees,
+    and (OUT, 0) allocates the outputs. `wide` as in Shapes."""
+    return trace_of(Shapes(model, inputs, wide), scratch)
 
 
-def trace_of(shapes: Shapes, own: Callable[[Any, Shapes], Steps]) -> Trace:
-    """One call whose shapes are known."""
+def trace_of(shapes: Shapes, scratch: Callable[[Any, Shapes], Steps]) -> Trace:
+    """One call, with the shapes already inferred."""
     graph = shapes.graph
     weights = {tensor.name for tensor in graph.initializer}
     live = _Live(shapes, {value.name for value in graph.output})
@@ -314,11 +312,11 @@ def trace_of(shapes: Shapes, own: Callable[[Any, Shapes], Steps]) -> Trace:
     last = {name: i for i, node in enumerate(graph.node) for name in node.input}
     for i, node in enumerate(graph.node):
         if all(name in shapes.values for name in node.output):
-            continue  # whole numbers that shapes are made of
+            continue  # computed with the shapes
         ends = {name for name in node.input if name and last[name] == i and name not in weights}
-        live.run(node, ends, own(node, shapes))
+        live.run(node, ends, scratch(node, shapes))
         operations.append(_operation(node, shapes))
-    return Trace(tuple(live.events), (), tuple(each for each in operations if each))
+    return Trace(tuple(live.events), (), tuple(operation for operation in operations if operation))
 
 
 class _Live:
@@ -329,10 +327,10 @@ class _Live:
         self._kept, self._made = kept, 0
         self._used = {name for node in shapes.graph.node for name in node.input}
 
-    def run(self, node: Any, ends: set[str], own: Steps) -> None:
+    def run(self, node: Any, ends: set[str], steps: Steps) -> None:
         outs = [name for name in node.output if name]
         slots: dict[int, int] = {}
-        for slot, count in own:
+        for slot, count in steps:
             if slot == OUT and node.op_type in _VIEWS and node.input[0] in self._storage:
                 self._share(outs[0], node.input[0])
             elif slot == OUT:
@@ -352,8 +350,8 @@ class _Live:
         self.events.append((self._made, count))
         return self._made
 
-    def _share(self, name: str, other: str) -> None:
-        storage = self._storage[other]
+    def _share(self, name: str, source: str) -> None:
+        storage = self._storage[source]
         self._storage[name] = storage
         self._users[storage] += 1
 

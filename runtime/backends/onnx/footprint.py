@@ -1,4 +1,4 @@
-"""Predicted bytes and operations of a call of a graph."""
+"""Predicted bytes and operations of one call of a graph."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ from . import dryrun
 from .call import Inputs, answers, even_step, halves_evenly, input_shapes, once, runtime_model
 
 _PACKED = {"Conv", "MatMul", "Gemm"}
-# Bytes that ONNX Runtime takes on a CPU for itself, and a session for an operator of its graph, as measured
-# on SD 1.5.
+# Bytes on a CPU, measured on SD 1.5: ONNX Runtime itself, and each operator of a session's graph.
 _SESSION, PER_NODE_BYTES = 20 * 2**20, 10_000
 
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call of a graph takes, and the shapes of what it answers."""
+    """The footprint of one call of a graph, and the shapes of its outputs."""
 
     footprint: Footprint
     answers: Mapping[str, tuple[int, ...]]
 
 
 def call_footprint(graph: Graph, on_cpu: bool, shapes: Inputs) -> Footprint:
-    """What a graph takes when it is called with inputs of these shapes, by their names. Raises TightfitError
-    if it cannot be."""
+    """Footprint of a call with inputs of these shapes, by name. Raises TightfitError if the graph cannot be
+    followed."""
     call = call_of(graph, on_cpu, shapes)
     if isinstance(call, str):
         raise TightfitError(f"{graph.file} is no graph that can be followed ({call}): export the model again")
@@ -43,34 +42,34 @@ def call_footprint(graph: Graph, on_cpu: bool, shapes: Inputs) -> Footprint:
 
 
 def call_of(graph: Graph, on_cpu: bool, shapes: Inputs) -> _Call | str:
-    """A call with inputs of these shapes, or why there can be none."""
+    """A call with inputs of these shapes, or the reason why there can be none."""
 
     def follow() -> _Call | str:
         try:
             return _followed(graph, on_cpu, dict(shapes))
-        except Exception as error:  # onnx has classes of its own, and promises none
+        except Exception as error:  # onnx documents no exception class
             return first_line(error)
 
     return once(graph, ("call", on_cpu, shapes), follow)
 
 
 def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]]) -> _Call:
-    own = functools.partial(_own, graph.tensors.keys(), on_cpu)
+    scratch = functools.partial(_scratch, graph.tensors.keys(), on_cpu)
     shapes = dryrun.Shapes(runtime_model(graph), inputs, wide=on_cpu)
-    call = dryrun.trace_of(shapes, own)
+    call = dryrun.trace_of(shapes, scratch)
     arena, held = OnnxArena(exact=not on_cpu), [PER_NODE_BYTES * len(graph.model.graph.node)]
     for i, count in enumerate(weight_bytes(graph, on_cpu)):
         if on_cpu:
             held.append(count)
-        else:  # a GPU's arena has them too
+        else:  # a GPU's arena holds the weights too
             arena.allocate(-1 - i, count)
     held.append(arena.peak)
     replay(arena, call.events, ())
-    taken = arena.peak - held[-1]
-    # The process takes the latter once, for all sessions.
-    trace = Trace(((1, taken), (2, _SESSION)), (), call.operations)
+    call_bytes = arena.peak - held[-1]
+    # _SESSION counts once in a process, however many sessions it has.
+    trace = Trace(((1, call_bytes), (2, _SESSION)), (), call.operations)
     footprint = Footprint(
-        tuple(held), _SESSION + loading_bytes(graph) if on_cpu else 0, trace, (), kept=taken
+        tuple(held), _SESSION + loading_bytes(graph) if on_cpu else 0, trace, (), kept=call_bytes
     )
     return _Call(footprint, {value.name: shapes.shapes[value.name] for value in graph.model.graph.output})
 
@@ -78,8 +77,8 @@ def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]])
 def call_problem(
     spec: ModelSpec, component: Component, on_cpu: bool, size: tuple[int, int, int]
 ) -> str | None:
-    """Why a graph cannot be called for a batch and the picture's height and width in pixels, or None if it
-    can."""
+    """Why the graph cannot be called at `size` (batch, and the picture's height and width in pixels), or None
+    if it can."""
     graph, inputs = component.graph, input_shapes(spec, component, size)
     assert graph is not None
     call = call_of(graph, on_cpu, inputs)
@@ -94,12 +93,12 @@ def call_problem(
         )
     name, *_ = answers(graph, component.network.graph)
     wanted = _ANSWER_SHAPES[component.role](spec, dict(inputs))
-    found = call.answers[name]
-    if len(found) != len(wanted) or any(
-        need not in (None, side) for need, side in zip(wanted, found, strict=True)
+    sides = call.answers[name]
+    if len(sides) != len(wanted) or any(
+        need not in (None, side) for need, side in zip(wanted, sides, strict=True)
     ):
         shown_wanted = [side or "any" for side in wanted]
-        return f"{graph.file} answers {name} of {list(found)}, not of {shown_wanted}: export the model again"
+        return f"{graph.file} answers {name} of {list(sides)}, not of {shown_wanted}: export the model again"
     return None
 
 
@@ -113,7 +112,7 @@ def _latent_shape(spec: ModelSpec, inputs: Mapping[str, tuple[int, ...]]) -> tup
     return batch, None, height // spec.downsampling, width // spec.downsampling
 
 
-# What a graph answers first, in the shapes of its inputs; None is any length.
+# Shape of the first output, from the inputs' shapes; None is any length.
 _ANSWER_SHAPES: Mapping[
     Role, Callable[[ModelSpec, Mapping[str, tuple[int, ...]]], tuple[int | None, ...]]
 ] = {
@@ -124,14 +123,15 @@ _ANSWER_SHAPES: Mapping[
 }
 
 
-def _own(weights: Any, on_cpu: bool, node: Any, shapes: dryrun.Shapes) -> dryrun.Steps:
-    """What ONNX Runtime's kernels take beside their answers, as measured one by one (docs/decisions.md)."""
+def _scratch(weights: Any, on_cpu: bool, node: Any, shapes: dryrun.Shapes) -> dryrun.Steps:
+    """Scratch that ONNX Runtime's kernels allocate beside their outputs, measured kernel by kernel
+    (docs/decisions.md)."""
     ins, together = [name for name in node.input if name], dryrun.together
     if node.op_type == "GroupNormalization":
         return _function(shapes.bytes(ins[0]))
     if not on_cpu:
         return together()
-    if node.op_type == "MultiHeadAttention":  # each operand, its heads apart
+    if node.op_type == "MultiHeadAttention":  # a copy of each operand, split into heads
         return together(*(shapes.bytes(name) for name in ins[:3]))
     if node.op_type == "Attention":  # the scores
         q, k = (shapes.shapes[name] for name in ins[:2])
@@ -142,14 +142,14 @@ def _own(weights: Any, on_cpu: bool, node: Any, shapes: dryrun.Shapes) -> dryrun
     if node.op_type == "Conv":
         filters, *patch = shapes.shapes[ins[1]]
         spatial = int(np.prod(shapes.shapes[node.output[0]][2:]))
-        if filters > spatial and int(np.prod(patch[1:])) > 1:  # every patch of a picture
+        if filters > spatial and int(np.prod(patch[1:])) > 1:  # im2col of one picture
             return together(4 * int(np.prod(patch)) * spatial)
     return together()
 
 
 def _function(count: int) -> dryrun.Steps:
-    """GroupNormalization is run as the operators that ONNX defines it by: cast, squared, less its mean,
-    divided, cast, scaled, and moved, each in a buffer of its own."""
+    """GroupNormalization runs as the operators that define it: cast, square, centre, divide, cast back,
+    scale, shift. Each writes a buffer of its own."""
     cast, squared, centred, normal, back, scaled = range(6)
     steps = [
         (cast, count),
@@ -167,8 +167,8 @@ def _function(count: int) -> dryrun.Steps:
 def weight_bytes(graph: Graph, on_cpu: bool) -> Iterator[int]:
     """Bytes of each weight as the provider holds it.
 
-    What is only cast is cast when it is loaded; on a CPU all fp16 is. There the rest is packed, or mapped
-    from the file, so that of a table only the rows that are looked up are read.
+    A weight that is only cast is cast at load. On a CPU every fp16 weight becomes fp32; the others are
+    packed, or mapped from the file, so that only the rows of a table that are looked up are read.
     """
     users = _users(graph)
     for name, tensor in graph.tensors.items():
@@ -182,21 +182,21 @@ def weight_bytes(graph: Graph, on_cpu: bool) -> Iterator[int]:
 
 
 def _users(graph: Graph) -> dict[str, list[Any]]:
-    """The operators that read each value."""
+    """The operators that read each value, by its name."""
 
     def compute() -> dict[str, list[Any]]:
-        found: dict[str, list[Any]] = {}
+        readers: dict[str, list[Any]] = {}
         for node in graph.model.graph.node:
             for name in node.input:
-                found.setdefault(name, []).append(node)
-        return found
+                readers.setdefault(name, []).append(node)
+        return readers
 
     return once(graph, ("users",), compute)
 
 
 def loading_bytes(graph: Graph) -> int:
-    """Most that loading takes on a CPU beyond what is held then: the largest weight that is packed, once
-    more; but those of convolutions that are cast from fp16 are packed together."""
+    """Peak bytes on a CPU while loading, beyond what is held afterwards: a second copy of the largest packed
+    weight. Convolution weights cast from fp16 are packed together, so they count as one."""
     users = _users(graph)
     packed = {name: {node.op_type for node in users.get(name, ())} & _PACKED for name in graph.tensors}
     cast = (

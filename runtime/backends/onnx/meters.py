@@ -1,4 +1,4 @@
-"""How many bytes ONNX Runtime holds, by what the system and the driver say."""
+"""Bytes that ONNX Runtime holds, as the operating system and the driver report them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...units import shown
 
 
 class ProcessMeter:
-    """For the CPU provider, whose allocator cannot be asked: by how much this process has grown since nothing
+    """For the CPU provider, whose allocator reports nothing: how much this process has grown since nothing
     was loaded."""
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class ProcessMeter:
         self._used = self._held > 0
 
     def look(self) -> None:
-        """A device whose peak nobody keeps is looked at after each call."""
+        """Nothing to do here. A device that keeps no peak is read after each call."""
 
     def bytes(self) -> int:
         return max(0, self._process.bytes() - self._start) if self._used else 0
@@ -40,11 +40,11 @@ class ProcessMeter:
         self._used = True
 
     def room(self) -> int | None:
-        """Bytes that are left of the limit, if there is one."""
+        """Bytes left below the limit, or None without a limit."""
         return None if self._limit is None else max(0, self._limit - self._held)
 
     def reach(self, count: int) -> None:
-        """Raise OutOfMemoryError if there is no room for `count` bytes beside what is held."""
+        """Raise OutOfMemoryError if `count` more bytes do not fit beside what is held."""
         room = self.room()
         if room is not None and count > room:
             raise OutOfMemoryError(
@@ -53,8 +53,8 @@ class ProcessMeter:
 
 
 class DeviceMeter(ProcessMeter):
-    """For a GPU's provider: what the driver says is taken of its memory since nothing was loaded, looked at
-    after each call."""
+    """For a GPU's provider: memory in use by the driver's count since nothing was loaded, read after each
+    call."""
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class DeviceMeter(ProcessMeter):
         self._peak = max(self._peak, self._free - self._now())
 
     def _now(self) -> int:
-        """Bytes that are free on the device; 0 where nobody tells."""
+        """Free bytes on the device; 0 if the driver does not report them."""
         import torch
 
         module: Any = getattr(torch, self._device, None)

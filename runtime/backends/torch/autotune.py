@@ -1,12 +1,11 @@
-"""Which of several ways to compute the same is the fastest here: tried once for each device and shape, and
-remembered.
+"""Picks the fastest of several implementations of one operation, once per device and shape, and remembers it.
 
-`autotune.json` in the cache folder (runtime/files.py) has the name of the fastest way by
+`autotune.json` in the cache folder (runtime/files.py) maps
 
-    device, its capability · torch's version · triton's version · operator, shapes, type
+    device, its capability · torch's version · triton's version · operator, shapes, dtype
 
-so that another card, another library or another shape is tried anew. Delete the file to have everything tried
-again.
+to the name of the fastest implementation, so another card, library or shape is timed anew. Delete the file to
+time everything again.
 """
 
 from __future__ import annotations
@@ -25,46 +24,46 @@ from torch import Tensor
 from ...errors import TightfitError, out_of_memory
 from ...files import cache_folder, parsed, read_bytes, replacing
 
-_TURNS = 3  # of which the fastest counts, after one that compiles
-# A turn on a GPU, whose calls come one after the other: a launch and the wait for the end, some 20 µs, are
-# then 1 % of it.
+_TURNS = 3  # the fastest counts; an untimed call before them compiles
+# A turn on a GPU is many calls back to back, so that one launch and one wait, some 20 µs, are 1 % of it.
 _TURN_SECONDS, _MOST_CALLS = 2e-3, 1024
 _chosen: dict[str, str] | None = None
-# Chosen while another way lacked memory, which it may have the next time: of this process alone.
+# Chosen while a faster one may have lacked memory: valid for this process only.
 _for_now: dict[str, str] = {}
 Way = Callable[[], Tensor]
 
 
-def fastest(what: str, device: torch.device, ways: Mapping[str, Way]) -> Tensor:
-    """The answer of the way that is the fastest on `device` for `what`: an operator, its shapes and its type.
+def fastest(operation: str, device: torch.device, variants: Mapping[str, Way]) -> Tensor:
+    """Run the fastest of `variants` on `device` and return its output. `operation` names the operator, its
+    shapes and its dtype.
 
-    A way that fails is left out: the device may lack registers or shared memory for it, as triton says, or
-    memory, or a compiler may not know the device. If none is left, raises that there was no memory, where
-    that was so, or what the last one raised. What is chosen while a way lacked memory is not written: to try
-    it at every call would take longer than the slower way does, so this process keeps it, and the next one
-    tries again.
+    A variant that fails is left out: it may need more registers or shared memory than the device has (as
+    Triton reports), more memory, or a device that its compiler knows. If all fail, raises the out-of-memory
+    error if there was one, else the last error. A choice made while a variant was out of memory is not
+    written: this process keeps it, because trying again at each call would cost more than the slower variant,
+    and the next process tries again.
     """
     global _chosen
     if _chosen is None:
         _chosen = _read()
-    key = f"{_place(device)} · {what}"
+    key = f"{_place(device)} · {operation}"
     name = _chosen.get(key) or _for_now.get(key, "")
-    if name not in ways:
-        name, short = _tried(ways, device)
+    if name not in variants:
+        name, short = _tried(variants, device)
         if short:
             _for_now[key] = name
         else:
             _chosen[key] = name
             _write(_chosen)
-    return ways[name]()
+    return variants[name]()
 
 
-def _tried(ways: Mapping[str, Way], device: torch.device) -> tuple[str, bool]:
-    """The name of the fastest, and whether another lacked memory."""
+def _tried(variants: Mapping[str, Way], device: torch.device) -> tuple[str, bool]:
+    """The name of the fastest variant, and whether any ran out of memory."""
     best, failure, short = (float("inf"), ""), None, False
-    for name, way in ways.items():
+    for name, variant in variants.items():
         try:
-            best = min(best, (_seconds(way, device), name))
+            best = min(best, (_seconds(variant, device), name))
         except Exception as error:
             failure = failure if short else error
             short = short or isinstance(error, torch.OutOfMemoryError) or out_of_memory(error)
@@ -73,9 +72,9 @@ def _tried(ways: Mapping[str, Way], device: torch.device) -> tuple[str, bool]:
     return best[1], short
 
 
-def _seconds(way: Way, device: torch.device) -> float:
-    way()
-    return min(turn_seconds(way, device) for _ in range(_TURNS))
+def _seconds(variant: Way, device: torch.device) -> float:
+    variant()
+    return min(turn_seconds(variant, device) for _ in range(_TURNS))
 
 
 @functools.cache
@@ -95,16 +94,17 @@ def _version(package: str) -> str:
 
 
 def _read() -> dict[str, str]:
-    """Nothing of a file that cannot be read, or is not ours: all is then tried again, and written."""
+    """Empty if the file cannot be read or is not ours. Everything is then timed again and the file
+    rewritten."""
     try:
-        known = parsed(read_bytes(cache_folder() / "autotune.json"))
-        return {str(key): str(name) for key, name in known.items()}
+        names = parsed(read_bytes(cache_folder() / "autotune.json"))
+        return {str(key): str(name) for key, name in names.items()}
     except (OSError, TightfitError, ValueError, AttributeError):
         return {}
 
 
 def _write(chosen: Mapping[str, str]) -> None:
-    """Where it cannot be written this process alone remembers."""
+    """If the file cannot be written, only this process remembers."""
     file = cache_folder() / "autotune.json"
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -113,10 +113,10 @@ def _write(chosen: Mapping[str, str]) -> None:
 
 
 def turn_seconds(work: Callable[[], Any], device: Any) -> float:
-    """Seconds of one call of `work` on a torch device, or on the CPU if that is None.
+    """Seconds per call of `work` on a torch device, or on the CPU if `device` is None.
 
-    On a GPU those of several calls between two waits, divided: one alone would be its launch and the wait,
-    where these take longer than what is computed.
+    On a GPU this is the mean of many calls between two waits: a single short call would measure its launch
+    and the wait.
     """
     kind = "cpu" if device is None else device.type
 

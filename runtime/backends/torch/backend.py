@@ -1,4 +1,4 @@
-"""The torch engine: modules of diffusers and transformers, filled from safetensors files, all at once or as
+"""The torch engine: modules from diffusers and transformers, filled from safetensors files at once or while
 they run."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .tf32 import tf32_off
 
 @dataclass(frozen=True)
 class _Case:
-    """One component, placed so on that hardware, as the rules below look at it."""
+    """What the rules below look at: a component, its placement and the hardware."""
 
     component: Component
     placement: Placement
@@ -63,12 +63,12 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: not case.component.tensors,
         lambda case: (
             f"the {case.component.name} is here as ONNX only: "
-            "use --backend onnx, or the model that it was exported from"
+            "use --backend onnx, or the model it was exported from"
         ),
     ),
     Rule(
         lambda case: case.dynamic and "int8" not in case.hardware.rates,
-        "this device has no fast products of 8-bit whole numbers that tightfit can use: choose int8",
+        "this device has no fast 8-bit integer products that tightfit can use: choose int8",
     ),
     Rule(
         lambda case: case.dynamic and case.triton_problem,
@@ -80,13 +80,11 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: (
             case.dynamic and case.hardware.device == "cpu" and case.compute not in case.hardware.precisions
         ),
-        lambda case: (
-            f"oneDNN makes no {case.compute} of sums of whole numbers here but by a slow loop: choose int8"
-        ),
+        lambda case: f"oneDNN turns integer sums into {case.compute} only by a slow loop here: choose int8",
     ),
     Rule(
         lambda case: case.dynamic and case.streamed,
-        "its weights, which are prepared once, must stay loaded: choose int8",
+        "int8-dynamic packs its weights once, so they cannot stream: choose int8",
     ),
     Rule(
         lambda case: case.dynamic and case.component.role is not Role.DENOISER,
@@ -100,7 +98,7 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
     ),
     Rule(
         lambda case: case.streamed and case.component.role is Role.DECODER,
-        "a VAE's weights, a hundredth of a U-Net's, must stay loaded: its strips read them many times",
+        "a VAE's weights, a hundredth of a U-Net's, must stay loaded: each strip reads them again",
     ),
     Rule(
         lambda case: (
@@ -113,12 +111,12 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
     Rule(
         lambda case: case.compute == "fp16" and case.hardware.half_is_broken,
         lambda case: (
-            f"fp16 convolutions answer NaN on {case.hardware.name}: choose {_instead(case.hardware)}"
+            f"fp16 convolutions return NaN on {case.hardware.name}: choose {_instead(case.hardware)}"
         ),
     ),
     Rule(
         lambda case: case.streamed and case.hardware.unified and case.hardware.device == "cuda",
-        "GPU and host share one memory: the weights would be in it twice",
+        "GPU and host share one memory: streamed weights would be in it twice",
     ),
     Rule(
         lambda case: (
@@ -143,12 +141,12 @@ class TorchBackend:
         hardware: Hardware,
         size: tuple[int, int, int],  # noqa: ARG004
     ) -> str | None:
-        """Why this engine cannot run a component so on that hardware, or None if it can."""
+        """Why the component cannot run with this placement on that hardware, or None if it can."""
         return first_broken(_REFUSALS, _Case(component, placement, hardware))
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:
-        """What a module needs is checked when it is built."""
+        """A module's needs are checked when it is built."""
 
     @staticmethod
     def footprint(
@@ -161,7 +159,7 @@ class TorchBackend:
         return dryrun.footprint(spec, component, placement, hardware, size)
 
     def load(self, component: Component, placement: Placement) -> TorchSession:
-        """Build the module without memory, then fill it, or have it filled as it runs."""
+        """Build the module on meta, then fill it at once or stream its weights as it runs."""
         dtype = weights.DTYPES[placement.compute]
         with _memory_errors_explained(self.device):
             problem = self._trouble(component, placement)
@@ -182,12 +180,12 @@ class TorchBackend:
         if problem:
             session.notices += (
                 f"Triton does not run here ({problem}): "
-                "weights in 8 and 4 bits are unpacked by torch, which is slower",
+                "torch dequantises 8- and 4-bit weights instead, which is slower",
             )
         return session
 
     def _trouble(self, component: Component, placement: Placement) -> str | None:
-        """Why a component with weights in 8 or 4 bits cannot have Triton's kernels on a GPU."""
+        """Why a component with 8- or 4-bit weights cannot use Triton's kernels on a GPU."""
         stored = placement.precision in QUANTISED or component.formats is not None
         return triton_problem(self.device) if stored and self.device.type == "cuda" else None
 
@@ -199,15 +197,15 @@ class TorchBackend:
         parts: streaming.Parts,
         scratch: torch.Tensor,
     ) -> streaming.Lane:
-        """How the weights of `parts` come to the device. What a GPU copies from is filled once and kept until
-        `keep` says else."""
+        """How the weights of `parts` reach the device. The host memory that a GPU copies from is filled once
+        and cached until `keep` drops it."""
         dtype = weights.DTYPES[placement.compute]
         if self.device.type != "cuda":
             return streaming.FileLane(dtype, scratch)
         if self._stores.get(component.name, (None,))[0] is not component:
             self._stores.pop(component.name, None)
             most = pinnable(psutil.virtual_memory().total) - sum(
-                other.pinned_bytes for *_, other in self._stores.values()
+                kept.pinned_bytes for *_, kept in self._stores.values()
             )
             store = streaming.HostStore(parts, dtype, scratch, most)
             self._stores[component.name] = component, placement, store
@@ -215,13 +213,13 @@ class TorchBackend:
         if store.pageable_bytes:
             session.notices += (
                 f"{shown(store.pageable_bytes)} of the {component.name}'s weights stream from memory that is "
-                "not pinned, which is slower: choose --precision int8 or int4 for less of them",
+                "not pinned, which is slower: choose --precision int8 or int4 to shrink them",
             )
         return streaming.CudaLane(store)
 
     def keep(self, placements: Mapping[str, Placement]) -> None:
-        """Let go of the host's memory that weights of components placed otherwise stream from. A backend is
-        of one model."""
+        """Free the host memory of every component whose placement is not in `placements`. A backend serves
+        one model."""
         for name in [
             name for name, (_, placement, _) in self._stores.items() if placements.get(name) != placement
         ]:
@@ -229,24 +227,24 @@ class TorchBackend:
             _empty_cache(self.device)
 
     def trim(self, peak_bytes: int) -> tuple[str, ...]:  # noqa: ARG002
-        """None is closed: what torch caches is given back as each stage begins."""
+        """Closes nothing: torch's cache is emptied at the start of each stage."""
         return ()
 
 
 def _triton_problem(hardware: Hardware) -> str | None:
-    """Of the GPU that is here; None of one that is planned for."""
-    here = hardware.device == "cuda" and hardware.providers is None and torch.cuda.is_available()
-    return triton_problem(torch.device("cuda")) if here else None
+    """Why Triton fails on the GPU of this machine; None for a GPU that is only planned for."""
+    is_here = hardware.device == "cuda" and hardware.providers is None and torch.cuda.is_available()
+    return triton_problem(torch.device("cuda")) if is_here else None
 
 
 def _instead(hardware: Hardware) -> str:
-    """A precision that works, for where another was asked for."""
+    """A precision that works, to name in place of the refused one."""
     best = hardware.precisions[0]
     return f"{best}, or int8 or int4, which compute in {best} here"
 
 
 class TorchSession:
-    """A module, called with arrays by way of `forward`, which knows their names."""
+    """A module, called with named arrays through `forward`, which maps the names to its arguments."""
 
     notices: tuple[str, ...] = ()
 
@@ -266,19 +264,19 @@ class TorchSession:
         self._sent = None if device.type == "cpu" else Sent()
 
     def load(self, stored: Mapping[str, Tensor]) -> None:
-        """Bring the weights in; OutOfMemoryError leaves nothing behind."""
+        """Load all weights. OutOfMemoryError leaves nothing behind."""
         module = self._module()
         with self._nothing_behind():
-            # a GPU's weights are read by way of the host's memory
-            here = (
+            # weights for a GPU are read through host memory
+            loading = (
                 weights.loading_bytes(module, stored, self.dtype, self.device)
                 if self.device.type == "cpu"
                 else 0
             )
             self._hold(sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype)))
-            self._hold(here)
+            self._hold(loading)
             weights.fill(module, stored, self.dtype, self.device)
-            self._hold(-here)
+            self._hold(-loading)
 
     def stream(
         self,
@@ -287,28 +285,28 @@ class TorchSession:
         lane: Callable[..., streaming.Lane],
         order: Sequence[str],
     ) -> None:
-        """Bring in what may stay, and have the rest come by way of a lane, made of its units and a buffer to
-        read them by. `order` are the module's parts as they are called. OutOfMemoryError leaves nothing
-        behind."""
+        """Load `kept_bytes` of weights and stream the others through a lane, which is made from the streamed
+        units and a read buffer. `order` lists the module's parts in call order. OutOfMemoryError leaves
+        nothing behind."""
         module = self._module()
         with self._nothing_behind():
-            kept, rest = streaming.split(streaming.units(module, stored, self.dtype), kept_bytes)
+            kept, streamed = streaming.split(streaming.units(module, stored, self.dtype), kept_bytes)
             room = weights.scratch_bytes(module, stored, self.dtype, self.device)
-            here = room + weights.patching_bytes(stored) if self.device.type == "cpu" else 0
+            reading = room + weights.patching_bytes(stored) if self.device.type == "cpu" else 0
             held = sum(sum(weights.held(part, self.dtype)) for part in kept) + streaming.ring_bytes(
-                rest, self.device
+                streamed, self.device
             )
-            self._hold(sum(weights.beside(module, self.dtype)) + held + here)
+            self._hold(sum(weights.beside(module, self.dtype)) + held + reading)
             scratch = torch.empty(room, dtype=torch.uint8)
             under = tuple(f"{unit.path}." if unit.path else "" for unit in kept.values())
             loaded = {name: tensor for name, tensor in stored.items() if name.startswith(under)}
             weights.fill(module, loaded, self.dtype, self.device, scratch)
-            if rest:
+            if streamed:
                 buffer = torch.empty(
-                    streaming.ring_bytes(rest, self.device), dtype=torch.uint8, device=self.device
+                    streaming.ring_bytes(streamed, self.device), dtype=torch.uint8, device=self.device
                 )
                 self.streamer = streaming.Streamer(
-                    module, rest, lane(rest, scratch), self.dtype, buffer, order
+                    module, streamed, lane(streamed, scratch), self.dtype, buffer, order
                 )
 
     def _module(self) -> torch.nn.Module:
@@ -353,7 +351,7 @@ class TorchSession:
             quantised.workspace(self.module).free()
         for part in self.module.modules() if self.module else ():
             part._buffers.clear()
-            # Modules of diffusers refer to themselves, so they go when Python's collector comes by.
+            # diffusers' modules hold reference cycles, so Python frees them only at its next collection.
             part._parameters.clear()
         self.module = self.streamer = None
         if self._sent:
@@ -366,17 +364,17 @@ class TorchSession:
         self._held += count
 
 
-# cuBLAS when there is no room for its handle or workspace, or the driver is not the one it needs; cuDNN when
-# none of its algorithms finds room for its workspace, or it has none for this precision on this card
+# cuBLAS: no room for its handle or workspace, or the wrong driver. cuDNN: no algorithm whose workspace fits,
+# or none for this precision on this card.
 _MAYBE_NO_MEMORY = "ALLOC_FAILED|STATUS_NOT_INITIALIZED|unable to find an engine"
-# Of a card with less than this free nothing can be had: a segment for what is above 1 MiB takes 20.
+# Below this a card is full: the allocator's segment for more than 1 MiB takes 20 MiB.
 _FULL = 64 * 2**20
 
 
 @contextmanager
 def _memory_errors_explained(device: torch.device) -> Iterator[None]:
-    """torch has a class for CUDA's own; others only say so in their text, which some say for other reasons
-    too."""
+    """torch has an exception class for CUDA's own errors only. The others are told by their text, which some
+    share with other faults."""
     before = _times_full(device)
     try:
         yield
@@ -396,7 +394,7 @@ def _memory_errors_explained(device: torch.device) -> Iterator[None]:
 
 
 def _times_full(device: torch.device) -> int:
-    """How often torch's allocator has found no room on a GPU."""
+    """How often torch's allocator has run out of memory on a GPU."""
     if device.type not in ("cuda", "xpu"):
         return 0
     return getattr(torch, device.type).memory_stats().get("num_ooms", 0)
@@ -407,10 +405,10 @@ def _is_full(device: torch.device) -> bool:
 
 
 def _empty_cache(device: torch.device) -> None:
-    """Give memory that was freed back to the system."""
+    """Return freed memory to the system."""
     if device.type == "cpu":
         release()
     else:
         getattr(torch, device.type).empty_cache()
         if device.type == "cuda" and hasattr(torch._C, "_host_emptyCache"):
-            torch._C._host_emptyCache()  # pinned memory that weights were streamed from
+            torch._C._host_emptyCache()  # pinned buffers of streamed weights

@@ -1,4 +1,4 @@
-"""This machine's own rates, measured once and kept: what the roofline in latency.py needs to know."""
+"""This machine's rates, measured once and kept: the constants of the roofline in latency.py."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...machine.hardware import Hardware
 from ...placement import ATTENTIONS
 from .autotune import turn_seconds
 
-_LEAST_SECONDS = 0.3  # of repeating one measurement; its fastest turn counts
+_LEAST_SECONDS = 0.3  # for which one measurement is repeated; the fastest turn counts
 
 
 def calibrate(hardware: Hardware) -> dict[str, Any]:
-    """Rates of `hardware`'s device, as fields of Hardware. About half a minute; nothing else should run
-    meanwhile."""
+    """Measured rates of `hardware`'s device, as fields of Hardware. Takes about half a minute on an idle
+    machine."""
     import torch
 
     from ....kernels import attention
@@ -65,17 +65,17 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
     } | operators
 
 
-def save(hardware: Hardware, found: dict[str, Any]) -> Path:
-    """Keep it for the next `Hardware.detect`; answers where."""
+def save(hardware: Hardware, rates: dict[str, Any]) -> Path:
+    """Store `rates` for the next `Hardware.detect`. Returns the file."""
     file = calibration_file()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            known = dict(parsed(read_bytes(file)))
+            entries = dict(parsed(read_bytes(file)))
         except (FileNotFoundError, ValueError, TypeError):
-            known = {}
+            entries = {}
         with replacing(file) as partial:
-            partial.write_text(json.dumps(known | {f"{hardware.device} {hardware.name}": found}, indent=1))
+            partial.write_text(json.dumps(entries | {f"{hardware.device} {hardware.name}": rates}, indent=1))
     except OSError as error:
         raise TightfitError(
             f"{file} cannot be written ({error.strerror}): set XDG_CACHE_HOME to a folder that can"
@@ -84,8 +84,7 @@ def save(hardware: Hardware, found: dict[str, Any]) -> Path:
 
 
 def _read_rate() -> float:
-    """Bytes/s from a file that the system has in its cache, as the weights' are after the first time, into
-    memory."""
+    """Bytes/s from a file in the page cache into memory; weights are cached after their first use."""
     from tempfile import TemporaryFile
 
     target = bytearray(2**27)
@@ -100,8 +99,7 @@ def _read_rate() -> float:
 
 
 def _mixed_rate(device: Any, dtype: Any) -> float:
-    """FLOP/s over a linear layer and two convolutions of SD 1.5's U-Net at 512x512, as the time of all three
-    says."""
+    """FLOP/s over a linear layer and two convolutions of SD 1.5's U-Net at 512x512, timed together."""
     import torch
 
     def tensor(*shape: int):
@@ -125,8 +123,7 @@ def _mixed_rate(device: Any, dtype: Any) -> float:
 
 
 def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
-    """Seconds that a layer takes with next to nothing to do: the mean of a convolution and a linear layer, as
-    networks have of both."""
+    """Seconds that a layer with almost no work takes: the mean of a convolution and a linear layer."""
     import torch
     from torch import nn
 
@@ -146,16 +143,16 @@ def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
             total += _fastest(lambda made=made, x=x: [made(x) for _ in range(100)], device) / 100
         return total / 2
 
-    found = {"product": seconds("")}
-    found["unpack"] = max(0.0, seconds("int4-g64") - found["product"])
-    return found | (
+    starts = {"product": seconds("")}
+    starts["unpack"] = max(0.0, seconds("int4-g64") - starts["product"])
+    return starts | (
         {"int8": seconds("int8", dynamic=True)} if "int8" in hardware.rates and device.type == "cpu" else {}
     )
 
 
 def operator_seconds(device: Any, dtype: Any) -> float:
-    """Seconds that the host takes to tell a device one operator of a network, modules around it included: of
-    a residual block's and a transformer's, with so little to compute that the device waits for the host."""
+    """Seconds that the host needs to issue one operator of a network, module overhead included. Measured on a
+    residual block and a transformer block so small that the device waits for the host."""
     import torch
     from torch import nn
 
@@ -173,7 +170,7 @@ def operator_seconds(device: Any, dtype: Any) -> float:
 
 
 def _int8_rate() -> float:
-    """Operations/s of the same convolutions in whole numbers, quantising their inputs included."""
+    """Operations/s of the same convolutions in int8, quantising the inputs included."""
     import torch
 
     from ....kernels import int8
@@ -189,7 +186,7 @@ def _int8_rate() -> float:
 
 
 def _fastest(work: Callable[[], Any], device: Any) -> float:
-    """Seconds of the fastest of several turns."""
+    """Seconds per call in the fastest of several turns."""
     work()
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < _LEAST_SECONDS:

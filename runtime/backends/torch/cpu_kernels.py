@@ -1,7 +1,7 @@
-"""What torch's CPU kernels allocate for themselves, beside their answer, and free before they return.
+"""Scratch that torch's CPU kernels allocate beside their output and free before they return.
 
 Each formula was found with torch's profiler, which sees every allocation (torch 2.13, oneDNN, AVX-512, two
-threads), and `tests/runtime/backends/test_meter.py` holds them against it.
+threads). `tests/runtime/backends/torch/test_meter.py` holds them against it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ GROUP_NORM = torch.ops.aten.group_norm.default
 
 
 def own_bytes(func: Any, args: Any, out: Any) -> int:
-    """Bytes that the operator `func` takes on a CPU for arguments and an answer of these shapes (which may be
-    on meta)."""
+    """Scratch bytes of the operator `func` on a CPU, for the shapes of `args` and `out`, which may be on
+    meta."""
     formula = _FORMULAS.get(func)
     return formula(args, out) if formula else 0
 
@@ -35,14 +35,14 @@ def _attention(args: Any, _: Any) -> int:
 
 
 def _convolution(args: Any, out: torch.Tensor) -> int:
-    """oneDNN's copies of picture, weights and answer with their channels in blocks; the picture's and the
-    weights' go before the answer's is copied back. A 1x1 convolution in half precision keeps fp32 sums as
-    well, twice on two threads."""
+    """oneDNN's copies of input, weight and output with channels in blocks. Those of input and weight are
+    freed before the output is copied back. A 1x1 convolution in half precision also keeps fp32 sums, one set
+    per thread."""
     x, weight = args[:2]
-    # Torch's own, by way of columns (use_mkldnn).
+    # torch's own kernel by im2col (use_mkldnn).
     if x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480:
         return 0 if weight.shape[2] == 1 else 4 * weight[0].numel() * out.shape[2] * out.shape[3]
-    # Then torch makes the picture so too, and oneDNN copies the weights alone.
+    # Then torch makes the input channels-last too, and oneDNN copies only the weight.
     if channels_last(weight) or (channels_last(x) and weight.shape[2:] == (1, 1)):
         copied = 0 if x.is_contiguous(memory_format=torch.channels_last) else x.nbytes
         return copied + _up(weight.shape[0], 16) * weight[0].numel() * weight.element_size()
@@ -55,30 +55,30 @@ def _convolution(args: Any, out: torch.Tensor) -> int:
 
 
 def channels_last(x: torch.Tensor) -> bool:
-    """Whether torch would compute a convolution of it so."""
+    """Whether torch would compute a convolution of `x` with channels last."""
     return x.ndim == 4 and suggest_memory_format(x) is torch.channels_last
 
 
 def _upsampling(args: Any, out: torch.Tensor) -> int:
-    """Copies of picture and answer with channels last, where the answer is small."""
+    """Channels-last copies of input and output, where the output is small."""
     return args[0].nbytes + out.nbytes if max(out.shape[2:]) <= 64 else 0
 
 
 def _dequantising(args: Any, _: Any) -> int:
-    """Scales and zeros as numbers of the weight's own kind, the zeros twice."""
+    """Scales and zeros in the weight's dtype, the zeros twice."""
     out, _, scale, zero = args[:4]
     return scale.numel() * out.element_size() * (1 if zero is None else 3)
 
 
 def _linear_int8(args: Any, out: torch.Tensor) -> int:
-    """The codes, and scales of tokens and channels."""
+    """The codes, and the scales of tokens and channels."""
     x, channels = args[0], out.shape[-1]
     return x.numel() + x.numel() // x.shape[-1] * x.element_size() + 12 * channels
 
 
 def _convolution_int8(args: Any, out: torch.Tensor) -> int:
-    """The codes of a sample; beside them what makes these, or the sample's answer, before that joins the
-    others."""
+    """One sample's codes; beside them the buffers that make the codes, or the sample's output before it is
+    copied to the others."""
     x = args[0]
     codes = x[0].numel()
     piece = min(codes, max(1, AT_ONCE // x.shape[1]) * x.shape[1])
@@ -100,7 +100,7 @@ _FORMULAS: dict[Any, Callable[[Any, Any], int]] = {
 
 @functools.cache
 def _block() -> int:
-    """Channels in a block of oneDNN's: as many floats as a vector register holds."""
+    """Channels in one of oneDNN's blocks: as many floats as a vector register holds."""
     return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 
 

@@ -1,5 +1,4 @@
-"""One call of a component on `meta` tensors: every storage that comes and goes, every attention, every
-operation."""
+"""A dry run of one call on `meta` tensors: every storage's lifetime, every attention, every operation."""
 
 from __future__ import annotations
 
@@ -26,24 +25,23 @@ from .meter import LiveBytes, tensors_in
 from .quantised import CONV2D_INT8, DEQUANTISE, LINEAR_INT8, quantised_layers, workspace
 
 T = TypeVar("T")
-# Of one size a model of three components has 20 to 30 ways to be called, and 12 modules on `meta`.
+# At one size a model of three components has 20 to 30 candidate calls, and 12 modules on `meta`.
 _modules: Recent[tuple[torch.nn.Module, Mapping[str, Tensor], str]] = Recent(16)
 _sizes_of: Recent[Any] = Recent(256)
 _traces: Recent[Trace] = Recent(64)
 _orders: Recent[tuple[str, ...]] = Recent(64)
-# What operators made of arguments of these shapes, and what it cost: a network calls the same again and
-# again, and torch's meta kernels are Python. Planning SD 1.5 meets 700 signatures in 28,000 calls.
+# An operator's output layout and cost, by its arguments' shapes. A network makes the same calls again and
+# again, and torch's meta kernels are Python: planning SD 1.5 meets 700 signatures in 28,000 calls.
 _answers: dict[Any, tuple[Any, Operation]] = {}
 _MOST_ANSWERS = 4096
 
 
 class Recorder(LiveBytes):
-    """A LiveBytes that keeps what it sees. Attention is not looked into: its answer is made, its shape is
-    noted."""
+    """A LiveBytes that keeps the events it counts. Attention is not run: its output is allocated and its
+    shape noted."""
 
     def __init__(self, device: str, channels_last: bool) -> None:
-        """`channels_last`: convolutions are given maps whose channels are last in memory, as quantised ones
-        on a CPU."""
+        """`channels_last`: convolutions get inputs with channels last, as quantised ones on a CPU do."""
         super().__init__(device)
         self.events: list[tuple[int, int]] = []
         self.attentions: list[Shape] = []
@@ -52,7 +50,7 @@ class Recorder(LiveBytes):
         self._channels_last = channels_last
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-        if func is DEQUANTISE:  # writes into what is there
+        if func is DEQUANTISE:  # writes into the workspace
             self.operations.append(
                 Operation(0.0, sum(tensor.nbytes for tensor in tensors_in(args)), "unpack")
             )
@@ -67,7 +65,7 @@ class Recorder(LiveBytes):
             self.operations.append(operation)
             return tuple(map(_like, outs)) if isinstance(outs, list) else _like(outs)
         out = func(*args, **kwargs)
-        # On a CPU, but not on meta.
+        # The CPU's kernels keep this layout, meta's do not.
         if self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0]):
             out = out.contiguous(memory_format=torch.channels_last)
         sources = {tensor.untyped_storage()._cdata for tensor in tensors_in(args)}
@@ -81,19 +79,19 @@ class Recorder(LiveBytes):
         return out
 
     def _learn(self, key: Any, out: Any, made: list[torch.Tensor]) -> None:
-        outs = [(each.shape, each.stride(), each.dtype) for each in made]
+        outs = [(tensor.shape, tensor.stride(), tensor.dtype) for tensor in made]
         if isinstance(out, torch.Tensor) or (isinstance(out, tuple) and len(out) == len(made)):
             if len(_answers) >= _MOST_ANSWERS:
                 _answers.clear()
             _answers[key] = outs if isinstance(out, tuple) else outs[0], self.operations[-1]
 
-    def own(self, func: Any, args: Any, out: Any) -> int:
+    def scratch_bytes(self, func: Any, args: Any, out: Any) -> int:
         if func is SDPA:
             batch, heads, n, d = out.shape
             self.events.append((len(self.attentions), ATTENTION))
             self.attentions.append((batch, heads, n, args[1].shape[2], d))
-        elif own := super().own(func, args, out):
-            self.events.append((own, MOMENT))
+        elif scratch_bytes := super().scratch_bytes(func, args, out):
+            self.events.append((scratch_bytes, MOMENT))
         return 0
 
     def _made(self, key: int, count: int, tensor: torch.Tensor) -> None:
@@ -109,7 +107,7 @@ class Recorder(LiveBytes):
 
 
 def _signature(values: Any) -> tuple[Any, ...]:
-    """All that decides what an operator makes on `meta`. Types too, as 1, 1.0 and True are equal."""
+    """Everything that decides what an operator makes on `meta`. Types too, since 1 == 1.0 == True."""
     return tuple(
         (value.shape, value.stride(), value.dtype, value.device.type)
         if isinstance(value, torch.Tensor)
@@ -120,13 +118,13 @@ def _signature(values: Any) -> tuple[Any, ...]:
     )
 
 
-def _like(one: tuple[Any, ...]) -> torch.Tensor:
-    shape, stride, dtype = one
+def _like(layout: tuple[Any, ...]) -> torch.Tensor:
+    shape, stride, dtype = layout
     return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def _whole(out: torch.Tensor) -> bool:
-    """Whether a storage made for its shape and strides alone is as large as the one that it has."""
+    """Whether the tensor covers its storage, so that shape and strides alone can recreate it."""
     reach = (
         sum((side - 1) * step for side, step in zip(out.shape, out.stride(), strict=True)) + 1
         if out.numel()
@@ -155,16 +153,15 @@ def footprint(
     hardware: Hardware,
     size: tuple[int, int, int],
 ) -> Footprint:
-    """What the component takes when called for `size`: a batch of it, and the picture's height and width in
-    pixels.
+    """Memory of the component called at `size`: batch, and the picture's height and width in pixels.
 
-    Weights from headers, the call from a dry run on `meta`, which is kept for the next time.
+    Weights come from the files' headers, the call from a dry run on `meta`, which is cached.
     """
     dtype, device = weights.DTYPES[placement.compute], torch.device(hardware.device)
     shapes = spec.inputs(component, *size)
-    module, stored, what = _module(component, placement, device.type)
-    half = dtype.itemsize == 2  # fp16 and bf16 take the same
-    key = (component.name, what, spec.family, half, placement.tiling, device.type, tuple(shapes.items()))
+    module, stored, identity = _module(component, placement, device.type)
+    half = dtype.itemsize == 2  # fp16 and bf16 need the same bytes
+    key = (component.name, identity, spec.family, half, placement.tiling, device.type, tuple(shapes.items()))
 
     def traced() -> Trace:
         torch.nn.Module.to(module, dtype)  # past diffusers' own `to`, which warns
@@ -174,7 +171,7 @@ def footprint(
             return _trace(module, networks.forward(component, placement), shapes, dtype, device.type)
 
     trace = _traces.get(key, traced)
-    _orders.get((component.name, what), lambda: tuple(path for path, *_ in trace.calls))
+    _orders.get((component.name, identity), lambda: tuple(path for path, *_ in trace.calls))
     kind, fused = placement.attention, hardware.fused_attention
     flash = (hardware.capability or (0, 0)) >= (8, 0)
     scratch = tuple(
@@ -192,8 +189,8 @@ def footprint(
 
 
 def call_order(component: Component, placement: Placement, device: str) -> tuple[str, ...]:
-    """The paths of the component's parts as a call begins them, of whatever size it was planned for; empty if
-    it was not."""
+    """Paths of the component's parts in call order, from the dry run at any size; empty if it was never
+    planned."""
     return _orders.get((component.name, _module(component, placement, device)[2]), tuple)
 
 
@@ -206,23 +203,24 @@ def _streamed(
     trace: Trace,
     scratch: tuple[int, ...],
 ) -> Footprint:
-    """Of a module, `kept_bytes` of whose units stay loaded while the others flow through a buffer."""
+    """Footprint of a module that keeps `kept_bytes` of its units loaded and streams the others through a
+    buffer."""
     parts = _kept(module, dtype, device, "units", lambda: streaming.units(module, stored, dtype))
-    kept, rest = streaming.split(parts, kept_bytes)
+    kept, streamed = streaming.split(parts, kept_bytes)
     held = [count for part in kept for count in weights.held(part, dtype)]
-    paths = {unit.path: unit.bytes for unit in rest.values()}
+    paths = {unit.path: unit.bytes for unit in streamed.values()}
     arrivals = tuple(Arrival(path, paths[path], *place) for path, *place in trace.calls if path in paths)
-    files = sum(tensor.stored_bytes for unit in rest.values() for _, _, tensor, _ in unit.weights)
+    files = sum(tensor.stored_bytes for unit in streamed.values() for _, _, tensor, _ in unit.weights)
     reading = _kept(
         module, dtype, device, "scratch", lambda: weights.scratch_bytes(module, stored, dtype, device)
     )
-    own = [reading, weights.patching_bytes(stored)] if device.type == "cpu" else []
+    reading_bytes = [reading, weights.patching_bytes(stored)] if device.type == "cpu" else []
     ring, host = (
-        streaming.ring_bytes(rest, device),
-        streaming.host_bytes(rest) if device.type == "cuda" else 0,
+        streaming.ring_bytes(streamed, device),
+        streaming.host_bytes(streamed) if device.type == "cuda" else 0,
     )
-    held += [*_beside(module, dtype, device), ring, *own]
-    sizes = tuple(sorted((unit.bytes for unit in rest.values()), reverse=True))
+    held += [*_beside(module, dtype, device), ring, *reading_bytes]
+    sizes = tuple(sorted((unit.bytes for unit in streamed.values()), reverse=True))
     return Footprint(
         tuple(held), 0, trace, scratch, host, arrivals=arrivals, units=sizes, ring=ring, stored=files
     )
@@ -233,21 +231,21 @@ def _beside(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -
 
 
 def _kept(
-    module: torch.nn.Module, dtype: torch.dtype, device: torch.device, what: str, compute: Callable[[], T]
+    module: torch.nn.Module, dtype: torch.dtype, device: torch.device, topic: str, compute: Callable[[], T]
 ) -> T:
-    """What is computed once for a module, as every candidate asks; forgotten with it."""
-    return _sizes_of.get((dtype, device.type, what), compute, module)
+    """A value cached per module, because every candidate asks for it; dropped with the module."""
+    return _sizes_of.get((dtype, device.type, topic), compute, module)
 
 
 def _module(
     component: Component, placement: Placement, device: str
 ) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
-    """The component's module on `meta`, its tensors in the files, checked, and what it is, in words; kept, as
-    every candidate asks."""
+    """The component's module on `meta`, its checked tensors in the files, and its identity as a string.
+    Cached, because every candidate asks for it."""
     precision = placement.precision if placement.precision in QUANTISED else ""
 
     def built() -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
-        # Which a Recorder notes, not runs.
+        # SDPA, because a Recorder notes it instead of running it.
         module = networks.build(component, replace(placement, attention="sdpa"), device)
         layers = {path: (type(part).__name__, part.form) for path, part in quantised_layers(module).items()}
         words = [word.shape for word in component.words.values()]
@@ -298,19 +296,19 @@ def run(
     dtype: torch.dtype,
     device: torch.device,
 ) -> list[torch.Tensor]:
-    """Call the module with fp32 or int64 tensors and have fp32 ones back, all on `device`."""
+    """Call the module with fp32 or int64 tensors; returns fp32 ones on `device`."""
     inputs = {name: on_device(tensor, dtype, device) for name, tensor in tensors.items()}
     return [out.float() for out in call(module, **inputs)]
 
 
 def on_device(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As a module reads it: floating-point values in the session's precision; the timestep, a scalar, and
-    token ids as they are."""
+    """An input as a module reads it. Floating-point values are cast to `dtype`, except the timestep, a
+    scalar. Token ids stay integers."""
     return tensor.to(device, dtype if tensor.ndim and tensor.is_floating_point() else None)
 
 
 def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """torch's `_scaled_dot_product_attention_math`, which computes halves in fp32."""
+    """torch's `_scaled_dot_product_attention_math`, which computes half precision in fp32."""
     return attention.plain(q.float(), k.float(), v.float()).to(q.dtype)
 
 
@@ -318,13 +316,13 @@ def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def attention_bytes(
     kind: str, shape: Shape, dtype: torch.dtype, device: str, fused: bool, flash: bool = False
 ) -> int:
-    """Bytes that an attention allocates beside its answer, at most at one time.
+    """Peak scratch bytes of an attention, beside its output.
 
-    Our own are run on `meta`, as far as they do not repeat themselves; torch's CPU kernel is computed by its
-    formula, and its fused kernels for GPUs keep one fp32 number for each query (the log-sum, which flash
-    attention always writes), and CUDA's memory-efficient one for 16 bits an fp32 answer too, of heads wider
-    than the 128 that it has in registers, which `flash` attention (from capability 8.0) has up to 256
-    (kernel_forward.h, kNeedsOutputAccumulatorBuffer; sdp_utils.cpp); without one torch stores the scores.
+    Our own variants run on `meta`, one repetition only. torch's CPU kernel has a formula. torch's fused GPU
+    kernels keep one fp32 log-sum for each query (flash attention always writes it). CUDA's memory-efficient
+    kernel also keeps an fp32 output for 16-bit heads wider than its 128 registers; `flash` attention
+    (capability 8.0 and newer) takes heads up to 256 (kernel_forward.h, kNeedsOutputAccumulatorBuffer;
+    sdp_utils.cpp). Without a fused kernel torch stores the scores.
     """
     batch, heads, n, m, d = shape
     if kind == "sdpa" and device == "cpu":

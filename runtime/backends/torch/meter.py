@@ -1,5 +1,4 @@
-"""How many bytes of tensors are alive: counted operator by operator, on real tensors and on `meta` ones
-alike."""
+"""Bytes of live tensors, counted operator by operator, on real tensors and on `meta` ones alike."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ T = TypeVar("T")
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make while it is on, from their making to their end; `peak` is the
-    most at once.
+    """While active, counts the storages that operators allocate, until each is freed. `peak` is the most at
+    once.
 
-    Storages that were there before count nothing. What a kernel takes for itself and gives back before it
-    returns is known for the CPU's. Above `limit` bytes OutOfMemoryError is raised. `device` is the one whose
-    kernels run, or will.
+    Storages that existed before count nothing. Scratch that a kernel frees before it returns is added by
+    formula. Above `limit` bytes it raises OutOfMemoryError. `device` is the one whose kernels run, or would
+    run.
     """
 
     def __init__(self, device: str, limit: float = float("inf")) -> None:
@@ -39,7 +38,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __exit__(self, *of: Any) -> None:
         super().__exit__(*of)
-        self._alive.clear()  # weights live on: what waits for their end would stay as long, and this with it
+        self._alive.clear()  # else the weights' weakref callbacks would keep this object alive
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tensors_in(args):
@@ -49,15 +48,15 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors_in((out,)):
             if (key := tensor.untyped_storage()._cdata) not in self._alive:
                 self._made(key, tensor.untyped_storage().nbytes(), tensor)
-        if own := self.own(func, args, out):
-            self.reach(self.now + own)
+        if scratch_bytes := self.scratch_bytes(func, args, out):
+            self.reach(self.now + scratch_bytes)
         return out
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return func(*args, **kwargs)
 
-    def own(self, func: Any, args: Any, out: Any) -> int:
-        """Bytes the kernel takes beside its answer."""
+    def scratch_bytes(self, func: Any, args: Any, out: Any) -> int:
+        """Bytes that the kernel takes beside its output."""
         if self.device == "cpu":
             return own_bytes(func, args, out)
         return (
@@ -67,7 +66,7 @@ class LiveBytes(TorchDispatchMode):
         )
 
     def reach(self, count: int) -> None:
-        """Note that `count` bytes are alive together, for a moment."""
+        """Note that `count` bytes are alive at once, for a moment."""
         self.peak = max(self.peak, count)
         if count > self.limit:
             raise OutOfMemoryError(f"{shown(count)} of tensors where {shown(self.limit)} are allowed")
@@ -82,45 +81,45 @@ class LiveBytes(TorchDispatchMode):
 
 
 def tensors_in(values: Any) -> list[torch.Tensor]:
-    """The tensors among `values`, one level of lists and tuples deep, as operators take and return them; but
-    none that is opaque, as weights that oneDNN packed are."""
-    found = []
+    """The strided tensors in `values`, one level of lists and tuples deep, as operators take and return them.
+    Opaque ones, such as weights packed by oneDNN, are left out."""
+    tensors = []
     for value in values:
         if isinstance(value, torch.Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, list | tuple):
-            found.extend(each for each in value if isinstance(each, torch.Tensor))
-    return [tensor for tensor in found if tensor.layout is torch.strided]
+            tensors.extend(item for item in value if isinstance(item, torch.Tensor))
+    return [tensor for tensor in tensors if tensor.layout is torch.strided]
 
 
 def cudnn_bytes(args: Any, out: torch.Tensor) -> int:
-    """Bytes that a convolution larger than 1x1 takes beside its answer: in 16 bits input and answer once
-    more, as cuDNN's kernels there want channels_last and it copies; in fp32 the input.
+    """Scratch bytes of a convolution larger than 1x1. In 16 bits cuDNN copies input and output to
+    channels-last; in fp32 only the input.
 
-    That is what published peaks are above the tensors alive: by it 2.59 GiB of 2.616 and 8.84 of 8.958 in
-    bf16, 4.92 of 4.948 and 16.68 of 16.827 in fp32 (benchmarks/published.toml).
+    This explains published peaks beyond the live tensors: 2.59 of 2.616 GiB and 8.84 of 8.958 in bf16, 4.92
+    of 4.948 and 16.68 of 16.827 in fp32 (benchmarks/published.toml).
     """
     image, taps = args[0], args[1].shape[2:].numel()
     return 0 if taps == 1 else image.nbytes + (out.nbytes if out.element_size() == 2 else 0)
 
 
 class Meter(Measuring, Protocol):
-    """What sessions tell their backend's meter."""
+    """The part of a backend's meter that its sessions use."""
 
     def hold(self, count: int) -> None:
-        """`count` more bytes of weights or buffers are held from now on; fewer, if it is negative."""
+        """From now on `count` more bytes of weights or buffers are held; fewer if it is negative."""
         ...
 
-    def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:
-        """The answer of `call`, whose tensors count. Calls of one key take the same: the caller keeps `known`
-        for that."""
+    def during(self, peaks: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:
+        """The result of `call`, whose tensors are counted. Calls with the same key have the same peak, which
+        is cached in the caller's `peaks`."""
         ...
 
 
 class CountingMeter:
-    """For the CPU, whose allocator can neither be asked nor capped, and for Apple's GPU, which shares its
-    memory: weights are added up as they are held, and the first call of each kind is counted operator by
-    operator; the next take the same."""
+    """For the CPU, whose allocator can be neither asked nor capped, and for Apple's GPU, which shares its
+    memory. Weights are added up as they are loaded. The first call of each shape is counted operator by
+    operator; later ones reuse its peak."""
 
     def __init__(self, device: str) -> None:
         self._device = device
@@ -144,9 +143,9 @@ class CountingMeter:
             self._reach(self._held + count)
         self._held += count
 
-    def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:
-        if key in known:
-            self._reach(self._held + known[key])
+    def during(self, peaks: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:
+        if key in peaks:
+            self._reach(self._held + peaks[key])
             return call()
         live = LiveBytes(self._device, self._limit - self._held)
         try:
@@ -154,7 +153,7 @@ class CountingMeter:
                 out = call()
         finally:
             self._peak = max(self._peak, self._held + live.peak)
-        known[key] = live.peak
+        peaks[key] = live.peak
         return out
 
     def _reach(self, count: int) -> None:
@@ -165,17 +164,17 @@ class CountingMeter:
 
 class AllocatorMeter:
     """For CUDA, ROCm and Intel GPUs: what torch's caching allocator has reserved, capped by that allocator
-    itself. Others in this process use it too: what they hold is left out.
+    itself. What others in this process have reserved is subtracted.
 
-    On Windows the driver (WDDM) moves what does not fit the card into the host's memory and says nothing;
-    that is taken for out of memory too.
+    On Windows the driver (WDDM) silently moves what does not fit the card into host memory. That counts as
+    out of memory too.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._torch: Any = getattr(torch, device.type)
         self._device, self._held = device.type, 0
         self._limit: int | None = None
-        gc.collect()  # what another library left in cycles would go later, and be missed among ours
+        gc.collect()  # another library's garbage, freed later, would be subtracted from ours
         self._look()
 
     def limit(self, count: int | None) -> None:
@@ -185,7 +184,7 @@ class AllocatorMeter:
             self._cap()
 
     def reset(self) -> None:
-        self._look()  # each stage is predicted from what is held, not from what the last one left
+        self._look()  # a stage is predicted from held bytes, not from the last stage's cache
         self._torch.reset_peak_memory_stats()
 
     def bytes(self) -> int:
@@ -198,9 +197,9 @@ class AllocatorMeter:
         self._held += count
 
     def _look(self) -> None:
-        """Give back what is cached; with nothing of ours loaded, read anew what others in this process hold,
-        libraries' workspaces not among it, as these count as ours once a product has made them, and cap what
-        all may have."""
+        """Empty the cache. With nothing of ours loaded, also read what others in this process hold and set
+        the cap. Libraries' workspaces are not theirs: they count as ours once a product has allocated them.
+        """
         if self._held:
             self._torch.empty_cache()
         else:
@@ -213,14 +212,14 @@ class AllocatorMeter:
         total = self._torch.get_device_properties(self._torch.current_device()).total_memory
         share = 1.0
         if self._limit is not None:
-            # what others took since they were looked at is not ours to give back
+            # others may have grown since `_look`, and we cannot free theirs
             most = max(self._limit + self._others, self._torch.memory_reserved() + self._limit - self._held)
-            share = min(1.0, (max(0, most) + 1) / total)  # torch cuts the product off, so a byte more
-        # Of Intel's GPUs from torch 2.9 on.
+            share = min(1.0, (max(0, most) + 1) / total)  # torch truncates, so one byte more
+        # Intel's GPUs have it since torch 2.9.
         if cap := getattr(self._torch, "set_per_process_memory_fraction", None):
             cap(share)
 
-    def during(self, known: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002
+    def during(self, peaks: dict[Hashable, int], key: Hashable, call: Callable[[], T]) -> T:  # noqa: ARG002
         out = call()
         if sys.platform == "win32":
             (reserved, used, _), (now_reserved, now_used, free) = self._start, self._state()
@@ -233,13 +232,13 @@ class AllocatorMeter:
         return self._torch.memory_reserved(), total - free, free
 
 
-# What others on the card may take or give meanwhile; a guess, no Windows machine was at hand.
+# What other programs on the card may allocate or free meanwhile: a guess, no Windows machine was at hand.
 SPILL_NOISE = 128 * 2**20
 
 
 def spilled(reserved: int, used: int, free: int) -> int:
-    """Bytes of ours that are not on the card, from how much we reserved and how much the card's use grew
-    since the start, and what is free on it now: only a full card spills."""
+    """Bytes of ours that are not on the card: how much more we reserved since the start than the card's use
+    grew. Only a full card spills."""
     missing = reserved - used
     return missing if missing > SPILL_NOISE and free < SPILL_NOISE else 0
 

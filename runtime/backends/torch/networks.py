@@ -1,5 +1,5 @@
-"""The networks of a model as torch modules, and how each is called: diffusers' and transformers', with our
-attention and strips."""
+"""A model's networks as torch modules (diffusers' and transformers', with our attention and strips), and how
+each is called."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Forward = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def build(component: Component, placement: Placement, device: str) -> torch.nn.Module:
-    """The component's module on the meta device, shapes and no memory, as the placement has it computed on
+    """The component's module on the meta device: shapes without memory, built as the placement computes it on
     `device`."""
     config = component.folder / "config.json"
     with (
@@ -30,7 +30,7 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         torch.device("meta"),
     ):
         module = component.network.build(component).eval().requires_grad_(False)
-    # By its strips.
+    # A decoder's strips use each weight many times.
     formats, used_often = (
         _formats(component, module, placement.precision),
         component.role is Role.DECODER,
@@ -61,8 +61,7 @@ def _teach(component: Component, module: torch.nn.Module) -> None:
 
 
 def _formats(component: Component, module: torch.nn.Module, precision: str) -> dict[str, str]:
-    """The format of each layer that is quantised, by its path: as stored in the files, or as it will be while
-    it is loaded."""
+    """The format of each quantised layer, by path: as stored in the files, or as it will be after loading."""
     paths: dict[str, Any] = {
         path: part for path, part in module.named_modules() if type(part) in quantised.KINDS
     }
@@ -77,8 +76,8 @@ def _formats(component: Component, module: torch.nn.Module, precision: str) -> d
 
 
 def current_name(stored: str, expected: Container[str]) -> str:
-    """A tensor's or a layer's name as today's libraries spell it: text models lost a prefix, VAE attention
-    got new words."""
+    """A tensor's or layer's name in today's libraries: text models lost a prefix, VAE attention was
+    renamed."""
     for old, new in (
         (".query", ".to_q"),
         (".key", ".to_k"),
@@ -88,9 +87,9 @@ def current_name(stored: str, expected: Container[str]) -> str:
         if ".attentions." in stored and f"{old}." in f"{stored}.":
             stored = f"{stored}.".replace(f"{old}.", f"{new}.")[:-1]
     if stored not in expected:
-        for other in (stored.removeprefix("text_model."), f"text_model.{stored}"):
-            if other in expected:
-                return other
+        for name in (stored.removeprefix("text_model."), f"text_model.{stored}"):
+            if name in expected:
+                return name
     return stored
 
 

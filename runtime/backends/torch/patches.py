@@ -1,4 +1,4 @@
-"""Where modules of diffusers are given other parts: attention and feed-forward."""
+"""Every change to diffusers' modules: attention and feed-forward."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import TightfitError
 
 
 class Processor:
-    """diffusers' attention block around one of our attentions; tensors and their order as in its
+    """diffusers' attention block around one of our attention variants. Tensors and their order are those of
     AttnProcessor2_0."""
 
     def __init__(self, attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
@@ -25,7 +25,8 @@ class Processor:
         attention_mask=None,
         temb=None,  # noqa: ARG002
     ):
-        """(batch, n, width), or (batch, width, h, w) in a VAE, attends to (batch, m, …) or to itself."""
+        """(batch, n, width), or (batch, width, h, w) in a VAE, attends to (batch, m, …), or to itself if
+        there is none."""
         if (
             attention_mask is not None
             or attn.spatial_norm is not None
@@ -42,10 +43,10 @@ class Processor:
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
         text = x if encoder_hidden_states is None else encoder_hidden_states
-        heads = (linear(each) for linear, each in ((attn.to_q, x), (attn.to_k, text), (attn.to_v, text)))
+        heads = (linear(source) for linear, source in ((attn.to_q, x), (attn.to_k, text), (attn.to_v, text)))
         q, k, v = (
-            each.view(shape[0], -1, attn.heads, each.shape[-1] // attn.heads).transpose(1, 2)
-            for each in heads
+            source.view(shape[0], -1, attn.heads, source.shape[-1] // attn.heads).transpose(1, 2)
+            for source in heads
         )
         x = self.attend(q, k, v).transpose(1, 2).flatten(2)
         del q, k, v
@@ -57,16 +58,16 @@ class Processor:
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
 
-# Of a feed-forward layer's hidden values held at a time. A GPU waits for the host, which takes 40 us to start
-# an operator: parts of 8 MiB made 3,848 operators of the 1,708 that SDXL's U-Net has whole, at 1024x1024;
-# parts of 64 make 1,778.
+# Bytes of a feed-forward layer's hidden values at a time. A GPU waits for the host, which takes 40 us to
+# start an operator: SDXL's U-Net at 1024x1024 has 1,708 operators whole, 3,848 in parts of 8 MiB and 1,778 in
+# parts of 64.
 FEED_BYTES = 2**23
 GPU_FEED_BYTES = 2**26
 
 
 def feed_forward(part: Any, most_bytes: int) -> Callable[..., torch.Tensor]:
-    """A transformer's feed-forward, for as many tokens at a time as keep its hidden values (eight times its
-    width) few: at 512² they are 42 MB of SD 1.5's U-Net, and nothing else needs as much."""
+    """A transformer's feed-forward layer in groups of tokens, so that its hidden values (eight times the
+    width) stay small. At 512² they are 42 MB of SD 1.5's U-Net, more than anything else."""
 
     def forward(hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
         tokens = hidden_states.flatten(0, 1)

@@ -1,5 +1,5 @@
-"""Layers whose weights stay in 8 or 4 bits: each time one is called its weight is unpacked into a buffer that
-all share, or is multiplied as it is, by inputs quantised to 8 bits."""
+"""Layers whose weights stay in 8 or 4 bits. Each call dequantises the weight into a shared buffer, or
+multiplies it directly with inputs quantised to 8 bits."""
 
 from __future__ import annotations
 
@@ -19,18 +19,15 @@ from ....kernels.quantise import quantise
 from ...errors import TightfitError
 from .autotune import fastest
 
-# Weights unpacked at a time on a CPU, which takes less of its memory, and no more of its time
-# (docs/decisions.md). A GPU would have to start several kernels for one.
+# Weights dequantised at a time on a CPU: less memory for no more time (docs/decisions.md). A GPU would have
+# to start several kernels instead of one.
 AT_ONCE = 2**22
-FEW_ROWS = (
-    256  # of a linear's inputs, up to which a GPU may be faster to multiply while it unpacks: it is tried
-)
-# Of layers that multiply whole numbers on a CPU outputs times taps are WIDE times the inputs: quantising an
-# input is paid once for all that it is multiplied by, and the U-Net's other linears and 1x1 convolutions were
-# slower for it (docs/decisions.md).
+# Input rows up to which a linear layer may be faster when a GPU dequantises inside the product: it is timed.
+FEW_ROWS = 256
+# A CPU multiplies integers where outputs times taps are at least WIDE times the inputs: quantising an input
+# is amortised over them. The U-Net's other linears and 1x1 convolutions got slower (docs/decisions.md).
 WIDE = 4
-# Output pixels, output channels and inputs that a program of Triton's convolution multiplies at a time, and
-# its warps and stages.
+# A tile of Triton's convolution: output pixels, output channels and inputs per program; then warps, stages.
 TILES = (
     ((128, 128, 64), 8, 3), ((128, 64, 64), 4, 3), ((64, 128, 64), 4, 3), ((64, 64, 64), 4, 4),
     ((128, 256, 64), 8, 3), ((64, 64, 128), 4, 3), ((32, 64, 128), 4, 4),
@@ -49,7 +46,7 @@ def _dequantise(
     taps: int,
     taps_last: bool,
 ) -> None:
-    """One operator to whoever counts operators, as it is one kernel on a GPU."""
+    """A single operator for whoever counts operators, as it is a single kernel on a GPU."""
     dequantise(out, packed, scale, zero, codes, Format(kind, group), taps, taps_last)
 
 
@@ -91,8 +88,8 @@ def _conv2d_int8(
     from ....kernels.triton_int8 import conv2d_int8_triton
 
     run = functools.partial(conv2d_int8_triton, x, packed, scale, bias, kernel, stride, padding, sums)
-    what = f"conv2d_int8 {list(x.shape)} x {list(packed.shape)} {kernel} {stride} {padding} {x.dtype}"
-    return fastest(what, x.device, _tiles(run))
+    operation = f"conv2d_int8 {list(x.shape)} x {list(packed.shape)} {kernel} {stride} {padding} {x.dtype}"
+    return fastest(operation, x.device, _tiles(run))
 
 
 @_conv2d_int8.register_fake
@@ -124,8 +121,8 @@ CONV2D_INT8 = torch.ops.tightfit.conv2d_int8.default
 
 
 def gpu_bytes(func: Any, args: Any, out: Any) -> int:
-    """Bytes that our operators take on a GPU beside their answer: codes of the inputs, for a moment twice if
-    these are not channels_last; codes of a weight of 4 bits, which are made where Triton does not run."""
+    """Scratch bytes of our operators on a GPU: the inputs' codes, for a moment twice if the inputs are not
+    channels_last; and the codes of a 4-bit weight where Triton does not run."""
     if func is DEQUANTISE:
         return _unpacking(*args[:6])
     if func not in (LINEAR_INT8, CONV2D_INT8):
@@ -137,8 +134,8 @@ def gpu_bytes(func: Any, args: Any, out: Any) -> int:
 def _unpacking(
     out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor | None, kind: str
 ) -> int:
-    """Bytes that dequantise_torch takes for 4 bits: the codes, and beside them scales, and zeros twice, in
-    the weight's own dtype. nf4, which no recipe of ours uses, takes more."""
+    """Scratch bytes of dequantise_torch for 4 bits: the codes, then the scales once and the zeros twice in
+    the weight's dtype. nf4 takes more, but no recipe of ours uses it."""
     if kind == "int8":
         return 0
     return (packed.numel() if codes is None else 0) + scale.numel() * out.element_size() * (
@@ -147,7 +144,7 @@ def _unpacking(
 
 
 class Workspace:
-    """The buffer that a network's quantised layers share: room for the weights unpacked at a time, and on a
+    """The buffer shared by a network's quantised layers: room for the weights dequantised at a time, and on a
     CPU for their codes."""
 
     def __init__(self, device: str) -> None:
@@ -157,7 +154,7 @@ class Workspace:
         self.buffer = torch.empty(0, dtype=torch.uint8)
 
     def bytes(self, dtype: torch.dtype) -> int:
-        """What the buffer takes when layers compute in `dtype`."""
+        """Bytes of the buffer when layers compute in `dtype`."""
         return max((layer.workspace_bytes(dtype.itemsize) for layer in self.layers), default=0)
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -169,10 +166,11 @@ class Workspace:
 
 
 class Quantised(nn.Module):
-    """A layer's weight in parts, named as in the files: `packed`, `scale` and, for int4, `zero`.
+    """A layer whose weight is stored in parts, named as in the files: `packed`, `scale` and, for int4,
+    `zero`.
 
-    `at_once` output channels are unpacked at a time, on a CPU as many as AT_ONCE weights unless it is to be
-    `whole`.
+    `at_once` output channels are dequantised at a time: all if `whole` or on a GPU, else AT_ONCE weights'
+    worth.
     """
 
     packed: Tensor
@@ -194,27 +192,28 @@ class Quantised(nn.Module):
         workspace.layers.append(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantised:  # noqa: ARG002
-        """`Module.to` passes the parts by: they have types of their own."""
+        """`Module.to` leaves the parts alone: their dtypes are part of the format."""
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias), requires_grad=False)
         return self
 
     def prepare(self) -> None:
-        """Called once the parts are there."""
+        """Called once the parts are loaded."""
 
     def packed_bytes(self) -> int:
-        """What `packed` takes after `prepare`."""
+        """Bytes of `packed` after `prepare`."""
         return self.packed.numel() * self.packed.element_size()
 
     def packing_bytes(self) -> int:
-        """What `prepare` makes in place of `packed`."""
+        """Bytes that `prepare` allocates to replace `packed`."""
         return 0
 
     def workspace_bytes(self, itemsize: int) -> int:
         return self.at_once * (self.row * itemsize + self._codes())
 
     def dense(self, start: int = 0, end: int | None = None) -> Tensor:
-        """Output channels `start` to `end` of the weight, in the workspace until that is used again."""
+        """Output channels `start` to `end` of the weight, dequantised into the workspace and valid until its
+        next use."""
         rows, buffer, dtype = slice(start, end), self.workspace.buffer, self.workspace.dtype
         count = len(self.packed[rows])
         end_of_out = count * self.row * dtype.itemsize
@@ -224,11 +223,11 @@ class Quantised(nn.Module):
         )
         if self.on_cpu:
             return from_rows(out, (count, *self.shape[1:]))
-        return out.view(count, *self.shape[1:])  # torch's group norms on GPUs take no channels_last
+        return out.view(count, *self.shape[1:])  # torch's group norm on GPUs wants no channels_last
 
     def _codes(self) -> int:
-        """Bytes of the buffer that the codes of one output channel take while they are unpacked; Triton needs
-        none, so on a GPU torch makes them for a moment where it does not run."""
+        """Bytes of one output channel's codes in the buffer while it is dequantised. Zero on a GPU: Triton
+        needs none, and without Triton torch allocates them."""
         return self.packed.shape[1] if self.form.bits == 4 and self.on_cpu else 0
 
     def _unpack(self, out: Tensor, rows: slice | Tensor, codes: Tensor | None) -> None:
@@ -258,14 +257,14 @@ class Linear(Quantised):
         return out
 
     def _few(self, x: Tensor) -> Tensor:
-        from ....kernels.triton_weights import linear_triton  # triton takes memory, on a CPU for nothing
+        from ....kernels.triton_weights import linear_triton  # importing triton costs memory
 
         zero, kind = getattr(self, "zero", None), (self.form.kind, self.form.group)
-        ways = {
+        variants = {
             "unpacked, then multiplied": lambda: functional.linear(x, self.dense(), self.bias),
             "at once": lambda: linear_triton(x, self.packed, self.scale, zero, self.bias, self.form),
         }
-        return fastest(f"linear {kind} {list(x.shape)} x {list(self.shape)} {x.dtype}", x.device, ways)
+        return fastest(f"linear {kind} {list(x.shape)} x {list(self.shape)} {x.dtype}", x.device, variants)
 
 
 class Conv2d(Quantised):
@@ -279,8 +278,7 @@ class Conv2d(Quantised):
         self.how: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(batch, in, h, w) → (batch, out, h', w'); on a CPU with channels last, as the unpacked weight has
-        them."""
+        """(batch, in, h, w) → (batch, out, h', w'). On a CPU channels last, like the dequantised weight."""
         if self.on_cpu:
             x = x.contiguous(memory_format=torch.channels_last)
         if self.at_once == self.shape[0]:
@@ -301,14 +299,14 @@ class Conv2d(Quantised):
 
 
 class LinearInt8(Quantised):
-    """In whole numbers. On a CPU its weight is oneDNN's once it is there."""
+    """Multiplies integers. On a CPU its weight is repacked for oneDNN once it is loaded."""
 
     def prepare(self) -> None:
         if self.on_cpu:
             self.packed = nn.Parameter(int8.pack_linear(self.packed), requires_grad=False)
 
     def packed_bytes(self) -> int:
-        """oneDNN's outputs come in blocks of 64."""
+        """oneDNN pads outputs to blocks of 64."""
         return -(-self.shape[0] // 64) * 64 * self.row if self.on_cpu else super().packed_bytes()
 
     def packing_bytes(self) -> int:
@@ -323,7 +321,7 @@ class LinearInt8(Quantised):
 
 
 class Conv2dInt8(LinearInt8):
-    """In whole numbers; on a CPU with channels last."""
+    """Multiplies integers; on a CPU with channels last."""
 
     def __init__(self, layer: nn.Conv2d, form: Format, workspace: Workspace, whole: bool = False) -> None:
         super().__init__(layer, form, workspace, whole)
@@ -349,7 +347,7 @@ class Conv2dInt8(LinearInt8):
 
 class Embedding(Quantised):
     def forward(self, ids: Tensor) -> Tensor:
-        """(…) → (…, width): only the rows that are asked for are unpacked."""
+        """(…) → (…, width). Only the rows looked up are dequantised."""
         rows = ids.flatten()
         out = torch.empty(len(rows), self.row, dtype=self.workspace.dtype, device=self.packed.device)
         codes = (
@@ -362,7 +360,7 @@ class Embedding(Quantised):
 
     @property
     def weight(self) -> Tensor:
-        """Without values: transformers asks it for its shape."""
+        """Shape only: transformers reads nothing else of it."""
         return torch.empty(self.shape, device="meta")
 
     def workspace_bytes(self, itemsize: int) -> int:  # noqa: ARG002
@@ -370,10 +368,10 @@ class Embedding(Quantised):
 
 
 class PlainConv2d(nn.Conv2d):
-    """A convolution too small to be quantised, among others whose answers have their channels last."""
+    """A convolution too small to quantise, between others that output channels last."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  torch's name
-        x, weight = (each.contiguous(memory_format=torch.channels_last) for each in (input, self.weight))
+        x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (input, self.weight))
         return self._conv_forward(x, weight, self.bias)
 
 
@@ -387,10 +385,10 @@ KINDS: dict[type[nn.Module], type[Quantised]] = {
 def quantise_layers(
     module: nn.Module, formats: Mapping[str, str], device: str, whole: bool = False, dynamic: bool = False
 ) -> None:
-    """Put quantised layers in place of those that `formats` names, by paths, to be computed on `device`.
+    """Replace the layers at the paths in `formats` by quantised ones, to be computed on `device`.
 
-    `dynamic`: inputs of the layers that can are quantised too. Raises TightfitError for a layer or a format
-    that there is not.
+    `dynamic`: layers that can also quantise their inputs. Raises TightfitError for an unknown layer or
+    format.
     """
     shared = Workspace(device)
     for path, name in formats.items():
@@ -403,7 +401,7 @@ def quantise_layers(
                 f"the manifest has the layer {path} as {name}, which there is not: export the model again"
             ) from None
         if dynamic and name == "int8":
-            kind = _in_whole_numbers(layer, device) or kind
+            kind = _integer_kind(layer, device) or kind
         setattr(module.get_submodule(parent), leaf, kind(layer, form, shared, whole))
     if formats and device == "cpu":
         for part in module.modules():
@@ -412,7 +410,7 @@ def quantise_layers(
 
 
 def filled(layer: nn.Module, weight: Tensor, form: str, device: str, dynamic: bool) -> Any:
-    """The quantised layer in place of a plain one, whose bias it takes."""
+    """A quantised copy of a plain layer; it shares the bias."""
     network = nn.ModuleDict({"layer": layer})
     quantise_layers(network, {"layer": form}, device, dynamic=dynamic)
     made: Any = network["layer"]
@@ -423,8 +421,8 @@ def filled(layer: nn.Module, weight: Tensor, form: str, device: str, dynamic: bo
     return made
 
 
-def _in_whole_numbers(layer: nn.Module, device: str) -> type[Quantised] | None:
-    """The kind of layer that multiplies so, if there is one and it is worth it."""
+def _integer_kind(layer: nn.Module, device: str) -> type[Quantised] | None:
+    """The integer kind for this layer, if there is one and it pays."""
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         return None
     outputs, inputs, *sides = layer.weight.shape
@@ -437,12 +435,12 @@ def _in_whole_numbers(layer: nn.Module, device: str) -> type[Quantised] | None:
 
 
 def quantised_layers(module: nn.Module) -> dict[str, Quantised]:
-    """The quantised layers of `module` by their paths."""
+    """The quantised layers of `module`, by path."""
     return {path: part for path, part in module.named_modules() if isinstance(part, Quantised)}
 
 
 def workspace(module: nn.Module) -> Workspace:
-    """What the quantised layers of `module` share; an empty one if there are none."""
+    """The workspace shared by the quantised layers of `module`; an empty one without such layers."""
     return next(
         (part.workspace for part in module.modules() if isinstance(part, Quantised)), Workspace("cpu")
     )

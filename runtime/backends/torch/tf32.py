@@ -1,5 +1,5 @@
-"""Products of fp32 in fp32. From Ampere on torch lets cuDNN round their inputs to TF32's 10 bits of mantissa,
-unless it is told."""
+"""fp32 products in full fp32. From Ampere on, torch lets cuDNN round inputs to TF32's 10-bit mantissa by
+default."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 
 @contextmanager
 def tf32_off(device: torch.device) -> Iterator[None]:
-    """Convolutions and matrix products on a CUDA device are of whole fp32; what was set before is set again
-    after."""
+    """Context manager: convolutions and matrix products on a CUDA device use full fp32. Restores the
+    settings."""
     with ExitStack() as after:
         if device.type == "cuda":
             _convolutions_off(after)
@@ -23,7 +23,7 @@ def tf32_off(device: torch.device) -> Iterator[None]:
 def _convolutions_off(after: ExitStack) -> None:
     cudnn = torch.backends.cudnn
     convolution = getattr(cudnn, "conv", None)
-    if convolution is None:  # torch 2.8; later ones warn of the older interface, or raise
+    if convolution is None:  # torch 2.8; later versions warn about the older interface, or raise
         after.callback(setattr, cudnn, "allow_tf32", cudnn.allow_tf32)
         cudnn.allow_tf32 = False
     elif convolution.fp32_precision == "tf32":
@@ -32,14 +32,14 @@ def _convolutions_off(after: ExitStack) -> None:
 
 
 def _products_off(after: ExitStack) -> None:
-    """They are off unless the user has switched them on. torch's readers raise where its two interfaces
-    disagree, so both are switched off, and what was used to switch on is used again."""
+    """Off unless the user has switched TF32 on. torch's getters raise when its two interfaces disagree, so
+    both are switched off, and the one the user used is restored."""
     matmul, older = torch.backends.cuda.matmul, None
     if getattr(matmul, "fp32_precision", "tf32") != "tf32":
         return
     try:
         older = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was switched on by the newer one alone
+    except RuntimeError:  # only the newer interface was used
         after.callback(setattr, matmul, "fp32_precision", "tf32")
     if older == "medium":
         after.callback(torch.set_float32_matmul_precision, older)

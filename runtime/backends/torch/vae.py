@@ -14,8 +14,8 @@ def decode_strips(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...
 
 
 def decode_in_strips(decoder: Any, latents: torch.Tensor) -> torch.Tensor:
-    """diffusers' `Decoder`: the middle block whole, for its attention sees all, and what is larger in
-    strips."""
+    """diffusers' `Decoder`. The middle block runs whole, because its attention sees every pixel; the larger
+    blocks run in strips."""
     source: strips.Rows = strips.Stored(decoder.mid_block(decoder.conv_in(latents)))
     for block in decoder.up_blocks:
         source = strips.Stored(_residuals(source, block.resnets))

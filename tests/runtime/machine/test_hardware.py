@@ -404,4 +404,4 @@ def test_another_allocator_is_noted(monkeypatch):
     )
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
     monkeypatch.setattr(card, "get_allocator_backend", lambda: "cudaMallocAsync")
-    assert any("set to cudaMallocAsync: memory is predicted" in note for note in card.detect("cuda").notes)
+    assert any("set to cudaMallocAsync: predictions assume" in note for note in card.detect("cuda").notes)

@@ -157,7 +157,7 @@ def initializer(proto, **fields):
         (lambda m: m.functions.add(), "functions of its own"),
         (
             lambda m: setattr(m.graph.input[0].type.tensor_type.shape.dim[0], "dim_param", "x" * 5000),
-            "a value that is told of",
+            "an input or output described in",
         ),
     ],
 )

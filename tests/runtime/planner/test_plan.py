@@ -80,7 +80,7 @@ def test_whole_numbers_where_the_processor_multiplies_them_fast(sd1):
     for refused in (
         p for p in plan(OLD_CPU, spec, wishes=asked) if p.placements["unet"].residency != "streamed"
     ):
-        assert "no fast products of 8-bit whole numbers" in refused.reason
+        assert "no fast 8-bit integer products" in refused.reason
     able = dataclasses.replace(OLD_CPU, rates=rates)
     # Which it has no arithmetic for.
     slow = plan(able, spec, wishes=Wishes(compute="bf16", precision="int8-dynamic"))
