@@ -18,6 +18,7 @@ from .. import Hardware, Request, plan
 from ..runtime.backends import engine
 from ..runtime.costs.latency import arrival_spans, bus_rate, call_seconds
 from ..runtime.machine.profiles import cards, profile
+from ..runtime.models.families.family import Extent
 from ..runtime.models.spec import ModelSpec
 from ..runtime.placement import Placement
 from ..runtime.planner.wishes import Wishes
@@ -40,7 +41,9 @@ def main() -> None:
 def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:
     precision = hardware.precisions[0]
     placement = Placement("torch", precision, precision, "streamed", "sdpa", "whole")
-    streamed = engine("torch").footprint(spec, spec.components["unet"], placement, hardware, (2, side, side))
+    streamed = engine("torch").footprint(
+        spec, spec.components["unet"], placement, hardware, Extent(2, side, side)
+    )
     head, spans = arrival_spans(hardware, placement, streamed)
     copies = [arrival.bytes / bus_rate(hardware, streamed) for arrival in streamed.arrivals]
     variants = [
@@ -52,7 +55,7 @@ def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:
         precision=precision, residency="streamed", cfg="batched", attention="sdpa", budget=hardware.free_bytes
     )
     best = plan(hardware, spec, Request("a", width=side, height=side), wishes)[0].placements["unet"]
-    kept = engine("torch").footprint(spec, spec.components["unet"], best, hardware, (2, side, side))
+    kept = engine("torch").footprint(spec, spec.components["unet"], best, hardware, Extent(2, side, side))
     variants.append(call_seconds(hardware, replace(placement, kept_bytes=best.kept_bytes), kept))
     return [f"{seconds:.3f}" for seconds in variants] + [shown(best.kept_bytes)]
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from ..costs.footprint import Footprint
 from ..machine.hardware import Hardware
+from ..models.families.family import Extent
 from ..models.spec import Component, ModelSpec
 from ..placement import Placement
 
@@ -81,7 +82,7 @@ class Engine(Protocol):
         component: Component,
         placement: Placement,
         hardware: Hardware,
-        size: tuple[int, int, int],
+        extent: Extent,
     ) -> str | None:
         """Why the component cannot run with this placement on that hardware at that size, or None if it
         can."""
@@ -98,7 +99,7 @@ class Engine(Protocol):
         component: Component,
         placement: Placement,
         hardware: Hardware,
-        size: tuple[int, int, int],
+        extent: Extent,
     ) -> Footprint:
-        """Memory of a component called at `size`: batch, and the picture's height and width in pixels."""
+        """Memory of a component called at `extent`: batch, and the picture's height and width in pixels."""
         ...

@@ -14,7 +14,7 @@ from ..budget import BUILDING
 from ..costs.footprint import Footprint, peak
 from ..costs.latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
 from ..machine.hardware import Hardware
-from ..models.families.family import Role
+from ..models.families.family import Extent, Role
 from ..models.spec import Component, ModelSpec
 from ..placement import DYNAMIC, QUANTISED, STAGES, Placement
 from ..recent import Recent
@@ -155,16 +155,16 @@ class Estimate:
         return self.spec.components[name].role
 
     def _footprint(self, name: str, placement: Placement, cfg: str) -> Footprint:
-        run, size = engine(placement.backend).footprint, self._size(name, cfg)
+        run, extent = engine(placement.backend).footprint, self._extent(name, cfg)
         return self._once(
-            (name, placement, size),
-            lambda: run(self.spec, self.spec.components[name], placement, self.hardware, size),
+            (name, placement, extent),
+            lambda: run(self.spec, self.spec.components[name], placement, self.hardware, extent),
         )
 
-    def _size(self, name: str, cfg: str) -> tuple[int, int, int]:
-        """The batch that a component is called with, and the picture's height and width."""
+    def _extent(self, name: str, cfg: str) -> Extent:
+        """What a component is called for."""
         batched = self._role(name) is Role.DENOISER and cfg == "batched"
-        return self.job.branches if batched else 1, self.job.height, self.job.width
+        return Extent(self.job.branches if batched else 1, self.job.height, self.job.width)
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
@@ -250,7 +250,7 @@ class Estimate:
         for name, placement in placements.items():
             component = self.spec.components[name]
             why = engine(placement.backend).refuses(
-                self.spec, component, placement, self.hardware, self._size(name, cfg)
+                self.spec, component, placement, self.hardware, self._extent(name, cfg)
             )
             if why:
                 return why

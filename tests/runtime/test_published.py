@@ -16,6 +16,7 @@ from tightfit.runtime.costs.footprint import MOMENT, peak
 from tightfit.runtime.costs.latency import call_seconds
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.machine.profiles import OPERATOR_SECONDS, card_class, cards, profile, read_profile
+from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner.choose import none_fits
 from tightfit.runtime.planner.wishes import Wishes
@@ -78,7 +79,7 @@ def hardware(card: str) -> Hardware:
 def footprint(spec, name, compute, size, machine, pictures=1):
     placement = Placement("torch", compute, compute, "resident", "sdpa", "whole")
     batch = 2 * pictures if name == "unet" else 1
-    return placement, dryrun.footprint(spec, spec.components[name], placement, machine, (batch, *size))
+    return placement, dryrun.footprint(spec, spec.components[name], placement, machine, Extent(batch, *size))
 
 
 def predicted_seconds(row, models) -> float:

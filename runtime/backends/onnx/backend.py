@@ -21,7 +21,7 @@ from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ...machine.hardware import Hardware
 from ...machine.process import release
 from ...machine.providers import CPU_PROVIDER, provider_name
-from ...models.families.family import GraphNames
+from ...models.families.family import Extent, GraphNames
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from ...placement import Placement
@@ -54,7 +54,7 @@ class _Case:
     component: Component
     placement: Placement
     hardware: Hardware
-    size: tuple[int, int, int]
+    extent: Extent
 
     @property
     def graph(self) -> Graph:
@@ -68,7 +68,7 @@ class _Case:
     @functools.cached_property
     def other_shape(self) -> str | None:
         """The first input whose fixed shape in the graph differs from the one this size needs, in words."""
-        shapes = input_shapes(self.spec, self.component, self.size)
+        shapes = input_shapes(self.spec, self.component, self.extent)
         for (name, shape), (_, sides) in zip(shapes, self.graph.inputs.values(), strict=True):
             if any(
                 isinstance(side, int) and side != wanted for side, wanted in zip(sides, shape, strict=False)
@@ -78,7 +78,7 @@ class _Case:
 
     @functools.cached_property
     def call_problem(self) -> str | None:
-        return call_problem(self.spec, self.component, self.placement.provider == CPU_PROVIDER, self.size)
+        return call_problem(self.spec, self.component, self.placement.provider == CPU_PROVIDER, self.extent)
 
 
 _REFUSALS: tuple[Rule[_Case], ...] = (
@@ -144,11 +144,11 @@ class OnnxBackend:
         component: Component,
         placement: Placement,
         hardware: Hardware,
-        size: tuple[int, int, int],
+        extent: Extent,
     ) -> str | None:
         """Why the component cannot run with this placement on that hardware at that size, or None if it
         can."""
-        return first_broken(_REFUSALS, _Case(spec, component, placement, hardware, size))
+        return first_broken(_REFUSALS, _Case(spec, component, placement, hardware, extent))
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:
@@ -165,7 +165,7 @@ class OnnxBackend:
             )
         check_types(component.graph)
         answers(component.graph, names)
-        if problem := call_problem(spec, component, True, (1, *spec.some_size)):
+        if problem := call_problem(spec, component, True, Extent(1, *spec.some_size)):
             raise TightfitError(problem)
 
     @staticmethod
@@ -174,13 +174,13 @@ class OnnxBackend:
         component: Component,
         placement: Placement,
         hardware: Hardware,
-        size: tuple[int, int, int],
+        extent: Extent,
     ) -> Footprint:
         """Weights as the provider holds them, and one call of the graph (dryrun.py) in ONNX Runtime's arena.
         Zero bytes for a graph that is refused."""
         assert component.graph is not None
         on_cpu = placement.provider == CPU_PROVIDER
-        call = call_of(component.graph, on_cpu, input_shapes(spec, component, size))
+        call = call_of(component.graph, on_cpu, input_shapes(spec, component, extent))
         usage = Footprint((), 0, Trace((), (), ()), ()) if isinstance(call, str) else call.footprint
         if on_cpu and hardware.device != "cpu":  # no GPU memory
             nothing = Trace((), (), usage.trace.operations)

@@ -12,7 +12,7 @@ import onnxruntime
 
 from ...errors import TightfitError
 from ...machine.providers import CPU_PROVIDER
-from ...models.families.family import GraphNames, Role
+from ...models.families.family import Extent, GraphNames, Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from . import dryrun
@@ -135,18 +135,18 @@ def even_step(spec: ModelSpec, component: Component) -> int:
     return spec.downsampling * 2 ** max(0, len(component.config.get("block_out_channels") or ()) - 1)
 
 
-def halves_evenly(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> bool:
+def halves_evenly(spec: ModelSpec, component: Component, extent: Extent) -> bool:
     return component.role is not Role.DENOISER or not any(
-        side % even_step(spec, component) for side in size[1:]
+        side % even_step(spec, component) for side in (extent.height, extent.width)
     )
 
 
-def input_shapes(spec: ModelSpec, component: Component, size: tuple[int, int, int]) -> Inputs:
-    """Shapes of the graph's inputs by their names in the graph. `size`: batch, and the picture's height and
+def input_shapes(spec: ModelSpec, component: Component, extent: Extent) -> Inputs:
+    """Shapes of the graph's inputs by their names in the graph. `extent`: batch, and the picture's height and
     width in pixels."""
     assert component.graph is not None
     names = component.network.graph.names
-    shapes = {names.get(name, name): shape for name, shape in spec.inputs(component, *size).items()}
+    shapes = {names.get(name, name): shape for name, shape in spec.inputs(component, *extent).items()}
     return tuple(
         (name, shapes[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items()
     )

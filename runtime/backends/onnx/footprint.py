@@ -13,7 +13,7 @@ import onnx
 from ...costs.allocator import OnnxArena
 from ...costs.footprint import END, Footprint, Trace, replay
 from ...errors import TightfitError, first_line
-from ...models.families.family import Role
+from ...models.families.family import Extent, Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from . import dryrun
@@ -74,19 +74,16 @@ def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]])
     return _Call(footprint, {value.name: shapes.shapes[value.name] for value in graph.model.graph.output})
 
 
-def call_problem(
-    spec: ModelSpec, component: Component, on_cpu: bool, size: tuple[int, int, int]
-) -> str | None:
-    """Why the graph cannot be called at `size` (batch, and the picture's height and width in pixels), or None
-    if it can."""
-    graph, inputs = component.graph, input_shapes(spec, component, size)
+def call_problem(spec: ModelSpec, component: Component, on_cpu: bool, extent: Extent) -> str | None:
+    """Why the graph cannot be called at `extent`, or None if it can."""
+    graph, inputs = component.graph, input_shapes(spec, component, extent)
     assert graph is not None
     call = call_of(graph, on_cpu, inputs)
     if isinstance(call, str):
-        if halves_evenly(spec, component, size):
+        if halves_evenly(spec, component, extent):
             return f"{graph.file} is no graph that can be followed ({call}): export the model again"
         step = even_step(spec, component)
-        near = "x".join(str(max(step, round(side / step) * step)) for side in (size[2], size[1]))
+        near = "x".join(str(max(step, round(side / step) * step)) for side in (extent.width, extent.height))
         return (
             f"{graph.file} can do multiples of {step} pixels only, as it was exported for these: "
             f"ask for {near}, or export the model again, with --to onnx"

@@ -20,7 +20,7 @@ from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ...machine.detect import pinnable
 from ...machine.hardware import Hardware
 from ...machine.process import release
-from ...models.families.family import Role
+from ...models.families.family import Extent, Role
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
 from ...placement import DYNAMIC, QUANTISED, Placement
@@ -139,7 +139,7 @@ class TorchBackend:
         component: Component,
         placement: Placement,
         hardware: Hardware,
-        size: tuple[int, int, int],  # noqa: ARG004
+        extent: Extent,  # noqa: ARG004
     ) -> str | None:
         """Why the component cannot run with this placement on that hardware, or None if it can."""
         return first_broken(_REFUSALS, _Case(component, placement, hardware))
@@ -154,9 +154,9 @@ class TorchBackend:
         component: Component,
         placement: Placement,
         hardware: Hardware,
-        size: tuple[int, int, int],
+        extent: Extent,
     ) -> Footprint:
-        return dryrun.footprint(spec, component, placement, hardware, size)
+        return dryrun.footprint(spec, component, placement, hardware, extent)
 
     def load(self, component: Component, placement: Placement) -> TorchSession:
         """Build the module on meta, then fill it at once or stream its weights as it runs."""

@@ -14,6 +14,7 @@ from ....kernels import attention
 from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
 from ...errors import explained
 from ...machine.hardware import Hardware
+from ...models.families.family import Extent
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
 from ...placement import QUANTISED, Placement
@@ -151,14 +152,14 @@ def footprint(
     component: Component,
     placement: Placement,
     hardware: Hardware,
-    size: tuple[int, int, int],
+    extent: Extent,
 ) -> Footprint:
-    """Memory of the component called at `size`: batch, and the picture's height and width in pixels.
+    """Memory of the component called at `extent`: batch, and the picture's height and width in pixels.
 
     Weights come from the files' headers, the call from a dry run on `meta`, which is cached.
     """
     dtype, device = weights.DTYPES[placement.compute], torch.device(hardware.device)
-    shapes = spec.inputs(component, *size)
+    shapes = spec.inputs(component, *extent)
     module, stored, identity = _module(component, placement, device.type)
     half = dtype.itemsize == 2  # fp16 and bf16 need the same bytes
     key = (component.name, identity, spec.family, half, placement.tiling, device.type, tuple(shapes.items()))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..checks import Check
 
@@ -41,8 +41,7 @@ class Role(Enum):
 _STAGES = {Role.TEXT: "encode", Role.ENCODER: "encode", Role.DENOISER: "denoise", Role.DECODER: "decode"}
 
 
-@dataclass(frozen=True)
-class Extent:
+class Extent(NamedTuple):
     """What the inputs of one call depend on: rows of a batch, and the picture's height and width in
     pixels."""
 

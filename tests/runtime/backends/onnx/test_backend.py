@@ -25,6 +25,7 @@ from tightfit.runtime.backends.onnx import footprint as onnx_footprint
 from tightfit.runtime.costs.footprint import Footprint, Trace, peak
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.models.families.networks import UNET
 from tightfit.runtime.models.graph import read_graph
 from tightfit.runtime.placement import Placement
@@ -911,6 +912,8 @@ def test_fp16_graphs_are_refused_where_they_answer_nan(onnx_models):
         placement = Placement(
             "onnx", precision, precision, "staged", "sdpa", "whole", "CUDAExecutionProvider"
         )
-        refused = engine.OnnxBackend.refuses(spec, spec.components["unet"], placement, hardware, (1, 64, 64))
+        refused = engine.OnnxBackend.refuses(
+            spec, spec.components["unet"], placement, hardware, Extent(1, 64, 64)
+        )
         assert why in (refused or "")
         assert bool(refused) == bool(why)

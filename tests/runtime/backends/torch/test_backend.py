@@ -13,6 +13,7 @@ import tightfit
 from safetensors.torch import load_file, save_file
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.machine.hardware import Hardware, half_is_broken
+from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
 
@@ -345,7 +346,7 @@ def test_what_a_card_cannot_compute(sd1, name, capability, precision, compute, w
     halves = () if half_is_broken(name, capability) else ("fp16",)
     card = Hardware("cuda", name, 2**33, 2**33, (*halves, "fp32"), capability)
     placement = Placement("torch", precision, compute, "staged", "sdpa", "whole")
-    why = TorchBackend.refuses(spec, spec.components["unet"], placement, card, (1, 64, 64))
+    why = TorchBackend.refuses(spec, spec.components["unet"], placement, card, Extent(1, 64, 64))
     assert why is None if words is None else words in str(why)
 
 
@@ -429,5 +430,5 @@ def test_whole_numbers_are_refused_where_triton_does_not_run(sd1, monkeypatch):
     card = Hardware("cuda", "NVIDIA GeForce RTX 3060", 2**33, 2**33, ("fp16", "fp32"), (8, 6), rates)
     for providers, words in ((None, "Failed to find C compiler; install one): choose int8"), ((), None)):
         there = replace(card, providers=providers)
-        why = engine.TorchBackend.refuses(spec, spec.components["unet"], placement, there, (1, 64, 64))
+        why = engine.TorchBackend.refuses(spec, spec.components["unet"], placement, there, Extent(1, 64, 64))
         assert why is None if words is None else words in str(why)

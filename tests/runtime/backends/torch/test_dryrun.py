@@ -8,6 +8,7 @@ import pytest
 import torch
 from tightfit.runtime.backends.torch import dryrun
 from tightfit.runtime.machine.profiles import profile
+from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner.choose import plan
@@ -31,7 +32,7 @@ def test_remembered_operators_leave_the_same_trace(monkeypatch, tiny_models, mac
     def traces():
         dryrun._traces.clear()
         return [
-            dryrun.footprint(spec, spec.components[name], way, hardware, (1, 136, 72)).trace
+            dryrun.footprint(spec, spec.components[name], way, hardware, Extent(1, 136, 72)).trace
             for name, way in ways
         ]
 

@@ -16,6 +16,7 @@ from tightfit.runtime.backends.torch.quantised import workspace
 from tightfit.runtime.costs.footprint import Footprint, peak
 from tightfit.runtime.errors import OutOfMemoryError
 from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
 from torch.profiler import ProfilerActivity, profile
@@ -71,7 +72,7 @@ def test_against_the_profiler(tiny_models, model, component, attention, tiling, 
         Placement("torch", precision, compute, "staged", attention, tiling),
     )
     size = (batch, 128, 192)
-    footprint = dryrun.footprint(spec, part, placement, CPU, size)
+    footprint = dryrun.footprint(spec, part, placement, CPU, Extent(*size))
     call, dtype, cpu = networks.forward(part, placement), weights.DTYPES[compute], torch.device("cpu")
     module = networks.build(part, placement, "cpu")
     weights.fill(module, weights.match(part, module), dtype, cpu)
