@@ -25,12 +25,13 @@ from ..kernels import formats
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import LEAST, recipe
+from ..runtime.models.families.family import Network, Role
 from .metrics import summary
 from .quality import labelled, paint
 from .record import record
 
-# (component, layer, weight) → (rounded weight, bytes).
-Rounding = Callable[[str, str, torch.Tensor], tuple[torch.Tensor, float]]
+# (network, layer, weight) → (rounded weight, bytes).
+Rounding = Callable[[Network, str, torch.Tensor], tuple[torch.Tensor, float]]
 
 
 def main() -> None:
@@ -58,17 +59,18 @@ def main() -> None:
 def rounded_model(target: Path, rounding: Rounding) -> float:
     """Copy emoji with its weights rounded, in fp32. Returns the bits per U-Net value, counting what stays in
     16 bits."""
-    shutil.copytree(inspect("emoji").folder, target)
-    bits = 0.0
+    spec = inspect("emoji")
+    shutil.copytree(spec.folder, target)
+    networks, bits = {part.network.folder: part.network for part in spec.components.values()}, 0.0
     for file in target.rglob("*.safetensors"):
-        weights, total, count = load_file(file), 0.0, 0
+        network, weights, total, count = networks[file.parent.name], load_file(file), 0.0, 0
         for name, weight in weights.items():
             layer, value, size = name.removesuffix(".weight"), weight.float(), 2.0 * weight.numel()
             if name != layer and weight.ndim in (2, 4) and weight.numel() >= LEAST:
-                value, size = rounding(file.parent.name, layer, value)
+                value, size = rounding(network, layer, value)
             weights[name], total, count = value.contiguous(), total + size, count + weight.numel()
         save_file(weights, file)
-        bits = 8 * total / count if file.parent.name == "unet" else bits
+        bits = 8 * total / count if network.role is Role.DENOISER else bits
     return bits
 
 
@@ -86,15 +88,15 @@ def everywhere(name: str) -> Rounding:
 
 
 def by_recipe(precision: str) -> Rounding:
-    return lambda component, layer, weight: in_format(
-        recipe(precision, component, layer, weight.shape), weight
+    return lambda network, layer, weight: in_format(
+        recipe(precision, layer, weight.shape, network.least_bits), weight
     )
 
 
 def round_to_nearest() -> Rounding:
     """int4 in groups of 64 with a fractional zero: neither fitted nor in sixteenths."""
 
-    def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def rounding(_: Network, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         form, rows = FORMATS["int4-g64"], FORMATS["int4-g64"].rows(weight).clone()
         for channels, _groups, size in form.spans(rows.shape[-1]):
             x = rows[..., channels].unflatten(-1, (-1, size))
@@ -116,11 +118,12 @@ def calibrated(
         effort = calibrate.Effort(8, 20, None, 3.0, bits)
         scheme = calibrate.calibrated(inspect("emoji"), precision, effort, lambda _: None)
 
-        def rounding(component: str, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
-            name = recipe(precision, component, layer, weight.shape)
-            if component == "unet" and formats_too:
+        def rounding(network: Network, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+            name = recipe(precision, layer, weight.shape, network.least_bits)
+            calibrates = network.role is Role.DENOISER
+            if calibrates and formats_too:
                 name = scheme.formats.get(layer)
-            moment = scheme.moments.get(layer) if component == "unet" and feedback else None
+            moment = scheme.moments.get(layer) if calibrates and feedback else None
             return in_format(name, weight, moment)
 
         return rounding
@@ -132,7 +135,7 @@ def low_rank(rank: int) -> Rounding:
     """int4 in groups of 64 for the remainder after the largest singular directions, which are kept in fp16
     (SVDQuant, arXiv 2411.05007)."""
 
-    def rounding(_: str, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def rounding(_: Network, __: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         flat = weight.flatten(1)
         u, s, v = torch.linalg.svd(flat, full_matrices=False)
         most = min(rank, len(s))
@@ -146,7 +149,7 @@ def low_rank(rank: int) -> Rounding:
 def bitsandbytes(kind: str) -> Rounding:
     """What bitsandbytes quantises: only linears, in NF4 or int8; the others stay in fp16."""
 
-    def rounding(_: str, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
+    def rounding(_: Network, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:
         from bitsandbytes import functional  # pyright: ignore[reportMissingImports]
 
         if weight.ndim != 2 or layer.endswith("_embedding"):

@@ -88,7 +88,7 @@ def main() -> None:
         data.fetch(args.work)
         chosen = data.emoji(args.work)
         pictures = torch.from_numpy(data.pixels(chosen, pipe.spec.native_size[0])).permute(0, 3, 1, 2)
-        vae = AutoencoderKL.from_pretrained(pipe.spec.folder / "vae", dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(pipe.spec.decoder.folder, dtype=torch.float32)
         right = np.linspace(0, len(chosen) - 1, args.labels).round().astype(int).tolist()
         start = time.perf_counter()
         options = {"guidance_scale": args.guidance_scale, "scheduler": args.scheduler}

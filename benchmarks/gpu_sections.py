@@ -347,7 +347,7 @@ def differing(plans: Sequence[tuple[int, Plan]], most: int) -> list[tuple[int, P
     """`most` of the (cap, plan) pairs, greedily chosen to cover as many pairs of choices as possible."""
     pairs = []
     for cap, candidate in plans:
-        unet, vae = candidate.placements["unet"], candidate.placements["vae_decoder"]
+        unet, vae = candidate.denoiser, candidate.decoder
         choices = (
             cap,
             unet.residency,

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
+from ..runtime.models.families.networks import DECODER, UNET
+
 Config = Mapping[str, Any]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
@@ -166,17 +168,19 @@ def _of_pipelines() -> Iterator[Case]:
     for clip in (True, False):
         config = {**BETAS, **CONSISTENT, "clip_sample": clip}
         yield Case("latent consistency", f"clip_sample {clip}, its defaults", "sd1", config, config,
-                   options={}, changes={"unet": {"time_cond_proj_dim": 16}},
+                   options={}, changes={UNET.folder: {"time_cond_proj_dim": 16}},
                    pipeline="LatentConsistencyModelPipeline")  # fmt: skip
     for field_ in ({}, {"steps_offset": 0, "clip_sample": True}, _V):
         name = ", ".join(f"{key} {value}" for key, value in field_.items()) or "no more than betas"
         yield Case("configs of 2022", name, "sd1", {**_DDIM, **field_}, {**_DDIM, **field_})
     euler = {**BETAS, "_class_name": "EulerDiscreteScheduler"}
     for family in ("sdxl", "sd1"):
-        yield Case("latents_mean and latents_std", family, family, euler, euler, changes={"vae": AFFINE})
+        yield Case(
+            "latents_mean and latents_std", family, family, euler, euler, changes={DECODER.folder: AFFINE}
+        )
     old = {"sample_size": 32, "_diffusers_version": "0.6.0"}
     yield Case(
-        "sizes", "sample_size 32 of 2022, the default size", "sd1", euler, euler, changes={"unet": old}
+        "sizes", "sample_size 32 of 2022, the default size", "sd1", euler, euler, changes={UNET.folder: old}
     )
     for family in ("sd1", "sdxl"):
         size = {"num_inference_steps": 4, "width": 72, "height": 104}

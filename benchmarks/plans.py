@@ -49,7 +49,7 @@ def main() -> None:
             if not best.fits:
                 print(f"| {card} | {room} | {none_fits(plans, hardware, request, Wishes())} |")
                 continue
-            unet, vae = best.placements["unet"], best.placements["vae_decoder"]
+            unet, vae = best.denoiser, best.decoder
             how = (unet.precision, best.residency, best.cfg, unet.attention, f"{vae.precision} {vae.tiling}")
             stages = (shown(count) for count in best.predicted.stages.values())
             seconds = f"{best.predicted.seconds:.1f}{'' if hardware.efficiency else '+'}"

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from ..runtime.errors import explained
+from ..runtime.models.families.networks import UNET
 from ..runtime.placement import BACKENDS, PRECISIONS, STAGES
 from ..runtime.units import shown
 from .compare import figures, seconds, spread
@@ -175,7 +176,7 @@ def _plots(ran: list[Row]) -> str:
 
 def _point(row: Row, x: float, y: float) -> Point:
     text = f"{row['summary']}: {figures(row)}"
-    unet = row["plan"]["placements"]["unet"]
+    unet = row["plan"]["placements"][UNET.name]
     return Point(x, y, _kind(unet["precision"], unet["backend"]), text)
 
 

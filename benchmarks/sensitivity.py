@@ -33,7 +33,7 @@ def main() -> None:
     parse.add_argument("--form", default="int4-g64", help="format of the layer that is quantised alone")
     args = parse.parse_args()
     spec, began = inspect(args.model), time.perf_counter()
-    unet, backend = spec.components["unet"], TorchBackend("cpu")
+    unet, backend = spec.denoiser, TorchBackend("cpu")
     arrays = noise(spec, 1, args.size)
 
     def session(precision: str, compute: str):
@@ -60,7 +60,7 @@ def main() -> None:
     }
     for path, layer in layers.items():
         kept = layer.weight.data
-        if recipe("int8", "unet", path, tuple(kept.shape)):
+        if recipe("int8", path, tuple(kept.shape)):
             layer.weight.data = dequantise(quantise(kept, form), form, kept.shape)
             alone[path] = snr(plain(**arrays)[0])
             layer.weight.data = kept

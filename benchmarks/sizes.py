@@ -51,7 +51,7 @@ def main() -> None:
 def row(spec: ModelSpec, precision: str, component_bytes: dict[str, tuple[int, int]]) -> dict[str, object]:
     """Decimal gigabytes of the U-Net and of everything, on disk and loaded."""
     disk, loaded = (sum(pair[i] for pair in component_bytes.values()) for i in (0, 1))
-    unet = component_bytes["unet"]
+    unet = component_bytes[spec.denoiser.name]
     names = {"unet disk": unet[0], "unet loaded": unet[1], "all disk": disk, "all loaded": loaded}
     return {
         "model": Path(spec.name).name,

@@ -37,7 +37,7 @@ def main() -> None:
     for model in args.models:
         name, _, precision = model.partition(":")
         spec = inspect(name)
-        unet, backend = spec.components["unet"], TorchBackend(hardware.device)
+        unet, backend = spec.denoiser, TorchBackend(hardware.device)
         placement = Placement(
             "torch", precision or spec.precision or compute, compute, "resident", args.attention, "whole"
         )
@@ -69,7 +69,7 @@ def main() -> None:
 
 def noise(spec: ModelSpec, batch: int, size: int) -> dict[str, np.ndarray]:
     """Inputs of a U-Net in the middle of a picture: reproducible noise in place of latents and texts."""
-    random, shapes = np.random.default_rng(0), spec.inputs(spec.components["unet"], batch, size, size)
+    random, shapes = np.random.default_rng(0), spec.inputs(spec.denoiser, batch, size, size)
     arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
     return arrays | {"timestep": np.array(500, np.float32)}
 

@@ -41,9 +41,7 @@ def main() -> None:
 def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:
     precision = hardware.precisions[0]
     placement = Placement("torch", precision, precision, "streamed", "sdpa", "whole")
-    streamed = engine("torch").footprint(
-        spec, spec.components["unet"], placement, hardware, Extent(2, side, side)
-    )
+    streamed = engine("torch").footprint(spec, spec.denoiser, placement, hardware, Extent(2, side, side))
     head, spans = arrival_spans(hardware, placement, streamed)
     copies = [arrival.bytes / bus_rate(hardware, streamed) for arrival in streamed.arrivals]
     variants = [
@@ -54,8 +52,8 @@ def row(hardware: Hardware, spec: ModelSpec, side: int) -> list[str]:
     wishes = Wishes(
         precision=precision, residency="streamed", cfg="batched", attention="sdpa", budget=hardware.free_bytes
     )
-    best = plan(hardware, spec, Request("a", width=side, height=side), wishes)[0].placements["unet"]
-    kept = engine("torch").footprint(spec, spec.components["unet"], best, hardware, Extent(2, side, side))
+    best = plan(hardware, spec, Request("a", width=side, height=side), wishes)[0].denoiser
+    kept = engine("torch").footprint(spec, spec.denoiser, best, hardware, Extent(2, side, side))
     variants.append(call_seconds(hardware, replace(placement, kept_bytes=best.kept_bytes), kept))
     return [f"{seconds:.3f}" for seconds in variants] + [shown(best.kept_bytes)]
 

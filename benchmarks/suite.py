@@ -26,6 +26,7 @@ from typing import Any
 from .. import ModelSpec, Plan, Request, TightfitError
 from ..runtime.errors import explained, first_line
 from ..runtime.files import parsed, read_bytes, read_json
+from ..runtime.models.families.networks import UNET
 from ..runtime.pipeline import MANY
 from ..runtime.placement import BACKENDS, PRECISIONS, STAGES
 from ..runtime.planner.choose import plan as every_plan
@@ -57,7 +58,7 @@ _LINE = {
     "command": str, "versions": {}, "request": dict.fromkeys(("width", "height", "steps"), (int, 1, 2 ** 16)),
     "hardware": {"name": str, "bytes": _BYTES, "threads": (int, 1, 10**6)},
     "plan": {
-        "device": str, "cfg": str, "placements": {"unet": {"precision": PRECISIONS, "backend": BACKENDS}},
+        "device": str, "cfg": str, "placements": {UNET.name: {"precision": PRECISIONS, "backend": BACKENDS}},
         "predicted": {"seconds": _SECONDS, "peak_bytes": _BYTES, "context_bytes": _BYTES,
                       "stages": dict.fromkeys(STAGES, _BYTES)},
     },
@@ -165,9 +166,7 @@ def choose(plans: Sequence[Plan], which: str) -> list[Plan]:
         return runnable
     fitting = [plan for plan in runnable if plan.fits]
     if which == "quick":
-        return list({(p.precision, p.placements["unet"].backend): p for p in reversed(fitting)}.values())[
-            ::-1
-        ]
+        return list({(p.precision, p.denoiser.backend): p for p in reversed(fitting)}.values())[::-1]
     return [plan for plan in fitting if not any(rival.beats(plan) for rival in fitting)]
 
 

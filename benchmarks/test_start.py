@@ -43,7 +43,7 @@ def test_tokenize(benchmark, models, who):
     text = "a lighthouse at dusk, oil on canvas, " * 4
     benchmark.group = "tokenize"
     if who == "tightfit":
-        benchmark(tokenize, spec, spec.components["text_encoder"], {"prompt": text})
+        benchmark(tokenize, spec, spec.text_encoders[0], {"prompt": text})
         return
     from transformers import AutoTokenizer
 

@@ -1,10 +1,9 @@
-"""Which layers hurt most when they are quantised, measured by running the model; and more bits for these,
-within a budget.
+"""Measure which layers hurt most when they are quantised, and give these more bits, within a budget.
 
-The U-Net paints a few pictures with diffusers' own pipeline. Of each layer's inputs x the mean of x xᵀ is
-kept: by it codes are chosen whose errors cancel (kernels/gptq.py), and every format's error in the layer's
-answers is known. Of some steps the U-Net's inputs and answer are kept: by them each layer, quantised alone,
-shows what it does to the predicted noise.
+The U-Net paints a few images with diffusers' own pipeline. The mean of x xᵀ over each layer's inputs x is
+kept. From it follow codes whose errors cancel (kernels/gptq.py), and the error of every format in the layer's
+answers. The U-Net's inputs and answer are kept for some steps. With these each layer is quantised alone, and
+the error in the predicted noise is measured.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ from .torch_model import Scheme, energy
 if TYPE_CHECKING:
     from ..runtime.models.spec import ModelSpec
 
-# One for each kind of picture that people ask for; none is of emoji's training, which have one or two words.
+# One for each kind of image that people ask for. None is from emoji's training, whose prompts are one or two
+# words.
 PROMPTS = (
     "a portrait photo of an old fisherman, natural light", "a red heart",
     "a lighthouse on a cliff at dusk, oil painting", "a bowl of ramen, studio photo",
@@ -47,16 +47,16 @@ LADDER = {
     "int8": ("int8", "int8-g64", None),
     "int4": ("int4-g64", "int4-g32", "int8", "int8-g64", None),
 }
-BITS = {"int8": 8.15, "int4": 5.0}  # a value of the U-Net, on average
-MOST_BITS = {"int8": 12, "int4": 8}  # beyond which a model would hardly deserve its precision's name
-_ROWS = 4096  # of a layer's inputs that a call adds to its moment, at most
-_STATES = 8  # calls of the U-Net by which layers are judged
+BITS = {"int8": 8.15, "int4": 5.0}  # per value of the U-Net, on average
+MOST_BITS = {"int8": 12, "int4": 8}  # with more, the precision's name would mislead
+_ROWS = 4096  # the most of a layer's inputs that one call adds to its moment
+_STATES = 8  # calls of the U-Net that layers are judged by
 _PLAINLY = Placement("torch", "fp32", "fp32", "resident", "sdpa", "whole")
 
 
 @dataclass(frozen=True)
 class State:
-    """One call of the U-Net, and what it answered."""
+    """One call of the U-Net and its answer."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -64,13 +64,12 @@ class State:
 
 
 class Calibration:
-    """A U-Net (diffusers' module) with the moments of its layers' inputs, and states to judge it by."""
+    """A U-Net (diffusers' module), the moments of its layers' inputs, and states to judge it by."""
 
     def __init__(
         self, unet: nn.Module, paint: Callable[[str], object], prompts: int, tell: Callable[[str], object]
     ) -> None:
-        """`paint` paints a prompt with `unet`. Half of the states are kept aside, to measure the result
-        on."""
+        """`paint` paints a prompt with `unet`. Half of the states are held out to measure the result."""
         self.unet, self.tell = unet, tell
         self.layers: dict[str, Any] = {
             path: part
@@ -106,7 +105,7 @@ class Calibration:
         self._calls.append(State(args, kwargs, out[0]))
 
     def snr(self, states: list[State]) -> float:
-        """Decibels of the answers that were kept against how far the U-Net's answers are from them now."""
+        """Decibels of the states' answers against the error of the U-Net's present answers."""
         signal = noise = 0.0
         for state in states:
             wrong = self.unet(*state.args, **state.kwargs)[0] - state.answer
@@ -114,7 +113,7 @@ class Calibration:
         return 10 * math.log10(signal / noise) if noise else math.inf
 
     def rounded(self, path: str, form: str | None) -> Tensor:
-        """A layer's weight as it will be when stored in a format, or in 16 bits."""
+        """A layer's weight as a format stores it; None is 16 bits."""
         weight = self.layers[path].weight.detach()
         if form is None:
             return weight.half().to(weight.dtype)
@@ -122,11 +121,11 @@ class Calibration:
         return dequantise(parts, FORMATS[form], weight.shape).to(weight)
 
     def damage(self, precision: str) -> dict[str, dict[str | None, float]]:
-        """For each layer and format what it adds to the share of the predicted noise that is wrong.
+        """The share of the predicted noise that each layer in each format gets wrong.
 
-        Measured with the lowest format; for the others in proportion to the errors of the layer's answers.
+        Measured for the lowest format. Other formats are in proportion to the errors of the layer's answers.
         """
-        found: dict[str, dict[str | None, float]] = {}
+        shares: dict[str, dict[str | None, float]] = {}
         began = time.perf_counter()
         for i, (path, layer) in enumerate(self.layers.items()):
             weight, forms = layer.weight.data, LADDER[precision]
@@ -135,7 +134,7 @@ class Calibration:
             layer.weight.data = versions[forms[0]]
             share = 10 ** (-self.snr(self.states) / 10)
             layer.weight.data = weight
-            found[path] = {
+            shares[path] = {
                 form: share * error / max(errors[forms[0]], 1e-30) for form, error in errors.items()
             }
             if i % 25 == 24:
@@ -143,7 +142,7 @@ class Calibration:
                 self.tell(
                     f"calibrating: {i + 1} of {len(self.layers)} layers measured, {left:.0f} minutes left"
                 )
-        return found
+        return shares
 
     def _answer_error(self, path: str, wrong: Tensor) -> float:
         """E|ΔW x|²: each tap's weights times the moment of the inputs."""
@@ -154,17 +153,17 @@ class Calibration:
         return energy(rows) if moment is None else ((rows @ moment) * rows).sum(dtype=torch.float64).item()
 
     def scheme(self, precision: str, bits: float) -> Scheme:
-        """More bits for the layers that need them most, up to `bits` a value on average; measured on states
-        kept aside."""
+        """More bits for the layers that need them most, up to `bits` per value on average. Measured on the
+        states that were held out."""
         damage = self.damage(precision)
         shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
         values = sum(parameter.numel() for parameter in self.unet.parameters())
         rest = values - sum(math.prod(shape) for shape in shapes.values())
         chosen = allocate(damage, shapes, LADDER[precision], bits * values / 8 - 2 * rest)
         formats = {path: form for path, form in chosen.items() if form}
-        default = {path: recipe(precision, "unet", path, shape) for path, shape in shapes.items()}
+        default = {path: recipe(precision, path, shape) for path, shape in shapes.items()}
         measured = {"snr": {"calibrated": self._snr_of(chosen), "recipe": self._snr_of(default)}}
-        lowest = {path: each[LADDER[precision][0]] for path, each in damage.items()}
+        lowest = {path: shares[LADDER[precision][0]] for path, shares in damage.items()}
         worst = heapq.nlargest(10, lowest, key=lambda path: lowest[path] / math.prod(shapes[path]))
         measured |= {
             "worst": {path: {"share": lowest[path], "kept": chosen[path] or "16 bits"} for path in worst}
@@ -172,7 +171,7 @@ class Calibration:
         return Scheme(formats, self.moments, measured)
 
     def _snr_of(self, formats: Mapping[str, str | None]) -> float:
-        """Of the whole U-Net in these formats, in decibels, on states that nothing was chosen by."""
+        """Of the whole U-Net in these formats, in decibels, on the states that were held out."""
         kept = {path: layer.weight.data for path, layer in self.layers.items()}
         for path, layer in self.layers.items():
             layer.weight.data = self.rounded(path, formats[path])
@@ -183,7 +182,7 @@ class Calibration:
 
 
 def least_bits(layers: Mapping[str, tuple[int, ...]], tensors: Iterable[Any], precision: str) -> float:
-    """Bits of a value on average with every layer in the lowest format, and what is too small for one at
+    """Bits per value on average with every layer in the lowest format. What is too small to quantise takes
     16."""
     lowest, values = LADDER[precision][0], sum(tensor.count for tensor in tensors)
     large = [shape for shape in layers.values() if math.prod(shape) >= LEAST]
@@ -197,11 +196,10 @@ def allocate(
     ladder: tuple[str | None, ...],
     room: float,
 ) -> dict[str, str | None]:
-    """The format of each layer so that all take at most `room` bytes, if the lowest do, and the damage adds
-    up to little.
+    """The format of each layer. All take at most `room` bytes, unless the lowest formats take more.
 
-    Greedy: of all steps up from one format to another, the one that mends most a byte, as long as there is
-    one that fits.
+    Greedy: of all steps to a larger format that fit, take the one that removes the most damage per byte,
+    until none fits.
     """
     cost = {path: {form: _bytes(form, shape) for form in ladder} for path, shape in shapes.items()}
     chosen: dict[str, str | None] = {
@@ -229,8 +227,7 @@ def _bytes(form: str | None, shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class Effort:
-    """How much to paint (pictures, steps of each, pixels or the model's own, guidance), and how many bits to
-    share out."""
+    """How much to paint, and how many bits per value to spend. `size` None is the model's own."""
 
     prompts: int
     steps: int
@@ -240,11 +237,10 @@ class Effort:
 
 
 def pipeline(spec: ModelSpec, steps: int) -> Any:
-    """diffusers' pipeline for the family, in fp32 on the CPU, to paint latents with; its VAE has no weights.
+    """diffusers' pipeline for the family, in fp32 on the CPU. It paints latents; its VAE has no weights.
 
-    Made of classes that are named here, never by diffusers' DiffusionPipeline.from_pretrained: before 0.38
-    that ran Python code of the folder when model_index.json named some, and it opens a safety checker's
-    pickle.
+    It is made of classes named here, not by DiffusionPipeline.from_pretrained. Before diffusers 0.38 that ran
+    Python code of the folder if model_index.json named some, and it opens a safety checker's pickle.
     """
     import diffusers
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
@@ -252,13 +248,14 @@ def pipeline(spec: ModelSpec, steps: int) -> Any:
 
     parts: dict[str, Any] = {"scheduler": schedulers.make(schedulers.default(spec), spec, steps)}
     with torch.device("meta"):
-        parts["unet"] = UNet2DConditionModel.from_config(dict(spec.unet))
+        parts[spec.denoiser.network.folder] = UNet2DConditionModel.from_config(dict(spec.unet))
         vae: Any = AutoencoderKL.from_config(dict(spec.vae))
         for encoder in spec.text_encoders:
-            parts[encoder.name] = networks.build(encoder, _PLAINLY, "cpu")
-    parts["vae"] = vae.to_empty(device="cpu")  # whose pages nobody touches, so that they take no memory
-    for name in ("unet", *(encoder.name for encoder in spec.text_encoders)):
-        component, module = spec.components[name], parts[name].eval().requires_grad_(False)
+            parts[encoder.network.folder] = networks.build(encoder, _PLAINLY, "cpu")
+    # No page of it is touched, so that it takes no memory.
+    parts[spec.decoder.network.folder] = vae.to_empty(device="cpu")
+    for component in (spec.denoiser, *spec.text_encoders):
+        module = parts[component.network.folder].eval().requires_grad_(False)
         weights.fill(module, weights.match(component, module), torch.float32, torch.device("cpu"))
     for encoder in spec.text_encoders:
         tokenizer = encoder.network.tokenizer
@@ -277,7 +274,7 @@ def pipeline(spec: ModelSpec, steps: int) -> Any:
 
 @torch.inference_mode()
 def calibrated(spec: ModelSpec, precision: str, effort: Effort, tell: Callable[[str], object]) -> Scheme:
-    """The scheme for the U-Net of the model `spec`, found by running it in fp32. Raises TightfitError for a
+    """The scheme for the U-Net of the model, measured by running it in fp32. Raises TightfitError for a
     broken model."""
     from diffusers.utils import logging as of_diffusers
 

@@ -1,4 +1,4 @@
-"""`tightfit export`: arguments become an export, and what it says of itself a bar, lines and a last one."""
+"""`tightfit export`: from arguments to an export, its progress as a bar and lines."""
 
 from __future__ import annotations
 
@@ -60,20 +60,20 @@ def export(typed: Arguments) -> None:
 
 @contextmanager
 def _listener() -> Iterator[exporter.Listener]:
-    """Lines as they are; a bar from the first network that is written, and a line for each that is done."""
+    """Prints lines as they are. Shows a bar from the first network on, and a line for each finished one."""
     bar: Any = None
     task: Any = None
     with ExitStack() as stack:
 
-        def progress(network: str, what: str, done: int, total: int) -> None:
+        def progress(network: str, action: str, done: int, total: int) -> None:
             nonlocal bar, task
             if bar is None:
                 bar = stack.enter_context(progress_bar(24))
                 task = bar.add_task("", total=1)
             if total < 0:
-                text = printable(f"{network}: {what}")
+                text = printable(f"{network}: {action}")
                 bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
             else:
-                bar.update(task, description=f"{network}: {what}", completed=done, total=total)
+                bar.update(task, description=f"{network}: {action}", completed=done, total=total)
 
         yield exporter.Listener(partial(say, err=True), progress)

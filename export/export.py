@@ -1,4 +1,4 @@
-"""What an export may be, decided before anything is written: precision, engine, a scheme for the weights."""
+"""Decides all of an export before anything is written: precision, engine, a scheme for the weights."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..runtime import interrupts
 from ..runtime.errors import TightfitError, explained, first_line
 from ..runtime.files import read_json
 from ..runtime.machine.providers import CPU_PROVIDER, PROVIDERS, providers
-from ..runtime.models.families.family import Role
 from ..runtime.models.layouts.safetensors import all_tensors
 from ..runtime.placement import DYNAMIC, STORED, Placement
 
 if TYPE_CHECKING:
-    from ..runtime.models.spec import ModelSpec
+    from ..runtime.models.families.family import Network
+    from ..runtime.models.spec import Component, ModelSpec
     from .torch_model import Scheme, Tensors
 
 PRECISIONS = {"torch": STORED, "onnx": ("fp32", "fp16", *STORED)}
-"""What each engine's exports can be in."""
+"""Precisions of each engine's exports."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """What may be decided of an export besides its precision and engine.
+    """Options of an export besides its precision and engine.
 
-    compute: with "onnx", what int8 and int4 compute in. calibrate: prompts to paint, to find which layers
-    need more bits; bits: of a U-Net weight on average; steps and size: of each picture.
+    compute: with "onnx", arithmetic for int8 and int4 weights. calibrate: prompts to paint, to find the
+    layers that need more bits. bits: per U-Net weight on average. steps and size: of each image.
     """
 
     compute: str = "auto"
@@ -41,7 +41,7 @@ class Options:
     size: int | None = None
 
     def check(self, precision: str, to: str) -> None:
-        """Raise TightfitError for what no model can be exported as."""
+        """Raise TightfitError for options that no model can be exported with."""
         if precision == DYNAMIC:
             elsewhere = "; ONNX Runtime has no such way, leave out --to onnx" if to == "onnx" else ""
             cure = f"export --precision int8, and run that with {DYNAMIC}{elsewhere}"
@@ -71,10 +71,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Listener:
-    """What hears of an export while it runs.
+    """Called while an export runs.
 
-    line: a line of text. progress: a network, what is being done to it, and how many of how many; below
-    zero, what was done to it.
+    line: with a line of text. progress: with a network, an action, and how many weights of how many are done.
+    A negative number of weights means that the network is finished.
     """
 
     line: Callable[[str], object] = lambda _: None
@@ -89,12 +89,12 @@ def export_model(
     listener: Listener | None = None,
     **options: Any,
 ) -> Path:
-    """Write a model with its weights in 8 or 4 bits, or as ONNX; `load(output)` runs it. Answers the folder.
+    """Write a model with its weights in 8 or 4 bits, or as ONNX. Returns the folder, which `load` runs.
 
-    model: emoji, a folder or a hub id. output: a folder that is not there yet. precision: int8 or int4, and
+    model: emoji, a folder or a hub id. output: a folder that does not exist yet. precision: int8 or int4, and
     with `to="onnx"` also fp32 or fp16. Options are the fields of export.export.Options: compute, calibrate
-    (so many prompts are painted to find which layers need more bits), bits, steps, size. `listener` hears how
-    it goes on. Nothing is left half-written. Raises TightfitError.
+    (prompts to paint, to find the layers that need more bits), bits, steps, size. `listener` is called with
+    the progress. Nothing is left half-written. Raises TightfitError.
     """
     known = [field.name for field in fields(Options)]
     if unknown := [name for name in options if name not in known]:
@@ -117,12 +117,21 @@ def export_model(
 
 @dataclass(frozen=True)
 class _Export:
-    """A model that can be exported: its tensors by stored component, and what their weights become."""
+    """A model that can be exported. Tensors, and schemes for their weights, are by stored folder."""
 
     spec: ModelSpec
     precision: str
     tensors: Mapping[str, Tensors]
     schemes: Mapping[str, Scheme]
+
+    def networks(self) -> Iterator[Component]:
+        """Those that a picture needs, and before the one whose folder they share, those that it may need."""
+        for component in self.spec.components.values():
+            folder = component.network.folder
+            for network in self.spec.design.on_demand:
+                if network.folder == folder:
+                    yield _picked(component, network, self.tensors[folder], self.schemes[folder])
+            yield component
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -144,34 +153,36 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
     if spec.precision and (to == "torch" or options.calibrate or spec.precision != precision):
         raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
     tensors = {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
-    _check_weights(spec, tensors[spec.decoder.folder.name])
-    return _Export(spec, precision, tensors, _schemes(spec, precision, tensors))
+    export = _Export(spec, precision, tensors, _schemes(spec, precision, tensors))
+    _check_weights(export)
+    return export
 
 
-def _check_weights(spec: ModelSpec, vae: Tensors) -> None:
-    """Raise TightfitError unless the tensors are those that the configs build; the encoder of the VAE too.
+def _picked(component: Component, network: Network, tensors: Tensors, scheme: Scheme) -> Component:
+    """Another network from the folder of `component`."""
 
-    So what is written can be read again.
-    """
-    import torch
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    def its_own(names: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in names.items() if name.startswith(network.prefixes)}
 
+    formats = None if component.formats is None else its_own(scheme.formats)
+    return replace(component, network=network, tensors=its_own(tensors), formats=formats)
+
+
+def _check_weights(export: _Export) -> None:
+    """Raise TightfitError unless the tensors are those that the configs build, so that what is written can be
+    read again."""
     from ..runtime.backends.torch import loading as weights
     from ..runtime.backends.torch import networks
 
-    compute = spec.precision or "fp32"
+    compute = export.spec.precision or "fp32"
     as_stored = Placement("torch", compute, "fp32", "resident", "sdpa", "whole")
-    for component in spec.components.values():
-        weights.match(component, networks.build(component, as_stored, "cpu"))
-    if not spec.precision and any(name.startswith("encoder.") for name in vae):
-        decoder = spec.decoder
-        with torch.device("meta"):
-            whole: Any = AutoencoderKL.from_config(dict(decoder.config))
-        weights.match(replace(decoder, tensors=vae), whole)
+    for component in export.networks():
+        if component.tensors:  # none of a VAE's encoder that was left out
+            weights.match(component, networks.build(component, as_stored, "cpu"))
 
 
 def _schemes(spec: ModelSpec, precision: str, tensors: Mapping[str, Tensors]) -> dict[str, Scheme]:
-    """As the model is stored, if it is quantised already; else what the recipe says."""
+    """As the model is stored, if it is quantised already, otherwise the recipe's."""
     from .torch_model import Scheme, default_scheme
 
     if spec.precision:
@@ -179,7 +190,8 @@ def _schemes(spec: ModelSpec, precision: str, tensors: Mapping[str, Tensors]) ->
         return {name: Scheme(written.get(name, {}).get("formats", {})) for name in tensors}
     if precision not in STORED:
         return {name: Scheme({}) for name in tensors}
-    return {name: default_scheme(name, stored, precision) for name, stored in tensors.items()}
+    networks = {component.network.folder: component.network for component in spec.components.values()}
+    return {name: default_scheme(networks[name], stored, precision) for name, stored in tensors.items()}
 
 
 def _calibrated(export: _Export, options: Options, listener: Listener) -> _Export:
@@ -209,8 +221,7 @@ def _calibrated(export: _Export, options: Options, listener: Listener) -> _Expor
 def _to_torch(export: _Export, target: Path, listener: Listener) -> None:
     from . import torch_model
 
-    folder = export.spec.folder
-    torch_model.write(folder, target, export.tensors, export.schemes, export.manifest, listener.line)
+    torch_model.write(export.spec, target, export.tensors, export.schemes, export.manifest, listener.line)
 
 
 def _to_onnx(export: _Export, target: Path, compute: str, listener: Listener) -> None:
@@ -227,25 +238,23 @@ def _to_onnx(export: _Export, target: Path, compute: str, listener: Listener) ->
     from ..runtime.machine.process import release
 
     spec = export.spec
-    computes = _computes(export.precision, compute)
-    upcast = Role.DECODER in spec.design.overflows_in_half(spec)
-    wide = frozenset(["vae_encoder", "vae_decoder"] if upcast else [])
-    job = onnx.Job(computes, wide, current_name, release, listener.progress)
+    computes, wide = _computes(export.precision, compute), spec.design.overflows_in_half(spec)
+    job = onnx.Job(tuple(export.networks()), computes, wide, current_name, release, listener.progress)
     try:
-        onnx.write(spec.folder, target, export.tensors, export.schemes, job, export.manifest)
+        onnx.write(spec, target, export.tensors, export.schemes, job, export.manifest)
     except (DepartureError, GraphError, OnnxExporterError) as error:
         cause = f"{target} was not written: {first_line(error)}"
         raise TightfitError(f"{cause}; please report it with the model's name") from error
 
 
 def _computes(precision: str, compute: str) -> str:
-    """What the networks of an ONNX export compute in."""
+    """The arithmetic of an ONNX export's networks."""
     if precision not in STORED:
         return precision
     if compute != "auto":
         return compute
     of_gpus = {name for names in PROVIDERS.values() for name in names} - {CPU_PROVIDER}
-    return "fp16" if of_gpus & {*providers()} else "fp32"  # ONNX Runtime has no fp16 arithmetic on a CPU
+    return "fp16" if of_gpus & {*providers()} else "fp32"  # ONNX Runtime has no fp16 arithmetic on CPUs
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A model's folder, whole or not there; and in it one network in diffusers' layout: its config and its
+"""Write a model's folder whole or not at all, and a network into it as diffusers does: a config and a
 safetensors file."""
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..runtime.errors import TightfitError
 from ..runtime.files import inside, read_bytes, read_json
 from ..runtime.models.tokenizer import NAMES
 
-# What is copied of a model beside its weights, by folder; nothing else of it is looked at.
+# Files that are copied beside the weights, by folder. No other file of a model is read.
 _COPIED = {"tokenizer": NAMES, "tokenizer_2": NAMES, "scheduler": ("scheduler_config.json",)}
 _OF_A_NETWORK = ("config.json",)
 _PARTIAL = re.compile(r"\.tightfit-[0-9a-f]{32}\.partial")
 
 
 def write_component(folder: Path, module: Any, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Write the config of a diffusers or transformers `module` and its `weights`; returns its entry in
+    """Write the config of a diffusers or transformers `module` and its `weights`. Returns its entry for
     model_index.json."""
     kind = type(module).__name__
     folder.mkdir(parents=True)
@@ -38,7 +38,7 @@ def write_component(folder: Path, module: Any, weights: Mapping[str, torch.Tenso
         return ["diffusers", kind]
     module.config.architectures = [kind]
     module.config.save_pretrained(folder)
-    # the names that published models have, whatever today's transformers calls them
+    # As published models name them; today's transformers names some otherwise.
     prefixed = {n if n.startswith("text_") else f"text_model.{n}": w for n, w in weights.items()}
     save_file(prefixed, folder / "model.safetensors", {"format": "pt"})
     return ["transformers", kind]
@@ -47,11 +47,11 @@ def write_component(folder: Path, module: Any, weights: Mapping[str, torch.Tenso
 def copy_the_rest(
     source: Path, folder: Path, components: Collection[str], become: Mapping[str, Iterable[str]] | None = None
 ) -> None:
-    """Configs, tokenizers, scheduler. Parts that tightfit does not run, such as a safety checker, are left
-    out of the index.
+    """Copy configs, tokenizers and the scheduler. Parts that tightfit does not run, such as a safety checker,
+    are left out of the index.
 
-    `become` names the folders that a component's files go to, if not to one of its own name. Raises
-    TightfitError for a link that leaves the model, as what it leads to would be copied.
+    `become` names the folders that a component's files go to, where these are not its own. Raises
+    TightfitError for a link out of the model, as its target would be copied.
     """
     index = read_json(source / "model_index.json")
     parts = {name: files for name, files in _COPIED.items() if index.get(name)} | dict.fromkeys(
@@ -63,14 +63,14 @@ def copy_the_rest(
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     for name, files in parts.items():
         _check_inside(source / name, source)
-        there = {
+        contents = {
             file: _content(source / name / file, source)
             for file in files
             if os.path.lexists(source / name / file)
         }
         for target in (become or {}).get(name, [name]):
             (folder / target).mkdir(exist_ok=True)
-            for file, content in there.items():
+            for file, content in contents.items():
                 (folder / target / file).write_bytes(content)
 
 
@@ -88,8 +88,8 @@ def _check_inside(place: Path, model: Path) -> None:
 
 @contextmanager
 def appearing(target: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `target` at the end, or is gone; those that killed processes left
-    there go first."""
+    """A temporary sibling that is renamed to `target` at the end, or removed. Siblings left by killed
+    processes are removed first."""
     place = target.absolute().parent
     place.mkdir(parents=True, exist_ok=True)
     for left in place.glob(".tightfit-*.partial"):
@@ -107,14 +107,13 @@ def appearing(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-# A folder is owned as long as its process has a lock on it, which the kernel keeps, also for processes in
-# other containers, and lets go when the process ends, however it does. Where a file system has no locks
-# nothing is removed.
-_OWNED = ".owned"  # on Windows, which locks no folders: a file that cannot be removed as long as it is open
+# A process owns a folder as long as it has a lock on it. The kernel keeps the lock, across containers too,
+# and releases it when the process ends, however it ends. On a file system without locks nothing is removed.
+_OWNED = ".owned"  # on Windows, which locks no folders: a file that cannot be removed while it is open
 
 
 def _new_partial(place: Path) -> tuple[Path, int]:
-    """A new folder and what it is owned by: a descriptor, or -1."""
+    """A new folder, and the descriptor that owns it, or -1."""
     while True:
         partial = place / f".tightfit-{uuid4().hex}.partial"
         partial.mkdir()
@@ -124,14 +123,14 @@ def _new_partial(place: Path) -> tuple[Path, int]:
             if partial.exists():
                 return partial, owned
         except (BlockingIOError, FileNotFoundError):
-            pass  # another process took it for a leftover between the lines, and removes it
+            pass  # another process took it for a leftover before it was locked, and removes it
         except OSError:
             return partial, owned
         _disowned(owned)
 
 
 def _owned(partial: Path) -> int:
-    """Own the folder. BlockingIOError if another process does, OSError where that cannot be told."""
+    """Own the folder. Raises BlockingIOError if another process does, OSError where locks do not work."""
     if sys.platform == "win32":
         return os.open(partial / _OWNED, os.O_CREAT | os.O_RDWR)
     import fcntl
@@ -159,6 +158,6 @@ def _remove_unowned(left: Path) -> None:
         else:
             owned = _owned(left)
     except OSError:
-        return  # it is a living process's, or nobody can tell
+        return  # a live process owns it, or locks do not work
     shutil.rmtree(left, ignore_errors=True)
     _disowned(owned)

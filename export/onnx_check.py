@@ -1,10 +1,10 @@
-"""Whether an exported network answers what torch answers, at other sizes than it was traced with; and if not,
-where it departs."""
+"""Checks that an exported network answers what torch answers, at other sizes than it was traced at. If it
+does not, names the operator where it departs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ import torch
 
 from . import onnx_networks
 
-# Of the answer's norm. The same values are multiplied in another order; fp16 has 11 bits, and a network a
-# hundred layers.
+# Of the answer's norm. Sums are in another order; fp16 has 11 bits, and a network about a hundred layers.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2}
 
 
@@ -26,7 +25,7 @@ class DepartureError(Exception):
 
 @dataclass(frozen=True)
 class Room:
-    """How the weights of the network that is checked come back, and how freed memory goes back to the
+    """How to fill the checked network with its weights again, and how to return freed memory to the
     system."""
 
     fill: Callable[[], object]
@@ -35,14 +34,16 @@ class Room:
 
 def check(
     file: Path,
-    network: onnx_networks.Network,
+    subject: onnx_networks.Subject,
     program: torch.export.ExportedProgram,
     dtype: torch.dtype,
     room: Room,
 ) -> float:
-    """The largest relative error of an answer. `network.module` has its weights, in fp32, and loses them
-    here, so that they are not in memory twice. Raises DepartureError if it is above TOLERANCE."""
-    cases = [network.arguments(sides, dtype, "cpu", seed=1) for sides in network.checked]
+    """The largest relative error of an answer. Raises DepartureError if it is above TOLERANCE.
+
+    `subject.module` has its weights, in fp32. It loses them here, so that they are not in memory twice.
+    """
+    cases = [subject.arguments(size, dtype, "cpu", seed=1) for size in subject.checked]
     expected = []
     with torch.inference_mode():
         for arguments in cases:
@@ -50,36 +51,39 @@ def check(
                 name: value.float() if value.is_floating_point() else value
                 for name, value in arguments.items()
             }
-            expected.append([answer.numpy() for answer in network.call(network.module, **real)])
-    network.module.to("meta")
+            expected.append([answer.numpy() for answer in subject.call(subject.module, **real)])
+    subject.module.to("meta")
     room.release()
     session, most = _session(file), 0.0
     for arguments, answers in zip(cases, expected, strict=True):
         try:
-            got = session.run(
-                list(network.outputs), {name: value.numpy() for name, value in arguments.items()}
-            )
+            got = session.run(list(subject.outputs), _feed(subject, arguments))
         except Exception as failure:  # ONNX Runtime has a class of its own for every status
-            sides = {name: list(value.shape) for name, value in arguments.items()}
+            shapes = {name: list(value.shape) for name, value in _feed(subject, arguments).items()}
             raise DepartureError(
-                f"{network.folder} cannot be run with {sides} ({str(failure).splitlines()[0]})"
+                f"{subject.name} cannot be run with {shapes} ({str(failure).splitlines()[0]})"
             ) from failure
         error = max(_relative(np.asarray(a, np.float32), b) for a, b in zip(got, answers, strict=True))
         if not error <= TOLERANCE[dtype]:
             room.fill()
-            where = _first_departure(file, network, program, arguments, dtype)
+            where = _first_departure(file, subject, program, arguments, dtype)
             raise DepartureError(
-                f"{network.folder} is {error:.1e} from torch, {TOLERANCE[dtype]:.0e} is allowed; "
+                f"{subject.name} is {error:.1e} from torch, {TOLERANCE[dtype]:.0e} is allowed; "
                 f"it departs at {where}"
             )
         most = max(most, error)
     return float(f"{most:.2e}")
 
 
+def _feed(subject: onnx_networks.Subject, arguments: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
+    """A session's arrays as a graph is called with them."""
+    return {subject.graph_name(name): value.numpy() for name, value in arguments.items()}
+
+
 def _session(file: Path | bytes) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    # the graph as it is written, without second copies of weights
+    # The graph as it is written, without second copies of weights.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
@@ -93,16 +97,16 @@ def _relative(got: np.ndarray, expected: np.ndarray) -> float:
 
 def _first_departure(
     file: Path,
-    network: onnx_networks.Network,
+    subject: onnx_networks.Subject,
     program: torch.export.ExportedProgram,
     arguments: dict[str, torch.Tensor],
     dtype: Any,
 ) -> str:
-    """The first operator whose answer is not torch's: values have the same names in the traced program and in
+    """The first operator whose answer is not torch's. Values have the same names in the traced program and
     the graph."""
     import onnx
 
-    expected = _every_answer(network, program, arguments, dtype)
+    expected = _every_answer(subject, program, arguments, dtype)
     model = onnx.load(file, load_external_data=False)
     made = {name: node for node in model.graph.node for name in node.output}
     shared = [name for name in made if name in expected]
@@ -111,11 +115,11 @@ def _first_departure(
     watched = file.with_name("watched.onnx")
     try:
         watched.write_bytes(model.SerializeToString())
-        got = _session(watched).run(shared, {name: value.numpy() for name, value in arguments.items()})
+        got = _session(watched).run(shared, _feed(subject, arguments))
     finally:
         watched.unlink(missing_ok=True)
     for name, value in ((name, np.asarray(value)) for name, value in zip(shared, got, strict=True)):
-        if value.size == expected[name].size:  # attention answers in another shape
+        if value.size == expected[name].size:  # attention's answer has another shape
             error = _relative(np.asarray(value, np.float32).reshape(expected[name].shape), expected[name])
             if not error <= TOLERANCE[dtype]:
                 return f"{made[name].op_type} ({name}, off by {error:.1e})"
@@ -123,12 +127,12 @@ def _first_departure(
 
 
 def _every_answer(
-    network: onnx_networks.Network,
+    subject: onnx_networks.Subject,
     program: torch.export.ExportedProgram,
     arguments: dict[str, torch.Tensor],
     dtype: torch.dtype,
 ) -> dict[str, np.ndarray]:
-    """What each operator of the traced program answers, in fp32, by its name there."""
+    """The answer of each operator of the traced program, in fp32, by its name there."""
     answers: dict[str, np.ndarray] = {}
 
     class Watching(torch.fx.Interpreter):
@@ -139,14 +143,14 @@ def _every_answer(
             return out
 
     module: Any = program.module()
-    for node in list(module.graph.nodes):  # it was traced on meta, and says so
+    for node in list(module.graph.nodes):  # it was traced on meta, which nodes name
         if "assert" in str(node.target) or node.target == "_guards_fn":
             module.graph.erase_node(node)
         elif "device" in node.kwargs:
             node.update_kwarg("device", "cpu")
     state = {
         f"{onnx_networks.PREFIX}{name}": value.to(dtype)
-        for name, value in network.module.state_dict().items()
+        for name, value in subject.module.state_dict().items()
     }
     module.load_state_dict(state, assign=True, strict=False)
     with torch.inference_mode():

@@ -1,5 +1,5 @@
-"""What is changed in a traced graph: attention on whole rows, linear weights stored as they are multiplied,
-and quantised weights that are dequantised right where they are used.
+"""Changes of a traced graph: attention on whole rows, linear weights stored as they are multiplied, quantised
+weights dequantised where they are used.
 
 A quantised weight W of a layer with input x becomes, in operators of ONNX (opset 21 and newer),
 
@@ -7,9 +7,9 @@ A quantised weight W of a layer with input x becomes, in operators of ONNX (opse
     W = DequantizeLinear(codes, s) - DequantizeLinear(zero, s / 16)    where there are zeros, in sixteenths
                                                                        (kernels/formats.py)
 
-`one` is computed from the shape of x. Without it nothing in W would depend on anything, and ONNX Runtime
-would dequantise every weight first and hold them all: 1576 MB instead of 238 for twelve layers of 8 MB in 4
-bits (probes/int4_convolution_in_onnx.py).
+`one` is computed from the shape of x. Without it W would be constant, and ONNX Runtime would dequantise every
+weight in advance and keep it: 1576 MB instead of 238 for twelve layers of 8 MB in 4 bits
+(probes/int4_convolution_in_onnx.py).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ HALF, FLOAT = ir.DataType.FLOAT16, ir.DataType.FLOAT
 
 
 class GraphError(Exception):
-    """The graph is not as torch's exporter makes them, so it cannot be changed."""
+    """The graph cannot be changed, as torch's exporter makes no such graph."""
 
 
 def _constant(
     graph: ir.Graph, name: str, values: Sequence[int] | np.ndarray, kind: type = np.int64
 ) -> ir.Value:
-    """An initializer with these values, made once."""
+    """An initializer with these values. There is one of each name."""
     if name not in graph.initializers:
         tensor = ir.tensor(np.array(values, kind), name=name)
         graph.initializers[name] = ir.Value(
@@ -73,8 +73,8 @@ def _replace(
 
 
 def cast_concatenated(graph: ir.Graph) -> None:
-    """What is concatenated must be of one type in ONNX; torch promotes by itself, and its exporter (2.13)
-    forgets to."""
+    """Cast what Concat joins to one type, as ONNX demands. torch promotes by itself; its exporter (2.13) does
+    not."""
     for node in [node for node in graph if node.op_type == "Concat"]:
         for i, value in enumerate(node.inputs):
             if value is not None and value.dtype != node.outputs[0].dtype and value.dtype is not None:
@@ -84,19 +84,16 @@ def cast_concatenated(graph: ir.Graph) -> None:
 
 
 def merge_heads(graph: ir.Graph) -> None:
-    """Attention on (batch, n, heads x d) as opset 23 allows, without the reshaping and transposing of each
-    operand to (batch, heads, n, d) and back."""
+    """Attention on (batch, n, heads x d), as opset 23 allows. Operands are no longer reshaped and transposed
+    to (batch, heads, n, d), nor the answer back."""
     for node in [node for node in graph if node.op_type == "Attention"]:
         operands = [_made_by(_made_by(x, "Transpose").inputs[0], "Reshape") for x in node.inputs[:3]]
         after = [_only(node.outputs[0])]
         while len(after) < 4 and (after[-1].op_type, len(after[-1].outputs[0].shape or ())) != ("Reshape", 3):
             after.append(_only(after[-1].outputs[0]))
-        # Before them may be one to the same shape.
-        if [each.op_type for each in after][-2:] != [
-            "Transpose",
-            "Reshape",
-        ]:
-            raise GraphError(f"attention is followed by {', '.join(each.op_type for each in after)}")
+        kinds = [follower.op_type for follower in after]  # before these two may be one to the same shape
+        if kinds[-2:] != ["Transpose", "Reshape"]:
+            raise GraphError(f"attention is followed by {', '.join(kinds)}")
         query, key = (operand.outputs[0].shape for operand in operands[:2])
         if query is None or key is None:
             raise GraphError("the shapes of attention's operands are not known")
@@ -117,9 +114,9 @@ def merge_heads(graph: ir.Graph) -> None:
 
 
 def transposed_weights(graph: ir.Graph) -> set[str]:
-    """The names of weights that are only transposed and multiplied by. The transpositions go; from now on the
-    graph means the weights as (in, out)."""
-    found = set()
+    """Names of the weights that are only transposed and multiplied by. The transpositions are removed, so
+    that the graph reads these weights as (in, out)."""
+    names = set()
     for name, value in graph.initializers.items():
         users = [use.node for use in value.uses()]
         if value.const_value is None and users and all(map(_turns, users)):
@@ -128,8 +125,8 @@ def transposed_weights(graph: ir.Graph) -> set[str]:
                 graph.remove(node, safe=True)
             assert value.shape is not None
             value.shape = ir.Shape(reversed(list(value.shape)))
-            found.add(name)
-    return found
+            names.add(name)
+    return names
 
 
 @dataclass(frozen=True)
@@ -159,18 +156,18 @@ class Layout:
 
     @property
     def axis(self) -> int:
-        """That of the groups; without any, that of the scales."""
+        """The axis of the groups. Without groups that of the scales."""
         return int(bool(self.group) != self.turned)
 
     def kinds(self) -> dict[str, tuple[ir.DataType, tuple[int, ...]]]:
-        """dtype and shape of the initializers that it is stored in."""
+        """dtype and shape of its initializers."""
         codes = ir.DataType.INT8 if self.form.bits == 8 else ir.DataType.UINT4
         kinds = {"codes": (codes, self.sides), "scale": (HALF, self.scales)}
         return kinds | ({"zero": (ir.DataType.UINT8, self.scales)} if self.form.kind == "int4" else {})
 
     def stored(self, parts: Mapping[str, torch.Tensor]) -> dict[str, np.ndarray]:
-        """The values of those initializers, from parts as kernels/formats.py describes them; two 4-bit codes
-        in a byte, as ONNX packs them: the first in the low half."""
+        """The values of those initializers, from parts as kernels/formats.py describes them. ONNX packs two
+        4-bit codes in a byte, the first in the low half."""
         row = math.prod(self.shape[1:])
         codes = unpack(parts["packed"], row) if self.form.bits == 4 else parts["packed"]
         codes = from_rows(codes, self.shape)
@@ -179,7 +176,7 @@ class Layout:
             codes = np.append(codes, np.zeros(codes.size % 2, np.uint8))
             codes = codes[0::2] | (codes[1::2] << 4)
         made = {"codes": codes}
-        for part in parts.keys() & {"scale", "zero"}:
+        for part in (name for name in ("scale", "zero") if name in parts):  # in the same order every time
             rows = parts[part]
             grouped = (
                 rows.view(self.shape[0], *self.shape[2:], -1).movedim(-1, 1)
@@ -193,11 +190,11 @@ class Layout:
 def quantise_weight(
     graph: ir.Graph, name: str, form: Format, shape: Sequence[int], dtype: ir.DataType
 ) -> Layout:
-    """Have the weight `name` (of `shape`, computed in `dtype`) made of initializers `name`_codes, _scale and
-    _zero, which are laid out as the answer says.
+    """Replace the weight `name` (of `shape`, computed in `dtype`) by initializers `name`_codes, _scale and
+    _zero, and dequantise these. Returns their layout.
 
-    A weight is turned when it is stored, as DequantizeLinear and Transpose together are quantised once more
-    by ONNX Runtime 1.31, in every call: an int8 step of SD 1.5 took 10.7 s instead of 5.
+    A linear weight is stored turned. ONNX Runtime 1.31 quantises DequantizeLinear and Transpose together once
+    more, in every call: an int8 step of SD 1.5 took 10.7 s instead of 5.
     """
     value = graph.initializers[name]
     users = [use.node for use in value.uses()]
@@ -224,11 +221,13 @@ def quantise_weight(
 def _dequantised(
     graph: ir.Graph, layer: ir.Node, parts: Mapping[str, ir.Value], layout: Layout, dtype: ir.DataType
 ) -> ir.Value:
-    """The weight in `dtype`, made before the node `layer`, and not before that one's other input is there."""
+    """The weight in `dtype`, computed before the node `layer` and after that node's other input."""
     nodes: list[ir.Node] = []
 
     def add(kind: str, *inputs: ir.Value | None, **attributes: int) -> ir.Value:
-        nodes.append(ir.Node("", kind, inputs, [ir.AttrInt64(key, each) for key, each in attributes.items()]))
+        nodes.append(
+            ir.Node("", kind, inputs, [ir.AttrInt64(key, number) for key, number in attributes.items()])
+        )
         return nodes[-1].outputs[0]
 
     batch = add("Cast", add("Shape", layer.inputs[0], start=0, end=1), to=FLOAT)
@@ -244,7 +243,7 @@ def _dequantised(
         sixteenth = _constant(
             graph, "sixteenth", np.array(1 / 16), np.float32 if dtype == FLOAT else np.float16
         )
-        # a Cast would be folded, and the zeros be held as fp32
+        # a Cast would be folded, and the zeros kept as fp32
         zero = add(
             "DequantizeLinear", parts["zero"], add("Mul", scale, sixteenth), axis=layout.axis, block_size=1
         )
@@ -262,19 +261,19 @@ def _less_zero(
         index = _constant(graph, f"groups_{channels}_{group}", np.arange(channels) // group)
         return add("Sub", weight, add("Gather", zero, index, axis=axis))
     split = (*sides[:axis], channels // group, group, *sides[axis + 1 :])
-    each = add("Unsqueeze", zero, _constant(graph, f"axis_{axis + 1}", [axis + 1]))
+    zeros = add("Unsqueeze", zero, _constant(graph, f"axis_{axis + 1}", [axis + 1]))
     less = add(
-        "Sub", add("Reshape", weight, _constant(graph, "x".join(map(str, ("sides", *split))), split)), each
+        "Sub", add("Reshape", weight, _constant(graph, "x".join(map(str, ("sides", *split))), split)), zeros
     )
     return add("Reshape", less, _constant(graph, "x".join(map(str, ("sides", *sides))), sides))
 
 
 def _gathered(graph: ir.Graph, node: ir.Node, parts: Mapping[str, ir.Value], dtype: ir.DataType) -> None:
-    """Rows of a table that has one scale for each: only those that are looked up are dequantised."""
+    """Dequantise the rows of a table that are looked up. Each row has one scale."""
     index = node.inputs[1]
     codes = ir.Node("", "Gather", [parts["codes"], index])
     scale = ir.Node("", "Gather", [parts["scale"], index])
     wide = ir.Node("", "Unsqueeze", [scale.outputs[0], _constant(graph, "last", [-1])])
-    real = [ir.Node("", "Cast", [each.outputs[0]], [ir.AttrInt64("to", dtype)]) for each in (codes, wide)]
-    product = ir.Node("", "Mul", [each.outputs[0] for each in real])
+    real = [ir.Node("", "Cast", [part.outputs[0]], [ir.AttrInt64("to", dtype)]) for part in (codes, wide)]
+    product = ir.Node("", "Mul", [part.outputs[0] for part in real])
     _replace(graph, [node], [codes, scale, wide, *real, product], node.outputs[0], product.outputs[0])

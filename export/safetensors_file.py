@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, so that no more than one is in memory. Format: the safetensors
+"""Write a safetensors file tensor by tensor, so that only one is in memory. The format is in the safetensors
 README."""
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ NAMES = {
 
 
 class SafetensorsFile:
-    """A file whose tensors are promised first, by dtype and shape, and then written one by one, in that
+    """A file whose tensors are promised first, by dtype and shape, and then written one by one in that
     order."""
 
     def __init__(self, path: Path, promised: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:

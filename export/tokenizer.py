@@ -20,8 +20,8 @@ def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
 
 
 def write(folder: Path, merges: Sequence[tuple[str, str]], length: int, pad: str = END) -> None:
-    """Write vocab.json, merges.txt and tokenizer_config.json; `length` is the longest text in tokens, ends
-    included."""
+    """Write vocab.json, merges.txt and tokenizer_config.json. `length` is the longest text in tokens, with
+    both ends."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary(merges), ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text(

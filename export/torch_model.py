@@ -1,8 +1,8 @@
-"""A model with its weights in 8 or 4 bits, in the layout of a diffusers folder: written tensor by tensor,
-whole or not at all.
+"""A model with its weights in 8 or 4 bits, in the layout of a diffusers folder. It is written tensor by
+tensor, whole or not at all.
 
-`tightfit export MODEL --to torch --precision int4 -o DIR` comes here. What each layer is stored in is the
-recipe's choice (kernels/recipe.py), or that of a calibration (calibrate.py), and is told in tightfit.json.
+`tightfit export MODEL --to torch --precision int4 -o DIR` comes here. The recipe (kernels/recipe.py) or a
+calibration (calibrate.py) chooses the format of each layer. tightfit.json records it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from ..kernels.formats import FORMATS, Format, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
 from ..runtime.files import sha256
+from ..runtime.models.families.family import Network, Role
 from .folder import appearing, copy_the_rest
 from .safetensors_file import NAMES, SafetensorsFile
 
 if TYPE_CHECKING:
+    from ..runtime.models.spec import ModelSpec
     from ..runtime.models.tensors import Tensor
 
 VERSION = 1
@@ -34,10 +36,10 @@ Tensors = Mapping[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Scheme:
-    """How one component is stored: the format of each quantised layer, and the moments of layers' inputs
-    where they are known.
+    """How one component is stored: the format of each quantised layer, and the moments of layers' inputs that
+    are known.
 
-    `measured` goes into the manifest as it is.
+    `measured` goes into the manifest unchanged.
     """
 
     formats: Mapping[str, str]
@@ -47,9 +49,8 @@ class Scheme:
 
 @dataclass(frozen=True)
 class Written:
-    """What the manifest says of one component: formats by layer, bits of storage for each value of the
-    original, decibels of its quantised weights against the errors made in them, and the sha256 of each
-    file."""
+    """A component's entry in the manifest: formats by layer, stored bits per value of the original, decibels
+    of the quantised weights against their errors, and the sha256 of each file."""
 
     formats: Mapping[str, str]
     bits: float
@@ -58,19 +59,19 @@ class Written:
     measured: Mapping[str, Any]
 
 
-def default_scheme(component: str, tensors: Tensors, precision: str) -> Scheme:
-    """What the recipe says, by names and shapes."""
+def default_scheme(network: Network, tensors: Tensors, precision: str) -> Scheme:
+    """The recipe's choice, by names and shapes."""
     return Scheme(
         {
             layer: form
             for layer, shape in layers(tensors).items()
-            if (form := recipe(precision, component, layer, shape))
+            if (form := recipe(precision, layer, shape, network.least_bits))
         }
     )
 
 
 def layers(tensors: Tensors) -> dict[str, tuple[int, ...]]:
-    """The shapes of all weights that could be quantised, by their layers."""
+    """Shapes of all weights that could be quantised, by layer."""
     weights = (
         (name.removesuffix(".weight"), tensor) for name, tensor in tensors.items() if name.endswith(".weight")
     )
@@ -82,23 +83,23 @@ def layers(tensors: Tensors) -> dict[str, tuple[int, ...]]:
 
 
 def write(
-    source: Path,
+    spec: ModelSpec,
     target: Path,
-    components: Mapping[str, Tensors],
+    tensors: Mapping[str, Tensors],
     schemes: Mapping[str, Scheme],
     manifest: Mapping[str, Any],
     tell: Callable[[str], object] = print,
 ) -> dict[str, Written]:
-    """Write the model of folder `source`, whose components' tensors are `components`, to `target`, which must
-    not exist.
+    """Write the model to `target`, which must not exist. `tensors` and `schemes` are by stored folder.
 
-    Everything else a diffusers folder needs is copied. The manifest gets what was written of each component.
+    Other files of a diffusers folder are copied. The manifest gets an entry for each component.
     """
     with appearing(target) as folder:
-        copy_the_rest(source, folder, components)
+        copy_the_rest(spec.folder, folder, tensors)
         written = {}
-        for name, tensors in components.items():
-            written[name] = _component(folder / name, name, tensors, schemes[name])
+        for component in spec.components.values():
+            name = component.network.folder
+            written[name] = _component(folder / name, component.role, tensors[name], schemes[name])
             snr = written[name].weight_snr
             tell(
                 f"{name}: {written[name].bits:.2f} bits a weight"
@@ -107,26 +108,25 @@ def write(
         text = {
             "version": VERSION,
             **manifest,
-            "components": {name: asdict(each) for name, each in written.items()},
+            "components": {name: asdict(entry) for name, entry in written.items()},
         }
         (folder / "tightfit.json").write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
     return written
 
 
-def _component(folder: Path, name: str, tensors: Tensors, scheme: Scheme) -> Written:
+def _component(folder: Path, role: Role, tensors: Tensors, scheme: Scheme) -> Written:
     promised: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    # Positions of a text need no storing.
+    # Positions of a text, which are integers, need not be stored.
     plain = {key: tensor for key, tensor in tensors.items() if tensor.dtype in _FLOATS}
     for key, tensor in plain.items():
         layer = key.removesuffix(".weight")
         if layer in scheme.formats and key != layer:
             parts = FORMATS[scheme.formats[layer]].parts(tensor.shape)
-            promised |= {f"{layer}.{part}": each for part, each in parts.items()}
+            promised |= {f"{layer}.{part}": promise for part, promise in parts.items()}
         else:
             promised[key] = (_halved(tensor), tensor.shape)
-    file = folder / (
-        "model.safetensors" if name.startswith("text_encoder") else "diffusion_pytorch_model.safetensors"
-    )
+    # As transformers calls it, or diffusers.
+    file = folder / f"{'' if role is Role.TEXT else 'diffusion_pytorch_'}model.safetensors"
     signal = noise = 0.0
     with SafetensorsFile(file, promised) as out:
         for key, tensor in plain.items():
@@ -158,11 +158,11 @@ def read(tensor: Tensor) -> torch.Tensor:
 
 
 def _halved(tensor: Tensor) -> torch.dtype:
-    """What stays unquantised is kept in 16 bits, bf16 if it was."""
+    """Unquantised values are stored in 16 bits, bf16 if they were bf16."""
     return torch.bfloat16 if tensor.dtype == "BF16" else torch.float16
 
 
-_ROWS = 512  # output channels compared at a time, so that no second copy of a weight is made
+_ROWS = 512  # output channels compared at a time, so that no weight is copied whole
 
 
 def energy(values: torch.Tensor) -> float:
@@ -171,7 +171,7 @@ def energy(values: torch.Tensor) -> float:
 
 
 def _error(values: torch.Tensor, parts: Mapping[str, torch.Tensor], form: Format) -> float:
-    """The sum of squares of what the stored parts are off."""
+    """The sum of squared errors of the stored parts."""
     total = 0.0
     for start in range(0, len(values), _ROWS):
         some = values[start : start + _ROWS]

@@ -1,8 +1,8 @@
-"""softmax(q kᵀ / √d) v, four ways with one signature; what they differ in is memory and speed.
+"""softmax(q kᵀ / √d) v, four ways with one signature. They differ in memory and speed.
 
 q is (batch, heads, n, d), k and v are (batch, heads, m, d), all of one floating dtype, on any device. The
-answer is (batch, heads, n, d), in memory laid out as (batch, n, heads, d) (with `sdpa` if q is), so that
-joining the heads copies nothing.
+answer is (batch, heads, n, d), laid out in memory as (batch, n, heads, d), so that joining the heads copies
+nothing. `sdpa` lays it out so only if q is.
 """
 
 from __future__ import annotations
@@ -10,23 +10,21 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-BLOCK_BYTES = 2**23  # held at a time by `chunked` in fp32, and of scores by `sliced`; see docs/decisions.md
+BLOCK_BYTES = 2**23  # of fp32 values in `chunked`, of scores in `sliced`, at a time (docs/decisions.md)
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula as written: the reference, which stores all batch x heads x n x m scores."""
+    """The formula as written: the reference. It stores all batch x heads x n x m scores."""
     return _joinable((q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v)
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's: flash, memory-efficient or cuDNN where there is such a kernel for the device, else the
-    formula."""
+    """torch's: a flash, memory-efficient or cuDNN kernel where the device has one, otherwise the formula."""
     return functional.scaled_dot_product_attention(q, k, v)
 
 
 def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """The formula for one head at a time, and for as many of its queries as keep the scores under
-    BLOCK_BYTES."""
+    """The formula for one head at a time, and for as many of its queries as have scores of BLOCK_BYTES."""
     out = _empty(q)
     keys, scale = k.transpose(-1, -2), q.shape[-1] ** -0.5
     rows = slice_rows(k.shape[2], q.element_size())
@@ -74,8 +72,8 @@ def slice_rows(m: int, element_size: int) -> int:
 
 
 def block(heads: int, m: int, d: int) -> tuple[int, int]:
-    """Rows and columns of one block of `chunked`, so that its fp32 scores, queries and sums take BLOCK_BYTES
-    over all `heads`."""
+    """Rows and columns of one block of `chunked`: its fp32 scores, queries and sums take BLOCK_BYTES over all
+    `heads`."""
     columns = min(m, 1024)
     return max(1, BLOCK_BYTES // (4 * heads * (columns + 3 * d))), columns
 
@@ -83,8 +81,8 @@ def block(heads: int, m: int, d: int) -> tuple[int, int]:
 def sdpa_cpu_bytes(heads: int, n: int, m: int, d: int, element_size: int, threads: int) -> int:
     """Bytes that torch's CPU kernel allocates beside its answer; `heads` counts those of the whole batch.
 
-    The log-sum of each query, and for each thread a block of fp32 scores with its maxima, sums and answers,
-    and in half precisions a copy of the scores in them. From
+    That is the log-sum of each query, and per thread a block of fp32 scores with its maxima, sums and
+    answers. In 16 bits there is a copy of the scores too. From
     aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (torch 2.13).
     """
     rows = min(256 if n >= 768 else 64 if n >= 192 else 32, n)

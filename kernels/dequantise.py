@@ -1,4 +1,4 @@
-"""From stored parts into a buffer that is there already: what a layer does each time before it multiplies."""
+"""Dequantise stored parts into a given buffer, as a layer does each time before it multiplies."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def dequantise(
     taps: int,
     taps_last: bool = False,
 ) -> None:
-    """Fill `out` (out, row), contiguous, of any floating dtype, with the weight that the parts mean
+    """Fill `out` (out, row), contiguous, of any floating dtype, with the dequantised weight
     (kernels/formats.py).
 
-    Rows are (tap, in-channel), or (in-channel, tap) if `taps_last`. `codes` is uint8, with as many values as
-    `packed`, and is written over; 8 bits need none, and with None 4 bits make their own for a moment. One
-    Triton kernel where that runs, else a handful of torch's operators.
+    Rows are (tap, in-channel), or (in-channel, tap) if `taps_last`. `codes` is scratch for 4 bits: uint8,
+    with as many values as `packed`. With None it is allocated in each call. One Triton kernel where Triton
+    runs, otherwise a few of torch's operators.
     """
     if out.is_cuda and triton_runs(out.device):
         from .triton_weights import dequantise_triton
@@ -49,8 +49,8 @@ def dequantise_torch(
 ) -> None:
     """`dequantise` in torch's operators, on any device."""
     reordered, groups_of = taps_last and taps > 1, taps if form.group else 1
-    # A view, so that each value is written where it stays: to reorder `out` afterwards took 116 launches
-    # more, of 127, for a convolution of 1280 from 1280 channels in int4.
+    # A view, so that each value is written to its final place. Reordering `out` afterwards took 116 of 127
+    # launches, for a convolution of 1280 from 1280 channels in int4.
     rows = out.view(len(out), -1, taps).transpose(1, 2) if reordered else out.view(len(out), groups_of, -1)
     if form.bits == 8:
         target = rows if reordered else out
@@ -79,8 +79,8 @@ def dequantise_torch(
 
 
 def _rectangles(rows: Tensor, start: int, end: int) -> Iterator[tuple[Tensor, slice]]:
-    """Values `start` to `end` of each row of (out, taps, in-channels), in at most three parts: each a view,
-    and its place among these values."""
+    """Values `start` to `end` of each row of (out, taps, in-channels), as at most three views. With each its
+    place among these values."""
     channels, at = rows.shape[2], start
     while at < end:
         tap, channel = divmod(at, channels)
@@ -95,16 +95,16 @@ def _rectangles(rows: Tensor, start: int, end: int) -> Iterator[tuple[Tensor, sl
 
 @functools.cache
 def triton_runs(device: torch.device) -> bool:
-    """Whether Triton does on a GPU: found out once, by a launch."""
+    """Whether Triton runs on a GPU, tried once."""
     return triton_problem(device) is None
 
 
 def triton_problem(device: torch.device) -> str | None:
     """Why Triton does not run on a GPU, in one line; None if it does.
 
-    It needs a C compiler and Python's headers when a kernel is first launched, and knows NVIDIA's GPUs from
-    Volta on, and AMD's. So a small weight is unpacked, once for each device, and compared with what torch
-    makes of it. Memory that was not there for that is no answer: torch.OutOfMemoryError is raised.
+    It needs a C compiler and Python's headers when a kernel is first launched, and supports AMD's GPUs and
+    NVIDIA's from Volta on. So a small weight is dequantised, once per device, and compared with torch's
+    answer. Raises torch.OutOfMemoryError if there is no memory to try.
     """
     return _problem(
         device if device.index is not None else torch.device(device.type, torch.cuda.current_device())
@@ -126,7 +126,7 @@ def _problem(device: torch.device) -> str | None:
 
 
 def _trial(device: torch.device) -> bool:
-    """Whether Triton unpacks a weight of 16 channels from 48 and 3 x 3 taps as torch does."""
+    """Whether Triton dequantises a weight of 16 channels from 48 and 3 x 3 taps as torch does."""
     from .triton_weights import dequantise_triton, triton  # on a CPU it would be memory for nothing
 
     if triton is None:

@@ -1,10 +1,10 @@
-"""Weights in 8 and 4 bits: what is stored of one, and what it means, which every faster version must equal.
-Made by quantise.py.
+"""Weights in 8 and 4 bits: how they are stored, and the plain dequantisation that every faster version must
+equal. quantise.py makes them.
 
-A weight is (out, in), or (out, in, height, width) of a convolution, whose `height x width` are its taps. It
-is stored in rows, one for each output channel: tap by tap, and within a tap input channel by input channel. A
-group is `group` neighbouring input channels of one tap (the last of a tap may be smaller), or with group 0
-the whole row, and has one scale:
+A weight is (out, in), or (out, in, height, width) in a convolution, which has `height x width` taps. It is
+stored in rows, one for each output channel: tap by tap, and within a tap input channel by input channel. A
+group is `group` neighbouring input channels of one tap; the last group of a tap may be smaller. With group 0
+it is the whole row. A group has one scale:
 
     int8   value = code * scale                 codes -127..127
     int4   value = (code - zero / 16) * scale   codes 0..15, zero 0..255: sixteenths are exact in bf16, where
@@ -36,8 +36,8 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a weight. `kind` is int8, int4 or nf4; `group` input channels share a scale, all of a
-    row if it is 0."""
+    """One way to store a weight. `kind` is int8, int4 or nf4. `group` input channels share a scale; with 0 a
+    whole row does."""
 
     kind: str
     group: int
@@ -60,8 +60,8 @@ class Format:
         return math.prod(shape[2:]) * -(-shape[1] // self.group) if self.group else 1
 
     def spans(self, channels: int) -> Iterator[tuple[slice, slice, int]]:
-        """Of the last axis of `rows`: which channels, which groups they are, and how many channels are in
-        one."""
+        """Runs of equal groups in the last axis of `rows`: their channels, their groups, and the size of a
+        group."""
         group = min(self.group or channels, channels)
         whole = channels // group * group
         yield slice(0, whole), slice(0, channels // group), group
@@ -69,8 +69,7 @@ class Format:
             yield slice(whole, channels), slice(channels // group, channels // group + 1), channels - whole
 
     def rows(self, weight: Tensor) -> Tensor:
-        """(out, in) or (out, in, h, w) → (out, taps, in), or (out, 1, taps x in) where all of a row is one
-        group."""
+        """(out, in) or (out, in, h, w) → (out, taps, in), or (out, 1, taps x in) where a row is one group."""
         rows = weight[:, None] if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
         return rows if self.group else rows.flatten(1)[:, None]
 
@@ -103,7 +102,7 @@ def unpack(packed: Tensor, row: int) -> Tensor:
 
 
 def from_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """(out, row) → a view of `shape`, whose memory is that of channels_last."""
+    """(out, row) → a view of `shape`, laid out in memory as channels_last."""
     return (
         rows.view(*shape)
         if len(shape) == 2
@@ -122,12 +121,12 @@ def nearest(x: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
 
 
 def value(codes: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
-    """What codes mean; all are floats that broadcast."""
+    """The values of codes. All arguments are floats and broadcast."""
     return (torch.tensor(NF4)[codes.long()] if form.kind == "nf4" else codes - zero) * scale
 
 
 def dequantise(parts: Mapping[str, Tensor], form: Format, shape: Sequence[int]) -> Tensor:
-    """The weight of `shape` that stored parts mean, in fp32: the plain reference."""
+    """The stored parts as a weight of `shape`, in fp32: the plain reference."""
     row, taps = math.prod(shape[1:]), math.prod(shape[2:])
     codes = unpack(parts["packed"], row) if form.bits == 4 else parts["packed"]
     rows = codes.float().view(shape[0], taps if form.group else 1, -1)

@@ -1,9 +1,9 @@
-"""Codes whose errors cancel: each channel's error is made good by those that are still to be chosen.
+"""Codes whose errors cancel: the channels that are not rounded yet make up for the error of each one.
 
 Frantar, Ashkboos, Hoefler and Alistarh, "GPTQ: Accurate post-training quantization for generative pre-trained
-transformers", arXiv 2210.17323, algorithm 1. Every tap of a convolution sees the same inputs, but for the
-picture's edge, so its taps are taken for rows of their own that share one moment (in, in); with the whole
-(taps x in)² moment, 81 times the memory, emoji gained 0.3 dB.
+transformers", arXiv 2210.17323, algorithm 1. All taps of a convolution see the same inputs, except
+at the edge of the image. So each tap counts as a row, and all share one moment (in, in). The whole
+(taps x in)² moment takes 81 times the memory, and gained 0.3 dB on emoji.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 from .formats import Format, nearest, value
 
 _DAMPING = 0.01  # of the mean diagonal, as in the paper
-_BLOCK = 128  # channels whose errors are handed on together
+_BLOCK = 128  # channels whose errors are passed on together
 
 
 def factored(moment: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped moment (in, in): row i says how the error of i is
-    made good."""
+    """The upper Cholesky factor of the inverse of a damped moment (in, in): row i says how the
+    channels after i make up for its error."""
     damped = moment.float().clone()
     diagonal = damped.diagonal()
     diagonal += _DAMPING * diagonal.mean().clamp_min(1e-12)
@@ -28,12 +28,12 @@ def factored(moment: Tensor) -> Tensor:
 
 
 def codes_by(factor: Tensor, rows: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
-    """Codes of `rows` (out, taps, channels) as floats, for given scale and zero, by the factor of the inputs'
-    moment."""
+    """Codes of `rows` (out, taps, channels) as floats, for given scale and zero. `factor` is that of the
+    inputs' moment."""
     channels = len(factor)
     left = rows.reshape(-1, channels).clone()  # all taps of a row that is one group have the same scale
     codes = torch.empty_like(left)
-    scales, zeros = (_by_channel(each, form, channels, len(left)) for each in (scale, zero))
+    scales, zeros = (_by_channel(part, form, channels, len(left)) for part in (scale, zero))
     for start in range(0, channels, _BLOCK):
         end = min(start + _BLOCK, channels)
         block, errors = left[:, start:end], torch.empty(len(left), end - start)
@@ -47,8 +47,8 @@ def codes_by(factor: Tensor, rows: Tensor, form: Format, scale: Tensor, zero: Te
     return codes.view(rows.shape)
 
 
-def _by_channel(each: Tensor, form: Format, channels: int, rows: int) -> Tensor:
+def _by_channel(part: Tensor, form: Format, channels: int, rows: int) -> Tensor:
     """(out, taps, groups of a tap) → (rows, channels), where a row is a tap of an output channel."""
     if not form.group:
-        return each.reshape(-1, 1).repeat_interleave(rows // each.numel(), 0).expand(-1, channels)
-    return each.flatten(0, 1).repeat_interleave(form.group, 1)[:, :channels]
+        return part.reshape(-1, 1).repeat_interleave(rows // part.numel(), 0).expand(-1, channels)
+    return part.flatten(0, 1).repeat_interleave(form.group, 1)[:, :channels]

@@ -1,5 +1,5 @@
-"""Linears and convolutions in whole numbers: inputs are quantised to 8 bits as they come, as the weights
-already are.
+"""Linears and convolutions in integers. The weights are stored in 8 bits; inputs are quantised to 8 bits in
+each call.
 
     value  = (code - zero) * scale             codes -128..127; a scale for each row of a linear's input,
                                                whose zero is 0, or a scale and a zero for each sample of a
@@ -7,11 +7,11 @@ already are.
     answer = sum of (code - zero) * code of the weight * scale of the row or sample
              * scale of the output channel + bias
 
-The sums are exact: an int32 holds those of MOST products. Weights are stored as kernels/formats.py says, in
-its format int8: `packed` int8 (out, taps x in) and `scale` fp16 (out, 1). A row or sample with a value that
-is not finite has an answer that is not. The plain versions work on any device. Those of oneDNN, which torch
-brings, are for x86 CPUs with VNNI, without which its sums saturate, and take weights that they packed before;
-Triton's are in triton_int8.py.
+The sums are exact: an int32 holds those of MOST products. Weights are in the format int8 of
+kernels/formats.py: `packed` int8 (out, taps x in) and `scale` fp16 (out, 1). A row or sample with a value
+that is not finite gives an answer that is not finite. The plain versions run on any device. Those of oneDNN,
+which is part of torch, need weights packed beforehand, and an x86 CPU with VNNI: without it their sums
+saturate. Triton's are in triton_int8.py.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from .formats import from_rows
 
 Pair = tuple[int, int]
 MOST = (2**31 - 1) // (255 * 127)
-_LEAST = 1e-30  # a row's largest value counts for no less, so that the codes of zeros are zeros
-AT_ONCE = 2**18  # values that are quantised at a time on a CPU, which stay in its caches
+_LEAST = 1e-30  # the smallest scale, so that the codes of a row of zeros are zeros
+AT_ONCE = 2**18  # values quantised at a time on a CPU, few enough to stay in its caches
 
 
 def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,7 @@ def quantise_samples(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def linear_int8(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """(…, in) → (…, out), in the dtype of `x`: the plain version, whose fp64 holds every sum.
+    """(…, in) → (…, out), in the dtype of `x`. The plain version: fp64 holds every sum exactly.
 
     Raises ValueError for shapes that do not fit, or are empty.
     """
@@ -66,11 +66,10 @@ def conv2d_int8(
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
 ) -> Tensor:
-    """(batch, in, h, w) → (batch, out, h', w'), in the dtype of `x`: the plain version, whose fp64 holds
-    every sum.
+    """(batch, in, h, w) → (batch, out, h', w'), in the dtype of `x`. The plain version: fp64 holds every sum
+    exactly.
 
-    Raises ValueError for shapes that are empty or do not fit, as those of grouped convolutions, which there
-    are none of.
+    Raises ValueError for shapes that are empty or do not fit, such as those of grouped convolutions.
     """
     sides(x, packed, scale, kernel_size, stride, padding)
     codes, factor, zero = quantise_samples(x)
@@ -81,8 +80,8 @@ def conv2d_int8(
 
 
 def weight_sums(packed: Tensor) -> Tensor:
-    """int32 (out): of each output channel's codes. What a zero that is not 0 adds to every answer is this
-    many times it."""
+    """int32 (out): the sum of each output channel's codes. A zero other than 0 adds itself times this sum to
+    every answer."""
     return packed.sum(1, dtype=torch.int32)
 
 
@@ -92,11 +91,10 @@ def pack_linear(packed: Tensor) -> Tensor:
 
 
 def linear_int8_onednn(x: Tensor, ready: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_int8` of packed weights, whose inputs are quantised in the dtype of `x`: a code may be the next
-    but one's of halves.
+    """`linear_int8` of packed weights. Inputs are quantised in the dtype of `x`, so that in 16 bits a code
+    may be off by one.
 
-    A token's scale multiplies the answer, once that is in the dtype of `x` already, so scales are rounded to
-    it too.
+    A token's scale is rounded to that dtype too: it multiplies the answer once that is in it.
     """
     rows = x.reshape(-1, x.shape[-1])
     codes, factor = torch.empty(rows.shape, dtype=torch.uint8), rows.new_empty(len(rows), 1)
@@ -118,8 +116,8 @@ def linear_int8_onednn(x: Tensor, ready: Tensor, scale: Tensor, bias: Tensor | N
 
 def pack_conv2d(packed: Tensor, in_channels: int, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
     """Stored codes as oneDNN wants them, opaque, for `conv2d_int8_onednn`."""
-    # A zero that is not 0, or each call packs them again: oneDNN keeps sums of the weights in them only for
-    # such.
+    # Any zero other than 0. oneDNN keeps the weights' sums beside them only for such a zero, and would pack
+    # again in each call.
     weight = from_rows(packed, (len(packed), in_channels, *kernel_size))
     ones, zero = torch.ones(len(packed)), 128
     return torch.ops.onednn.qconv_prepack(
@@ -135,13 +133,12 @@ def conv2d_int8_onednn(
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
 ) -> Tensor:
-    """`conv2d_int8` of packed weights and an `x` that is channels_last, as the answer will be; sample by
-    sample."""
+    """`conv2d_int8` of packed weights, sample by sample. `x` is channels_last, and so is the answer."""
     many, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
     rest = list(stride), list(padding), [1, 1], 1, 1.0, 0, _made(x), "none", [], ""
     bias, answers = None if bias is None else bias.float(), None
     for i, sample in enumerate(x.permute(0, 2, 3, 1).flatten(1, 2)):
-        factor, zero = (each.item() for each in scales_and_zeros(sample[None]))
+        factor, zero = (number.item() for number in scales_and_zeros(sample[None]))
         codes = torch.empty(sample.shape, dtype=torch.uint8)
         for part in _pieces(*sample.shape):
             codes[part] = (sample[part].float() / factor).round_().add_(zero + 128).clamp_(0, 255)
@@ -160,7 +157,7 @@ def conv2d_int8_onednn(
 
 
 def _made(x: Tensor) -> torch.dtype:
-    """What oneDNN's sums are made into: fp16 only by a slow loop."""
+    """The dtype that oneDNN converts its sums to. To fp16 it would do so in a slow loop."""
     return torch.float32 if x.dtype == torch.float16 else x.dtype
 
 
@@ -177,7 +174,7 @@ def scales(x: Tensor) -> Tensor:
 
 
 def scales_and_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 and int32, (batch, 1, …), by which the least value is -128, the largest 127, and 0 a code."""
+    """fp32 and int32, (batch, 1, …): the smallest value becomes -128, the largest 127, and 0 has a code."""
     _nothing(x)
     dims = tuple(range(1, x.ndim))
     low, high = (
@@ -200,15 +197,15 @@ def _biased(out: Tensor, bias: Tensor | None) -> Tensor:
 def empty_answer(
     x: Tensor, packed: Tensor, scale: Tensor, kernel_size: Pair, stride: Pair, padding: Pair
 ) -> Tensor:
-    """Room for what a convolution of `x` answers, channels_last if `x` is. Raises ValueError for shapes that
-    do not fit."""
+    """An uninitialised answer of a convolution of `x`, channels_last if `x` is. Raises ValueError for shapes
+    that do not fit."""
     shape = (len(x), len(packed), *sides(x, packed, scale, kernel_size, stride, padding))
     layout = torch.channels_last if channels_last(x) else torch.contiguous_format
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
 
 
 def channels_last(x: Tensor) -> bool:
-    """Whether `x` is so, and not in torch's own order as well, as a picture of one channel is."""
+    """Whether `x` is channels_last only. An image of one channel is contiguous too."""
     return not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -220,7 +217,7 @@ def sides(
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
 ) -> Pair:
-    """Height and width of the answer, of shapes that fit."""
+    """Height and width of the answer. Raises ValueError for shapes that do not fit."""
     row = x.shape[1] * kernel_size[0] * kernel_size[1]
     if packed.shape[1] != row or scale.shape != (len(packed), 1):
         raise ValueError(

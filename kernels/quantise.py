@@ -1,4 +1,4 @@
-"""Weights into 8 and 4 bits: how the parts that formats.py describes are made."""
+"""Quantise weights to 8 and 4 bits, into the parts that formats.py describes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from .formats import Format, nearest, pack
 from .gptq import codes_by, factored
 
-BLOCK = 2**18  # weights quantised at a time, so that what is computed on the way stays in a cache
-_SHRINK, _FITS = 0.95, 3  # of the searches tried nearly the best, and quick (docs/decisions.md)
+BLOCK = 2**18  # weights quantised at a time, so that temporary values stay in the cache
+_SHRINK, _FITS = 0.95, 3  # nearly the best of the searches that were tried, and fast (docs/decisions.md)
 _LEAST = 6e-8  # the smallest scale that fp16 has
 
 
@@ -46,11 +46,11 @@ def quantise(weight: Tensor, form: Format, moment: Tensor | None = None) -> dict
 
 
 def fit(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
-    """scale and zero (out, taps, groups of a tap) for `rows` in fp32, as they will be stored; zero is 0 but
-    for int4.
+    """scale and zero (out, taps, groups of a tap) for `rows` in fp32, rounded as they will be stored. Only
+    int4 has a zero other than 0.
 
-    int4's are a least-squares fit to the codes that they give, repeated, as HQQ's (Badri and Shaji, 2023)
-    without its norm.
+    int4's are fitted by least squares to the codes that they give, several times, like HQQ's (Badri and
+    Shaji, 2023) but without its norm.
     """
     scales, zeros = [], []
     for channels, _, size in form.spans(rows.shape[-1]):
@@ -67,8 +67,8 @@ def fit(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
 
 
 def _fitted(x: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """int4's scale and zero; those of the plain range where the fit's zero cannot be stored, as all values
-    have one sign."""
+    """int4's scale and zero. Where all values have one sign the fit's zero may not be storable; the plain
+    range is taken there."""
     plain = _no_less((high - low) / 15)
     scale, zero = plain * _SHRINK, -low / plain
     for _ in range(_FITS):

@@ -1,9 +1,10 @@
-"""The convolutions, norms and residual blocks of a VAE in strips of rows: the same numbers from less memory.
+"""The convolutions, norms and residual blocks of a VAE in strips of rows: the same numbers in less memory.
 
-A strip's convolution reads one more row above and below, and group norms use the statistics of the whole
-picture, so there is no seam and nothing to blend. (Overlapping tiles, each with its own statistics, gave 20
-to 37 dB; docs/decisions.md.) Held whole are the map a block ends with and the one in its middle; what was
-upsampled is made again for each strip. Maps are (batch, channels, h, w), of any floating dtype and device.
+A strip's convolution reads one more row above and below. Group norms use the statistics of the whole image,
+so there are no seams to blend. (Overlapping tiles, each with its own statistics, gave 20 to 37 dB;
+docs/decisions.md.) Two maps of a block are held whole: the one in its middle and the one at its end. An
+upsampled map is recomputed for each strip. Maps are (batch, channels, h, w), of any floating dtype, on any
+device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _MIN_ROWS = 8
 
 
 class Rows(Protocol):
-    """A map that can be had row by row."""
+    """A map that can be read by rows."""
 
     shape: tuple[int, int, int, int]
 
@@ -38,8 +39,8 @@ class Stored:
 
 
 class Upsampled:
-    """`conv` (3x3, padding 1) over a map of twice the rows and columns, each value repeated, made when it is
-    asked for."""
+    """`conv` (3x3, padding 1) over a map of twice the rows and columns, each value repeated. Rows are
+    computed when they are read."""
 
     def __init__(self, x: Tensor, conv: nn.Conv2d) -> None:
         self.x, self.conv = x, conv
@@ -66,10 +67,10 @@ def convolved(source: Rows, conv: nn.Conv2d, norm: nn.GroupNorm | None = None) -
 
 
 def residual(source: Rows, norms: tuple[nn.GroupNorm, nn.GroupNorm], convs: tuple[nn.Conv2d, ...]) -> Tensor:
-    """conv₂(silu(norm₂(conv₁(silu(norm₁(x)))))) + x, where x goes through a third convolution if there is
-    one.
+    """conv₂(silu(norm₂(conv₁(silu(norm₁(x)))))) + x. A third convolution, if there is one, is applied to the
+    added x.
 
-    Without one the answer takes the place of a stored source.
+    Without one the answer overwrites a stored source.
     """
     hidden = Stored(convolved(source, convs[0], norms[0]))
     out = convolved(source, convs[2]) if len(convs) == 3 else _whole(source)
@@ -93,8 +94,8 @@ def downsampled(x: Tensor, conv: nn.Conv2d) -> Tensor:
 
 
 def statistics(source: Rows, groups: int) -> tuple[Tensor, Tensor]:
-    """Variance and mean, each (batch, groups, 1) in fp32, over each group of channels, gathered strip by
-    strip."""
+    """Variance and mean of each group of channels, each (batch, groups, 1) in fp32, accumulated over
+    strips."""
     count, mean, square = 0, torch.zeros(()), torch.zeros(())
     for start, end in _ranges(source.shape[2]):
         strip = source.rows(start, end).reshape(source.shape[0], groups, -1).float()
@@ -118,21 +119,20 @@ def _strips(source: Rows, conv: nn.Conv2d, norm: nn.GroupNorm | None) -> Iterato
         above, below = max(start - halo, 0), min(end + halo, height)
         part = prepare(source.rows(above, below))
         if not isinstance(source, Stored):
-            weight = _weight(conv)  # the source's own was unpacked in its place
+            weight = _weight(conv)  # reading the source overwrote it with the source's weight
         part = _convolve(part, conv, weight, above - start + halo, end + halo - below)
         yield start, end, part
         del part
 
 
 def _weight(conv: nn.Conv2d) -> Tensor:
-    """The weight; where it is in parts, unpacked into a buffer that others use in between (a layer with
-    `dense`)."""
+    """The weight. A quantised layer (one with `dense`) dequantises it into a buffer shared with others."""
     dense = getattr(conv, "dense", None)
     return dense() if dense else conv.weight
 
 
 def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, above: int, below: int) -> Tensor:
-    """`conv` with `above` and `below` rows of zeros where the picture ends, and its own padding left and
+    """`conv` with `above` and `below` rows of zeros at the edges of the image, and its own padding left and
     right."""
     if above or below:
         x = functional.pad(x, (0, 0, above, below))
@@ -140,7 +140,7 @@ def _convolve(x: Tensor, conv: nn.Conv2d, weight: Tensor, above: int, below: int
 
 
 def _normalised(norm: nn.GroupNorm, variance: Tensor, mean: Tensor) -> Callable[[Tensor], Tensor]:
-    """silu(norm(x)) of a strip, by the statistics of the whole, as one factor and one shift for each
+    """silu(norm(x)) of a strip with the statistics of the whole image, as one factor and one shift per
     channel."""
     channels = (variance.shape[0], norm.num_channels, 1, 1)
     spread = norm.num_channels // norm.num_groups

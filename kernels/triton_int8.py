@@ -1,7 +1,7 @@
-"""kernels/int8.py on a GPU, in Triton: tensor cores multiply.
+"""kernels/int8.py on a GPU, in Triton, on tensor cores.
 
-They compile for compute capability 8.0 and later, not for 7.5, and without triton fail when they are called
-(triton_weights.py).
+Needs compute capability 8.0; kernels do not compile for 7.5. Without triton, functions fail when they are
+called (triton_weights.py).
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from .triton_weights import constexpr, jit, tl
 
 
 def encode_triton(x: Tensor, scale: Tensor, zero: Tensor | None, block: int = 1024, **launch: int) -> Tensor:
-    """The codes of an `x` that is contiguous or channels_last, without a copy of it in fp32. `block` values
-    to a program."""
+    """The codes of `x`, contiguous or channels_last, without a copy of it in fp32. A program has `block`
+    values."""
     codes, size = torch.empty_like(x, dtype=torch.int8), x[0].numel()
     if codes.stride() != x.stride():
         raise ValueError(
@@ -33,7 +33,7 @@ def linear_int8_triton(
     tile: tuple[int, int, int] = (64, 64, 64),
     **launch: int,
 ) -> Tensor:
-    """`linear_int8`, as a convolution of samples of one pixel each, whose `tile` and `launch` these are."""
+    """`linear_int8`, as a convolution of samples of one pixel. `tile` and `launch` are the convolution's."""
     rows = x.reshape(-1, x.shape[-1], 1, 1).contiguous()
     sides(rows, packed, scale)
     factor = scales(rows)
@@ -55,11 +55,11 @@ def conv2d_int8_triton(
     tile: tuple[int, int, int] = (128, 64, 64),
     **launch: int,
 ) -> Tensor:
-    """`conv2d_int8`, with an answer that is channels_last if `x` is: one product, which finds each tap's
-    inputs where they are.
+    """`conv2d_int8` as one matrix product, which reads the inputs of each tap in place. The answer is
+    channels_last if `x` is.
 
-    `sums` is `weight_sums(packed)`, where it is known. `tile` is how many output pixels, output channels and
-    input channels of a tap a program multiplies at a time, powers of 2 from 16, 16 and 32; `launch` is
+    `sums` is `weight_sums(packed)`, if it is known. `tile` is how many output pixels, output channels and
+    input channels of a tap a program multiplies at a time, powers of 2 from 16, 16 and 32. `launch` is
     triton's num_warps and num_stages.
     """
     out = empty_answer(x, packed, scale, kernel_size, stride, padding)
@@ -97,7 +97,7 @@ def _launch(
 
 @jit
 def _encode(codes, x, scale, zero, size, block: constexpr):
-    """One part of one row. Adding and taking away 1.5 * 2**23 rounds as torch does, halves to even."""
+    """A part of a row. Adding and subtracting 1.5 * 2**23 rounds halves to even, as torch does."""
     place = tl.program_id(1) * block + tl.arange(0, block)
     at = tl.program_id(0).to(tl.int64) * size + place
     values = tl.load(x + at, mask=place < size, other=0).to(tl.float32)
@@ -116,7 +116,7 @@ def _convolve(
     stride_x: constexpr, pad_y: constexpr, pad_x: constexpr, block_m: constexpr, block_n: constexpr,
     block_k: constexpr,
 ):  # fmt: skip
-    """Rows of the product are output pixels, columns output channels; `of_…` are the strides of `out`."""
+    """The product's rows are output pixels, its columns output channels. `of_…` are the strides of `out`."""
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     n = tl.program_id(1) * block_n + tl.arange(0, block_n)
     sample, pixel = m // (height * width), m % (height * width)
@@ -132,7 +132,7 @@ def _convolve(
         inputs = tl.load(
             x + at[:, None] + k[None, :], mask=inside[:, None] & (k < channels)[None, :], other=0
         )
-        if zero is not None:  # padding is nothing; what is beyond the channels has weights of 0
+        if zero is not None:  # padding is the zero's code; beyond the channels weights are 0
             inputs = tl.where(inside[:, None], inputs, nothing[:, None].to(tl.int8))
         at = (n.to(tl.int64) * (taps_y * taps_x) + tap) * channels
         weights = tl.load(

@@ -1,9 +1,9 @@
-"""Stored weights (kernels/formats.py) on a GPU, each in one Triton kernel: made dense, or multiplied while
-they are unpacked.
+"""Stored weights (kernels/formats.py) on a GPU: one Triton kernel dequantises a weight, or dequantises and
+multiplies.
 
-It can be imported where there is no triton; what needs it then fails when it is called, so look at `triton`
-first, which is None there. Kernels call nothing of triton's own standard library, so that they can be
-interpreted on a CPU however triton was imported. For triton 3.4 and later.
+Without triton this module can be imported and `triton` is None; its functions fail when they are called.
+Kernels use nothing of triton's standard library, so that they can be interpreted on a CPU however triton was
+imported. For triton 3.4 and later.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .formats import NF4, Format
 
-_WHOLE = 2**30  # channels of a group that has all of a row
+_WHOLE = 2**30  # channels of a group that is a whole row
 
 
 def _optional(name: str) -> Any:
@@ -29,13 +29,13 @@ def _optional(name: str) -> Any:
 
 triton, tl = _optional("triton"), _optional("triton.language")
 if TYPE_CHECKING:
-    constexpr = Any  # of a parameter, for each of whose values triton compiles the kernel
+    constexpr = Any  # marks a parameter: triton compiles the kernel for each of its values
 else:
     constexpr = getattr(tl, "constexpr", Any)
 
 
 def jit(function: Any) -> Any:
-    """`triton.jit`, or the function as it is where there is no triton."""
+    """`triton.jit`; without triton the function itself."""
     return triton.jit(function) if triton else function
 
 
@@ -51,12 +51,12 @@ def dequantise_triton(
     block: tuple[int, int] = (4, 256),
     **launch: int,
 ) -> None:
-    """Fill `out` with the weight that the parts mean: in our order (out, taps, in), or as torch has it, (out,
+    """Fill `out` with the dequantised weight: in our order (out, taps, in), or with `nchw` in torch's (out,
     in, taps).
 
-    `out` is contiguous, of any floating dtype and any shape of so many values; each is computed in fp32 and
-    rounded once. `block` is how many rows and columns one program writes, powers of 2; `launch` is triton's
-    num_warps and num_stages. Raises ValueError for parts or an `out` that are not of this weight.
+    `out` is contiguous, of any floating dtype and any shape with as many values. Values are computed in fp32
+    and rounded once. `block` is how many rows and columns one program writes, powers of 2. `launch` is
+    triton's num_warps and num_stages. Raises ValueError for parts or an `out` that do not fit this weight.
     """
     _check(packed, scale, zero, form, (len(packed), in_channels, taps))
     rows, row = len(packed), taps * in_channels
@@ -94,10 +94,10 @@ def linear_triton(
     tile: tuple[int, int, int] | None = None,
     **launch: int,
 ) -> Tensor:
-    """(…, in) → (…, out), in the dtype of `x`, fp32, fp16 or bf16: for few rows of `x`, as each 64 of them
-    unpack all weights.
+    """(…, in) → (…, out), in the dtype of `x`: fp32, fp16 or bf16. For few rows of `x`: all weights are
+    dequantised for every 64 of them.
 
-    Weights are rounded to that dtype and their products summed in fp32. `tile` is how many rows of `x`,
+    Weights are rounded to that dtype, and products are summed in fp32. `tile` is how many rows of `x`,
     output channels and columns of `packed` one program takes at a time, powers of 2 from 16; `launch` is
     triton's num_warps and num_stages. Raises ValueError for parts that do not fit `x`.
     """
@@ -111,7 +111,7 @@ def linear_triton(
         32,
         64 if width % 64 == 0 and group % 64 == 0 else 32,
     )
-    # So that what one program multiplies at a time has one scale in each output channel.
+    # Each output channel then has one scale in what a program multiplies at a time.
     aligned = group % tile[2] == 0 and (form.bits == 8 or not form.group or width % tile[2] == 0)
     _multiply[-(-n // tile[1]), -(-m // tile[0])](
         *(out, rows, packed, scale, zero, _table(form, x.device), bias, m, n, row, width, scale.shape[1]),
@@ -123,14 +123,14 @@ def linear_triton(
 
 @jit
 def _codes(read, high):
-    """The 4-bit codes in bytes, those of the second half of a row where `high`."""
+    """The 4-bit codes in bytes: of the second half of a row where `high`, otherwise of the first."""
     read = read.to(tl.int32)
     return tl.where(high, read >> 4, read & 15)
 
 
 @jit
 def _value(codes, scale, zero, table, at, inside, kind: constexpr):
-    """What codes mean, in fp32; `at` is where the scales and zeros of their groups are."""
+    """The values of codes, in fp32. `at` is where the scales and zeros of their groups are."""
     value = tl.load(table + codes) if kind == "nf4" else codes.to(tl.float32)
     if kind == "int4":
         value -= tl.load(zero + at, mask=inside, other=0).to(tl.float32) * 0.0625
@@ -143,8 +143,8 @@ def _dense(
     kind: constexpr, group: constexpr, taps: constexpr, nchw: constexpr, block_rows: constexpr,
     block_columns: constexpr,
 ):  # fmt: skip
-    """Reads as it writes: where the order changes, what is scattered are the reads, of fewer bytes and from a
-    cache."""
+    """In the order of writing. Where it changes the order, the reads are scattered: they are fewer bytes and
+    cached."""
     o = tl.program_id(0) * block_rows + tl.arange(0, block_rows)[:, None]
     place = tl.program_id(1) * block_columns + tl.arange(0, block_columns)[None, :]
     inside = (o < rows) & (place < row)
@@ -204,7 +204,7 @@ def _table(form: Format, device: torch.device) -> Tensor | None:
 
 
 def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, form: Format, shape: tuple[int, ...]) -> None:
-    """Kernels look at no bounds but those they are told."""
+    """Raise ValueError for parts of another shape, as kernels check no bounds but those they are given."""
     parts = {"packed": packed, "scale": scale, "zero": zero}
     for name, (dtype, sides) in form.parts(shape).items():
         part = parts[name]

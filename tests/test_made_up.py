@@ -90,7 +90,7 @@ NETWORKS = (
 
 
 class Toy:
-    name, networks, first_step_is_known = "toy", NETWORKS, False
+    name, networks, on_demand, first_step_is_known = "toy", NETWORKS, (), False
 
     def claims(self, source):
         return source.pipeline == "ToyPipeline"

@@ -174,7 +174,7 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
     result.images[0].save(job["to"])
     clock.peak_bytes = max(before, result.process_bytes)  # each stage resets the system's peak
     clock.device_bytes = result.peak_bytes  # and torch's
-    on_onnx = result.plan.placements["unet"].backend == "onnx"
+    on_onnx = result.plan.denoiser.backend == "onnx"
     return ["torch", "diffusers", "transformers", *(["onnxruntime"] if on_onnx else [])]
 
 

@@ -68,12 +68,12 @@ def emoji(folder: Path) -> list[Emoji]:
         if subgroup.get(row.get("subgroup")) not in SUBGROUPS.get(group.get(row.get("group"), ""), ()):
             continue
         code = row["hexcode"].lower()
-        found = next(
+        picture = next(
             (pictures[c] for c in (code, code.replace("-fe0f", ""), code + "-fe0f") if c in pictures), None
         )
-        if found:
+        if picture:
             chosen.append(
-                Emoji(row["label"].lower(), tuple(tag.lower() for tag in row.get("tags", ())), found)
+                Emoji(row["label"].lower(), tuple(tag.lower() for tag in row.get("tags", ())), picture)
             )
     return chosen
 

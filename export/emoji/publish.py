@@ -24,8 +24,8 @@ def main() -> None:
     parse.add_argument("folder", type=Path, help="replaced, but for a README.md in it")
     args = parse.parse_args()
 
-    there = {path.name for path in args.folder.iterdir()} if args.folder.exists() else set()
-    if there - {"README.md"} and "model_index.json" not in there:
+    present = {path.name for path in args.folder.iterdir()} if args.folder.exists() else set()
+    if present - {"README.md"} and "model_index.json" not in present:
         raise SystemExit(f"{args.folder} is not empty and holds no model: name another folder")
     vae = autoencoder.build()
     best = next(args.work / name for name in ("decoder.pt", "autoencoder.pt") if (args.work / name).exists())

@@ -15,8 +15,8 @@ from ..errors import TightfitError
 from ..files import read_bytes
 from ..machine.hardware import DEVICES
 from ..models.families import role_of
-from ..models.families.family import Role
-from ..placement import CFG, CHOICES, QUANTISED, STAGES, Placement
+from ..models.families.family import IN_EVERY_PLAN, Role
+from ..placement import CFG, CHOICES, QUANTISED, Placement
 from ..units import shown
 
 VERSION = 5
@@ -200,7 +200,7 @@ def _problem(plan: Plan) -> str | None:
     if (
         plan.cfg not in CFG
         or plan.device not in DEVICES
-        or {_role(name).stage for name in plan.placements} != set(STAGES)
+        or not {_role(name) for name in plan.placements} >= IN_EVERY_PLAN
     ):
         return "it leaves open how something runs"
     for placement in plan.placements.values():

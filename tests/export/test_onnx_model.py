@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -19,6 +20,7 @@ from tightfit.export import onnx_networks as onnx_trace
 from tightfit.kernels.formats import FORMATS, dequantise
 from tightfit.kernels.quantise import quantise
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.models.families.family import Role
 
 KINDS = [("sd1", "fp32"), ("sd1", "int4"), ("sd2", "int8"), ("sdxl", "fp16")]
 
@@ -77,13 +79,14 @@ def test_an_upsampler_that_only_doubles_is_a_departure(onnx_models, shallow_mode
     folder = shutil.copytree(onnx_models("sd1", "fp32") / "unet", tmp_path / "unet")
     proto = onnx.load(folder / "model.onnx", load_external_data=False)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array([1, 1, 2, 2], np.float32), "twice"))
-    network = next(onnx_trace.networks(shallow_models["sd1"], {"unet": shallow_models["sd1"] / "unet"}))
+    spec = tightfit.inspect(str(shallow_models["sd1"]))
+    subject = onnx_trace.subject(spec, spec.denoiser)
     room = onnx_check.Room(lambda: None, lambda: None)
 
     def check():
         weights = UNet2DConditionModel.from_pretrained(shallow_models["sd1"] / "unet").state_dict()
-        network.module.load_state_dict(weights, assign=True)
-        return onnx_check.check(folder / "model.onnx", network, None, torch.float32, room)
+        subject.module.load_state_dict(weights, assign=True)
+        return onnx_check.check(folder / "model.onnx", subject, None, torch.float32, room)
 
     assert check() < 1e-5
     for node in proto.graph.node:
@@ -93,6 +96,34 @@ def test_an_upsampler_that_only_doubles_is_a_departure(onnx_models, shallow_mode
     (folder / "model.onnx").write_bytes(proto.SerializeToString())
     with pytest.raises(onnx_check.DepartureError, match=r"unet cannot be run with .*\[1, 4, 20, 15\]"):
         check()
+
+
+def test_the_encoder_is_diffusers(shallow_models):
+    """It is in no plan of a picture from text, and answers mean and log-variance as AutoencoderKL does."""
+    from diffusers import AutoencoderKL
+    from safetensors.torch import load_file
+
+    spec = tightfit.inspect(str(shallow_models["sdxl"]))
+    (network,) = spec.design.on_demand
+    assert network.role is Role.ENCODER and network.name not in spec.components
+    component = replace(spec.decoder, network=network)
+    stored = load_file(component.folder / "diffusion_pytorch_model.safetensors")
+    module = network.build(component)
+    module.load_state_dict({k: v for k, v in stored.items() if k.startswith(network.prefixes)})
+    pixels = torch.randn(
+        spec.inputs(component, 1, 48, 64)["pixels"], generator=torch.Generator().manual_seed(0)
+    )
+    with torch.inference_mode():
+        expected = AutoencoderKL.from_pretrained(component.folder).encode(pixels).latent_dist.parameters
+        (moments,) = network.call(module, pixels)
+    torch.testing.assert_close(moments, expected)
+
+
+def test_a_network_that_is_not_traced_is_refused(shallow_models):
+    spec = tightfit.inspect(str(shallow_models["sd1"]))
+    component = replace(spec.denoiser, network=replace(spec.denoiser.network, tracing=None))
+    with pytest.raises(TightfitError, match="a unet, which has no ONNX layout: leave out --to onnx"):
+        onnx_trace.subject(spec, component)
 
 
 def test_layout_is_optimums(onnx_models, shallow_models):
@@ -158,6 +189,8 @@ def test_stored_weights_mean_the_same_in_onnx(form, shape, turned):
     layout = onnx_graph.quantise_weight(graph, "w", FORMATS[form], shape, ir.DataType.FLOAT)
     made = layer.inputs[1]
     assert made is not None
+    # In one order, by which they are written: that of a set made two exports of one model differ.
+    assert [*layout.stored(parts)] == [*layout.kinds()]
     graph.remove(layer, safe=True)
     graph.outputs[0] = made
     for part, array in layout.stored(parts).items():

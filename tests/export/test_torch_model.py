@@ -35,14 +35,21 @@ def sources(spec):
     return {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
 
 
+def recipes(spec, tensors, precision):
+    return {
+        component.folder.name: quantised.default_scheme(
+            component.network, tensors[component.folder.name], precision
+        )
+        for component in spec.components.values()
+    }
+
+
 def export(model, target, precision, schemes=None):
     spec = tightfit.inspect(model)
     tensors = sources(spec)
-    schemes = schemes or {
-        name: quantised.default_scheme(name, each, precision) for name, each in tensors.items()
-    }
+    schemes = schemes or recipes(spec, tensors, precision)
     manifest = {"source": spec.name, "precision": precision, "defaults": dict(spec.defaults)}
-    return quantised.write(spec.folder, target, tensors, schemes, manifest, SILENT)
+    return quantised.write(spec, target, tensors, schemes, manifest, SILENT)
 
 
 @pytest.fixture(scope="module")
@@ -294,8 +301,8 @@ def test_a_calibration_finds_what_hurts():
 
 def test_a_scheme_of_its_own(tmp_path):
     """What a calibration would choose is what is written, NF4 too."""
-    tensors = sources(tightfit.inspect("emoji"))
-    schemes = {name: quantised.default_scheme(name, each, "int4") for name, each in tensors.items()}
+    spec = tightfit.inspect("emoji")
+    schemes = recipes(spec, sources(spec), "int4")
     formats = dict.fromkeys(schemes["unet"].formats, "nf4-g64")
     export("emoji", tmp_path / "out", "int4", schemes | {"unet": replace(schemes["unet"], formats=formats)})
     with tightfit.load(str(tmp_path / "out"), device="cpu", compute="fp32") as pipe:

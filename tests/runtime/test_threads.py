@@ -218,7 +218,7 @@ def test_networks_that_another_request_has_no_use_for(sd1):
             name: placement for name, placement in result.plan.placements.items() if name != "text_encoder"
         }
         assert "text_encoder" in pipe.loaded.sessions
-        pipe.loaded.take(dataclasses.replace(result.plan, placements=fewer))
+        pipe.loaded.take(dataclasses.replace(result.plan, placements=fewer), pipe.spec)
         assert pipe.loaded.sessions.keys() == fewer.keys()
 
 

@@ -71,7 +71,8 @@ def _formats(component: Component, module: torch.nn.Module, precision: str) -> d
     if precision not in QUANTISED:
         return {}
     kind = "int8" if precision == DYNAMIC else precision
-    chosen = {path: recipe(kind, component.name, path, layer.weight.shape) for path, layer in paths.items()}
+    least = component.network.least_bits
+    chosen = {path: recipe(kind, path, layer.weight.shape, least) for path, layer in paths.items()}
     return {path: name for path, name in chosen.items() if name}
 
 

@@ -38,7 +38,13 @@ class Role(Enum):
         return _STAGES[self]
 
 
-_STAGES = {Role.TEXT: "encode", Role.ENCODER: "encode", Role.DENOISER: "denoise", Role.DECODER: "decode"}
+_STAGES = {
+    Role.TEXT: "encode",
+    Role.ENCODER: "encode",
+    Role.DENOISER: "denoise",
+    Role.DECODER: "decode",
+}
+IN_EVERY_PLAN = frozenset({Role.TEXT, Role.DENOISER, Role.DECODER})  # no picture is made without them
 
 
 class Extent(NamedTuple):
@@ -68,6 +74,26 @@ class GraphNames:
 
 
 @dataclass(frozen=True)
+class Tracing:
+    """How a network becomes a graph of Optimum's layout. Its inputs are those of a session.
+
+    sides: for each of these, the names of its sides; "" for one whose length never varies. outputs: what the
+    graph answers. size: lengths of named sides to trace at. checked: sizes at which the graph must answer
+    what torch answers. "sequence_length" is the model's, where a size does not say it. tokens: inputs that
+    are integers, below vocab_size. counts: inputs that are positive, and up to some hundreds. call: calls the
+    module for all `outputs`, where a graph answers more than a session does.
+    """
+
+    sides: Mapping[str, tuple[str, ...]]
+    outputs: Callable[[Component], tuple[str, ...]]
+    size: Mapping[str, int]
+    checked: tuple[Mapping[str, int], ...]
+    tokens: frozenset[str] = frozenset()
+    counts: frozenset[str] = frozenset()
+    call: Callable[..., tuple[Any, ...]] | None = None
+
+
+@dataclass(frozen=True)
 class Network:
     """One network of a family, for every engine and for the exporter alike.
 
@@ -81,6 +107,8 @@ class Network:
     that imports a class of a library. call: calls that module with a session's arrays. tokenizer: the
     folder of a text encoder's. vocabulary: the last name of the layer that has a vector for each token.
     in_strips: whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL.
+    least_bits: of its quantised weights, whatever a model is quantised to. tracing: None for what is not
+    exported to ONNX.
     """
 
     name: str
@@ -99,6 +127,8 @@ class Network:
     tokenizer: str = ""
     vocabulary: str = ""
     in_strips: bool = False
+    least_bits: int = 4
+    tracing: Tracing | None = None
 
 
 class Family(Protocol):
@@ -110,6 +140,11 @@ class Family(Protocol):
     @property
     def networks(self) -> tuple[Network, ...]:
         """In the order in which a picture needs them."""
+        ...
+
+    @property
+    def on_demand(self) -> tuple[Network, ...]:
+        """Those that a picture made from text alone does not need. Each lies in a folder of `networks`."""
         ...
 
     @property

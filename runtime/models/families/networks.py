@@ -1,9 +1,10 @@
-"""The networks that the families of Stable Diffusion share: CLIP's text encoder, the U-Net, the decoder of
+"""The networks that the families of Stable Diffusion share: CLIP's text encoder, the U-Net, both halves of
 the VAE."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
@@ -29,7 +30,7 @@ from ..checks import (
     or_none,
     whole,
 )
-from .family import Extent, GraphNames, Network, Role, Shape
+from .family import Extent, GraphNames, Network, Role, Shape, Tracing
 
 if TYPE_CHECKING:
     from ..spec import Component, ModelSpec
@@ -122,6 +123,7 @@ _UNET_DEFAULTS = {
     "sample_size": None,
 }
 _VAE_DEFAULTS = {
+    "in_channels": 3,
     "out_channels": 3,
     "latent_channels": 4,
     "block_out_channels": (64,),
@@ -154,6 +156,12 @@ _VAE_DECIDED_BY = {
     r"decoder\.mid_block\.attentions\.": "mid_block_add_attention",
     r"decoder\.up_blocks\.\d+\.resnets\.": "layers_per_block",
     r"decoder\.": "block_out_channels",
+}
+_ENCODER_DECIDED_BY = {
+    r"quant_conv\.": "use_quant_conv",
+    r"encoder\.mid_block\.attentions\.": "mid_block_add_attention",
+    r"encoder\.down_blocks\.\d+\.resnets\.": "layers_per_block",
+    r"encoder\.": "block_out_channels",
 }
 _TEXT_DECIDED_BY = {r"(text_model\.)?encoder\.layers\.\d+\.": "num_hidden_layers"}
 
@@ -221,9 +229,24 @@ def _decoder_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     return {"latents": (1, *spec.latent_shape(extent))}
 
 
+def _encoder_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
+    return {"pixels": (1, spec.vae["in_channels"], extent.height, extent.width)}
+
+
 def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
     """The last layer, normalised."""
     return (module(tokens).last_hidden_state,)
+
+
+def _every_state(module: Any, outputs: Sequence[str], tokens: Any) -> tuple[Any, ...]:
+    """All that Optimum has a text encoder answer: two outputs by name, then the states around each layer."""
+    import torch
+
+    # The module's own positions are a buffer, and have no values where it was built on meta.
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    out = module(tokens, position_ids=positions, output_hidden_states=len(outputs) > 2)
+    states = out.hidden_states or ()
+    return (*(out[name] for name in outputs[: len(outputs) - len(states)]), *states)
 
 
 def _predict(
@@ -243,6 +266,11 @@ def _decode(module: Any, latents: Any) -> tuple[Any, ...]:
     return (module["decoder"](module["post_quant_conv"](latents)),)
 
 
+def _moments(module: Any, pixels: Any) -> tuple[Any, ...]:
+    """Mean and logarithm of the variance of the latents, side by side."""
+    return (module["quant_conv"](module["encoder"](pixels)),)
+
+
 _TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
     "num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id",
@@ -250,12 +278,23 @@ _TEXT_FIELDS = (
 )  # fmt: skip
 
 
+def _text_class(component: Component) -> str:
+    names = component.config.get("architectures") or ["CLIPTextModel"]
+    return names[0] if isinstance(names, list) else names
+
+
+def text_outputs(component: Component) -> tuple[str, ...]:
+    """As Optimum has them, for either class."""
+    if _text_class(component) == "CLIPTextModelWithProjection":
+        return ("text_embeds", "last_hidden_state")
+    return ("last_hidden_state", "pooler_output")
+
+
 def _build_text_encoder(component: Component) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     kinds = {"CLIPTextModel": CLIPTextModel, "CLIPTextModelWithProjection": CLIPTextModelWithProjection}
-    names = component.config.get("architectures") or ["CLIPTextModel"]
-    name = names[0] if isinstance(names, list) else names
+    name = _text_class(component)
     if name not in kinds:
         raise TightfitError(f"{component.folder} holds a {name}: tightfit runs {' and '.join(kinds)}")
     # Of the others some are costly to read: for num_labels of 1e9 as many labels are made.
@@ -278,15 +317,45 @@ def _build_unet(component: Component) -> Any:
 
 
 def _build_decoder(component: Component) -> Any:
+    return _build_half(component, "decoder", "post_quant_conv")
+
+
+def _build_encoder(component: Component) -> Any:
+    return _build_half(component, "encoder", "quant_conv")
+
+
+def _build_half(component: Component, half: str, convolution: str) -> Any:
+    """Of the VAE, with the convolution beside it, which some VAEs have not."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from torch import nn
 
     whole: Any = AutoencoderKL.from_config(dict(component.config))
     return nn.ModuleDict(
-        {"decoder": whole.decoder, "post_quant_conv": whole.post_quant_conv or nn.Identity()}
+        {half: getattr(whole, half), convolution: getattr(whole, convolution) or nn.Identity()}
     )
 
 
+_SIZE = {"batch_size": 2, "height": 16, "width": 24}
+_OTHER_SIZE = {"batch_size": 1, "height": 32, "width": 16}
+# diffusers' U-Net tells its upsamplers the size of the skip connection only where a side does not halve
+# evenly, and doubles else. Traced with odd sides its graph always has the size, which is twice the side where
+# that is even: the same values either way.
+_ODD_SIZE = {"batch_size": 2, "height": 17, "width": 25}
+_UNEVEN_SIZE = {"batch_size": 1, "height": 20, "width": 15}  # 20, 10, 5, 3 and 15, 8, 4, 2
+_PIXELS, _OTHER_PIXELS = (
+    {**size, "height": 8 * size["height"], "width": 8 * size["width"]} for size in (_SIZE, _OTHER_SIZE)
+)
+_IMAGE_SIDES = ("batch_size", "", "height", "width")
+
+
+TEXT_TRACING = Tracing(
+    sides={"tokens": ("batch_size", "sequence_length")},
+    outputs=text_outputs,
+    size={"batch_size": 2},
+    checked=({"batch_size": 1},),
+    tokens=frozenset({"tokens"}),
+    call=_every_state,
+)
 TEXT_ENCODER = Network(
     name="text_encoder",
     folder="text_encoder",
@@ -307,6 +376,7 @@ TEXT_ENCODER = Network(
     ),
     tokenizer="tokenizer",
     vocabulary="token_embedding",
+    tracing=TEXT_TRACING,
 )
 UNET = Network(
     name="unet",
@@ -326,6 +396,18 @@ UNET = Network(
         optional=frozenset({"timestep_cond", "text_embeds", "time_ids"}),
         sides=(("sample", 4, 1, "in_channels"), ("encoder_hidden_states", 3, 2, "cross_attention_dim")),
         names={"hidden": "encoder_hidden_states", "time_condition": "timestep_cond"},
+    ),
+    tracing=Tracing(
+        sides={
+            "sample": _IMAGE_SIDES,
+            "timestep": (),
+            "hidden": ("batch_size", "sequence_length", ""),
+            **dict.fromkeys(("time_condition", "text_embeds", "time_ids"), ("batch_size", "")),
+        },
+        outputs=lambda _: ("out_sample",),
+        size=_ODD_SIZE,
+        checked=(_OTHER_SIZE, _UNEVEN_SIZE),
+        counts=frozenset({"timestep", "time_ids"}),
     ),
 )
 DECODER = Network(
@@ -348,4 +430,34 @@ DECODER = Network(
     ),
     prefixes=("decoder.", "post_quant_conv."),
     in_strips=True,
+    least_bits=8,  # it is a twentieth of a model, and its errors are in the picture as they are
+    tracing=Tracing(
+        sides={"latents": _IMAGE_SIDES},
+        outputs=lambda _: ("sample",),
+        size=_SIZE,
+        checked=(_OTHER_SIZE,),
+    ),
+)
+ENCODER = replace(
+    DECODER,
+    name="vae_encoder",
+    role=Role.ENCODER,
+    decided_by=_ENCODER_DECIDED_BY,
+    inputs=_encoder_inputs,
+    build=_build_encoder,
+    call=_moments,
+    graph=GraphNames(
+        needed=frozenset({"sample"}),
+        answers=_one_answer("latent_parameters"),
+        sides=(("sample", 4, 1, "in_channels"),),
+        names={"pixels": "sample"},
+    ),
+    prefixes=("encoder.", "quant_conv."),
+    in_strips=False,
+    tracing=Tracing(
+        sides={"pixels": _IMAGE_SIDES},
+        outputs=lambda _: ("latent_parameters",),
+        size=_PIXELS,
+        checked=(_OTHER_PIXELS,),
+    ),
 )

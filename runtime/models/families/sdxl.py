@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
 from .family import Extent, Role, Shape
-from .networks import DECODER, TEXT_ENCODER, UNET, unet_inputs
+from .networks import DECODER, ENCODER, TEXT_ENCODER, TEXT_TRACING, UNET, text_outputs, unet_inputs
 from .stable_diffusion import check_parts, guidance_input, unknown_conditioning
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from ...request import Job
     from ..layouts import Source
-    from ..spec import ModelSpec
+    from ..spec import Component, ModelSpec
 
 
 def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
@@ -38,13 +38,25 @@ def _inputs(spec: ModelSpec, extent: Extent) -> Mapping[str, Shape]:
     return {**unet_inputs(spec, extent), "text_embeds": (extent.batch, pooled), "time_ids": (extent.batch, 6)}
 
 
-_FIRST = replace(TEXT_ENCODER, call=_encode, graph=replace(TEXT_ENCODER.graph, answers=_answers))
+def _outputs(component: Component) -> tuple[str, ...]:
+    """The states before and after each layer too."""
+    states = component.config["num_hidden_layers"] + 1
+    return (*text_outputs(component), *(f"hidden_states.{number}" for number in range(states)))
+
+
+_FIRST = replace(
+    TEXT_ENCODER,
+    call=_encode,
+    graph=replace(TEXT_ENCODER.graph, answers=_answers),
+    tracing=replace(TEXT_TRACING, outputs=_outputs),
+)
 _SECOND = replace(_FIRST, name="text_encoder_2", folder="text_encoder_2", tokenizer="tokenizer_2")
 
 
 class SDXL:
     name = "sdxl"
     networks = (_FIRST, _SECOND, replace(UNET, inputs=_inputs), DECODER)
+    on_demand = (ENCODER,)
     first_step_is_known = True
 
     def claims(self, source: Source) -> bool:
@@ -72,7 +84,7 @@ class SDXL:
         return tuple(deviation), vae.setting("scaling_factor"), tuple(mean)
 
     def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
-        """Its VAE, unless it is one that was published with force_upcast off."""
+        """Both halves of its VAE, unless it is one that was published with force_upcast off."""
         return frozenset([Role.ENCODER, Role.DECODER] if spec.vae.get("force_upcast", True) else [])
 
     def condition(self, job: Job, encoded: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:

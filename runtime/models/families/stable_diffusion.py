@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import TightfitError
 from .family import Role
-from .networks import DECODER, TEXT_ENCODER, UNET
+from .networks import DECODER, ENCODER, TEXT_ENCODER, UNET
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,6 +26,7 @@ class StableDiffusion:
     name: str
     linear_projection: bool
     networks = (TEXT_ENCODER, UNET, DECODER)
+    on_demand = (ENCODER,)
     first_step_is_known = False
 
     def claims(self, source: Source) -> bool:
