@@ -1,0 +1,81 @@
+"""Another VAE in place of the model's own: of a diffusers folder or a single file, whole or tiny (TAESD)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import TightfitError
+from ..files import read_json
+from ..models.families.networks import check_config
+from ..models.families.tiny import TINY_DECODER
+from ..models.layouts.safetensors import all_tensors, read_header
+from ..models.spec import Component, ModelSpec
+from ..models.tensors import Tensor
+
+_TINY, _WHOLE = "AutoencoderTiny", "AutoencoderKL"
+# taesd_decoder.safetensors of its authors numbers its layers, a clamp without weights the first of them.
+_NUMBERED = re.compile(r"(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Vae:
+    """The VAE at `path`: a folder with a config.json, or a safetensors file."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return f"VAE {self.path}"
+
+    def apply(self, spec: ModelSpec) -> ModelSpec:
+        """The model with its decoder. Raises TightfitError for one of other latents, or that is no VAE."""
+        decoder = self._folder(spec) if self.path.is_dir() else self._file(spec)
+        check_config(decoder)
+        latents, ours = decoder.setting("latent_channels"), spec.decoder.setting("latent_channels")
+        factor = 2 ** (len(decoder.setting("block_out_channels")) - 1)
+        if (latents, factor, decoder.setting("out_channels")) != (ours, spec.downsampling, 3):
+            raise TightfitError(
+                f"{self.path} decodes {latents} channels to {factor} times their size, "
+                f"{spec.name} has {ours}, {spec.downsampling} times: take a VAE of the same family"
+            )
+        return replace(spec, components={**spec.components, decoder.name: decoder})
+
+    def _folder(self, spec: ModelSpec) -> Component:
+        config = read_json(self.path / "config.json")
+        named = config.get("_class_name")
+        if named not in (_TINY, _WHOLE):
+            raise TightfitError(f"{self.path} holds a {str(named)[:40]}: a VAE is an {_WHOLE} or {_TINY}")
+        return self._component(spec, config, all_tensors(self.path))
+
+    def _file(self, spec: ModelSpec) -> Component:
+        stored = read_header(self.path)
+        if all(_NUMBERED.fullmatch(name) for name in stored):
+            return self._component(spec, {"_class_name": _TINY}, _renamed(stored))
+        if any(name.startswith("decoder.layers.") for name in stored):
+            return self._component(spec, {"_class_name": _TINY}, stored)
+        return self._component(spec, dict(spec.decoder.config), stored)
+
+    def _component(
+        self, spec: ModelSpec, config: Mapping[str, Any], stored: Mapping[str, Tensor]
+    ) -> Component:
+        tiny = config.get("_class_name") == _TINY
+        network = TINY_DECODER if tiny else spec.decoder.network
+        tensors = {name: tensor for name, tensor in stored.items() if name.startswith(network.prefixes)}
+        if not tensors:
+            raise TightfitError(f"{self.path} holds nothing of a VAE's decoder: name a VAE")
+        full = {**network.defaults, **config}
+        if tiny:  # as diffusers has it, whatever the file says
+            full["block_out_channels"] = full["decoder_block_out_channels"]
+        return Component(network, self.path, full, tensors)
+
+
+def _renamed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The authors' names of TAESD's decoder as diffusers' are."""
+    parts = {name: _NUMBERED.fullmatch(name) for name in stored}
+    return {
+        f"decoder.layers.{int(part[1]) - 1}.{part[2]}": stored[name] for name, part in parts.items() if part
+    }
