@@ -125,6 +125,7 @@ class Job:
 def _age(spec: ModelSpec) -> int:
     """When the model's newest weights were written: another export to the same folder is another model."""
     files = [file for kind in ("safetensors", "onnx") for file in spec.folder.rglob(f"*.{kind}")]
+    files += [spec.folder]  # of a checkpoint, the file itself
     return max((file.stat().st_mtime_ns for file in files if file.is_file()), default=0)
 
 

@@ -24,7 +24,7 @@ from ..kernels.recipe import LEAST, recipe
 from ..runtime.backends.torch import loading as weights
 from ..runtime.backends.torch import networks
 from ..runtime.models import schedulers
-from ..runtime.models.tokenizer import read_tokenizer
+from ..runtime.models.tokenizer import tokenizer_of
 from ..runtime.placement import Placement
 from .torch_model import Scheme, energy
 
@@ -258,8 +258,7 @@ def pipeline(spec: ModelSpec, steps: int) -> Any:
         module = parts[component.network.folder].eval().requires_grad_(False)
         weights.fill(module, weights.match(component, module), torch.float32, torch.device("cpu"))
     for encoder in spec.text_encoders:
-        tokenizer = encoder.network.tokenizer
-        parts[tokenizer] = read_tokenizer(spec.folder / tokenizer)
+        parts[encoder.network.tokenizer] = tokenizer_of(spec, encoder)
     if len(spec.text_encoders) > 1:
         return diffusers.StableDiffusionXLPipeline(
             **parts, force_zeros_for_empty_prompt=spec.force_zeros, add_watermarker=False

@@ -20,7 +20,7 @@ from . import export as exporter
 
 app = typer.Typer()
 
-_Model = typer.Argument(help="emoji, a folder or a hub id.", metavar="MODEL")
+_Model = typer.Argument(help="emoji, file, folder, hub id.", metavar="MODEL")
 _Output = typer.Option("-o", "--output", help="A folder that is not there yet.", metavar="DIR")
 _Precision = typer.Option(help="int8 or int4; with --to onnx fp32 and fp16 too.", metavar="NAME")
 _To = typer.Option(help=f"{' or '.join(BACKENDS)}.", metavar="ENGINE")

@@ -14,7 +14,7 @@ from ..runtime import interrupts
 from ..runtime.errors import TightfitError, explained, first_line
 from ..runtime.files import read_json
 from ..runtime.machine.providers import CPU_PROVIDER, PROVIDERS, providers
-from ..runtime.models.layouts.safetensors import all_tensors
+from ..runtime.models.reading import read_source
 from ..runtime.placement import DYNAMIC, STORED, Placement
 
 if TYPE_CHECKING:
@@ -152,7 +152,8 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
         raise TightfitError(f"{model} has its {without[0]} as ONNX only: {cure}")
     if spec.precision and (to == "torch" or options.calibrate or spec.precision != precision):
         raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
-    tensors = {component.folder.name: all_tensors(component.folder) for component in spec.components.values()}
+    source = read_source(spec.folder)
+    tensors = {c.network.folder: source.whole(c.network) for c in spec.components.values()}
     export = _Export(spec, precision, tensors, _schemes(spec, precision, tensors))
     _check_weights(export)
     return export
@@ -200,7 +201,7 @@ def _calibrated(export: _Export, options: Options, listener: Listener) -> _Expor
     from .torch_model import layers
 
     spec, precision, bits, size = export.spec, export.precision, options.bits, options.size
-    denoiser = spec.denoiser.folder.name
+    denoiser = spec.denoiser.network.folder
     values = spec.denoiser.tensors.values()
     least = calibration.least_bits(layers(export.tensors[denoiser]), values, precision)
     most = calibration.MOST_BITS[precision]

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
@@ -19,7 +20,12 @@ from safetensors.torch import save_file
 
 from ..runtime.errors import TightfitError
 from ..runtime.files import inside, read_bytes, read_json
+from ..runtime.models import vocabulary
+from ..runtime.models.families.family import Role
 from ..runtime.models.tokenizer import NAMES
+
+if TYPE_CHECKING:
+    from ..runtime.models.spec import ModelSpec
 
 # Files that are copied beside the weights, by folder. No other file of a model is read.
 _COPIED = {"tokenizer": NAMES, "tokenizer_2": NAMES, "scheduler": ("scheduler_config.json",)}
@@ -42,6 +48,42 @@ def write_component(folder: Path, module: Any, weights: Mapping[str, torch.Tenso
     prefixed = {n if n.startswith("text_") else f"text_model.{n}": w for n, w in weights.items()}
     save_file(prefixed, folder / "model.safetensors", {"format": "pt"})
     return ["transformers", kind]
+
+
+@contextmanager
+def described(spec: ModelSpec) -> Iterator[Path]:
+    """A folder that has what a diffusers folder has beside its weights: the model's own, or one that is made
+    of what a checkpoint's names and shapes say."""
+    if spec.folder.is_dir():
+        yield spec.folder
+        return
+    with TemporaryDirectory(prefix="tightfit-") as made:
+        folder = Path(made)
+        index: dict[str, Any] = {"_class_name": spec.pipeline}
+        index["scheduler"] = ["diffusers", spec.scheduler["_class_name"]]
+        _write_json(folder / "scheduler" / "scheduler_config.json", spec.scheduler)
+        for component in spec.components.values():
+            name, config = component.network.folder, dict(component.config)
+            if component.role is Role.TEXT:
+                vocabulary.write(
+                    folder / component.network.tokenizer,
+                    vocabulary.clip_merges(),
+                    vocabulary.LENGTH,
+                    component.pad or vocabulary.END,
+                )
+                index[component.network.tokenizer] = ["transformers", "CLIPTokenizer"]
+                index[name] = ["transformers", config["architectures"][0]]
+                config["model_type"] = "clip_text_model"
+            else:
+                index[name] = ["diffusers", config["_class_name"]]
+            _write_json(folder / name / "config.json", config)
+        _write_json(folder / "model_index.json", index | {"force_zeros_for_empty_prompt": spec.force_zeros})
+        yield folder
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(dict(value), indent=2), encoding="utf-8")
 
 
 def copy_the_rest(

@@ -24,7 +24,7 @@ from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..runtime.files import sha256
 from . import onnx_check, onnx_graph, onnx_networks
-from .folder import appearing, copy_the_rest
+from .folder import appearing, copy_the_rest, described
 from .torch_model import VERSION, Scheme, Tensors, read
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def write(
     folders: dict[str, list[str]] = {}  # by the stored one that they come from
     for component in job.networks:
         folders.setdefault(component.network.folder, []).append(component.name)
-    with appearing(target) as folder:
-        copy_the_rest(spec.folder, folder, tensors, folders)
+    with appearing(target) as folder, described(spec) as source:
+        copy_the_rest(source, folder, tensors, folders)
         written = {}
         for component in job.networks:
             origin = component.network.folder

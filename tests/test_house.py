@@ -344,6 +344,6 @@ def test_every_package_is_listed():
     text = (ROOT / "pyproject.toml").read_text()
     listed = set(re.findall(r'"tightfit\.([\w.]+)"', text.split("packages = [")[1].split("]")[0]))
     code = {".".join(file.parent.relative_to(ROOT).parts) for file in sources().values()}
-    model = ROOT / "runtime" / "models" / "emoji"
-    data = {".".join(file.parent.relative_to(ROOT).parts) for file in model.rglob("*") if file.is_file()}
+    files = (file for file in (ROOT / "runtime" / "models").rglob("*") if file.is_file())
+    data = {".".join(f.parent.relative_to(ROOT).parts) for f in files if f.suffix not in (".py", ".pyc")}
     assert code | data | {"profiles"} == listed

@@ -127,6 +127,7 @@ class ToyFile:
     zeroed: bool = False
 
     listed = manifest = MappingProxyType({})
+    notes = ()
 
     def config(self, network):
         return network.defaults

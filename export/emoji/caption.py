@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 from transformers import CLIPTokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
-from .. import tokenizer as clip
+from ...runtime.models import vocabulary as clip
 from .data import Emoji
 
 TEMPLATES = ("{}", "{}", "a {}", "a {}", "an emoji of a {}", "a picture of a {}", "{} emoji")

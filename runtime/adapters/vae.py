@@ -12,10 +12,12 @@ from ..errors import TightfitError
 from ..files import read_json
 from ..models.families.networks import check_config
 from ..models.families.tiny import TINY_DECODER
+from ..models.layouts import renames
 from ..models.layouts.safetensors import all_tensors, read_header
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 
+_INSIDE = "first_stage_model."  # as names of a VAE begin in a checkpoint, and in files that were cut from one
 _TINY, _WHOLE = "AutoencoderTiny", "AutoencoderKL"
 # taesd_decoder.safetensors of its authors numbers its layers, a clamp without weights the first of them.
 _NUMBERED = re.compile(r"(\d+)\.(.+)")
@@ -57,7 +59,10 @@ class Vae:
             return self._component(spec, {"_class_name": _TINY}, _renamed(stored))
         if any(name.startswith("decoder.layers.") for name in stored):
             return self._component(spec, {"_class_name": _TINY}, stored)
-        return self._component(spec, dict(spec.decoder.config), stored)
+        whole = {name.removeprefix(_INSIDE): tensor for name, tensor in stored.items()}
+        if any(name.startswith("decoder.mid.") for name in whole):
+            whole = renames.vae(whole)
+        return self._component(spec, dict(spec.decoder.config), whole)
 
     def _component(
         self, spec: ModelSpec, config: Mapping[str, Any], stored: Mapping[str, Tensor]

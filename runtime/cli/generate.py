@@ -78,7 +78,7 @@ def generate(options: Options, asked: Mapping[str, Any], wished: Mapping[str, An
     model = next(name for name in names if name is not None)
     offline = options.source is not None and options.model is None  # a picture alone never starts a download
     with load(model, device=options.device, plan=plan, local_files_only=offline, **fields) as pipeline:
-        for note in pipeline.hardware.passed_over:
+        for note in (*pipeline.hardware.passed_over, *pipeline.spec.notes):
             say(f"note: {note}", err=True)
         try:
             result = _run(pipeline, request, saver)

@@ -17,7 +17,7 @@ from ..units import parse_bytes
 
 Command = Callable[..., None]
 Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
-MODEL = typer.Option(help="emoji, a folder or a hub id.", metavar="MODEL")
+MODEL = typer.Option(help="emoji, file, folder, hub id.", metavar="MODEL")
 
 
 def taking(own: type, *groups: type, order: str = "...") -> Callable[[Command], Command]:

@@ -65,10 +65,12 @@ def show_plan(options: Options, asked: Mapping[str, Any], wished: Mapping[str, A
     planner.refuse_hopeless(machine, job, wanted)
     plans = planner.plan(machine, spec, job, wanted)
     if options.as_json:
-        notes = _notes(plans[0], machine)
+        notes = [*_notes(plans[0], machine), *spec.notes]
         say_json({"request": _sized(job), "notes": notes, "plans": [plan.to_json() for plan in plans]})
     else:
         print_plans(plans, machine, job, options.every)
+        for note in spec.notes:
+            say(f"• {note}")
     if not plans[0].fits:
         raise planner.none_fits(plans, machine, job, wanted)
     if options.save:

@@ -11,7 +11,7 @@ from ..errors import TightfitError
 
 COMMANDS = ("generate", "plan", "info", "calibrate", "export", "bench")
 _NO_SERVER = "this version has no server and no page to click on"
-_KINDS = "--model takes emoji, a folder in diffusers' layout or a hub id"
+_KINDS = "--model takes emoji, a checkpoint file, a folder in diffusers' layout or a hub id"
 _TEXT_ONLY = "this version paints from text alone"
 _ELSEWHERE = {
     **dict.fromkeys(("serve", "server", "ui", "webui", "gui", "web", "api", "start", "launch"), _NO_SERVER),

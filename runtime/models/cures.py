@@ -17,23 +17,15 @@ def of_pickles(folder: str | Path) -> str:
     )
 
 
-def of_file(file: Path, tensors: frozenset[str] = frozenset()) -> str:
-    """Cure for a single-file checkpoint, such as A1111's. `tensors` are the names in it, if it could be read:
-    they tell SDXL from SD."""
-    sdxl = any(name.startswith("conditioner.embedders.") for name in tensors)
-    pipeline = "StableDiffusionXLPipeline" if sdxl else "StableDiffusionPipeline"
-    command = _command(pipeline, "from_single_file", file)
+def of_pickle(file: Path) -> str:
+    """For a checkpoint in one file, such as A1111's."""
+    command = _command("StableDiffusionPipeline", "from_single_file", file)
     return (
-        f"convert it once{'' if tensors else ', in a place you trust'}: "
-        f"{command}{'' if tensors else _IF_SDXL}"
+        f"{_PICKLE}; convert it once, in a place you trust: "
+        f"{command} (with StableDiffusionXLPipeline if it is SDXL)"
     )
 
 
-def of_pickle(file: Path) -> str:
-    return f"{_PICKLE}; {of_file(file)}"
-
-
-_IF_SDXL = " (with StableDiffusionXLPipeline if it is SDXL)"
 GGUF = (
     "GGUF is not read: use the model it was made from, in diffusers' layout; "
     "--precision int4 makes that as small"

@@ -21,7 +21,8 @@ _SMALL = ("*.json", "*.txt")
 
 
 def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
-    """The spec of `model`: a built-in name, a diffusers folder or a hub id. Reads only configs and headers.
+    """The spec of `model`: a built-in name, a checkpoint file, a diffusers folder or a hub id. Reads only
+    configs and headers.
 
     A hub repository is first downloaded into the hub's own cache, unless `local_files_only`. Raises
     TightfitError.
@@ -29,7 +30,7 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
     name = str(model)
     if not name.strip():
         raise TightfitError(
-            "the model has no name: give --model emoji, a diffusers folder or a hub id such as owner/name"
+            "the model has no name: give --model emoji, a file, a folder or a hub id such as owner/name"
         )
     if "://" in name:
         raise TightfitError(_address(name))
@@ -96,7 +97,7 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
         # The hub's HTTP library has changed before, and every failure has the same cure.
         except Exception as error:
             problem = " ".join(str(error).split())[:300] or type(error).__name__
-            cure = "check the name and the connection, or give --model a diffusers folder on this machine"
+            cure = "check the name and the connection, or give --model a file or folder on this machine"
         else:
             return read_model(folder, repository)
     try:

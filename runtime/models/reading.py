@@ -8,18 +8,24 @@ from ..files import readable
 from .families import family_of
 from .families.family import Role
 from .families.networks import check_config
-from .layouts import Layout
+from .layouts import Layout, Source
 from .layouts.diffusers import DiffusersLayout
+from .layouts.single_file import SingleFileLayout
 from .spec import ModelSpec
 
-LAYOUTS: tuple[Layout, ...] = (DiffusersLayout(),)
+LAYOUTS: tuple[Layout, ...] = (SingleFileLayout(), DiffusersLayout())
+
+
+def read_source(path: Path) -> Source:
+    """What the first layout that claims `path` finds there. Raises TightfitError."""
+    return next(layout for layout in LAYOUTS if layout.claims(path)).read(path)
 
 
 def read_model(path: Path, name: str | None = None) -> ModelSpec:
     """The model at `path`, called `name`. Raises TightfitError for whatever is missing, broken or not
     supported."""
     with readable(path):
-        source = next(layout for layout in LAYOUTS if layout.claims(path)).read(path)
+        source = read_source(path)
         design = family_of(source)
         components = {network.name: source.component(network) for network in design.networks}
         for component in components.values():
@@ -36,6 +42,7 @@ def read_model(path: Path, name: str | None = None) -> ModelSpec:
             precision=source.manifest.get("precision") if denoiser.formats is not None else None,
             source=source.manifest.get("source"),
             pipeline=source.pipeline,
+            notes=source.notes,
         )
         design.check(spec)
         return spec

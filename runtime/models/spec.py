@@ -24,7 +24,8 @@ class Component:
 
     `words` are what a text encoder was taught besides its vocabulary: for each word its vectors (n, width).
     `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is
-    not quantised.
+    not quantised. `pad` is the token that fills up the texts of an encoder of CLIP's own vocabulary; None
+    where the model has a tokenizer in a folder.
     """
 
     network: Network
@@ -34,6 +35,7 @@ class Component:
     formats: Mapping[str, str] | None = None
     graph: Graph | None = None
     unreadable: str = ""
+    pad: str | None = None
     words: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -67,7 +69,8 @@ class ModelSpec:
 
     `components` are its networks by name, in the order a picture needs them. `defaults` are what the folder's
     tightfit.json, if it has one, says of requests that leave something open, `precision` (int8 or int4) what
-    it says the weights are stored in, and `source` of which model it was exported.
+    it says the weights are stored in, and `source` of which model it was exported. `notes` are what its files
+    leave open, and what was taken for it.
     """
 
     name: str
@@ -80,6 +83,7 @@ class ModelSpec:
     precision: str | None = None
     source: str | None = None
     pipeline: str = "StableDiffusionPipeline"
+    notes: tuple[str, ...] = ()
 
     @property
     def family(self) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from ..errors import TightfitError
 from ..files import WEIGHTS_BYTES, open_regular
 
-STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I8": 1, "U8": 1}
+STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
 class Patch(Protocol):

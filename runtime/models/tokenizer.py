@@ -1,12 +1,18 @@
-"""CLIP's tokenizer, read from a model's folder: only regular files of that folder, and none of its code."""
+"""CLIP's tokenizer, out of the package or read from a model's folder: only regular files of that folder, and
+none of its code."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
 
 from ..errors import TightfitError, explained
 from ..files import JSON_BYTES, open_regular, plain_name, read_json, readable
+from . import vocabulary
+
+if TYPE_CHECKING:
+    from .spec import Component, ModelSpec
 
 NAMES = (
     "vocab.json",
@@ -17,6 +23,15 @@ NAMES = (
     "added_tokens.json",
 )
 _ARGUMENTS = {"vocab_file": "vocab.json", "merges_file": "merges.txt", "tokenizer_file": "tokenizer.json"}
+
+
+def tokenizer_of(spec: ModelSpec, encoder: Component) -> Any:
+    """The text encoder's: the model's own, or CLIP's where the model brings none."""
+    if encoder.pad is None:
+        return read_tokenizer(spec.folder / encoder.network.tokenizer)
+    with TemporaryDirectory(prefix="tightfit-") as folder:  # every transformers reads one from files
+        vocabulary.write(Path(folder), vocabulary.clip_merges(), vocabulary.LENGTH, encoder.pad)
+        return read_tokenizer(Path(folder))
 
 
 def read_tokenizer(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import TightfitError, explained
 from .spec import Component, ModelSpec
-from .tokenizer import read_tokenizer
+from .tokenizer import tokenizer_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +28,7 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
     import numpy as np
 
     folder = spec.folder / encoder.network.tokenizer
-    tokenizer = read_tokenizer(folder)
+    tokenizer = tokenizer_of(spec, encoder)
     known = encoder.setting("vocab_size")
     with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
         taught = _teach(tokenizer, encoder)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from tightfit.export import random_model, tokenizer
+from tightfit.export import random_model
+from tightfit.runtime.models import vocabulary
 
 
 @pytest.mark.parametrize(
@@ -29,9 +30,9 @@ def test_published_sizes(family, name, parameters):
 def test_vocabulary_has_clips_order():
     """Ids that OpenAI's simple_tokenizer gives: bytes in printable order, then the same ending a word, then
     merges."""
-    ids = tokenizer.vocabulary([("t", "h"), ("th", "e</w>")])
+    ids = vocabulary.vocabulary([("t", "h"), ("th", "e</w>")])
     assert [
-        ids[token] for token in ("!", "~", "¡", "!</w>", "th", "the</w>", tokenizer.START, tokenizer.END)
+        ids[token] for token in ("!", "~", "¡", "!</w>", "th", "the</w>", vocabulary.START, vocabulary.END)
     ] == [
         0, 93, 94, 256, 512, 513, 514, 515,
     ]  # fmt: skip
@@ -40,7 +41,7 @@ def test_vocabulary_has_clips_order():
 def test_any_text_can_be_encoded(tmp_path):
     from transformers import CLIPTokenizer
 
-    tokenizer.write(tmp_path, [("h", "e")], 77)
+    vocabulary.write(tmp_path, [("h", "e")], 77)
     loaded = CLIPTokenizer.from_pretrained(tmp_path)
     ids = loaded("he 心 Ünï!").input_ids
     assert ids[0] == loaded.bos_token_id

@@ -203,7 +203,7 @@ def test_a_plan_of_another_precision(exported):
     other = replace(best, placements={**best.placements, "unet": unet})
     assert checked(best, machine, request, Wishes()).precision == "int8"
     with pytest.raises(TightfitError, match="is stored in int8"):
-        checked(other, machine, spec, request, Wishes())
+        checked(other, machine, request, Wishes())
 
 
 def test_a_newer_manifest(exported, tmp_path):

@@ -15,7 +15,14 @@ from .networks import current_name
 from .quantised import Quantised, quantised_layers, workspace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 STORED = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
 # Bytes that quantising takes for each weight of a block, and to make it fp32; torch's profiler saw 8.0 to
 # 10.4 and 12.0 to 14.4.

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from ..families.family import Network
 from ..spec import Component
+from ..tensors import Tensor
 
 
 class Source(Protocol):
@@ -44,7 +45,16 @@ class Source(Protocol):
         """The network with its tensors. Raises TightfitError for what is missing or broken."""
         ...
 
+    def whole(self, network: Network) -> Mapping[str, Tensor]:
+        """All that is stored with the network's tensors, also what is not run: of a decoder the encoder."""
+        ...
+
     def scheduler(self) -> Mapping[str, Any]: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the files leave open, and what was taken for it: a line each."""
+        ...
 
 
 class Layout(Protocol):

@@ -21,8 +21,9 @@ from ..families.family import Network, Role
 from ..families.networks import SCHEDULER_FIELDS
 from ..manifest import read_manifest
 from ..spec import Component
+from ..tensors import Tensor
 from .optimum import read_network
-from .safetensors import all_tensors, read_header
+from .safetensors import all_tensors
 
 # What model_index.json may say of the parts that are no networks, and of those that are never loaded; nothing
 # is imported by it.
@@ -34,6 +35,7 @@ _OTHERS = {
 }
 # The VAE in two, as Optimum lists it.
 _ONNX_ENCODER = {"vae_encoder": "vae_decoder"}
+_MODELS = "'emoji', a checkpoint (.safetensors), a diffusers folder or a hub id such as owner/name"
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -103,6 +105,7 @@ class DiffusersFolder:
     listed: Mapping[str, Sequence[Any]]
     manifest: Mapping[str, Any]
     zeroed: bool
+    notes: tuple[str, ...] = ()
 
     def config(self, network: Network) -> Mapping[str, Any]:
         for folder in (network.folder, network.name):
@@ -169,6 +172,9 @@ class DiffusersFolder:
                 config["architectures"] = [named]
         return config
 
+    def whole(self, network: Network) -> Mapping[str, Tensor]:
+        return all_tensors(self.folder / network.folder)
+
     def scheduler(self) -> Mapping[str, Any]:
         file = self.folder / "scheduler" / "scheduler_config.json"
         check_fields(file, config := read_json(file), SCHEDULER_FIELDS)
@@ -179,47 +185,38 @@ def _index_file(folder: Path) -> Path:
     if folder.suffix in {pattern[1:] for pattern in PICKLES} and folder.is_file():
         raise TightfitError(f"{folder} is not opened: {cures.of_pickle(folder)}")
     if folder.is_file():
-        raise TightfitError(_single_file(folder))
-    if not folder.is_dir():
         raise TightfitError(
-            f"{folder} does not exist{near(folder)}: "
-            "a model is 'emoji', a diffusers folder or a hub id such as owner/name"
+            f"{folder} is not opened, as {cures.GGUF}"
+            if folder.suffix.lower() == ".gguf"
+            else f"{folder} is no model: a model is {_MODELS}"
         )
+    if not folder.is_dir():
+        raise TightfitError(f"{folder} does not exist{near(folder)}: a model is {_MODELS}")
     index = folder / "model_index.json"
     if not index.exists():
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
             pickle = min(path for pattern in PICKLES for path in folder.glob(pattern))
             raise TightfitError(f"{folder} holds a pickle and no diffusers model: {cures.of_pickle(pickle)}")
-        if single := sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf")):
-            raise TightfitError(f"{folder} has no model_index.json: {_single_file(single[0])}")
+        if singles := sorted(folder.glob("*.safetensors")):
+            raise TightfitError(
+                f"{folder} has no model_index.json, but checkpoints: name one of them, such as {singles[0]}"
+            )
+        if ggufs := sorted(folder.glob("*.gguf")):
+            raise TightfitError(
+                f"{folder} has no model_index.json, and {ggufs[0].name} is there: {cures.GGUF}"
+            )
         raise TightfitError(
             f"{folder} has no model_index.json: it is not a diffusers folder (name the folder that has one)"
         )
     return index
 
 
-def _single_file(file: Path) -> str:
-    """Why a file is no model here, and how it becomes one."""
-    if file.suffix.lower() == ".gguf":
-        return f"{file} is not opened, as {cures.GGUF}"
-    if file.suffix.lower() != ".safetensors":
-        return f"{file} is no model: a model is 'emoji', a diffusers folder or a hub id such as owner/name"
-    tensors = frozenset(read_header(file))
-    if cures.is_adapter(tensors):
-        return (
-            f"{file} is a LoRA, an addition to a model, which is not read in this version: "
-            "name the model itself"
-        )
-    return (
-        f"{file} is a single file; a model is a diffusers folder or a hub id: {cures.of_file(file, tensors)}"
-    )
-
-
 def near(folder: Path) -> str:
     """' (did you mean emoji?)', if a name beside it, or a built-in one, is like that of `folder`."""
+    is_model = lambda path: path.suffix == ".safetensors" or path.is_dir()  # noqa: E731
     beside: list[str] = []
     with suppress(OSError):
-        beside = [path.name for path in islice(folder.parent.iterdir(), 1000) if path.is_dir()]
+        beside = [path.name for path in islice(folder.parent.iterdir(), 1000) if is_model(path)]
     close = get_close_matches(folder.name, ["emoji", *beside], 1)
     return (
         f" (did you mean {close[0] if close[0] == 'emoji' else folder.parent / close[0]}?)" if close else ""

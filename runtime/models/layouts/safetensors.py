@@ -36,8 +36,6 @@ _VALUE_BYTES = STORED_BYTES | {
     "I16": 2,
     "U16": 2,
     "BOOL": 1,
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
 }
 
 
@@ -90,8 +88,13 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
-    """The tensors that a safetensors file promises, checked against its length. Format: the safetensors
-    README.
+    """The tensors that a safetensors file promises."""
+    return read_file(file)[0]
+
+
+def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors that a safetensors file promises, checked against its length, and what is said of them.
+    Format: the safetensors README.
 
     As that demands, no name comes twice, and the tensors' bytes follow one another without a hole or an
     overlap.
@@ -100,8 +103,10 @@ def read_header(file: Path) -> dict[str, Tensor]:
     try:
         with open_regular(file, WEIGHTS_BYTES) as stream:
             size = os.fstat(stream.fileno()).st_size
-            length = struct.unpack("<Q", stream.read(8))[0] if size >= 8 else size
+            begin = stream.read(8)
+            length = struct.unpack("<Q", begin)[0] if size >= 8 else size
             if length > size - 8:
+                _check_begin(file, begin)
                 raise TightfitError(f"{file} is not a whole safetensors file ({size} bytes): {again}")
             text = stream.read(length) if length <= JSON_BYTES else b""
         if length > JSON_BYTES or text.count(b"{") > _TENSORS + 2:
@@ -110,6 +115,7 @@ def read_header(file: Path) -> dict[str, Tensor]:
                 f"as no SD model has: {again}"
             )
         header = json.loads(text, object_pairs_hook=each_once)
+        words = header.get("__metadata__")
         tensors = {
             name: _tensor(entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"
         }
@@ -124,7 +130,29 @@ def read_header(file: Path) -> dict[str, Tensor]:
         raise TightfitError(f"{file} has a broken safetensors header ({reason(error)}): {again}") from None
     if end != size:
         raise TightfitError(f"{file} is truncated or overwritten: it has {size} bytes of {end}; {again}")
-    return tensors
+    said = words if isinstance(words, dict) else {}
+    return tensors, {key: value for key, value in said.items() if isinstance(value, str)}
+
+
+# How files begin that are given for safetensors ones, and what they are.
+_BEGINS = (
+    (
+        b"<",
+        "a web page, as a failed download leaves it: download it again, signed in where the site asks for it",
+    ),
+    (b"version ", "a pointer of Git LFS, not the file that it stands for: fetch it with 'git lfs pull'"),
+    *(
+        (start, "a pickle under another name, which is never opened: call it .ckpt, and convert it")
+        for start in (b"PK\x03\x04", b"\x80")
+    ),
+    (b"GGUF", "a GGUF file under another name: name it so"),
+)
+
+
+def _check_begin(file: Path, begin: bytes) -> None:
+    for start, what in _BEGINS:
+        if begin.lstrip().startswith(start):
+            raise TightfitError(f"{file} is {what}")
 
 
 def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:

@@ -8,11 +8,9 @@ import os
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.numpy import save_file
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.models.layouts.safetensors import read_header, weight_files
@@ -112,22 +110,12 @@ def test_pickles_are_refused(sd1_copy, tmp_path):
     refused(tmp_path / "only", "pickle", "model.ckpt')")
 
 
-def test_single_file_is_refused(tmp_path):
-    """With the command for its family, whether it is named or its folder; what is no model says so."""
-    file = tmp_path / "model.safetensors"
-    for key, words in (
-        (
-            "model.diffusion_model.x",
-            ("single file", f"StableDiffusionPipeline as P; P.from_single_file('{file}')"),
-        ),
-        ("conditioner.embedders.0.x", ("single file", "StableDiffusionXLPipeline as P; P.from_single_file")),
-        ("lora_unet_x.lora_down.weight", ("LoRA", "name the model itself")),
-    ):
-        save_file({key: np.zeros(1, np.float32)}, file)
-        refused(file, *words)
-        refused(tmp_path, *words)
+def test_files_that_are_no_models(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     refused(tmp_path / "x.gguf", "GGUF", "--precision int4")
+    refused(tmp_path, "GGUF", "--precision int4")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(tmp_path, "name one of them", f"such as {tmp_path / 'model.safetensors'}")
     (tmp_path / "notes.txt").write_text("x")
     refused(tmp_path / "notes.txt", "is no model")
 

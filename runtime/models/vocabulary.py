@@ -6,17 +6,25 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tokenizers import pre_tokenizers
-
 START, END = "<|startoftext|>", "<|endoftext|>"
+LENGTH = 77  # tokens of a text, ends included, that CLIP's encoders read
+# A letter for each byte: itself where that can be printed and is no space, else one from 256 on.
+_ALPHABET = tuple(map(chr, (*range(33, 127), *range(161, 173), *range(174, 324))))
+_MERGES = Path(__file__).parent / "clip" / "merges.txt"
+_HEAD = "#version: 0.2"
 
 
 def vocabulary(merges: Sequence[tuple[str, str]]) -> dict[str, int]:
     """Token to id, in CLIP's order: 256 bytes, the same bytes ending a word, the merges, start and end of
     text."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet), *map("".join, merges), START, END]
+    tokens = [*_ALPHABET, *(byte + "</w>" for byte in _ALPHABET), *map("".join, merges), START, END]
     return {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+
+
+def clip_merges() -> list[tuple[str, str]]:
+    """The 48,894 merges of CLIP's own vocabulary, which is in the package."""
+    lines = _MERGES.read_text(encoding="utf-8").splitlines()[1:]
+    return [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
 
 
 def write(folder: Path, merges: Sequence[tuple[str, str]], length: int, pad: str = END) -> None:
@@ -24,9 +32,7 @@ def write(folder: Path, merges: Sequence[tuple[str, str]], length: int, pad: str
     both ends."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary(merges), ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text(
-        "\n".join(["#version: 0.2", *map(" ".join, merges)]) + "\n", encoding="utf-8"
-    )
+    (folder / "merges.txt").write_text("\n".join([_HEAD, *map(" ".join, merges)]) + "\n", encoding="utf-8")
     config = {
         "tokenizer_class": "CLIPTokenizer",
         "model_max_length": length,

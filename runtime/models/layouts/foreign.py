@@ -1,0 +1,70 @@
+"""What a safetensors file is that is no checkpoint of SD 1.x, SD 2.x or SDXL: named by its tensors' names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from ...errors import TightfitError
+from .. import cures
+
+_IN = r"(?:model\.diffusion_model\.|transformer\.|diffusion_model\.)?"
+# How names begin that only these have. Of several, the first is what the file is: Chroma has Flux's too.
+_MODELS = (
+    (r"model\.diffusion_model\.(?:input|output)_blocks\.\d+\.\d+\.time_", "Stable Video Diffusion"),
+    (r"conditioner\.embedders\.0\.model\.", "the refiner of SDXL"),
+    (r"(?:noise_augmentor|embedder)\.", "SD 2.1 unCLIP"),
+    (r"edm_(?:mean|std)$", "Playground v2.5"),
+    (r"edm_vpred\.", "CosXL"),
+    (r"cc_projection\.", "Zero-1-to-3"),
+    (r"(?:model\.diffusion_model\.label_emb\.weight$|low_scale_model\.)", "SD's x4 upscaler"),
+    (rf"{_IN}joint_blocks\.", "SD 3"),
+    (rf"{_IN}early_stream_modulations\.", "Flux 3"),
+    (rf"{_IN}(?:single_stream_modulation|double_stream_modulation_img)\.", "Flux 2"),
+    (rf"{_IN}distilled_guidance_layer\.", "Chroma"),
+    (rf"{_IN}txt_in\.individual_token_refiner\.", "HunyuanVideo"),
+    (rf"{_IN}double_blocks\.\d+\.img_attn\.", "Flux"),
+    (rf"{_IN}(?:double_layers|cond_seq_linear)\b", "AuraFlow"),
+    (rf"{_IN}double_stream_blocks\.", "HiDream"),
+    (rf"{_IN}layers\.\d+\.adaLN_modulation\.0\.", "Z-Image"),
+    (rf"{_IN}cap_embedder\.", "Lumina 2"),
+    (rf"{_IN}(?:transformer_blocks\.\d+\.img_mod|txt_in\.text_norm)\.", "Qwen-Image"),
+    (rf"{_IN}txtfusion\.", "Krea 2"),
+    (rf"{_IN}patchify_proj\.", "LTX-Video"),
+    (rf"{_IN}head\.modulation$", "Wan"),
+    (rf"{_IN}blocks\.\d+\.attn\.qkv_x\.", "Mochi"),
+    (rf"{_IN}blocks\.\d+\.cross_attn\.(?:q|kv)_linear\.", "Sana or PixArt"),
+    (rf"{_IN}(?:extra_embedder|mlp_t5)\.", "Hunyuan-DiT"),
+    (r"net\.(?:x_embedder|blocks)\.", "Cosmos"),
+    (rf"{_IN}(?:clip_\w*mapper|down_blocks\.\d+\.\d+\.channelwise)\.", "Stable Cascade"),
+)
+_WHOLE = "name a checkpoint that has all networks inside, or a diffusers folder"
+_BESIDE = "name the model that it is for"
+_PARTS = (
+    (r"(?:.*\.)?motion_modules\.", "a motion module of AnimateDiff", _BESIDE),
+    (r"(?:control_model|zero_convs|input_hint_block|controlnet_\w+)\.", "a ControlNet", _BESIDE),
+    (r"(?:image_proj|ip_adapter)\.", "an IP-Adapter", _BESIDE),
+    (r"(?:emb_params|clip_[lg]|string_to_param\b.*)$", "an embedding (textual inversion)", _BESIDE),
+    (r"(?:model\.\d+\.sub\.|RRDB_trunk\.|body\.\d+\.rdb\d\.)", "an upscaler", _BESIDE),
+    (r"(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?\d+\.", "a tiny autoencoder", _BESIDE),
+    (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _WHOLE),
+    (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE),
+    (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", _WHOLE),
+)
+_OURS = "tightfit runs SD 1.x, SD 2.x and SDXL base models"
+_WORDS = (
+    *((pattern, f"is {name}: {_OURS}") for pattern, name in _MODELS),
+    *((pattern, f"is {name}, which is no whole model: {cure}") for pattern, name, cure in _PARTS),
+)
+_ANY = re.compile("|".join(f"({pattern})" for pattern, _ in _WORDS))
+
+
+def check(file: Path, names: Iterable[str]) -> None:
+    """Raise TightfitError for a file of another family, or that is no whole model, with what it is."""
+    names = frozenset(names)
+    if cures.is_adapter(names):
+        raise TightfitError(f"{file} is a LoRA, an addition to a model: name the model itself")
+    found = (match.lastindex for name in names if (match := _ANY.match(name)))
+    if first := min(filter(None, found), default=0):
+        raise TightfitError(f"{file} {_WORDS[first - 1][1]}")

@@ -1,0 +1,182 @@
+"""Names of CompVis's, Stability's and open_clip's code, as diffusers and transformers spell them.
+
+Each function takes the tensors of one network by their original names, and answers them by the new ones.
+Names that the network does not have are left out: averages, positions, what training left there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+from ..tensors import Tensor
+
+Tensors = Mapping[str, Tensor]
+Words = tuple[tuple[str, str], ...]  # beginnings of names, and what stands there instead
+
+_UNET_ENDS: Words = (
+    ("time_embed.0.", "time_embedding.linear_1."),
+    ("time_embed.2.", "time_embedding.linear_2."),
+    ("time_embed.cond_proj.", "time_embedding.cond_proj."),
+    ("label_emb.0.0.", "add_embedding.linear_1."),
+    ("label_emb.0.2.", "add_embedding.linear_2."),
+    ("input_blocks.0.0.", "conv_in."),
+    ("middle_block.0.", "mid_block.resnets.0."),
+    ("middle_block.1.", "mid_block.attentions.0."),
+    ("middle_block.2.", "mid_block.resnets.1."),
+    ("out.0.", "conv_norm_out."),
+    ("out.2.", "conv_out."),
+)
+_UNET_RESNET: Words = (
+    ("in_layers.0.", "norm1."),
+    ("in_layers.2.", "conv1."),
+    ("emb_layers.1.", "time_emb_proj."),
+    ("out_layers.0.", "norm2."),
+    ("out_layers.3.", "conv2."),
+    ("skip_connection.", "conv_shortcut."),
+)
+_UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.(\d)\.(.+)")
+_DOWNSAMPLER = re.compile(r"input_blocks\.(\d{1,4})\.0\.op\.weight")
+_VAE_ENDS: Words = (
+    ("mid.block_1.", "mid_block.resnets.0."),
+    ("mid.block_2.", "mid_block.resnets.1."),
+    ("mid.attn_1.", "mid_block.attentions.0."),
+    ("norm_out.", "conv_norm_out."),
+    ("conv_in.", "conv_in."),
+    ("conv_out.", "conv_out."),
+)
+_VAE_ATTENTION: Words = (
+    ("norm.", "group_norm."),
+    ("q.", "to_q."),
+    ("k.", "to_k."),
+    ("v.", "to_v."),
+    ("proj_out.", "to_out.0."),
+)
+_VAE_BLOCK = re.compile(r"(down|up)\.(\d{1,4})\.(?:block\.(\d{1,4})|(?:down|up)sample)\.(.+)")
+_OPEN_CLIP: Words = (
+    ("token_embedding.", "text_model.embeddings.token_embedding."),
+    ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    ("ln_final.", "text_model.final_layer_norm."),
+    ("text_projection", "text_projection.weight"),
+)
+_OPEN_CLIP_LAYER: Words = (
+    ("ln_1.", "layer_norm1."),
+    ("ln_2.", "layer_norm2."),
+    ("attn.out_proj.", "self_attn.out_proj."),
+    ("mlp.c_fc.", "mlp.fc1."),
+    ("mlp.c_proj.", "mlp.fc2."),
+)
+_RESBLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.(.+)")
+_JOINED = "attn.in_proj_"  # weight or bias of queries, keys and values, one below the other
+
+
+def unet(tensors: Tensors) -> dict[str, Tensor]:
+    """A U-Net's, whose blocks are counted through from the first to the last there."""
+    samplers = (int(found[1]) for name in tensors if (found := _DOWNSAMPLER.fullmatch(name)))
+    layers = min(samplers, default=1 + max(map(_input_block, tensors), default=0))
+    return _renamed(tensors, lambda name: _of_unet(name, layers))
+
+
+def vae(tensors: Tensors) -> dict[str, Tensor]:
+    """A VAE's, whose decoder counts its blocks from the picture to the latents."""
+    blocks = (_VAE_BLOCK.match(name.removeprefix("decoder.")) for name in tensors)
+    last = max((int(found[2]) for found in blocks if found and found[1] == "up"), default=0)
+    renamed = _renamed(tensors, lambda name: _of_vae(name, last))
+    return {
+        # attention was a convolution of one pixel
+        name: replace(tensor, shape=tensor.shape[:2]) if ".attentions." in name else tensor
+        for name, tensor in renamed.items()
+    }
+
+
+def open_clip(tensors: Tensors) -> dict[str, Tensor]:
+    """A text encoder's. Queries, keys and values are rows of one tensor, so other offsets of its file."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer = _RESBLOCK.fullmatch(name)
+        if layer and layer[2].startswith(_JOINED):
+            own = f"text_model.encoder.layers.{int(layer[1])}.self_attn"
+            leaf = layer[2].removeprefix(_JOINED)
+            parts = zip("qkv", thirds(tensor), strict=True)
+            renamed |= {f"{own}.{part}_proj.{leaf}": rows for part, rows in parts}
+        elif layer and (new := _begun(layer[2], _OPEN_CLIP_LAYER)):
+            renamed[f"text_model.encoder.layers.{int(layer[1])}.{new}"] = tensor
+        elif not layer and (new := _begun(name, _OPEN_CLIP)):
+            renamed[new] = transposed(tensor) if name == "text_projection" else tensor
+    return renamed
+
+
+def clip(tensors: Tensors) -> dict[str, Tensor]:
+    """A text encoder's that has transformers' names, of a version that had a prefix before them or none."""
+    return _renamed(
+        tensors,
+        lambda name: name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}",
+    )
+
+
+def thirds(tensor: Tensor) -> tuple[Tensor, ...]:
+    """The tensor's rows in three equal parts."""
+    rows, size = tensor.shape[0] // 3, tensor.stored_bytes // 3
+    shape = (rows, *tensor.shape[1:])
+    return tuple(
+        replace(tensor, shape=shape, offset=tensor.offset + number * size, stored_bytes=size)
+        for number in range(3)
+    )
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    return replace(tensor, shape=tensor.shape[::-1], transposed=not tensor.transposed)
+
+
+def _renamed(tensors: Tensors, rename: Callable[[str], str]) -> dict[str, Tensor]:
+    return {new: tensor for name, tensor in tensors.items() if (new := rename(name))}
+
+
+def _begun(name: str, words: Words) -> str:
+    """`name` with another beginning, or none if it has none of these."""
+    return next((new + name.removeprefix(old) for old, new in words if name.startswith(old)), "")
+
+
+def _input_block(name: str) -> int:
+    found = _UNET_BLOCK.fullmatch(name)
+    return int(found[2]) if found and found[1] == "input" else 0
+
+
+def _of_unet(name: str, layers: int) -> str:
+    """`layers` input blocks, a downsampler's included, are one block of diffusers'."""
+    if new := _begun(name, _UNET_ENDS):
+        where, resnet, leaf = new.rpartition(".resnets.")
+        return _resnet(f"{where}.resnets.{leaf[0]}", leaf[2:]) if resnet else new
+    found = _UNET_BLOCK.fullmatch(name)
+    if not found:
+        return ""
+    side, number, part, leaf = found[1], int(found[2]), found[3], found[4]
+    block, layer = divmod(number - (side == "input"), layers)
+    where = f"{'down' if side == 'input' else 'up'}_blocks.{block}"
+    if leaf.startswith("op."):
+        return f"{where}.downsamplers.0.conv.{leaf.removeprefix('op.')}"
+    if leaf.startswith("conv."):
+        return f"{where}.upsamplers.0.{leaf}"
+    return _resnet(f"{where}.resnets.{layer}", leaf) if part == "0" else f"{where}.attentions.{layer}.{leaf}"
+
+
+def _resnet(where: str, leaf: str) -> str:
+    new = _begun(leaf, _UNET_RESNET)
+    return new and f"{where}.{new}"
+
+
+def _of_vae(name: str, last: int) -> str:
+    half, _, rest = name.partition(".")
+    if half in ("quant_conv", "post_quant_conv"):
+        return name
+    if half not in ("encoder", "decoder"):
+        return ""
+    if found := _VAE_BLOCK.fullmatch(rest):
+        way, leaf = found[1], found[4].replace("nin_shortcut.", "conv_shortcut.")
+        block = int(found[2]) if way == "down" else last - int(found[2])
+        part = f"resnets.{int(found[3])}" if found[3] else f"{way}samplers.0"
+        return f"{half}.{way}_blocks.{block}.{part}.{leaf}"
+    new = _begun(rest, _VAE_ENDS)
+    head, _, leaf = new.partition(".attentions.0.")
+    return f"{half}.{head}.attentions.0.{_begun(leaf, _VAE_ATTENTION)}" if leaf else new and f"{half}.{new}"

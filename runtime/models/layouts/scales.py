@@ -1,0 +1,37 @@
+"""Weights that are stored with a scale beside them, as fp8 checkpoints have: a weight is its values times
+that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ...errors import TightfitError
+from ..tensors import Tensor
+
+_ENDS = (".scale_weight", ".weight_scale")  # ComfyUI's first and second spelling
+
+
+@dataclass(frozen=True)
+class Scale:
+    """A Patch: see tensors.py."""
+
+    tensors: tuple[Tensor, ...]
+
+    def apply(self, rows: Any, start: int, parts: tuple[Any, ...]) -> None:  # noqa: ARG002
+        rows *= parts[0].item()
+
+
+def scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without the scales, which become a patch of those that they are of."""
+    plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ENDS)}
+    for name in tensors.keys() - plain.keys():
+        scale, weight = tensors[name], f"{name.rpartition('.')[0]}.weight"
+        if scale.count != 1:
+            raise TightfitError(
+                f"{scale.file} has {scale.count} scales in {name}, where one is read: take the fp16 model"
+            )
+        if weight in plain:
+            plain[weight] = replace(plain[weight], patches=(Scale((scale,)),))
+    return plain
