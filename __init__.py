@@ -12,6 +12,7 @@ Importing this loads no engine; torch and the rest come with the first call that
 TYPE_CHECKING = False  # checkers take it as true; `typing` takes 2.5 ms more before Ctrl-C is ours
 if TYPE_CHECKING:
     from .export.export import export_model
+    from .runtime.adapters import read_adapter
     from .runtime.errors import TightfitError
     from .runtime.events import Event, Result
     from .runtime.machine.hardware import Hardware
@@ -44,11 +45,13 @@ __all__ = [
     "load",
     "plan",
     "profile",
+    "read_adapter",
     "save",
 ]
 
 _HOMES = {
     "export.export": ("export_model",),
+    "runtime.adapters": ("read_adapter",),
     "runtime.errors": ("TightfitError",),
     "runtime.events": ("Event", "Result"),
     "runtime.machine.hardware": ("Hardware",),

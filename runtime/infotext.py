@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from . import png
+from .adapters import Adapter, written
+from .adapters.lora import Lora
 from .errors import TightfitError
 from .fields import kinds
 from .models.schedulers import SCHEDULERS
@@ -18,6 +20,7 @@ from .request import PLAIN, Job, Request
 _NAME = re.compile(r"\w[\w \-/]*")
 _QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
 _SETTINGS = re.compile(r"\s*Steps:\s*\d")
+_LORA = re.compile(r".+\.safetensors(:-?[\d.e-]{1,30}){1,2}", re.DOTALL)  # its name and weights
 _TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
 _KINDS = kinds(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
@@ -48,7 +51,8 @@ class Carried:
 def write(job: Job, model: str, precision: str) -> str:
     """A job as A1111 would write it. A last field holds it once more as JSON, exact whatever the prompt."""
     exact = {"model": model, "precision": precision, **job.to_json()}
-    lines = [job.prompt]
+    loras = [adapter.a1111() for adapter in job.adapters if isinstance(adapter, Lora)]
+    lines = [" ".join([job.prompt, *(words for words, _ in loras)])]
     if job.negative_prompt:
         lines.append(f"Negative prompt: {job.negative_prompt}")
     fields = {
@@ -58,6 +62,7 @@ def write(job: Job, model: str, precision: str) -> str:
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
         "Model": json.dumps(model) if re.search(r'[,:"\n]', model) else model,
+        **({"Lora hashes": json.dumps(", ".join(digest for _, digest in loras))} if loras else {}),
         "Precision": precision,
         "tightfit": json.dumps(json.dumps(exact)),
     }
@@ -124,6 +129,13 @@ def _exact(text: str, source: str) -> Carried:
         raise TightfitError(
             f"the request inside {source} is damaged, in its {wrong[0]}: it cannot be repeated"
         )
+    names = exact.pop("adapters", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise TightfitError(f"the request inside {source} is damaged, in its adapters: it cannot be repeated")
+    if loras := [name for name in names if _LORA.fullmatch(name)]:
+        request["adapters"] = _adapters(loras, source)
+    if others := [name for name in names if name not in loras]:
+        exact["adapters"] = ", ".join(others)
     unknown = {name: value for name, value in exact.items() if name not in _FIELDS and value is not None}
     if not unknown:
         return Carried(request, model, precision)
@@ -132,6 +144,16 @@ def _exact(text: str, source: str) -> Carried:
         f"{_named(unknown)}"
     )
     return Carried(request, model, precision, (notice,))
+
+
+def _adapters(names: list[str], source: str) -> tuple[Adapter, ...]:
+    """Those that a picture names. Raises TightfitError for one that is not there any more."""
+    try:
+        return tuple(map(written, names))
+    except TightfitError as error:
+        raise TightfitError(
+            f"{source} was painted with an adapter that is not where it was ({error}): name all by --lora"
+        ) from None
 
 
 def _fits(name: str, value: Any) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .backends import backend
 from .backends.protocol import Backend, Session
 from .budget import BUILDING, DeviceBudget
+from .errors import OutOfMemoryError
 from .machine.hardware import Hardware
 from .models.spec import Component, ModelSpec
 from .placement import Placement
@@ -29,7 +30,8 @@ class Loaded:
         for engine in {placement.backend for placement in plan.placements.values()} - self.backends.keys():
             self.backends[engine] = backend(engine, plan.device)
         for name, (component, placement, _) in list(self.sessions.items()):
-            if placement != plan.placements.get(name) or component is not spec.components.get(name):
+            new = spec.components.get(name)
+            if placement != plan.placements.get(name) or not new or not new.adapts(component):
                 self.drop(name)
         for engine in self.backends.values():
             engine.keep(plan.placements)
@@ -39,6 +41,21 @@ class Loaded:
         self._allowed_bytes = self.budget.share(self, wanted_bytes, plan.predicted.peak_bytes)
         self._limits.clear()  # another pipeline may have set the process's cap since
         self._limit()
+        for name, (component, placement, session) in list(self.sessions.items()):
+            if component is not spec.components[name]:
+                self._adapt(session, spec.components[name], placement)
+
+    def _adapt(self, session: Session, component: Component, placement: Placement) -> None:
+        """Keep the session of a component that adapters change otherwise now, if its engine can."""
+        try:
+            with BUILDING:
+                kept = self.backends[placement.backend].adapt(session, component, placement)
+        except OutOfMemoryError:  # it is loaded anew, once its stage begins
+            kept = False
+        if kept:
+            self.sessions[component.name] = component, placement, session
+        else:
+            self.drop(component.name)
 
     def session(self, component: Component, placement: Placement) -> Session:
         """Its session, loaded if it is not there."""

@@ -130,7 +130,8 @@ class Run:
         texts = {"negative prompt": job.negative_prompt or ""} if job.branches > 1 else {}
         texts["prompt"] = job.prompt
         tokens = {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
-        self.notices += (*painted_as_words(texts), *_cut(tokens))
+        of_adapters = job.spec.notes[len(job.model.notes) :]
+        self.notices += (*of_adapters, *painted_as_words(texts), *_cut(tokens))
         return tokens
 
     def _encode(self, tokens: Mapping[str, Tokens]) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from tightfit.runtime.models.checks import is_count
 from tightfit.runtime.models.families.family import GraphNames, Network, Role
 from tightfit.runtime.models.layouts.safetensors import read_header
 from tightfit.runtime.models.spec import Component
+from tightfit.runtime.models.tensors import Patch
 from tightfit.runtime.recent import Recent
 from torch import nn
 
@@ -251,7 +252,7 @@ def test_without_its_registration_it_is_refused(toy, monkeypatch):
 
 
 @dataclass(frozen=True)
-class Outer:
+class Outer(Patch):
     """A tensor plus `strength` times the outer product of two vectors."""
 
     tensors: tuple

@@ -62,6 +62,11 @@ class Backend(Protocol):
         """Raises OutOfMemoryError if there is no room, and then leaves nothing behind."""
         ...
 
+    def adapt(self, session: Session, component: Component, placement: Placement) -> bool:
+        """Bring a loaded session of this component to what adapters change in it now, and read no more than
+        that. False if it has to be loaded anew. OutOfMemoryError leaves it closed."""
+        ...
+
     def keep(self, placements: Mapping[str, Placement]) -> None:
         """Free the host memory cached between requests for every component whose placement is not in
         `placements`. Its sessions are not called again."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import interrupts
+from ..adapters import written
+from ..adapters.prompt import from_words
 from ..errors import TightfitError, printable
 from ..events import Event, Result
 from ..machine.process import check_address_space
@@ -17,7 +19,7 @@ from ..planner.plan import Plan
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import MODEL, Device, taking, wishes
+from .options import MODEL, Device, Loras, taking, wishes
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
 from .saving import Saver, target
@@ -43,6 +45,7 @@ class Options:
     prompt_file: Annotated[Path | None, _PromptFile] = None
     source: Annotated[Path | None, _Source] = None
     model: Annotated[str | None, MODEL] = None
+    lora: Loras = None
     device: Device = "auto"
     plan_file: Annotated[Path | None, _PlanFile] = None
     output: Annotated[Path | None, _Output] = None
@@ -53,7 +56,7 @@ class Options:
 _ORDER = """
 prompt prompt_file source
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
-model precision compute backend provider device budget residency attention tiling min_psnr ...
+model lora precision compute backend provider device budget residency attention tiling min_psnr ...
 plan_file output overwrite as_json
 """
 
@@ -67,7 +70,7 @@ def generate(options: Options, asked: Mapping[str, Any], wished: Mapping[str, An
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options.source)
     typed = {**asked} if prompt is None else {**asked, "prompt": prompt}
-    request = Request(**{"prompt": "", **carried.request, **typed}).checked()
+    request = _adapted(Request(**{"prompt": "", **carried.request, **typed}), options.lora or []).checked()
     count = request.num_images
     saver = Saver(*target(options.output, request.prompt, count), count, options.overwrite)
     if options.source and options.model is None and carried.model is None:
@@ -89,6 +92,13 @@ def generate(options: Options, asked: Mapping[str, Any], wished: Mapping[str, An
         say_json(_report(result, saver.paths))
     else:
         say(_closing_line(result, saver.paths))
+
+
+def _adapted(request: Request, loras: list[str]) -> Request:
+    """With the LoRAs of --lora, in place of those that a picture names, and those that the prompt has."""
+    prompt, named = from_words(request.prompt)
+    adapters = tuple(map(written, loras)) or request.adapters
+    return replace(request, prompt=prompt, adapters=(*adapters, *named))
 
 
 def _carried(source: Path | None) -> Carried:

@@ -17,6 +17,10 @@ from ..units import parse_bytes
 
 Command = Callable[..., None]
 Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
+Loras = Annotated[
+    list[str] | None,
+    typer.Option("--lora", help="As FILE:0.8; repeatable.", metavar="FILE", show_default=False),
+]
 MODEL = typer.Option(help="emoji, file, folder, hub id.", metavar="MODEL")
 
 

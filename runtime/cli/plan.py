@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..adapters import written
 from ..errors import TightfitError, printable
 from ..fields import described
 from ..machine.hardware import Hardware
@@ -19,7 +20,7 @@ from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import MODEL, Device, taking, wishes
+from .options import MODEL, Device, Loras, taking, wishes
 from .output import say, say_json, show_table, write
 
 _WIDE = 130  # columns of a terminal that has room for the table
@@ -31,6 +32,7 @@ class Options:
     """Options of `plan` besides those of Request and Wishes."""
 
     model: Annotated[str, MODEL] = "emoji"
+    lora: Loras = None
     hardware: Annotated[str | None, _HARDWARE] = None
     device: Device = "auto"
     every: Annotated[bool, typer.Option("--all", help="Also what others beat in all respects.")] = False
@@ -39,7 +41,7 @@ class Options:
 
 
 _ORDER = """
-model width height num_inference_steps guidance_scale hardware
+model lora width height num_inference_steps guidance_scale hardware
 device budget precision compute backend provider residency attention tiling min_psnr
 every save as_json
 """
@@ -61,15 +63,16 @@ def show_plan(options: Options, asked: Mapping[str, Any], wished: Mapping[str, A
     spec = inspect(options.model)
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
-    job = Request("a", **asked, scheduler=sampler).resolve(spec)
+    adapters = tuple(map(written, options.lora or ()))
+    job = Request("a", **asked, scheduler=sampler, adapters=adapters).resolve(spec)
     planner.refuse_hopeless(machine, job, wanted)
     plans = planner.plan(machine, spec, job, wanted)
     if options.as_json:
-        notes = [*_notes(plans[0], machine), *spec.notes]
+        notes = [*_notes(plans[0], machine), *job.spec.notes]
         say_json({"request": _sized(job), "notes": notes, "plans": [plan.to_json() for plan in plans]})
     else:
         print_plans(plans, machine, job, options.every)
-        for note in spec.notes:
+        for note in job.spec.notes:
             say(f"• {note}")
     if not plans[0].fits:
         raise planner.none_fits(plans, machine, job, wanted)

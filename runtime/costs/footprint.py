@@ -57,6 +57,7 @@ class Footprint:
     beside a GPU's. `kept`: bytes of a call that stay as long as the component is loaded. If it is streamed:
     `arrivals` are the weights that flow through in a call, in order; `units` their bytes, largest first;
     `ring` the bytes of the buffer they flow through; `stored` their bytes in the files.
+    `patching_seconds`: to apply patches to what is read, of a streamed one in each call on a CPU, else once.
     """
 
     held: tuple[int, ...]
@@ -69,6 +70,7 @@ class Footprint:
     units: tuple[int, ...] = ()
     ring: int = 0
     stored: int = 0
+    patching_seconds: float = 0.0
 
     @property
     def held_bytes(self) -> int:

@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 
 from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER
+from ..models.tensors import Tensor
 from ..placement import Placement
 from ..ring import Ring, ahead
 from .footprint import Footprint, Shape
@@ -19,6 +20,8 @@ SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, re
 # s).
 QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
 PACK_SECONDS = 4e-9
+# Per weight that adapters change, on two cores: into fp32 and back; and per operation on it.
+PATCH_SECONDS, PATCHED_FLOP_SECONDS = 0.3e-9, 1.2e-11
 # ONNX Runtime's share of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512
 # (benchmarks/onnx.py).
 ONNX_SHARE = 0.67
@@ -34,8 +37,17 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
     if not spans:
         return head
     if hardware.device != "cuda":  # read from files between operators
-        return head + sum(spans) + footprint.stored / hardware.read
+        return head + sum(spans) + footprint.stored / hardware.read + footprint.patching_seconds
     return head + streamed_seconds(footprint, spans, bus_rate(hardware, footprint))
+
+
+def patching_seconds(tensors: Iterable[Tensor]) -> float:
+    """To read what patches of tensors are made of, and to apply them, once."""
+    return sum(
+        tensor.count * (PATCH_SECONDS + PATCHED_FLOP_SECONDS * sum(patch.flops for patch in tensor.patches))
+        for tensor in tensors
+        if tensor.patches
+    )
 
 
 def arrival_spans(

@@ -3,6 +3,8 @@ pickle."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,7 +15,7 @@ from ..errors import TightfitError
 from ..recent import Recent
 from .families.family import Extent, Family, Network, Role
 from .graph import Graph
-from .tensors import Tensor
+from .tensors import Patch, Tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,20 @@ class Component:
     def stored_bytes(self) -> int:
         """Of its weights in the safetensors files."""
         return sum(tensor.stored_bytes for tensor in self.tensors.values())
+
+    def adapts(self, other: Component) -> bool:
+        """Whether it is the same as `other`, but for what adapters change in their tensors."""
+        return self is other or (
+            self.tensors.keys() == other.tensors.keys()
+            and dataclasses.replace(self, tensors={}) == dataclasses.replace(other, tensors={})
+        )
+
+    @functools.cached_property
+    def patches(self) -> tuple[Patch, ...]:
+        """What adapters change in its tensors."""
+        return tuple(
+            patch for tensor in self.tensors.values() for patch in tensor.patches if not patch.decodes
+        )
 
     @property
     def engines(self) -> tuple[str, ...]:

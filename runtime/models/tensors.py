@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import TightfitError
 from ..files import WEIGHTS_BYTES, open_regular
@@ -13,21 +14,44 @@ from ..files import WEIGHTS_BYTES, open_regular
 STORED_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1}
 
 
-class Patch(Protocol):
-    """A change that an adapter makes to the values of one stored tensor. Hashable."""
+class Patch:
+    """A change to the values of one stored tensor, by an adapter or to decode them. Hashable."""
+
+    tensors: tuple[Tensor, ...]
+    """The tensors of the adapter's file that it is computed from."""
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors of the adapter's file that it is computed from."""
-        ...
+    def decodes(self) -> bool:
+        """Whether the tensor's values are meaningless without it, so that it stays where no adapter may."""
+        return False
+
+    @property
+    def flops(self) -> int:
+        """Operations for each value of the tensor that it changes."""
+        return 2
+
+    @property
+    def low_rank(self) -> bool:
+        """Whether it adds its `scale` times the product of its two tensors and does nothing else."""
+        return False
+
+    @property
+    def whole(self) -> bool:
+        """Whether `tensors` has the tensor itself, as all of it is needed before a row is changed."""
+        return False
+
+    def fits(self, shape: Sequence[int]) -> bool:  # noqa: ARG002
+        """Whether it is for a tensor of that shape."""
+        return True
+
+    def prepared(self, parts: tuple[Any, ...]) -> tuple[Any, ...]:
+        """What `apply` takes for all rows, made of the values of `tensors`, fp32."""
+        return parts
 
     def apply(self, rows: Any, start: int, parts: tuple[Any, ...]) -> None:
         """Change `rows` in place: the tensor's values from row `start` on, fp32, of its shape but for the
-        first side.
-
-        `parts` are the values of `tensors`, fp32. It may allocate as much as `rows` takes.
-        """
-        ...
+        first side. It may allocate as much as `rows` takes."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)

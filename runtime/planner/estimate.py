@@ -226,9 +226,10 @@ class Estimate:
         """For one request. What stays loaded, or pinned, is read once for all of them."""
         if placement.residency == "streamed":
             kept, pinned = component.stored_bytes - footprint.stored, footprint.host
-            once = footprint.stored / self.hardware.read + pinned * PIN_SECONDS if pinned else 0.0
+            reading = footprint.stored / self.hardware.read + footprint.patching_seconds
+            once = reading + pinned * PIN_SECONDS if pinned else 0.0
             return kept / self.hardware.read + once / self.wishes.requests
-        loading = self._reading_seconds(component, placement)
+        loading = self._reading_seconds(component, placement) + footprint.patching_seconds
         return loading / (self.wishes.requests if placement.residency == "resident" else 1)
 
     def _reading_seconds(self, component: Component, placement: Placement) -> float:

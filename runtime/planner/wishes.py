@@ -29,7 +29,7 @@ class Wishes:
     provider: str = _word("Of onnx: cuda, dml, cpu …")
     precision: str = _word(f"auto, {', '.join(PRECISIONS)}.", PRECISIONS)
     compute: str = _word(f"int8/int4: {', '.join(COMPUTES)}.", COMPUTES)
-    residency: str = _word(f"auto, {', '.join(RESIDENCIES)}.", RESIDENCIES)
+    residency: str = _word(f"{', '.join(RESIDENCIES)}.", RESIDENCIES)
     attention: str = _word(f"auto, {', '.join(ATTENTIONS)}.", ATTENTIONS)
     tiling: str = _word(f"VAE: auto, {', '.join(TILINGS)}.", TILINGS)
     cfg: str = _word("", CFG)

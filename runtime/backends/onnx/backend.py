@@ -87,6 +87,13 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: f"the {case.component.name} is not here as ONNX: export the model with --to onnx",
     ),
     Rule(
+        lambda case: bool(case.component.patches),
+        lambda case: (
+            f"an ONNX graph has its weights fixed, and adapters change those of the {case.component.name}: "
+            "leave out --backend onnx, or the adapters"
+        ),
+    ),
+    Rule(
         lambda case: case.placement.provider not in case.hardware.onnx_providers(),
         lambda case: f"ONNX Runtime has no {case.placement.provider} here, but {case.providers}",
     ),
@@ -194,6 +201,9 @@ class OnnxBackend:
         session = OnnxSession(component.graph, placement.provider, meter, component.network.graph)
         self._sessions[component.name] = session
         return session
+
+    def adapt(self, session: OnnxSession, component: Component, placement: Placement) -> bool:  # noqa: ARG002
+        return False
 
     def keep(self, placements: Mapping[str, Placement]) -> None:
         """Nothing is cached between requests."""

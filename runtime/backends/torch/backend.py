@@ -50,6 +50,10 @@ class _Case:
         return self.placement.residency == "streamed"
 
     @property
+    def quantised(self) -> bool:
+        return self.placement.precision in QUANTISED or self.component.formats is not None
+
+    @property
     def compute(self) -> str:
         return self.placement.compute
 
@@ -89,6 +93,17 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
     Rule(
         lambda case: case.dynamic and case.component.role is not Role.DENOISER,
         lambda case: f"int8-dynamic is for U-Nets: choose int8 for the {case.component.name}",
+    ),
+    Rule(
+        lambda case: case.dynamic and not all(patch.low_rank for patch in case.component.patches),
+        "int8-dynamic dequantises no weight, into which an adapter of this form is merged: choose int8",
+    ),
+    Rule(
+        lambda case: case.quantised and any(patch.whole for patch in case.component.patches),
+        lambda case: (
+            "an adapter that scales columns (a DoRA over inputs) needs all of a weight at once, "
+            f"and quantised ones are dequantised in parts: choose {case.hardware.precisions[0]}"
+        ),
     ),
     Rule(
         lambda case: (
@@ -165,6 +180,7 @@ class TorchBackend:
             problem = self._trouble(component, placement)
             module = networks.build(component, placement, self.device.type)
             stored = weights.match(component, module)
+            weights.check_adapted(module)
         session = TorchSession(module, networks.forward(component, placement), dtype, self.device, self.meter)
         with _memory_errors_explained(self.device):
             if placement.residency == "streamed":
@@ -217,6 +233,15 @@ class TorchBackend:
             )
         return streaming.CudaLane(store)
 
+    def adapt(self, session: TorchSession, component: Component, placement: Placement) -> bool:
+        """Of a module that stays loaded: the tensors that patches change otherwise now are read again, and
+        those that quantised layers have of adapters."""
+        with _memory_errors_explained(self.device):
+            like = networks.build(component, placement, self.device.type)
+            stored = weights.match(component, like)
+            weights.check_adapted(like)
+            return session.adapt(like, stored)
+
     def keep(self, placements: Mapping[str, Placement]) -> None:
         """Free the host memory of every component whose placement is not in `placements`. A backend serves
         one model."""
@@ -259,6 +284,7 @@ class TorchSession:
         self.module: torch.nn.Module | None = module
         self.forward, self.dtype, self.device, self.meter = forward, dtype, device, meter
         self.streamer: streaming.Streamer | None = None
+        self._stored: Mapping[str, Tensor] = {}
         self._held = 0
         self._calls: dict[Any, int] = {}
         self._sent = None if device.type == "cpu" else Sent()
@@ -277,6 +303,27 @@ class TorchSession:
             self._hold(loading)
             weights.fill(module, stored, self.dtype, self.device)
             self._hold(-loading)
+            self._stored = stored
+
+    def adapt(self, like: torch.nn.Module, stored: Mapping[str, Tensor]) -> bool:
+        """Take the adapters' parts of `like`, a module on `meta`, and read what is `stored` otherwise than
+        it was loaded. False, with nothing changed, if more differs than that."""
+        module = self._module()
+        changed = weights.changed(module, like, self._stored, stored)
+        if changed is None:
+            return False
+        with self._nothing_behind():
+            weights.exchange_adapted(module, like)
+            reading = weights.patching_bytes(changed) if self.device.type == "cpu" else 0
+            scratch_bytes = max((tensor.stored_bytes for tensor in changed.values()), default=0)
+            held = sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype))
+            self._hold(held - self._held)
+            self._hold(reading + scratch_bytes)
+            weights.refill(module, changed, self.dtype, self.device, scratch_bytes)
+            self._hold(-reading - scratch_bytes)
+        self._stored = stored
+        self._calls.clear()  # a call may take more or less now
+        return True
 
     def stream(
         self,

@@ -12,6 +12,7 @@ import torch
 
 from ....kernels import attention
 from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
+from ...costs.latency import patching_seconds
 from ...errors import explained
 from ...machine.hardware import Hardware
 from ...models.families.family import Extent
@@ -142,6 +143,8 @@ def _flops(func: Any, args: Any, out: Any) -> float:
         return 2.0 * out.numel() * args[1].shape[1]
     if func in (CONVOLUTION, CONV2D_INT8):
         return 2.0 * out.numel() * args[1][0].numel()
+    if func is torch.ops.aten.addmm_.default:
+        return 2.0 * out.numel() * args[1].shape[1]
     if func in (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default):
         return 2.0 * out.numel() * args[0].shape[-1]
     return 0.0
@@ -186,7 +189,10 @@ def footprint(
     loading = _kept(
         module, dtype, device, "loading", lambda: weights.loading_bytes(module, stored, dtype, device)
     )
-    return Footprint((*held, *_beside(module, dtype, device)), loading, trace, scratch)
+    patching = _kept(module, dtype, device, "patching", lambda: patching_seconds(stored.values()))
+    return Footprint(
+        (*held, *_beside(module, dtype, device)), loading, trace, scratch, patching_seconds=patching
+    )
 
 
 def call_order(component: Component, placement: Placement, device: str) -> tuple[str, ...]:
@@ -211,7 +217,8 @@ def _streamed(
     held = [count for part in kept for count in weights.held(part, dtype)]
     paths = {unit.path: unit.bytes for unit in streamed.values()}
     arrivals = tuple(Arrival(path, paths[path], *place) for path, *place in trace.calls if path in paths)
-    files = sum(tensor.stored_bytes for unit in streamed.values() for _, _, tensor, _ in unit.weights)
+    flowing = [tensor for unit in streamed.values() for _, _, tensor, _ in unit.weights]
+    files = sum(tensor.stored_bytes for tensor in flowing)
     reading = _kept(
         module, dtype, device, "scratch", lambda: weights.scratch_bytes(module, stored, dtype, device)
     )
@@ -222,8 +229,9 @@ def _streamed(
     )
     held += [*_beside(module, dtype, device), ring, *reading_bytes]
     sizes = tuple(sorted((unit.bytes for unit in streamed.values()), reverse=True))
+    streams = {"arrivals": arrivals, "units": sizes, "ring": ring, "stored": files}
     return Footprint(
-        tuple(held), 0, trace, scratch, host, arrivals=arrivals, units=sizes, ring=ring, stored=files
+        tuple(held), 0, trace, scratch, host, **streams, patching_seconds=patching_seconds(flowing)
     )
 
 
@@ -248,7 +256,10 @@ def _module(
     def built() -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
         # SDPA, because a Recorder notes it instead of running it.
         module = networks.build(component, replace(placement, attention="sdpa"), device)
-        layers = {path: (type(part).__name__, part.form) for path, part in quantised_layers(module).items()}
+        layers = {
+            path: (type(part).__name__, part.form, part.adapted and part.adapted.kind)
+            for path, part in quantised_layers(module).items()
+        }
         words = [word.shape for word in component.words.values()]
         return (
             module,

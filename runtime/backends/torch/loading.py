@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 
@@ -47,6 +48,12 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
             set(),
         )
     stored = {current_name(name, expected): tensor for name, tensor in component.tensors.items()}
+    for path, layer in layers.items():
+        if layer.adapted is not None:  # which has the weight's patches
+            stored |= {f"{path}.adapted.{name}": tensor for name, tensor in layer.adapted.stored.items()}
+            whole = next(name for name in (f"{path}.packed", f"{path}.weight") if name in stored)
+            kept = tuple(patch for patch in stored[whole].patches if patch.decodes)
+            stored[whole] = replace(stored[whole], patches=kept)
     words = [name for name in expected if ".words." in name]
     stored |= dict(zip(words, component.words.values(), strict=True))
     where = f"the weights of {component.folder.name} in {component.folder.parent}"
@@ -250,7 +257,7 @@ def _values(tensor: Tensor, scratch: torch.Tensor) -> torch.Tensor:
 def _patched(values: torch.Tensor, tensor: Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """A tensor's values in fp32 as its patches change them, some rows at a time, and which row is their
     first."""
-    parts = {patch: tuple(map(_in_fp32, patch.tensors)) for patch in tensor.patches}
+    parts = {patch: patch.prepared(tuple(map(_in_fp32, patch.tensors))) for patch in tensor.patches}
     step = _block_rows(tensor)
     for start in range(0, len(values), step):
         rows = values[start : start + step].to(torch.float32, copy=True)
@@ -260,9 +267,62 @@ def _patched(values: torch.Tensor, tensor: Tensor) -> Iterator[tuple[int, torch.
         del rows  # before the next ones are made
 
 
+def changed(
+    module: torch.nn.Module, like: torch.nn.Module, before: Mapping[str, Tensor], after: Mapping[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """The tensors that a loaded module lacks to be as `like` with `after` in place of `before`. None if there
+    is more to it than reading these."""
+    layers, others = quantised_layers(module), quantised_layers(like)
+    if not before or {path: type(layer) for path, layer in layers.items()} != {
+        path: type(layer) for path, layer in others.items()
+    }:
+        return None
+    lacking = {
+        name: tensor for name, tensor in after.items() if before.get(name) != tensor or ".adapted." in name
+    }
+    parts = {f"{path}.weight" for path in layers}
+    return None if lacking.keys() & parts else lacking  # those would have to be quantised
+
+
+def exchange_adapted(module: torch.nn.Module, like: torch.nn.Module) -> None:
+    """Give the quantised layers of `module` what those of `like` have of adapters, still to be read."""
+    layers = quantised_layers(module)
+    for path, layer in quantised_layers(like).items():
+        layers[path].adapted = layer.adapted
+
+
+def refill(
+    module: torch.nn.Module,
+    stored: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    scratch_bytes: int,
+) -> None:
+    """Read tensors into the parameters that a loaded module has for them."""
+    scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
+    for name, tensor in stored.items():
+        path, _, leaf = name.rpartition(".")
+        owner = module.get_submodule(path)
+        parameter = module.get_parameter(name)
+        if parameter.is_meta:
+            values = torch.empty(parameter.shape, dtype=own_dtype(owner, leaf, dtype), device=device)
+            parameter = owner._parameters[leaf] = torch.nn.Parameter(values, requires_grad=False)
+        read_into(parameter.data, tensor, scratch)
+
+
+def check_adapted(module: torch.nn.Module) -> None:
+    """Raise TightfitError for values that are not finite in what quantised layers have of adapters."""
+    for layer in quantised_layers(module).values():
+        for tensor in layer.adapted.stored.values() if layer.adapted is not None else ():
+            _in_fp32(tensor)
+
+
 def _in_fp32(tensor: Tensor) -> torch.Tensor:
+    """A tensor of an adapter's. Raises TightfitError for one with values that are not finite."""
     values = torch.empty(tensor.shape)
     read_into(values, tensor, torch.empty(tensor.stored_bytes, dtype=torch.uint8))
+    if not values.isfinite().all():
+        raise TightfitError(f"{tensor.file} holds values that are not finite: take another copy of it")
     return values
 
 

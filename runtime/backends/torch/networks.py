@@ -10,11 +10,13 @@ import torch
 
 from ....kernels import attention
 from ....kernels.recipe import recipe
-from ...errors import explained
+from ...errors import TightfitError, explained
 from ...models.families.family import Role
 from ...models.spec import Component
+from ...models.tensors import Patch
 from ...placement import DYNAMIC, QUANTISED, Placement
 from . import quantised
+from .adapted import Adapted
 from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward, with_words
 from .vae import decode_strips
 
@@ -38,6 +40,7 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     quantised.quantise_layers(
         module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC
     )
+    _adapt(component, module)
     if component.words:
         _teach(component, module)
     processor = Processor(attention.VARIANTS[placement.attention])
@@ -73,7 +76,38 @@ def _formats(component: Component, module: torch.nn.Module, precision: str) -> d
     kind = "int8" if precision == DYNAMIC else precision
     least = component.network.least_bits
     chosen = {path: recipe(kind, path, layer.weight.shape, least) for path, layer in paths.items()}
-    return {path: name for path, name in chosen.items() if name}
+    changed = _changed(component, paths)  # rows of an embedding are dequantised, never all of it
+    plain = {
+        path for path, layer in paths.items() if path in changed and isinstance(layer, torch.nn.Embedding)
+    }
+    return {path: name for path, name in chosen.items() if name and path not in plain}
+
+
+def _changed(component: Component, paths: Container[str]) -> dict[str, tuple[Patch, ...]]:
+    """The patches of each layer's weight, by its path."""
+    return {
+        current_name(name.rpartition(".")[0], paths): patches
+        for name, tensor in component.tensors.items()
+        if (patches := tuple(patch for patch in tensor.patches if not patch.decodes))
+        and name.endswith((".weight", ".packed"))
+    }
+
+
+def _adapt(component: Component, module: torch.nn.Module) -> None:
+    """Give quantised layers what adapters change in them. Raises TightfitError for what cannot be
+    changed."""
+    layers = quantised.quantised_layers(module)
+    for path, patches in _changed(component, layers).items() if component.patches else ():
+        if (layer := layers.get(path)) is None:  # a plain weight, changed as it is read
+            continue
+        unfit = next((patch for patch in patches if not patch.fits(layer.shape)), None)
+        if unfit or isinstance(layer, quantised.Embedding):
+            file = (unfit or patches[0]).tensors[0].file
+            raise TightfitError(
+                f"{file.name} does not fit {path}, which is quantised: "
+                "use the model that this one was made from"
+            )
+        layer.adapted = Adapted(patches, layer.shape)
 
 
 def current_name(stored: str, expected: Container[str]) -> str:

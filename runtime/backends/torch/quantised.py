@@ -17,6 +17,7 @@ from ....kernels.dequantise import dequantise, triton_runs
 from ....kernels.formats import FORMATS, Format, from_rows
 from ....kernels.quantise import quantise
 from ...errors import TightfitError
+from .adapted import Adapted
 from .autotune import fastest
 
 # Weights dequantised at a time on a CPU: less memory for no more time (docs/decisions.md). A GPU would have
@@ -176,6 +177,8 @@ class Quantised(nn.Module):
     packed: Tensor
     scale: Tensor
     zero: Tensor
+    dequantises = True
+    """Whether it multiplies by a dequantised weight."""
 
     def __init__(self, layer: Any, form: Format, workspace: Workspace, whole: bool = False) -> None:
         super().__init__()
@@ -189,13 +192,29 @@ class Quantised(nn.Module):
             part = torch.empty(shape, dtype=dtype, device=layer.weight.device)
             self.register_parameter(name, nn.Parameter(part, requires_grad=False))
         self.register_parameter("bias", getattr(layer, "bias", None))
+        self.adapted: Adapted | None = None
         workspace.layers.append(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantised:  # noqa: ARG002
         """`Module.to` leaves the parts alone: their dtypes are part of the format."""
         if self.bias is not None:
             self.bias = nn.Parameter(fn(self.bias), requires_grad=False)
+        if self.adapted is not None:
+            self.adapted._apply(fn)
         return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.adapted is None:
+            return self.product(x)
+        return self.adapted.answer(x, self.product, self.thin, self.dequantises)
+
+    def product(self, x: Tensor) -> Tensor:
+        """By the quantised weight."""
+        raise NotImplementedError
+
+    def thin(self, x: Tensor, weight: Tensor) -> Tensor:
+        """By another weight of fewer output channels, without a bias."""
+        raise NotImplementedError
 
     def prepare(self) -> None:
         """Called once the parts are loaded."""
@@ -221,9 +240,12 @@ class Quantised(nn.Module):
         self._unpack(
             out, rows, buffer[end_of_out : end_of_out + count * self._codes()] if self.on_cpu else None
         )
-        if self.on_cpu:
-            return from_rows(out, (count, *self.shape[1:]))
-        return out.view(count, *self.shape[1:])  # torch's group norm on GPUs wants no channels_last
+        sides = count, *self.shape[1:]
+        # torch's group norm on GPUs wants no channels_last
+        weight = from_rows(out, sides) if self.on_cpu else out.view(sides)
+        if self.adapted is not None:
+            self.adapted.merge(weight, start)
+        return weight
 
     def _codes(self) -> int:
         """Bytes of one output channel's codes in the buffer while it is dequantised. Zero on a GPU: Triton
@@ -244,9 +266,14 @@ class Quantised(nn.Module):
 
 
 class Linear(Quantised):
-    def forward(self, x: Tensor) -> Tensor:
+    def thin(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight)
+
+    def product(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        if x.is_cuda and x.numel() <= FEW_ROWS * x.shape[-1] and triton_runs(x.device):
+        merging = self.adapted is not None and self.adapted.merging
+        few = x.is_cuda and x.numel() <= FEW_ROWS * x.shape[-1] and not merging
+        if few and triton_runs(x.device):
             return self._few(x)
         if self.at_once == self.shape[0]:
             return functional.linear(x, self.dense(), self.bias)
@@ -277,7 +304,10 @@ class Conv2d(Quantised):
         )
         self.how: Any = (layer.stride, layer.padding, layer.dilation, layer.groups)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def thin(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.conv2d(x, weight, None, *self.how)
+
+    def product(self, x: Tensor) -> Tensor:
         """(batch, in, h, w) → (batch, out, h', w'). On a CPU channels last, like the dequantised weight."""
         if self.on_cpu:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -301,6 +331,8 @@ class Conv2d(Quantised):
 class LinearInt8(Quantised):
     """Multiplies integers. On a CPU its weight is repacked for oneDNN once it is loaded."""
 
+    dequantises = False
+
     def prepare(self) -> None:
         if self.on_cpu:
             self.packed = nn.Parameter(int8.pack_linear(self.packed), requires_grad=False)
@@ -315,7 +347,10 @@ class LinearInt8(Quantised):
     def workspace_bytes(self, itemsize: int) -> int:  # noqa: ARG002
         return 0
 
-    def forward(self, x: Tensor) -> Tensor:
+    def thin(self, x: Tensor, weight: Tensor) -> Tensor:
+        return functional.linear(x, weight)
+
+    def product(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         return torch.ops.tightfit.linear_int8(x, self.packed, self.scale, self.bias)
 
@@ -338,7 +373,11 @@ class Conv2dInt8(LinearInt8):
         else:
             self.sums = int8.weight_sums(self.packed)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def thin(self, x: Tensor, weight: Tensor) -> Tensor:
+        _, stride, padding = self.how
+        return functional.conv2d(x, weight, None, stride, padding)
+
+    def product(self, x: Tensor) -> Tensor:
         """(batch, in, h, w) → (batch, out, h', w')."""
         if self.on_cpu:
             x = x.contiguous(memory_format=torch.channels_last)
@@ -346,9 +385,9 @@ class Conv2dInt8(LinearInt8):
 
 
 class Embedding(Quantised):
-    def forward(self, ids: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """(…) → (…, width). Only the rows looked up are dequantised."""
-        rows = ids.flatten()
+        rows = x.flatten()
         out = torch.empty(len(rows), self.row, dtype=self.workspace.dtype, device=self.packed.device)
         codes = (
             torch.empty(len(rows) * self._codes(), dtype=torch.uint8, device=self.packed.device)
@@ -356,7 +395,7 @@ class Embedding(Quantised):
             else None
         )
         self._unpack(out, rows, codes)
-        return out.view(*ids.shape, self.row)
+        return out.view(*x.shape, self.row)
 
     @property
     def weight(self) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ...models.tensors import Tensor as Stored
 from ...ring import Ring, ahead
@@ -219,8 +220,10 @@ class FileLane:
         self._dtype, self._scratch = dtype, scratch
 
     def copy(self, out: Tensor, unit: Unit, after: Sequence[Any]) -> None:  # noqa: ARG002
-        for (_, _, tensor, _), view in zip(unit.weights, _views(unit, out, self._dtype), strict=True):
-            weights.read_into(view, tensor, self._scratch)
+        views = _views(unit, out, self._dtype)
+        with _disable_current_modes():  # what reading takes is held all the time, by way of the meter
+            for (_, _, tensor, _), view in zip(unit.weights, views, strict=True):
+                weights.read_into(view, tensor, self._scratch)
 
     def mark(self) -> None: ...
 

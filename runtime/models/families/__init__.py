@@ -37,3 +37,14 @@ def role_of(name: str) -> Role:
             if network.name == name:
                 return network.role
     raise TightfitError(f"{name} is a network of no family that tightfit runs: {', '.join(networks())} are")
+
+
+# How wide the texts are that the denoisers of published models read.
+_READS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL's refiner"}
+
+
+def reads_texts(width: int) -> str:
+    """Models by how wide the texts are that they read, in words: those of a family, if they are published
+    ones."""
+    name = _READS.get(width, "a model")
+    return f"{name}, with texts {width} wide"

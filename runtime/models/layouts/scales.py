@@ -8,16 +8,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ...errors import TightfitError
-from ..tensors import Tensor
+from ..tensors import Patch, Tensor
 
 _ENDS = (".scale_weight", ".weight_scale")  # ComfyUI's first and second spelling
 
 
 @dataclass(frozen=True)
-class Scale:
-    """A Patch: see tensors.py."""
+class Scale(Patch):
+    """A weight's values times one number."""
 
     tensors: tuple[Tensor, ...]
+
+    @property
+    def decodes(self) -> bool:
+        return True
 
     def apply(self, rows: Any, start: int, parts: tuple[Any, ...]) -> None:  # noqa: ARG002
         rows *= parts[0].item()

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import save_file
 from tightfit.runtime.backends.torch import loading
 from tightfit.runtime.models.layouts.safetensors import read_header
+from tightfit.runtime.models.tensors import Patch
 
 
 @dataclass(frozen=True)
-class Added:
+class Added(Patch):
     """rows += strength * up @ down, by rows."""
 
     tensors: tuple

@@ -1,0 +1,367 @@
+"""LoRA and its kin in one safetensors file: kohya's, LyCORIS's, diffusers', PEFT's and OneTrainer's."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+import struct
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..errors import TightfitError
+from ..files import WEIGHTS_BYTES, open_regular, read_json
+from ..models.families import reads_texts
+from ..models.families.family import Role
+from ..models.spec import Component, ModelSpec
+from ..models.tensors import Tensor
+from .changes import Added, Change, Decomposed, Hadamard, Kronecker, LowRank, Scaled
+from .header import IN_FOLDERS, Stamp, a1111_hash, contents, located, stamp
+from .names import Places, split
+
+_NUMBERS = {
+    "F64": "<d",
+    "F32": "<f",
+    "F16": "<e",
+    "I64": "<q",
+    "I32": "<i",
+    "U8": "<B",
+    "I8": "<b",
+    "BOOL": "<?",
+}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+_NAMED = 3  # keys that fit nothing: so many are named
+# How adapters that make a model paint in few steps are called, and the scheduler that they were made for.
+_FAST = (
+    (re.compile(r"\blcm\b|latent.consistency"), "an LCM", "--scheduler lcm --steps 4 --guidance-scale 1"),
+    (re.compile(r"\bdmd2\b"), "DMD2", "--scheduler lcm --steps 4 --guidance-scale 1"),
+    (re.compile(r"\blightning\b"), "Lightning", "--scheduler euler --steps {} --guidance-scale 1"),
+    (re.compile(r"\bhyper\b"), "Hyper-SD", "--scheduler ddim --steps {} --guidance-scale 1"),
+)
+_STEPS = re.compile(r"(\d{1,2})[ _-]?steps?\b")
+# Layers by how they begin in files for models of other kinds.
+_FOREIGN = (
+    (re.compile(r"(double|single)_blocks|single_transformer_blocks"), "Flux"),
+    (re.compile(r"joint_blocks|lora_te3|text_encoder_3"), "SD 3"),
+    (re.compile(r"lora_transformer|transformer[._]transformer_blocks"), "a diffusion transformer"),
+)
+_ALONE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias", "up_bias": "bias"}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """One file, and how strongly it acts on the denoiser (`weight`) and on text encoders (`text_weight`).
+
+    stamp: the file's size and time when it was named; a file that was written again is another adapter.
+    """
+
+    file: Path
+    weight: float
+    text_weight: float
+    stamp: Stamp
+
+    @classmethod
+    def claims(cls, keys: Collection[str]) -> bool:
+        return any(split(key) for key in keys if not key.endswith(".weight")) or any(
+            (parts := split(key)) and parts[1] in ("up", "down") for key in keys
+        )
+
+    @classmethod
+    def read(cls, path: str | Path, weight: float = 1.0, text_weight: float | None = None) -> Lora:
+        """The adapter in a file that `claims`."""
+        file = located(Path(path))
+        weights = weight, weight if text_weight is None else text_weight
+        if not all(isinstance(value, int | float) and abs(value) <= 1000 for value in weights):
+            raise TightfitError(
+                f"the weight of {file.name} must be a number from -1000 to 1000, not {weights}"
+            )
+        return cls(file, float(weights[0]), float(weights[1]), stamp(file))
+
+    @property
+    def name(self) -> str:
+        """As it is written after --lora."""
+        text = "" if self.text_weight == self.weight else f":{self.text_weight!r}"
+        return f"{self.file}:{self.weight!r}{text}"
+
+    @property
+    def title(self) -> str:
+        """As people call it."""
+        return self.file.parent.name if self.file.name in IN_FOLDERS else self.file.stem
+
+    def a1111(self) -> tuple[str, str]:
+        """What A1111 writes for it into a prompt, and between its hashes."""
+        text, weight = self.text_weight, self.weight
+        words = f"{weight:g}" if text == weight else f"{text:g}:{weight:g}"
+        return f"<lora:{self.title}:{words}>", f"{self.title}: {a1111_hash(self.file, self.stamp)}"
+
+    @property
+    def _layers(self) -> _Layers:
+        return _layers(self.file, self.stamp)
+
+    def apply(self, spec: ModelSpec) -> ModelSpec:
+        layers, places = self._layers, Places(spec)
+        changed = {name: dict(component.tensors) for name, component in spec.components.items()}
+        left, applied = [*layers.unknown], 0
+        for layer, stored in layers.by_name.items():
+            place = places.find(layer)
+            if place is None:
+                left += stored.values()
+                continue
+            component, path = place
+            self._check_family(spec, layer, component, path)
+            try:
+                applied += self._change(layer, stored, component, path, changed[component.name])
+            except ValueError:
+                left += stored.values()
+        if not applied:
+            raise self._for_others(spec, [*layers.by_name, *layers.unknown])
+        components = {
+            name: component
+            if changed[name] == component.tensors
+            else replace(component, tensors=changed[name])
+            for name, component in spec.components.items()
+        }
+        return replace(spec, components=components, notes=(*spec.notes, *self._notes(left, applied)))
+
+    def _change(
+        self,
+        layer: str,
+        stored: Mapping[str, str],
+        component: Component,
+        path: str,
+        tensors: dict[str, Tensor],
+    ) -> int:
+        """Patch one layer's tensors, and count the keys of the file that did it. ValueError where a shape
+        does not fit, before anything is patched."""
+        contents = self._layers
+        strength = self.text_weight if component.role is Role.TEXT else self.weight
+        patches: list[tuple[str, Change]] = []
+        weight = "weight" if f"{path}.weight" in tensors else "packed"
+        target = tensors.get(f"{path}.{weight}")
+        change = _of_weight(contents, layer, stored, strength, target)
+        if change:
+            patches.append((weight, change))
+        for kind, leaf in _ALONE.items():
+            if kind in stored:
+                scale = contents.scale(layer, stored) if kind == "up_bias" else 1.0
+                added = Added(contents.parts(stored, kind), strength * scale)
+                patches.append((weight if leaf == "weight" else leaf, added))
+        for leaf, patch in patches:
+            if f"{path}.{leaf}" not in tensors or not _fits(patch, tensors[f"{path}.{leaf}"], leaf):
+                raise ValueError(f"{layer} does not fit {path}.{leaf}")
+        for leaf, patch in patches if strength else ():
+            tensor = tensors[f"{path}.{leaf}"]
+            tensors[f"{path}.{leaf}"] = replace(tensor, patches=(*tensor.patches, patch))
+        return len(stored) if patches else 0
+
+    def _check_family(self, spec: ModelSpec, layer: str, component: Component, path: str) -> None:
+        """Raise TightfitError if it is what reads texts in a denoiser, of another width."""
+        if component.role is Role.DENOISER and path.endswith(("attn2.to_k", "attn2.to_v")):
+            width = self._layers.inputs(layer)
+            if width and width != spec.text_width:
+                raise self._other_family(spec, f"is for {reads_texts(width)}")
+
+    def _for_others(self, spec: ModelSpec, layers: list[str]) -> TightfitError:
+        if not spec.denoiser.tensors:
+            return TightfitError(
+                f"{self.title} changes weights, and {spec.name} is here as ONNX only: "
+                "use the model that it was exported from"
+            )
+        kind = next((kind for pattern, kind in _FOREIGN if any(map(pattern.search, layers))), None)
+        example = f"such as {layers[0][:80]}" if layers else "as it holds nothing"
+        return self._other_family(spec, f"is for {kind}" if kind else f"fits nothing of the model, {example}")
+
+    def _other_family(self, spec: ModelSpec, what: str) -> TightfitError:
+        family = reads_texts(spec.text_width)
+        return TightfitError(f"{self.title} {what}; {spec.name} is {family}: take an adapter made for that")
+
+    def _notes(self, left: list[str], applied: int) -> Iterator[str]:
+        if left:
+            more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
+            names = ", ".join(key[:80] for key in left[:_NAMED])
+            count = f"{len(left)} of {len(left) + applied} keys"
+            yield f"{self.title}: {count} fit nothing and do nothing: {names}{more}"
+        words = " ".join([self.title, *map(str, self._layers.words)]).lower()
+        spaced = re.sub(r"[_\W]+", " ", words)
+        for pattern, kind, options in _FAST:
+            if pattern.search(spaced):
+                steps = match[1] if (match := _STEPS.search(words)) else "4"
+                yield f"{self.title} seems to be {kind} adapter, made for {options.format(steps)}"
+                return
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What a file holds: its tensors, which keys each layer has by what they store, the numbers among them,
+    keys of no known form, what PEFT's config says, and words that say what it is."""
+
+    tensors: Mapping[str, Tensor]
+    by_name: Mapping[str, Mapping[str, str]]
+    numbers: Mapping[str, float]
+    unknown: tuple[str, ...]
+    config: Mapping[str, Any]
+    words: tuple[str, ...]
+
+    def parts(self, stored: Mapping[str, str], *kinds: str) -> tuple[Tensor, ...]:
+        return tuple(self.tensors[stored[kind]] for kind in kinds if kind in stored)
+
+    def scale(self, layer: str, stored: Mapping[str, str]) -> float:
+        """alpha / rank; 1 without an alpha or a rank."""
+        thin = "down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"
+        rank = next((self.tensors[stored[kind]].shape[0] for kind in thin if kind in stored), None)
+        if not rank:
+            return 1.0
+        if "middle" in stored:
+            rank = self.tensors[stored["up"]].shape[1]
+        if "alpha" in stored:
+            return self.numbers[stored["alpha"]] / rank
+        alpha, root = self._of_peft(layer)
+        return 1.0 if alpha is None else alpha / (math.sqrt(rank) if root else rank)
+
+    def _of_peft(self, layer: str) -> tuple[float | None, bool]:
+        """A layer's alpha by PEFT's config, if there is one, and whether it is for the rank's root."""
+        begin = layer.partition(".")[0]
+        config = {key.removeprefix(f"{begin}."): value for key, value in self.config.items()}
+        patterns = config.get("alpha_pattern")
+        special = [v for k, v in patterns.items() if layer.endswith(k)] if isinstance(patterns, dict) else []
+        alpha = [*special, config.get("lora_alpha", config.get("alpha"))][0]
+        return alpha if isinstance(alpha, int | float) else None, config.get("use_rslora") is True
+
+    def inputs(self, layer: str) -> int | None:
+        """Input channels of the layer that an adapter was made for, where its form says."""
+        stored = self.by_name[layer]
+        for kind in ("down", "hada_w1_b", "diff"):
+            if kind in stored and len(shape := self.tensors[stored[kind]].shape) > 1:
+                return shape[1]
+        return None
+
+
+def _of_weight(
+    contents: _Layers, layer: str, stored: Mapping[str, str], strength: float, target: Tensor | None
+) -> Change | None:
+    """What a layer's keys do to its weight, None for none. ValueError where they do not go together."""
+    length = contents.parts(stored, "dora_scale", "length")
+    scale = contents.scale(layer, stored) * (1.0 if length else strength)
+    change = next((made for make in _FORMS if (made := make(contents, stored, scale))), None)
+    if change is None or not length:
+        return change
+    rows = change.sides[0]
+    by_rows = "length" in stored or length[0].shape[0] == rows
+    if length[0].count != rows and by_rows:
+        raise ValueError("lengths of other rows")
+    whole = () if by_rows or target is None else (target,)
+    if whole and length[0].count != whole[0].shape[1]:
+        raise ValueError("lengths of other columns")
+    return Decomposed((*change.tensors, *length, *whole), strength, change, by_rows)
+
+
+def _low_rank(contents: _Layers, stored: Mapping[str, str], scale: float) -> Change | None:
+    if not {"up", "down"} <= stored.keys():
+        return None
+    return LowRank(contents.parts(stored, "up", "down", "middle"), scale)
+
+
+def _hadamard(contents: _Layers, stored: Mapping[str, str], scale: float) -> Change | None:
+    kinds = "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"
+    if not {*kinds} <= stored.keys():
+        return None
+    return Hadamard(contents.parts(stored, *kinds, "hada_t1", "hada_t2"), scale)
+
+
+def _kronecker(contents: _Layers, stored: Mapping[str, str], scale: float) -> Change | None:
+    first = contents.parts(stored, "lokr_w1") or contents.parts(stored, "lokr_w1_a", "lokr_w1_b")
+    second = contents.parts(stored, "lokr_w2") or contents.parts(stored, "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+    if not first or not second:
+        return None
+    return Kronecker((*first, *second), scale, len(first))
+
+
+def _scaled(contents: _Layers, stored: Mapping[str, str], scale: float) -> Change | None:
+    if not {"weight", "on_input"} <= stored.keys():
+        return None
+    return Scaled(contents.parts(stored, "weight"), scale, bool(contents.numbers[stored["on_input"]]))
+
+
+_Form = Callable[[_Layers, Mapping[str, str], float], "Change | None"]
+_FORMS: tuple[_Form, ...] = (_low_rank, _hadamard, _kronecker, _scaled)
+
+
+def _fits(change: Change, tensor: Tensor, leaf: str) -> bool:
+    """Whether a change is for a tensor of that shape; `packed` is a quantised weight."""
+    if leaf != "packed":
+        return bool(tensor.shape) and change.fits(tensor.shape)
+    (rows, row), (count, columns) = change.sides, tensor.shape  # a byte for each value, or for two
+    return rows in (0, count) and (not rows or row in (0, columns, 2 * columns, 2 * columns - 1))
+
+
+@functools.lru_cache(maxsize=32)
+def _layers(file: Path, stamp: Stamp) -> _Layers:
+    tensors, said = contents(file, stamp)
+    by_name: dict[str, dict[str, str]] = {}
+    unknown = []
+    for key in tensors:
+        parts = split(key)
+        if parts is None:
+            unknown.append(key)
+        elif parts[1] in by_name.setdefault(parts[0], {}):
+            raise TightfitError(f"{file} holds two tensors of one meaning, such as {key}: take another copy")
+        else:
+            by_name[parts[0]][parts[1]] = key
+    for layer, stored in list(by_name.items()):
+        if stored.keys() == {"weight"}:  # of no adapter
+            unknown.append(by_name.pop(layer)["weight"])
+    numbers = _read_numbers(
+        file,
+        {
+            key: tensors[key]
+            for stored in by_name.values()
+            for kind, key in stored.items()
+            if kind in ("alpha", "on_input")
+        },
+    )
+    for key in (key for stored in by_name.values() for key in stored.values() if key not in numbers):
+        if tensors[key].dtype not in _FLOATS:
+            raise TightfitError(f"{file} holds {key} as {tensors[key].dtype}: take a copy in fp16 or fp32")
+    words = tuple(
+        said.get(key, "")[:200] for key in ("modelspec.title", "ss_output_name", "ss_training_comment")
+    )
+    return _Layers(tensors, by_name, numbers, tuple(unknown), _config(file, said), words)
+
+
+def _read_numbers(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+    """Single numbers, such as alphas, all read in one go."""
+    numbers = {}
+    with open_regular(file, WEIGHTS_BYTES) as stream:
+        for key, tensor in tensors.items():
+            if tensor.count != 1 or (tensor.dtype != "BF16" and tensor.dtype not in _NUMBERS):
+                raise TightfitError(f"{file} holds {key}, which is no single number: take another copy")
+            stream.seek(tensor.offset)
+            raw = stream.read(tensor.stored_bytes)
+            short = tensor.dtype == "BF16"  # the first half of an fp32 number
+            numbers[key] = float(
+                struct.unpack("<f" if short else _NUMBERS[tensor.dtype], b"\0\0" * short + raw)[0]
+            )
+            if not math.isfinite(numbers[key]):
+                raise broken(file, key)
+    return numbers
+
+
+def broken(file: Path, key: str) -> TightfitError:
+    return TightfitError(
+        f"{file} holds values that are not finite, in {key}: take another copy, or another adapter"
+    )
+
+
+def _config(file: Path, said: Mapping[str, str]) -> Mapping[str, Any]:
+    """PEFT's, as it is beside its files, or as diffusers writes it into them."""
+    beside = file.with_name("adapter_config.json")
+    if file.name == IN_FOLDERS[1] and beside.exists():
+        return read_json(beside)
+    try:
+        config = json.loads(said.get("lora_adapter_metadata", "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return config if isinstance(config, dict) else {}
