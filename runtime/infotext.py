@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import png
-from .adapters import Adapter, written
+from .adapters import ADAPTERS, Adapter, written
 from .adapters.lora import Lora
 from .errors import TightfitError
 from .fields import kinds
@@ -20,7 +20,6 @@ from .request import PLAIN, Job, Request
 _NAME = re.compile(r"\w[\w \-/]*")
 _QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
 _SETTINGS = re.compile(r"\s*Steps:\s*\d")
-_LORA = re.compile(r".+\.safetensors(:-?[\d.e-]{1,30}){1,2}", re.DOTALL)  # its name and weights
 _TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
 _KINDS = kinds(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
@@ -129,13 +128,13 @@ def _exact(text: str, source: str) -> Carried:
         raise TightfitError(
             f"the request inside {source} is damaged, in its {wrong[0]}: it cannot be repeated"
         )
-    names = exact.pop("adapters", None) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    named = exact.pop("adapters", None) or {}
+    if not isinstance(named, dict) or not all(map(_texts, named.values())):
         raise TightfitError(f"the request inside {source} is damaged, in its adapters: it cannot be repeated")
-    if loras := [name for name in names if _LORA.fullmatch(name)]:
-        request["adapters"] = _adapters(loras, source)
-    if others := [name for name in names if name not in loras]:
-        exact["adapters"] = ", ".join(others)
+    if adapters := _adapters(named, source):
+        request["adapters"] = adapters
+    options = {kind.option for kind in ADAPTERS}
+    exact |= {option: ", ".join(names) for option, names in named.items() if option not in options}
     unknown = {name: value for name, value in exact.items() if name not in _FIELDS and value is not None}
     if not unknown:
         return Carried(request, model, precision)
@@ -146,13 +145,19 @@ def _exact(text: str, source: str) -> Carried:
     return Carried(request, model, precision, (notice,))
 
 
-def _adapters(names: list[str], source: str) -> tuple[Adapter, ...]:
+def _texts(names: Any) -> bool:
+    return isinstance(names, list) and all(isinstance(name, str) for name in names)
+
+
+def _adapters(named: Mapping[str, list[str]], source: str) -> tuple[Adapter, ...]:
     """Those that a picture names. Raises TightfitError for one that is not there any more."""
     try:
-        return tuple(map(written, names))
+        return written(named)
     except TightfitError as error:
+        said = " and ".join(f"--{option}" for option in named)
         raise TightfitError(
-            f"{source} was painted with an adapter that is not where it was ({error}): name all by --lora"
+            f"{source} was painted with an adapter that is not where it was ({error}): "
+            f"give all anew, by {said}"
         ) from None
 
 

@@ -78,7 +78,10 @@ class Request:
         """Its numbers and texts by field, and the names of its adapters and conditions, if it has any."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in PLAIN}
         if self.adapters:
-            fields["adapters"] = [adapter.name for adapter in self.adapters]
+            fields["adapters"] = {
+                option: [adapter.name for adapter in self.adapters if adapter.option == option]
+                for option in dict.fromkeys(adapter.option for adapter in self.adapters)
+            }
         if self.conditions:
             fields["conditions"] = [type(condition).__name__ for condition in self.conditions]
         return fields

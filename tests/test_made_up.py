@@ -267,6 +267,8 @@ class Outer(Patch):
 class OuterProducts:
     """Changes each of the denoiser's weights that its file has two vectors for."""
 
+    option: ClassVar = "outer"
+
     file: Path
     strength: float
 
@@ -319,7 +321,7 @@ def test_an_adapter_changes_the_weights_and_nothing_else_is_loaded_again(toy, ou
     for other in (without, again):
         assert np.abs(np.asarray(other.images[0], int) - plain).max() <= 1
     assert np.abs(np.asarray(result.images[0], int) - plain).max() > 10
-    assert '\\"adapters\\": [\\"outer:0.5\\"]' in result.images[0].info["parameters"]
+    assert '\\"adapters\\": {\\"outer\\": [\\"outer:0.5\\"]}' in result.images[0].info["parameters"]
 
 
 @pytest.mark.parametrize("residency", ["staged", "streamed"])

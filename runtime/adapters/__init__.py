@@ -3,25 +3,27 @@ line in ADAPTERS."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from ..errors import TightfitError
-from ..files import shortened
 from ..models.spec import ModelSpec
 from ..recent import Recent
-from .header import keys_of, located
-from .lora import Lora
+from . import lora, textual_inversion, vae
+from .header import contents, located, stamp
 
 
 class Adapter(Protocol):
     """One adapter and how strongly it acts. Hashable: two that are equal change a model in the same way."""
 
+    option: ClassVar[str]
+    """Under which it is given on the command line, and named in pictures."""
+
     @property
     def name(self) -> str:
-        """As plans and pictures name it."""
+        """As it is written after that option."""
         ...
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
@@ -32,46 +34,41 @@ class Adapter(Protocol):
         ...
 
 
-class Kind(Protocol):
-    """A kind of file that adapters come in."""
+@dataclass(frozen=True)
+class Kind:
+    """A kind of adapter: how its option is called and explained, and what a text after it means."""
 
-    def claims(self, keys: Collection[str]) -> bool:
-        """Whether a file whose tensors have these names is one."""
-        ...
-
-    def read(self, path: Path, weight: float, text_weight: float | None) -> Adapter: ...
+    option: str
+    written: Callable[[str], Adapter]
+    help: str
 
 
-ADAPTERS: tuple[Kind, ...] = (Lora,)
-_WEIGHT = re.compile(r"(.+):([^:/\\]*)", re.DOTALL)
+ADAPTERS = (
+    Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable."),
+    Kind(textual_inversion.TextualInversion.option, textual_inversion.written, "A word, as FILE:word."),
+    Kind(vae.Vae.option, vae.written, "In place of the model's."),
+)
+
+
+def written(texts: Mapping[str, Sequence[str]]) -> tuple[Adapter, ...]:
+    """The adapters that these texts mean, by the options that they were given under. Raises TightfitError for
+    a text that means none."""
+    return tuple(kind.written(text) for kind in ADAPTERS for text in texts.get(kind.option, ()))
 
 
 def read_adapter(path: str | Path, weight: float = 1.0, text_weight: float | None = None) -> Adapter:
-    """The adapter in a file, such as a LoRA, or in a folder as PEFT and diffusers write it.
+    """The LoRA or the embedding in a file, or in a folder as PEFT and diffusers write it.
 
-    weight: how strongly it acts. text_weight: on text encoders, where that is to be another. Raises
-    TightfitError for a file that is none.
+    weight: how strongly a LoRA acts. text_weight: on text encoders, where that is to be another. Raises
+    TightfitError for a file that is neither.
     """
     file = located(Path(path))
-    keys = keys_of(file)
-    for kind in ADAPTERS:
-        if kind.claims(keys):
-            return kind.read(file, weight, text_weight)
-    raise TightfitError(f"{file} is no LoRA or the like: a whole model is given by --model")
-
-
-def written(text: str) -> Adapter:
-    """The adapter that FILE[:weight[:text_weight]] says."""
-    path, weights = text, []
-    while len(weights) < 2 and not Path(path).exists() and (match := _WEIGHT.fullmatch(path)):
-        path, weight = match.groups()
-        try:
-            weights.insert(0, float(weight))
-        except ValueError:
-            raise TightfitError(
-                f"{shortened(weight)} in {shortened(text)} is no number: say FILE:0.8"
-            ) from None
-    return read_adapter(path, *weights)
+    stored, _ = contents(file, stamp(file))
+    if lora.Lora.claims(stored):
+        return lora.Lora.read(file, weight, text_weight)
+    if textual_inversion.claims(stored):
+        return textual_inversion.read(file)
+    raise TightfitError(f"{file} is no LoRA or the like: a whole model is given by --model, a VAE by --vae")
 
 
 _ADAPTED: Recent[ModelSpec] = Recent(16)

@@ -10,10 +10,10 @@ import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import TightfitError
-from ..files import WEIGHTS_BYTES, open_regular, read_json
+from ..files import WEIGHTS_BYTES, open_regular, read_json, shortened
 from ..models.families import reads_texts
 from ..models.families.family import Role
 from ..models.spec import Component, ModelSpec
@@ -57,6 +57,8 @@ class Lora:
 
     stamp: the file's size and time when it was named; a file that was written again is another adapter.
     """
+
+    option: ClassVar = "lora"
 
     file: Path
     weight: float
@@ -365,3 +367,25 @@ def _config(file: Path, said: Mapping[str, str]) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}
+
+
+_WEIGHT = re.compile(r"(.+):([^:/\\]*)", re.DOTALL)
+
+
+def written(text: str) -> Lora:
+    """The adapter that FILE[:weight[:text_weight]] says."""
+    path, weights = text, []
+    while len(weights) < 2 and not Path(path).exists() and (match := _WEIGHT.fullmatch(path)):
+        path, weight = match.groups()
+        try:
+            weights.insert(0, float(weight))
+        except ValueError:
+            raise TightfitError(
+                f"{shortened(weight)} in {shortened(text)} is no number: say FILE:0.8"
+            ) from None
+    file = located(Path(path))
+    if not Lora.claims(contents(file, stamp(file))[0]):
+        raise TightfitError(
+            f"{file} is no LoRA or the like: a whole model is given by --model, a VAE by --vae"
+        )
+    return Lora.read(file, *weights)

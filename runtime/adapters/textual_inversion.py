@@ -10,12 +10,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from ..errors import TightfitError
 from ..files import shortened
 from ..models.layouts.safetensors import read_header
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
+from .header import located
 
 _MOST_VECTORS = 75  # as many as one text has room for
 _FLOATS = ("F32", "F16", "BF16")
@@ -26,13 +28,15 @@ _NAMES = ("emb_params", "clip_l", "clip_g")
 class TextualInversion:
     """The word `token`, whose vectors are `tensors`: one for each text encoder, in their order."""
 
+    option: ClassVar = "embedding"
+
     file: Path
     token: str
     tensors: tuple[Tensor, ...]
 
     @property
     def name(self) -> str:
-        return f"{self.file.name}:{self.token}"
+        return f"{self.file}:{self.token}"
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
         """The model whose text encoders know the word. Raises TightfitError if one of them has embeddings of
@@ -87,6 +91,12 @@ def read(file: Path, token: str = "") -> TextualInversion:
     if not re.fullmatch(r"\S{1,100}", word):
         raise TightfitError(f"{file} teaches the word {word!r}, which has spaces: name another, FILE:word")
     return TextualInversion(file, word, tensors)
+
+
+def written(text: str) -> TextualInversion:
+    """The word that FILE[:word] says."""
+    path, _, word = text.rpartition(":")
+    return read(located(Path(text))) if Path(text).exists() or not path else read(located(Path(path)), word)
 
 
 def claims(stored: Mapping[str, Tensor]) -> bool:

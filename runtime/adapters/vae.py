@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import TightfitError
 from ..files import read_json
@@ -27,11 +27,13 @@ _NUMBERED = re.compile(r"(\d+)\.(.+)")
 class Vae:
     """The VAE at `path`: a folder with a config.json, or a safetensors file."""
 
+    option: ClassVar = "vae"
+
     path: Path
 
     @property
     def name(self) -> str:
-        return f"VAE {self.path}"
+        return str(self.path)
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
         """The model with its decoder. Raises TightfitError for one of other latents, or that is no VAE."""
@@ -84,3 +86,11 @@ def _renamed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         f"decoder.layers.{int(part[1]) - 1}.{part[2]}": stored[name] for name, part in parts.items() if part
     }
+
+
+def written(text: str) -> Vae:
+    """The VAE in a folder or a file."""
+    path = Path(text).expanduser().absolute()
+    if not path.exists():
+        raise TightfitError(f"{path} does not exist: a VAE is a diffusers folder or a safetensors file")
+    return Vae(path)

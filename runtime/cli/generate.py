@@ -19,7 +19,7 @@ from ..planner.plan import Plan
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import MODEL, Device, Loras, taking, wishes
+from .options import MODEL, Adapting, Device, taking, wishes
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
 from .saving import Saver, target
@@ -45,7 +45,6 @@ class Options:
     prompt_file: Annotated[Path | None, _PromptFile] = None
     source: Annotated[Path | None, _Source] = None
     model: Annotated[str | None, MODEL] = None
-    lora: Loras = None
     device: Device = "auto"
     plan_file: Annotated[Path | None, _PlanFile] = None
     output: Annotated[Path | None, _Output] = None
@@ -56,13 +55,15 @@ class Options:
 _ORDER = """
 prompt prompt_file source
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
-model lora precision compute backend provider device budget residency attention tiling min_psnr ...
+model lora embedding vae precision compute backend provider device budget residency attention tiling min_psnr ...
 plan_file output overwrite as_json
 """
 
 
-@taking(Options, Request, Wishes, order=_ORDER)
-def generate(options: Options, asked: Mapping[str, Any], wished: Mapping[str, Any]) -> None:
+@taking(Options, Adapting, Request, Wishes, order=_ORDER)
+def generate(
+    options: Options, adapting: Mapping[str, Any], asked: Mapping[str, Any], wished: Mapping[str, Any]
+) -> None:
     """Paint a picture from a prompt."""
     check_address_space()  # numpy's library ends the process where it has no room
     from ..pipeline import load
@@ -70,7 +71,7 @@ def generate(options: Options, asked: Mapping[str, Any], wished: Mapping[str, An
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options.source)
     typed = {**asked} if prompt is None else {**asked, "prompt": prompt}
-    request = _adapted(Request(**{"prompt": "", **carried.request, **typed}), options.lora or []).checked()
+    request = _adapted(Request(**{"prompt": "", **carried.request, **typed}), adapting).checked()
     count = request.num_images
     saver = Saver(*target(options.output, request.prompt, count), count, options.overwrite)
     if options.source and options.model is None and carried.model is None:
@@ -94,10 +95,11 @@ def generate(options: Options, asked: Mapping[str, Any], wished: Mapping[str, An
         say(_closing_line(result, saver.paths))
 
 
-def _adapted(request: Request, loras: list[str]) -> Request:
-    """With the LoRAs of --lora, in place of those that a picture names, and those that the prompt has."""
+def _adapted(request: Request, adapting: Mapping[str, Any]) -> Request:
+    """With the adapters that were given, in place of those that a picture names, and those that the prompt
+    has."""
     prompt, named = from_words(request.prompt)
-    adapters = tuple(map(written, loras)) or request.adapters
+    adapters = written(adapting) or request.adapters
     return replace(request, prompt=prompt, adapters=(*adapters, *named))
 
 

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING
+from dataclasses import MISSING, make_dataclass
 from functools import wraps
 from inspect import Parameter, Signature
 from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..fields import About, described, kinds
+from ..adapters import ADAPTERS
+from ..fields import About, described, kinds, option
 from ..planner.wishes import Wishes
 from ..units import parse_bytes
 
 Command = Callable[..., None]
 Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
-Loras = Annotated[
-    list[str] | None,
-    typer.Option("--lora", help="As FILE:0.8; repeatable.", metavar="FILE", show_default=False),
-]
 MODEL = typer.Option(help="emoji, file, folder, hub id.", metavar="MODEL")
+
+Adapting = make_dataclass(
+    "Adapting",
+    [(kind.option, list[str] | None, option(None, kind.help, "FILE")) for kind in ADAPTERS],
+    namespace={"__doc__": "What is given of adapters: an option for each kind, which may be repeated."},
+)
 
 
 def taking(own: type, *groups: type, order: str = "...") -> Callable[[Command], Command]:

@@ -20,7 +20,7 @@ from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import MODEL, Device, Loras, taking, wishes
+from .options import MODEL, Adapting, Device, taking, wishes
 from .output import say, say_json, show_table, write
 
 _WIDE = 130  # columns of a terminal that has room for the table
@@ -32,7 +32,6 @@ class Options:
     """Options of `plan` besides those of Request and Wishes."""
 
     model: Annotated[str, MODEL] = "emoji"
-    lora: Loras = None
     hardware: Annotated[str | None, _HARDWARE] = None
     device: Device = "auto"
     every: Annotated[bool, typer.Option("--all", help="Also what others beat in all respects.")] = False
@@ -41,14 +40,16 @@ class Options:
 
 
 _ORDER = """
-model lora width height num_inference_steps guidance_scale hardware
+model lora embedding vae width height num_inference_steps guidance_scale hardware
 device budget precision compute backend provider residency attention tiling min_psnr
 every save as_json
 """
 
 
-@taking(Options, Request, Wishes, order=_ORDER)
-def show_plan(options: Options, asked: Mapping[str, Any], wished: Mapping[str, Any]) -> None:
+@taking(Options, Adapting, Request, Wishes, order=_ORDER)
+def show_plan(
+    options: Options, adapting: Mapping[str, Any], asked: Mapping[str, Any], wished: Mapping[str, Any]
+) -> None:
     """Say what each way of running a model would take here, or on a card of profiles/, and which is best; no
     weight is read."""
     from ..machine.profiles import profile
@@ -63,8 +64,7 @@ def show_plan(options: Options, asked: Mapping[str, Any], wished: Mapping[str, A
     spec = inspect(options.model)
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
-    adapters = tuple(map(written, options.lora or ()))
-    job = Request("a", **asked, scheduler=sampler, adapters=adapters).resolve(spec)
+    job = Request("a", **asked, scheduler=sampler, adapters=written(adapting)).resolve(spec)
     planner.refuse_hopeless(machine, job, wanted)
     plans = planner.plan(machine, spec, job, wanted)
     if options.as_json:

@@ -413,7 +413,7 @@ def test_help_fits_a_screen(call):
     for arguments in (["--help"], ["generate", "--help"], ["plan", "--help"]):
         code, out, _ = call(*arguments)
         assert code == 0
-        assert out.count("\n") <= 40
+        assert out.count("\n") <= 48
     assert "0.1.0" in call("--version")[1]
 
 

@@ -86,7 +86,8 @@ def test_every_field_with_a_help_is_an_option_of_generate():
 def test_names_of_options_stay():
     of_both = """\
 --width --height --num-inference-steps --steps --guidance-scale --model --precision --compute --backend
-        --provider --device --vram --ram --residency --attention --tiling --min-psnr --lora --json"""
+        --provider --device --vram --ram --residency --attention --tiling --min-psnr --lora --embedding --vae
+            --json"""
     of_generate = """\
 prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan -o --output
         --overwrite"""
