@@ -7,7 +7,11 @@ import sys
 from .runtime import interrupts
 
 # Commands of the rooms above the runtime: the module that has each one's typer app.
-COMMANDS = {"export": f"{__package__}.export.cli", "bench": f"{__package__}.benchmarks.cli"}
+COMMANDS = {
+    "export": f"{__package__}.export.cli",
+    "convert": f"{__package__}.export.convert",
+    "bench": f"{__package__}.benchmarks.cli",
+}
 
 
 def app():

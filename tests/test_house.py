@@ -265,7 +265,6 @@ KNOW_NAMES = ("runtime.models.families", "runtime.models.layouts")
 _MEASURED = "the random models that it writes and measures are called so"
 # What else may name networks or families, and why.
 MAY_NAME = (
-    ("runtime.cli.words", "networks", "an option that people type, and that there is not"),
     ("runtime.adapters.vae", "networks", "an option that people type"),
     ("export.random_model", "networks", "writes folders as diffusers lays them out"),
     ("export.random_model", "families", "has the published configs of each"),

@@ -55,7 +55,8 @@ class Options:
 _ORDER = """
 prompt prompt_file source
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
-model lora embedding vae precision compute backend provider device budget residency attention tiling min_psnr ...
+model lora embedding vae
+precision compute backend provider device budget residency attention tiling min_psnr ...
 plan_file output overwrite as_json
 """
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import TightfitError
 
-COMMANDS = ("generate", "plan", "info", "calibrate", "export", "bench")
+COMMANDS = ("generate", "plan", "info", "calibrate", "export", "convert", "bench")
 _NO_SERVER = "this version has no server and no page to click on"
 _KINDS = "--model takes emoji, a checkpoint file, a folder in diffusers' layout or a hub id"
 _TEXT_ONLY = "this version paints from text alone"
@@ -18,7 +18,7 @@ _ELSEWHERE = {
     **dict.fromkeys(("models", "list", "download", "pull"), _KINDS),
     **dict.fromkeys(("img2img", "inpaint", "upscale", "train"), _TEXT_ONLY),
     **dict.fromkeys(("run", "paint", "txt2img"), 'tightfit "a red heart" paints'),
-    **dict.fromkeys(("convert", "quantize", "quantise"), "it is tightfit export"),
+    **dict.fromkeys(("quantize", "quantise"), "it is tightfit export"),
     "help": "tightfit --help lists the commands",
     "version": "it is tightfit --version",
     "benchmark": "it is tightfit bench",
@@ -28,7 +28,7 @@ _NEAR = (
 )
 _OPTION_NEAR = 0.75
 
-_NO_ADAPTERS = "LoRA, ControlNet and VAE files are not read in this version"
+_NO_CONTROL = "ControlNets are not read in this version"
 _OPTIONS = {
     **dict.fromkeys(("sampler", "sampling-method", "sampler-name"), "it is --scheduler"),
     **dict.fromkeys(("cfg", "cfg-scale", "guidance"), "it is --guidance-scale"),
@@ -37,7 +37,8 @@ _OPTIONS = {
     **dict.fromkeys(("prompt", "p"), "the prompt comes without an option, in quotes"),
     **dict.fromkeys(("lowvram", "medvram", "offload"), "give the memory there is with --vram 4GiB"),
     **dict.fromkeys(("dtype", "quantize", "quantise", "fp16", "half"), "it is --precision"),
-    **dict.fromkeys(("lora", "controlnet", "control-net", "vae"), _NO_ADAPTERS),
+    **dict.fromkeys(("textual-inversion", "ti"), "it is --embedding"),
+    **dict.fromkeys(("controlnet", "control-net"), _NO_CONTROL),
     **dict.fromkeys(("init-image", "init-img", "image", "mask", "strength"), _TEXT_ONLY),
 }
 

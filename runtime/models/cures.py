@@ -1,29 +1,25 @@
-"""What to do with a model in a format that is not read: a command that turns it into a diffusers folder."""
+"""What to do with a model in a format that is not read: a command that turns it into one that is."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-_PICKLE = "a pickle can run any code when it is opened, so tightfit never does"
+_PICKLE = "a pickle can run any code when it is opened, so models are not read from one"
 _PLAIN = re.compile(r"[\w./\\:~ +@-]{1,200}")  # safe between quotes in a shell
 
 
-def of_pickles(folder: str | Path) -> str:
-    """Cure for a diffusers folder or a hub repository whose weights are .bin files."""
+def of_pickles(repository: str) -> str:
+    """Cure for a hub repository whose weights are .bin files."""
     return (
-        f"{_PICKLE}; convert it once, in a place you trust: "
-        f"{_command('DiffusionPipeline', 'from_pretrained', folder)}"
+        f"{_PICKLE}; fetch it with hf download {repository} --local-dir FOLDER, "
+        "and turn each .bin file into safetensors with tightfit convert"
     )
 
 
 def of_pickle(file: Path) -> str:
-    """For a checkpoint in one file, such as A1111's."""
-    command = _command("StableDiffusionPipeline", "from_single_file", file)
-    return (
-        f"{_PICKLE}; convert it once, in a place you trust: "
-        f"{command} (with StableDiffusionXLPipeline if it is SDXL)"
-    )
+    """Cure for a checkpoint, an embedding or one network's weights."""
+    return f'{_PICKLE}; write it as safetensors once, which runs none: tightfit convert "{_shown(file)}"'
 
 
 GGUF = (
@@ -39,11 +35,7 @@ def is_adapter(tensors: frozenset[str]) -> bool:
     )
 
 
-def _command(pipeline: str, method: str, source: str | Path) -> str:
-    """One line for a shell, Windows' included. A name that a shell might interpret becomes MODEL."""
+def _shown(source: str | Path) -> str:
+    """The name, or MODEL in place of one that a shell might interpret."""
     name = str(source).replace("\\", "/")
-    name = name if _PLAIN.fullmatch(name) else "MODEL"
-    return (
-        f'python -c "from diffusers import {pipeline} as P; '
-        f"P.{method}('{name}').save_pretrained('converted')\""
-    )
+    return name if _PLAIN.fullmatch(name) else "MODEL"

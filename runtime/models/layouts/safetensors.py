@@ -20,7 +20,7 @@ from ...files import (
     read_json,
     reason,
 )
-from ..cures import of_pickles
+from ..cures import of_pickle
 from ..tensors import STORED_BYTES, Tensor
 
 _TENSORS = 10_000  # at most of one network; SDXL's U-Net has 1,680
@@ -59,8 +59,8 @@ def weight_files(folder: Path) -> list[Path]:
                 return [single]
     if promised:
         return promised  # to read one that is missing says so
-    if pickles := sorted(path.name for pattern in PICKLES for path in folder.glob(pattern)):
-        raise TightfitError(f"{folder} has its weights only as {pickles[0]}: {of_pickles(folder.parent)}")
+    if pickles := sorted(path for pattern in PICKLES for path in folder.glob(pattern)):
+        raise TightfitError(f"{folder} has its weights only as {pickles[0].name}: {of_pickle(pickles[0])}")
     names = sorted(path.name[:80] for path in folder.iterdir()) if folder.is_dir() else ["no such folder"]
     found = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     raise TightfitError(
@@ -100,6 +100,8 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     overlap.
     """
     again = "copy or download it again"
+    if f"*{file.suffix.lower()}" in PICKLES:
+        raise TightfitError(f"{file} is not opened: {of_pickle(file)}")
     try:
         with open_regular(file, WEIGHTS_BYTES) as stream:
             size = os.fstat(stream.fileno()).st_size

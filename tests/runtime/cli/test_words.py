@@ -193,7 +193,7 @@ def said_of(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("option", "words", "without"),
     [
-        ("--lora", ["not read in this version"], ["--ram", "--plan"]),
+        ("--controlnet", ["not read in this version"], ["--ram", "--plan"]),
         ("--xformers", ["--help"], ["--from"]),
         ("--n", ["--num-images"], ["--json", "--plan"]),
         ("--size", ["--width and --height"], ["--seed"]),

@@ -102,12 +102,14 @@ def test_renamed_weights(sd1_copy):
 
 def test_pickles_are_refused(sd1_copy, tmp_path):
     (sd1_copy / UNET).rename(sd1_copy / "unet/diffusion_pytorch_model.bin")
-    refused(sd1_copy, "pickle", f"from_pretrained('{sd1_copy}')")
+    refused(sd1_copy, "pickle", f'tightfit convert "{sd1_copy / "unet/diffusion_pytorch_model.bin"}"')
     (tmp_path / "model.ckpt").write_bytes(b"\x80\x04")
-    refused(tmp_path / "model.ckpt", "pickle", "convert")
+    refused(tmp_path / "model.ckpt", "pickle", f'tightfit convert "{tmp_path / "model.ckpt"}"')
     (tmp_path / "only").mkdir()
     (tmp_path / "only/model.ckpt").write_bytes(b"\x80\x04")
-    refused(tmp_path / "only", "pickle", "model.ckpt')")
+    refused(tmp_path / "only", "pickle", f'tightfit convert "{tmp_path / "only/model.ckpt"}"')
+    with pytest.raises(TightfitError, match=r'tightfit convert ".*word\.pt"'):  # an embedding or a VAE
+        read_header(tmp_path / "word.pt")
 
 
 def test_files_that_are_no_models(tmp_path):
@@ -129,7 +131,7 @@ def test_a_name_is_no_command(tmp_path):
     """A folder's name never becomes part of the command that is to be typed if a shell would run it."""
     evil = tmp_path / "$(touch x)'\"; x.ckpt"
     evil.write_bytes(b"")
-    refused(evil, "from_single_file('MODEL')")
+    refused(evil, 'tightfit convert "MODEL"')
 
 
 def test_other_models_are_refused(sd1_copy):
