@@ -130,6 +130,14 @@ def _check_kind(file: Path) -> int:
     return size
 
 
+def _paths() -> list[str]:
+    """Where the child imports from: as here, but for the current folder, unless this package is in it; last
+    then, behind the libraries."""
+    home = str(Path(__file__).resolve().parents[2])
+    here = {str(Path.cwd()), home}
+    return [*(path for path in (str(Path(entry).absolute()) for entry in sys.path) if path not in here), home]
+
+
 def _ask(file: Path, partial: Path, size: int) -> dict[str, Any]:
     """The answer of the child process, which has written `partial`. Raises TightfitError if it refused the
     file, ended early or took too long."""
@@ -137,10 +145,10 @@ def _ask(file: Path, partial: Path, size: int) -> dict[str, Any]:
     memory_bytes = size + min(cpu_memory()[1], size + _SLACK)
     seconds = SECONDS + size / BYTES_PER_SECOND
     task = {"file": str(file), "partial": str(partial), "memory_bytes": memory_bytes}
-    paths = os.pathsep.join(map(os.path.abspath, sys.path))
+    paths = os.pathsep.join(_paths())
     try:
         done = subprocess.run(
-            # -P: a torch.py in the current folder, which may be one of downloads, is not imported.
+            # -P: what lies in the current folder, which may be one of downloads, is not imported.
             [sys.executable, "-P", "-m", f"{__package__}.unpickling", json.dumps(task)],
             env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.DEVNULL,

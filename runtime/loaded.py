@@ -52,6 +52,9 @@ class Loaded:
                 kept = self.backends[placement.backend].adapt(session, component, placement)
         except OutOfMemoryError:  # it is loaded anew, once its stage begins
             kept = False
+        except BaseException:  # half changed, so it is closed
+            self.drop(component.name)
+            raise
         if kept:
             self.sessions[component.name] = component, placement, session
         else:

@@ -52,8 +52,8 @@ def load(
         raise TightfitError(f"unknown option '{unknown[0]}': choose {', '.join(known)}")
     wishes.setdefault("requests", MANY)
     hardware = Hardware.detect(device)
-    spec = adapted(inspect(model, local_files_only=local_files_only), adapters)
-    return Pipeline(spec, hardware, Wishes(**wishes), plan)
+    spec = inspect(model, local_files_only=local_files_only)
+    return Pipeline(spec, hardware, Wishes(**wishes), plan, adapters=adapters)
 
 
 class Pipeline:
@@ -73,11 +73,16 @@ class Pipeline:
         wishes: Wishes | None = None,
         plan: Plan | None = None,
         *,
+        adapters: Sequence[Adapter] = (),
         on_stage: OnStage = nullcontext,
     ) -> None:
+        """`adapters` are of every request, before its own."""
         self.spec, self.hardware, self.wishes = spec, hardware, wishes or Wishes()
+        self._adapters = tuple(adapters)
+        adapted(spec, self._adapters)  # raises here for those that are not for this model
         self.loaded = Loaded(hardware)
-        self._saved, self._planned, self._on_stage = plan, ([], []), on_stage
+        self._saved, self._on_stage = plan, on_stage
+        self._planned: tuple[ModelSpec, tuple[int, ...], list[Plan]] = spec, (), []
         # Held while something of this pipeline is read or changed, not between two events.
         self._using = threading.RLock()
         self._current: tuple[Run, Turn] | None = None
@@ -85,12 +90,18 @@ class Pipeline:
     def plans(self, request: Request) -> list[Plan]:
         """Every way to run `request` here, the one that will be taken first. Raises TightfitError if none
         fits."""
-        job = request.resolve(self.spec)
-        key = [id(job.spec), job.width, job.height, job.calls, job.num_images, job.branches]
+        job = self._job(request)
+        key = (job.width, job.height, job.calls, job.num_images, job.branches)
         with self._using:
-            if key != self._planned[0]:
-                self._planned = key, self._planned_anew(job)
-            return list(self._planned[1])
+            spec, known, _ = self._planned
+            if spec is not job.spec or known != key:
+                self._planned = job.spec, key, self._planned_anew(job)
+            return list(self._planned[2])
+
+    def _job(self, request: Request) -> Job:
+        if isinstance(request, Job):
+            return request
+        return replace(request, adapters=(*self._adapters, *request.adapters)).resolve(self.spec)
 
     def _planned_anew(self, job: Job) -> list[Plan]:
         saved = self._checked(job)
@@ -152,7 +163,7 @@ class Pipeline:
         it, of this or another pipeline, waits for that in another thread; in the same one it is refused with
         a TightfitError.
         """
-        job = request.resolve(self.spec)
+        job = self._job(request)
         with self.loaded.budget.claim(self.loaded) as turn:
             run = Run(job, self.loaded, Ways(self._first, self.plans), self._on_stage)
             self._current = run, turn

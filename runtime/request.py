@@ -77,14 +77,19 @@ class Request:
     def to_json(self) -> dict[str, Any]:
         """Its numbers and texts by field, and the names of its adapters and conditions, if it has any."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in PLAIN}
-        if self.adapters:
-            fields["adapters"] = {
-                option: [adapter.name for adapter in self.adapters if adapter.option == option]
-                for option in dict.fromkeys(adapter.option for adapter in self.adapters)
-            }
+        fields |= self.adapters_json()
         if self.conditions:
             fields["conditions"] = [type(condition).__name__ for condition in self.conditions]
         return fields
+
+    def adapters_json(self) -> dict[str, dict[str, list[str]]]:
+        """The names of its adapters by their options, if it has any."""
+        options = dict.fromkeys(adapter.option for adapter in self.adapters)
+        named = {
+            option: [adapter.name for adapter in self.adapters if adapter.option == option]
+            for option in options
+        }
+        return {"adapters": named} if named else {}
 
     def resolve(self, spec: ModelSpec) -> Job:
         """This request with everything decided for `spec`; raises TightfitError for what cannot be done."""

@@ -22,7 +22,7 @@ from .machine.process import ProcessPeak
 from .models import schedulers
 from .models.families.family import Role
 from .models.spec import ModelSpec
-from .models.tokens import Tokens, painted_as_words, tokenize
+from .models.tokens import Tokens, painted_as_words, tokenize, unused_words
 from .planner.plan import Plan
 from .request import Job
 from .units import shown
@@ -131,7 +131,8 @@ class Run:
         texts["prompt"] = job.prompt
         tokens = {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
         of_adapters = job.spec.notes[len(job.model.notes) :]
-        self.notices += (*of_adapters, *painted_as_words(texts), *_cut(tokens))
+        self.notices += (*of_adapters, *_said_of(self.spec, texts), *_cut(tokens))
+        infotext.write(job, self.spec.name, self.plan.precision)  # hashes adapters while they are there
         return tokens
 
     def _encode(self, tokens: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
@@ -337,6 +338,10 @@ class Run:
             )
         self._take(min(lower, key=lambda plan: plan.precision != now.precision))
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
+
+
+def _said_of(spec: ModelSpec, texts: Mapping[str, str]) -> tuple[str, ...]:
+    return *painted_as_words(texts), *unused_words(spec, texts)
 
 
 def _cut(tokens: Mapping[str, Tokens]) -> tuple[str, ...]:

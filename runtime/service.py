@@ -24,12 +24,16 @@ class Ticket:
         self.model, self.request = model, request
         self.cancelled = False
         self._news: queue.SimpleQueue[Event | BaseException] = queue.SimpleQueue()
+        self._last: Event | BaseException | None = None
 
     def events(self) -> Iterator[Event]:
-        """Events as they happen, once; the last has the result. Raises what the run raised, and a
-        TightfitError if it was cancelled."""
+        """Events as they happen, each once; the last has the result, and comes again to whoever asks later.
+        Raises what the run raised, and a TightfitError if it was cancelled."""
         while True:
-            news = self._news.get()
+            news = self._last or self._news.get()
+            if isinstance(news, BaseException) or news.result:
+                self._last = news
+                self._news.put(news)  # for others that wait
             if isinstance(news, BaseException):
                 raise news
             yield news
@@ -61,7 +65,8 @@ class Service:
         """Raises TightfitError for a device or wishes that there are not. No model is opened yet."""
         self._hardware = Hardware.detect(device)
         self._wishes = Wishes(**{"requests": MANY, **wishes})
-        self._waiting: queue.Queue[Ticket | None] = queue.Queue(most_waiting)
+        self._waiting: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
+        self._most_waiting = most_waiting
         self._pipelines: dict[str, Pipeline] = {}
         self._closed = False
         self._lock = threading.Lock()
@@ -75,27 +80,18 @@ class Service:
         with self._lock:
             if self._closed:
                 raise TightfitError("the service is closed: no more requests are taken")
-            try:
-                self._waiting.put_nowait(ticket)
-            except queue.Full:
-                most = self._waiting.maxsize
-                raise TightfitError(f"{most} requests wait already: try again later") from None
+            if self._waiting.qsize() >= self._most_waiting:
+                raise TightfitError(f"{self._most_waiting} requests wait already: try again later")
+            self._waiting.put(ticket)
         return ticket
 
     def close(self) -> None:
         """Take no more requests, cancel those that wait or run, and free everything."""
         with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-            waiting = list(self._waiting.queue)
-        for ticket in waiting:
-            if ticket:
-                ticket.cancel()
-        self._waiting.put(None)
+            if not self._closed:
+                self._closed = True
+                self._waiting.put(None)
         self._worker.join()
-        for pipeline in self._pipelines.values():
-            pipeline.close()
 
     def __enter__(self) -> Service:
         return self
@@ -104,13 +100,18 @@ class Service:
         self.close()
 
     def _work(self) -> None:
-        while ticket := self._waiting.get():
-            try:
-                self._run(ticket)
-            except BaseException as error:  # whoever submitted it is told; the next is not theirs
-                ticket.tell(error)
+        try:
+            while ticket := self._waiting.get():
+                try:
+                    self._run(ticket)
+                except BaseException as error:  # whoever submitted it is told; the next is not theirs
+                    ticket.tell(error)
+        finally:
+            for pipeline in self._pipelines.values():
+                pipeline.close()
 
     def _run(self, ticket: Ticket) -> None:
+        ticket.cancelled |= self._closed
         if not ticket.cancelled and ticket.model not in self._pipelines:
             self._pipelines[ticket.model] = Pipeline(inspect(ticket.model), self._hardware, self._wishes)
         if not ticket.cancelled:

@@ -101,9 +101,12 @@ def written(text: str) -> TextualInversion:
 
 def claims(stored: Mapping[str, Tensor]) -> bool:
     """Whether a file's tensors are vectors of words."""
-    named = [name for name in _NAMES if name in stored]
-    one = [*stored.values()] if len(stored) == 1 else []
-    return bool(named) or any(len(tensor.shape) in (1, 2) and tensor.count for tensor in one)
+    if any(name in stored for name in _NAMES):
+        return True
+    # diffusers names it as the word; a weight of a network has dots in its name
+    return len(stored) == 1 and all(
+        len(tensor.shape) in (1, 2) and tensor.count and "." not in name for name, tensor in stored.items()
+    )
 
 
 def _listed(widths: Sequence[int]) -> str:

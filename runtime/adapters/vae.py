@@ -10,13 +10,15 @@ from typing import Any, ClassVar
 
 from ..errors import TightfitError
 from ..files import read_json
-from ..models.families.networks import check_config
+from ..models.families.networks import DECODER, check_config
 from ..models.families.tiny import TINY_DECODER
 from ..models.layouts import renames
 from ..models.layouts.safetensors import all_tensors, read_header
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
+from .header import Stamp, stamp
 
+_MOST_FILES = 100  # of a folder, whose sizes and times are looked at
 _INSIDE = "first_stage_model."  # as names of a VAE begin in a checkpoint, and in files that were cut from one
 _TINY, _WHOLE = "AutoencoderTiny", "AutoencoderKL"
 # taesd_decoder.safetensors of its authors numbers its layers, a clamp without weights the first of them.
@@ -30,6 +32,15 @@ class Vae:
     option: ClassVar = "vae"
 
     path: Path
+    stamps: tuple[Stamp, ...] = ()
+    """Sizes and times of its files when it was named; if they are written again it is another VAE."""
+
+    def __post_init__(self) -> None:
+        inside = self.path / DECODER.folder  # of a whole model
+        if not (self.path / "config.json").exists() and (inside / "config.json").exists():
+            object.__setattr__(self, "path", inside)
+        files = sorted(self.path.iterdir()) if self.path.is_dir() else [self.path]
+        object.__setattr__(self, "stamps", tuple(stamp(file) for file in files[:_MOST_FILES]))
 
     @property
     def name(self) -> str:
@@ -37,6 +48,8 @@ class Vae:
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
         """The model with its decoder. Raises TightfitError for one of other latents, or that is no VAE."""
+        if spec.decoder.network is TINY_DECODER:
+            raise TightfitError(f"{self.path} is a second VAE beside {spec.decoder.folder}: give one")
         decoder = self._folder(spec) if self.path.is_dir() else self._file(spec)
         check_config(decoder)
         latents, ours = decoder.setting("latent_channels"), spec.decoder.setting("latent_channels")
@@ -46,7 +59,10 @@ class Vae:
                 f"{self.path} decodes {latents} channels to {factor} times their size, "
                 f"{spec.name} has {ours}, {spec.downsampling} times: take a VAE of the same family"
             )
-        return replace(spec, components={**spec.components, decoder.name: decoder})
+        notes = spec.notes
+        if decoder.network is TINY_DECODER:
+            notes += (f"{self.path.name} decodes approximately: dB count from its own picture in fp32",)
+        return replace(spec, components={**spec.components, decoder.name: decoder}, notes=notes)
 
     def _folder(self, spec: ModelSpec) -> Component:
         config = read_json(self.path / "config.json")

@@ -69,10 +69,16 @@ def show_plan(
     plans = planner.plan(machine, spec, job, wanted)
     if options.as_json:
         notes = [*_notes(plans[0], machine), *job.spec.notes]
-        say_json({"request": _sized(job), "notes": notes, "plans": [plan.to_json() for plan in plans]})
+        say_json(
+            {
+                "request": _sized(job) | job.adapters_json(),
+                "notes": notes,
+                "plans": [plan.to_json() for plan in plans],
+            }
+        )
     else:
         print_plans(plans, machine, job, options.every)
-        for note in job.spec.notes:
+        for note in (*(f"with --{given.option} {given.name}" for given in job.adapters), *job.spec.notes):
             say(f"• {note}")
     if not plans[0].fits:
         raise planner.none_fits(plans, machine, job, wanted)

@@ -27,7 +27,8 @@ class Steering:
         return latents
 
     def inputs(self, arrays: Arrays) -> Arrays:
-        """What the denoiser is called with, instead of `arrays`."""
+        """What the denoiser is called with, instead of `arrays`. It is asked once for each call: twice a step
+        where guidance takes two, and again after memory ran out."""
         return arrays
 
     def after(self, latents: np.ndarray, step: int) -> np.ndarray:  # noqa: ARG002

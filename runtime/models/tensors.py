@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class Tensor:
     there.
 
     transposed: the file has the transpose of these two sides. patches: applied to its values in order,
-    whenever they are read.
+    whenever they are read. written_ns: when the file was last written, as its header was read; 0 is unknown.
     """
 
     dtype: str
@@ -70,6 +71,7 @@ class Tensor:
     stored_bytes: int
     transposed: bool = False
     patches: tuple[Patch, ...] = ()
+    written_ns: int = 0
 
     @property
     def count(self) -> int:
@@ -84,6 +86,8 @@ class Tensor:
         """Fill a writable buffer of `stored_bytes` bytes: read, not mapped, so that it is in memory once."""
         try:
             with open_regular(self.file, WEIGHTS_BYTES) as stream:
+                if self.written_ns not in (0, os.fstat(stream.fileno()).st_mtime_ns):
+                    raise TightfitError(f"{self.file} was written again since it was opened: load it anew")
                 stream.seek(self.offset)
                 if stream.readinto(buffer) != self.stored_bytes:
                     raise TightfitError(

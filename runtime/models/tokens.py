@@ -50,6 +50,13 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
     return Tokens(rows, cut)
 
 
+def unused_words(spec: ModelSpec, texts: Mapping[str, str]) -> tuple[str, ...]:
+    """A notice for each word that the text encoders were taught and no text has."""
+    words = dict.fromkeys(word for encoder in spec.text_encoders for word in encoder.words)
+    unused = [word for word in words if not any(word.lower() in text.lower() for text in texts.values())]
+    return tuple(f"the embedding's word {word} is in no prompt, so it does nothing" for word in unused)
+
+
 def _teach(tokenizer: Any, encoder: Component) -> dict[int, list[int]]:
     """Add the words that the encoder was taught: for the id of each the rows of its vectors, which follow
     those of the vocabulary."""
@@ -95,7 +102,13 @@ def painted_as_words(texts: Mapping[str, str]) -> tuple[str, ...]:
         if syntax := list(dict.fromkeys(match[0] for match in _SYNTAX.finditer(text))):
             shown = [part if len(part) <= letters else f"{part[: letters - 1]}…" for part in syntax[:most]]
             more = f" and {len(syntax) - most} more" if len(syntax) > most else ""
+            cure = (
+                "; a LoRA is given by --lora, or by its folder in TIGHTFIT_LORAS"
+                if any(part.startswith("<lora:") for part in syntax)
+                else ""
+            )
             notices.append(
-                f"the {name} has A1111's syntax, which is painted as ordinary words: {', '.join(shown)}{more}"
+                f"the {name} has A1111's syntax, which is painted as ordinary words: "
+                f"{', '.join(shown)}{more}{cure}"
             )
     return tuple(notices)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import tightfit
 from tightfit.runtime.errors import TightfitError
@@ -22,9 +24,16 @@ def service():
 def test_requests_for_several_models_run_in_their_order(service, tiny_models):
     models = [str(tiny_models[family]) for family in ("sd1", "sdxl", "sd1")]
     tickets = [service.submit(model, request(seed)) for seed, model in enumerate(models)]
-    results = [tickets[2].result()]
-    assert not any(ticket._news.empty() for ticket in tickets[:2])  # they ended before it
-    results = [*(ticket.result() for ticket in tickets[:2]), *results]
+    ended, waiting = (
+        [],
+        [threading.Thread(target=lambda n=n: (tickets[n].result(), ended.append(n))) for n in range(3)],
+    )
+    for thread in reversed(waiting):
+        thread.start()
+    for thread in waiting:
+        thread.join()
+    assert ended == [0, 1, 2]
+    results = [ticket.result() for ticket in tickets]  # asked for once more
     for number, result in enumerate(results):
         with tightfit.load(models[number], device="cpu", precision="fp32") as alone:
             assert result.images[0].tobytes() == alone.generate(request(number)).images[0].tobytes()

@@ -44,7 +44,8 @@ def _build(component: Component) -> Any:
     from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
     from torch import nn
 
-    whole: Any = AutoencoderTiny.from_config(dict(component.config))
+    taken = {name: value for name, value in component.config.items() if name != "block_out_channels"}
+    whole: Any = AutoencoderTiny.from_config(taken)  # which makes that itself, and warns of it
     return nn.ModuleDict({"decoder": whole.decoder})
 
 

@@ -194,13 +194,13 @@ def _index_file(folder: Path) -> Path:
         raise TightfitError(f"{folder} does not exist{near(folder)}: a model is {_MODELS}")
     index = folder / "model_index.json"
     if not index.exists():
-        if any(path for pattern in PICKLES for path in folder.glob(pattern)):
-            pickle = min(path for pattern in PICKLES for path in folder.glob(pattern))
-            raise TightfitError(f"{folder} holds a pickle and no diffusers model: {cures.of_pickle(pickle)}")
         if singles := sorted(folder.glob("*.safetensors")):
             raise TightfitError(
                 f"{folder} has no model_index.json, but checkpoints: name one of them, such as {singles[0]}"
             )
+        if any(path for pattern in PICKLES for path in folder.glob(pattern)):
+            pickle = min(path for pattern in PICKLES for path in folder.glob(pattern))
+            raise TightfitError(f"{folder} holds a pickle and no diffusers model: {cures.of_pickle(pickle)}")
         if ggufs := sorted(folder.glob("*.gguf")):
             raise TightfitError(
                 f"{folder} has no model_index.json, and {ggufs[0].name} is there: {cures.GGUF}"

@@ -41,14 +41,15 @@ _MODELS = (
 )
 _WHOLE = "name a checkpoint that has all networks inside, or a diffusers folder"
 _BESIDE = "name the model that it is for"
+_WORD, _VAE = f"{_BESIDE}, and this by --embedding", f"{_BESIDE}, and this by --vae"
 _PARTS = (
     (r"(?:.*\.)?motion_modules\.", "a motion module of AnimateDiff", _BESIDE),
     (r"(?:control_model|zero_convs|input_hint_block|controlnet_\w+)\.", "a ControlNet", _BESIDE),
     (r"(?:image_proj|ip_adapter)\.", "an IP-Adapter", _BESIDE),
-    (r"(?:emb_params|clip_[lg]|string_to_param\b.*)$", "an embedding (textual inversion)", _BESIDE),
+    (r"(?:emb_params|clip_[lg]|string_to_param\b.*)$", "an embedding (textual inversion)", _WORD),
     (r"(?:model\.\d+\.sub\.|RRDB_trunk\.|body\.\d+\.rdb\d\.)", "an upscaler", _BESIDE),
-    (r"(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?\d+\.", "a tiny autoencoder", _BESIDE),
-    (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _WHOLE),
+    (r"(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?\d+\.", "a tiny autoencoder", _VAE),
+    (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _VAE),
     (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE),
     (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", _WHOLE),
 )
@@ -64,7 +65,9 @@ def check(file: Path, names: Iterable[str]) -> None:
     """Raise TightfitError for a file of another family, or that is no whole model, with what it is."""
     names = frozenset(names)
     if cures.is_adapter(names):
-        raise TightfitError(f"{file} is a LoRA, an addition to a model: name the model itself")
+        raise TightfitError(
+            f"{file} is a LoRA, an addition to a model: name the model itself, and this by --lora"
+        )
     found = (match.lastindex for name in names if (match := _ANY.match(name)))
     if first := min(filter(None, found), default=0):
         raise TightfitError(f"{file} {_WORDS[first - 1][1]}")

@@ -6,6 +6,7 @@ import json
 import os
 import struct
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,8 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise TightfitError(f"{file} is not opened: {of_pickle(file)}")
     try:
         with open_regular(file, WEIGHTS_BYTES) as stream:
-            size = os.fstat(stream.fileno()).st_size
+            status = os.fstat(stream.fileno())
+            size = status.st_size
             begin = stream.read(8)
             length = struct.unpack("<Q", begin)[0] if size >= 8 else size
             if length > size - 8:
@@ -119,7 +121,9 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         header = json.loads(text, object_pairs_hook=each_once)
         words = header.get("__metadata__")
         tensors = {
-            name: _tensor(entry, file, 8 + length) for name, entry in header.items() if name != "__metadata__"
+            name: replace(_tensor(entry, file, 8 + length), written_ns=status.st_mtime_ns)
+            for name, entry in header.items()
+            if name != "__metadata__"
         }
         end = 8 + length
         for tensor in sorted(tensors.values(), key=lambda tensor: (tensor.offset, tensor.stored_bytes)):
