@@ -219,15 +219,25 @@ def cache_folder() -> Path:
 
     A user without a home (`docker run --user 1234`) gets a private folder in the temporary one.
     """
-    folder_name = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
-    if folder_name:
+    below = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
+    return _user_folder("LOCALAPPDATA", "XDG_CACHE_HOME", below) or _temporary_cache() / "tightfit"
+
+
+def config_folder() -> Path | None:
+    """The folder of the user's settings: XDG_CONFIG_HOME, or the system's own. None for a user without a
+    home."""
+    below = {"win32": "AppData/Roaming", "darwin": "Library/Application Support"}.get(sys.platform, ".config")
+    return _user_folder("APPDATA", "XDG_CONFIG_HOME", below)
+
+
+def _user_folder(windows: str, others: str, below: str) -> Path | None:
+    """Ours in the folder that the environment names, or `below` the user's home."""
+    if folder_name := os.environ.get(windows if sys.platform == "win32" else others):
         return Path(folder_name) / "tightfit"
     try:
-        home = Path.home()
+        return Path.home() / below / "tightfit"
     except RuntimeError:  # no HOME, and no entry in the list of users
-        return _temporary_cache() / "tightfit"
-    below = {"win32": "AppData/Local", "darwin": "Library/Caches"}.get(sys.platform, ".cache")
-    return home / below / "tightfit"
+        return None
 
 
 @cache

@@ -30,8 +30,10 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def own_cache(monkeypatch, tmp_path_factory):
-    """What `tightfit calibrate` measured for whoever runs the tests is not looked at."""
+    """Measurements, settings and models of whoever runs the tests are not looked at."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
+    monkeypatch.delenv("TIGHTFIT_MODELS", raising=False)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ FLOORS = (
     ("runtime.request",),
     ("runtime.backends",),
     ("runtime.planner",),
-    ("runtime.events", "runtime.infotext", "runtime.png", "runtime.sampling"),
+    ("runtime.catalogue", "runtime.events", "runtime.infotext", "runtime.png", "runtime.sampling"),
     ("runtime.loaded",),
     ("runtime.run",),
     ("runtime.pipeline",),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from ..errors import TightfitError
+from ..models.layouts import library
 from ..models.spec import ModelSpec
 from ..recent import Recent
 from . import lora, textual_inversion, vae
@@ -36,24 +37,45 @@ class Adapter(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of adapter: how its option is called and explained, and what a text after it means."""
+    """A kind of adapter: how its option is called and explained, what a text after it means, and in which of
+    the folders of models a name is looked for."""
 
     option: str
     written: Callable[[str], Adapter]
     help: str
+    shelf: library.Kind
 
 
 ADAPTERS = (
-    Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable."),
-    Kind(textual_inversion.TextualInversion.option, textual_inversion.written, "A word, as FILE:word."),
-    Kind(vae.Vae.option, vae.written, "In place of the model's."),
+    Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable.", library.Kind.LORA),
+    Kind(
+        textual_inversion.TextualInversion.option,
+        textual_inversion.written,
+        "A word, as FILE:word.",
+        library.Kind.EMBEDDING,
+    ),
+    Kind(vae.Vae.option, vae.written, "In place of the model's.", library.Kind.VAE),
 )
 
 
-def written(texts: Mapping[str, Sequence[str]]) -> tuple[Adapter, ...]:
-    """The adapters that these texts mean, by the options that they were given under. Raises TightfitError for
-    a text that means none."""
-    return tuple(kind.written(text) for kind in ADAPTERS for text in texts.get(kind.option, ()))
+def written(
+    texts: Mapping[str, Sequence[str]], models_dirs: Sequence[str | Path] = ()
+) -> tuple[Adapter, ...]:
+    """The adapters that these texts mean, by the options that they were given under: each begins with a path,
+    or with a name in a folder of models. Raises TightfitError for a text that means none."""
+    return tuple(
+        kind.written(_placed(text, kind.shelf, models_dirs))
+        for kind in ADAPTERS
+        for text in texts.get(kind.option, ())
+    )
+
+
+def _placed(text: str, shelf: library.Kind, models_dirs: Sequence[str | Path]) -> str:
+    """The text with the path of the file in place of its name. What follows a colon stays."""
+    if any(library.exists(text.rsplit(":", cuts)[0]) for cuts in range(3)):
+        return text
+    name, *others = [text] if Path(text).is_absolute() else text.split(":")
+    return ":".join([library.located(name, shelf, models_dirs), *others])
 
 
 def read_adapter(path: str | Path, weight: float = 1.0, text_weight: float | None = None) -> Adapter:

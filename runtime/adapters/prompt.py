@@ -4,42 +4,34 @@ from __future__ import annotations
 
 import os
 import re
-from difflib import get_close_matches
-from itertools import islice
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import TightfitError
-from ..files import readable, shortened
+from ..models.layouts import library
 from . import Adapter, read_adapter
 
-FOLDER = "TIGHTFIT_LORAS"  # of the environment
+FOLDER = "TIGHTFIT_LORAS"  # of the environment: one folder beside those of models
 _WORD = re.compile(r"\s*<lora:([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
-_MOST_FILES = 100_000
 
 
-def from_words(prompt: str) -> tuple[str, tuple[Adapter, ...]]:
-    """A prompt without these words, and what they name in the folder of the environment. Without that folder
-    they stay words.
+def from_words(prompt: str, models_dirs: Sequence[str | Path] = ()) -> tuple[str, tuple[Adapter, ...]]:
+    """A prompt without these words, and what they name in folders of models. Without such folders they stay
+    words.
 
     Raises TightfitError for a name that no file has, or two have, and for a weight that is no number.
     """
-    folder, words = os.environ.get(FOLDER), _WORD.findall(prompt)
-    if not folder or not words:
+    words = _WORD.findall(prompt)
+    roots = library.folders((*models_dirs, *filter(None, [os.environ.get(FOLDER)]))) if words else ()
+    if not roots:
         return prompt, ()
-    files = _files(Path(folder).expanduser())
-    return _WORD.sub("", prompt).strip(), tuple(_adapter(files, name, weights) for name, weights in words)
+    return _WORD.sub("", prompt).strip(), tuple(_adapter(roots, name, weights) for name, weights in words)
 
 
-def _adapter(files: dict[str, list[Path]], name: str, weights: str) -> Adapter:
-    found = files.get(name, [])
-    if len(found) > 1:
-        raise TightfitError(
-            f"{found[0]} and {found[1]} have one name: rename one of them, or name one by --lora"
-        )
-    if not found:
-        close = get_close_matches(name, files, 1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise TightfitError(f"no file in {os.environ[FOLDER]} is called {shortened(name)}{meant}")
+def _adapter(roots: Sequence[Path], name: str, weights: str) -> Adapter:
+    file = library.find(name, library.Kind.LORA, roots)
+    if file is None:
+        raise library.missing(name, library.Kind.LORA, roots)
     try:
         numbers = [float(weight) for weight in weights.split(":")[1:]]
     except ValueError:
@@ -47,15 +39,4 @@ def _adapter(files: dict[str, list[Path]], name: str, weights: str) -> Adapter:
             f"<lora:{name}{weights}> has a weight that is no number: say <lora:{name}:0.8>"
         ) from None
     numbers = numbers or [1.0]  # the text encoders' comes first
-    return read_adapter(found[0], numbers[-1], numbers[0])
-
-
-def _files(folder: Path) -> dict[str, list[Path]]:
-    """The safetensors files of a folder, and of those in it, by their names."""
-    files: dict[str, list[Path]] = {}
-    with readable(folder):
-        if not folder.is_dir():
-            raise TightfitError(f"{FOLDER} names {folder}, which is no folder: name the one with your LoRAs")
-        for path in sorted(islice(folder.rglob("*.safetensors"), _MOST_FILES)):
-            files.setdefault(path.stem, []).append(path)
-    return files
+    return read_adapter(file, numbers[-1], numbers[0])

@@ -20,6 +20,7 @@ from ..errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ..files import cache_folder
 from .generate import generate
 from .machine import calibrate, info
+from .models import models
 from .output import say
 from .plan import show_plan
 from .words import as_command, usage
@@ -65,6 +66,7 @@ def root(
 
 app.command()(generate)
 app.command("plan")(show_plan)
+app.command()(models)
 app.command()(info)
 app.command()(calibrate)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +15,12 @@ from ..adapters.prompt import from_words
 from ..errors import TightfitError, printable
 from ..events import Event, Result
 from ..machine.process import check_address_space
+from ..models.hub import located
 from ..planner.plan import Plan
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import MODEL, Adapting, Device, taking, wishes
+from .options import MODEL, Adapting, Device, ModelsDirs, taking, wishes
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
 from .saving import Saver, target
@@ -45,6 +46,7 @@ class Options:
     prompt_file: Annotated[Path | None, _PromptFile] = None
     source: Annotated[Path | None, _Source] = None
     model: Annotated[str | None, MODEL] = None
+    models_dirs: ModelsDirs = None
     device: Device = "auto"
     plan_file: Annotated[Path | None, _PlanFile] = None
     output: Annotated[Path | None, _Output] = None
@@ -55,7 +57,7 @@ class Options:
 _ORDER = """
 prompt prompt_file source
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
-model lora embedding vae
+model models_dirs lora embedding vae
 precision compute backend provider device budget residency attention tiling min_psnr ...
 plan_file output overwrite as_json
 """
@@ -69,10 +71,14 @@ def generate(
     check_address_space()  # numpy's library ends the process where it has no room
     from ..pipeline import load
 
+    models_dirs = options.models_dirs or ()
+    if options.model is not None:
+        options = replace(options, model=located(options.model, models_dirs))
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options.source)
     typed = {**asked} if prompt is None else {**asked, "prompt": prompt}
-    request = _adapted(Request(**{"prompt": "", **carried.request, **typed}), adapting).checked()
+    wanted = Request(**{"prompt": "", **carried.request, **typed})
+    request = _adapted(wanted, adapting, models_dirs).checked()
     count = request.num_images
     saver = Saver(*target(options.output, request.prompt, count), count, options.overwrite)
     if options.source and options.model is None and carried.model is None:
@@ -96,11 +102,11 @@ def generate(
         say(_closing_line(result, saver.paths))
 
 
-def _adapted(request: Request, adapting: Mapping[str, Any]) -> Request:
+def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequence[Path]) -> Request:
     """With the adapters that were given, in place of those that a picture names, and those that the prompt
     has."""
-    prompt, named = from_words(request.prompt)
-    adapters = written(adapting) or request.adapters
+    prompt, named = from_words(request.prompt, models_dirs)
+    adapters = written(adapting, models_dirs) or request.adapters
     return replace(request, prompt=prompt, adapters=(*adapters, *named))
 
 

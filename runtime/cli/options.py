@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, make_dataclass
 from functools import wraps
 from inspect import Parameter, Signature
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -18,7 +19,17 @@ from ..units import parse_bytes
 
 Command = Callable[..., None]
 Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
-MODEL = typer.Option(help="emoji, file, folder, hub id.", metavar="MODEL")
+ModelsDirs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--models-dir",
+        help="Where models are; repeatable.",
+        metavar="DIR",
+        show_default=False,
+        readable=False,
+    ),
+]
+MODEL = typer.Option(help="emoji, file, folder, name, hub id.", metavar="MODEL")
 
 Adapting = make_dataclass(
     "Adapting",

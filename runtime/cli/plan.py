@@ -20,7 +20,7 @@ from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import MODEL, Adapting, Device, taking, wishes
+from .options import MODEL, Adapting, Device, ModelsDirs, taking, wishes
 from .output import say, say_json, show_table, write
 
 _WIDE = 130  # columns of a terminal that has room for the table
@@ -32,6 +32,7 @@ class Options:
     """Options of `plan` besides those of Request and Wishes."""
 
     model: Annotated[str, MODEL] = "emoji"
+    models_dirs: ModelsDirs = None
     hardware: Annotated[str | None, _HARDWARE] = None
     device: Device = "auto"
     every: Annotated[bool, typer.Option("--all", help="Also what others beat in all respects.")] = False
@@ -40,7 +41,7 @@ class Options:
 
 
 _ORDER = """
-model lora embedding vae width height num_inference_steps guidance_scale hardware
+model models_dirs lora embedding vae width height num_inference_steps guidance_scale hardware
 device budget precision compute backend provider residency attention tiling min_psnr
 every save as_json
 """
@@ -53,7 +54,7 @@ def show_plan(
     """Say what each way of running a model would take here, or on a card of profiles/, and which is best; no
     weight is read."""
     from ..machine.profiles import profile
-    from ..models.hub import inspect
+    from ..models.hub import inspect, located
     from ..planner import choose as planner
 
     if options.hardware and options.device != "auto":
@@ -61,10 +62,12 @@ def show_plan(
         raise TightfitError(f"{said}: give one of them")
     machine = profile(options.hardware) if options.hardware else Hardware.detect(options.device)
     wanted = Wishes(**wishes(wished))
-    spec = inspect(options.model)
+    models_dirs = options.models_dirs or ()
+    spec = inspect(located(options.model, models_dirs))
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
-    job = Request("a", **asked, scheduler=sampler, adapters=written(adapting)).resolve(spec)
+    adapters = written(adapting, models_dirs)
+    job = Request("a", **asked, scheduler=sampler, adapters=adapters).resolve(spec)
     planner.refuse_hopeless(machine, job, wanted)
     plans = planner.plan(machine, spec, job, wanted)
     if options.as_json:

@@ -9,13 +9,14 @@ from typing import Any
 
 from ..errors import TightfitError
 
-COMMANDS = ("generate", "plan", "info", "calibrate", "export", "convert", "bench")
+COMMANDS = ("generate", "plan", "models", "info", "calibrate", "export", "convert", "bench")
 _NO_SERVER = "this version has no server and no page to click on"
 _KINDS = "--model takes emoji, a checkpoint file, a folder in diffusers' layout or a hub id"
 _TEXT_ONLY = "this version paints from text alone"
 _ELSEWHERE = {
     **dict.fromkeys(("serve", "server", "ui", "webui", "gui", "web", "api", "start", "launch"), _NO_SERVER),
-    **dict.fromkeys(("models", "list", "download", "pull"), _KINDS),
+    **dict.fromkeys(("download", "pull"), _KINDS),
+    **dict.fromkeys(("list", "ls"), "tightfit models lists the models in a folder"),
     **dict.fromkeys(("img2img", "inpaint", "upscale", "train"), _TEXT_ONLY),
     **dict.fromkeys(("run", "paint", "txt2img"), 'tightfit "a red heart" paints'),
     **dict.fromkeys(("quantize", "quantise"), "it is tightfit export"),
@@ -29,7 +30,9 @@ _NEAR = (
 _OPTION_NEAR = 0.75
 
 _NO_CONTROL = "ControlNets are not read in this version"
+_DIRS = "it is --models-dir"
 _OPTIONS = {
+    **dict.fromkeys(("ckpt-dir", "models-path", "base-directory", "extra-model-paths-config"), _DIRS),
     **dict.fromkeys(("sampler", "sampling-method", "sampler-name"), "it is --scheduler"),
     **dict.fromkeys(("cfg", "cfg-scale", "guidance"), "it is --guidance-scale"),
     **dict.fromkeys(("n", "n-iter", "batch-size", "batch-count", "count"), "it is --num-images"),

@@ -31,7 +31,7 @@ GGUF = (
 def is_adapter(tensors: frozenset[str]) -> bool:
     """Whether this is a LoRA or a relative, by the names that kohya's and diffusers' tools give."""
     return any(
-        name.startswith(("lora_", "lycoris_")) or ".lora_" in name or ".lora." in name for name in tensors
+        name.startswith(("lora_", "lycoris_")) or re.search(r"\.lora_|[._]lora\.", name) for name in tensors
     )
 
 

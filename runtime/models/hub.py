@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import TightfitError, first_line
 from ..files import PICKLES
 from .cures import of_pickles
 from .families import networks
+from .layouts import library
 from .layouts.diffusers import near
 from .reading import read_model
 from .spec import ModelSpec
@@ -21,13 +23,13 @@ _SMALL = ("*.json", "*.txt")
 
 
 def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
-    """The spec of `model`: a built-in name, a checkpoint file, a diffusers folder or a hub id. Reads only
-    configs and headers.
+    """The spec of `model`: a built-in name, a checkpoint file, a diffusers folder, the name of one in the
+    folders of models, or a hub id. Reads only configs and headers.
 
     A hub repository is first downloaded into the hub's own cache, unless `local_files_only`. Raises
     TightfitError.
     """
-    name = str(model)
+    name = located(str(model))
     if not name.strip():
         raise TightfitError(
             "the model has no name: give --model emoji, a file, a folder or a hub id such as owner/name"
@@ -36,15 +38,30 @@ def inspect(model: str | Path, *, local_files_only: bool = False) -> ModelSpec:
         raise TightfitError(_address(name))
     if name in BUILT_IN:
         return read_model(BUILT_IN[name], name)
+    path, exists = _place(name)
+    return _fetch(name, local_files_only) if not exists and _is_hub_id(name) else read_model(path)
+
+
+def located(name: str, models_dirs: Sequence[str | Path] = ()) -> str:
+    """The path of the model that is called so in `models_dirs` or in the user's folders of models; `name`
+    itself where it is a path, built in, or can be a hub id that none is called by. Raises TightfitError."""
+    if not name.strip() or "://" in name or name in BUILT_IN or _place(name)[1]:
+        return name
+    return library.located(name, library.Kind.MODEL, models_dirs, or_name=_is_hub_id(name))
+
+
+def _place(name: str) -> tuple[Path, bool]:
+    """A path, and whether there is something."""
     try:
         path = Path(name).expanduser()
-        exists = path.exists()
+        return path, path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # name too long, no such user, null character
         raise TightfitError(f"no model can be called '{name[:60]}' ({first_line(error)})") from None
-    single_file = path.suffix in {pattern[1:] for pattern in PICKLES} | {".safetensors", ".gguf"}
-    if exists or single_file or not _HUB_ID.fullmatch(name):
-        return read_model(path)
-    return _fetch(name, local_files_only)
+
+
+def _is_hub_id(name: str) -> bool:
+    is_file = Path(name).suffix in {pattern[1:] for pattern in PICKLES} | {".safetensors", ".gguf"}
+    return not is_file and bool(_HUB_ID.fullmatch(name))
 
 
 def _address(url: str) -> str:

@@ -46,5 +46,9 @@ _READS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL's refiner"}
 def reads_texts(width: int) -> str:
     """Models by how wide the texts are that they read, in words: those of a family, if they are published
     ones."""
-    name = _READS.get(width, "a model")
-    return f"{name}, with texts {width} wide"
+    return f"{known_by(width) or 'a model'}, with texts {width} wide"
+
+
+def known_by(width: int) -> str:
+    """The family, in words, whose published models read texts so wide; '' for none."""
+    return _READS.get(width, "")

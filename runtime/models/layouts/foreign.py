@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ...errors import TightfitError
 from .. import cures
+from .library import Kind
 
 _IN = r"(?:model\.diffusion_model\.|transformer\.|diffusion_model\.)?"
 # How names begin that only these have. Of several, the first is what the file is: Chroma has Flux's too.
@@ -43,22 +44,47 @@ _WHOLE = "name a checkpoint that has all networks inside, or a diffusers folder"
 _BESIDE = "name the model that it is for"
 _WORD, _VAE = f"{_BESIDE}, and this by --embedding", f"{_BESIDE}, and this by --vae"
 _PARTS = (
-    (r"(?:.*\.)?motion_modules\.", "a motion module of AnimateDiff", _BESIDE),
-    (r"(?:control_model|zero_convs|input_hint_block|controlnet_\w+)\.", "a ControlNet", _BESIDE),
-    (r"(?:image_proj|ip_adapter)\.", "an IP-Adapter", _BESIDE),
-    (r"(?:emb_params|clip_[lg]|string_to_param\b.*)$", "an embedding (textual inversion)", _WORD),
-    (r"(?:model\.\d+\.sub\.|RRDB_trunk\.|body\.\d+\.rdb\d\.)", "an upscaler", _BESIDE),
-    (r"(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?\d+\.", "a tiny autoencoder", _VAE),
-    (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _VAE),
-    (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE),
-    (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", _WHOLE),
+    (r"(?:.*\.)?motion_modules\.", "a motion module of AnimateDiff", _BESIDE, None),
+    (
+        r"(?:control_model|zero_convs|input_hint_block|controlnet_\w+)\.",
+        "a ControlNet",
+        _BESIDE,
+        Kind.CONTROLNET,
+    ),
+    (r"(?:image_proj|ip_adapter)\.", "an IP-Adapter", _BESIDE, None),
+    (
+        r"(?:emb_params|clip_[lg]|string_to_param\b.*)$",
+        "an embedding (textual inversion)",
+        _WORD,
+        Kind.EMBEDDING,
+    ),
+    (r"(?:model\.\d+\.sub\.|RRDB_trunk\.|body\.\d+\.rdb\d\.)", "an upscaler", _BESIDE, None),
+    (r"(?:(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?)?\d+\.", "a tiny autoencoder", _VAE, Kind.VAE),
+    (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _VAE, Kind.VAE),
+    (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE, None),
+    (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", _WHOLE, None),
 )
 _OURS = "tightfit runs SD 1.x, SD 2.x and SDXL base models"
 _WORDS = (
     *((pattern, f"is {name}: {_OURS}") for pattern, name in _MODELS),
-    *((pattern, f"is {name}, which is no whole model: {cure}") for pattern, name, cure in _PARTS),
+    *((pattern, f"is {name}, which is no whole model: {cure}") for pattern, name, cure, _ in _PARTS),
 )
 _ANY = re.compile("|".join(f"({pattern})" for pattern, _ in _WORDS))
+
+
+def kind_of(names: Iterable[str]) -> Kind | None:
+    """What a file is for that is a part of a model or an addition to one; None for other files."""
+    names = frozenset(names)
+    if cures.is_adapter(names):
+        return Kind.LORA
+    part = _first(names) - len(_MODELS) - 1
+    return _PARTS[part][-1] if part >= 0 else None
+
+
+def _first(names: Iterable[str]) -> int:
+    """The number of the first row of _WORDS that fits a name, from 1; 0 for none."""
+    found = (match.lastindex for name in names if (match := _ANY.match(name)))
+    return min(filter(None, found), default=0)
 
 
 def check(file: Path, names: Iterable[str]) -> None:
@@ -68,6 +94,5 @@ def check(file: Path, names: Iterable[str]) -> None:
         raise TightfitError(
             f"{file} is a LoRA, an addition to a model: name the model itself, and this by --lora"
         )
-    found = (match.lastindex for name in names if (match := _ANY.match(name)))
-    if first := min(filter(None, found), default=0):
+    if first := _first(names):
         raise TightfitError(f"{file} {_WORDS[first - 1][1]}")
