@@ -268,6 +268,7 @@ MAY_NAME = (
     ("runtime.adapters.vae", "networks", "an option that people type"),
     ("export.random_model", "networks", "writes folders as diffusers lays them out"),
     ("export.random_model", "families", "has the published configs of each"),
+    ("export.emoji.built_in", "networks", "reads the built-in folder, to train on top of it"),
     ("export.emoji.publish", "networks", "writes a folder as diffusers lays it out"),
     ("benchmarks.peers.programs", "networks", "diffusers' own argument of what it quantises"),
     ("benchmarks.gpu_check", "families", _MEASURED),

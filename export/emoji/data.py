@@ -38,10 +38,10 @@ class Emoji:
     picture: Path
 
 
-def fetch(folder: Path) -> None:
-    """Download and unpack PACKAGES into `folder` (38 MB) unless they are there already. Needs npm."""
+def fetch(folder: Path, packages: tuple[str, ...] = PACKAGES) -> None:
+    """Download and unpack npm packages into `folder` (PACKAGES: 38 MB) unless they are there. Needs npm."""
     folder.mkdir(parents=True, exist_ok=True)
-    for package in PACKAGES:
+    for package in packages:
         target = folder / package.strip("@").replace("/", "-").rsplit("@", 1)[0]
         if target.exists():
             continue

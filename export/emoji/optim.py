@@ -56,11 +56,10 @@ class Optimizer:
         ]
         chosen = {id(p) for p in matrices}
         rest = [p for _, p in named if id(p) not in chosen]
-        self.parts = [
-            Muon(matrices, muon_lr),
-            torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True),
-        ]
-        self.rates = [muon_lr, adam_lr]
+        muon = [Muon(matrices, muon_lr)] if matrices else []  # low ranks are all thin
+        adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+        self.parts = [*muon, adam]
+        self.rates = [muon_lr, adam_lr][-len(self.parts) :]
 
     def step(self, factor: float) -> None:
         """One update at `factor` times the full learning rates; gradients are dropped afterwards."""

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import TightfitError
 from ..files import PICKLES, WEIGHTS_BYTES, open_regular
+from ..models.hub import BESIDE
 from ..models.layouts.safetensors import read_file
 from ..models.tensors import Tensor
 
@@ -17,9 +18,15 @@ Stamp = tuple[int, int]
 """A file's size and time: one that was written again is another."""
 
 
+def shipped(path: Path) -> Path:
+    """`path`, or what ships by that name where nothing is called so."""
+    full = path.expanduser().absolute()
+    return full if full.exists() else BESIDE.get(str(path), full)
+
+
 def located(path: Path) -> Path:
     """The file that is meant by `path`. Raises TightfitError for a pickle, and for a folder without one."""
-    path = path.expanduser().absolute()
+    path = shipped(path)
     if path.is_dir():
         files = [path / name for name in IN_FOLDERS if (path / name).exists()]
         if not files:

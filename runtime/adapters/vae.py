@@ -16,7 +16,7 @@ from ..models.layouts import renames
 from ..models.layouts.safetensors import all_tensors, read_header
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
-from .header import Stamp, stamp
+from .header import Stamp, shipped, stamp
 
 _MOST_FILES = 100  # of a folder, whose sizes and times are looked at
 _INSIDE = "first_stage_model."  # as names of a VAE begin in a checkpoint, and in files that were cut from one
@@ -106,7 +106,7 @@ def _renamed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def written(text: str) -> Vae:
     """The VAE in a folder or a file."""
-    path = Path(text).expanduser().absolute()
+    path = shipped(Path(text))
     if not path.exists():
         raise TightfitError(f"{path} does not exist: a VAE is a diffusers folder or a safetensors file")
     return Vae(path)

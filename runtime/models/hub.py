@@ -17,6 +17,12 @@ from .reading import read_model
 from .spec import ModelSpec
 
 BUILT_IN = {"emoji": Path(__file__).parent / "emoji"}
+# Adapters that ship with it, by the names that --lora, --embedding and --vae know. They are for it alone.
+BESIDE = {
+    "flat": BUILT_IN["emoji"] / "lora" / "flat.safetensors",
+    "pizza": BUILT_IN["emoji"] / "embeddings" / "pizza.safetensors",
+    "tiny": BUILT_IN["emoji"] / "tiny_vae",
+}
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _WEIGHTS, _PICKLED = re.compile(r"unet/.*\.(safetensors|onnx)"), re.compile(r"unet/.*\.bin")
 _SMALL = ("*.json", "*.txt")

@@ -4,6 +4,7 @@ data."""
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -153,3 +154,44 @@ def test_published_folder_runs_in_diffusers(folder, monkeypatch):
     monkeypatch.setattr("sys.argv", ["publish", str(folder), str(folder / "emojibase-data")])
     with pytest.raises(SystemExit, match="holds no model"):
         publish.main()
+
+
+def test_low_ranks_begin_as_no_change_and_are_written_as_kohya_does(tmp_path):
+    """What is written, read back and multiplied, is the change of the weights that were trained."""
+    from safetensors import safe_open
+    from tightfit.export.emoji import built_in, style
+
+    base, _ = built_in.conditional()
+    name = "down_blocks.0.resnets.0.conv1"
+    layer = base.unet.get_submodule(name)
+    before = layer.weight.clone()
+    adapter = style.adapt(base)
+    assert torch.equal(layer.weight, before)
+    assert not any(weight.requires_grad for weight in base.parameters() if weight.shape == before.shape)
+    torch.nn.init.normal_(adapter[f"lora_unet_{name.replace('.', '_')}"].up, std=0.1)
+    style.write(adapter, tmp_path / "made.safetensors", ["red heart"], 3)
+    with safe_open(tmp_path / "made.safetensors", "pt") as file:
+        parts = {
+            part: file.get_tensor(f"lora_unet_{name.replace('.', '_')}.{part}")
+            for part in ("alpha", "lora_down.weight", "lora_up.weight")
+        }
+        assert json.loads(file.metadata()["ss_tag_frequency"])["1_flat"] == {"flat": 1, "red heart": 1}
+    up, down = parts["lora_up.weight"].float(), parts["lora_down.weight"].float()
+    assert up.shape[2:] == (1, 1)
+    assert parts["alpha"] == len(down)
+    change = torch.nn.functional.conv2d(down.transpose(0, 1), up).transpose(0, 1)
+    assert torch.allclose(layer.weight - before, change, atol=1e-3)
+
+
+def test_flat_emoji_need_something_that_draws(folder, monkeypatch):
+    from tightfit.export.emoji import flat
+
+    (folder / "lobehub-fluent-emoji-flat").mkdir()
+    monkeypatch.setitem(sys.modules, "resvg_py", None)
+    with pytest.raises(SystemExit, match="pip install resvg-py"):
+        flat.fetch(folder)
+    (folder / "flat").mkdir()
+    Image.new("RGB", (256, 256), "red").save(folder / "flat" / "2764.png")
+    flat.fetch(folder)  # all are drawn already
+    (heart,) = flat.emoji(folder)
+    assert (heart.label, tuple(data.pixels([heart], 8)[0, 0, 0])) == ("red heart", (255, 0, 0))

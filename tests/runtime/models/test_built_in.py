@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tightfit
-from tightfit.runtime.models.hub import BUILT_IN
+from tightfit.runtime.adapters import written
+from tightfit.runtime.models.hub import BESIDE, BUILT_IN
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +90,104 @@ def test_as_diffusers(pipe):
     ).images[0]
     error = np.square(pixels(image) - pixels(pipe("a rocket", num_inference_steps=8, seed=4))).mean()
     assert error < 1e-6  # 60 dB
+
+
+FEW = {"seed": 4, "num_inference_steps": 4}
+
+
+def by_diffusers(change=None, **parts):
+    """ "a rocket" in four steps, after `change` was made to diffusers' pipeline."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    theirs = StableDiffusionPipeline.from_pretrained(BUILT_IN["emoji"], **parts)
+    theirs.set_progress_bar_config(disable=True)
+    if change:
+        change(theirs)
+    generator = torch.Generator().manual_seed(FEW["seed"])
+    return pixels(
+        theirs("a rocket", num_inference_steps=4, guidance_scale=3.0, generator=generator).images[0]
+    )
+
+
+def decibels(a, b) -> float:
+    return -10 * np.log10(np.square(pixels(a) - pixels(b)).mean())
+
+
+def test_the_tiny_decoder(pipe):
+    """It is diffusers' AutoencoderTiny, and its picture is near that of the model's own decoder."""
+    from diffusers import AutoencoderTiny
+    from tightfit.runtime.adapters.vae import Vae
+
+    def painted(prompt, *adapters):
+        return pipe.generate(tightfit.Request(prompt, adapters=adapters, **FEW)).images[0]
+
+    tiny = Vae(BESIDE["tiny"])
+    theirs = by_diffusers(vae=AutoencoderTiny.from_pretrained(BESIDE["tiny"]))
+    assert np.abs(pixels(painted("a rocket", tiny)) - theirs).max() <= 1.01 / 255
+    near = [
+        decibels(painted(prompt), painted(prompt, tiny)) for prompt in ("a rocket", "a red heart", "pizza")
+    ]
+    assert min(near) > 27  # 29 to 33 measured
+    assert max(near) < 50  # another decoder painted
+    assert sum(file.stat().st_size for file in BESIDE["tiny"].iterdir()) < 2.5e6
+
+
+def test_the_flat_lora(pipe):
+    """As diffusers paints with its products added to the weights, which needs no PEFT; and flat it is."""
+    from safetensors.torch import load_file
+
+    stored = load_file(BESIDE["flat"])
+
+    def merge(theirs):
+        named = [("lora_unet", *pair) for pair in theirs.unet.named_modules()]
+        named += [("lora_te_text_model", *pair) for pair in theirs.text_encoder.named_modules()]
+        for prefix, name, layer in named:
+            key = f"{prefix}_{name.removeprefix('text_model.').replace('.', '_')}"
+            if f"{key}.alpha" not in stored:
+                continue
+            alpha, down, up = (
+                stored.pop(f"{key}.{part}").float()
+                for part in ("alpha", "lora_down.weight", "lora_up.weight")
+            )
+            product = up.flatten(1) @ down.flatten(1) * (alpha / len(down))
+            layer.weight.data += product.view_as(layer.weight)
+
+    def painted(prompt, weight, steps=4):
+        wish = {
+            **FEW,
+            "num_inference_steps": steps,
+            "adapters": (tightfit.read_adapter(BESIDE["flat"], weight),),
+        }
+        return pipe.generate(tightfit.Request(prompt, **wish)).images[0]
+
+    theirs = by_diffusers(merge)
+    assert not stored  # every key has its layer
+    assert np.abs(pixels(painted("a rocket", 1.0)) - theirs).max() <= 1.01 / 255
+    assert BESIDE["flat"].stat().st_size < 1e6
+    hearts = [pixels(painted("a red heart", weight, 10)) for weight in (0, 1)]
+    # From the lobes to the tip, which is purple in 3D; 0.26 and 0.06 at most were measured.
+    deep, level = (np.abs(h[36:48, 50:78].mean((0, 1)) - h[84:100, 56:72].mean((0, 1))).max() for h in hearts)
+    assert level < 0.1 < 0.2 < deep
+
+
+def test_a_taught_word(pipe):
+    """The character is painted as the word is, which is another picture without the embedding."""
+    adapters = written({"embedding": ["pizza:🍕"]})
+    meant = pipe("pizza", seed=0)
+    untaught, taught = (
+        pipe.generate(tightfit.Request("🍕", seed=0, adapters=some)).images[0] for some in ((), adapters)
+    )
+    assert decibels(taught, meant) > 20 > 15 > decibels(untaught, meant)
+
+
+def test_what_ships_beside_it_is_called_by_name(tmp_path, monkeypatch):
+    """A file of that name comes first."""
+    chosen = written({"lora": ["flat:0.5"], "vae": ["tiny"], "embedding": ["pizza"]})
+    assert [adapter.name.split(":")[0] for adapter in chosen[:1]] == [str(BESIDE["flat"])]
+    assert chosen[0].weight == 0.5
+    assert chosen[1].token == "pizza"
+    assert chosen[2].path == BESIDE["tiny"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").mkdir()
+    assert written({"vae": ["tiny"]})[0].path == tmp_path / "tiny"
