@@ -14,9 +14,12 @@ from .adapters import ADAPTERS, Adapter, written
 from .adapters.lora import Lora
 from .errors import TightfitError
 from .fields import kinds
+from .files import shortened
 from .models.schedulers import SCHEDULERS
 from .request import PLAIN, Job, Request
 
+# How Windows names shares and devices: to look at a share sends its host the user's credentials.
+_REMOTE = re.compile(r"[\\/](?:[\\/]|\?\?)")
 _NAME = re.compile(r"\w[\w \-/]*")
 _QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
 _SETTINGS = re.compile(r"\s*Steps:\s*\d")
@@ -150,8 +153,11 @@ def _texts(names: Any) -> bool:
 
 
 def _adapters(named: Mapping[str, list[str]], source: str) -> tuple[Adapter, ...]:
-    """Those that a picture names. Raises TightfitError for one that is not there any more."""
+    """Those that a picture names. Raises TightfitError for one that is not there any more, or that a stranger
+    might have put there for us to look at."""
     try:
+        if remote := next((name for names in named.values() for name in names if _REMOTE.match(name)), None):
+            raise TightfitError(f"{shortened(remote)} is on another machine, or a device")
         return written(named)
     except TightfitError as error:
         said = " and ".join(f"--{option}" for option in named)

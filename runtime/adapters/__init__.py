@@ -15,6 +15,9 @@ from ..recent import Recent
 from . import lora, textual_inversion, vae
 from .header import contents, located, stamp
 
+MOST = 100
+"""Adapters of one request."""
+
 
 class Adapter(Protocol):
     """One adapter and how strongly it acts. Hashable: two that are equal change a model in the same way."""
@@ -63,6 +66,7 @@ def written(
 ) -> tuple[Adapter, ...]:
     """The adapters that these texts mean, by the options that they were given under: each begins with a path,
     or with a name in a folder of models. Raises TightfitError for a text that means none."""
+    check_count(sum(map(len, texts.values())))
     return tuple(
         kind.written(_placed(text, kind.shelf, models_dirs))
         for kind in ADAPTERS
@@ -78,13 +82,19 @@ def _placed(text: str, shelf: library.Kind, models_dirs: Sequence[str | Path]) -
     return ":".join([library.located(name, shelf, models_dirs), *others])
 
 
+def check_count(count: int) -> None:
+    """Raise TightfitError for more than one request may have."""
+    if count > MOST:
+        raise TightfitError(f"{count} adapters are asked for, and one request has at most {MOST}: name fewer")
+
+
 def read_adapter(path: str | Path, weight: float = 1.0, text_weight: float | None = None) -> Adapter:
     """The LoRA or the embedding in a file, or in a folder as PEFT and diffusers write it.
 
     weight: how strongly a LoRA acts. text_weight: on text encoders, where that is to be another. Raises
     TightfitError for a file that is neither.
     """
-    file = located(Path(path))
+    file = located(path, (*lora.IN_FOLDERS, *textual_inversion.IN_FOLDERS))
     stored, _ = contents(file, stamp(file))
     if lora.Lora.claims(stored):
         return lora.Lora.read(file, weight, text_weight)

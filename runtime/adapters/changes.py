@@ -33,7 +33,7 @@ class Change(Patch):
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether it is for a weight of that shape."""
-        return self.sides == (shape[0], math.prod(shape[1:]))
+        return len(shape) > 1 and self.sides == (shape[0], math.prod(shape[1:]))
 
 
 class LowRank(Change):
@@ -68,6 +68,8 @@ class Hadamard(Change):
 
     def _sides(self) -> tuple[int, int]:
         a1, b1, a2, b2, *middles = self.tensors
+        if len(middles) == 1:
+            raise ValueError("one middle of two")
         if middles:
             first, second = (
                 _product(*pair) for pair in ((_turned(a1), b1, middles[0]), (_turned(a2), b2, middles[1]))
@@ -86,7 +88,7 @@ class Hadamard(Change):
         a1, b1, a2, b2, *middles = parts
         if middles:
             return a1.T, _inner(b1, middles[0]), a2.T, _inner(b2, middles[1])
-        return a1, b1.flatten(1), a2, b2.flatten(1)
+        return a1.flatten(1), b1.flatten(1), a2.flatten(1), b2.flatten(1)
 
     def apply(self, rows: Any, start: int, parts: Parts) -> None:
         a1, b1, a2, b2 = parts
@@ -121,7 +123,9 @@ class Kronecker(Change):
         def whole(a: Any, b: Any = None, middle: Any = None) -> Any:
             if b is None:
                 return a.flatten(1)
-            return (a if middle is None else a.T) @ (b.flatten(1) if middle is None else _inner(b, middle))
+            return (a.flatten(1) if middle is None else a.T) @ (
+                b.flatten(1) if middle is None else _inner(b, middle)
+            )
 
         one, two = self._halves(parts)
         return whole(*one), whole(*two)
@@ -149,7 +153,7 @@ class Scaled(Change):
         return (0, count) if self.on_input else (count, 0)
 
     def fits(self, shape: Sequence[int]) -> bool:
-        return self.tensors[0].count == (shape[1:2] if self.on_input else shape)[0]
+        return [self.tensors[0].count] == [*shape[int(self.on_input) :][:1]]
 
     def apply(self, rows: Any, start: int, parts: Parts) -> None:
         factor = 1 + self.scale * parts[0].flatten()
@@ -165,6 +169,12 @@ class Added(Change):
         (difference,) = self.tensors
         rows = difference.shape[0] if difference.shape else 1
         return rows, difference.count // max(1, rows)
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        return self.sides == (shape[0], math.prod(shape[1:]))
+
+    def prepared(self, parts: Parts) -> Parts:
+        return (parts[0].reshape(self.sides),)
 
     @property
     def flops(self) -> int:
@@ -255,6 +265,8 @@ def _product(a: Tensor, b: Tensor | None = None, middle: Tensor | None = None) -
 
 def _turned(tensor: Tensor) -> Tensor:
     """Its header, transposed."""
+    if len(tensor.shape) != 2:
+        raise ValueError("a factor of a convolution in three that is no matrix")
     return Tensor(tensor.dtype, tensor.shape[::-1], tensor.file, tensor.offset, tensor.stored_bytes)
 
 

@@ -7,44 +7,65 @@ import hashlib
 from pathlib import Path
 
 from ..errors import TightfitError
-from ..files import PICKLES, WEIGHTS_BYTES, open_regular
+from ..files import PICKLES, WEIGHTS_BYTES, open_regular, shortened
+from ..models.cures import of_pickle
 from ..models.hub import BESIDE
 from ..models.layouts.safetensors import read_file
 from ..models.tensors import Tensor
 
-# Files of these names in a folder, which is what diffusers and PEFT write.
-IN_FOLDERS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
+_LONGEST = 4096  # bytes of a path, as Linux has it
 Stamp = tuple[int, int]
 """A file's size and time: one that was written again is another."""
 
 
-def shipped(path: Path) -> Path:
-    """`path`, or what ships by that name where nothing is called so."""
-    full = path.expanduser().absolute()
-    return full if full.exists() else BESIDE.get(str(path), full)
+def path_of(text: str | Path) -> Path:
+    """The absolute path that a text says, or that of what ships by this name where nothing is called so.
+    Raises TightfitError for a text that no file can be called."""
+    try:
+        path = Path(text).expanduser().absolute()
+        if len(str(path).encode()) <= _LONGEST and "\0" not in str(path):
+            return path if _is_there(path) else BESIDE.get(str(text), path)
+    except (RuntimeError, UnicodeEncodeError):  # of an unknown user; with half of a surrogate pair
+        pass
+    raise TightfitError(f"{shortened(str(text))} cannot be the path of a file: name another")
 
 
-def located(path: Path) -> Path:
-    """The file that is meant by `path`. Raises TightfitError for a pickle, and for a folder without one."""
-    path = shipped(path)
-    if path.is_dir():
-        files = [path / name for name in IN_FOLDERS if (path / name).exists()]
-        if not files:
-            raise TightfitError(f"{path} is a folder without {' or '.join(IN_FOLDERS)}: name the file")
-        return files[0]
-    if path.suffix.lower() in {pattern[1:] for pattern in PICKLES}:
-        raise TightfitError(
-            f"{path} is a pickle, which can run code, and is never opened: take its .safetensors copy"
-        )
-    return path
+def exists(text: str | Path) -> bool:
+    return _is_there(path_of(text))
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # too long, or in a folder that may not be looked at
+        return False
+
+
+def located(text: str | Path, in_folders: tuple[str, ...]) -> Path:
+    """The file that is meant: it, or the first of these names in a folder. Raises TightfitError for a pickle,
+    and for a folder without one."""
+    path = path_of(text)
+    try:
+        files = [path / name for name in in_folders if (path / name).exists()] if path.is_dir() else [path]
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    if not files:
+        raise TightfitError(f"{path} is a folder without {' or '.join(in_folders)}: name the file")
+    if f"*{files[0].suffix.lower()}" in PICKLES:
+        raise TightfitError(f"{path} is a pickle: {of_pickle(path)}")
+    return files[0]
 
 
 def stamp(file: Path) -> Stamp:
     try:
         status = file.stat()
     except OSError as error:
-        raise TightfitError(f"{file} cannot be read ({error.strerror}): name a .safetensors file") from None
+        raise _unreadable(file, error) from None
     return status.st_size, status.st_mtime_ns
+
+
+def _unreadable(file: Path, error: OSError) -> TightfitError:
+    return TightfitError(f"{file} cannot be read ({error.strerror}): name a .safetensors file")
 
 
 @functools.lru_cache(maxsize=32)

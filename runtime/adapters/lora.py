@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import re
 import struct
@@ -13,13 +12,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import TightfitError
-from ..files import WEIGHTS_BYTES, open_regular, read_json, shortened
+from ..files import WEIGHTS_BYTES, open_regular, parsed, read_json, shortened
 from ..models.families import reads_texts
 from ..models.families.family import Role
+from ..models.layouts.scales import FLOATS
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 from .changes import Added, Change, Decomposed, Hadamard, Kronecker, LowRank, Scaled
-from .header import IN_FOLDERS, Stamp, a1111_hash, contents, located, stamp
+from .header import Stamp, a1111_hash, contents, exists, located, stamp
 from .names import Places, split
 
 _NUMBERS = {
@@ -32,7 +32,9 @@ _NUMBERS = {
     "I8": "<b",
     "BOOL": "<?",
 }
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+# Files of these names in a folder, which is what diffusers and PEFT write.
+IN_FOLDERS = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
+_STRONGEST = 1000  # of weights, either way
 _NAMED = 3  # keys that fit nothing: so many are named
 # How adapters that make a model paint in few steps are called, and the scheduler that they were made for.
 _FAST = (
@@ -48,6 +50,7 @@ _FOREIGN = (
     (re.compile(r"joint_blocks|lora_te3|text_encoder_3"), "SD 3"),
     (re.compile(r"lora_transformer|transformer[._]transformer_blocks"), "a diffusion transformer"),
 )
+_PATTERNS = "alpha_pattern"
 _ALONE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias", "up_bias": "bias"}
 
 
@@ -74,11 +77,12 @@ class Lora:
     @classmethod
     def read(cls, path: str | Path, weight: float = 1.0, text_weight: float | None = None) -> Lora:
         """The adapter in a file that `claims`."""
-        file = located(Path(path))
+        file = located(path, IN_FOLDERS)
         weights = weight, weight if text_weight is None else text_weight
-        if not all(isinstance(value, int | float) and abs(value) <= 1000 for value in weights):
+        if not all(isinstance(value, int | float) and abs(value) <= _STRONGEST for value in weights):
             raise TightfitError(
-                f"the weight of {file.name} must be a number from -1000 to 1000, not {weights}"
+                f"the weight of {file.name} must be a number from -{_STRONGEST} to {_STRONGEST}, "
+                f"not {weights}"
             )
         return cls(file, float(weights[0]), float(weights[1]), stamp(file))
 
@@ -211,12 +215,18 @@ class _Layers:
         return tuple(self.tensors[stored[kind]] for kind in kinds if kind in stored)
 
     def scale(self, layer: str, stored: Mapping[str, str]) -> float:
-        """alpha / rank; 1 without an alpha or a rank."""
+        """alpha / rank; 1 without an alpha or a rank. Raises TightfitError for one that no fp64 can hold."""
+        scale = self._scale(layer, stored)
+        if not math.isfinite(scale * _STRONGEST):
+            raise broken(self.tensors[next(iter(stored.values()))].file, f"the alpha of {layer}")
+        return scale
+
+    def _scale(self, layer: str, stored: Mapping[str, str]) -> float:
         thin = "down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"
         rank = next((self.tensors[stored[kind]].shape[0] for kind in thin if kind in stored), None)
         if not rank:
             return 1.0
-        if "middle" in stored:
+        if {"up", "middle"} <= stored.keys():
             rank = self.tensors[stored["up"]].shape[1]
         if "alpha" in stored:
             return self.numbers[stored["alpha"]] / rank
@@ -226,11 +236,15 @@ class _Layers:
     def _of_peft(self, layer: str) -> tuple[float | None, bool]:
         """A layer's alpha by PEFT's config, if there is one, and whether it is for the rank's root."""
         begin = layer.partition(".")[0]
-        config = {key.removeprefix(f"{begin}."): value for key, value in self.config.items()}
-        patterns = config.get("alpha_pattern")
-        special = [v for k, v in patterns.items() if layer.endswith(k)] if isinstance(patterns, dict) else []
-        alpha = [*special, config.get("lora_alpha", config.get("alpha"))][0]
-        return alpha if isinstance(alpha, int | float) else None, config.get("use_rslora") is True
+
+        def setting(name: str, default: Any = None) -> Any:
+            return self.config.get(f"{begin}.{name}", self.config.get(name, default))
+
+        alpha, patterns = setting("lora_alpha", setting("alpha")), setting(_PATTERNS)
+        if patterns:
+            ends = (layer[place:] for place in range(len(layer)) if place == 0 or layer[place - 1] == ".")
+            alpha = min((patterns[end] for end in ends if end in patterns), default=(0, alpha))[1]
+        return alpha if type(alpha) in (int, float) else None, setting("use_rslora") is True
 
     def inputs(self, layer: str) -> int | None:
         """Input channels of the layer that an adapter was made for, where its form says."""
@@ -245,6 +259,9 @@ def _of_weight(
     contents: _Layers, layer: str, stored: Mapping[str, str], strength: float, target: Tensor | None
 ) -> Change | None:
     """What a layer's keys do to its weight, None for none. ValueError where they do not go together."""
+    for kind, key in stored.items():
+        if len(contents.tensors[key].shape) < _least_sides(kind):
+            raise ValueError(f"{key} of too few sides")
     length = contents.parts(stored, "dora_scale", "length")
     scale = contents.scale(layer, stored) * (1.0 if length else strength)
     change = next((made for make in _FORMS if (made := make(contents, stored, scale))), None)
@@ -255,9 +272,16 @@ def _of_weight(
     if length[0].count != rows and by_rows:
         raise ValueError("lengths of other rows")
     whole = () if by_rows or target is None else (target,)
-    if whole and length[0].count != whole[0].shape[1]:
+    if whole and (len(whole[0].shape) < 2 or length[0].count != whole[0].shape[1]):
         raise ValueError("lengths of other columns")
     return Decomposed((*change.tensors, *length, *whole), strength, change, by_rows)
+
+
+def _least_sides(kind: str) -> int:
+    """Of a tensor that stores this."""
+    if kind in ("up", "down", "middle") or kind.startswith(("hada_", "lokr_")):
+        return 2
+    return 1 if kind in ("dora_scale", "length") else 0
 
 
 def _low_rank(contents: _Layers, stored: Mapping[str, str], scale: float) -> Change | None:
@@ -325,7 +349,7 @@ def _layers(file: Path, stamp: Stamp) -> _Layers:
         },
     )
     for key in (key for stored in by_name.values() for key in stored.values() if key not in numbers):
-        if tensors[key].dtype not in _FLOATS:
+        if tensors[key].dtype not in FLOATS:
             raise TightfitError(f"{file} holds {key} as {tensors[key].dtype}: take a copy in fp16 or fp32")
     words = tuple(
         said.get(key, "")[:200] for key in ("modelspec.title", "ss_output_name", "ss_training_comment")
@@ -358,15 +382,25 @@ def broken(file: Path, key: str) -> TightfitError:
 
 
 def _config(file: Path, said: Mapping[str, str]) -> Mapping[str, Any]:
-    """PEFT's, as it is beside its files, or as diffusers writes it into them."""
+    """PEFT's, as it is beside its files, or as diffusers writes it into them. Each pattern has its place
+    before its alpha, as the first that fits is taken."""
     beside = file.with_name("adapter_config.json")
     if file.name == IN_FOLDERS[1] and beside.exists():
-        return read_json(beside)
-    try:
-        config = json.loads(said.get("lora_adapter_metadata", "{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return config if isinstance(config, dict) else {}
+        config = read_json(beside)
+    else:
+        try:
+            config = parsed(said.get("lora_adapter_metadata", "{}").encode())
+        except ValueError:
+            config = {}
+    found = config if isinstance(config, dict) else {}
+    return {
+        key: value if key.rpartition(".")[2] != _PATTERNS else _placed(value) for key, value in found.items()
+    }
+
+
+def _placed(patterns: Any) -> Mapping[str, tuple[int, Any]]:
+    alphas = patterns.items() if isinstance(patterns, dict) else ()
+    return {pattern: (place, alpha) for place, (pattern, alpha) in enumerate(alphas)}
 
 
 _WEIGHT = re.compile(r"(.+):([^:/\\]*)", re.DOTALL)
@@ -375,7 +409,7 @@ _WEIGHT = re.compile(r"(.+):([^:/\\]*)", re.DOTALL)
 def written(text: str) -> Lora:
     """The adapter that FILE[:weight[:text_weight]] says."""
     path, weights = text, []
-    while len(weights) < 2 and not Path(path).exists() and (match := _WEIGHT.fullmatch(path)):
+    while len(weights) < 2 and not exists(path) and (match := _WEIGHT.fullmatch(path)):
         path, weight = match.groups()
         try:
             weights.insert(0, float(weight))
@@ -383,7 +417,7 @@ def written(text: str) -> Lora:
             raise TightfitError(
                 f"{shortened(weight)} in {shortened(text)} is no number: say FILE:0.8"
             ) from None
-    file = located(Path(path))
+    file = located(path, IN_FOLDERS)
     if not Lora.claims(contents(file, stamp(file))[0]):
         raise TightfitError(
             f"{file} is no LoRA or the like: a whole model is given by --model, a VAE by --vae"

@@ -17,9 +17,11 @@ from ..files import shortened
 from ..models.layouts.safetensors import read_header
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
-from .header import located
+from .header import exists, located
 
 _MOST_VECTORS = 75  # as many as one text has room for
+# As diffusers' trainer calls it in the folder that it writes.
+IN_FOLDERS = ("learned_embeds.safetensors",)
 _FLOATS = ("F32", "F16", "BF16")
 _NAMES = ("emb_params", "clip_l", "clip_g")
 
@@ -82,7 +84,7 @@ def read(file: Path, token: str = "") -> TextualInversion:
         )
     tensors = tuple(stored[name] for name in names)
     for tensor in tensors:
-        if tensor.dtype not in _FLOATS or not 0 < tensor.count // tensor.shape[-1] <= _MOST_VECTORS:
+        if tensor.dtype not in _FLOATS or not 0 < _count(tensor) <= _MOST_VECTORS:
             raise TightfitError(
                 f"{file} has an embedding of shape {list(tensor.shape)} in {tensor.dtype}, "
                 f"which cannot be: a word has 1 to {_MOST_VECTORS} vectors; copy or download it again"
@@ -96,7 +98,9 @@ def read(file: Path, token: str = "") -> TextualInversion:
 def written(text: str) -> TextualInversion:
     """The word that FILE[:word] says."""
     path, _, word = text.rpartition(":")
-    return read(located(Path(text))) if Path(text).exists() or not path else read(located(Path(path)), word)
+    if exists(text) or not path:
+        return read(located(text, IN_FOLDERS))
+    return read(located(path, IN_FOLDERS), word)
 
 
 def claims(stored: Mapping[str, Tensor]) -> bool:
@@ -107,6 +111,11 @@ def claims(stored: Mapping[str, Tensor]) -> bool:
     return len(stored) == 1 and all(
         len(tensor.shape) in (1, 2) and tensor.count and "." not in name for name, tensor in stored.items()
     )
+
+
+def _count(tensor: Tensor) -> int:
+    """Vectors in a tensor whose last side is their width."""
+    return tensor.count // tensor.shape[-1] if tensor.shape and tensor.count else 0
 
 
 def _listed(widths: Sequence[int]) -> str:

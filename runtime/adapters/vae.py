@@ -16,13 +16,13 @@ from ..models.layouts import renames
 from ..models.layouts.safetensors import all_tensors, read_header
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
-from .header import Stamp, shipped, stamp
+from .header import Stamp, exists, path_of, stamp
 
 _MOST_FILES = 100  # of a folder, whose sizes and times are looked at
 _INSIDE = "first_stage_model."  # as names of a VAE begin in a checkpoint, and in files that were cut from one
 _TINY, _WHOLE = "AutoencoderTiny", "AutoencoderKL"
 # taesd_decoder.safetensors of its authors numbers its layers, a clamp without weights the first of them.
-_NUMBERED = re.compile(r"(\d+)\.(.+)")
+_NUMBERED = re.compile(r"(\d{1,4})\.(.+)")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _renamed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def written(text: str) -> Vae:
     """The VAE in a folder or a file."""
-    path = shipped(Path(text))
-    if not path.exists():
+    path = path_of(text)
+    if not exists(path):
         raise TightfitError(f"{path} does not exist: a VAE is a diffusers folder or a safetensors file")
     return Vae(path)

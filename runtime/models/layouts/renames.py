@@ -6,10 +6,12 @@ Names that the network does not have are left out: averages, positions, what tra
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from ...errors import TightfitError
 from ..tensors import Tensor
 
 Tensors = Mapping[str, Tensor]
@@ -85,7 +87,7 @@ def vae(tensors: Tensors) -> dict[str, Tensor]:
     renamed = _renamed(tensors, lambda name: _of_vae(name, last))
     return {
         # attention was a convolution of one pixel
-        name: replace(tensor, shape=tensor.shape[:2]) if ".attentions." in name else tensor
+        name: _part(tensor, tensor.shape[:2]) if ".attentions." in name else tensor
         for name, tensor in renamed.items()
     }
 
@@ -117,12 +119,20 @@ def clip(tensors: Tensors) -> dict[str, Tensor]:
 
 def thirds(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensor's rows in three equal parts."""
-    rows, size = tensor.shape[0] // 3, tensor.stored_bytes // 3
-    shape = (rows, *tensor.shape[1:])
-    return tuple(
-        replace(tensor, shape=shape, offset=tensor.offset + number * size, stored_bytes=size)
-        for number in range(3)
-    )
+    rows = tensor.shape[0] // 3 if tensor.shape else 0
+    return tuple(_part(tensor, (rows, *tensor.shape[1:]), number, 3) for number in range(3))
+
+
+def _part(tensor: Tensor, shape: tuple[int, ...], number: int = 0, parts: int = 1) -> Tensor:
+    """One of so many equal parts of a tensor's bytes, of that shape. Raises TightfitError if these have
+    another size."""
+    if parts * math.prod(shape) != tensor.count:
+        raise TightfitError(
+            f"{tensor.file} has a tensor of shape {list(tensor.shape)} in place of {parts} of shape "
+            f"{list(shape)}: copy or download it again"
+        )
+    size = tensor.stored_bytes // parts
+    return replace(tensor, shape=shape, offset=tensor.offset + number * size, stored_bytes=size)
 
 
 def transposed(tensor: Tensor) -> Tensor:

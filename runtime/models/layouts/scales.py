@@ -10,6 +10,8 @@ from typing import Any
 from ...errors import TightfitError
 from ..tensors import Patch, Tensor
 
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+"""Types in which numbers of scales and adapters are stored."""
 _ENDS = (".scale_weight", ".weight_scale")  # ComfyUI's first and second spelling
 
 
@@ -32,9 +34,10 @@ def scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(_ENDS)}
     for name in tensors.keys() - plain.keys():
         scale, weight = tensors[name], f"{name.rpartition('.')[0]}.weight"
-        if scale.count != 1:
+        if scale.count != 1 or scale.dtype not in FLOATS:
             raise TightfitError(
-                f"{scale.file} has {scale.count} scales in {name}, where one is read: take the fp16 model"
+                f"{scale.file} has {scale.count} scales of type {scale.dtype} in {name}, where one "
+                "floating-point number is read: take the fp16 model"
             )
         if weight in plain:
             plain[weight] = replace(plain[weight], patches=(Scale((scale,)),))

@@ -320,7 +320,7 @@ def _is_read(name: str, config: Config) -> bool:
     a projection that is not used."""
     if name.startswith("text_projection."):
         return "CLIPTextModelWithProjection" in config["architectures"]
-    layer = re.match(r"text_model\.encoder\.layers\.(\d+)\.", name)
+    layer = re.match(r"text_model\.encoder\.layers\.(\d{1,4})\.", name)
     return not name.endswith(".position_ids") and (not layer or int(layer[1]) < config["num_hidden_layers"])
 
 

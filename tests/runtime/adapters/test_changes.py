@@ -50,6 +50,11 @@ def of_loha(draw, shape):
     return tensors, lambda weight: weight + SCALE * delta, lambda parts: Hadamard(parts, SCALE)
 
 
+def of_loha_as_convolutions(draw, shape):
+    tensors, exact, make = of_loha(draw, shape)
+    return tuple(tensor[:, :, None, None] for tensor in tensors), exact, make
+
+
 def of_loha_tucker(draw, shape):
     tensors = tuple(
         draw(*sides) for sides in ((4, 24), (4, 40), (4, 24), (4, 40), (4, 4, *shape[2:]), (4, 4, *shape[2:]))
@@ -70,6 +75,11 @@ def of_lokr_factored(draw, shape):
     a1, b1, a2, b2 = (each.double() for each in tensors)
     delta = kron(a1 @ b1, (a2 @ b2.flatten(1)).view(6, 8, *shape[2:]))
     return tensors, lambda weight: weight + SCALE * delta, lambda parts: Kronecker(parts, SCALE, 2)
+
+
+def of_lokr_as_convolutions(draw, shape):
+    (one, *two), exact, make = of_lokr_factored(draw, shape)
+    return (one[..., None, None], *(tensor.reshape(*tensor.shape, 1, 1) for tensor in two)), exact, make
 
 
 def of_lokr_tucker(draw, shape):
@@ -99,6 +109,7 @@ def of_difference(draw, shape):
 FORMS = [
     (of_lora, LINEAR), (of_lora, KERNEL), (of_tucker, KERNEL), (of_loha, LINEAR), (of_loha, KERNEL),
     (of_loha_tucker, KERNEL), (of_lokr, LINEAR), (of_lokr, KERNEL), (of_lokr_factored, LINEAR),
+    (of_loha_as_convolutions, LINEAR), (of_lokr_as_convolutions, LINEAR),
     (of_lokr_factored, KERNEL), (of_lokr_tucker, KERNEL), (of_ia3, LINEAR), (of_ia3, KERNEL),
     (of_ia3_on_input, LINEAR), (of_ia3_on_input, KERNEL), (of_difference, LINEAR), (of_difference, KERNEL),
 ]  # fmt: skip
@@ -240,6 +251,27 @@ def test_whole_numbers_have_the_products_beside_them(tmp_path, draw, shape):
 def test_tensors_that_do_not_go_together(tmp_path, sides):
     with pytest.raises(ValueError):
         LowRank(stored(tmp_path, tuple(torch.zeros(each) for each in sides)), 1.0)
+
+
+@pytest.mark.parametrize(
+    "sides",
+    [
+        ((4, 1, 24), (4, 40), (4, 24), (4, 40), (4, 4, 3, 3), (4, 4, 3, 3)),
+        ((4, 24), (4, 40), (4, 24), (4, 40), (4, 4, 3, 3)),
+    ],
+)
+def test_factors_of_convolutions_in_three_are_matrices(tmp_path, sides):
+    with pytest.raises(ValueError):
+        Hadamard(stored(tmp_path, tuple(torch.zeros(each) for each in sides)), 1.0)
+
+
+def test_vectors_take_differences_only(tmp_path, draw):
+    up, down, factors, number = stored(tmp_path, (draw(1, 4), draw(4, 1), draw(1), draw()))
+    assert not LowRank((up, down), 1.0).fits((1,))
+    assert not Scaled((factors,), 1.0, True).fits((1,))
+    assert (added := Added((number,), 1.0)).fits((1,))
+    plain = written(tmp_path, torch.zeros(1))
+    assert torch.equal(read(replace(plain, patches=(added,))), read(number).view(1))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])

@@ -243,6 +243,69 @@ def test_alphas_in_pefts_config(tmp_path, spec, rooted):
     assert patch.scale == (4.0 if rooted else 2.0)
 
 
+@pytest.mark.parametrize("patterns", [("to_q", "attn1.to_q"), ("attn1.to_q", "to_q"), ("o_q", QUERY)])
+def test_an_alpha_of_its_own_is_the_first_whose_pattern_fits(tmp_path, spec, patterns):
+    up, down = thin(spec, QUERY, rank=4)
+    alphas = {pattern: 8 * 2**place for place, pattern in enumerate(patterns)}
+    said = {"lora_adapter_metadata": json.dumps({"unet.lora_alpha": 4, "unet.alpha_pattern": alphas})}
+    file = saved(
+        tmp_path, {f"unet.{QUERY}.lora_A.weight": down, f"unet.{QUERY}.lora_B.weight": up}, said=said
+    )
+    ((_, (patch,)),) = patched(Lora.read(file).apply(spec)).items()
+    fitting = [key for key in patterns if re.match(rf"(.*\.)?({key})$", QUERY)]  # as PEFT has it
+    assert patch.scale == alphas[fitting[0]] / 4
+
+
+@pytest.mark.parametrize("alpha", ["Infinity", "NaN", "1e306"])
+def test_an_alpha_that_is_not_finite(tmp_path, spec, alpha):
+    up, down = thin(spec, QUERY)
+    said = {"lora_adapter_metadata": f'{{"lora_alpha": {alpha}}}'}
+    file = saved(
+        tmp_path, {f"unet.{QUERY}.lora_A.weight": down, f"unet.{QUERY}.lora_B.weight": up}, said=said
+    )
+    with pytest.raises(TightfitError, match="not finite, in the alpha of"):
+        Lora.read(file).apply(spec)
+
+
+def test_an_alpha_of_many_digits_is_not_read(tmp_path, spec):
+    up, down = thin(spec, QUERY)
+    said = {"lora_adapter_metadata": f'{{"lora_alpha": 1{"0" * 400}}}'}
+    file = saved(
+        tmp_path, {f"unet.{QUERY}.lora_A.weight": down, f"unet.{QUERY}.lora_B.weight": up}, said=said
+    )
+    ((_, (patch,)),) = patched(Lora.read(file).apply(spec)).items()
+    assert patch.scale == 1
+
+
+NO_SHAPES = {
+    "scalar down": (QUERY, {"lora_down.weight": (), "lora_up.weight": (32, 4)}),
+    "scalar up": (QUERY, {"lora_down.weight": (4, 32), "lora_up.weight": (), "lora_mid.weight": (4, 4, 1)}),
+    "middle alone": (QUERY, {"lora_down.weight": (4, 32), "lora_mid.weight": (4, 4, 1)}),
+    "scalar lengths": (
+        QUERY,
+        {"lora_down.weight": (4, 32), "lora_up.weight": (32, 4), "dora_scale": ()},
+    ),
+    "lengths of a norm": (
+        "conv_norm_out",
+        {"lora_down.weight": (4, 1), "lora_up.weight": (32, 4), "dora_scale": (7,)},
+    ),
+    "matrices of a norm": ("conv_norm_out", {"lora_down.weight": (4, 1), "lora_up.weight": (32, 4)}),
+    "factors of a norm's inputs": ("conv_norm_out", {"weight": (32,), "on_input": ()}),
+}
+
+
+@pytest.mark.parametrize("what", NO_SHAPES)
+def test_shapes_that_cannot_be_are_left_out(tmp_path, spec, what):
+    """Beside a layer that is whole, which is applied all the same."""
+    layer, shapes = NO_SHAPES[what]
+    draw = random_of()
+    tensors = {f"lora_unet_{layer.replace('.', '_')}.{leaf}": draw(*shape) for leaf, shape in shapes.items()}
+    up, down = thin(spec, KEY)
+    whole = {f"unet.{KEY}.lora_A.weight": down, f"unet.{KEY}.lora_B.weight": up}
+    made = Lora.read(saved(tmp_path, tensors | whole)).apply(spec)
+    assert patched(made).keys() == {f"unet:{KEY}.weight"}
+
+
 def test_keys_that_fit_nothing_are_counted_and_named(tmp_path, spec):
     up, down = thin(spec, QUERY)
     tensors = {f"unet.{QUERY}.lora_A.weight": down, f"unet.{QUERY}.lora_B.weight": up}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from functools import partial
+
 import numpy as np
 import pytest
 import tightfit
@@ -121,6 +124,9 @@ def test_files_and_names_that_cannot_be(sd1, tiny_models, word, tmp_path):
     cases["no embedding"] = lambda: textual_inversion.read(tmp_path / "weights.safetensors")
     save_file({"emb_params": torch.zeros(500, 32)}, tmp_path / "long.safetensors")
     cases["1 to 75 vectors"] = lambda: textual_inversion.read(tmp_path / "long.safetensors")
+    for shape in ((), (0,), (2, 0), (0, 32)):
+        save_file({"emb_params": torch.zeros(shape)}, file := tmp_path / f"{len(cases)}.safetensors")
+        cases[f"of shape {re.escape(str(list(shape)))} in F32"] = partial(textual_inversion.read, file)
     for said, act in cases.items():
         with pytest.raises(TightfitError, match=said):
             act()

@@ -109,9 +109,11 @@ def test_what_is_no_vae_for_the_model_is_refused(sd1, tmp_path):
     spec = inspect(str(sd1))
     tiny_vae(latent_channels=16).save_pretrained(tmp_path / "wide")
     save_file({"unet.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    save_file({"9" * 5000 + ".weight": torch.zeros(2)}, tmp_path / "digits.safetensors")
     for path, said in {
         tmp_path / "wide": "decodes 16 channels",
         tmp_path / "other.safetensors": "nothing of a VAE's decoder",
+        tmp_path / "digits.safetensors": "nothing of a VAE's decoder",
         sd1 / "unet": "holds a UNet2DConditionModel",
         tmp_path / "missing": "missing",
     }.items():

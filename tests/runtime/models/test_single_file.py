@@ -21,7 +21,9 @@ from tightfit.runtime.adapters.vae import Vae
 from tightfit.runtime.backends.torch import loading
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers, vocabulary
-from tightfit.runtime.models.layouts import foreign
+from tightfit.runtime.models.layouts import foreign, renames
+from tightfit.runtime.models.layouts.safetensors import read_header
+from tightfit.runtime.models.layouts.scales import scaled
 from tightfit.runtime.models.layouts.single_file import SingleFileLayout
 from tightfit.runtime.models.tokens import tokenize
 
@@ -431,6 +433,36 @@ def refused(file: Path, *words: str) -> None:
     assert "\n" not in str(error.value)
     for word in (str(file), *words):
         assert word in str(error.value)
+
+
+JOINED, ATTENTION = "transformer.resblocks.0.attn.in_proj_weight", "decoder.mid.attn_1.q.weight"
+
+
+@pytest.mark.parametrize(
+    ("rename", "name", "tensor"),
+    [
+        (renames.open_clip, JOINED, torch.zeros(())),
+        (renames.open_clip, JOINED, torch.zeros(5, 3)),
+        (renames.vae, ATTENTION, torch.zeros(4, 4, 3, 3)),
+        (scaled, "to_q.scale_weight", torch.ones((), dtype=torch.int64)),
+        (scaled, "to_q.scale_weight", torch.ones(2)),
+    ],
+)
+def test_tensors_whose_bytes_are_not_what_their_names_say(rename, name, tensor, tmp_path):
+    save_file({name: tensor, "to_q.weight": torch.zeros(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(
+        TightfitError, match=r"a\.safetensors has .*: (copy or download it again|take the fp16)"
+    ):
+        rename(read_header(tmp_path / "a.safetensors"))
+
+
+def test_layers_of_many_digits(files, tmp_path):
+    name = f"cond_stage_model.transformer.text_model.encoder.layers.{'9' * 5000}.mlp.fc1.bias"
+    state = load_file(files["sd1"]) | {name: torch.zeros(2)}
+    save_file(state, tmp_path / "a.safetensors")
+    assert (
+        tightfit.inspect(str(tmp_path / "a.safetensors")).family == tightfit.inspect(str(files["sd1"])).family
+    )
 
 
 NAMES = {
