@@ -38,27 +38,29 @@ class Loaded:
             for name in engine.trim(plan.predicted.peak_bytes):
                 self.drop(name)
         wanted_bytes = plan.budget_bytes - plan.predicted.context_bytes
-        self._allowed_bytes = self.budget.share(self, wanted_bytes, plan.predicted.peak_bytes)
+        allowed_bytes = self.budget.share(self, wanted_bytes, plan.predicted.peak_bytes)
         self._limits.clear()  # another pipeline may have set the process's cap since
-        self._limit()
+        # The plan loads each network in its turn; adapting it beside all others may take no more than that.
+        self._allow(min(allowed_bytes, plan.predicted.peak_bytes))
         for name, (component, placement, session) in list(self.sessions.items()):
-            if component is not spec.components[name]:
+            if name in self.sessions and component is not spec.components[name]:
                 self._adapt(session, spec.components[name], placement)
+        self._allow(allowed_bytes)
 
     def _adapt(self, session: Session, component: Component, placement: Placement) -> None:
         """Keep the session of a component that adapters change otherwise now, if its engine can."""
         try:
             with BUILDING:
                 kept = self.backends[placement.backend].adapt(session, component, placement)
-        except OutOfMemoryError:  # it is loaded anew, once its stage begins
+        except OutOfMemoryError:
             kept = False
         except BaseException:  # half changed, so it is closed
             self.drop(component.name)
             raise
         if kept:
             self.sessions[component.name] = component, placement, session
-        else:
-            self.drop(component.name)
+        else:  # all are loaded anew, in the order that is planned
+            self.free()
 
     def session(self, component: Component, placement: Placement) -> Session:
         """Its session, loaded if it is not there."""
@@ -104,6 +106,10 @@ class Loaded:
     def peak_bytes(self) -> int:
         """The most that any engine has held since `reset_peak`."""
         return max((engine.meter.bytes() for engine in self.backends.values()), default=0)
+
+    def _allow(self, allowed_bytes: int) -> None:
+        self._allowed_bytes = allowed_bytes
+        self._limit()
 
     def _limit(self) -> None:
         """Let each engine take of what is allowed what the others leave."""

@@ -56,8 +56,9 @@ class Footprint:
     `trace`: one call. `scratch`: bytes that each attention takes for itself. `host`: bytes of host memory
     beside a GPU's. `kept`: bytes of a call that stay as long as the component is loaded. If it is streamed:
     `arrivals` are the weights that flow through in a call, in order; `units` their bytes, largest first;
-    `ring` the bytes of the buffer they flow through; `stored` their bytes in the files.
-    `patching_seconds`: to apply patches to what is read, of a streamed one in each call on a CPU, else once.
+    `ring` the bytes of the buffer they flow through; `stored` the files' bytes that they are read from.
+    `patching_seconds`: to apply patches to what is read, of a streamed one in each call on a CPU, else once;
+    `kept_patching_seconds`: to those of its weights that do not flow, once.
     """
 
     held: tuple[int, ...]
@@ -71,6 +72,7 @@ class Footprint:
     ring: int = 0
     stored: int = 0
     patching_seconds: float = 0.0
+    kept_patching_seconds: float = 0.0
 
     @property
     def held_bytes(self) -> int:

@@ -41,8 +41,16 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
     return head + streamed_seconds(footprint, spans, bus_rate(hardware, footprint))
 
 
+def read_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the files, to read the tensors and what their patches are made of once."""
+    return sum(
+        tensor.stored_bytes + sum(part.stored_bytes for patch in tensor.patches for part in patch.tensors)
+        for tensor in tensors
+    )
+
+
 def patching_seconds(tensors: Iterable[Tensor]) -> float:
-    """To read what patches of tensors are made of, and to apply them, once."""
+    """To apply the patches of tensors once, when all is read."""
     return sum(
         tensor.count * (PATCH_SECONDS + PATCHED_FLOP_SECONDS * sum(patch.flops for patch in tensor.patches))
         for tensor in tensors

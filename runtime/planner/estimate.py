@@ -12,7 +12,14 @@ from typing import Any, TypeVar
 from ..backends import engine
 from ..budget import BUILDING
 from ..costs.footprint import Footprint, peak
-from ..costs.latency import PACK_SECONDS, PIN_SECONDS, QUANTISE_SECONDS, SESSION_SECONDS, call_seconds
+from ..costs.latency import (
+    PACK_SECONDS,
+    PIN_SECONDS,
+    QUANTISE_SECONDS,
+    SESSION_SECONDS,
+    call_seconds,
+    read_bytes,
+)
 from ..machine.hardware import Hardware
 from ..models.families.family import Extent, Role
 from ..models.spec import Component, ModelSpec
@@ -225,10 +232,11 @@ class Estimate:
     def _loading_seconds(self, component: Component, placement: Placement, footprint: Footprint) -> float:
         """For one request. What stays loaded, or pinned, is read once for all of them."""
         if placement.residency == "streamed":
-            kept, pinned = component.stored_bytes - footprint.stored, footprint.host
+            kept, pinned = _read_bytes(component) - footprint.stored, footprint.host
+            loading = kept / self.hardware.read + footprint.kept_patching_seconds
             reading = footprint.stored / self.hardware.read + footprint.patching_seconds
             once = reading + pinned * PIN_SECONDS if pinned else 0.0
-            return kept / self.hardware.read + once / self.wishes.requests
+            return loading + once / self.wishes.requests
         loading = self._reading_seconds(component, placement) + footprint.patching_seconds
         return loading / (self.wishes.requests if placement.residency == "resident" else 1)
 
@@ -238,7 +246,7 @@ class Estimate:
             return component.graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(
                 component.graph.model.graph.node
             )
-        loading = component.stored_bytes / self.hardware.read
+        loading = _read_bytes(component) / self.hardware.read
         count = sum(t.count for t in component.tensors.values())
         if placement.precision in QUANTISED and component.formats is None:
             loading += count * QUANTISE_SECONDS[placement.precision]
@@ -290,6 +298,10 @@ class Estimate:
                 f"{shown(self.hardware.host_bytes)} are free"
             )
         return None
+
+
+def _read_bytes(component: Component) -> int:
+    return read_bytes((*component.tensors.values(), *component.words.values()))
 
 
 def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> int:

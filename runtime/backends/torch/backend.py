@@ -238,9 +238,7 @@ class TorchBackend:
         those that quantised layers have of adapters."""
         with _memory_errors_explained(self.device):
             like = networks.build(component, placement, self.device.type)
-            stored = weights.match(component, like)
-            weights.check_adapted(like)
-            return session.adapt(like, stored)
+            return session.adapt(like, weights.match(component, like))
 
     def keep(self, placements: Mapping[str, Placement]) -> None:
         """Free the host memory of every component whose placement is not in `placements`. A backend serves
@@ -293,16 +291,9 @@ class TorchSession:
         """Load all weights. OutOfMemoryError leaves nothing behind."""
         module = self._module()
         with self._nothing_behind():
-            # weights for a GPU are read through host memory
-            loading = (
-                weights.loading_bytes(module, stored, self.dtype, self.device)
-                if self.device.type == "cpu"
-                else 0
-            )
             self._hold(sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype)))
-            self._hold(loading)
-            weights.fill(module, stored, self.dtype, self.device)
-            self._hold(-loading)
+            with self._holding(weights.loading_bytes(module, stored, self.dtype, self.device)):
+                weights.fill(module, stored, self.dtype, self.device)
             self._stored = stored
 
     def adapt(self, like: torch.nn.Module, stored: Mapping[str, Tensor]) -> bool:
@@ -312,15 +303,16 @@ class TorchSession:
         changed = weights.changed(module, like, self._stored, stored)
         if changed is None:
             return False
+        with self._holding(weights.checking_bytes(like)):
+            weights.check_adapted(like)
         with self._nothing_behind():
+            scratch_bytes = weights.scratch_bytes(like, changed, self.dtype, self.device)
+            reading_bytes = scratch_bytes + weights.patching_bytes(changed)
             weights.exchange_adapted(module, like)
-            reading = weights.patching_bytes(changed) if self.device.type == "cpu" else 0
-            scratch_bytes = max((tensor.stored_bytes for tensor in changed.values()), default=0)
-            held = sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype))
-            self._hold(held - self._held)
-            self._hold(reading + scratch_bytes)
-            weights.refill(module, changed, self.dtype, self.device, scratch_bytes)
-            self._hold(-reading - scratch_bytes)
+            held_bytes = sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype))
+            self._hold(held_bytes - self._held)
+            with self._holding(reading_bytes):
+                weights.refill(module, changed, self.dtype, self.device, scratch_bytes)
         self._stored = stored
         self._calls.clear()  # a call may take more or less now
         return True
@@ -409,6 +401,16 @@ class TorchSession:
     def _hold(self, count: int) -> None:
         self.meter.hold(count)
         self._held += count
+
+    @contextmanager
+    def _holding(self, host_bytes: int) -> Iterator[None]:
+        """For a while, on top; a GPU's weights are read through host memory, which is not measured."""
+        count = host_bytes if self.device.type == "cpu" else 0
+        self._hold(count)
+        try:
+            yield
+        finally:
+            self._hold(-count)
 
 
 # cuBLAS: no room for its handle or workspace, or the wrong driver. cuDNN: no algorithm whose workspace fits,

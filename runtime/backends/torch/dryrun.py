@@ -12,7 +12,7 @@ import torch
 
 from ....kernels import attention
 from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
-from ...costs.latency import patching_seconds
+from ...costs.latency import patching_seconds, read_bytes
 from ...errors import explained
 from ...machine.hardware import Hardware
 from ...models.families.family import Extent
@@ -217,8 +217,9 @@ def _streamed(
     held = [count for part in kept for count in weights.held(part, dtype)]
     paths = {unit.path: unit.bytes for unit in streamed.values()}
     arrivals = tuple(Arrival(path, paths[path], *place) for path, *place in trace.calls if path in paths)
-    flowing = [tensor for unit in streamed.values() for _, _, tensor, _ in unit.weights]
-    files = sum(tensor.stored_bytes for tensor in flowing)
+    flowing, staying = (
+        [tensor for unit in some.values() for _, _, tensor, _ in unit.weights] for some in (streamed, kept)
+    )
     reading = _kept(
         module, dtype, device, "scratch", lambda: weights.scratch_bytes(module, stored, dtype, device)
     )
@@ -229,10 +230,11 @@ def _streamed(
     )
     held += [*_beside(module, dtype, device), ring, *reading_bytes]
     sizes = tuple(sorted((unit.bytes for unit in streamed.values()), reverse=True))
-    streams = {"arrivals": arrivals, "units": sizes, "ring": ring, "stored": files}
+    streams = {"arrivals": arrivals, "units": sizes, "ring": ring, "stored": read_bytes(flowing)}
     return Footprint(
-        tuple(held), 0, trace, scratch, host, **streams, patching_seconds=patching_seconds(flowing)
-    )
+        tuple(held), 0, trace, scratch, host, **streams,
+        patching_seconds=patching_seconds(flowing), kept_patching_seconds=patching_seconds(staying),
+    )  # fmt: skip
 
 
 def _beside(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> list[int]:

@@ -312,16 +312,26 @@ def refill(
 
 def check_adapted(module: torch.nn.Module) -> None:
     """Raise TightfitError for values that are not finite in what quantised layers have of adapters."""
+    for tensor in _of_adapters(module):
+        _in_fp32(tensor)
+
+
+def checking_bytes(module: torch.nn.Module) -> int:
+    """Most bytes of host memory that `check_adapted` takes at once."""
+    return max((4 * tensor.count + tensor.stored_bytes for tensor in _of_adapters(module)), default=0)
+
+
+def _of_adapters(module: torch.nn.Module) -> Iterator[Tensor]:
     for layer in quantised_layers(module).values():
-        for tensor in layer.adapted.stored.values() if layer.adapted is not None else ():
-            _in_fp32(tensor)
+        yield from layer.adapted.stored.values() if layer.adapted is not None else ()
 
 
 def _in_fp32(tensor: Tensor) -> torch.Tensor:
     """A tensor of an adapter's. Raises TightfitError for one with values that are not finite."""
     values = torch.empty(tensor.shape)
     read_into(values, tensor, torch.empty(tensor.stored_bytes, dtype=torch.uint8))
-    if not values.isfinite().all():
+    # `isfinite` of all of them would take as much as they do
+    if values.numel() and not all(extreme.isfinite() for extreme in values.aminmax()):
         raise TightfitError(f"{tensor.file} holds values that are not finite: take another copy of it")
     return values
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tightfit.runtime.adapters import adapted, read_adapter
 from tightfit.runtime.adapters.changes import Added, Decomposed, Hadamard, Kronecker, LowRank, Scaled
 from tightfit.runtime.adapters.lora import Lora, written
@@ -27,6 +27,8 @@ from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.models.tensors import Tensor
 from tightfit.runtime.pipeline import Pipeline
+from tightfit.runtime.planner import choose as planner
+from tightfit.runtime.planner.estimate import ESTIMATOR
 from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.request import Request
 
@@ -689,9 +691,45 @@ def test_seconds_of_merging_are_predicted(tiny_models, trained):
                 seconds.append(pipeline.plans(REQUEST)[0].predicted.seconds)
         more[precision, residency] = seconds[1] - seconds[0]
     assert min(more.values()) > 0
-    once = sum(
-        patching_seconds(component.tensors.values())
-        for component in adapted(spec, twice(trained)).components.values()
-    )
+    once = seconds_of(adapted(spec, twice(trained)), [trained[0]] * 2)
     assert more["fp32", "staged"] == pytest.approx(once)
     assert 1.5 * once < more["fp32", "streamed"] < 8 * once
+
+
+def seconds_of(spec, files):
+    """Of reading the matrices in these files once, and of applying them."""
+    matrices = [tensor for file in files for tensor in load_file(file).values() if tensor.ndim]
+    applying = sum(patching_seconds(component.tensors.values()) for component in spec.components.values())
+    return applying + sum(tensor.nbytes for tensor in matrices) / Hardware.detect("cpu").read
+
+
+def test_seconds_of_merging_into_what_a_streamed_plan_keeps(tmp_path, spec):
+    """Once, not in each step."""
+    up, down = thin(spec, CONV)
+    file = saved(tmp_path, {f"unet.{CONV}.lora_A.weight": down, f"unet.{CONV}.lora_B.weight": up})
+    hardware, wishes, seconds = Hardware.detect("cpu"), Wishes(precision="fp32", residency="streamed"), []
+    changed = adapted(spec, [Lora.read(file)])
+    for model in (spec, changed):
+        job = REQUEST.resolve(model)
+        placements = planner.plan(hardware, model, job, wishes)[0].placements
+        kept_bytes = int(0.9 * model.denoiser.stored_bytes)  # of the largest layers, and it is no small one
+        placements = {**placements, "unet": replace(placements["unet"], kept_bytes=kept_bytes)}
+        plan = ESTIMATOR.estimate(hardware, job, wishes).plan("batched", placements, hardware.free_bytes)
+        seconds.append(plan.predicted.seconds)
+    assert seconds[1] - seconds[0] == pytest.approx(seconds_of(changed, [file]), rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32", "int8"])
+def test_adapting_what_stays_loaded_takes_what_is_predicted(tmp_path, spec, precision):
+    """The largest weight is read through buffers of twice its size."""
+    tensors = spec.components["unet"].tensors
+    name = max(tensors, key=lambda name: tensors[name].count).removesuffix(".weight")
+    difference = random_of()(*shape_of(spec, name)) * 0.01
+    lora = Lora.read(saved(tmp_path, {f"unet.{name}.diff": difference}))
+    wishes = {"precision": precision, "residency": "resident"}
+    with Pipeline(spec, Hardware.detect("cpu"), Wishes(**wishes)) as pipeline:
+        for adapters in ((), (lora,), (), (lora,)):
+            result = pipeline.generate(replace(REQUEST, adapters=adapters))
+            assert result.peak_bytes == pytest.approx(result.plan.predicted.peak_bytes, rel=0.05)
+            assert not result.notices
+    assert np.array_equal(pixels(result), pixels(painted(adapted(spec, [lora]), **wishes)))

@@ -94,6 +94,22 @@ def test_on_every_precision_and_residency_and_predicted(sd1, word, wishes):
     assert abs(result.peak_bytes - predicted) <= 0.05 * predicted
 
 
+@pytest.mark.parametrize(("residency", "times"), [("staged", 1), ("streamed", 2)])
+def test_reading_is_in_the_predicted_seconds(tmp_path, sd1, residency, times):
+    """Each time that the text encoder's weights are read: once, or for both texts."""
+    values, seconds = vectors(*widths(inspect(str(sd1)))), []
+    for number, stored in enumerate((values.half(), values)):
+        save_file({"emb_params": stored}, file := tmp_path / f"{number}.safetensors")
+        word = textual_inversion.read(file, "<toy>")
+        request = tightfit.Request(PROMPT, NEGATIVE, guidance_scale=5.0, adapters=(word,), **REQUEST)
+        with tightfit.load(
+            str(sd1), device="cpu", precision="fp32", residency=residency, requests=1
+        ) as pipeline:
+            seconds.append(pipeline.plans(request)[0].predicted.seconds)
+            read = pipeline.hardware.read
+    assert seconds[1] - seconds[0] == pytest.approx(times * values.nbytes / 2 / read)
+
+
 def test_a_words_vectors_are_cut_and_padded_as_others(sd1, word):
     spec = adapted(inspect(str(sd1)), [textual_inversion.read(word, "<toy>")])
     (encoder,) = spec.text_encoders

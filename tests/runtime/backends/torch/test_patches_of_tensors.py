@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tightfit.runtime.backends.torch import loading
+from tightfit.runtime.backends.torch.meter import LiveBytes
 from tightfit.runtime.models.layouts.safetensors import read_header
 from tightfit.runtime.models.tensors import Patch
 
@@ -22,6 +23,16 @@ class Added(Patch):
     def apply(self, rows, start, parts):
         up, down = parts
         rows += self.strength * (up[start : start + len(rows)] @ down).view(rows.shape)
+
+
+@dataclass(frozen=True)
+class Whole(Patch):
+    """rows += a tensor of their shape."""
+
+    tensors: tuple
+
+    def apply(self, rows, start, parts):
+        rows += parts[0][start : start + len(rows)]
 
 
 def read(tensor, dtype):
@@ -48,6 +59,18 @@ def test_patches_are_applied_in_fp32_whatever_the_block(tmp_path, monkeypatch, b
             read(tensor, dtype).double(), exact, rtol=0, atol=2e-5 if dtype.itemsize == 4 else 0.01
         )
     assert torch.equal(read(header["weight"], stored), weight)  # nothing else changes
+
+
+def test_patching_takes_no_more_than_is_counted(tmp_path):
+    whole = torch.ones(1024, 2048, dtype=torch.float16)
+    save_file({"weight": whole, "difference": whole.clone()}, file := tmp_path / "a.safetensors")
+    header = read_header(file)
+    tensor = replace(header["weight"], patches=(Whole((header["difference"],)),))
+    out, scratch = torch.empty(tensor.shape), torch.empty(tensor.stored_bytes, dtype=torch.uint8)
+    with LiveBytes("cpu") as live:
+        loading.read_into(out, tensor, scratch)
+    assert out.eq(2).all()
+    assert live.peak <= loading.patching_bytes({"weight": tensor})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
