@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,16 @@ def write(job: Job, model: str, precision: str) -> str:
     return "\n".join(lines)
 
 
-def read(picture: Path) -> Carried:
+def read(picture: Path, given: Collection[str] = ()) -> Carried:
     """What `picture` carries. Raises TightfitError if it is no PNG or says nothing that can be repeated."""
     if not (text := png.read_text(picture, "parameters")):
         raise TightfitError(
             f"{picture} carries no 'parameters' text: only pictures made by tightfit or A1111 can be repeated"
         )
-    return parse(text, str(picture))
+    return parse(text, str(picture), given)
 
 
-def parse(text: str, source: str) -> Carried:
+def parse(text: str, source: str, given: Collection[str] = ()) -> Carried:
     """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and a line of settings, the last that
     looks like one.
 
@@ -95,7 +95,7 @@ def parse(text: str, source: str) -> Carried:
     place = next((i for i in reversed(range(len(lines))) if _SETTINGS.match(lines[i])), len(lines) - 1)
     prompt, fields = lines[:place], {name: _unquoted(value) for name, value in _pairs(lines[place])}
     if "tightfit" in fields:
-        return _exact(fields["tightfit"], source)
+        return _exact(fields["tightfit"], source, given)
     if "Steps" not in fields:
         raise TightfitError(
             f"the 'parameters' text of {source} has no line of settings: it cannot be repeated"
@@ -111,7 +111,7 @@ def parse(text: str, source: str) -> Carried:
     return Carried(request, notices=_differences(fields))
 
 
-def _exact(text: str, source: str) -> Carried:
+def _exact(text: str, source: str, given: Collection[str]) -> Carried:
     """The JSON that some version of tightfit wrote. A field that is not in it has its default, as Request
     says.
 
@@ -134,7 +134,7 @@ def _exact(text: str, source: str) -> Carried:
     named = exact.pop("adapters", None) or {}
     if not isinstance(named, dict) or not all(map(_texts, named.values())):
         raise TightfitError(f"the request inside {source} is damaged, in its adapters: it cannot be repeated")
-    if adapters := _adapters(named, source):
+    if adapters := _adapters({key: named[key] for key in named if key not in given}, source):
         request["adapters"] = adapters
     options = {kind.option for kind in ADAPTERS}
     exact |= {option: ", ".join(names) for option, names in named.items() if option not in options}
@@ -163,7 +163,7 @@ def _adapters(named: Mapping[str, list[str]], source: str) -> tuple[Adapter, ...
         said = " and ".join(f"--{option}" for option in named)
         raise TightfitError(
             f"{source} was painted with an adapter that is not where it was ({error}): "
-            f"give all anew, by {said}"
+            f"give all of that kind anew, by {said}"
         ) from None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from .adapters import Adapter, adapted
+from .adapters import Adapter, adapted, check
 from .budget import Turn
 from .errors import TightfitError
 from .events import Event, Result
@@ -78,6 +78,7 @@ class Pipeline:
     ) -> None:
         """`adapters` are of every request, before its own."""
         self.spec, self.hardware, self.wishes = spec, hardware, wishes or Wishes()
+        check(adapters)
         self._adapters = tuple(adapters)
         adapted(spec, self._adapters)  # raises here for those that are not for this model
         self.loaded = Loaded(hardware)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
-from .adapters import Adapter, adapted, check_count
+from .adapters import Adapter, adapted, check
 from .conditions import Condition
 from .errors import TightfitError
 from .fields import described, kinds, option
@@ -58,7 +58,7 @@ class Request:
             _check_text(name, getattr(self, name))
         if not self.prompt.strip():
             raise TightfitError('the prompt is empty: say what to paint, for example "a red heart"')
-        check_count(len(self.adapters))
+        check(self.adapters)
         given = {name: getattr(self, name) for name in _WHOLE}
         if isinstance(self.seed, SupportsIndex) and operator.index(self.seed) == RANDOM_SEED:
             given["seed"] = None

@@ -82,6 +82,13 @@ def _placed(text: str, shelf: library.Kind, models_dirs: Sequence[str | Path]) -
     return ":".join([library.located(name, shelf, models_dirs), *others])
 
 
+def check(adapters: object) -> None:
+    """Raise TightfitError for what are no adapters, or too many."""
+    if not isinstance(adapters, tuple | list) or not all(hasattr(adapter, "apply") for adapter in adapters):
+        raise TightfitError("adapters must be a list of what tightfit.read_adapter reads")
+    check_count(len(adapters))
+
+
 def check_count(count: int) -> None:
     """Raise TightfitError for more than one request may have."""
     if count > MOST:

@@ -75,7 +75,7 @@ def generate(
     if options.model is not None:
         options = replace(options, model=located(options.model, models_dirs))
     prompt = read_prompt(options.prompt, options.prompt_file)
-    carried = _carried(options.source)
+    carried = _carried(options.source, adapting)
     typed = {**asked} if prompt is None else {**asked, "prompt": prompt}
     wanted = Request(**{"prompt": "", **carried.request, **typed})
     request = _adapted(wanted, adapting, models_dirs).checked()
@@ -103,18 +103,19 @@ def generate(
 
 
 def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequence[Path]) -> Request:
-    """With the adapters that were given, in place of those that a picture names, and those that the prompt
-    has."""
+    """With the adapters that were given, and those that the prompt names."""
     prompt, named = from_words(request.prompt, models_dirs)
-    adapters = written(adapting, models_dirs) or request.adapters
+    adapters = *request.adapters, *written(adapting, models_dirs)
     return replace(request, prompt=prompt, adapters=(*adapters, *named))
 
 
-def _carried(source: Path | None) -> Carried:
-    """What the picture `source` asks for, nothing without one."""
+def _carried(source: Path | None, adapting: Mapping[str, Any]) -> Carried:
+    """What the picture `source` asks for, nothing without one. Adapters of a kind that is given are given
+    anew."""
     from ..infotext import Carried, read
 
-    carried = read(source) if source else Carried({})
+    given = [option for option, texts in adapting.items() if texts]
+    carried = read(source, given) if source else Carried({})
     for notice in carried.notices:
         say(f"note: {notice}", err=True)
     return carried

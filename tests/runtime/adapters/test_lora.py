@@ -658,6 +658,7 @@ def test_a_picture_whose_lora_is_gone(tmp_path):
         TightfitError, match=r"not where it was \(.*gone.safetensors cannot be read.* by --lora"
     ):
         infotext.parse(text, "a.png")
+    assert not infotext.parse(text, "a.png", ["lora"]).request.get("adapters")  # it is given anew
     with pytest.raises(TightfitError, match="damaged, in its adapters"):
         infotext.parse(text.replace("[", "").replace("]", ""), "a.png")
 

@@ -80,6 +80,14 @@ def test_a_file_that_goes_while_it_paints_loses_no_picture(sd1, tmp_path):
             tightfit.read_adapter(file)
 
 
+@pytest.mark.parametrize("adapters", ["a.safetensors", ["a.safetensors"], 3])
+def test_what_is_no_adapter_is_one_line(sd1, adapters):
+    with pytest.raises(TightfitError, match="read_adapter"):
+        tightfit.load(str(sd1), device="cpu", adapters=adapters)
+    with pytest.raises(TightfitError, match="read_adapter"):
+        tightfit.Request("a", adapters=adapters).checked()
+
+
 def test_an_embedding_whose_word_is_not_used_is_said(sd1, tmp_path):
     save_file({"emb_params": torch.zeros(1, 32)}, tmp_path / "toy.safetensors")
     with tightfit.load(str(sd1), device="cpu", precision="fp32") as pipeline:
