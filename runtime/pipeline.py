@@ -83,7 +83,7 @@ class Pipeline:
         adapted(spec, self._adapters)  # raises here for those that are not for this model
         self.loaded = Loaded(hardware)
         self._saved, self._on_stage = plan, on_stage
-        self._planned: tuple[ModelSpec, tuple[int, ...], list[Plan]] = spec, (), []
+        self._planned: tuple[tuple[Any, ...], list[Plan]] = (spec,), []  # of what, which plans
         # Held while something of this pipeline is read or changed, not between two events.
         self._using = threading.RLock()
         self._current: tuple[Run, Turn] | None = None
@@ -94,10 +94,10 @@ class Pipeline:
         job = self._job(request)
         key = (job.width, job.height, job.calls, job.num_images, job.branches)
         with self._using:
-            spec, known, _ = self._planned
-            if spec is not job.spec or known != key:
-                self._planned = job.spec, key, self._planned_anew(job)
-            return list(self._planned[2])
+            (spec, *known), _ = self._planned
+            if spec is not job.spec or (*known,) != key:
+                self._planned = (job.spec, *key), self._planned_anew(job)
+            return list(self._planned[1])
 
     def _job(self, request: Request) -> Job:
         if isinstance(request, Job):

@@ -101,6 +101,7 @@ class Run:
         with self._measured("prepare"):
             self._take(self._ways.first(job))
             tokens = self._prepare()
+            infotext.write(job, self.spec.name, self.plan.precision)  # hashes adapters while they are there
         with self._measured("encode"):
             conditioning = Conditioning(self._encode(tokens))
             self._steering = self._steer()
@@ -132,7 +133,6 @@ class Run:
         tokens = {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
         of_adapters = job.spec.notes[len(job.model.notes) :]
         self.notices += (*of_adapters, *_said_of(self.spec, texts), *_cut(tokens))
-        infotext.write(job, self.spec.name, self.plan.precision)  # hashes adapters while they are there
         return tokens
 
     def _encode(self, tokens: Mapping[str, Tokens]) -> dict[str, np.ndarray]:

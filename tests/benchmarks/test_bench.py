@@ -234,7 +234,7 @@ def test_quick_begins_with_the_fastest_and_ends_in_time(measured, monkeypatch, t
         (["--hardware", "rtx-2060"], "tightfit plan --hardware rtx-2060"),
         (["--sizes", "64,big"], "pixels such as 256,512x768, not 'big'"),
         (["--sizes", ""], "pixels such as"),
-        (["--pictures", "0"], "from 1 up"),
+        (["--pictures", "0"], "at least 1"),
         (["--steps", "-1"], "--steps must be at least 1"),
         (["--plans", "nowhere.json"], "auto, all, quick, or files"),
         (["--ram", "1MiB"], "does not fit"),

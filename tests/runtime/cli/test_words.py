@@ -298,7 +298,7 @@ def test_syntax_of_a1111_is_said(text, found):
         {"negative prompt": text, "prompt": "a heart (red), 3:4, and <b>, BREAKFAST, HAND"}
     )
     assert notice.startswith("the negative prompt has")
-    assert notice.endswith(f": {found}")
+    assert f": {found}" in notice
 
 
 def test_much_syntax_is_said_briefly():
