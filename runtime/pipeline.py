@@ -91,7 +91,9 @@ class Pipeline:
     def plans(self, request: Request) -> list[Plan]:
         """Every way to run `request` here, the one that will be taken first. Raises TightfitError if none
         fits."""
-        job = self._job(request)
+        return self._plans(self._job(request))
+
+    def _plans(self, job: Job) -> list[Plan]:
         key = (job.width, job.height, job.calls, job.num_images, job.branches)
         with self._using:
             (spec, *known), _ = self._planned
@@ -100,9 +102,9 @@ class Pipeline:
             return list(self._planned[1])
 
     def _job(self, request: Request) -> Job:
-        if isinstance(request, Job):
-            return request
-        return replace(request, adapters=(*self._adapters, *request.adapters)).resolve(self.spec)
+        """For this pipeline's model, with its adapters before the request's own, also of another's job."""
+        asked = request.request if isinstance(request, Job) else request
+        return replace(asked, adapters=(*self._adapters, *asked.adapters)).resolve(self.spec)
 
     def _planned_anew(self, job: Job) -> list[Plan]:
         saved = self._checked(job)
@@ -121,7 +123,7 @@ class Pipeline:
 
     def _first(self, job: Job) -> Plan:
         """The plan to begin with."""
-        return (self._checked(job) or self.plans(job))[0]
+        return (self._checked(job) or self._plans(job))[0]
 
     def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
@@ -166,7 +168,7 @@ class Pipeline:
         """
         job = self._job(request)
         with self.loaded.budget.claim(self.loaded) as turn:
-            run = Run(job, self.loaded, Ways(self._first, self.plans), self._on_stage)
+            run = Run(job, self.loaded, Ways(self._first, self._plans), self._on_stage)
             self._current = run, turn
             try:
                 yield from self._resumed(run.events(preview_every), turn)

@@ -107,7 +107,7 @@ def read_adapter(path: str | Path, weight: float = 1.0, text_weight: float | Non
         return lora.Lora.read(file, weight, text_weight)
     if textual_inversion.claims(stored):
         return textual_inversion.read(file)
-    raise TightfitError(f"{file} is no LoRA or the like: a whole model is given by --model, a VAE by --vae")
+    raise lora.no_lora(file)
 
 
 _ADAPTED: Recent[ModelSpec] = Recent(16)

@@ -403,6 +403,10 @@ def _placed(patterns: Any) -> Mapping[str, tuple[int, Any]]:
     return {pattern: (place, alpha) for place, (pattern, alpha) in enumerate(alphas)}
 
 
+def no_lora(file: Path) -> TightfitError:
+    return TightfitError(f"{file} is no LoRA or the like: a whole model is given by --model, a VAE by --vae")
+
+
 _WEIGHT = re.compile(r"(.+):([^:/\\]*)", re.DOTALL)
 
 
@@ -419,7 +423,5 @@ def written(text: str) -> Lora:
             ) from None
     file = located(path, IN_FOLDERS)
     if not Lora.claims(contents(file, stamp(file))[0]):
-        raise TightfitError(
-            f"{file} is no LoRA or the like: a whole model is given by --model, a VAE by --vae"
-        )
+        raise no_lora(file)
     return Lora.read(file, *weights)

@@ -14,10 +14,9 @@ from typing import ClassVar
 
 from ..errors import TightfitError
 from ..files import shortened
-from ..models.layouts.safetensors import read_header
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
-from .header import exists, located
+from .header import contents, exists, located, stamp
 
 _MOST_VECTORS = 75  # as many as one text has room for
 # As diffusers' trainer calls it in the folder that it writes.
@@ -75,7 +74,7 @@ class TextualInversion:
 def read(file: Path, token: str = "") -> TextualInversion:
     """The embedding in a safetensors file, for `token`, else for the word that the file names, else for the
     file's own name. Raises TightfitError if it holds none."""
-    stored = read_header(file)
+    stored, _ = contents(file, stamp(file))
     names = [name for name in _NAMES if name in stored] or [*stored][:1]
     if not claims(stored):
         raise TightfitError(

@@ -13,10 +13,10 @@ from ..files import read_json
 from ..models.families.networks import DECODER, check_config
 from ..models.families.tiny import TINY_DECODER
 from ..models.layouts import renames
-from ..models.layouts.safetensors import all_tensors, read_header
+from ..models.layouts.safetensors import all_tensors
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
-from .header import Stamp, exists, path_of, stamp
+from .header import Stamp, contents, exists, path_of, stamp
 
 _MOST_FILES = 100  # of a folder, whose sizes and times are looked at
 _INSIDE = "first_stage_model."  # as names of a VAE begin in a checkpoint, and in files that were cut from one
@@ -72,7 +72,7 @@ class Vae:
         return self._component(spec, config, all_tensors(self.path))
 
     def _file(self, spec: ModelSpec) -> Component:
-        stored = read_header(self.path)
+        stored, _ = contents(self.path, stamp(self.path))
         if all(_NUMBERED.fullmatch(name) for name in stored):
             return self._component(spec, {"_class_name": _TINY}, _renamed(stored))
         if any(name.startswith("decoder.layers.") for name in stored):

@@ -3,6 +3,8 @@ none of its code."""
 
 from __future__ import annotations
 
+import copy
+import functools
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -29,8 +31,13 @@ def tokenizer_of(spec: ModelSpec, encoder: Component) -> Any:
     """The text encoder's: the model's own, or CLIP's where the model brings none."""
     if encoder.pad is None:
         return read_tokenizer(spec.folder / encoder.network.tokenizer)
+    return copy.deepcopy(_clip(encoder.pad))  # words may be added to it
+
+
+@functools.cache
+def _clip(pad: str) -> Any:
     with TemporaryDirectory(prefix="tightfit-") as folder:  # every transformers reads one from files
-        vocabulary.write(Path(folder), vocabulary.clip_merges(), vocabulary.LENGTH, encoder.pad)
+        vocabulary.write(Path(folder), vocabulary.clip_merges(), vocabulary.LENGTH, pad)
         return read_tokenizer(Path(folder))
 
 

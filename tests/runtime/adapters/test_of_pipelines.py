@@ -68,6 +68,20 @@ def test_adapters_of_a_pipeline_are_in_its_pictures(sd1, tmp_path):
     assert "a.safetensors" in result.images[0].info["parameters"]
 
 
+def test_a_job_of_another_pipeline_is_painted_by_this_ones_model(sd1, tiny_models, tmp_path):
+    lora = Lora.read(difference(tmp_path, sd1, 0.2))
+    request = tightfit.Request("a cat", **REQUEST)
+    foreign = request.resolve(inspect(str(tiny_models["sd2"])))
+    with tightfit.load(str(sd1), device="cpu", precision="fp32", adapters=[lora]) as pipeline:
+        expected = pipeline.generate(
+            tightfit.Request("a cat", guidance_scale=foreign.guidance_scale, **REQUEST)
+        )
+        for job in (foreign, request.resolve(pipeline.spec)):
+            result = pipeline.generate(job)
+            assert result.images[0].tobytes() == expected.images[0].tobytes()
+            assert result.request.adapters == (lora,)
+
+
 def test_a_file_that_goes_while_it_paints_loses_no_picture(sd1, tmp_path):
     file = difference(tmp_path, sd1, 0.2)
     with tightfit.load(str(sd1), device="cpu", precision="fp32") as pipeline:
