@@ -4,7 +4,9 @@ equal. quantise.py makes them.
 A weight is (out, in), or (out, in, height, width) in a convolution, which has `height x width` taps. It is
 stored in rows, one for each output channel: tap by tap, and within a tap input channel by input channel. A
 group is `group` neighbouring input channels of one tap; the last group of a tap may be smaller. With group 0
-it is the whole row. A group has one scale:
+it is the whole row. Others' files have rows that are `flat`: of a convolution they go through its taps input
+channel by input channel, as torch's weight does, and groups follow one another, whatever tap they are of. A
+group has one scale:
 
     int8   value = code * scale                 codes -127..127
     int4   value = (code - zero / 16) * scale   codes 0..15, zero 0..255: sixteenths are exact in bf16, where
@@ -13,7 +15,7 @@ it is the whole row. A group has one scale:
 
 `packed` holds int8 codes as they are (out, row), 4-bit ones two in a byte (out, ⌈row / 2⌉): the first half of
 the row in the low four bits, the second in the high ones, so that unpacking writes two contiguous runs.
-`scale` is fp16 (out, groups of a row), `zero` uint8 of that shape.
+`scale` is fp16 (out, groups of a row), or fp32 in a format that says so; `zero` is uint8 of that shape.
 """
 
 from __future__ import annotations
@@ -37,10 +39,12 @@ NF4 = (
 @dataclass(frozen=True)
 class Format:
     """One way to store a weight. `kind` is int8, int4 or nf4. `group` input channels share a scale; with 0 a
-    whole row does."""
+    whole row does. `flat` rows have torch's order. `wide`: scales are fp32."""
 
     kind: str
     group: int
+    flat: bool = False
+    wide: bool = False
 
     @property
     def bits(self) -> int:
@@ -51,13 +55,18 @@ class Format:
         out, row, groups = shape[0], math.prod(shape[1:]), self.groups(shape)
         parts: dict[str, tuple[torch.dtype, tuple[int, int]]] = {
             "packed": (torch.int8, (out, row)) if self.bits == 8 else (torch.uint8, (out, -(-row // 2))),
-            "scale": (torch.float16, (out, groups)),
+            "scale": (torch.float32 if self.wide else torch.float16, (out, groups)),
         }
         return parts | ({"zero": (torch.uint8, (out, groups))} if self.kind == "int4" else {})
 
     def groups(self, shape: Sequence[int]) -> int:
         """Groups of one row."""
-        return math.prod(shape[2:]) * -(-shape[1] // self.group) if self.group else 1
+        taps = self.taps(shape)
+        return taps * -(-math.prod(shape[1:]) // taps // self.group) if self.group else 1
+
+    def taps(self, shape: Sequence[int]) -> int:
+        """Parts of a row in which groups begin anew."""
+        return 1 if self.flat else math.prod(shape[2:])
 
     def spans(self, channels: int) -> Iterator[tuple[slice, slice, int]]:
         """Runs of equal groups in the last axis of `rows`: their channels, their groups, and the size of a
@@ -70,7 +79,9 @@ class Format:
 
     def rows(self, weight: Tensor) -> Tensor:
         """(out, in) or (out, in, h, w) → (out, taps, in), or (out, 1, taps x in) where a row is one group."""
-        rows = weight[:, None] if weight.ndim == 2 else weight.permute(0, 2, 3, 1).flatten(1, 2)
+        if self.flat or weight.ndim == 2:
+            return weight.flatten(1)[:, None]
+        rows = weight.permute(0, 2, 3, 1).flatten(1, 2)
         return rows if self.group else rows.flatten(1)[:, None]
 
     def bytes(self, shape: Sequence[int]) -> int:
@@ -84,6 +95,8 @@ FORMATS: Mapping[str, Format] = {
     "int4-g64": Format("int4", 64),
     "int4-g32": Format("int4", 32),
     "nf4-g64": Format("nf4", 64),
+    "int8-b32": Format("int8", 32, flat=True),
+    "int4-b32": Format("int4", 32, flat=True),
 }
 
 
@@ -101,13 +114,11 @@ def unpack(packed: Tensor, row: int) -> Tensor:
     return torch.cat([packed & 15, packed[:, : row // 2] >> 4], 1)
 
 
-def from_rows(rows: Tensor, shape: Sequence[int]) -> Tensor:
-    """(out, row) → a view of `shape`, laid out in memory as channels_last."""
-    return (
-        rows.view(*shape)
-        if len(shape) == 2
-        else rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
-    )
+def from_rows(rows: Tensor, shape: Sequence[int], flat: bool = False) -> Tensor:
+    """(out, row) → a view of `shape`, laid out in memory as channels_last unless it is `flat`."""
+    if flat or len(shape) == 2:
+        return rows.view(*shape)
+    return rows.view(shape[0], *shape[2:], shape[1]).permute(0, 3, 1, 2)
 
 
 def nearest(x: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
@@ -127,7 +138,7 @@ def value(codes: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
 
 def dequantise(parts: Mapping[str, Tensor], form: Format, shape: Sequence[int]) -> Tensor:
     """The stored parts as a weight of `shape`, in fp32: the plain reference."""
-    row, taps = math.prod(shape[1:]), math.prod(shape[2:])
+    row, taps = math.prod(shape[1:]), form.taps(shape)
     codes = unpack(parts["packed"], row) if form.bits == 4 else parts["packed"]
     rows = codes.float().view(shape[0], taps if form.group else 1, -1)
     scale = parts["scale"].float().view(*rows.shape[:2], -1)
@@ -135,4 +146,4 @@ def dequantise(parts: Mapping[str, Tensor], form: Format, shape: Sequence[int]) 
     for channels, groups, size in form.spans(rows.shape[-1]):
         part = rows[..., channels].unflatten(-1, (-1, size))
         part.copy_(value(part, form, scale[..., groups, None], zero[..., groups, None]))
-    return from_rows(rows.flatten(1), shape)
+    return from_rows(rows.flatten(1), shape, form.flat)

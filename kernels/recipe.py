@@ -13,12 +13,25 @@ LEAST = 4096  # values of the smallest weight that is quantised
 _DELICATE = ("conv_shortcut", "proj_in", "proj_out", "conv_in", "conv_out")
 
 
-def recipe(precision: str, layer: str, shape: Sequence[int], least_bits: int = 4) -> str | None:
+def recipe(
+    precision: str, layer: str, shape: Sequence[int], least_bits: int = 4, stored: str = ""
+) -> str | None:
     """The name in FORMATS for the weight of `layer` (dotted, without ".weight"), or None for one that is not
     worth it.
 
-    `precision` is int8 or int4. `least_bits` is 8 for a network that stays int8 in an int4 model.
+    `precision` is int8 or int4. `least_bits` is 8 for a network that stays int8 in an int4 model. `stored` is
+    the format in which a file has the weight's codes; they are kept unless they are wider than what would be
+    made of them.
     """
+    made = _made(precision, layer, shape, least_bits)
+    return stored if stored and made and _bits(stored) <= _bits(made) else made
+
+
+def _bits(form: str) -> int:
+    return 8 if form.startswith("int8") else 4
+
+
+def _made(precision: str, layer: str, shape: Sequence[int], least_bits: int) -> str | None:
     if math.prod(shape) < LEAST or len(shape) not in (2, 4):
         return None
     if layer.rpartition(".")[2] in _DELICATE:

@@ -22,6 +22,7 @@ QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
 PACK_SECONDS = 4e-9
 # Per weight that adapters change, on two cores: into fp32 and back; and per operation on it.
 PATCH_SECONDS, PATCHED_FLOP_SECONDS = 0.3e-9, 1.2e-11
+DECODE_SECONDS = 5e-9  # per weight that is stored encoded
 # ONNX Runtime's share of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512
 # (benchmarks/onnx.py).
 ONNX_SHARE = 0.67
@@ -44,18 +45,26 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
 def read_bytes(tensors: Iterable[Tensor]) -> int:
     """Of the files, to read the tensors and what their patches are made of once."""
     return sum(
-        tensor.stored_bytes + sum(part.stored_bytes for patch in tensor.patches for part in patch.tensors)
+        tensor.stored_bytes
+        + sum(
+            part.stored_bytes
+            for beside in (*tensor.patches, tensor.encoding)
+            if beside
+            for part in beside.tensors
+        )
         for tensor in tensors
     )
 
 
 def patching_seconds(tensors: Iterable[Tensor]) -> float:
-    """To apply the patches of tensors once, when all is read."""
-    return sum(
-        tensor.count * (PATCH_SECONDS + PATCHED_FLOP_SECONDS * sum(patch.flops for patch in tensor.patches))
-        for tensor in tensors
-        if tensor.patches
-    )
+    """To decode tensors and apply their patches once, when all is read."""
+    return sum(tensor.count * _patching_seconds(tensor) for tensor in tensors)
+
+
+def _patching_seconds(tensor: Tensor) -> float:
+    flops = sum(patch.flops for patch in tensor.patches)
+    patching = PATCH_SECONDS + PATCHED_FLOP_SECONDS * flops if tensor.patches else 0.0
+    return patching + (DECODE_SECONDS if tensor.encoding else 0.0)
 
 
 def arrival_spans(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,39 @@ class Patch:
         raise NotImplementedError
 
 
+class Encoding:
+    """How the values of a tensor lie in its bytes, where these are no plain numbers: in blocks of `values`,
+    row after row. Hashable. Arrays are torch's."""
+
+    values: int
+    """Of one block; at most 65,536, a power of two. All blocks of a tensor take equally many bytes."""
+    tensors: tuple[Tensor, ...] = ()
+    """What is stored beside the tensor to decode it, such as scales."""
+    form: str = ""
+    """In kernels/formats.py: what a layer can keep just these values in, none rounded; "" for none."""
+
+    def prepared(self, parts: tuple[Any, ...]) -> Any:
+        """What `decode` and `packed` take for all blocks, made of `tensors` as they are stored."""
+        return parts
+
+    def decode(self, raw: Any, first: int, parts: Any) -> Any:
+        """Bytes of whole blocks (uint8), of which `first` is the number of the first → their values, fp32."""
+        raise NotImplementedError
+
+    def packed(self, raw: Any, shape: Sequence[int], parts: Any) -> Mapping[str, Any]:
+        """All bytes of a weight of `shape` → the parts that `form` has of it. Asked for where each of its
+        rows is whole blocks, or groups of `form`."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of a safetensors file: its dtype in that format's spelling, its shape, and its bytes' place
-    there.
+    """One tensor in a file: its dtype, in the spelling of safetensors or of what else the file is, its shape,
+    and its bytes' place there.
 
     transposed: the file has the transpose of these two sides. patches: applied to its values in order,
     whenever they are read. written_ns: when the file was last written, as its header was read; 0 is unknown.
+    encoding: how its bytes become values, if they are no plain numbers.
     """
 
     dtype: str
@@ -72,6 +98,7 @@ class Tensor:
     transposed: bool = False
     patches: tuple[Patch, ...] = ()
     written_ns: int = 0
+    encoding: Encoding | None = None
 
     @property
     def count(self) -> int:
@@ -80,7 +107,13 @@ class Tensor:
     @property
     def as_stored(self) -> bool:
         """Whether its values are the file's bytes in order."""
-        return not (self.transposed or self.patches)
+        return not (self.transposed or self.patches or self.encoding)
+
+    @property
+    def form(self) -> str:
+        """In kernels/formats.py: what a layer can keep its values in as they are stored; "" for none."""
+        decodes = any(patch.decodes for patch in self.patches)
+        return self.encoding.form if self.encoding and not (self.transposed or decodes) else ""
 
     def read_into(self, buffer: Any) -> None:
         """Fill a writable buffer of `stored_bytes` bytes: read, not mapped, so that it is in memory once."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
 
+from ...kernels.recipe import recipe
 from ..backends import engine
 from ..budget import BUILDING
 from ..costs.footprint import Footprint, peak
@@ -23,7 +24,7 @@ from ..costs.latency import (
 from ..machine.hardware import Hardware
 from ..models.families.family import Extent, Role
 from ..models.spec import Component, ModelSpec
-from ..placement import DYNAMIC, QUANTISED, STAGES, Placement
+from ..placement import DYNAMIC, QUANTISED, STAGES, STORED, Placement
 from ..recent import Recent
 from ..request import Job
 from ..units import shown
@@ -185,7 +186,7 @@ class Estimate:
             context_bytes=self.hardware.context_bytes,
             host_bytes=_host_bytes(placements, footprints),
             seconds=self._seconds(cfg, placements, footprints),
-            psnr=min(_psnr(placement) for placement in placements.values()),
+            psnr=min(_psnr(self.spec.components[name], placement) for name, placement in placements.items()),
         )
 
     def _peak(self, name: str, cfg: str, placements: Mapping[str, Placement]) -> int:
@@ -249,7 +250,8 @@ class Estimate:
         loading = _read_bytes(component) / self.hardware.read
         count = sum(t.count for t in component.tensors.values())
         if placement.precision in QUANTISED and component.formats is None:
-            loading += count * QUANTISE_SECONDS[placement.precision]
+            kept, _ = _kept_values(component, placement.precision)
+            loading += (count - kept) * QUANTISE_SECONDS[placement.precision]
         if placement.precision == DYNAMIC and self.hardware.device == "cpu":
             loading += count * PACK_SECONDS
         return loading
@@ -313,10 +315,23 @@ def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Fo
     return sum(footprint.host for footprint in footprints.values()) - sum(staged) + max(staged, default=0)
 
 
-def _psnr(placement: Placement) -> float:
-    """Errors of weights and of arithmetic add up, as independent noise does."""
+def _kept_values(component: Component, precision: str) -> tuple[int, int]:
+    """Of the values that are quantised in `precision`: how many keep the codes of the files, and all."""
+    kept = every = 0
+    for name, tensor in component.tensors.items() if precision in STORED else ():
+        layer, least = name.removesuffix(".weight"), component.network.least_bits
+        if form := recipe(precision, layer, tensor.shape, least, tensor.form):
+            every += tensor.count
+            kept += tensor.count if form == tensor.form else 0
+    return kept, every
+
+
+def _psnr(component: Component, placement: Placement) -> float:
+    """Errors of weights and of arithmetic add up, as independent noise does. Codes that files have are
+    exact."""
     if placement.precision == placement.compute:
         return PSNR[placement.precision]
-    return -10 * math.log10(
-        sum(10 ** (-PSNR[each] / 10) for each in (placement.precision, placement.compute))
-    )
+    kept, every = _kept_values(component, placement.precision)
+    rounded = 1 - kept / every if every else 1.0
+    shares = {placement.precision: rounded, placement.compute: 1.0}
+    return -10 * math.log10(sum(share * 10 ** (-PSNR[each] / 10) for each, share in shares.items()))

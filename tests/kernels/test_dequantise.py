@@ -46,7 +46,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_torchs_order_is_ours_reordered(form, shape, dtype):
     """To the bit, where a GPU unpacks and makes the codes itself, and where a CPU does."""
-    parts, taps, row = quantise(torch.randn(shape), form), math.prod(shape[2:]), math.prod(shape[1:])
+    parts, taps, row = quantise(torch.randn(shape), form), form.taps(shape), math.prod(shape[1:])
     ours, theirs = (torch.full((shape[0], row), torch.nan, dtype=dtype) for _ in range(2))
     weight = parts["packed"], parts["scale"], parts.get("zero")
     dequantise(ours, *weight, torch.empty(parts["packed"].numel(), dtype=torch.uint8), form, taps)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from ....kernels.formats import FORMATS
 from ....kernels.quantise import BLOCK, quantise
 from ...errors import TightfitError
 from ...models.spec import Component
-from ...models.tensors import Tensor
+from ...models.tensors import Encoding, Tensor
 from .networks import current_name
 from .quantised import Quantised, quantised_layers, workspace
 
@@ -28,6 +30,8 @@ STORED = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
 # Bytes that quantising takes for each weight of a block, and to make it fp32; torch's profiler saw 8.0 to
 # 10.4 and 12.0 to 14.4.
 _QUANTISING, _CONVERTING = 9, 4
+# Bytes that decoding takes for each value of a block, and repacking codes for each byte that is kept.
+_DECODING, _PACKING = 16, 3
 
 
 def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
@@ -75,7 +79,8 @@ def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
             raise TightfitError(
                 f"{where} have {name} of shape {list(tensor.shape)}, its config says {list(shape)}: {cure}"
             )
-        if STORED.get(tensor.dtype) != dtype if name in parts else tensor.dtype not in FLOATS:
+        plain = tensor.dtype in FLOATS or tensor.encoding
+        if STORED.get(tensor.dtype) != dtype if name in parts else not plain:
             raise TightfitError(
                 f"{where} have {name} as {tensor.dtype}, which plain models have not: use the original model"
             )
@@ -167,7 +172,11 @@ def beside(module: torch.nn.Module, dtype: torch.dtype) -> list[int]:
 
 
 def _quantised(layer: Quantised, tensor: Tensor, scratch: torch.Tensor) -> dict[str, torch.Tensor]:
-    if tensor.patches:
+    if keeps_codes(layer, tensor):
+        encoding, raw = tensor.encoding, _raw(tensor, scratch)
+        assert encoding
+        return dict(encoding.packed(raw, layer.shape, _stored_beside(encoding)))
+    if tensor.patches or tensor.encoding:
         values = torch.empty(tensor.shape)
         read_into(values, tensor, scratch)
     else:
@@ -176,6 +185,11 @@ def _quantised(layer: Quantised, tensor: Tensor, scratch: torch.Tensor) -> dict[
         return quantise(values.reshape(layer.shape), layer.form)
     except ValueError as error:
         raise TightfitError(f"{tensor.file}: {error}; copy or download the model again") from None
+
+
+def keeps_codes(layer: Quantised, tensor: Tensor) -> bool:
+    """Whether the layer has the tensor's values in the codes that the file has."""
+    return bool(tensor.form) and FORMATS[tensor.form] == layer.form
 
 
 def scratch_bytes(
@@ -208,16 +222,20 @@ def loading_bytes(
     now = most = 0
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
-        if path in layers and leaf == "weight":
+        if path in layers and leaf == "weight" and keeps_codes(layers[path], tensor):
+            merged, packed_bytes = 0, layers[path].form.bytes(tensor.shape)
+            now += packed_bytes
+            most = max(most, now + _PACKING * packed_bytes)
+        elif path in layers and leaf == "weight":
             now += layers[path].form.bytes(tensor.shape)
             row = tensor.count // tensor.shape[0]
-            merged = 4 * tensor.count if tensor.patches else 0
+            merged = 4 * tensor.count if tensor.patches or tensor.encoding else 0
             each = _QUANTISING + (0 if tensor.dtype == "F32" or merged else _CONVERTING)
             most = max(most, now + merged + each * min(tensor.count, max(row, BLOCK // row * row)))
         else:
             now += tensor.count * own_dtype(module.get_submodule(path), leaf, dtype).itemsize
             merged = 0
-        if tensor.patches:
+        if tensor.patches or tensor.encoding:
             most = max(most, now + merged + _patching_bytes(tensor))
     # In another order, and packed.
     packing = 2 * max((layer.packing_bytes() for layer in layers.values()), default=0)
@@ -234,11 +252,11 @@ def read_into(out: torch.Tensor, tensor: Tensor, scratch: torch.Tensor) -> None:
     if _reads_in_place(tensor, out.dtype, out.device):
         tensor.read_into(out.view(-1).view(torch.uint8).numpy().data)
         return
-    values, out = _values(tensor, scratch), out.view(tensor.shape)
-    if not tensor.patches:
-        out.copy_(values)
+    out = out.view(tensor.shape)
+    if not (tensor.patches or tensor.encoding):
+        out.copy_(_values(tensor, scratch))
         return
-    for start, rows in _patched(values, tensor):
+    for start, rows in _patched(tensor, scratch):
         out[start : start + len(rows)].copy_(rows)
 
 
@@ -248,22 +266,53 @@ def _reads_in_place(tensor: Tensor, dtype: torch.dtype, device: torch.device) ->
 
 def _values(tensor: Tensor, scratch: torch.Tensor) -> torch.Tensor:
     """The tensor's values as the file has them, in `scratch`."""
-    raw = scratch[: tensor.stored_bytes]
-    tensor.read_into(raw.numpy().data)
-    values = raw.view(STORED[tensor.dtype])
+    values = _raw(tensor, scratch).view(STORED[tensor.dtype])
     return values.view(tensor.shape[::-1]).T if tensor.transposed else values.view(tensor.shape)
 
 
-def _patched(values: torch.Tensor, tensor: Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+def _raw(tensor: Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes, in `scratch`."""
+    raw = scratch[: tensor.stored_bytes]
+    tensor.read_into(raw.numpy().data)
+    return raw
+
+
+def _decoded(tensor: Tensor, encoding: Encoding, scratch: torch.Tensor) -> Iterator[torch.Tensor]:
+    """An encoded tensor's values in fp32, some rows at a time."""
+    parts, sides = _stored_beside(encoding), tensor.shape[::-1] if tensor.transposed else tensor.shape
+    row, step = tensor.count // sides[0], sides[0] if tensor.transposed else _block_rows(tensor)
+    raw = _raw(tensor, scratch).view(-(-tensor.count // encoding.values), -1)
+    for start in range(0, sides[0], step):  # blocks may begin in one row and end in the next
+        begin, end = start * row, min(start + step, sides[0]) * row
+        first = begin // encoding.values
+        values = encoding.decode(raw[first : -(-end // encoding.values)], first, parts).view(-1)
+        rows = values[begin - first * encoding.values :][: end - begin].view(-1, *sides[1:])
+        yield rows.T if tensor.transposed else rows
+        del values, rows  # before the next ones are made
+
+
+def _stored_beside(encoding: Encoding) -> Any:
+    """What is stored beside encoded values, as it is needed to decode them."""
+    plain = (_values(part, torch.empty(part.stored_bytes, dtype=torch.uint8)) for part in encoding.tensors)
+    return encoding.prepared(tuple(plain))
+
+
+def _patched(tensor: Tensor, scratch: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """A tensor's values in fp32 as its patches change them, some rows at a time, and which row is their
     first."""
     parts = {patch: patch.prepared(tuple(map(_in_fp32, patch.tensors))) for patch in tensor.patches}
-    step = _block_rows(tensor)
-    for start in range(0, len(values), step):
-        rows = values[start : start + step].to(torch.float32, copy=True)
+    if tensor.encoding:
+        blocks = _decoded(tensor, tensor.encoding, scratch)
+    else:
+        blocks = _values(tensor, scratch).split(_block_rows(tensor))
+    start = 0
+    for block in blocks:
+        rows = block if tensor.encoding else block.to(torch.float32, copy=True)
+        del block
         for patch in tensor.patches:
             patch.apply(rows, start, parts[patch])
         yield start, rows
+        start += len(rows)
         del rows  # before the next ones are made
 
 
@@ -343,15 +392,20 @@ def _block_rows(tensor: Tensor) -> int:
 
 def patching_bytes(stored: Mapping[str, Tensor]) -> int:
     """Most bytes of host memory that applying the patches of one tensor takes at once."""
-    return max((_patching_bytes(tensor) for tensor in stored.values() if tensor.patches), default=0)
+    some = (tensor for tensor in stored.values() if tensor.patches or tensor.encoding)
+    return max(map(_patching_bytes, some), default=0)
 
 
 def _patching_bytes(tensor: Tensor) -> int:
-    """What the patches are computed from, in fp32, one of them also as stored; a block, and its change."""
+    """What the patches are computed from, in fp32, one of them also as stored; a block, and its change, or
+    what decoding it takes."""
     parts = [part for patch in tensor.patches for part in patch.tensors]
     block = min(tensor.count, _block_rows(tensor) * (tensor.count // tensor.shape[0]))
+    decoding = _DECODING * (tensor.count if tensor.transposed else block) if tensor.encoding else 0
+    beside = sum(part.stored_bytes for part in tensor.encoding.tensors) if tensor.encoding else 0
     return (
         4 * sum(part.count for part in parts)
         + max((part.stored_bytes for part in parts), default=0)
-        + 8 * block
+        + max(8 * block, decoding)
+        + beside
     )

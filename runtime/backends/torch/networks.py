@@ -75,12 +75,26 @@ def _formats(component: Component, module: torch.nn.Module, precision: str) -> d
         return {}
     kind = "int8" if precision == DYNAMIC else precision
     least = component.network.least_bits
-    chosen = {path: recipe(kind, path, layer.weight.shape, least) for path, layer in paths.items()}
+    # int8-dynamic needs one scale for each output channel
+    stored = {} if precision == DYNAMIC else _stored_as(component, paths)
+    chosen = {
+        path: recipe(kind, path, layer.weight.shape, least, stored.get(path, ""))
+        for path, layer in paths.items()
+    }
     changed = _changed(component, paths)  # rows of an embedding are dequantised, never all of it
     plain = {
         path for path, layer in paths.items() if path in changed and isinstance(layer, torch.nn.Embedding)
     }
     return {path: name for path, name in chosen.items() if name and path not in plain}
+
+
+def _stored_as(component: Component, paths: Container[str]) -> dict[str, str]:
+    """The formats of kernels/formats.py in which files have layers' weights, by the layers' paths."""
+    return {
+        current_name(name.removesuffix(".weight"), paths): tensor.form
+        for name, tensor in component.tensors.items()
+        if tensor.form and name.endswith(".weight")
+    }
 
 
 def _changed(component: Component, paths: Container[str]) -> dict[str, tuple[Patch, ...]]:

@@ -48,7 +48,8 @@ def _dequantise(
     taps_last: bool,
 ) -> None:
     """A single operator for whoever counts operators, as it is a single kernel on a GPU."""
-    dequantise(out, packed, scale, zero, codes, Format(kind, group), taps, taps_last)
+    form = Format(kind, group, wide=scale.dtype == torch.float32)
+    dequantise(out, packed, scale, zero, codes, form, taps, taps_last)
 
 
 @_dequantise.register_fake
@@ -183,7 +184,7 @@ class Quantised(nn.Module):
     def __init__(self, layer: Any, form: Format, workspace: Workspace, whole: bool = False) -> None:
         super().__init__()
         self.form, self.shape, self.workspace = form, tuple(layer.weight.shape), workspace
-        self.taps, self.row = math.prod(self.shape[2:]), math.prod(self.shape[1:])
+        self.taps, self.row = form.taps(self.shape), math.prod(self.shape[1:])
         self.on_cpu = workspace.device == "cpu"
         self.at_once = (
             self.shape[0] if whole or not self.on_cpu else min(self.shape[0], max(1, AT_ONCE // self.row))
@@ -242,7 +243,7 @@ class Quantised(nn.Module):
         )
         sides = count, *self.shape[1:]
         # torch's group norm on GPUs wants no channels_last
-        weight = from_rows(out, sides) if self.on_cpu else out.view(sides)
+        weight = from_rows(out, sides, self.form.flat or not self.on_cpu)
         if self.adapted is not None:
             self.adapted.merge(weight, start)
         return weight
