@@ -127,7 +127,7 @@ class ToyFile:
     pipeline: str = "ToyPipeline"
     zeroed: bool = False
 
-    listed = manifest = MappingProxyType({})
+    listed = manifest = sides = MappingProxyType({})
     notes = ()
 
     def config(self, network):

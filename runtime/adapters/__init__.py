@@ -12,7 +12,7 @@ from ..errors import TightfitError
 from ..models.layouts import library
 from ..models.spec import ModelSpec
 from ..recent import Recent
-from . import lora, textual_inversion, vae
+from . import lora, prediction, textual_inversion, vae
 from .header import contents, located, stamp
 
 MOST = 100
@@ -41,12 +41,13 @@ class Adapter(Protocol):
 @dataclass(frozen=True)
 class Kind:
     """A kind of adapter: how its option is called and explained, what a text after it means, and in which of
-    the folders of models a name is looked for."""
+    the folders of models a name is looked for, if it is a file."""
 
     option: str
     written: Callable[[str], Adapter]
     help: str
-    shelf: library.Kind
+    shelf: library.Kind | None = None
+    metavar: str = "FILE"
 
 
 ADAPTERS = (
@@ -58,6 +59,7 @@ ADAPTERS = (
         library.Kind.EMBEDDING,
     ),
     Kind(vae.Vae.option, vae.written, "In place of the model's.", library.Kind.VAE),
+    Kind(prediction.Prediction.option, prediction.written, "Epsilon or v, of U-Nets.", metavar="KIND"),
 )
 
 
@@ -68,7 +70,7 @@ def written(
     or with a name in a folder of models. Raises TightfitError for a text that means none."""
     check_count(sum(map(len, texts.values())))
     return tuple(
-        kind.written(_placed(text, kind.shelf, models_dirs))
+        kind.written(_placed(text, kind.shelf, models_dirs) if kind.shelf else text)
         for kind in ADAPTERS
         for text in texts.get(kind.option, ())
     )

@@ -20,7 +20,7 @@ from ..planner.plan import Plan
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import MODEL, Adapting, Device, ModelsDirs, taking, wishes
+from .options import ADAPTERS_IN_ORDER, MODEL, Adapting, Device, ModelsDirs, taking, wishes
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
 from .saving import Saver, target
@@ -54,10 +54,10 @@ class Options:
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 
 
-_ORDER = """
+_ORDER = f"""
 prompt prompt_file source
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
-model models_dirs lora embedding vae
+model models_dirs {ADAPTERS_IN_ORDER}
 precision compute backend provider device budget residency attention tiling min_psnr ...
 plan_file output overwrite as_json
 """

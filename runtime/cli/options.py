@@ -31,9 +31,10 @@ ModelsDirs = Annotated[
 ]
 MODEL = typer.Option(help="emoji, file, folder, name, hub id.", metavar="MODEL")
 
+ADAPTERS_IN_ORDER = " ".join(kind.option for kind in ADAPTERS)
 Adapting = make_dataclass(
     "Adapting",
-    [(kind.option, list[str] | None, option(None, kind.help, "FILE")) for kind in ADAPTERS],
+    [(kind.option, list[str] | None, option(None, kind.help, kind.metavar)) for kind in ADAPTERS],
     namespace={"__doc__": "What is given of adapters: an option for each kind, which may be repeated."},
 )
 

@@ -20,7 +20,7 @@ from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import MODEL, Adapting, Device, ModelsDirs, taking, wishes
+from .options import ADAPTERS_IN_ORDER, MODEL, Adapting, Device, ModelsDirs, taking, wishes
 from .output import say, say_json, show_table, write
 
 _WIDE = 130  # columns of a terminal that has room for the table
@@ -40,8 +40,8 @@ class Options:
     as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False
 
 
-_ORDER = """
-model models_dirs lora embedding vae width height num_inference_steps guidance_scale hardware
+_ORDER = f"""
+model models_dirs {ADAPTERS_IN_ORDER} width height num_inference_steps guidance_scale hardware
 device budget precision compute backend provider residency attention tiling min_psnr
 every save as_json
 """

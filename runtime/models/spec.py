@@ -86,7 +86,8 @@ class ModelSpec:
     `components` are its networks by name, in the order a picture needs them. `defaults` are what the folder's
     tightfit.json, if it has one, says of requests that leave something open, `precision` (int8 or int4) what
     it says the weights are stored in, and `source` of which model it was exported. `notes` are what its files
-    leave open, and what was taken for it.
+    leave open, and what was taken for it. `sides` are those of the latents of such models, by what they
+    predict, where the files leave that open.
     """
 
     name: str
@@ -100,6 +101,7 @@ class ModelSpec:
     source: str | None = None
     pipeline: str = "StableDiffusionPipeline"
     notes: tuple[str, ...] = ()
+    sides: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def family(self) -> str:

@@ -56,6 +56,11 @@ class Source(Protocol):
         """What the files leave open, and what was taken for it: a line each."""
         ...
 
+    @property
+    def sides(self) -> Mapping[str, int]:
+        """Of latents, by what the denoiser predicts, where the files leave that open."""
+        ...
+
 
 class Layout(Protocol):
     def claims(self, path: Path) -> bool: ...

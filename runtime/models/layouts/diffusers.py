@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ...errors import TightfitError
@@ -106,6 +107,7 @@ class DiffusersFolder:
     manifest: Mapping[str, Any]
     zeroed: bool
     notes: tuple[str, ...] = ()
+    sides = MappingProxyType({})
 
     def config(self, network: Network) -> Mapping[str, Any]:
         for folder in (network.folder, network.name):

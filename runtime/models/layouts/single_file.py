@@ -214,6 +214,10 @@ class Checkpoint:
         return self.original.pipeline
 
     @property
+    def sides(self) -> Mapping[str, int]:
+        return self.original.sides
+
+    @property
     def zeroed(self) -> bool:
         return len(self.original.texts) > 1
 
@@ -229,9 +233,8 @@ class Checkpoint:
             return ()
         by = f"as {told.told_by} says"
         if not told.told_by:
-            other = "eps" if told.prediction == _V else "v"
-            cure = f"'parameterization: {other}' in {self.folder.stem}.yaml beside it says otherwise"
-            by = f"which is taken as the file does not say: {cure}"
+            other = _EPSILON if told.prediction == _V else "v"
+            by = f"which is taken as the file does not say: --prediction {other} says otherwise"
         snr = ", without signal at the last noise level (zero terminal SNR)" if told.zero_snr else ""
         return (f"{self.folder.name} predicts {told.prediction}, {by}{snr}",)
 

@@ -206,7 +206,7 @@ def said_of(*arguments: str) -> str:
         ("--negative", ["--negative-prompt"], []),
         ("--stepz", ["did you mean --steps?"], []),
         ("--modle", ["did you mean --model?"], []),
-        ("--presicion", ["did you mean --precision?"], []),
+        ("--presicion", ["--precision"], ["--compute"]),
     ],
 )
 def test_only_options_that_are_meant_are_named(option, words, without):

@@ -17,6 +17,7 @@ import tightfit
 import torch
 from safetensors.torch import load_file, save_file
 from tightfit.export import random_model
+from tightfit.runtime.adapters import adapted, prediction
 from tightfit.runtime.adapters.vae import Vae
 from tightfit.runtime.backends.torch import loading
 from tightfit.runtime.errors import TightfitError
@@ -407,6 +408,29 @@ def test_v_prediction_by_metadata_or_the_config_beside_it(told, prediction, file
     assert ("does not say" in spec.notes[0]) == (
         told in ({"modelspec.prediction_type": "?"}, "# parameterization: eps\n")
     )
+
+
+def test_v_prediction_by_the_option(files, tmp_path):
+    """--prediction does what a .yaml beside the file does, which diffusers' converters read too."""
+    file = retold(files["sd2"], tmp_path / "m.safetensors")
+    adapter = prediction.written("eps")
+    taken = adapted(tightfit.inspect(str(file)), (adapter,))
+    (tmp_path / "m.yaml").write_text("    parameterization: eps\n")
+    told = tightfit.inspect(str(file))
+    assert (taken.scheduler, taken.native_size, taken.unet) == (told.scheduler, told.native_size, told.unet)
+    with tightfit.load(str(file), device="cpu", precision="fp32") as pipeline:
+        first, second, third = (
+            np.asarray(pipeline.generate(tightfit.Request("a cat", **SIZE, adapters=adapters)).images[0])
+            for adapters in ((), (adapter,), (prediction.written("V"),))
+        )
+    assert np.array_equal(first, second)  # as the .yaml says
+    assert not np.array_equal(first, third)
+    assert adapted(told, (prediction.written("V"),)).native_size == (192, 192)
+
+
+def test_what_nothing_predicts():
+    with pytest.raises(TightfitError, match="epsilon or v, not 'x0': say --prediction v"):
+        prediction.written("x0")
 
 
 @pytest.mark.parametrize("start", ["first_stage_model.", ""])
