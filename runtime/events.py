@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from .planner.plan import Plan
@@ -75,3 +75,20 @@ class Event:
     notices: tuple[str, ...] = ()
     result: Result | None = None
     picture: Image.Image | None = None
+
+
+def joined(results: Sequence[Result]) -> Result:
+    """One result of several requests that differ in their words: the first's request and plan, and all
+    pictures."""
+    if len(results) == 1:
+        return results[0]
+    stages: dict[str, Measured] = {}
+    for result in results:
+        for name, measured in result.stages.items():
+            stages[name] = stages[name].and_then(measured) if name in stages else measured
+    return replace(
+        results[0],
+        images=tuple(image for result in results for image in result.images),
+        stages=stages,
+        notices=tuple(dict.fromkeys(notice for result in results for notice in result.notices)),
+    )

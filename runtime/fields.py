@@ -16,7 +16,7 @@ class About:
 
     metavar: what stands for the value in --help. options: names on the command line, where the field's own,
     `--like-this`, is not all. bounds: the least and the most, both allowed. choices: the words it may be,
-    besides "auto". costs: memory or seconds depend on it.
+    besides "auto". costs: memory or seconds depend on it. panel: the heading it stands under in --help.
     """
 
     help: str = ""
@@ -25,6 +25,7 @@ class About:
     bounds: tuple[int, int] | None = None
     choices: tuple[str, ...] = ()
     costs: bool = False
+    panel: str | None = None
 
 
 def option(default: Any, help: str = "", metavar: str = "", **others: Any) -> Any:  # noqa: A002

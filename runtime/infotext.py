@@ -15,6 +15,7 @@ from .adapters.lora import Lora
 from .errors import TightfitError
 from .fields import kinds
 from .files import shortened
+from .models.prompt_syntax import matters
 from .models.schedulers import SCHEDULERS
 from .request import PLAIN, Job, Request
 
@@ -24,6 +25,8 @@ _NAME = re.compile(r"\w[\w \-/]*")
 _QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
 _SETTINGS = re.compile(r"\s*Steps:\s*\d")
 _TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
+_WHEN_CHANGED = {"clip_skip", "emphasis"}
+_EMPHASES = {"no-norm": "No norm", "ignore": "Ignore"}  # as A1111 names them; "Original" it leaves out
 _KINDS = kinds(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
 _UNDERSTOOD = {
@@ -33,6 +36,8 @@ _UNDERSTOOD = {
     "CFG scale",
     "Seed",
     "Size",
+    "Clip skip",
+    "Emphasis",
     "Model",
     "Model hash",
     "Version",
@@ -52,7 +57,7 @@ class Carried:
 
 def write(job: Job, model: str, precision: str) -> str:
     """A job as A1111 would write it. A last field holds it once more as JSON, exact whatever the prompt."""
-    exact = {"model": model, "precision": precision, **job.to_json()}
+    exact = {"model": model, "precision": precision, **_told(job)}
     loras = [adapter.a1111() for adapter in job.adapters if isinstance(adapter, Lora)]
     lines = [" ".join([job.prompt, *(words for words, _ in loras)])]
     if job.negative_prompt:
@@ -65,11 +70,30 @@ def write(job: Job, model: str, precision: str) -> str:
         "Size": f"{job.width}x{job.height}",
         "Model": json.dumps(model) if re.search(r'[,:"\n]', model) else model,
         **({"Lora hashes": json.dumps(", ".join(digest for _, digest in loras))} if loras else {}),
+        **({"Clip skip": job.clip_skip} if job.clip_skip > 1 else {}),
+        **({"Emphasis": _EMPHASES[job.emphasis]} if job.emphasis in _EMPHASES else {}),
         "Precision": precision,
         "tightfit": json.dumps(json.dumps(exact)),
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
     return "\n".join(lines)
+
+
+def _told(job: Request) -> dict[str, Any]:
+    """Its fields, without those of words that are as they are anyway."""
+    fields = job.to_json()
+    if not _of_syntax(fields) and job.prompt_syntax == _FIELDS["prompt_syntax"].default:
+        del fields["prompt_syntax"]
+    return {
+        name: value
+        for name, value in fields.items()
+        if name not in _WHEN_CHANGED or value != _FIELDS[name].default
+    }
+
+
+def _of_syntax(fields: Mapping[str, Any]) -> bool:
+    texts = (fields.get(name) for name in ("prompt", "negative_prompt"))
+    return any(isinstance(text, str) and matters(text) for text in texts)
 
 
 def read(picture: Path, given: Collection[str] = ()) -> Carried:
@@ -127,6 +151,8 @@ def _exact(text: str, source: str, given: Collection[str]) -> Carried:
         raise TightfitError(f"the request inside {source} is damaged: it cannot be repeated")
     model, precision = exact.pop("model"), exact.pop("precision")
     request = {name: value for name, value in exact.items() if name in _FIELDS}
+    if "prompt_syntax" not in request and _of_syntax(request):
+        request["prompt_syntax"] = "plain"  # as tightfit 0.1.0 painted it
     if wrong := [name for name, value in request.items() if not _fits(name, value)]:
         raise TightfitError(
             f"the request inside {source} is damaged, in its {wrong[0]}: it cannot be repeated"
@@ -200,6 +226,7 @@ def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
     if kind == "Automatic":  # as A1111 resolves it
         kind = "Karras" if sampler == "DPM++ 2M" else ""
     shown = f"{sampler} {kind}".strip()
+    emphases = {theirs: name for name, theirs in _EMPHASES.items()}
     names = {scheduler.a1111: name for name, scheduler in SCHEDULERS.items()}
     try:
         width, height = fields["Size"].split("x")
@@ -210,6 +237,8 @@ def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
             "seed": int(fields["Seed"]),
             "width": int(width),
             "height": int(height),
+            **({"clip_skip": int(fields["Clip skip"])} if "Clip skip" in fields else {}),
+            **({"emphasis": ours} if (ours := emphases.get(fields.get("Emphasis", ""))) else {}),
         }
     except (KeyError, ValueError):
         raise TightfitError(

@@ -94,7 +94,9 @@ class Pipeline:
         return self._plans(self._job(request))
 
     def _plans(self, job: Job) -> list[Plan]:
-        key = (job.width, job.height, job.calls, job.num_images, job.branches)
+        words = job.prompting
+        lengths = (words.chunks, words.encodings)
+        key = (job.width, job.height, job.calls, job.num_images, job.branches, *lengths)
         with self._using:
             (spec, *known), _ = self._planned
             if spec is not job.spec or (*known,) != key:

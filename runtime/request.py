@@ -5,15 +5,19 @@ from __future__ import annotations
 import dataclasses
 import operator
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
 from .adapters import Adapter, adapted, check
+from .adapters.prompt import from_words
 from .conditions import Condition
 from .errors import TightfitError
 from .fields import described, kinds, option
 from .models import schedulers
+from .models.clip_skip import skipping
+from .models.prompts import EMPHASES, SYNTAXES, Prompting, Wanted, prompting
 from .models.schedulers import SCHEDULERS
 from .models.spec import ModelSpec
 
@@ -49,15 +53,26 @@ class Request:
     seed: int | None = option(None, "Default, and -1: random.", "N", bounds=(0, 2**63 - 1))
     scheduler: str | None = option(None, _NAMES, "NAME", choices=tuple(SCHEDULERS), costs=True)
     num_images: int = option(1, "From seed, seed + 1 …", "N", bounds=(1, 10_000), costs=True)
+    prompt_syntax: str = option(
+        "a1111", "a1111, or plain: as words.", "NAME", choices=SYNTAXES, costs=True, panel="Words"
+    )
+    clip_skip: int = option(1, "As A1111 counts: 1 is none.", "N", bounds=(1, 64), costs=True, panel="Words")
+    emphasis: str = option(
+        "original", "Of (a:1.2): original, no-norm, ignore.", "NAME", choices=EMPHASES, panel="Words"
+    )
     adapters: tuple[Adapter, ...] = ()
     conditions: tuple[Condition, ...] = ()
 
     def checked(self) -> Request:
         """The same request with plain Python numbers; raises TightfitError for what no model could do."""
+        if self.prompt is None:  # as the command line leaves it
+            raise TightfitError(
+                'no prompt was given: say what to paint, for example "a red heart"; "" is an empty prompt'
+            )
         for name in (name for name, kind in _KINDS.items() if kind is str):
             _check_text(name, getattr(self, name))
-        if not self.prompt.strip():
-            raise TightfitError('the prompt is empty: say what to paint, for example "a red heart"')
+        for name, words in _WORDS.items():
+            _check_word(name, getattr(self, name), words)
         check(self.adapters)
         given = {name: getattr(self, name) for name in _WHOLE}
         if isinstance(self.seed, SupportsIndex) and operator.index(self.seed) == RANDOM_SEED:
@@ -95,6 +110,8 @@ class Request:
     def resolve(self, spec: ModelSpec) -> Job:
         """This request with everything decided for `spec`; raises TightfitError for what cannot be done."""
         request = self.checked()
+        prompt, named = from_words(request.prompt)
+        request = dataclasses.replace(request, prompt=prompt, adapters=(*request.adapters, *named))
         height, width = (
             (request.height, request.width) if request.height and request.width else spec.native_size
         )
@@ -106,15 +123,21 @@ class Request:
             "guidance_scale": _scale(spec.default_guidance)
             if request.guidance_scale is None
             else request.guidance_scale,
-            "seed": random.SystemRandom().randrange(2**32) if request.seed is None else request.seed,
+            "seed": drawn(request.seed),
             "scheduler": request.scheduler or schedulers.default(spec),
         }
         for name in ("width", "height"):
             if decided[name] % spec.downsampling:
                 raise TightfitError(_size_error(name, decided[name], spec.downsampling))
-        changed = adapted(spec, request.adapters)
+        changed = skipping(adapted(spec, request.adapters), request.clip_skip)
         parts = [part for condition in request.conditions for part in condition.components(changed)]
-        return Job(**given | decided, model=spec, spec=changed.with_components(parts))
+        given |= decided
+        return Job(
+            **given,
+            model=spec,
+            spec=changed.with_components(parts),
+            prompting=prompting(changed, _wanted(given), _counted_calls(given, spec)),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +157,7 @@ class Job(Request):
     scheduler: str = dataclasses.field()
     model: ModelSpec = dataclasses.field(compare=False, repr=False)
     spec: ModelSpec = dataclasses.field(compare=False, repr=False)
+    prompting: Prompting = dataclasses.field(compare=False, repr=False)
 
     @property
     def request(self) -> Request:
@@ -142,9 +166,9 @@ class Job(Request):
 
     @property
     def branches(self) -> int:
-        """Predictions a step, each with texts of its own. Classifier-free guidance takes two: asked for
-        above one, as in diffusers, but not of models distilled for it."""
-        return 2 if self.guidance_scale > 1 and not self.spec.guidance_width else 1
+        """Predictions a step, each with texts of its own. Classifier-free guidance takes two, and one more
+        for each AND: asked for above one, as in diffusers, but not of models distilled for it."""
+        return len(self.prompting.lines)
 
     @property
     def calls(self) -> int:
@@ -155,14 +179,42 @@ class Job(Request):
         return self if spec is self.model else super().resolve(spec)
 
 
+def drawn(seed: int | None) -> int:
+    """The seed, or a random one where none is named."""
+    return random.SystemRandom().randrange(2**32) if seed is None else seed
+
+
 _KINDS, _ABOUT = kinds(Request), described(Request)
+_FIELDS = {field.name: field for field in dataclasses.fields(Request)}
 PLAIN = tuple(name for name, kind in _KINDS.items() if kind in (str, int, float))
 """Fields that are numbers or texts."""
 _WHOLE = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is int}
 
 
+_WORDS = {name: known.choices for name, known in _ABOUT.items() if known.choices and name != "scheduler"}
+
+
+def _wanted(decided: Mapping[str, Any]) -> Wanted:
+    prompt, negative = decided["prompt"], decided["negative_prompt"]
+    return Wanted(prompt, negative, decided["guidance_scale"] > 1, decided["prompt_syntax"] == "plain")
+
+
+def _counted_calls(decided: Mapping[str, Any], spec: ModelSpec) -> int:
+    """What the schedules of a prompt count: steps, or both calls of each where a scheduler takes two, as
+    A1111 counts them."""
+    steps = decided["num_inference_steps"]
+    return steps * max(1, round(schedulers.calls(decided["scheduler"], spec, steps) / steps))
+
+
+def _check_word(name: str, value: str, words: Sequence[str]) -> None:
+    if value not in words:
+        close = get_close_matches(value.lower(), words, 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise TightfitError(f"unknown {name} '{value}'{meant}: choose {', '.join(words)}")
+
+
 def _check_text(name: str, value: object) -> None:
-    if value is None and name != "prompt":
+    if value is None and _FIELDS[name].default is None:
         return
     if not isinstance(value, str):
         raise TightfitError(f"{name} must be text, not {type(value).__name__}")
@@ -173,7 +225,7 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int | None:
-    if value is None and name != "num_images":
+    if value is None and _FIELDS[name].default is None:
         return None
     number = operator.index(value) if isinstance(value, SupportsIndex) else None  # numpy's integers too
     if number is None or isinstance(value, bool) or not least <= number <= most:

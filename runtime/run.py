@@ -4,9 +4,11 @@ one run."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +16,7 @@ from PIL import Image
 
 from . import infotext, sampling
 from .backends.protocol import Session
+from .conditioning import Conditioning, encoded
 from .conditions import Steering, Steerings
 from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from .events import Event, Measured, Result
@@ -22,7 +25,6 @@ from .machine.process import ProcessPeak
 from .models import schedulers
 from .models.families.family import Role
 from .models.spec import ModelSpec
-from .models.tokens import Tokens, painted_as_words, tokenize, unused_words
 from .planner.plan import Plan
 from .request import Job
 from .units import shown
@@ -40,22 +42,6 @@ class Ways:
 
     first: Callable[[Job], Plan]
     every: Callable[[Job], list[Plan]]
-
-
-class Conditioning:
-    """The denoiser's inputs that stay the same over all steps, a row for each branch; the same arrays in
-    every step, so that an engine finds them on its device."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        rows = range(max((len(array) for array in arrays.values()), default=0))
-        self._parts = {
-            "batched": [arrays],
-            "sequential": [{name: array[i : i + 1] for name, array in arrays.items()} for i in rows],
-        }
-
-    def of(self, cfg: str) -> list[Mapping[str, np.ndarray]]:
-        """The inputs of each call of one step."""
-        return self._parts[cfg]
 
 
 class Run:
@@ -100,10 +86,10 @@ class Run:
         job, images = self.job, self._images
         with self._measured("prepare"):
             self._take(self._ways.first(job))
-            tokens = self._prepare()
+            self._prepare()
             infotext.write(job, self.spec.name, self.plan.precision)  # hashes adapters while they are there
         with self._measured("encode"):
-            conditioning = Conditioning(self._encode(tokens))
+            conditioning = self._encode()
             self._steering = self._steer()
         yield Event("encode", 1, 1, notices=self._news())
         while len(images) < job.num_images:
@@ -123,28 +109,22 @@ class Run:
         result = Result(job.request, self.plan, tuple(images), self._measures, tuple(self.notices))
         yield Event("done", job.num_images, job.num_images, notices=self._news(), result=result)
 
-    def _prepare(self) -> dict[str, Tokens]:
-        """Find out whatever else can fail before any weight is read; the tokens, by text encoder, are
-        kept."""
+    def _prepare(self) -> None:
+        """Find out whatever else can fail before any weight is read."""
         job = self.job
         schedulers.rehearse(job.scheduler, self.spec, job.num_inference_steps)
-        texts = {"negative prompt": job.negative_prompt or ""} if job.branches > 1 else {}
-        texts["prompt"] = job.prompt
-        tokens = {encoder.name: tokenize(self.spec, encoder, texts) for encoder in self.spec.text_encoders}
         of_adapters = job.spec.notes[len(job.model.notes) :]
-        self.notices += (*of_adapters, *_said_of(self.spec, texts), *_cut(tokens))
-        return tokens
+        self._note(*dict.fromkeys((*of_adapters, *job.prompting.notices())))
+        job.prompting.read  # noqa: B018  every word is one that the text encoders know
 
-    def _encode(self, tokens: Mapping[str, Tokens]) -> dict[str, np.ndarray]:
-        """The U-Net's inputs that stay the same over all steps, the unguided half of the batch first."""
-        encoded = []
-        for name, texts in tokens.items():
-            # One text at a time, as diffusers, for the same last bits.
-            rows = [self._encoded(name, ids) for ids in texts.ids]
-            encoded.append(tuple(np.concatenate(parts) for parts in zip(*rows, strict=True)))
+    def _encode(self) -> Conditioning:
+        """The U-Net's inputs that depend on texts."""
+        answers = []
+        for name, chunks in self.job.prompting.read.items():
+            answers.append(encoded(self.job, chunks, partial(self._encoded, name)))
             if self.plan.placements[name].residency != "resident":
                 self.loaded.drop(name)
-        return self.spec.design.condition(self.job, encoded)
+        return Conditioning(self.job, answers)
 
     def _steer(self) -> Steering:
         """What the conditions do to the steps."""
@@ -179,18 +159,25 @@ class Run:
         shape = (1, self.spec.unet["in_channels"], job.height // factor, job.width // factor)
         scheduler = schedulers.make(job.scheduler, self.spec, steps, seed)
 
+        calls = count()
+
         def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
-            return self._surviving(lambda: self._predict(sample, timestep, conditioning))
+            call = next(calls)
+            return self._surviving(
+                lambda: self._predict(sample, timestep, conditioning.of(self.plan.cfg, call))
+            )
 
         noise = sampling.Noise(shape, seed)
         for step in sampling.denoise(scheduler, steps, noise, predict, self._steering):
             done, total = index * step.count + step.number, job.num_images * step.count
             yield Event("denoise", done, total, index, notices=self._news()), step.latents
 
-    def _predict(self, sample: np.ndarray, timestep: float, conditioning: Conditioning) -> np.ndarray:
+    def _predict(
+        self, sample: np.ndarray, timestep: float, parts: Sequence[Mapping[str, np.ndarray]]
+    ) -> np.ndarray:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each
-        half."""
-        time_step, parts = np.array(timestep, np.float32), conditioning.of(self.plan.cfg)
+        branch."""
+        time_step = np.array(timestep, np.float32)
         samples = np.concatenate([sample] * (self.job.branches // len(parts)))
 
         def denoised(part: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -200,8 +187,11 @@ class Run:
         predicted = np.concatenate([denoised(part) for part in parts])
         if self.job.branches == 1:
             return predicted
-        without, given = predicted[:1], predicted[1:]
-        return without + np.float32(self.job.guidance_scale) * (given - without)
+        without, guided = predicted[:1], predicted[:1]
+        for row, line in enumerate(self.job.prompting.lines[1:], 1):
+            scale = np.float32(self.job.guidance_scale * line.weight)
+            guided = guided + scale * (predicted[row : row + 1] - without)
+        return guided
 
     def _preview(self, latents: np.ndarray, index: int) -> Image.Image | None:
         """The picture as it is now, if there is room for the VAE beside the U-Net, which goes on after."""
@@ -338,18 +328,6 @@ class Run:
             )
         self._take(min(lower, key=lambda plan: plan.precision != now.precision))
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
-
-
-def _said_of(spec: ModelSpec, texts: Mapping[str, str]) -> tuple[str, ...]:
-    return *painted_as_words(texts), *unused_words(spec, texts)
-
-
-def _cut(tokens: Mapping[str, Tokens]) -> tuple[str, ...]:
-    """A notice for each text whose end did not fit a text encoder."""
-    ends = [(name, end) for texts in tokens.values() for name, end in texts.cut.items()]
-    return tuple(
-        dict.fromkeys(f"the {name} is too long; this end of it was cut: {end}" for name, end in ends)
-    )
 
 
 def widened(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""`<lora:name:0.8>` in a prompt, as A1111 has it: a file in a folder by its name, and its weight."""
+"""`<lora:name:0.8>` in a prompt, or <lyco:…>, as A1111 has it: a file in a folder by its name, and its
+weight."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from ..models.layouts import library
 from . import Adapter, read_adapter
 
 FOLDER = "TIGHTFIT_LORAS"  # of the environment: one folder beside those of models
-_WORD = re.compile(r"\s*<lora:([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
+_WORD = re.compile(r"\s*<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
 
 
 def from_words(prompt: str, models_dirs: Sequence[str | Path] = ()) -> tuple[str, tuple[Adapter, ...]]:

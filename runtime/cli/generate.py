@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,13 +14,14 @@ from .. import interrupts
 from ..adapters import written
 from ..adapters.prompt import from_words
 from ..errors import TightfitError, printable
-from ..events import Event, Result
+from ..events import Event, Result, joined
 from ..machine.process import check_address_space
 from ..models.hub import located
 from ..planner.plan import Plan
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
+from ..wildcards import variants
 from .options import ADAPTERS_IN_ORDER, MODEL, Adapting, Device, ModelsDirs, taking, wishes
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
@@ -35,6 +37,9 @@ _Prompt = typer.Argument(help="What to paint; - reads standard input.", show_def
 _PromptFile = typer.Option(help="Prompt from a file.", metavar="FILE", readable=False)
 _Source = typer.Option("--from", help="Repeat that picture.", metavar="PNG", readable=False)
 _PlanFile = typer.Option("--plan", help="Run by a saved plan.", metavar="FILE", readable=False)
+_Wildcards = typer.Option(
+    help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
+)
 _Output = typer.Option("-o", "--output", help="PNG file or folder.", metavar="PATH", readable=False)
 
 
@@ -50,6 +55,7 @@ class Options:
     device: Device = "auto"
     plan_file: Annotated[Path | None, _PlanFile] = None
     output: Annotated[Path | None, _Output] = None
+    wildcards: Annotated[Path | None, _Wildcards] = None
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace, do not number.")] = False
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
 
@@ -77,7 +83,7 @@ def generate(
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options.source, adapting)
     typed = {**asked} if prompt is None else {**asked, "prompt": prompt}
-    wanted = Request(**{"prompt": "", **carried.request, **typed})
+    wanted = Request(**{"prompt": None, **carried.request, **typed})
     request = _adapted(wanted, adapting, models_dirs).checked()
     count = request.num_images
     saver = Saver(*target(options.output, request.prompt, count), count, options.overwrite)
@@ -88,11 +94,12 @@ def generate(
     names = options.model, carried.model, plan.model if plan else "emoji"
     model = next(name for name in names if name is not None)
     offline = options.source is not None and options.model is None  # a picture alone never starts a download
+    requests = variants(request, options.wildcards) if options.source is None or prompt else (request,)
     with load(model, device=options.device, plan=plan, local_files_only=offline, **fields) as pipeline:
         for note in (*pipeline.hardware.passed_over, *pipeline.spec.notes):
             say(f"note: {note}", err=True)
         try:
-            result = _run(pipeline, request, saver)
+            result = _run(pipeline, requests, saver)
         except BaseException:
             saver.tell()
             raise
@@ -104,7 +111,7 @@ def generate(
 
 def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequence[Path]) -> Request:
     """With the adapters that were given, and those that the prompt names."""
-    prompt, named = from_words(request.prompt, models_dirs)
+    prompt, named = from_words(request.prompt, models_dirs) if request.prompt else (request.prompt, ())
     adapters = *request.adapters, *written(adapting, models_dirs)
     return replace(request, prompt=prompt, adapters=(*adapters, *named))
 
@@ -132,14 +139,16 @@ def _carried_precision(options: Options, carried: Carried, wished: Mapping[str, 
     return None
 
 
-def _run(pipeline: Pipeline, request: Request, save: Callable[[Image.Image, int], object]) -> Result:
+def _run(
+    pipeline: Pipeline, requests: Sequence[Request], save: Callable[[Image.Image, int], object]
+) -> Result:
     """Run to the end, each picture saved as soon as it is decoded.
 
     Ctrl-C ends it after those that are painted, twice at once.
     """
     interrupts.tidily()
     with progress_bar(8) as bar:
-        task, events, result = bar.add_task("loading", total=1), pipeline.run(request), None
+        task, events, result = bar.add_task("loading", total=1), _events(pipeline, requests), None
         advance: Callable[[], Event] = lambda: next(events)  # noqa: E731
         interrupted, unsaved = False, None
         while result is None:
@@ -157,6 +166,23 @@ def _run(pipeline: Pipeline, request: Request, save: Callable[[Image.Image, int]
                 interrupted, advance = True, lambda: events.throw(KeyboardInterrupt())
                 unsaved = _save(unsaved, save)
     return result
+
+
+def _events(pipeline: Pipeline, requests: Sequence[Request]) -> Generator[Event, None, None]:
+    """Those of all requests, one after the other, as if they were of one."""
+    results: list[Result] = []
+    while len(results) < len(requests):
+        events, first = pipeline.run(requests[len(results)]), sum(len(result.images) for result in results)
+        advance: Callable[[], Event] = partial(next, events)
+        while not (event := advance()).result:
+            try:
+                yield replace(event, image=first + event.image)
+                advance = partial(next, events)
+            except KeyboardInterrupt as interrupt:
+                advance = partial(events.throw, interrupt)
+        results.append(event.result)
+        if len(results) == len(requests):
+            yield replace(event, result=joined(results))
 
 
 def _save(event: Event | None, save: Callable[[Image.Image, int], object]) -> None:

@@ -13,12 +13,12 @@ _MOST_BYTES = 2**20  # a text encoder reads some hundred, and what a pipe or a d
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str | None:
-    """The prompt that was typed, or the text of `file`, or of standard input for "-". None where there is
-    none."""
+    """The prompt that was typed, or the text of `file`, or of standard input for "-", which may be empty.
+    None where there is none, or standard input is closed."""
     if prompt is not None and file is not None:
         raise TightfitError("give the prompt as an argument or with --prompt-file, not both")
-    if prompt != "-" and file is None:
-        return prompt
+    if file is None and (prompt != "-" or sys.stdin is None):
+        return None if prompt == "-" else prompt
     source = file or "standard input"
     try:
         data = _standard_input() if file is None else _content(file)
@@ -37,8 +37,6 @@ def _content(file: Path) -> bytes:
 
 
 def _standard_input() -> bytes:
-    if sys.stdin is None:
-        return b""
     stream = getattr(sys.stdin, "buffer", None)
     return stream.read(_MOST_BYTES + 1) if stream else sys.stdin.read(_MOST_BYTES + 1).encode()
 

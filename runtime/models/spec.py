@@ -213,7 +213,7 @@ class ModelSpec:
 
     @property
     def text_length(self) -> int:
-        """Tokens of a text, padded."""
+        """Tokens of a chunk of text, padded."""
         return min(encoder.setting("max_position_embeddings") for encoder in self.text_encoders)
 
     @property
@@ -228,11 +228,11 @@ class ModelSpec:
         return self.unet.get("time_cond_proj_dim")
 
     def inputs(
-        self, component: Component, batch: int, height: int, width: int
+        self, component: Component, batch: int, height: int, width: int, chunks: int = 1
     ) -> Mapping[str, tuple[int, ...]]:
         """Shapes of what a session is called with, by their names there, for a picture of `height` x `width`
-        pixels."""
-        return component.network.inputs(self, Extent(batch, height, width))
+        pixels, and texts of so many `chunks`."""
+        return component.network.inputs(self, Extent(batch, height, width, chunks))
 
 
 _EXTENDED: Recent[ModelSpec] = Recent(16)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import TightfitError, explained
+from .prompt_syntax import Piece, sections
 from .spec import Component, ModelSpec
 from .tokenizer import tokenizer_of
 
@@ -23,31 +25,136 @@ class Tokens:
     cut: Mapping[str, str]
 
 
+class Reader:
+    """One text encoder's tokenizer, with the words that adapters taught it. Raises TightfitError where it
+    cannot be read."""
+
+    def __init__(self, spec: ModelSpec, encoder: Component) -> None:
+        self.folder, self._encoder = spec.folder / encoder.network.tokenizer, encoder
+        self.tokenizer = tokenizer_of(spec, encoder)
+        with self.explained():
+            self.taught = _teach(self.tokenizer, encoder)
+            positions = encoder.setting("max_position_embeddings")
+            self.length = min(self.tokenizer.model_max_length, positions)
+            self.pad = int(self.tokenizer.pad_token_id)
+
+    def explained(self) -> AbstractContextManager[None]:
+        return explained(f"the tokenizer in {self.folder} cannot be read", "copy or download it again")
+
+    def ids(self, texts: Sequence[str], ends: bool = True) -> list[list[int]]:
+        """The tokens of each text, with the marks of its ends."""
+        with self.explained():
+            rows = self.tokenizer(list(texts), verbose=False, add_special_tokens=ends).input_ids
+        known = self._encoder.setting("vocab_size")
+        if max([self.pad, *(token for row in rows for token in row if token not in self.taught)]) >= known:
+            raise TightfitError(
+                f"{self.folder} has more tokens than {self._encoder.folder}: they belong to different models"
+            )
+        return rows
+
+    def vectors(self, token: int) -> list[int]:
+        """The rows of the encoder's table that a token stands for."""
+        return self.taught.get(token, [token])
+
+
 def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> Tokens:
     """Tokens of the named `texts` for one text encoder, padded or cut to its length."""
     import numpy as np
 
-    folder = spec.folder / encoder.network.tokenizer
-    tokenizer = tokenizer_of(spec, encoder)
-    known = encoder.setting("vocab_size")
-    with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
-        taught = _teach(tokenizer, encoder)
-        length = min(tokenizer.model_max_length, encoder.setting("max_position_embeddings"))
-        whole, pad = tokenizer(list(texts.values()), verbose=False).input_ids, int(tokenizer.pad_token_id)
-    if max(pad, *(token for row in whole for token in row if token not in taught)) >= known:
-        raise TightfitError(
-            f"{folder} has more tokens than {encoder.folder}: they belong to different models"
-        )
-    vectors = [[vector for token in row for vector in taught.get(token, [token])] for row in whole]
-    rows = np.full((len(whole), length), pad, np.int64)
+    reader = Reader(spec, encoder)
+    whole, length = reader.ids([*texts.values()]), reader.length
+    vectors = [[vector for token in row for vector in reader.vectors(token)] for row in whole]
+    rows = np.full((len(whole), length), reader.pad, np.int64)
     for row, ids in zip(rows, vectors, strict=True):
         row[: len(ids)] = [*ids[: length - 1], ids[-1]] if len(ids) > length else ids
     cut = {
-        name: _end(tokenizer, row, taught, length - 1)
+        name: _end(reader.tokenizer, row, reader.taught, length - 1)
         for name, row, ids in zip(texts, whole, vectors, strict=True)
         if len(ids) > length
     }
     return Tokens(rows, cut)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """One text as a text encoder reads it, a row after the other: `ids` are int64 (rows, length), `weights`
+    float32 of that shape."""
+
+    ids: np.ndarray
+    weights: np.ndarray
+
+
+BACKTRACK = 20  # tokens after the last comma that move into the next chunk with what follows, as in A1111
+COMMA = ",</w>"
+
+
+def chunked(spec: ModelSpec, encoder: Component, texts: Sequence[str]) -> dict[str, Chunks]:
+    """Each of `texts`, in A1111's syntax, in as many chunks as it takes."""
+    import numpy as np
+
+    reader, length = Reader(spec, encoder), spec.text_length
+    if length < 3:
+        raise TightfitError(
+            f"{encoder.folder} reads {length} tokens, too few for a word: copy the model again"
+        )
+    with reader.explained():
+        begin, *_, end = reader.ids([""])[0]
+    comma = reader.tokenizer.get_vocab().get(COMMA)
+    read: dict[str, Chunks] = {}
+    for text in dict.fromkeys(texts):
+        chunks = _filled(_weighted(reader, sections(text)), length - 2, comma)
+        ids = np.full((len(chunks), length), reader.pad, np.int64)
+        weights = np.ones(ids.shape, np.float32)
+        for row, chunk in enumerate(chunks):
+            ids[row, : len(chunk) + 2] = [begin, *(vector for vector, _ in chunk), end]
+            weights[row, 1 : len(chunk) + 1] = [weight for _, weight in chunk]
+        read[text] = Chunks(ids, weights)
+    return read
+
+
+def _weighted(reader: Reader, parts: list[list[Piece]]) -> list[list[tuple[list[int], float]]]:
+    """Of each section its words: the vectors of each token, and their weight."""
+    rows = iter(reader.ids([piece.text for section in parts for piece in section] or [""], ends=False))
+    return [
+        [(reader.vectors(token), piece.weight) for piece in section for token in next(rows)]
+        for section in parts
+    ]
+
+
+def _filled(
+    parts: list[list[tuple[list[int], float]]], room: int, comma: int | None
+) -> list[list[tuple[int, float]]]:
+    """Chunks of at most `room` vectors with their weights. Each section begins a new one, and so does what
+    follows a comma that is near the end of a full one."""
+    chunks: list[list[tuple[int, float]]] = []
+    current: list[tuple[int, float]] = []
+    last_comma: int | None = None
+
+    def end(rest: Sequence[tuple[int, float]] = ()) -> None:
+        nonlocal current, last_comma
+        chunks.append(current)
+        current, last_comma = [*rest], None
+
+    for number, section in enumerate(parts):
+        if number:
+            end()
+        for vectors, weight in section:
+            full = len(current) == room
+            if vectors == [comma]:
+                last_comma = len(current)
+            elif full and last_comma is not None and room - last_comma <= BACKTRACK:
+                rest = current[last_comma + 1 :]
+                del current[last_comma + 1 :]
+                end(rest)
+            if len(current) == room or len(current) + len(vectors) > room >= len(vectors):
+                end()
+            for vector in vectors:
+                if len(current) == room:  # of a word with more vectors than a chunk has room for
+                    end()
+                current.append((vector, weight))
+    if current or not chunks:
+        end()
+    return chunks
 
 
 def unused_words(spec: ModelSpec, texts: Mapping[str, str]) -> tuple[str, ...]:

@@ -57,7 +57,7 @@ class Estimator:
         self.costs: Recent[dict[Any, Any]] = Recent(most)
 
     def estimate(self, hardware: Hardware, job: Job, wishes: Wishes) -> Estimate:
-        key = (job.width, job.height, job.branches)
+        key = (job.width, job.height, job.branches, job.prompting.chunks)
         return Estimate(hardware, job, wishes, self.costs.get(key, dict, hardware, job.spec))
 
 
@@ -172,7 +172,8 @@ class Estimate:
     def _extent(self, name: str, cfg: str) -> Extent:
         """What a component is called for."""
         batched = self._role(name) is Role.DENOISER and cfg == "batched"
-        return Extent(self.job.branches if batched else 1, self.job.height, self.job.width)
+        job = self.job
+        return Extent(job.branches if batched else 1, job.height, job.width, job.prompting.chunks)
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
@@ -215,7 +216,7 @@ class Estimate:
     ) -> float:
         job, branches = self.job, self.job.branches
         calls_of = {
-            Role.TEXT: branches,  # texts are encoded one by one
+            Role.TEXT: job.prompting.encodings,  # texts are encoded one by one
             Role.ENCODER: 1,
             Role.DENOISER: job.calls * (branches if cfg == "sequential" else 1) * job.num_images,
             Role.DECODER: job.num_images,

@@ -305,10 +305,11 @@ def test_out_of_memory_on_every_rung_is_one_line(sd1, monkeypatch, place, text):
 
 def test_what_was_cut_is_said(pipes):
     long = " ".join(["heart"] * 20) + " and a cat"
-    first = next(pipes["sdxl"].run(tightfit.Request(long, num_inference_steps=1)))
+    plain = {"num_inference_steps": 1, "prompt_syntax": "plain"}
+    first = next(pipes["sdxl"].run(tightfit.Request(long, **plain)))
     assert len(first.notices) == 1
     assert pipes["sd1"].generate(tightfit.Request("a cat", num_inference_steps=1)).notices == ()
-    (notice,) = pipes["sdxl"].generate(tightfit.Request(long, num_inference_steps=1)).notices
+    (notice,) = pipes["sdxl"].generate(tightfit.Request(long, **plain)).notices
     assert notice.startswith("the prompt is too long")
     assert notice.endswith("heart and a cat")
 

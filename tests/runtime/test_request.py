@@ -53,7 +53,9 @@ def test_random_seeds_differ(spec):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"prompt": "  \n"}, ["prompt is empty"]),
+        ({"prompt": None}, ["no prompt was given", '"a red heart"']),
+        ({"prompt_syntax": "a111"}, ["unknown prompt_syntax", "did you mean a1111", "plain"]),
+        ({"emphasis": "loud"}, ["unknown emphasis", "original, no-norm, ignore"]),
         ({"prompt": 3}, ["prompt must be text"]),
         ({"width": 70}, ["width 70", "multiple of 8", "64 or 72"]),
         ({"height": 5}, ["height 5", "nearest are 8"]),

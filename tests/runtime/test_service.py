@@ -49,8 +49,8 @@ def test_events_come_as_they_happen_and_one_failure_is_nobody_elses(service, sd1
         missing.result()
     with pytest.raises(TightfitError, match="multiple"):
         uneven.result()
-    with pytest.raises(TightfitError, match="prompt is empty"):
-        service.submit(str(sd1), tightfit.Request(" "))
+    with pytest.raises(TightfitError, match="prompt must be text"):
+        service.submit(str(sd1), tightfit.Request(3))
 
 
 def test_what_is_cancelled_stops_and_the_next_goes_on(service, sd1):

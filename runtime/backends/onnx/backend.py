@@ -131,7 +131,8 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: case.other_shape,
         lambda case: (
             f"{case.graph.file} takes {case.other_shape}: "
-            "ask for what it was made for, or export the model again"
+            f"ask for what it was made for{', a shorter prompt' if case.extent.chunks > 1 else ''}, "
+            "or export the model again"
         ),
     ),
     Rule(lambda case: case.call_problem, lambda case: case.call_problem or ""),

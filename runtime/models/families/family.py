@@ -48,12 +48,13 @@ IN_EVERY_PLAN = frozenset({Role.TEXT, Role.DENOISER, Role.DECODER})  # no pictur
 
 
 class Extent(NamedTuple):
-    """What the inputs of one call depend on: rows of a batch, and the picture's height and width in
-    pixels."""
+    """What the inputs of one call depend on: rows of a batch, the picture's height and width in pixels, and
+    how many times a text encoder's length the texts are."""
 
     batch: int
     height: int
     width: int
+    chunks: int = 1
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Network:
     folder of a text encoder's. vocabulary: the last name of the layer that has a vector for each token.
     in_strips: whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL.
     least_bits: of its quantised weights, whatever a model is quantised to. tracing: None for what is not
-    exported to ONNX.
+    exported to ONNX. skip: the network read so many layers from its end, 1 being the last.
     """
 
     name: str
@@ -128,6 +129,7 @@ class Network:
     vocabulary: str = ""
     in_strips: bool = False
     least_bits: int = 4
+    skip: Callable[[Component, int], Component] = lambda component, _: component
     tracing: Tracing | None = None
 
 

@@ -49,6 +49,7 @@ _TEXT = {
     "num_hidden_layers": whole(1, MOST_LAYERS),
     "eos_token_id": whole(0, MOST_WIDTH),  # the token whose place the pooled text is read from
     **dict.fromkeys(("bos_token_id", "pad_token_id"), or_none(whole(-1, MOST_WIDTH))),
+    "clip_skip": whole(2, MOST_LAYERS),  # ours, never a file's
     "hidden_act": is_text,
     "layer_norm_eps": is_positive,
 }
@@ -219,7 +220,7 @@ def _text_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:  # noqa: 
 def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     """Shapes of latents, timestep and texts; and of the guidance that distilled U-Nets are told."""
     shapes: dict[str, Shape] = {"sample": (extent.batch, *spec.latent_shape(extent)), "timestep": ()}
-    shapes["hidden"] = (extent.batch, spec.text_length, spec.text_width)
+    shapes["hidden"] = (extent.batch, extent.chunks * spec.text_length, spec.text_width)
     if spec.guidance_width:
         shapes["time_condition"] = (1, spec.guidance_width)
     return shapes
@@ -274,7 +275,7 @@ def _moments(module: Any, pixels: Any) -> tuple[Any, ...]:
 _TEXT_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "projection_dim", "num_hidden_layers",
     "num_attention_heads", "max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id",
-    "eos_token_id", "pad_token_id",
+    "eos_token_id", "pad_token_id", "clip_skip",
 )  # fmt: skip
 
 
@@ -348,6 +349,12 @@ _PIXELS, _OTHER_PIXELS = (
 _IMAGE_SIDES = ("batch_size", "", "height", "width")
 
 
+def _skip(component: Component, count: int) -> Component:
+    from ..clip_skip import without_layers
+
+    return without_layers(component, count - 1)
+
+
 TEXT_TRACING = Tracing(
     sides={"tokens": ("batch_size", "sequence_length")},
     outputs=text_outputs,
@@ -377,6 +384,7 @@ TEXT_ENCODER = Network(
     tokenizer="tokenizer",
     vocabulary="token_embedding",
     tracing=TEXT_TRACING,
+    skip=_skip,
 )
 UNET = Network(
     name="unet",

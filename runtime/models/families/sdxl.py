@@ -19,10 +19,26 @@ if TYPE_CHECKING:
     from ..spec import Component, ModelSpec
 
 
+_SKIPPED = "clip_skip"  # of a config: how many layers from the end are read
+
+
 def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
     """The layer before the last, without the final norm, and the projection where the model has one."""
     out = module(tokens, output_hidden_states=True)
-    return (out.hidden_states[-2], out.text_embeds) if "text_embeds" in out else (out.hidden_states[-2],)
+    states = out.hidden_states[-getattr(module.config, _SKIPPED, 2)]
+    return (states, out.text_embeds) if "text_embeds" in out else (states,)
+
+
+def _skip(component: Component, count: int) -> Component:
+    """Of the first the layers are left out that are not read. The second reads all, for the pooled text."""
+    from ..clip_skip import check, without_layers
+
+    if count <= 2:  # as Forge: SDXL reads the layer before the last anyway
+        return component
+    if "WithProjection" not in str(component.config.get("architectures")):
+        return without_layers(component, count - 2)
+    check(component, count - 1)
+    return replace(component, config={**component.config, _SKIPPED: count}, graph=None)
 
 
 def _answers(outputs: Sequence[str]) -> list[str]:
@@ -47,6 +63,7 @@ def _outputs(component: Component) -> tuple[str, ...]:
 _FIRST = replace(
     TEXT_ENCODER,
     call=_encode,
+    skip=_skip,
     graph=replace(TEXT_ENCODER.graph, answers=_answers),
     tracing=replace(TEXT_TRACING, outputs=_outputs),
 )

@@ -278,7 +278,7 @@ main()"""
 
 
 def test_what_was_cut_is_said(call, sd1):
-    code, _, err = call("heart " * 90, "--model", str(sd1), *FAST)
+    code, _, err = call("heart " * 90, "--model", str(sd1), "--prompt-syntax", "plain", *FAST)
     assert code == 0
     assert err.startswith("note: the prompt is too long; this end of it was cut: ")
     assert err.count("\n") == 1
@@ -287,9 +287,10 @@ def test_what_was_cut_is_said(call, sd1):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([""], ["prompt is empty"]),
-        (["  "], ["prompt is empty"]),
-        (["--steps", "3"], ["prompt is empty", '"a red heart"']),
+        (["--steps", "3"], ["no prompt was given", '"a red heart"']),
+        (["(a:nan)"], ["weight", "nan", "the nearest is 1"]),
+        (["a (cat:1e9)"], ["weight", "1e9", "the nearest is 100"]),
+        (["a AND b :-1000"], ["weight", "-1000", "the nearest is -100"]),
         (["a \udcff"], ["prompt", "UTF-8"]),
         (["a", "--model", "x" * 300], ["no model can be called"]),
         (["a", "--model", "~nosuchuser/x"], ["no model can be called"]),
@@ -432,7 +433,7 @@ def test_streams_as_a_process_has_them(sd1, tmp_path):
     """No warning of a library beside our line; a terminal without the letters of a path is no failure."""
     import os
 
-    words = command("心 " + "heart " * 90, "--model", str(sd1), *FAST)
+    words = command("心 " + "heart " * 90, "--model", str(sd1), "--prompt-syntax", "plain", *FAST)
     done = subprocess.run(
         words, cwd=tmp_path, capture_output=True, env=os.environ | {"PYTHONIOENCODING": "cp1252"}, check=False
     )

@@ -90,7 +90,7 @@ def test_names_of_options_stay():
         --prediction --models-dir --json"""
     of_generate = """\
 prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan -o --output
-        --overwrite"""
+        --overwrite --prompt-syntax --emphasis --clip-skip --wildcards"""
     for command, more in (("generate", of_generate), ("plan", "--hardware --all --save")):
         names = {name for opts in options_of(command).values() for name in opts}
         assert names == {*of_both.split(), *more.split()}

@@ -317,7 +317,8 @@ def test_syntax_is_said_at_every_door(sd1):
 
     spec = inspect(str(sd1))
     pipe = Pipeline(spec, Hardware("cpu", "here", 2**30, 2**30, ("fp32",)))
-    request = Request("a (red:1.3) heart", "[blurry]", 64, 64, 1, 7.5, 1, "euler").resolve(spec)
+    words = Request("a (red:1.3) heart", "[blurry]", 64, 64, 1, 7.5, 1, "euler", prompt_syntax="plain")
+    request = words.resolve(spec)
     run = Run(request, pipe.loaded, Ways(pipe._first, pipe.plans))
     run._prepare()
     assert [each.split(" has ")[0] for each in run.notices] == ["the negative prompt", "the prompt"]

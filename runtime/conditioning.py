@@ -1,0 +1,106 @@
+"""What the denoiser is guided by: what text encoders answered, weighed, put together for each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from .models.prompt_syntax import Line
+from .models.tokens import Chunks
+from .request import Job
+
+Answers = tuple[np.ndarray, ...]
+Encode = Callable[[np.ndarray], Answers]
+"""Tokens of one chunk → what a text encoder answers: its states first (1, length, width)."""
+
+
+class Conditioning:
+    """The denoiser's inputs that depend on texts, a row for each branch; the same arrays as long as the
+    texts stay the same, so that an engine finds them on its device."""
+
+    def __init__(self, job: Job, encoded: Sequence[Mapping[tuple[Line, str], Answers]]) -> None:
+        """`encoded` has each branch's texts, by text encoder."""
+        self._job, self._encoded = job, encoded
+        self._texts: tuple[str, ...] | None = None
+        self._parts: dict[str, Sequence[Mapping[str, np.ndarray]]] = {}
+
+    def of(self, cfg: str, call: int) -> Sequence[Mapping[str, np.ndarray]]:
+        """The inputs of each part of one call, counted from 0."""
+        lines = self._job.prompting.lines
+        texts = tuple(line.at(call) for line in lines)
+        if texts != self._texts:
+            self._texts, self._parts = texts, _parts(self._joined([*zip(lines, texts, strict=True)]))
+        return self._parts[cfg]
+
+    def _joined(self, texts: Sequence[tuple[Line, str]]) -> dict[str, np.ndarray]:
+        """A row for each text, all as long as the longest has to be."""
+        length = self._job.prompting.chunks * self._job.spec.text_length
+        rows = []
+        for encoder in self._encoded:
+            states = [encoder[text][0] for text in texts]
+            whole = np.concatenate([np.tile(one, (1, length // one.shape[1], 1)) for one in states])
+            others = zip(*(encoder[text][1:] for text in texts), strict=True)
+            rows.append((whole, *map(np.concatenate, others)))
+        return self._job.spec.design.condition(self._job, rows)
+
+
+def _parts(arrays: Mapping[str, np.ndarray]) -> dict[str, Sequence[Mapping[str, np.ndarray]]]:
+    rows = range(max((len(array) for array in arrays.values()), default=0))
+    sequential = [{name: array[i : i + 1] for name, array in arrays.items()} for i in rows]
+    return {"batched": [arrays], "sequential": sequential}
+
+
+def encoded(job: Job, chunks: Mapping[str, Chunks], encode: Encode) -> dict[tuple[Line, str], Answers]:
+    """What one text encoder answers for the texts of each branch, each as long as the branch's longest.
+
+    One chunk at a time, as diffusers encodes texts one by one, for the same last bits.
+    """
+    known: dict[bytes, Answers] = {}
+
+    def answers(ids: np.ndarray) -> Answers:
+        if (key := ids.tobytes()) not in known:
+            known[key] = encode(ids)
+        return known[key]
+
+    result: dict[tuple[Line, str], Answers] = {}
+    for line in job.prompting.lines:
+        count = job.prompting.counts(line)
+        texts = list(dict.fromkeys(line.texts))
+        read = [_filled(chunks[text], count, chunks) for text in texts]
+        states = np.stack([np.stack([answers(ids)[0][0] for ids in one.ids]) for one in read])
+        shares = np.array([line.texts.count(text) for text in texts])
+        weighed = emphasised(states, np.stack([one.weights for one in read]), shares, job.emphasis)
+        for text, one, rows in zip(texts, read, weighed, strict=True):
+            result[line, text] = (np.concatenate(rows)[None], *answers(one.ids[0])[1:])
+    return result
+
+
+def _filled(text: Chunks, count: int, chunks: Mapping[str, Chunks]) -> Chunks:
+    """A text in so many chunks: the empty text's come after its own, as in A1111."""
+    if not (more := count - len(text.ids)):
+        return text
+    empty = chunks[""]
+    return Chunks(
+        np.concatenate([text.ids, *[empty.ids] * more]),
+        np.concatenate([text.weights, *[empty.weights] * more]),
+    )
+
+
+def emphasised(states: np.ndarray, weights: np.ndarray, shares: np.ndarray, kind: str) -> np.ndarray:
+    """States (texts, chunks, length, width) of one schedule, each multiplied by its token's weight.
+
+    "original" restores the mean of each chunk, over all texts of the schedule by their share of its entries,
+    as A1111 does. Without weights nothing changes, to the last bit.
+    """
+    if kind == "ignore" or (weights == 1).all():
+        return states
+    weighed = states * weights[..., None]
+    if kind == "no-norm":
+        return weighed
+    before, after = (
+        np.average(values.mean(axis=(2, 3), dtype=np.float64), axis=0, weights=shares)
+        for values in (states, weighed)
+    )
+    ratio = np.divide(before, after, out=np.ones_like(before), where=after != 0)
+    return weighed * ratio.astype(np.float32)[None, :, None, None]

@@ -1,0 +1,155 @@
+"""A request's two prompts, read for one model: the text of each branch in each step, and how long it is."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+from ..errors import TightfitError
+from . import tokens
+from .prompt_syntax import Line, fits, line, lines
+from .tokens import Chunks, Tokens
+
+if TYPE_CHECKING:
+    from .spec import ModelSpec
+
+SYNTAXES = ("a1111", "plain")
+EMPHASES = ("original", "no-norm", "ignore")
+PROMPT, NEGATIVE = "prompt", "negative prompt"
+MOST_CHUNKS = 64  # of one text: 4800 tokens
+_NETWORK = re.compile(r"<\w{1,20}:[^<>]+>")  # <lora:…> whose file was not found, <hypernet:…>
+
+
+class Wanted(NamedTuple):
+    """What a request says of its prompts. `guided`: the denoiser is told what not to paint too."""
+
+    prompt: str
+    negative: str | None
+    guided: bool
+    plain: bool
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """What the denoiser is guided by: a line for each branch, the unguided one first where there is one.
+
+    `named` are the two prompts as they were given, by what they are called.
+    """
+
+    spec: ModelSpec = field(repr=False)
+    lines: tuple[Line, ...]
+    named: Mapping[str, str]
+    plain: bool
+
+    @functools.cached_property
+    def texts(self) -> tuple[str, ...]:
+        """All that are encoded, once each."""
+        return tuple(dict.fromkeys(text for branch in self.lines for text in branch.texts))
+
+    @functools.cached_property
+    def read(self) -> Mapping[str, Mapping[str, Chunks]]:
+        """The chunks of each text, by text encoder. Raises TightfitError for what no encoder can read."""
+        if self.plain:
+            return self._in_one()
+        encoders = self.spec.text_encoders
+        texts = (*self.texts, "")  # which fills up the shorter texts of a schedule
+        read = {encoder.name: tokens.chunked(self.spec, encoder, texts) for encoder in encoders}
+        for counts in zip(
+            *([len(chunks.ids) for chunks in one.values()] for one in read.values()), strict=True
+        ):
+            if len({*counts}) > 1:
+                raise TightfitError(
+                    f"{self.spec.folder} has tokenizers that split a text differently: "
+                    "copy or download it again"
+                )
+            if counts[0] > MOST_CHUNKS:
+                raise TightfitError(
+                    f"the prompt fills {counts[0]} times the length of a text encoder, "
+                    f"and at most {MOST_CHUNKS} can be read: shorten it"
+                )
+        return read
+
+    @functools.cached_property
+    def _whole(self) -> Mapping[str, Tokens]:
+        """The named texts, each in one piece, by text encoder."""
+        encoders = self.spec.text_encoders
+        return {encoder.name: tokens.tokenize(self.spec, encoder, self.named) for encoder in encoders}
+
+    def _in_one(self) -> Mapping[str, Mapping[str, Chunks]]:
+        import numpy as np
+
+        return {
+            encoder: {
+                text: Chunks(ids[None], np.ones((1, len(ids)), np.float32))
+                for text, ids in zip(self.named.values(), whole.ids, strict=True)
+            }
+            for encoder, whole in self._whole.items()
+        }
+
+    def counts(self, branch: Line) -> int:
+        """Chunks of the longest text of a branch, to which the others are filled up."""
+        return max(self._count(text) for text in branch.texts)
+
+    def _count(self, text: str) -> int:
+        taught = any(encoder.words for encoder in self.spec.text_encoders)
+        short = fits(text, self.spec.text_length - 2) and "BREAK" not in text
+        if self.plain or (short and not taught):
+            return 1
+        return len(next(iter(self.read.values()))[text].ids)
+
+    @functools.cached_property
+    def chunks(self) -> int:
+        """Of every branch: a shorter one is repeated, which attention does not see."""
+        return math.lcm(*(self.counts(branch) for branch in self.lines))
+
+    @functools.cached_property
+    def encodings(self) -> int:
+        """Calls of each text encoder: each text once, and an empty one that fills up."""
+        counts = {text: self._count(text) for text in self.texts}
+        short = any(counts[text] < self.counts(branch) for branch in self.lines for text in branch.texts)
+        return sum(counts.values()) + (short and "" not in counts)
+
+    def notices(self) -> Iterator[str]:
+        """What of the prompts does nothing, or is read otherwise than it was meant."""
+        if self.plain:
+            yield from tokens.painted_as_words(self.named)
+            yield from self._ends()
+        yield from tokens.unused_words(self.spec, self.named)
+        for branch in () if self.plain else self.lines:
+            yield from branch.notices
+        for name, text in {} if self.plain else self.named.items():
+            if names := _NETWORK.findall(text):
+                yield _unloaded(name, names[0])
+
+    def _ends(self) -> Iterator[str]:
+        for whole in self._whole.values():
+            for name, end in whole.cut.items():
+                yield f"the {name} is too long; this end of it was cut: {end}"
+
+
+def _unloaded(name: str, word: str) -> str:
+    if name != PROMPT:
+        return f"{word} in the {name} is read as words, as in A1111: adapters are named in the prompt"
+    return (
+        f"{word} in the {name} is left out: a LoRA is found by its name in a folder of models, "
+        "--models-dir or TIGHTFIT_LORAS, or given by --lora"
+    )
+
+
+def prompting(spec: ModelSpec, wanted: Wanted, calls: int) -> Prompting:
+    """The prompts of one picture, whose denoiser is called so often. Raises TightfitError for a syntax that
+    cannot be followed."""
+    prompt, plain = wanted.prompt, wanted.plain
+    given = (Line((prompt,)),) if plain else lines(_NETWORK.sub("", prompt), calls)
+    if len(given) > 1 and spec.guidance_width:
+        raise TightfitError(f"{spec.name} takes one text, as it was distilled for it: leave AND out")
+    named, first = {PROMPT: prompt}, ()
+    if not spec.guidance_width and (wanted.guided or len(given) > 1):
+        negative = wanted.negative or ""
+        named = {NEGATIVE: negative, **named}
+        first = (Line((negative,)) if plain else line(negative, calls),)
+    return Prompting(spec, (*first, *given), named, plain)
