@@ -16,7 +16,7 @@ from .errors import TightfitError
 from .fields import kinds
 from .files import shortened
 from .models.prompt_syntax import matters
-from .models.schedulers import SCHEDULERS
+from .models.samplers.names import a1111_fields, of_a1111
 from .request import PLAIN, Job, Request
 
 # How Windows names shares and devices: to look at a share sends its host the user's credentials.
@@ -25,7 +25,6 @@ _NAME = re.compile(r"\w[\w \-/]*")
 _QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
 _SETTINGS = re.compile(r"\s*Steps:\s*\d")
 _TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
-_WHEN_CHANGED = {"clip_skip", "emphasis"}
 _EMPHASES = {"no-norm": "No norm", "ignore": "Ignore"}  # as A1111 names them; "Original" it leaves out
 _KINDS = kinds(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
@@ -64,14 +63,13 @@ def write(job: Job, model: str, precision: str) -> str:
         lines.append(f"Negative prompt: {job.negative_prompt}")
     fields = {
         "Steps": job.num_inference_steps,
-        "Sampler": SCHEDULERS[job.scheduler].a1111,
+        **a1111_fields(job.scheduler),
         "CFG scale": job.guidance_scale,
         "Seed": job.seed,
         "Size": f"{job.width}x{job.height}",
+        **_asked(job),
         "Model": json.dumps(model) if re.search(r'[,:"\n]', model) else model,
         **({"Lora hashes": json.dumps(", ".join(digest for _, digest in loras))} if loras else {}),
-        **({"Clip skip": job.clip_skip} if job.clip_skip > 1 else {}),
-        **({"Emphasis": _EMPHASES[job.emphasis]} if job.emphasis in _EMPHASES else {}),
         "Precision": precision,
         "tightfit": json.dumps(json.dumps(exact)),
     }
@@ -80,20 +78,44 @@ def write(job: Job, model: str, precision: str) -> str:
 
 
 def _told(job: Request) -> dict[str, Any]:
-    """Its fields, without those of words that are as they are anyway."""
+    """Its fields, without that of words that are as they are anyway."""
     fields = job.to_json()
     if not _of_syntax(fields) and job.prompt_syntax == _FIELDS["prompt_syntax"].default:
         del fields["prompt_syntax"]
-    return {
-        name: value
-        for name, value in fields.items()
-        if name not in _WHEN_CHANGED or value != _FIELDS[name].default
-    }
+    return fields
 
 
 def _of_syntax(fields: Mapping[str, Any]) -> bool:
     texts = (fields.get(name) for name in ("prompt", "negative_prompt"))
     return any(isinstance(text, str) and matters(text) for text in texts)
+
+
+# A1111's names of options, which it writes, too, only where they are not the default.
+_OPTIONS = {
+    "noise_source": "RNG",
+    "subseed": "Variation seed",
+    "subseed_strength": "Variation seed strength",
+    "seed_resize": "Seed resize from",
+    "ensd": "ENSD",
+    "eta": "Eta",
+    "s_churn": "Sigma churn",
+    "s_noise": "Sigma noise",
+    "clip_skip": "Clip skip",
+}
+
+
+def _asked(job: Job) -> dict[str, Any]:
+    """What of a job's options is not the default, in A1111's words."""
+    options = {name: getattr(job, field) for field, name in _OPTIONS.items() if job.is_written(field)}
+    if job.noise_source != "cpu":
+        options["RNG"] = job.noise_source.upper()
+    if job.eta is not None and job.scheduler.startswith("ddim"):
+        options["Eta DDIM"] = options.pop("Eta")
+    if job.zero_snr:
+        options["Noise Schedule"] = "Zero Terminal SNR"
+    if job.emphasis in _EMPHASES:
+        options["Emphasis"] = _EMPHASES[job.emphasis]
+    return options
 
 
 def read(picture: Path, given: Collection[str] = ()) -> Carried:
@@ -197,8 +219,9 @@ def _fits(name: str, value: Any) -> bool:
     """Whether JSON has `value` for a field of that name; a whole number is also a float."""
     if value is None:
         return _FIELDS[name].default is None
-    return isinstance(value, (float, int) if _KINDS[name] is float else _KINDS[name]) and not isinstance(
-        value, bool
+    kind = _KINDS[name]
+    return isinstance(value, (float, int) if kind is float else kind) and isinstance(value, bool) is (
+        kind is bool
     )
 
 
@@ -222,17 +245,12 @@ def _pairs(line: str) -> Iterator[tuple[str, str]]:
 def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
     """A1111's settings as Request fields. A sampler tightfit has not stays as it is called there, and is
     refused later."""
-    sampler, kind = fields.get("Sampler", ""), fields.get("Schedule type", "Automatic")
-    if kind == "Automatic":  # as A1111 resolves it
-        kind = "Karras" if sampler == "DPM++ 2M" else ""
-    shown = f"{sampler} {kind}".strip()
     emphases = {theirs: name for name, theirs in _EMPHASES.items()}
-    names = {scheduler.a1111: name for name, scheduler in SCHEDULERS.items()}
     try:
         width, height = fields["Size"].split("x")
         return {
             "num_inference_steps": int(fields["Steps"]),
-            "scheduler": names.get(shown, shown),
+            "scheduler": of_a1111(fields.get("Sampler", ""), fields.get("Schedule type", "Automatic")),
             "guidance_scale": float(fields["CFG scale"]),
             "seed": int(fields["Seed"]),
             "width": int(width),

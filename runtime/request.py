@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 import random
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,12 +19,20 @@ from .fields import described, kinds, option
 from .models import schedulers
 from .models.clip_skip import skipping
 from .models.prompts import EMPHASES, SYNTAXES, Prompting, Wanted, prompting
-from .models.schedulers import SCHEDULERS
+from .models.samplers.names import AUTOMATIC, SAMPLERS, SCHEDULES, joined, schedule_of, split
+from .models.schedulers import Tuning
 from .models.spec import ModelSpec
+from .noise import CPU, SOURCES, Noise
 
+_RESIZED = "seed_resize's width", "seed_resize's height"
 RANDOM_SEED = -1  # as A1111 has it: the seed that is drawn is told, and written into the picture
 _SIDES = 1, 2**16
-_NAMES = f"{', '.join(sorted(SCHEDULERS, key=len))}."
+_SEEDS = 0, 2**63 - 1
+
+
+def _tuning(default: Any, help: str, metavar: str = "", **others: Any) -> Any:  # noqa: A002
+    """An option of sampling, which few requests have."""
+    return option(default, help, metavar, panel="Sampling", terse=True, **others)
 
 
 @dataclass(frozen=True)
@@ -50,18 +59,37 @@ class Request:
         costs=True,
     )
     guidance_scale: float | None = option(None, "Default: model's.", "X", bounds=(0, 1000), costs=True)
-    seed: int | None = option(None, "Default, and -1: random.", "N", bounds=(0, 2**63 - 1))
-    scheduler: str | None = option(None, _NAMES, "NAME", choices=tuple(SCHEDULERS), costs=True)
+    seed: int | None = option(None, "Default, and -1: random.", "N", bounds=_SEEDS)
+    scheduler: str | None = option(
+        None, 'As docs/samplers.md, "DPM++ 2M Karras".', "NAME", choices=tuple(SAMPLERS), costs=True
+    )
     num_images: int = option(1, "From seed, seed + 1 …", "N", bounds=(1, 10_000), costs=True)
     prompt_syntax: str = option(
         "a1111", "a1111, or plain: as words.", "NAME", choices=SYNTAXES, costs=True, panel="Words"
     )
-    clip_skip: int = option(1, "As A1111 counts: 1 is none.", "N", bounds=(1, 64), costs=True, panel="Words")
+    clip_skip: int = option(
+        1, "As A1111 counts: 1 is none.", "N", bounds=(1, 64), costs=True, panel="Words", terse=True
+    )
     emphasis: str = option(
-        "original", "Of (a:1.2): original, no-norm, ignore.", "NAME", choices=EMPHASES, panel="Words"
+        "original",
+        "Of (a:1.2): original, no-norm, ignore.",
+        "NAME",
+        choices=EMPHASES,
+        panel="Words",
+        terse=True,
     )
     adapters: tuple[Adapter, ...] = ()
     conditions: tuple[Condition, ...] = ()
+    schedule: str = _tuning(AUTOMATIC, "Noise levels: karras, simple …", "NAME", choices=tuple(SCHEDULES))
+    eta: float | None = _tuning(None, "Noise drawn anew: ddim 0, ancestral 1.", "X", bounds=(0, 1))
+    s_churn: float = _tuning(0.0, "Noise added in each step of euler.", "X", bounds=(0, 100))
+    s_noise: float = _tuning(1.0, "Strength of noise in steps.", "X", bounds=(0, 2))
+    zero_snr: bool | None = _tuning(None, "Begin with noise alone.")
+    noise_source: str = _tuning(CPU, "cpu, gpu, nv: whose numbers.", "NAME", choices=SOURCES)
+    subseed: int | None = _tuning(None, "Of a second noise; -1: random.", "N", bounds=_SEEDS)
+    subseed_strength: float = _tuning(0.0, "Its share.", "X", bounds=(0, 1))
+    seed_resize: str | None = _tuning(None, "The seed's picture at that size.", "WxH")
+    ensd: int = _tuning(0, "Added to the seed in steps.", "N", bounds=(-(2**32), 2**32))
 
     def checked(self) -> Request:
         """The same request with plain Python numbers; raises TightfitError for what no model could do."""
@@ -71,32 +99,41 @@ class Request:
             )
         for name in (name for name, kind in _KINDS.items() if kind is str):
             _check_text(name, getattr(self, name))
-        for name, words in _WORDS.items():
-            _check_word(name, getattr(self, name), words)
         check(self.adapters)
         given = {name: getattr(self, name) for name in _WHOLE}
-        if isinstance(self.seed, SupportsIndex) and operator.index(self.seed) == RANDOM_SEED:
-            given["seed"] = None
+        for name in ("seed", "subseed"):
+            if isinstance(given[name], SupportsIndex) and operator.index(given[name]) == RANDOM_SEED:
+                given[name] = None
         whole = {name: _whole(name, given[name], *limits) for name, limits in _WHOLE.items()}
-        if (whole["seed"] or 0) + (whole["num_images"] or 1) > _WHOLE["seed"][1] + 1:
-            raise TightfitError(
-                f"seed {whole['seed']} leaves no seeds for {whole['num_images']} pictures: "
-                "choose a smaller one"
-            )
-        if self.scheduler is not None and self.scheduler not in SCHEDULERS:
-            close = get_close_matches(self.scheduler.lower(), SCHEDULERS, 1)
-            meant = f" (did you mean {close[0]}?)" if close else ""
-            known = ", ".join(SCHEDULERS)
-            raise TightfitError(f"unknown scheduler '{self.scheduler}'{meant}: choose {known}")
-        return dataclasses.replace(self, guidance_scale=_scale(self.guidance_scale), **whole)
+        for name in ("seed", "subseed"):
+            if (whole[name] or 0) + (whole["num_images"] or 1) > _SEEDS[1] + 1:
+                raise TightfitError(
+                    f"{name} {whole[name]} leaves no seeds for {whole['num_images']} pictures: "
+                    "choose a smaller one"
+                )
+        numbers = {name: _number(name, getattr(self, name), *limits) for name, limits in _NUMBERS.items()}
+        for name in (name for name, kind in _KINDS.items() if kind is bool):
+            _check_truth(name, getattr(self, name))
+        scheduler = self.scheduler if self.scheduler is None else joined(*split(self.scheduler))
+        texts = {
+            "scheduler": scheduler,
+            "schedule": schedule_of(self.schedule or AUTOMATIC),
+            **{name: _choice(name, getattr(self, name), known) for name, known in _CHOICES.items()},
+            "seed_resize": _shown(_sides(self.seed_resize)),
+        }
+        return dataclasses.replace(self, **texts, **numbers, **whole)
 
     def to_json(self) -> dict[str, Any]:
         """Its numbers and texts by field, and the names of its adapters and conditions, if it has any."""
-        fields: dict[str, Any] = {name: getattr(self, name) for name in PLAIN}
+        fields: dict[str, Any] = {name: getattr(self, name) for name in PLAIN if self.is_written(name)}
         fields |= self.adapters_json()
         if self.conditions:
             fields["conditions"] = [type(condition).__name__ for condition in self.conditions]
         return fields
+
+    def is_written(self, name: str) -> bool:
+        """Whether a field is part of what a picture carries."""
+        return not _ABOUT[name].terse or getattr(self, name) != _DEFAULTS[name]
 
     def adapters_json(self) -> dict[str, dict[str, list[str]]]:
         """The names of its adapters by their options, if it has any."""
@@ -120,30 +157,38 @@ class Request:
             "width": request.width or width,
             "height": request.height or height,
             "num_inference_steps": request.num_inference_steps or spec.default_steps,
-            "guidance_scale": _scale(spec.default_guidance)
+            "guidance_scale": float(spec.default_guidance)
             if request.guidance_scale is None
             else request.guidance_scale,
             "seed": drawn(request.seed),
-            "scheduler": request.scheduler or schedulers.default(spec),
+            "scheduler": _scheduled(request.scheduler or schedulers.default(spec), request.schedule),
+            "schedule": AUTOMATIC,
+            "subseed": _subseed(request),
         }
-        for name in ("width", "height"):
-            if decided[name] % spec.downsampling:
-                raise TightfitError(_size_error(name, decided[name], spec.downsampling))
+        resize = dict(zip(_RESIZED, _sides(request.seed_resize) or (), strict=False))
+        for name, side in {"width": decided["width"], "height": decided["height"], **resize}.items():
+            if side % spec.downsampling:
+                raise TightfitError(_size_error(name, side, spec.downsampling))
         changed = skipping(adapted(spec, request.adapters), request.clip_skip)
         parts = [part for condition in request.conditions for part in condition.components(changed)]
         given |= decided
-        return Job(
+        job = Job(
             **given,
             model=spec,
             spec=changed.with_components(parts),
             prompting=prompting(changed, _wanted(given), _counted_calls(given, spec)),
         )
+        schedulers.check(job.scheduler, spec, job.tuning)
+        if job.ensd:
+            schedulers.check_draws(job.scheduler, spec, job.tuning, "ensd")
+        return job
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job(Request):
     """A request with everything decided for one model. Only a job is planned and run; no field is None but
-    the negative prompt.
+    the negative prompt; eta and zero_snr, which then are as the scheduler and the model have them; and what
+    of the seeds is not asked for. The scheduler's name has its schedule.
 
     `model` is the model that it was resolved for; `spec` is that with the adapters, and with the networks of
     the conditions.
@@ -175,6 +220,27 @@ class Job(Request):
         """How often one picture's denoiser predicts: some schedulers take two predictions a step."""
         return schedulers.calls(self.scheduler, self.spec, self.num_inference_steps)
 
+    @property
+    def tuning(self) -> Tuning:
+        """What changes the sampler."""
+        return Tuning(self.eta, self.s_churn, self.s_noise, self.zero_snr)
+
+    @property
+    def noise(self) -> Noise:
+        """What the first picture begins as."""
+        factor, size = self.spec.downsampling, _sides(self.seed_resize)
+        shape = (1, self.spec.unet["in_channels"], self.height // factor, self.width // factor)
+        resize = (size[1] // factor, size[0] // factor) if size else None
+        share, subseed = self.subseed_strength, self.subseed or 0
+        return Noise(shape, self.seed, self.noise_source, subseed, share, resize, self.ensd)
+
+    def alone(self, index: int) -> Job:
+        """Picture `index` alone. Each has the next seed, or, as A1111 has it, the next of a second noise."""
+        numbers = {"seed": self.seed + index}
+        if self.subseed_strength and self.subseed is not None:
+            numbers = {"subseed": self.subseed + index}
+        return dataclasses.replace(self, num_images=1, **numbers)
+
     def resolve(self, spec: ModelSpec) -> Job:
         return self if spec is self.model else super().resolve(spec)
 
@@ -186,12 +252,19 @@ def drawn(seed: int | None) -> int:
 
 _KINDS, _ABOUT = kinds(Request), described(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request)}
-PLAIN = tuple(name for name, kind in _KINDS.items() if kind in (str, int, float))
-"""Fields that are numbers or texts."""
+PLAIN = tuple(name for name, kind in _KINDS.items() if kind in (str, int, float, bool))
+"""Fields that are numbers, texts or truths."""
 _WHOLE = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is int}
+_FORGIVING = "scheduler", "schedule"  # which have many spellings
+_CHOICES = {name: known.choices for name, known in _ABOUT.items() if known.choices and name not in _FORGIVING}
+_DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Request)}
+_NUMBERS = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is float}
 
 
-_WORDS = {name: known.choices for name, known in _ABOUT.items() if known.choices and name != "scheduler"}
+def _scheduled(scheduler: str, schedule: str) -> str:
+    """A scheduler's name, with another schedule unless that is automatic."""
+    sampler, own = split(scheduler)
+    return joined(sampler, own if schedule == AUTOMATIC else schedule)
 
 
 def _wanted(decided: Mapping[str, Any]) -> Wanted:
@@ -206,13 +279,6 @@ def _counted_calls(decided: Mapping[str, Any], spec: ModelSpec) -> int:
     return steps * max(1, round(schedulers.calls(decided["scheduler"], spec, steps) / steps))
 
 
-def _check_word(name: str, value: str, words: Sequence[str]) -> None:
-    if value not in words:
-        close = get_close_matches(value.lower(), words, 1)
-        meant = f" (did you mean {close[0]}?)" if close else ""
-        raise TightfitError(f"unknown {name} '{value}'{meant}: choose {', '.join(words)}")
-
-
 def _check_text(name: str, value: object) -> None:
     if value is None and _FIELDS[name].default is None:
         return
@@ -225,28 +291,66 @@ def _check_text(name: str, value: object) -> None:
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int | None:
-    if value is None and _FIELDS[name].default is None:
-        return None
+    if value is None and name != "num_images":
+        return _DEFAULTS[name]
     number = operator.index(value) if isinstance(value, SupportsIndex) else None  # numpy's integers too
     if number is None or isinstance(value, bool) or not least <= number <= most:
-        random_one = f"; leave it out, or give {RANDOM_SEED}, for a random one" if name == "seed" else ""
+        is_seed = name in ("seed", "subseed")
+        random_one = f"; leave it out, or give {RANDOM_SEED}, for a random one" if is_seed else ""
         raise TightfitError(
             f"{name} must be a whole number from {least} to {most}, not {value!r}{random_one}"
         )
     return number
 
 
-def _scale(value: Any) -> float | None:
+def _number(name: str, value: Any, least: int, most: int) -> float | None:
     if value is None:
-        return None
+        return _DEFAULTS[name]
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = -1.0
-    least, most = _ABOUT["guidance_scale"].bounds or (0, 0)
     if isinstance(value, bool | str) or not least <= number <= most:
-        raise TightfitError(f"guidance_scale must be a number from {least} to {most}, not {value!r}")
+        raise TightfitError(f"{name} must be a number from {least} to {most}, not {value!r}")
     return number
+
+
+def _check_truth(name: str, value: object) -> None:
+    if not isinstance(value, bool | None):
+        raise TightfitError(f"{name} must be true or false, not {value!r}")
+
+
+def _choice(name: str, value: str | None, known: Sequence[str]) -> str:
+    word = (value or _DEFAULTS[name]).lower()
+    if word not in known:
+        close = get_close_matches(word, known, 1)
+        meant = f" (did you mean {close[0]}?)" if close else ""
+        raise TightfitError(f"unknown {name} '{value}'{meant}: choose {', '.join(known)}")
+    return word
+
+
+def _sides(text: str | None) -> tuple[int, int] | None:
+    """Width and height of "512x768"."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*", text)
+    sides = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(_SIDES[0] <= side <= _SIDES[1] for side in sides):
+        raise TightfitError(f"seed_resize must be a size such as 512x512, not {text!r}")
+    return sides
+
+
+def _shown(sides: tuple[int, int] | None) -> str | None:
+    return f"{sides[0]}x{sides[1]}" if sides else None
+
+
+def _subseed(request: Request) -> int | None:
+    """None without a share. Raises TightfitError for one that would change nothing."""
+    if request.subseed_strength:
+        return drawn(request.subseed)
+    if request.subseed is not None:
+        raise TightfitError("subseed changes nothing without a share: give --subseed-strength above 0 too")
+    return None
 
 
 def _size_error(name: str, value: int, factor: int) -> str:

@@ -112,7 +112,7 @@ class Run:
     def _prepare(self) -> None:
         """Find out whatever else can fail before any weight is read."""
         job = self.job
-        schedulers.rehearse(job.scheduler, self.spec, job.num_inference_steps)
+        schedulers.rehearse(job.scheduler, self.spec, job.num_inference_steps, job.tuning)
         of_adapters = job.spec.notes[len(job.model.notes) :]
         self._note(*dict.fromkeys((*of_adapters, *job.prompting.notices())))
         job.prompting.read  # noqa: B018  every word is one that the text encoders know
@@ -154,10 +154,8 @@ class Run:
 
     def _steps(self, conditioning: Conditioning, index: int) -> Iterator[tuple[Event, np.ndarray]]:
         """The steps of picture `index`, with its latents (1, channels, h, w)."""
-        job, factor = self.job, self.spec.downsampling
-        seed, steps = job.seed + index, job.num_inference_steps
-        shape = (1, self.spec.unet["in_channels"], job.height // factor, job.width // factor)
-        scheduler = schedulers.make(job.scheduler, self.spec, steps, seed)
+        job, steps = self.job.alone(index), self.job.num_inference_steps
+        scheduler = schedulers.make(job.scheduler, self.spec, steps, job.seed, job.tuning)
 
         calls = count()
 
@@ -167,9 +165,9 @@ class Run:
                 lambda: self._predict(sample, timestep, conditioning.of(self.plan.cfg, call))
             )
 
-        noise = sampling.Noise(shape, seed)
-        for step in sampling.denoise(scheduler, steps, noise, predict, self._steering):
-            done, total = index * step.count + step.number, job.num_images * step.count
+        sampler = sampling.Sampling(scheduler, steps, job.tuning)
+        for step in sampling.denoise(sampler, job.noise, predict, self._steering):
+            done, total = index * step.count + step.number, self.job.num_images * step.count
             yield Event("denoise", done, total, index, notices=self._news()), step.latents
 
     def _predict(
@@ -236,8 +234,7 @@ class Run:
                 f"the picture overflowed in {compute}: {cure}, or try a smaller guidance scale"
             )
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
-        alone = replace(self.job, seed=self.job.seed + index, num_images=1)
-        image.info["parameters"] = infotext.write(alone, self.spec.name, self.plan.precision)
+        image.info["parameters"] = infotext.write(self.job.alone(index), self.spec.name, self.plan.precision)
         return image
 
     def _stopping(self) -> Event:

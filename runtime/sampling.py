@@ -11,6 +11,7 @@ import numpy as np
 
 from .conditions import Steering
 from .models import schedulers
+from .noise import Noise
 
 Predict = Callable[[np.ndarray, float], np.ndarray]
 """(sample, timestep) → the prediction, of the sample's shape."""
@@ -26,14 +27,15 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Noise:
-    """What a picture's latents begin as: their shape, and the seed that they are drawn by."""
+class Sampling:
+    """What takes the noise out: a scheduler, in so many steps, changed so."""
 
-    shape: tuple[int, ...]
-    seed: int
+    scheduler: Any
+    steps: int
+    tuning: schedulers.Tuning = schedulers.UNTUNED
 
 
-def denoise(scheduler: Any, steps: int, noise: Noise, predict: Predict, steering: Steering) -> Iterator[Step]:
+def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steering) -> Iterator[Step]:
     """The steps of one picture. Noise and scheduler stay on the CPU in fp32, so one seed is the same noise on
     every device.
 
@@ -41,16 +43,17 @@ def denoise(scheduler: Any, steps: int, noise: Noise, predict: Predict, steering
     """
     import torch
 
-    generator = torch.Generator("cpu").manual_seed(noise.seed)
-    options = schedulers.step_options(scheduler, generator)
-    drawn = torch.randn(noise.shape, generator=generator)
-    latents = drawn * getattr(scheduler, "init_noise_sigma", 1.0)
-    latents = torch.from_numpy(steering.start(latents.numpy(), drawn.numpy(), scheduler))
-    ends = schedulers.ends(scheduler, steps)
+    scheduler = sampling.scheduler
+    drawn, generator = noise.first()
+    options = schedulers.step_options(scheduler, generator.token, sampling.tuning)
+    latents = torch.from_numpy(drawn) * getattr(scheduler, "init_noise_sigma", 1.0)
+    latents = torch.from_numpy(steering.start(latents.numpy(), drawn, scheduler))
+    ends = schedulers.ends(scheduler, sampling.steps)
     for call, timestep in enumerate(scheduler.timesteps):
         sample = schedulers.scaled(scheduler, latents, timestep).numpy()
         prediction = torch.from_numpy(predict(sample, float(timestep)))
-        latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+        with generator.drawing():
+            latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         if call in ends:
             number = ends.index(call) + 1
             latents = torch.from_numpy(steering.after(latents.numpy(), number))

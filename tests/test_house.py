@@ -18,6 +18,7 @@ LEAVES = (
     "fields",
     "files",
     "interrupts",
+    "noise",
     "placement",
     "recent",
     "ring",

@@ -80,7 +80,9 @@ def _derived(group: type) -> dict[str, Parameter]:
 
 
 def _option(known: About) -> Any:
-    return typer.Option(*known.options, help=known.help, metavar=known.metavar, rich_help_panel=known.panel)
+    return typer.Option(
+        *known.options, help=known.help, metavar=known.metavar or None, rich_help_panel=known.panel
+    )
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> Parameter:

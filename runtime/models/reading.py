@@ -43,7 +43,7 @@ def read_model(path: Path, name: str | None = None) -> ModelSpec:
             source=source.manifest.get("source"),
             pipeline=source.pipeline,
             notes=source.notes,
-            sides=source.sides,
+            sides=dict(source.sides),
         )
         design.check(spec)
         return spec

@@ -1,67 +1,30 @@
-"""Schedulers: six by the names users know, and the model's own. The arithmetic is diffusers'."""
+"""Schedulers of diffusers, made for a model by the names of samplers/names.py, and the model's own."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ..errors import TightfitError, explained
+from .samplers.names import (
+    AUTOMATIC,
+    BY_SIGMAS,
+    BY_TIMESTEPS,
+    OWN,
+    PLAIN,
+    SAMPLERS,
+    SCHEDULES,
+    Sampler,
+    joined,
+    nearest,
+    split,
+)
+from .samplers.stochastic import scheduler_class
 from .spec import ModelSpec
 
-
-@dataclass(frozen=True)
-class Scheduler:
-    """Our name, A1111's name, diffusers' class, and the options that make the name mean one algorithm.
-
-    `flow` and `edm` are the class of the same algorithm for models trained by flow matching or in EDM's
-    terms, or "".
-    """
-
-    name: str
-    a1111: str
-    kind: str
-    options: dict[str, Any] = field(default_factory=dict)
-    flow: str = ""
-    edm: str = ""
-
-
-OWN = "own"  # the model's, exactly as its config has it
-_PLAIN = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}
-_DPMPP_2M = {
-    "algorithm_type": "dpmsolver++",
-    "solver_order": 2,
-    "solver_type": "midpoint",
-    "use_lu_lambdas": False,
-}
-_DPM, _UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
-SCHEDULERS = {
-    scheduler.name: scheduler
-    for scheduler in (
-        Scheduler(
-            "euler",
-            "Euler",
-            "EulerDiscreteScheduler",
-            _PLAIN,
-            "FlowMatchEulerDiscreteScheduler",
-            "EDMEulerScheduler",
-        ),
-        Scheduler("euler_a", "Euler a", "EulerAncestralDiscreteScheduler"),
-        Scheduler("ddim", "DDIM", "DDIMScheduler"),
-        Scheduler(
-            "dpmpp_2m_karras",
-            "DPM++ 2M Karras",
-            _DPM,
-            _DPMPP_2M | _PLAIN | {"use_karras_sigmas": True},
-            _DPM,
-            "EDMDPMSolverMultistepScheduler",
-        ),
-        Scheduler("unipc", "UniPC", _UNIPC, _PLAIN | {"solver_order": 2, "solver_type": "bh2"}, _UNIPC),
-        Scheduler("lcm", "LCM", "LCMScheduler"),
-        Scheduler(OWN, "Model's own", ""),
-    )
-}
 _PACKAGES = "scipy", "torchsde"  # needed by some schedulers, or some of their options
 # diffusers' classes that work with these families' U-Nets. No other name from a config is looked up.
 KINDS = (
@@ -73,11 +36,45 @@ KINDS = (
     "KDPM2DiscreteScheduler", "LCMScheduler", "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler",
     "TCDScheduler", "UniPCMultistepScheduler",
 )  # fmt: skip
-# Two calls of the U-Net per step, except one for the last.
-_TWICE = {
+# Names that a model's own config may mean just as well.
+_KNOWN = "euler", "euler_a", "ddim", "dpmpp_2m_karras", "unipc", "lcm"
+_LINSPACE = MappingProxyType({"timestep_spacing": "linspace"})
+# Levels are put in the place of Karras's, which each of BY_SIGMAS has: one seam for all of these.
+_SEAM = MappingProxyType({"use_karras_sigmas": True})
+_STOCHASTIC = "Stochastic"  # the class of samplers/stochastic.py
+# What else would change the levels that our class is given.
+_DISCRETE = MappingProxyType(
+    {
+        "final_sigmas_type": "zero",
+        "interpolation_type": "linear",
+        "timestep_type": "discrete",
+        "sigma_min": None,
+        "sigma_max": None,
+    }
+)
+# Two calls of the U-Net per step, except one for the last: classes of diffusers, and samplers of ours.
+TWICE = {
     "HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler",
-    "DPMSolverSDEScheduler", "FlowMatchHeunDiscreteScheduler",
+    "DPMSolverSDEScheduler", "FlowMatchHeunDiscreteScheduler", "dpm2", "dpmpp_2s",
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Options of a request that change a sampler. None is the sampler's own value, or the model's."""
+
+    eta: float | None = None
+    s_churn: float = 0.0
+    s_noise: float = 1.0
+    zero_snr: bool | None = None
+
+    def asked(self) -> dict[str, float]:
+        """Options of steps that change something."""
+        values = {"eta": self.eta, "s_churn": self.s_churn, "s_noise": self.s_noise}
+        return {name: value for name, value in values.items() if value != getattr(UNTUNED, name)}
+
+
+UNTUNED = Tuning()
 
 
 def default(spec: ModelSpec) -> str:
@@ -87,22 +84,21 @@ def default(spec: ModelSpec) -> str:
     """
     kind = spec.scheduler.get("_class_name")
     if kind not in KINDS:
-        choices = ", ".join(name for name in SCHEDULERS if name != OWN)
+        choices = ", ".join(name for name in SAMPLERS if name != OWN)
         raise TightfitError(
             f"{_file(spec)} names {kind!r}, which tightfit does not run: choose --scheduler {choices}"
         )
-    plain = () if _trained(spec.scheduler) else SCHEDULERS.values()
-    same = (known for known in plain if known.kind == kind and _same(known, spec.scheduler))
-    return next((known.name for known in same), OWN)
+    plain = () if _trained(spec.scheduler) else _KNOWN
+    return next((name for name in plain if _same(*split(name), spec.scheduler)), OWN)
 
 
-def _same(scheduler: Scheduler, config: Mapping[str, Any]) -> bool:
-    """Whether a config of the same class has the options of our name. Without Karras they are the class's
+def _same(sampler: Sampler, schedule: str, config: Mapping[str, Any]) -> bool:
+    """Whether a config has the class and the options of our name. Without Karras they are the class's
     defaults."""
-    karras = {"use_karras_sigmas": False}
-    return all(
-        config.get(name, (scheduler.options | karras)[name]) == value
-        for name, value in scheduler.options.items()
+    options = {**sampler.options, **SCHEDULES[schedule].options}
+    defaults = options | {"use_karras_sigmas": False}
+    return config.get("_class_name") == sampler.kind and all(
+        config.get(name, defaults[name]) == value for name, value in options.items()
     )
 
 
@@ -118,24 +114,109 @@ def _trained(config: Mapping[str, Any]) -> str:
     return "edm" if kind.startswith("EDM") else ""
 
 
-def _chosen(name: str, spec: ModelSpec) -> tuple[str, dict[str, Any]]:
-    """diffusers' class for a name and a model, and the options to override in its config. Raises
+def check(name: str, spec: ModelSpec, tuning: Tuning = UNTUNED) -> None:
+    """Raise TightfitError for a schedule or an option that the scheduler `name` cannot take."""
+    sampler, schedule = split(name)
+    _check_schedule(sampler, schedule, spec)
+    takes = _takes(sampler, spec)
+    for option in tuning.asked():
+        if option not in takes:
+            those = ", ".join(known.name for known in SAMPLERS.values() if option in known.takes)
+            raise TightfitError(f"{_shown(sampler, spec)} has no {option}: leave it out, or choose {those}")
+    if tuning.s_noise != UNTUNED.s_noise and "s_churn" in takes and not tuning.s_churn:
+        raise TightfitError(
+            f"s_noise of {_shown(sampler, spec)} is the strength of the noise that s_churn adds: "
+            "give --s-churn too"
+        )
+    if tuning.zero_snr and _trained(spec.scheduler):
+        raise TightfitError(f"{spec.name} has no betas to rescale to zero SNR: leave --zero-snr out")
+
+
+def check_draws(name: str, spec: ModelSpec, tuning: Tuning, option: str) -> None:
+    """Raise TightfitError if `name` draws no noise in its steps, which `option` is about."""
+    sampler, _ = split(name)
+    draws = tuning.eta != 0 if sampler.noisy or sampler.name == OWN else bool(tuning.eta or tuning.s_churn)
+    if not draws:
+        those = ", ".join(known.name for known in SAMPLERS.values() if known.noisy)
+        raise TightfitError(
+            f"{_shown(sampler, spec)} draws no noise in its steps, which {option} is about: "
+            f"leave it out, or choose {those}"
+        )
+
+
+def _check_schedule(sampler: Sampler, schedule: str, spec: ModelSpec) -> None:
+    if sampler.name == OWN:
+        kind = str(spec.scheduler.get("_class_name"))
+        own = Sampler(OWN, "", "" if _trained(spec.scheduler) else kind)
+        known = own.schedules if kind in BY_SIGMAS | BY_TIMESTEPS else (AUTOMATIC,)
+    elif _trained(spec.scheduler):
+        # By the name of old, whose levels are then replaced by the model's.
+        known = (AUTOMATIC, "karras") if sampler.name == "dpmpp_2m" else (AUTOMATIC,)
+    else:
+        known = sampler.schedules
+    if schedule not in known:
+        cure = f"choose --schedule {nearest(schedule, known)}"
+        more = f" (it takes {', '.join(known)})" if len(known) > 1 else ""
+        raise TightfitError(f"{_shown(sampler, spec)} takes no schedule {schedule}: {cure}{more}")
+    if schedule == "align_your_steps" and not published(spec):
+        raise TightfitError(f"{spec.name} is of a family that has none: choose --schedule karras")
+
+
+def published(spec: ModelSpec) -> tuple[float, ...]:
+    """Noise levels that were found best for the model's family, if any were ("Align Your Steps")."""
+    return getattr(spec.design, "align_your_steps", ())
+
+
+def _takes(sampler: Sampler, spec: ModelSpec) -> tuple[str, ...]:
+    """Options of a request that the sampler takes; the model's own those of the first of its class."""
+    if sampler.name != OWN:
+        return () if _trained(spec.scheduler) == "flow" else sampler.takes
+    kind = spec.scheduler.get("_class_name")
+    return next((known.step for known in SAMPLERS.values() if kind in (known.kind, known.edm)), ())
+
+
+def _shown(sampler: Sampler, spec: ModelSpec) -> str:
+    return spec.scheduler["_class_name"] if sampler.name == OWN else sampler.name
+
+
+def _chosen(name: str, spec: ModelSpec, tuning: Tuning = UNTUNED) -> tuple[str, dict[str, Any]]:
+    """diffusers' class for a name and a model, or ours, and the options to override in its config. Raises
     TightfitError if there is none."""
-    if name == OWN:
+    sampler, schedule = split(name)
+    if sampler.name == OWN:
         default(spec)  # raises for one that does not run
-        return spec.scheduler["_class_name"], {}
-    chosen, trained = SCHEDULERS[name], _trained(spec.scheduler)
-    if not trained:
-        return chosen.kind, chosen.options
-    if not (kind := getattr(chosen, trained)):
-        choices = ", ".join(known.name for known in SCHEDULERS.values() if getattr(known, trained))
+        return spec.scheduler["_class_name"], _levels(spec.scheduler["_class_name"], schedule)
+    if trained := _trained(spec.scheduler):
+        return _chosen_trained(sampler, trained, spec)
+    is_ours = sampler.ours and (
+        not sampler.kind or tuning.asked() or (schedule != AUTOMATIC and sampler.kind not in BY_SIGMAS)
+    )
+    kind = _STOCHASTIC if is_ours else sampler.kind
+    options = {**sampler.options, **(PLAIN | _DISCRETE if is_ours else {})}
+    return kind, options | _levels(kind, schedule)
+
+
+def _levels(kind: str, schedule: str) -> dict[str, Any]:
+    """The options of a class that lead to a schedule."""
+    known = SCHEDULES[schedule]
+    if schedule == AUTOMATIC:
+        return {}
+    if kind in BY_SIGMAS or kind == _STOCHASTIC:
+        return {**PLAIN, **_LINSPACE, **(known.options or _SEAM)}
+    return {"timestep_spacing": known.spacing}
+
+
+def _chosen_trained(sampler: Sampler, trained: str, spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+    """The same for a model trained by flow matching or in EDM's terms."""
+    if not (kind := getattr(sampler, trained)):
+        choices = ", ".join(known.name for known in SAMPLERS.values() if getattr(known, trained))
         how = "by flow matching" if trained == "flow" else "in EDM's terms"
         raise TightfitError(
-            f"{spec.name} was trained {how}, for which there is no {name}: "
+            f"{spec.name} was trained {how}, for which there is no {sampler.name}: "
             f"choose --scheduler {choices}, or leave it out"
         )
     if trained == "edm":  # its noise levels are already Karras's
-        return kind, {option: value for option, value in chosen.options.items() if option not in _PLAIN}
+        return kind, {option: value for option, value in sampler.options.items() if option not in PLAIN}
     shift = spec.scheduler.get("flow_shift", spec.scheduler.get("shift", 1.0))
     # In place of Karras's levels.
     flow = {
@@ -143,66 +224,124 @@ def _chosen(name: str, spec: ModelSpec) -> tuple[str, dict[str, Any]]:
         "prediction_type": "flow_prediction",
         "flow_shift": shift,
     }
-    return kind, chosen.options | (_PLAIN | flow if kind == chosen.kind else _PLAIN | {"shift": shift})
+    return kind, {**sampler.options, **PLAIN, **(flow if kind == sampler.kind else {"shift": shift})}
 
 
-def make(name: str, spec: ModelSpec, steps: int, seed: int = 0):
-    """A diffusers scheduler from the model's config, with `steps` timesteps set, on the CPU.
+def make(name: str, spec: ModelSpec, steps: int, seed: int = 0, tuning: Tuning = UNTUNED):
+    """A scheduler of diffusers from the model's config, with `steps` timesteps set, on the CPU.
 
     `seed` is for noise that is not drawn from a generator. Raises TightfitError if the config is broken or
     the scheduler cannot take that many steps.
     """
+    (sampler, schedule), (kind, options) = split(name), _chosen(name, spec, tuning)
+    scheduler = _built(kind, options, spec, tuning)
+    if kind == _STOCHASTIC:
+        scheduler.sampler = sampler.ours
+        scheduler.options = scheduler.options._replace(**tuning.asked())
+    with _steps_explained(name, spec, steps):
+        if schedule != AUTOMATIC and not _trained(spec.scheduler):
+            _put_levels(scheduler, schedule, spec, steps)
+        scheduler.set_timesteps(steps, device="cpu")
+        if len(levels := set(scheduler.timesteps.tolist())) == 1 < len(scheduler.timesteps) or not levels:
+            raise ValueError("it does not have that many noise levels")
+    if getattr(scheduler, "noise_sampler_seed", 0) is None:
+        scheduler.noise_sampler_seed = seed
+    # As StableDiffusionXLPipeline does. Levels that share a rounded timestep would be found by it wrongly.
+    is_known = spec.design.first_step_is_known or schedule != AUTOMATIC
+    if is_known and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(0)
+    return scheduler
+
+
+def _class(kind: str) -> Any:
     import diffusers
 
-    kind, options = _chosen(name, spec)
-    made = getattr(diffusers, kind, None)
-    if made is None:
+    if kind == _STOCHASTIC:
+        return scheduler_class()
+    if (made := getattr(diffusers, kind, None)) is None:
         raise TightfitError(
             f"diffusers {diffusers.__version__} has no {kind}: "
             "pip install -U diffusers, or choose another --scheduler"
         )
+    return made
+
+
+def _built(kind: str, options: Mapping[str, Any], spec: ModelSpec, tuning: Tuning):
+    """A scheduler from the model's config, with `options` in place of its own."""
+    made = _class(kind)
     with explained(
         f"{_file(spec)} describes no {kind} that runs here",
         "copy or download it again, or choose a --scheduler",
     ):
         # diffusers would warn about another class's options
         parameters = inspect.signature(made.__init__).parameters
-        try:
-            scheduler = made.from_config(
-                {key: value for key, value in {**spec.scheduler, **options}.items() if key in parameters}
-            )
-        except ImportError as error:  # scipy or torchsde
-            package = next((name for name in _PACKAGES if name in str(error)), None)
-            if package is None:
-                raise
-            raise TightfitError(
-                f"{kind} needs {package}: pip install {package}, or choose another --scheduler"
-            ) from None
+        config = {**spec.scheduler, **options, **_rescaled(spec, options, tuning)}
+
+        def build(**more: Any):
+            known = {key: value for key, value in (config | more).items() if key in parameters}
+            try:
+                return made.from_config(known)
+            except ImportError as error:  # scipy or torchsde
+                package = next((name for name in _PACKAGES if name in str(error)), None)
+                if package is None:
+                    raise
+                raise TightfitError(
+                    f"{kind} needs {package}: pip install {package}, or choose another --scheduler"
+                ) from None
+
+        scheduler = build()
+        if config.get("rescale_betas_zero_snr") is True and "rescale_betas_zero_snr" not in parameters:
+            scheduler = build(trained_betas=_zero_snr_betas(scheduler.betas))
         if spec.corrected:  # as StableDiffusionPipeline does
             if getattr(scheduler.config, "steps_offset", 1) != 1:
                 scheduler.register_to_config(steps_offset=1)
             if getattr(scheduler.config, "clip_sample", False) is True:
                 scheduler.register_to_config(clip_sample=False)
-    with _steps_explained(name, spec, steps):
-        scheduler.set_timesteps(steps, device="cpu")
-        if len(levels := set(scheduler.timesteps.tolist())) == 1 < len(scheduler.timesteps) or not levels:
-            raise ValueError("it does not have that many noise levels")
-    if getattr(scheduler, "noise_sampler_seed", 0) is None:
-        scheduler.noise_sampler_seed = seed
-    # As StableDiffusionXLPipeline does.
-    if spec.design.first_step_is_known and hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)
     return scheduler
 
 
-def rehearse(name: str, spec: ModelSpec, steps: int) -> None:
+def _rescaled(spec: ModelSpec, options: Mapping[str, Any], tuning: Tuning) -> dict[str, Any]:
+    """Options for zero SNR at the last timestep, which Lin et al. 2024 begin with."""
+    if tuning.zero_snr is None or tuning.zero_snr == (spec.scheduler.get("rescale_betas_zero_snr") is True):
+        return {}
+    spacing = (
+        {"timestep_spacing": "trailing"} if tuning.zero_snr and "timestep_spacing" not in options else {}
+    )
+    return {"rescale_betas_zero_snr": tuning.zero_snr, **spacing}
+
+
+def _zero_snr_betas(betas: Any) -> list[float]:
+    """Lin et al. 2024, algorithm 1, for classes of diffusers that do not have it. The last product of alphas
+    is 2**-24 in place of 0, as in those that do."""
+    import torch
+
+    roots = (1 - betas.double()).cumprod(0).sqrt()
+    products = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
+    products[-1] = 2**-24
+    return (1 - products / torch.cat([products.new_ones(1), products[:-1]])).tolist()
+
+
+def _put_levels(scheduler: Any, schedule: str, spec: ModelSpec, steps: int) -> None:
+    """Have the class use the levels of a schedule that it does not know."""
+    if SCHEDULES[schedule].options or not hasattr(scheduler, "_convert_to_karras"):
+        return
+    import numpy as np
+
+    from .samplers.levels import Trained, levels
+
+    products = scheduler.alphas_cumprod.double().numpy()
+    values = levels(schedule, Trained(np.sqrt(1 / products - 1), published(spec)), steps)
+    scheduler._convert_to_karras = lambda in_sigmas, num_inference_steps=steps: values  # noqa: ARG005
+
+
+def rehearse(name: str, spec: ModelSpec, steps: int, tuning: Tuning = UNTUNED) -> None:
     """Take every step with numbers in place of latents. Raises TightfitError for faults that only show in a
     step: a step too many, a foreign prediction type, noise levels that lead to nothing finite."""
     import torch
 
-    scheduler = make(name, spec, steps)
+    scheduler = make(name, spec, steps, tuning=tuning)
     latents = torch.ones(1, 1, 2, 2)
-    options = step_options(scheduler, torch.Generator("cpu").manual_seed(0))
+    options = step_options(scheduler, torch.Generator("cpu").manual_seed(0), tuning)
     with _steps_explained(name, spec, steps):
         for timestep in scheduler.timesteps:
             answer = 0.1 * scaled(scheduler, latents, timestep)
@@ -221,9 +360,10 @@ def scaled(scheduler, latents, timestep):
 def calls(name: str, spec: ModelSpec, steps: int) -> int:
     """How often the U-Net is called per picture for `steps` steps. Needs no diffusers."""
     kind, _ = _chosen(name, spec)
-    if kind in _TWICE:
+    if kind in TWICE or split(name)[0].ours in TWICE:
         return 2 * steps - 1
-    if kind == "PNDMScheduler" and spec.scheduler.get("skip_prk_steps"):
+    config = {**spec.scheduler, **split(name)[0].options}
+    if kind == "PNDMScheduler" and config.get("skip_prk_steps"):
         return steps + (steps > 1)  # the second step runs twice
     # Four Runge-Kutta calls in each of the first three steps; it takes four or more steps.
     if kind == "PNDMScheduler":
@@ -239,15 +379,17 @@ def ends(scheduler, steps: int) -> list[int]:
     return [i for i in range(count) if i == count - 1 or (i + 1 > early and (i + 1) % order == 0)]
 
 
-def step_options(scheduler, generator) -> dict[str, Any]:
+def step_options(scheduler, generator, tuning: Tuning = UNTUNED) -> dict[str, Any]:
     """Keyword arguments of `scheduler.step` beside the tensors, as diffusers' pipelines give them: the
-    generator if the scheduler adds noise, and eta 0."""
+    generator if the scheduler adds noise, and eta 0 unless another is asked for."""
     parameters = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in (("generator", generator), ("eta", 0.0)) if name in parameters}
+    options = {"generator": generator, "eta": 0.0, **tuning.asked()}
+    return {name: value for name, value in options.items() if name in parameters}
 
 
 def _steps_explained(name: str, spec: ModelSpec, steps: int):
-    shown = spec.scheduler["_class_name"] if name == OWN else name
+    sampler, schedule = split(name)
+    shown = joined(sampler, schedule) if sampler.name != OWN else spec.scheduler["_class_name"]
     return explained(
         f"{shown} cannot take {steps} steps with this model", "choose another number or another --scheduler"
     )

@@ -17,12 +17,15 @@ def spec(sd1):
     return inspect(sd1)
 
 
+# None is an answer: nothing asked, so as the scheduler or the model has it.
+AS_THEY_ARE = {"negative_prompt", "eta", "zero_snr", "subseed", "seed_resize"}
+
+
 def test_resolves_to_total(tiny_models):
     for family, guidance, scheduler in (("sd1", 7.5, "own"), ("sd2", 7.5, "ddim"), ("sdxl", 5.0, "euler")):
         whole = Request("a heart").resolve(inspect(tiny_models[family]))
         assert (
-            None
-            not in {n: v for n, v in dataclasses.asdict(whole).items() if n != "negative_prompt"}.values()
+            None not in {n: v for n, v in dataclasses.asdict(whole).items() if n not in AS_THEY_ARE}.values()
         )
         assert (whole.guidance_scale, whole.scheduler, whole.width, whole.height) == (
             guidance,
@@ -98,7 +101,7 @@ def test_bounds_are_those_that_the_field_says(name):
     kind = kinds(Request)[name]
     for value in (least, most):
         assert getattr(dataclasses.replace(Request("a"), **{name: kind(value)}).checked(), name) == value
-    below = least - 2 if name == "seed" else least - 1  # -1 is a random one
+    below = least - 2 if name in ("seed", "subseed") else least - 1  # -1 is a random one
     for value in (below, most + 1):
         with pytest.raises(TightfitError, match=f"{name} must be a .*number from {least} to {most}, not"):
             dataclasses.replace(Request("a"), **{name: kind(value)}).checked()

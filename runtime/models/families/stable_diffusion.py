@@ -28,6 +28,8 @@ class StableDiffusion:
     networks = (TEXT_ENCODER, UNET, DECODER)
     on_demand = (ENCODER,)
     first_step_is_known = False
+    # Sabour et al. 2024, "Align Your Steps", for SD 1.5.
+    align_your_steps = 14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029
 
     def claims(self, source: Source) -> bool:
         return bool(source.config(UNET).get("use_linear_projection")) == self.linear_projection

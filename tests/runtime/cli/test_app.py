@@ -301,7 +301,7 @@ def test_what_was_cut_is_said(call, sd1):
         (["a", "--steps", "many"], ["--steps", "whole number"]),
         (["a", "--steps", "0"], ["num_inference_steps"]),
         (["a", "--width", "70"], ["width 70", "64 or 72"]),
-        (["a", "--scheduler", "heun"], ["unknown scheduler 'heun'", "euler_a", "unipc"]),
+        (["a", "--scheduler", "restart"], ["unknown scheduler 'restart'", "euler_a", "unipc"]),
         (["a", "--precision", "int3"], ["unknown precision", "bf16"]),
         (["a", "--device", "tpu"], ["unknown device", "cuda"]),
         (["a", "--model", "nowhere"], ["nowhere does not exist"]),

@@ -326,5 +326,5 @@ def test_the_models_own_is_repeated_from_a_picture(pipes, tmp_path):
     image = pipe("a cat", seed=3, num_inference_steps=3)
     exact = json.loads(json.loads(image.info["parameters"].rpartition("tightfit: ")[2]))
     assert (exact["scheduler"], exact["num_inference_steps"]) == ("own", 3)
-    fields = {name: exact[name] for name in PLAIN}
+    fields = {name: exact[name] for name in PLAIN if name in exact}
     assert pipe.generate(Request(**fields)).images[0].tobytes() == image.tobytes()
