@@ -33,6 +33,10 @@ class Conditioning:
             self._texts, self._parts = texts, _parts(self._joined([*zip(lines, texts, strict=True)]))
         return self._parts[cfg]
 
+    def given(self, call: int) -> Sequence[Mapping[str, np.ndarray]]:
+        """The inputs of the parts of a call without guidance: the prompt's."""
+        return self.of("sequential", call)[1:]
+
     def _joined(self, texts: Sequence[tuple[Line, str]]) -> dict[str, np.ndarray]:
         """A row for each text, all as long as the longest has to be."""
         length = self._job.prompting.chunks * self._job.spec.text_length

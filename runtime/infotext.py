@@ -101,6 +101,9 @@ _OPTIONS = {
     "s_churn": "Sigma churn",
     "s_noise": "Sigma noise",
     "clip_skip": "Clip skip",
+    "guidance_rescale": "CFG Rescale",
+    "guidance_start": "CFG start",
+    "guidance_end": "CFG end",
 }
 
 

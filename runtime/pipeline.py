@@ -95,8 +95,8 @@ class Pipeline:
 
     def _plans(self, job: Job) -> list[Plan]:
         words = job.prompting
-        lengths = (words.chunks, words.encodings)
-        key = (job.width, job.height, job.calls, job.num_images, job.branches, *lengths)
+        counts = (job.calls, job.guided_calls, words.chunks, words.encodings)
+        key = (job.width, job.height, job.num_images, job.branches, *counts)
         with self._using:
             (spec, *known), _ = self._planned
             if spec is not job.spec or (*known,) != key:

@@ -24,6 +24,7 @@ from .models.schedulers import Tuning
 from .models.spec import ModelSpec
 from .noise import CPU, SOURCES, Noise
 
+_GUIDANCE = "guidance_rescale", "guidance_start", "guidance_end"
 _RESIZED = "seed_resize's width", "seed_resize's height"
 RANDOM_SEED = -1  # as A1111 has it: the seed that is drawn is told, and written into the picture
 _SIDES = 1, 2**16
@@ -85,6 +86,9 @@ class Request:
     s_churn: float = _tuning(0.0, "Noise added in each step of euler.", "X", bounds=(0, 100))
     s_noise: float = _tuning(1.0, "Strength of noise in steps.", "X", bounds=(0, 2))
     zero_snr: bool | None = _tuning(None, "Begin with noise alone.")
+    guidance_rescale: float = _tuning(0.0, "Against burnt colours: 0.7.", "X", bounds=(0, 1))
+    guidance_start: float = _tuning(0.0, "Part of the steps without it first.", "X", bounds=(0, 1))
+    guidance_end: float = _tuning(1.0, "No guidance from there, half the time.", "X", bounds=(0, 1))
     noise_source: str = _tuning(CPU, "cpu, gpu, nv: whose numbers.", "NAME", choices=SOURCES)
     subseed: int | None = _tuning(None, "Of a second noise; -1: random.", "N", bounds=_SEEDS)
     subseed_strength: float = _tuning(0.0, "Its share.", "X", bounds=(0, 1))
@@ -179,6 +183,7 @@ class Request:
             prompting=prompting(changed, _wanted(given), _counted_calls(given, spec)),
         )
         schedulers.check(job.scheduler, spec, job.tuning)
+        _check_guidance(job)
         if job.ensd:
             schedulers.check_draws(job.scheduler, spec, job.tuning, "ensd")
         return job
@@ -219,6 +224,19 @@ class Job(Request):
     def calls(self) -> int:
         """How often one picture's denoiser predicts: some schedulers take two predictions a step."""
         return schedulers.calls(self.scheduler, self.spec, self.num_inference_steps)
+
+    @property
+    def guided(self) -> range:
+        """The steps, from 1, in which guidance acts; in others the conditioned half runs alone."""
+        count = len(schedulers.calls_by_step(self.scheduler, self.spec, self.num_inference_steps))
+        first, last = (int(part * count + 0.5) for part in (self.guidance_start, self.guidance_end))
+        return range(first + 1, last + 1)
+
+    @property
+    def guided_calls(self) -> int:
+        """Those of `calls` that are guided, if any are."""
+        counts = schedulers.calls_by_step(self.scheduler, self.spec, self.num_inference_steps)
+        return sum(counts[step - 1] for step in self.guided)
 
     @property
     def tuning(self) -> Tuning:
@@ -351,6 +369,19 @@ def _subseed(request: Request) -> int | None:
     if request.subseed is not None:
         raise TightfitError("subseed changes nothing without a share: give --subseed-strength above 0 too")
     return None
+
+
+def _check_guidance(job: Job) -> None:
+    """Raise TightfitError for options of guidance that change nothing."""
+    if job.guidance_start >= job.guidance_end:
+        raise TightfitError(
+            f"guidance_start {job.guidance_start:g} must be below guidance_end {job.guidance_end:g}: "
+            "for no guidance give --guidance-scale 1"
+        )
+    asked = next((name for name in _GUIDANCE if getattr(job, name) != _DEFAULTS[name]), None)
+    if asked and job.branches == 1:
+        cure = "leave it out" if job.spec.guidance_width else "give --guidance-scale above 1, or leave it out"
+        raise TightfitError(f"{asked} changes nothing where a step takes one prediction: {cure}")
 
 
 def _size_error(name: str, value: int, factor: int) -> str:

@@ -159,11 +159,9 @@ class Run:
 
         calls = count()
 
-        def predict(sample: np.ndarray, timestep: float) -> np.ndarray:
-            call = next(calls)
-            return self._surviving(
-                lambda: self._predict(sample, timestep, conditioning.of(self.plan.cfg, call))
-            )
+        def predict(sample: np.ndarray, timestep: float, step: int) -> np.ndarray:
+            call, alone = next(calls), self.job.branches > 1 and step not in self.job.guided
+            return self._surviving(lambda: self._predict(sample, timestep, conditioning, call, alone))
 
         sampler = sampling.Sampling(scheduler, steps, job.tuning)
         for step in sampling.denoise(sampler, job.noise, predict, self._steering):
@@ -171,12 +169,13 @@ class Run:
             yield Event("denoise", done, total, index, notices=self._news()), step.latents
 
     def _predict(
-        self, sample: np.ndarray, timestep: float, parts: Sequence[Mapping[str, np.ndarray]]
+        self, sample: np.ndarray, timestep: float, conditioning: Conditioning, call: int, alone: bool
     ) -> np.ndarray:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each
-        branch."""
+        branch; of the conditioned branches `alone` in steps without guidance."""
+        parts = conditioning.given(call) if alone else conditioning.of(self.plan.cfg, call)
         time_step = np.array(timestep, np.float32)
-        samples = np.concatenate([sample] * (self.job.branches // len(parts)))
+        samples = np.concatenate([sample] * (1 if alone else self.job.branches // len(parts)))
 
         def denoised(part: Mapping[str, np.ndarray]) -> np.ndarray:
             arrays = self._steering.inputs({"sample": samples, "timestep": time_step, **part})
@@ -185,11 +184,17 @@ class Run:
         predicted = np.concatenate([denoised(part) for part in parts])
         if self.job.branches == 1:
             return predicted
-        without, guided = predicted[:1], predicted[:1]
-        for row, line in enumerate(self.job.prompting.lines[1:], 1):
-            scale = np.float32(self.job.guidance_scale * line.weight)
-            guided = guided + scale * (predicted[row : row + 1] - without)
-        return guided
+        weights = [line.weight for line in self.job.prompting.lines[1:]]
+        return averaged(predicted, weights) if alone else self._guided(predicted, weights)
+
+    def _guided(self, predicted: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+        """Classifier-free guidance, by each of the prompt's parts with its weight."""
+        without, whole, job = predicted[:1], predicted[:1], self.job
+        for row, weight in enumerate(weights, 1):
+            whole = whole + np.float32(job.guidance_scale * weight) * (predicted[row : row + 1] - without)
+        if not job.guidance_rescale:
+            return whole
+        return rescaled(whole, averaged(predicted[1:], weights), job.guidance_rescale)
 
     def _preview(self, latents: np.ndarray, index: int) -> Image.Image | None:
         """The picture as it is now, if there is room for the VAE beside the U-Net, which goes on after."""
@@ -325,6 +330,25 @@ class Run:
             )
         self._take(min(lower, key=lambda plan: plan.precision != now.precision))
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
+
+
+def averaged(predictions: np.ndarray, weights: Sequence[float]) -> np.ndarray:
+    """(1, channels, h, w) of several, by their weights, or alike where these have no sum."""
+    if len(predictions) == 1:
+        return predictions
+    shares = weights if sum(weights) else None
+    return np.average(predictions, axis=0, weights=shares)[None].astype(np.float32)
+
+
+def rescaled(whole: np.ndarray, given: np.ndarray, share: float) -> np.ndarray:
+    """A guided prediction, a share of it with the deviation of the conditioned one (Lin et al. 2024, 3.4), as
+    diffusers computes it."""
+    import torch
+
+    deviations = [
+        torch.from_numpy(array).std(dim=(1, 2, 3), keepdim=True).numpy() for array in (given, whole)
+    ]
+    return share * (whole * (deviations[0] / deviations[1])) + (1 - share) * whole
 
 
 def widened(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:

@@ -13,8 +13,8 @@ from .conditions import Steering
 from .models import schedulers
 from .noise import Noise
 
-Predict = Callable[[np.ndarray, float], np.ndarray]
-"""(sample, timestep) → the prediction, of the sample's shape."""
+Predict = Callable[[np.ndarray, float, int], np.ndarray]
+"""(sample, timestep, number of the step from 1) → the prediction, of the sample's shape."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,13 @@ def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steeri
     latents = torch.from_numpy(drawn) * getattr(scheduler, "init_noise_sigma", 1.0)
     latents = torch.from_numpy(steering.start(latents.numpy(), drawn, scheduler))
     ends = schedulers.ends(scheduler, sampling.steps)
+    number = 1
     for call, timestep in enumerate(scheduler.timesteps):
         sample = schedulers.scaled(scheduler, latents, timestep).numpy()
-        prediction = torch.from_numpy(predict(sample, float(timestep)))
+        prediction = torch.from_numpy(predict(sample, float(timestep), number))
         with generator.drawing():
             latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         if call in ends:
-            number = ends.index(call) + 1
             latents = torch.from_numpy(steering.after(latents.numpy(), number))
             yield Step(number, len(ends), latents.numpy())
+            number += 1

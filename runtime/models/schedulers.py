@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
@@ -371,10 +372,20 @@ def calls(name: str, spec: ModelSpec, steps: int) -> int:
     return steps
 
 
+def calls_by_step(name: str, spec: ModelSpec, steps: int) -> list[int]:
+    """How often the U-Net is called in each step, which are not as many as `steps` for every scheduler."""
+    kind, _ = _chosen(name, spec)
+    order = 2 if kind in TWICE or split(name)[0].ours in TWICE else 1
+    return [last - before for before, last in pairwise([-1, *_ends(calls(name, spec, steps), steps, order)])]
+
+
 def ends(scheduler, steps: int) -> list[int]:
     """The calls of the U-Net, counted from 0, that end a step, as diffusers counts them for its progress
     bar."""
-    count, order = len(scheduler.timesteps), scheduler.order
+    return _ends(len(scheduler.timesteps), steps, scheduler.order)
+
+
+def _ends(count: int, steps: int, order: int) -> list[int]:
     early = count - steps * order
     return [i for i in range(count) if i == count - 1 or (i + 1 > early and (i + 1) % order == 0)]
 

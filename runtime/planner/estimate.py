@@ -214,22 +214,30 @@ class Estimate:
     def _seconds(
         self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
     ) -> float:
-        job, branches = self.job, self.job.branches
-        calls_of = {
-            Role.TEXT: job.prompting.encodings,  # texts are encoded one by one
-            Role.ENCODER: 1,
-            Role.DENOISER: job.calls * (branches if cfg == "sequential" else 1) * job.num_images,
-            Role.DECODER: job.num_images,
-        }
         total = 0.0
         for name, placement in placements.items():
-            calls = calls_of[self._role(name)]
-            one = ("seconds", name, placement, cfg)
-            total += calls * self._once(
-                one, lambda p=placement, n=name: call_seconds(self.hardware, p, footprints[n])
-            )
+            for mode, calls in self._calls(self._role(name), cfg).items():
+                one = ("seconds", name, placement, mode)
+                total += calls * self._once(
+                    one,
+                    lambda p=placement, n=name, m=mode: call_seconds(
+                        self.hardware, p, self._footprint(n, p, m)
+                    ),
+                )
             total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
         return total
+
+    def _calls(self, role: Role, cfg: str) -> dict[str, int]:
+        """How often a network is called, by how: "sequential" is one row of a batch."""
+        job, branches = self.job, self.job.branches
+        if role is not Role.DENOISER:
+            texts = job.prompting.encodings  # one by one
+            return {cfg: {Role.TEXT: texts, Role.ENCODER: 1, Role.DECODER: job.num_images}[role]}
+        guided = job.guided_calls if branches > 1 else job.calls
+        alone = (job.calls - guided) * max(1, branches - 1)
+        if cfg == "sequential" or not alone:
+            return {cfg: (guided * (branches if cfg == "sequential" else 1) + alone) * job.num_images}
+        return {cfg: guided * job.num_images, "sequential": alone * job.num_images}
 
     def _loading_seconds(self, component: Component, placement: Placement, footprint: Footprint) -> float:
         """For one request. What stays loaded, or pinned, is read once for all of them."""

@@ -174,7 +174,10 @@ def test_pictures_of_a1111():
         "height": 768,
     }
     assert (carried.model, carried.precision) == (None, None)
-    assert "Clip skip 2" in parameters.parse(A1111 + ", Clip skip: 2", "x.png").notices[0]
+    assert "Hypernet x" in parameters.parse(A1111 + ", Hypernet: x", "x.png").notices[0]
+    words = parameters.parse(A1111 + ", Clip skip: 2, Emphasis: No norm", "x.png")
+    assert (words.request["clip_skip"], words.request["emphasis"]) == (2, "no-norm")
+    assert words.notices == carried.notices
     automatic = parameters.parse(A1111.replace("Karras", "Automatic"), "x.png")
     assert automatic.request["scheduler"] == "dpmpp_2m_karras"
     other = parameters.parse(A1111.replace("DPM++ 2M, Schedule type: Karras", "Restart"), "x.png")
@@ -374,3 +377,23 @@ def test_many_at_once_never_replace_each_other(tmp_path, monkeypatch, links):
     )
     for path, image in zip(paths, images, strict=True):
         assert Image.open(path).getpixel((0, 0)) == image.getpixel((0, 0))
+
+
+def test_words_travel():
+    """What changes how a prompt is read is written; a picture of 0.1.0 with marks was painted as words."""
+    for request in (
+        Request("a (red:1.3) heart", seed=1, clip_skip=2, emphasis="ignore"),
+        Request("a (red:1.3) heart", seed=1, prompt_syntax="plain"),
+        Request("a red heart", "long " * 40, seed=1),
+        Request("", seed=1),
+    ):
+        whole = dataclasses.replace(
+            request, num_inference_steps=1, guidance_scale=1.0, scheduler="euler", width=8, height=8
+        )
+        text = parameters.write(whole, "m", "fp32")
+        assert Request(**parameters.parse(text, "x.png").request) == whole
+        assert ("Clip skip: 2" in text) == (request.clip_skip == 2)
+        assert ("Emphasis: Ignore" in text) == (request.emphasis == "ignore")
+    old = changed(prompt="a (red:1.3) heart")
+    assert parameters.parse(old, "x.png").request["prompt_syntax"] == "plain"
+    assert "prompt_syntax" not in parameters.parse(changed(), "x.png").request

@@ -108,7 +108,7 @@ def test_steps_draw_from_the_source_too(sd1, name):
     case, made = table.Case(sampler.name, schedule, "epsilon"), schedulers.make(name, spec, table.STEPS)
     noise = Noise(table.SHAPE, 7, "nv")
 
-    def predict(sample, timestep):
+    def predict(sample, timestep, step):
         return table.predicted(made, sample.astype(np.float64), timestep).astype(np.float32)
 
     steps = sampling.denoise(sampling.Sampling(made, table.STEPS), noise, predict, Steering())

@@ -628,6 +628,13 @@ def test_words_of_a_prompt(tmp_path, monkeypatch, spec):
     assert from_words(text) == (text, ())
     monkeypatch.setenv("TIGHTFIT_LORAS", str(tmp_path))
     assert from_words("a <lora> cat") == ("a <lora> cat", ())
+    assert from_words("<lyco:blue:0.5>") == from_words("<lora:blue:0.5>")
+    job = Request("a cat <lora:blue:0.5>", "<lora:red ink:1>").resolve(spec)  # from Python too
+    assert (job.prompt, job.adapters, job.negative_prompt) == (
+        "a cat",
+        (Lora.read(blue, 0.5),),
+        "<lora:red ink:1>",
+    )
     prompt, adapters = from_words(text)
     assert prompt == "a cat, sleeping"
     assert adapters == (Lora.read(red, 0.8), Lora.read(blue, 0.5, 0.25), Lora.read(blue))
