@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from .runtime.machine.profiles import profile
     from .runtime.models.hub import inspect
     from .runtime.models.spec import ModelSpec
+    from .runtime.pictures import save
     from .runtime.pipeline import Pipeline, load
     from .runtime.planner.choose import plan
     from .runtime.planner.plan import Plan
     from .runtime.planner.wishes import Wishes
-    from .runtime.png import save
     from .runtime.request import Request
     from .runtime.service import Service, Ticket
 
@@ -58,11 +58,11 @@ _HOMES = {
     "runtime.machine.profiles": ("profile",),
     "runtime.models.hub": ("inspect",),
     "runtime.models.spec": ("ModelSpec",),
+    "runtime.pictures": ("save",),
     "runtime.pipeline": ("Pipeline", "load"),
     "runtime.planner.choose": ("plan",),
     "runtime.planner.plan": ("Plan",),
     "runtime.planner.wishes": ("Wishes",),
-    "runtime.png": ("save",),
     "runtime.request": ("Request",),
     "runtime.service": ("Service", "Ticket"),
 }

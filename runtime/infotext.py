@@ -1,22 +1,31 @@
-"""The request inside a PNG: A1111's `parameters` text, which the field's tools read, and the way back."""
+"""The request inside a picture: A1111's `parameters` text, which the field's tools read, and the way back
+from that and from other programs' texts."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import Any
 
-from . import png
-from .adapters import ADAPTERS, Adapter, written
+from .. import __version__
+from . import pictures, png, programs, settings
+from .adapters import ADAPTERS, MOST, Adapter, written
 from .adapters.lora import Lora
+from .adapters.prompt import WORD, places
+from .adapters.textual_inversion import TextualInversion
+from .adapters.vae import Vae
 from .errors import TightfitError
 from .fields import kinds
 from .files import shortened
+from .kept import Hashes
+from .models.hub import BUILT_IN
+from .models.layouts.library import Kind, Library, called, scan
 from .models.prompt_syntax import matters
-from .models.samplers.names import a1111_fields, of_a1111
+from .models.samplers.names import a1111_fields
+from .programs import Said, Word, bare_name
 from .request import PLAIN, Job, Request
 
 # How Windows names shares and devices: to look at a share sends its host the user's credentials.
@@ -25,22 +34,17 @@ _NAME = re.compile(r"\w[\w \-/]*")
 _QUOTED = re.compile(r'\s*("[^\\"]*(?:\\.[^\\"]*)*")\s*(?:,|$)')
 _SETTINGS = re.compile(r"\s*Steps:\s*\d")
 _TOLD = 10, 40  # settings that are not honoured: so many are named, and so many characters of each
-_EMPHASES = {"no-norm": "No norm", "ignore": "Ignore"}  # as A1111 names them; "Original" it leaves out
 _KINDS = kinds(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
-_UNDERSTOOD = {
-    "Steps",
-    "Sampler",
-    "Schedule type",
-    "CFG scale",
-    "Seed",
-    "Size",
-    "Clip skip",
-    "Emphasis",
-    "Model",
-    "Model hash",
-    "Version",
-}
+_SHELVES = {kind.option: kind.shelf for kind in ADAPTERS if kind.shelf}
+_LOST = "(not found)"
+_ON_CPU = ("tightfit", "ComfyUI", "Fooocus")  # draw noise there, whatever the card
+_NO_VAE = ("", "Automatic", "Baked VAE")
+# What other programs say besides, which is honoured otherwise, or has no effect.
+_SILENT = {
+    "Model", "Model hash", "Version", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes", "Precision",
+    settings.RNG,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,8 @@ class Carried:
     model: str | None = None
     precision: str | None = None
     notices: tuple[str, ...] = ()
+    model_said: str = ""
+    """What another program calls its model."""
 
 
 def write(job: Job, model: str, precision: str) -> str:
@@ -61,19 +67,23 @@ def write(job: Job, model: str, precision: str) -> str:
     lines = [" ".join([job.prompt, *(words for words, _ in loras)])]
     if job.negative_prompt:
         lines.append(f"Negative prompt: {job.negative_prompt}")
+    plain = settings.said(job)
     fields = {
-        "Steps": job.num_inference_steps,
+        "Steps": plain.pop("Steps"),
         **a1111_fields(job.scheduler),
-        "CFG scale": job.guidance_scale,
-        "Seed": job.seed,
+        "CFG scale": plain.pop("CFG scale"),
+        "Seed": plain.pop("Seed"),
         "Size": f"{job.width}x{job.height}",
-        **_asked(job),
-        "Model": json.dumps(model) if re.search(r'[,:"\n]', model) else model,
-        **({"Lora hashes": json.dumps(", ".join(digest for _, digest in loras))} if loras else {}),
+        "Model hash": settings.model_hash(model),
+        "Model": stem(model),
+        "VAE": next((stem(adapter.name) for adapter in job.adapters if isinstance(adapter, Vae)), None),
+        **plain,
+        "Lora hashes": ", ".join(digest for _, digest in loras),
         "Precision": precision,
-        "tightfit": json.dumps(json.dumps(exact)),
+        "Version": f"tightfit {__version__}",
     }
-    lines.append(", ".join(f"{name}: {value}" for name, value in fields.items()))
+    said = [f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value not in (None, "")]
+    lines.append(", ".join([*said, f"tightfit: {json.dumps(json.dumps(exact))}"]))
     return "\n".join(lines)
 
 
@@ -90,47 +100,44 @@ def _of_syntax(fields: Mapping[str, Any]) -> bool:
     return any(isinstance(text, str) and matters(text) for text in texts)
 
 
-# A1111's names of options, which it writes, too, only where they are not the default.
-_OPTIONS = {
-    "noise_source": "RNG",
-    "subseed": "Variation seed",
-    "subseed_strength": "Variation seed strength",
-    "seed_resize": "Seed resize from",
-    "ensd": "ENSD",
-    "eta": "Eta",
-    "s_churn": "Sigma churn",
-    "s_noise": "Sigma noise",
-    "clip_skip": "Clip skip",
-    "guidance_rescale": "CFG Rescale",
-    "guidance_start": "CFG start",
-    "guidance_end": "CFG end",
-}
+def _quoted(value: str) -> str:
+    """As A1111 quotes. A file's name that is no text is escaped, too."""
+    is_text = value.encode(errors="ignore").decode() == value
+    return json.dumps(value) if re.search(r'[,:"\n]', value) or not is_text else value
 
 
-def _asked(job: Job) -> dict[str, Any]:
-    """What of a job's options is not the default, in A1111's words."""
-    options = {name: getattr(job, field) for field, name in _OPTIONS.items() if job.is_written(field)}
-    if job.noise_source != "cpu":
-        options["RNG"] = job.noise_source.upper()
-    if job.eta is not None and job.scheduler.startswith("ddim"):
-        options["Eta DDIM"] = options.pop("Eta")
-    if job.zero_snr:
-        options["Noise Schedule"] = "Zero Terminal SNR"
-    if job.emphasis in _EMPHASES:
-        options["Emphasis"] = _EMPHASES[job.emphasis]
-    return options
+def stem(model: str) -> str:
+    """A model's name as A1111 shows it: that of its file or folder, without ending. A hub id stays."""
+    path = PurePath(model)
+    is_file = path.suffix.lower() in (".safetensors", ".gguf")
+    return (path.stem if is_file else path.name) if is_file or path.is_absolute() else model
 
 
-def read(picture: Path, given: Collection[str] = ()) -> Carried:
-    """What `picture` carries. Raises TightfitError if it is no PNG or says nothing that can be repeated."""
-    if not (text := png.read_text(picture, "parameters")):
+def read(picture: Path, given: Collection[str] = (), models_dirs: Sequence[str | Path] = ()) -> Carried:
+    """What `picture` carries. Adapters of the kinds that are `given` are left out; models and adapters that
+    other programs name are looked for in folders of models. Raises TightfitError if it says nothing that can
+    be repeated."""
+    texts = pictures.texts(picture)
+    text = texts.get(pictures.PARAMETERS, "")
+    if text and not text.lstrip().startswith("{"):
+        return parse(text, str(picture), given, models_dirs)
+    try:
+        said = programs.read(texts)
+    except ValueError as error:
         raise TightfitError(
-            f"{picture} carries no 'parameters' text: only pictures made by tightfit or A1111 can be repeated"
+            f"the text inside {picture} is damaged ({error}): it cannot be repeated"
+        ) from None
+    if said is None:
+        raise TightfitError(
+            f"{picture} carries no text that is known: pictures of tightfit, A1111, Forge, ComfyUI, "
+            "InvokeAI, NovelAI and Fooocus can be repeated"
         )
-    return parse(text, str(picture), given)
+    return _carried(said, str(picture), given, models_dirs)
 
 
-def parse(text: str, source: str, given: Collection[str] = ()) -> Carried:
+def parse(
+    text: str, source: str, given: Collection[str] = (), models_dirs: Sequence[str | Path] = ()
+) -> Carried:
     """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and a line of settings, the last that
     looks like one.
 
@@ -149,15 +156,25 @@ def parse(text: str, source: str, given: Collection[str] = ()) -> Carried:
         raise TightfitError(
             f"the 'parameters' text of {source} has no line of settings: it cannot be repeated"
         )
+    if missing := [name for name in ("CFG scale", "Seed", "Size") if name not in fields]:
+        raise _damaged(source, f"no {missing[0]}")
     positive, _, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
-    # A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its
-    # modules/sd_models_xl.py): here that is None.
-    request = {
-        "prompt": positive.strip(),
-        "negative_prompt": negative.strip() or None,
-        **_a1111(fields, source),
-    }
-    return Carried(request, notices=_differences(fields))
+    program = _program(fields.get("Version", ""))
+    # A1111 says nothing of the noise that it draws on the GPU.
+    fields = {settings.RNG: "CPU" if program in _ON_CPU else "GPU"} | fields
+    return _carried(Said(program, positive.strip(), negative.strip(), fields), source, given, models_dirs)
+
+
+def _program(version: str) -> str:
+    """Which one wrote a text in A1111's form; ComfyUI has nodes for it."""
+    others = (program for program in _ON_CPU if version.startswith(program))
+    return next(others, "Forge" if version.startswith("f") else "A1111")
+
+
+def _damaged(source: str, why: str) -> TightfitError:
+    return TightfitError(
+        f"the settings inside {source} are damaged ({why}): give the request by options instead"
+    )
 
 
 def _exact(text: str, source: str, given: Collection[str]) -> Carried:
@@ -245,39 +262,111 @@ def _pairs(line: str) -> Iterator[tuple[str, str]]:
             yield name, value
 
 
-def _a1111(fields: Mapping[str, str], source: str) -> dict[str, Any]:
-    """A1111's settings as Request fields. A sampler tightfit has not stays as it is called there, and is
-    refused later."""
-    emphases = {theirs: name for name, theirs in _EMPHASES.items()}
+def _carried(said: Said, source: str, given: Collection[str], models_dirs: Sequence[str | Path]) -> Carried:
+    """What another program says, as a request; and one notice of what is not honoured here."""
     try:
-        width, height = fields["Size"].split("x")
-        return {
-            "num_inference_steps": int(fields["Steps"]),
-            "scheduler": of_a1111(fields.get("Sampler", ""), fields.get("Schedule type", "Automatic")),
-            "guidance_scale": float(fields["CFG scale"]),
-            "seed": int(fields["Seed"]),
-            "width": int(width),
-            "height": int(height),
-            **({"clip_skip": int(fields["Clip skip"])} if "Clip skip" in fields else {}),
-            **({"emphasis": ours} if (ours := emphases.get(fields.get("Emphasis", ""))) else {}),
-        }
-    except (KeyError, ValueError):
-        raise TightfitError(
-            f"the settings inside {source} are damaged: give the request by options instead"
-        ) from None
+        fields = settings.understood(said.settings)
+    except ValueError as error:
+        raise _damaged(source, str(error)[:80]) from None
+    files = _Named.among(said, models_dirs)
+    adapters, left = files.adapters(given)
+    loras = [] if Lora.option in given else said.loras
+    words = [str(lora) for lora in loras if files.has(lora)]
+    left |= {f"LoRA {lora.name}": _LOST for lora in loras if str(lora) not in words}
+    # A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its
+    # modules/sd_models_xl.py): here that is None.
+    request = {
+        "prompt": " ".join([said.prompt, *words]).strip(),
+        "negative_prompt": said.negative_prompt or None,
+        **fields,
+        **({"adapters": adapters} if adapters else {}),
+    }
+    model = None if "model" in given else files.model()
+    precision = said.settings.get("Precision") if said.program == "tightfit" else None
+    return Carried(request, model, precision, _differences(said, source, left), files.model_said)
 
 
-def _differences(fields: Mapping[str, str]) -> tuple[str, ...]:
-    """What of an A1111 picture's settings is not honoured here, in one notice; and that the noise differs."""
-    left = {name: value for name, value in fields.items() if name not in _UNDERSTOOD}
-    honoured = f"; not honoured: {_named(left)}" if left else ""
-    return (f"A1111 draws its noise on the GPU unless told otherwise, so the picture may differ{honoured}",)
+@dataclasses.dataclass(frozen=True)
+class _Named:
+    """What a picture names of files, in the folders of models. Names and hashes are compared: no path of a
+    picture is looked at."""
+
+    settings: Mapping[str, str]
+    library: Library | None
+
+    @classmethod
+    def among(cls, said: Said, models_dirs: Sequence[str | Path]) -> _Named:
+        roots = places(models_dirs)
+        return cls(said.settings, scan(roots) if roots else None)
+
+    def path(self, name: str, kind: Kind) -> Path | None:
+        """Of what is called so, if need be without the folders before its name, which others lay out
+        otherwise."""
+        return self._called(name, kind) or self._called(PurePath(name).name, kind)
+
+    def _called(self, name: str, kind: Kind) -> Path | None:
+        """None where none is called so, or two are."""
+        try:
+            return called(name, kind, self.library) if self.library and name else None
+        except TightfitError:
+            return None
+
+    def has(self, lora: Word) -> bool:
+        """Whether its word in a prompt will be understood."""
+        return bool(WORD.fullmatch(str(lora)) and self._called(lora.name, Kind.LORA))
+
+    def adapters(self, given: Collection[str]) -> tuple[tuple[Adapter, ...], dict[str, str]]:
+        """What A1111 takes without a word in the prompt, but for kinds that are `given`; and what is not
+        there, or cannot be read."""
+        pairs = [pair.partition(":")[0].strip() for pair in self.settings.get("TI hashes", "").split(",")]
+        vae = bare_name(self.settings.get("VAE"))
+        named = [(TextualInversion.option, name) for name in pairs[:MOST] if name]
+        named += [] if vae in _NO_VAE else [(Vae.option, vae)]
+        found, left = [], {}
+        for option, name in ((option, name) for option, name in named if option not in given):
+            path = self.path(name, _SHELVES[option])
+            try:
+                found += written({option: [str(path)]}) if path else ()
+                left |= {} if path else {f"{option} {name}": _LOST}
+            except TightfitError:  # such as a pickle
+                left[f"{option} {name}"] = "(cannot be read)"
+        return tuple(found), left
+
+    def model(self) -> str | None:
+        """By its hash, if one there has that, else by its name."""
+        name, digest = self.settings.get("Model", ""), self.settings.get("Model hash", "").lower()
+        if name in BUILT_IN:
+            return name
+        hashes = Hashes()
+        entries = self.library.entries if self.library and len(digest) >= settings.DIGITS else ()
+        same = (entry.path for entry in entries if hashes.get(entry.path).startswith(digest))
+        path = next(same, None) or self.path(bare_name(name), Kind.MODEL)
+        return str(path) if path else None
+
+    @property
+    def model_said(self) -> str:
+        """As a person would look for it."""
+        name, digest = (self.settings.get(key, "")[:80] for key in ("Model", "Model hash"))
+        return f"{name} (hash {digest})".strip() if digest else name
 
 
-def _named(settings: Mapping[str, Any]) -> str:
+def _differences(said: Said, source: str, left: Mapping[str, str]) -> tuple[str, ...]:
+    """What of a picture is not honoured here, in one notice; and that the noise differs."""
+    known = settings.honoured()
+    named = {name: value for name, value in said.settings.items() if name not in known | _SILENT}
+    named |= {**said.others, **left, **({} if "Seed" in said.settings else {"a seed": "is not said"})}
+    differs = settings.RNG not in known and said.settings.get(settings.RNG, "CPU") != "CPU"
+    noise = f"{said.program} draws its noise on the GPU unless told otherwise, so the picture may differ"
+    if not named:
+        return (noise,) if differs else ()
+    begin = noise if differs else f"{source} was painted by {said.program}"
+    return (f"{begin}; not honoured: {_named(named)}",)
+
+
+def _named(left: Mapping[str, Any]) -> str:
     """The first settings of a text that somebody else wrote, each cut, and how many are left."""
     most, letters = _TOLD
-    names = [f"{name} {value}"[:letters] for name, value in settings.items()]
+    names = [f"{name} {value}"[:letters].strip() for name, value in left.items()]
     more = [f"{len(names) - most} more"] if len(names) > most else []
     return ", ".join([*names[:most], *more])
 

@@ -15,11 +15,16 @@ ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
 LEAVES = (
     "budget",
     "errors",
+    "exif",
     "fields",
     "files",
     "interrupts",
+    "kept",
     "noise",
+    "pictures",
     "placement",
+    "png",
+    "programs",
     "recent",
     "ring",
     "rules",
@@ -36,12 +41,12 @@ FLOORS = (
     ("runtime.request",),
     ("runtime.backends",),
     ("runtime.planner",),
+    ("runtime.settings",),
     (
         "runtime.catalogue",
         "runtime.conditioning",
         "runtime.events",
         "runtime.infotext",
-        "runtime.png",
         "runtime.sampling",
         "runtime.wildcards",
     ),
@@ -275,6 +280,7 @@ _MEASURED = "the random models that it writes and measures are called so"
 # What else may name networks or families, and why.
 MAY_NAME = (
     ("runtime.adapters.vae", "networks", "an option that people type"),
+    ("runtime.programs", "networks", "what InvokeAI and Fooocus call a file in their pictures"),
     ("export.random_model", "networks", "writes folders as diffusers lays them out"),
     ("export.random_model", "families", "has the published configs of each"),
     ("export.emoji.built_in", "networks", "reads the built-in folder, to train on top of it"),

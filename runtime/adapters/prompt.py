@@ -13,7 +13,7 @@ from ..models.layouts import library
 from . import Adapter, read_adapter
 
 FOLDER = "TIGHTFIT_LORAS"  # of the environment: one folder beside those of models
-_WORD = re.compile(r"\s*<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
+WORD = re.compile(r"\s*<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
 
 
 def from_words(prompt: str, models_dirs: Sequence[str | Path] = ()) -> tuple[str, tuple[Adapter, ...]]:
@@ -22,11 +22,16 @@ def from_words(prompt: str, models_dirs: Sequence[str | Path] = ()) -> tuple[str
 
     Raises TightfitError for a name that no file has, or two have, and for a weight that is no number.
     """
-    words = _WORD.findall(prompt)
-    roots = library.folders((*models_dirs, *filter(None, [os.environ.get(FOLDER)]))) if words else ()
+    words = WORD.findall(prompt)
+    roots = places(models_dirs) if words else ()
     if not roots:
         return prompt, ()
-    return _WORD.sub("", prompt).strip(), tuple(_adapter(roots, name, weights) for name, weights in words)
+    return WORD.sub("", prompt).strip(), tuple(_adapter(roots, name, weights) for name, weights in words)
+
+
+def places(models_dirs: Sequence[str | Path] = ()) -> tuple[Path, ...]:
+    """The folders in which names of a prompt, or of a picture, are looked for."""
+    return library.folders((*models_dirs, *filter(None, [os.environ.get(FOLDER)])))
 
 
 def _adapter(roots: Sequence[Path], name: str, weights: str) -> Adapter:

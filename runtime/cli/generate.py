@@ -17,6 +17,7 @@ from ..errors import TightfitError, printable
 from ..events import Event, Result, joined
 from ..machine.process import check_address_space
 from ..models.hub import located
+from ..pictures import METADATA
 from ..planner.plan import Plan
 from ..planner.wishes import Wishes
 from ..request import Request
@@ -25,7 +26,7 @@ from ..wildcards import variants
 from .options import ADAPTERS_IN_ORDER, MODEL, Adapting, Device, ModelsDirs, taking, wishes
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
-from .saving import Saver, target
+from .saving import FORMATS, Saver, Writing, target
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,12 +36,26 @@ if TYPE_CHECKING:
 
 _Prompt = typer.Argument(help="What to paint; - reads standard input.", show_default=False)
 _PromptFile = typer.Option(help="Prompt from a file.", metavar="FILE", readable=False)
-_Source = typer.Option("--from", help="Repeat that picture.", metavar="PNG", readable=False)
+_Source = typer.Option("--from", help="Repeat that picture.", metavar="FILE", readable=False)
 _PlanFile = typer.Option("--plan", help="Run by a saved plan.", metavar="FILE", readable=False)
 _Wildcards = typer.Option(
     help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
 )
-_Output = typer.Option("-o", "--output", help="PNG file or folder.", metavar="PATH", readable=False)
+_PANEL = "Output"
+_Output = typer.Option(
+    "-o",
+    "--output",
+    help=r"File or folder: out/\[date]/\[seed].png.",
+    metavar="PATH",
+    readable=False,
+    rich_help_panel=_PANEL,
+)
+_Overwrite = typer.Option("--overwrite", help="Replace, do not number.", rich_help_panel=_PANEL)
+_Format = typer.Option(help=f"{', '.join(FORMATS)}.", metavar="NAME", rich_help_panel=_PANEL)
+_Quality = typer.Option(help="Of JPEG and WebP, 1 to 100; default 90.", metavar="N", rich_help_panel=_PANEL)
+_Metadata = typer.Option(help="Text inside: full, a1111, none.", metavar="NAME", rich_help_panel=_PANEL)
+_Grid = typer.Option("--grid", help="Also all on one sheet.", rich_help_panel=_PANEL)
+_Json = typer.Option("--json", help="Print one JSON object.", rich_help_panel=_PANEL)
 
 
 @dataclass(frozen=True)
@@ -56,8 +71,19 @@ class Options:
     plan_file: Annotated[Path | None, _PlanFile] = None
     output: Annotated[Path | None, _Output] = None
     wildcards: Annotated[Path | None, _Wildcards] = None
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace, do not number.")] = False
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False
+    overwrite: Annotated[bool, _Overwrite] = False
+    format: Annotated[str | None, _Format] = None
+    quality: Annotated[int | None, _Quality] = None
+    metadata: Annotated[str | None, _Metadata] = None
+    grid: Annotated[bool, _Grid] = False
+    as_json: Annotated[bool, _Json] = False
+
+    @property
+    def writing(self) -> Writing:
+        """How the pictures are written. Raises TightfitError."""
+        return Writing(
+            self.format, self.quality, self.metadata or METADATA[0], self.overwrite, self.grid
+        ).checked()
 
 
 _ORDER = f"""
@@ -65,7 +91,7 @@ prompt prompt_file source
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
 model models_dirs {ADAPTERS_IN_ORDER}
 precision compute backend provider device budget residency attention tiling min_psnr ...
-plan_file output overwrite as_json
+plan_file output overwrite format quality metadata grid as_json
 """
 
 
@@ -81,14 +107,17 @@ def generate(
     if options.model is not None:
         options = replace(options, model=located(options.model, models_dirs))
     prompt = read_prompt(options.prompt, options.prompt_file)
-    carried = _carried(options.source, adapting)
+    carried = _carried(options, adapting)
     typed = {**asked} if prompt is None else {**asked, "prompt": prompt}
     wanted = Request(**{"prompt": None, **carried.request, **typed})
     request = _adapted(wanted, adapting, models_dirs).checked()
     count = request.num_images
-    saver = Saver(*target(options.output, request.prompt, count), count, options.overwrite)
+    writing = options.writing
+    saver = Saver(target(options.output, request.prompt, count, writing.form), count, writing)
     if options.source and options.model is None and carried.model is None:
-        raise TightfitError(f"{options.source} does not say where its model is: name it with --model")
+        said = f"was painted with {carried.model_said}, which is in no folder of models"
+        lost = said if carried.model_said else "does not say where its model is"
+        raise TightfitError(f"{options.source} {lost}: name it with --model")
     fields = wishes(wished, _carried_precision(options, carried, wished))
     plan = Plan.read(options.plan_file) if options.plan_file else None
     names = options.model, carried.model, plan.model if plan else "emoji"
@@ -103,10 +132,11 @@ def generate(
         except BaseException:
             saver.tell()
             raise
+    saver.sheet(result.images)
     if options.as_json:
-        say_json(_report(result, saver.paths))
+        say_json(_report(result, saver))
     else:
-        say(_closing_line(result, saver.paths))
+        say(_closing_line(result, saver))
 
 
 def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequence[Path]) -> Request:
@@ -116,13 +146,14 @@ def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequenc
     return replace(request, prompt=prompt, adapters=(*adapters, *named))
 
 
-def _carried(source: Path | None, adapting: Mapping[str, Any]) -> Carried:
-    """What the picture `source` asks for, nothing without one. Adapters of a kind that is given are given
-    anew."""
+def _carried(options: Options, adapting: Mapping[str, Any]) -> Carried:
+    """What the picture of --from asks for, nothing without one. A model, or adapters of a kind, that are
+    typed are not looked for."""
     from ..infotext import Carried, read
 
-    given = [option for option, texts in adapting.items() if texts]
-    carried = read(source, given) if source else Carried({})
+    given = [option for option, texts in adapting.items() if texts] + ["model"] * (options.model is not None)
+    source = options.source
+    carried = read(source, given, options.models_dirs or ()) if source else Carried({})
     for notice in carried.notices:
         say(f"note: {notice}", err=True)
     return carried
@@ -190,15 +221,18 @@ def _save(event: Event | None, save: Callable[[Image.Image, int], object]) -> No
         save(event.picture, event.image)
 
 
-def _closing_line(result: Result, paths: list[Path]) -> str:
+def _closing_line(result: Result, saver: Saver) -> str:
+    paths = saver.paths
     files = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
+    files += f" and {saver.grid.name}" if saver.grid else ""
     stages = ", ".join(f"{name} {m.seconds:.1f} s {shown(m.peak_bytes)}" for name, m in result.stages.items())
     peak = f"peak {shown(result.peak_bytes)} of {shown(result.plan.predicted.peak_bytes)} predicted"
     process = f"process {shown(result.process_bytes)}"
     return f"{files} · seed {result.request.seed} · {result.plan.summary()} · {stages} · {peak}, {process}"
 
 
-def _report(result: Result, paths: list[Path]) -> dict[str, Any]:
+def _report(result: Result, saver: Saver) -> dict[str, Any]:
+    grid = {"grid": str(saver.grid)} if saver.grid else {}
     return {
         "request": result.request.to_json(),
         "plan": result.plan.to_json(),
@@ -211,6 +245,7 @@ def _report(result: Result, paths: list[Path]) -> dict[str, Any]:
             "details": {name: asdict(stage) for name, stage in result.stages.items()},
         },
         "notices": list(result.notices),
-        "image": str(paths[0]),
-        "images": [str(path) for path in paths],
+        "image": str(saver.paths[0]),
+        "images": [str(path) for path in saver.paths],
+        **grid,
     }

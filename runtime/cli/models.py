@@ -18,7 +18,8 @@ from .options import Device, ModelsDirs
 from .output import progress_bar, say, say_json, show_table
 
 if TYPE_CHECKING:
-    from ..catalogue import Hashes, Model
+    from ..catalogue import Model
+    from ..kept import Hashes
 
 _WIDE = 130  # columns of a terminal that has room for the table
 _DIGITS = 10  # of a hash, as A1111 shows it
@@ -43,7 +44,7 @@ def models(
             f"no folder of models is set up: name one, or set {ENVIRONMENT} or models in {CONFIG}"
         )
     machine = Hardware.detect(device)
-    from ..catalogue import Hashes
+    from ..kept import Hashes
 
     hashes, library = Hashes(), scan(roots)
     found = list(_catalogued(library.entries, machine, hashes if compute_hashes else None))

@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tightfit.__main__ import app
 from tightfit.export import random_model
-from tightfit.runtime import catalogue
+from tightfit.runtime import catalogue, kept
 from tightfit.runtime.adapters import written
 from tightfit.runtime.adapters.prompt import from_words
-from tightfit.runtime.catalogue import Hashes, described
+from tightfit.runtime.catalogue import described
+from tightfit.runtime.kept import Hashes
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.layouts.library import scan
 from typer.testing import CliRunner
@@ -246,7 +247,7 @@ def test_hashes_are_a1111s_and_are_kept(tmp_path, monkeypatch):
     assert listed(file.parent, "--hash")["models"][0]["sha256"] == expected
     result = CliRunner().invoke(app(), ["models", str(file.parent)], catch_exceptions=False)
     assert expected[:10] in result.stdout.split()
-    monkeypatch.setattr(catalogue, "sha256", lambda path: pytest.fail("hashed again"))
+    monkeypatch.setattr(kept, "sha256", lambda path: pytest.fail("hashed again"))
     assert Hashes().compute(file) == expected
     os.utime(file, ns=(1, 1))
     assert Hashes().get(file) == ""

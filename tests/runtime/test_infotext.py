@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 import re
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -17,9 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tightfit.runtime import infotext as parameters
+from tightfit.runtime.adapters.vae import Vae
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.kept import Hashes
+from tightfit.runtime.models.hub import BUILT_IN
 from tightfit.runtime.models.samplers.names import SAMPLERS
-from tightfit.runtime.png import save
+from tightfit.runtime.pictures import save
 from tightfit.runtime.request import Request
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_size=60)
@@ -101,7 +106,8 @@ def test_pictures_of_today_stay_readable():
     carried = parameters.parse(OF_TODAY, "x.png")
     assert Request(**carried.request) == REQUEST_OF_TODAY
     assert (carried.model, carried.precision, carried.notices) == ("emoji", "fp32", ())
-    assert parameters.write(REQUEST_OF_TODAY, "emoji", "fp32") == OF_TODAY
+    more = OF_TODAY.replace("Precision: fp32", "RNG: CPU, Precision: fp32, Version: tightfit 0.1.0")
+    assert parameters.write(REQUEST_OF_TODAY, "emoji", "fp32") == more
 
 
 @pytest.mark.parametrize(
@@ -237,6 +243,46 @@ def test_settings_are_split_as_a1111_splits_them(line):
     ]
 
 
+def test_what_is_written_is_what_png_info_shows(tmp_path):
+    """By A1111's own expression: the model by its name and hash, the VAE, and where the noise is from."""
+    file = tmp_path / "dream, shaper_8.safetensors"
+    file.write_bytes(b"a model of few bytes")
+    vae = tmp_path / "mse"
+    shutil.copytree(BUILT_IN["emoji"] / "vae", vae)
+    job = Request("a heart", None, 64, 48, 20, 7.0, 7, "euler_a", adapters=(Vae(vae),))
+    line = parameters.write(job, str(file), "fp32").split("\n")[-1]
+    pairs = dict(ORIGINAL.findall(line))
+    assert pairs == {
+        "Steps": "20",
+        "Sampler": "Euler a",
+        "CFG scale": "7.0",
+        "Seed": "7",
+        "Size": "64x48",
+        "Model hash": hashlib.sha256(file.read_bytes()).hexdigest()[:10],
+        "Model": '"dream, shaper_8"',
+        "VAE": "mse",
+        "RNG": "CPU",
+        "Precision": "fp32",
+        "Version": "tightfit 0.1.0",
+        "tightfit": pairs["tightfit"],
+    }
+    assert json.loads(json.loads(pairs["tightfit"]))["model"] == str(file)
+
+
+def test_a_large_model_is_not_hashed_for_a_picture(tmp_path, monkeypatch):
+    """To read 2 GB takes 4 s. A hash that is known is written."""
+    file = tmp_path / "large.safetensors"
+    with file.open("wb") as stream:
+        stream.truncate(2**26 + 1)
+    request = Request("a", None, 64, 48, 20, 7.0, 7, "euler")
+    assert "Model hash" not in parameters.write(request, str(file), "fp32")
+    digest = Hashes().compute(file)
+    monkeypatch.setattr("tightfit.runtime.kept.sha256", lambda _: pytest.fail("was hashed"))
+    assert f"Model hash: {digest[:10]}, Model: large," in parameters.write(request, str(file), "fp32")
+    for other in ("emoji", "someone/a-model", str(tmp_path), str(tmp_path / "gone"), "a\0b", ""):
+        assert "Model hash" not in parameters.write(request, other, "fp32")
+
+
 @pytest.mark.parametrize(
     "unit", ["a", "a ", "a:", 'a:"', 'a:"\\",', ":", ",", "Steps: 1\n", "a: ", '"', "\\", "Steps: 1, a: x, "]
 )
@@ -347,7 +393,7 @@ def test_unreadable_pictures(tmp_path):
 def test_save_leaves_nothing_half_written(tmp_path):
     image = Image.new("RGB", (8, 8))
     with pytest.raises(TightfitError, match=r"\.png"):
-        save(image, tmp_path / "x.jpg")
+        save(image, tmp_path / "x.gif")
     with pytest.raises(TightfitError, match="cannot be written"):
         save(image, tmp_path / "no" / "x.png")
     with pytest.raises(TightfitError, match="cannot be written"):

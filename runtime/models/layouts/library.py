@@ -269,7 +269,12 @@ def exists(name: str) -> bool:
 def find(name: str, kind: Kind, roots: Sequence[Path]) -> Path | None:
     """The file or folder of this kind that is called so, with or without its ending, or with folders before
     it; None where there is none. Raises TightfitError for two."""
-    named = [entry for entry in _of_kind(scan(roots), kind) if entry.is_called(name)]
+    return called(name, kind, scan(roots))
+
+
+def called(name: str, kind: Kind, library: Library) -> Path | None:
+    """As `find`, among what was scanned."""
+    named = [entry for entry in _of_kind(library, kind) if entry.is_called(name)]
     if not named:
         return None
     best = min(map(_rank, named))

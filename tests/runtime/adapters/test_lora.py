@@ -589,7 +589,7 @@ def test_values_that_are_not_finite(tmp_path, tiny_models, precision):
 
 def test_a_picture_says_which_and_is_repeated(tmp_path, sd1, trained):
     from tightfit.__main__ import app
-    from tightfit.runtime import png
+    from tightfit.runtime import pictures
     from typer.testing import CliRunner
 
     def run(*arguments):
@@ -601,7 +601,7 @@ def test_a_picture_says_which_and_is_repeated(tmp_path, sd1, trained):
         "generate", "a cat", "--model", sd1, "--lora", f"{file}:0.5:0.25", *said, "--seed", 3, "-o", first
     )
     assert done.exit_code == 0, done.output
-    text = png.read_text(first, "parameters")
+    text = pictures.texts(first)["parameters"]
     assert text.splitlines()[0] == "a cat <lora:a:0.25:0.5>"
     content = file.read_bytes()
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()[:12]

@@ -87,7 +87,7 @@ def test_what_a_picture_says_is_harmless(tmp_path, capsys):
         "parameters", f"a\nSteps: 1, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Clip skip: {EVIL}"
     )
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=text)
-    cli_generate._carried(tmp_path / "x.png", {})
+    cli_generate._carried(cli_generate.Options(source=tmp_path / "x.png"), {})
     said = capsys.readouterr().err
     assert "Clip skip" in said
     assert is_harmless(said)
