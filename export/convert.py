@@ -31,7 +31,7 @@ _OTHERS = (
     (b"", "is empty: copy or download it again"),
     (b"<", f"is a web page, as a failed download leaves: {_AGAIN}"),
     (b"version https://git-lfs", f"is a Git LFS pointer, not the file itself: {_AGAIN}"),
-    (b"GGUF", "is GGUF, which is no pickle: there is nothing to convert"),
+    (b"GGUF", "is GGUF, which is no pickle: name it by --model or --unet as it is"),
     (
         b"\x80",
         "is a pickle in torch's old form, of before 1.6: save it anew with torch, in a place you trust",

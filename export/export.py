@@ -149,7 +149,8 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
     spec = inspect(model)
     if without := [name for name, component in spec.components.items() if not component.tensors]:
         cure = "export the model that it was made from"
-        raise TightfitError(f"{model} has its {without[0]} as ONNX only: {cure}")
+        there = "as ONNX only" if spec.components[without[0]].graph else "in no file"
+        raise TightfitError(f"{model} has its {without[0]} {there}: {cure}")
     if spec.precision and (to == "torch" or options.calibrate or spec.precision != precision):
         raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
     source = read_source(spec.folder)

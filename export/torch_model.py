@@ -77,9 +77,7 @@ def layers(tensors: Tensors) -> dict[str, tuple[int, ...]]:
         (name.removesuffix(".weight"), tensor) for name, tensor in tensors.items() if name.endswith(".weight")
     )
     return {
-        layer: tensor.shape
-        for layer, tensor in weights
-        if tensor.dtype in _FLOATS and len(tensor.shape) in (2, 4)
+        layer: tensor.shape for layer, tensor in weights if _is_float(tensor) and len(tensor.shape) in (2, 4)
     }
 
 
@@ -118,7 +116,7 @@ def write(
 def _component(folder: Path, role: Role, tensors: Tensors, scheme: Scheme) -> Written:
     promised: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     # Positions of a text, which are integers, need not be stored.
-    plain = {key: tensor for key, tensor in tensors.items() if tensor.dtype in _FLOATS}
+    plain = {key: tensor for key, tensor in tensors.items() if _is_float(tensor)}
     for key, tensor in plain.items():
         layer = key.removesuffix(".weight")
         if layer in scheme.formats and key != layer:
@@ -153,10 +151,15 @@ def _component(folder: Path, role: Role, tensors: Tensors, scheme: Scheme) -> Wr
 
 def read(tensor: Tensor) -> torch.Tensor:
     """One stored tensor, in fp32 where it is changed as it is read."""
-    values = torch.empty(tensor.shape, dtype=torch.float32 if tensor.patches else _DTYPES[tensor.dtype])
+    changed = tensor.patches or tensor.encoding
+    values = torch.empty(tensor.shape, dtype=torch.float32 if changed else _DTYPES[tensor.dtype])
     room = 0 if tensor.as_stored else tensor.stored_bytes
     read_into(values, tensor, torch.empty(room, dtype=torch.uint8))
     return values
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return bool(tensor.encoding) or tensor.dtype in _FLOATS
 
 
 def _halved(tensor: Tensor) -> torch.dtype:

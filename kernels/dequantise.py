@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor, bitwise_and, bitwise_right_shift, tensor
+from torch import Tensor, addcmul, bitwise_and, bitwise_right_shift, tensor
 
 from .formats import NF4, Format
 
@@ -25,7 +25,8 @@ def dequantise(
     """Fill `out` (out, row), contiguous, of any floating dtype, with the dequantised weight
     (kernels/formats.py).
 
-    Rows are (tap, in-channel), or (in-channel, tap) if `taps_last`. `codes` is scratch for 4 bits: uint8,
+    `zero` is the part that moves a group, if there is one (`Format.offset`). Rows are (tap, in-channel), or
+    (in-channel, tap) if `taps_last`. `codes` is scratch for 4 bits: uint8,
     with as many values as `packed`. With None it is allocated in each call. One Triton kernel where Triton
     runs, otherwise a few of torch's operators.
     """
@@ -67,15 +68,19 @@ def dequantise_torch(
             ):
                 _spread(part, codes[:, at].view(part.shape), form)
     scale = scale.to(out.dtype).view(len(out), groups_of, -1)
-    if form.kind == "int4":
-        assert zero is not None
-        zero = zero.to(out.dtype).view(scale.shape) / 16
+    if zero is not None:
+        zero = zero.to(out.dtype).view(scale.shape)
+        zero = zero / 16 if form.kind == "int4" else zero
     for channels, groups, size in form.spans(rows.shape[-1]):
         part = rows[..., channels].unflatten(-1, (-1, size))
         if form.kind == "int4":
             assert zero is not None
             part.sub_(zero[..., groups, None])
-        part.mul_(scale[..., groups, None])
+        if form.kind == "int4-min":
+            assert zero is not None  # at once: sums of products that are rounded lose 4 bits of bf16's 8
+            addcmul(zero[..., groups, None], part, scale[..., groups, None], out=part)
+        else:
+            part.mul_(scale[..., groups, None])
 
 
 def _rectangles(rows: Tensor, start: int, end: int) -> Iterator[tuple[Tensor, slice]]:

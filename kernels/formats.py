@@ -8,14 +8,16 @@ it is the whole row. Others' files have rows that are `flat`: of a convolution t
 channel by input channel, as torch's weight does, and groups follow one another, whatever tap they are of. A
 group has one scale:
 
-    int8   value = code * scale                 codes -127..127
-    int4   value = (code - zero / 16) * scale   codes 0..15, zero 0..255: sixteenths are exact in bf16, where
-                                                16 bits are not
-    nf4    value = NF4[code] * scale            codes 0..15; Dettmers et al., "QLoRA", arXiv 2305.14314
+    int8       value = code * scale                 codes -127..127
+    int4       value = (code - zero / 16) * scale   codes 0..15, zero 0..255: sixteenths are exact in bf16,
+                                                    where 16 bits are not
+    int4-min   value = code * scale + least         codes 0..15
+    nf4        value = NF4[code] * scale            codes 0..15; Dettmers et al., "QLoRA", arXiv 2305.14314
 
 `packed` holds int8 codes as they are (out, row), 4-bit ones two in a byte (out, ⌈row / 2⌉): the first half of
 the row in the low four bits, the second in the high ones, so that unpacking writes two contiguous runs.
-`scale` is fp16 (out, groups of a row), or fp32 in a format that says so; `zero` is uint8 of that shape.
+`scale` is fp16 (out, groups of a row), or fp32 in a format that says so; `zero` is uint8 of that shape, and
+`least` fp16.
 """
 
 from __future__ import annotations
@@ -38,8 +40,8 @@ NF4 = (
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store a weight. `kind` is int8, int4 or nf4. `group` input channels share a scale; with 0 a
-    whole row does. `flat` rows have torch's order. `wide`: scales are fp32."""
+    """One way to store a weight. `kind` is int8, int4, int4-min or nf4. `group` input channels share a scale;
+    with 0 a whole row does. `flat` rows have torch's order. `wide`: scales are fp32."""
 
     kind: str
     group: int
@@ -57,7 +59,14 @@ class Format:
             "packed": (torch.int8, (out, row)) if self.bits == 8 else (torch.uint8, (out, -(-row // 2))),
             "scale": (torch.float32 if self.wide else torch.float16, (out, groups)),
         }
-        return parts | ({"zero": (torch.uint8, (out, groups))} if self.kind == "int4" else {})
+        if self.offset:
+            parts[self.offset] = (torch.uint8 if self.kind == "int4" else torch.float16, (out, groups))
+        return parts
+
+    @property
+    def offset(self) -> str:
+        """The part that moves a group's values up or down, "" for none."""
+        return {"int4": "zero", "int4-min": "least"}.get(self.kind, "")
 
     def groups(self, shape: Sequence[int]) -> int:
         """Groups of one row."""
@@ -97,6 +106,7 @@ FORMATS: Mapping[str, Format] = {
     "nf4-g64": Format("nf4", 64),
     "int8-b32": Format("int8", 32, flat=True),
     "int4-b32": Format("int4", 32, flat=True),
+    "int4-min-b32": Format("int4-min", 32, flat=True),
 }
 
 
@@ -127,12 +137,16 @@ def nearest(x: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
         return (x / scale).round_().clamp_(-127, 127)
     if form.kind == "int4":
         return (x / scale).add_(zero).round_().clamp_(0, 15)
+    if form.kind == "int4-min":
+        return ((x - zero) / scale).round_().clamp_(0, 15)
     table = torch.tensor(NF4)
     return torch.bucketize((x / scale).contiguous(), (table[1:] + table[:-1]) / 2).to(x.dtype)
 
 
 def value(codes: Tensor, form: Format, scale: Tensor, zero: Tensor) -> Tensor:
-    """The values of codes. All arguments are floats and broadcast."""
+    """The values of codes. All arguments are floats and broadcast; `zero` is `least` where there is that."""
+    if form.kind == "int4-min":
+        return codes * scale + zero
     return (torch.tensor(NF4)[codes.long()] if form.kind == "nf4" else codes - zero) * scale
 
 
@@ -142,7 +156,8 @@ def dequantise(parts: Mapping[str, Tensor], form: Format, shape: Sequence[int]) 
     codes = unpack(parts["packed"], row) if form.bits == 4 else parts["packed"]
     rows = codes.float().view(shape[0], taps if form.group else 1, -1)
     scale = parts["scale"].float().view(*rows.shape[:2], -1)
-    zero = parts["zero"].float().view(scale.shape) / 16 if form.kind == "int4" else torch.zeros_like(scale)
+    zero = parts[form.offset].float().view(scale.shape) if form.offset else torch.zeros_like(scale)
+    zero = zero / 16 if form.kind == "int4" else zero
     for channels, groups, size in form.spans(rows.shape[-1]):
         part = rows[..., channels].unflatten(-1, (-1, size))
         part.copy_(value(part, form, scale[..., groups, None], zero[..., groups, None]))

@@ -37,7 +37,8 @@ def quantise(weight: Tensor, form: Format, moment: Tensor | None = None) -> dict
         codes = (
             encode(rows, form, scale, zero) if factor is None else codes_by(factor, rows, form, scale, zero)
         )
-        block = {"packed": codes.flatten(1), "scale": scale.flatten(1), "zero": (zero * 16).flatten(1)}
+        block = {"packed": codes.flatten(1), "scale": scale.flatten(1)}
+        block |= {"zero": (zero * 16).flatten(1), "least": zero.flatten(1)}
         block["packed"] = pack(block["packed"]) if form.bits == 4 else block["packed"]
         for name, part in parts.items():
             part[start : start + step] = block[name]
@@ -47,7 +48,7 @@ def quantise(weight: Tensor, form: Format, moment: Tensor | None = None) -> dict
 
 def fit(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
     """scale and zero (out, taps, groups of a tap) for `rows` in fp32, rounded as they will be stored. Only
-    int4 has a zero other than 0.
+    int4 has a zero other than 0; int4-min has its least value there.
 
     int4's are fitted by least squares to the codes that they give, several times, like HQQ's (Badri and
     Shaji, 2023) but without its norm.
@@ -59,6 +60,8 @@ def fit(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
         zero = torch.zeros_like(low)
         if form.kind == "int4":
             scale, zero = _fitted(x, low, high)
+        elif form.kind == "int4-min":
+            scale, zero = (high - low) / 15, low.half().float()
         else:
             scale = torch.maximum(high, -low) / (127 if form.kind == "int8" else 1)
         scales.append(_no_less(scale.half().float())[..., 0])

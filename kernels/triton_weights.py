@@ -134,7 +134,10 @@ def _value(codes, scale, zero, table, at, inside, kind: constexpr):
     value = tl.load(table + codes) if kind == "nf4" else codes.to(tl.float32)
     if kind == "int4":
         value -= tl.load(zero + at, mask=inside, other=0).to(tl.float32) * 0.0625
-    return value * tl.load(scale + at, mask=inside, other=0).to(tl.float32)
+    value *= tl.load(scale + at, mask=inside, other=0).to(tl.float32)
+    if kind == "int4-min":
+        value += tl.load(zero + at, mask=inside, other=0).to(tl.float32)
+    return value
 
 
 @jit
@@ -205,7 +208,7 @@ def _table(form: Format, device: torch.device) -> Tensor | None:
 
 def _check(packed: Tensor, scale: Tensor, zero: Tensor | None, form: Format, shape: tuple[int, ...]) -> None:
     """Raise ValueError for parts of another shape, as kernels check no bounds but those they are given."""
-    parts = {"packed": packed, "scale": scale, "zero": zero}
+    parts = {"packed": packed, "scale": scale, form.offset: zero}
     for name, (dtype, sides) in form.parts(shape).items():
         part = parts[name]
         if part is None or part.dtype != dtype or part.shape != sides or not part.is_contiguous():

@@ -16,14 +16,14 @@ from typing import Any
 from .. import __version__
 from .adapters import textual_inversion
 from .errors import TightfitError
-from .files import parsed, read_json
+from .files import SINGLE, parsed, read_json
 from .kept import Kept
 from .machine.hardware import Hardware
 from .models.cures import of_pickle
 from .models.families import known_by
 from .models.layouts import foreign
 from .models.layouts.library import Entry, Kind
-from .models.layouts.safetensors import read_file
+from .models.layouts.weights import read_file
 from .models.reading import read_model
 from .models.schedulers import KINDS
 from .models.spec import ModelSpec
@@ -90,7 +90,7 @@ def described(entry: Entry) -> Model:
 def _opened(entry: Entry, model: Model) -> Model:
     if entry.is_pickle:
         raise TightfitError(f"{entry.path} is a pickle: {of_pickle(entry.path)}")
-    if entry.path.suffix.lower() == ".safetensors" and entry.path.is_file():
+    if entry.path.suffix.lower() in SINGLE and entry.path.is_file():
         tensors, metadata = read_file(entry.path)
         kind = foreign.kind_of(tensors) or (Kind.EMBEDDING if textual_inversion.claims(tensors) else None)
         if kind:

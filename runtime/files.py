@@ -23,6 +23,7 @@ from uuid import uuid4
 from .errors import TightfitError
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
+SINGLE = (".safetensors", ".gguf")  # endings of files that can each be a whole model
 JSON_BYTES = 2**24  # limit; the largest published with SD, CLIP's tokenizer.json, has 3.6 MB
 WEIGHTS_BYTES = 2**40  # limit per file; SDXL's U-Net in fp32 has 10 GB
 

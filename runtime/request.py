@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
-from .adapters import Adapter, adapted, check
+from .adapters import Adapter, adapted, check, check_whole
 from .adapters.prompt import from_words
 from .conditions import Condition
 from .errors import TightfitError
@@ -174,6 +174,7 @@ class Request:
             if side % spec.downsampling:
                 raise TightfitError(_size_error(name, side, spec.downsampling))
         changed = skipping(adapted(spec, request.adapters), request.clip_skip)
+        check_whole(changed)
         parts = [part for condition in request.conditions for part in condition.components(changed)]
         given |= decided
         job = Job(

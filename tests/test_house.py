@@ -281,6 +281,7 @@ _MEASURED = "the random models that it writes and measures are called so"
 MAY_NAME = (
     ("runtime.adapters.vae", "networks", "an option that people type"),
     ("runtime.programs", "networks", "what InvokeAI and Fooocus call a file in their pictures"),
+    ("runtime.adapters.unet", "networks", "an option that people type"),
     ("export.random_model", "networks", "writes folders as diffusers lays them out"),
     ("export.random_model", "families", "has the published configs of each"),
     ("export.emoji.built_in", "networks", "reads the built-in folder, to train on top of it"),

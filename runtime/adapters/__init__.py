@@ -12,7 +12,7 @@ from ..errors import TightfitError
 from ..models.layouts import library
 from ..models.spec import ModelSpec
 from ..recent import Recent
-from . import lora, prediction, textual_inversion, vae
+from . import lora, prediction, textual_inversion, unet, vae
 from .header import contents, located, stamp
 
 MOST = 100
@@ -50,7 +50,9 @@ class Kind:
     metavar: str = "FILE"
 
 
+# In the order in which they are applied: a LoRA changes the U-Net that takes the place of the model's own.
 ADAPTERS = (
+    Kind(unet.Unet.option, unet.written, "In place of the model's.", library.Kind.UNET),
     Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable.", library.Kind.LORA),
     Kind(
         textual_inversion.TextualInversion.option,
@@ -110,6 +112,15 @@ def read_adapter(path: str | Path, weight: float = 1.0, text_weight: float | Non
     if textual_inversion.claims(stored):
         return textual_inversion.read(file)
     raise lora.no_lora(file)
+
+
+def check_whole(spec: ModelSpec) -> None:
+    """Raise TightfitError for a model that lacks a network, after its adapters."""
+    if not spec.decoder.engines:
+        raise TightfitError(
+            f"{spec.name} is a single file without a VAE: name one by --vae, "
+            "or take a checkpoint that has all networks inside"
+        )
 
 
 _ADAPTED: Recent[ModelSpec] = Recent(16)

@@ -10,7 +10,7 @@ from ..errors import TightfitError
 from ..files import PICKLES, WEIGHTS_BYTES, open_regular, shortened
 from ..models.cures import of_pickle
 from ..models.hub import BESIDE
-from ..models.layouts.safetensors import read_file
+from ..models.layouts.weights import read_file
 from ..models.tensors import Tensor
 
 _LONGEST = 4096  # bytes of a path, as Linux has it

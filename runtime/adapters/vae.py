@@ -14,6 +14,7 @@ from ..models.families.networks import DECODER, check_config
 from ..models.families.tiny import TINY_DECODER
 from ..models.layouts import renames
 from ..models.layouts.safetensors import all_tensors
+from ..models.layouts.single_file import vae_config
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 from .header import Stamp, contents, exists, path_of, stamp
@@ -54,7 +55,8 @@ class Vae:
         check_config(decoder)
         latents, ours = decoder.setting("latent_channels"), spec.decoder.setting("latent_channels")
         factor = 2 ** (len(decoder.setting("block_out_channels")) - 1)
-        if (latents, factor, decoder.setting("out_channels")) != (ours, spec.downsampling, 3):
+        wanted_factor = spec.downsampling if spec.decoder.engines else factor  # a file without a VAE has none
+        if (latents, factor, decoder.setting("out_channels")) != (ours, wanted_factor, 3):
             raise TightfitError(
                 f"{self.path} decodes {latents} channels to {factor} times their size, "
                 f"{spec.name} has {ours}, {spec.downsampling} times: take a VAE of the same family"
@@ -80,7 +82,8 @@ class Vae:
         whole = {name.removeprefix(_INSIDE): tensor for name, tensor in stored.items()}
         if any(name.startswith("decoder.mid.") for name in whole):
             whole = renames.vae(whole)
-        return self._component(spec, dict(spec.decoder.config), whole)
+        shapes = {} if spec.decoder.engines else vae_config(whole)
+        return self._component(spec, {**spec.decoder.config, **shapes}, whole)
 
     def _component(
         self, spec: ModelSpec, config: Mapping[str, Any], stored: Mapping[str, Tensor]

@@ -56,6 +56,7 @@ def show_plan(
     from ..machine.profiles import profile
     from ..models.hub import inspect, located
     from ..planner import choose as planner
+    from ..planner.estimate import encodings
 
     if options.hardware and options.device != "auto":
         said = "--hardware names a machine that is not here, --device a part of this one"
@@ -70,8 +71,9 @@ def show_plan(
     job = Request("a", **asked, scheduler=sampler, adapters=adapters).resolve(spec)
     planner.refuse_hopeless(machine, job, wanted)
     plans = planner.plan(machine, spec, job, wanted)
+    of_model = [*encodings(job.spec, plans[0].placements), *job.spec.notes]
     if options.as_json:
-        notes = [*_notes(plans[0], machine), *job.spec.notes]
+        notes = [*_notes(plans[0], machine), *of_model]
         say_json(
             {
                 "request": _sized(job) | job.adapters_json(),
@@ -81,7 +83,7 @@ def show_plan(
         )
     else:
         print_plans(plans, machine, job, options.every)
-        for note in (*(f"with --{given.option} {given.name}" for given in job.adapters), *job.spec.notes):
+        for note in (*(f"with --{given.option} {given.name}" for given in job.adapters), *of_model):
             say(f"• {note}")
     if not plans[0].fits:
         raise planner.none_fits(plans, machine, job, wanted)

@@ -22,12 +22,6 @@ def of_pickle(file: Path) -> str:
     return f'{_PICKLE}; write it as safetensors once, which runs none: tightfit convert "{_shown(file)}"'
 
 
-GGUF = (
-    "GGUF is not read: use the model it was made from, in diffusers' layout; "
-    "--precision int4 makes that as small"
-)
-
-
 def is_adapter(tensors: frozenset[str]) -> bool:
     """Whether this is a LoRA or a relative, by the names that kohya's and diffusers' tools give."""
     return any(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import TightfitError, first_line
-from ..files import PICKLES
+from ..files import PICKLES, SINGLE
 from .cures import of_pickles
 from .families import networks
 from .layouts import library
@@ -66,7 +66,7 @@ def _place(name: str) -> tuple[Path, bool]:
 
 
 def _is_hub_id(name: str) -> bool:
-    is_file = Path(name).suffix in {pattern[1:] for pattern in PICKLES} | {".safetensors", ".gguf"}
+    is_file = Path(name).suffix in {pattern[1:] for pattern in PICKLES} | {*SINGLE}
     return not is_file and bool(_HUB_ID.fullmatch(name))
 
 

@@ -10,10 +10,11 @@ from .families.family import Role
 from .families.networks import check_config
 from .layouts import Layout, Source
 from .layouts.diffusers import DiffusersLayout
+from .layouts.gguf import GGUFLayout
 from .layouts.single_file import SingleFileLayout
 from .spec import ModelSpec
 
-LAYOUTS: tuple[Layout, ...] = (SingleFileLayout(), DiffusersLayout())
+LAYOUTS: tuple[Layout, ...] = (SingleFileLayout(), GGUFLayout(), DiffusersLayout())
 
 
 def read_source(path: Path) -> Source:

@@ -74,6 +74,10 @@ class Encoding:
         """Bytes of whole blocks (uint8), of which `first` is the number of the first → their values, fp32."""
         raise NotImplementedError
 
+    def packing_bytes(self, shape: Sequence[int]) -> int:
+        """What `packed` takes at once beside the parts that it makes."""
+        return 3 * math.prod(shape)
+
     def packed(self, raw: Any, shape: Sequence[int], parts: Any) -> Mapping[str, Any]:
         """All bytes of a weight of `shape` → the parts that `form` has of it. Asked for where each of its
         rows is whole blocks, or groups of `form`."""

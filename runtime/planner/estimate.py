@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from ..costs.latency import (
 from ..machine.hardware import Hardware
 from ..models.families.family import Extent, Role
 from ..models.spec import Component, ModelSpec
+from ..models.tensors import Tensor
 from ..placement import DYNAMIC, QUANTISED, STAGES, STORED, Placement
 from ..recent import Recent
 from ..request import Job
@@ -327,12 +329,35 @@ def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Fo
 def _kept_values(component: Component, precision: str) -> tuple[int, int]:
     """Of the values that are quantised in `precision`: how many keep the codes of the files, and all."""
     kept = every = 0
-    for name, tensor in component.tensors.items() if precision in STORED else ():
-        layer, least = name.removesuffix(".weight"), component.network.least_bits
-        if form := recipe(precision, layer, tensor.shape, least, tensor.form):
+    for tensor, form in _forms(component, precision):
+        if form:
             every += tensor.count
             kept += tensor.count if form == tensor.form else 0
     return kept, every
+
+
+def _forms(component: Component, precision: str) -> Iterator[tuple[Tensor, str | None]]:
+    """Each of the component's tensors, and the format that it is held in, None for a plain one."""
+    kind = "int8" if precision == DYNAMIC else precision
+    for name, tensor in component.tensors.items():
+        layer, least = name.removesuffix(".weight"), component.network.least_bits
+        stored = "" if precision == DYNAMIC else tensor.form
+        yield tensor, recipe(kind, layer, tensor.shape, least, stored) if kind in STORED else None
+
+
+def encodings(spec: ModelSpec, placements: Mapping[str, Placement]) -> list[str]:
+    """A line for each encoding that files have a network's weights in, with what becomes of them."""
+    counts: Counter[tuple[str, str, str]] = Counter()
+    for name, placement in placements.items():
+        for tensor, form in _forms(spec.components[name], placement.precision):
+            if tensor.encoding:
+                kept = "kept as they are" if form == tensor.form else "decoded"
+                again = f"{kept} and quantised again" if form and kept == "decoded" else kept
+                counts[name, tensor.dtype, again] += 1
+    return [
+        f"{name}: {count} {'weight' if count == 1 else 'weights'} in {dtype}, {what}"
+        for (name, dtype, what), count in counts.items()
+    ]
 
 
 def _psnr(component: Component, placement: Placement) -> float:

@@ -48,7 +48,7 @@ def test_torchs_order_is_ours_reordered(form, shape, dtype):
     """To the bit, where a GPU unpacks and makes the codes itself, and where a CPU does."""
     parts, taps, row = quantise(torch.randn(shape), form), form.taps(shape), math.prod(shape[1:])
     ours, theirs = (torch.full((shape[0], row), torch.nan, dtype=dtype) for _ in range(2))
-    weight = parts["packed"], parts["scale"], parts.get("zero")
+    weight = parts["packed"], parts["scale"], parts.get(form.offset)
     dequantise(ours, *weight, torch.empty(parts["packed"].numel(), dtype=torch.uint8), form, taps)
     dequantise(theirs, *weight, None, form, taps, True)
     assert theirs.view(shape[0], -1, taps).equal(ours.view(shape[0], taps, -1).transpose(1, 2))
@@ -64,7 +64,7 @@ def test_launches_for_a_large_convolution(name):
     }
     out = torch.empty(1280, 1280 * 9, dtype=torch.float16, device="meta")
     with Launches() as launches:
-        dequantise(out, parts["packed"], parts["scale"], parts.get("zero"), None, form, 9, True)
+        dequantise(out, parts["packed"], parts["scale"], parts.get(form.offset), None, form, 9, True)
     assert launches.count <= 16
 
 
@@ -76,7 +76,7 @@ def test_bytes_beside_the_weight_are_predicted(name):
         for part, (dtype, sides) in form.parts(shape).items()
     }
     out = torch.empty(64, 128 * 9, dtype=torch.bfloat16, device="meta")
-    arguments = (out, parts["packed"], parts["scale"], parts.get("zero"), None)
+    arguments = (out, parts["packed"], parts["scale"], parts.get(form.offset), None)
     with LiveBytes("cuda") as live:
         dequantise_torch(*arguments, form, 9, True)
     predicted = gpu_bytes(DEQUANTISE, (*arguments, form.kind, form.group, 9, True), None)

@@ -95,7 +95,7 @@ def stored(
     """packed, scale and zero of a random weight, and what they mean."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     parts = quantise(weight, form)
-    zero = walled(parts["zero"]) if "zero" in parts else None
+    zero = walled(parts[form.offset]) if form.offset else None
     return (walled(parts["packed"]), walled(parts["scale"]), zero), formats.dequantise(parts, form, shape)
 
 

@@ -25,7 +25,7 @@ from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.layouts.library import scan
 from typer.testing import CliRunner
 
-SINGLE = runpy.run_path(str(Path(__file__).parent / "models/test_single_file.py"))
+SINGLE = runpy.run_path(str(Path(__file__).parent / "models/conftest.py"))
 
 
 def layer(width: int, spelling: str) -> dict[str, torch.Tensor]:

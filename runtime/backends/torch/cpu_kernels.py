@@ -15,7 +15,7 @@ from torch._prims_common import suggest_memory_format
 
 from ....kernels.attention import sdpa_cpu_bytes
 from ....kernels.int8 import AT_ONCE
-from .quantised import CONV2D_INT8, LINEAR_INT8
+from .quantised import CONV2D_INT8, LINEAR_INT8, scales_bytes
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 CONVOLUTION = torch.ops.aten.conv2d.default
@@ -65,9 +65,8 @@ def _upsampling(args: Any, out: torch.Tensor) -> int:
 
 
 def _dequantising(args: Any, _: Any) -> int:
-    """Scales and zeros in the weight's dtype, the zeros twice."""
-    out, _, scale, zero = args[:4]
-    return scale.numel() * out.element_size() * (1 if zero is None else 3)
+    out, _, scale, zero, _, kind = args[:6]
+    return scales_bytes(out, scale, zero, kind)
 
 
 def _linear_int8(args: Any, out: torch.Tensor) -> int:

@@ -30,8 +30,7 @@ STORED = FLOATS | {"I8": torch.int8, "U8": torch.uint8}
 # Bytes that quantising takes for each weight of a block, and to make it fp32; torch's profiler saw 8.0 to
 # 10.4 and 12.0 to 14.4.
 _QUANTISING, _CONVERTING = 9, 4
-# Bytes that decoding takes for each value of a block, and repacking codes for each byte that is kept.
-_DECODING, _PACKING = 16, 3
+_DECODING = 16  # bytes that decoding takes for each value of a block; of GGUF 5 to 7
 
 
 def match(component: Component, module: torch.nn.Module) -> dict[str, Tensor]:
@@ -223,9 +222,10 @@ def loading_bytes(
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
         if path in layers and leaf == "weight" and keeps_codes(layers[path], tensor):
-            merged, packed_bytes = 0, layers[path].form.bytes(tensor.shape)
-            now += packed_bytes
-            most = max(most, now + _PACKING * packed_bytes)
+            assert tensor.encoding
+            merged, shape = 0, layers[path].shape
+            now += layers[path].form.bytes(shape)
+            most = max(most, now + tensor.encoding.packing_bytes(shape))
         elif path in layers and leaf == "weight":
             now += layers[path].form.bytes(tensor.shape)
             row = tensor.count // tensor.shape[0]

@@ -136,13 +136,18 @@ def gpu_bytes(func: Any, args: Any, out: Any) -> int:
 def _unpacking(
     out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor | None, kind: str
 ) -> int:
-    """Scratch bytes of dequantise_torch for 4 bits: the codes, then the scales once and the zeros twice in
-    the weight's dtype. nf4 takes more, but no recipe of ours uses it."""
+    """Scratch bytes of dequantise_torch for 4 bits: the codes, then `scales_bytes`. nf4 takes more, but no
+    recipe of ours uses it."""
     if kind == "int8":
         return 0
-    return (packed.numel() if codes is None else 0) + scale.numel() * out.element_size() * (
-        1 if zero is None else 3
-    )
+    return (packed.numel() if codes is None else 0) + scales_bytes(out, scale, zero, kind)
+
+
+def scales_bytes(out: Tensor, scale: Tensor, zero: Tensor | None, kind: str) -> int:
+    """Bytes of the scales in the weight's dtype, and of what moves the groups, which int4 has twice, as it is
+    divided."""
+    copies = 1 if zero is None else 3 if kind == "int4" else 2
+    return scale.numel() * out.element_size() * copies
 
 
 class Workspace:
@@ -169,7 +174,7 @@ class Workspace:
 
 class Quantised(nn.Module):
     """A layer whose weight is stored in parts, named as in the files: `packed`, `scale` and, for int4,
-    `zero`.
+    `zero`, or, for int4-min, `least`.
 
     `at_once` output channels are dequantised at a time: all if `whole` or on a GPU, else AT_ONCE weights'
     worth.
@@ -177,7 +182,6 @@ class Quantised(nn.Module):
 
     packed: Tensor
     scale: Tensor
-    zero: Tensor
     dequantises = True
     """Whether it multiplies by a dequantised weight."""
 
@@ -253,9 +257,14 @@ class Quantised(nn.Module):
         needs none, and without Triton torch allocates them."""
         return self.packed.shape[1] if self.form.bits == 4 and self.on_cpu else 0
 
+    def _offset(self) -> Tensor | None:
+        """The part that moves the groups' values, if the format has one."""
+        return getattr(self, self.form.offset) if self.form.offset else None
+
     def _unpack(self, out: Tensor, rows: slice | Tensor, codes: Tensor | None) -> None:
         """Fill `out` with the output channels `rows`."""
-        zero = self.zero[rows] if self.form.kind == "int4" else None
+        offset = self._offset()
+        zero = None if offset is None else offset[rows]
         how = (self.form.kind, self.form.group, self.taps, not self.on_cpu)
         torch.ops.tightfit.dequantise(out, self.packed[rows], self.scale[rows], zero, codes, *how)
 
@@ -287,7 +296,7 @@ class Linear(Quantised):
     def _few(self, x: Tensor) -> Tensor:
         from ....kernels.triton_weights import linear_triton  # importing triton costs memory
 
-        zero, kind = getattr(self, "zero", None), (self.form.kind, self.form.group)
+        zero, kind = self._offset(), (self.form.kind, self.form.group)
         variants = {
             "unpacked, then multiplied": lambda: functional.linear(x, self.dense(), self.bias),
             "at once": lambda: linear_triton(x, self.packed, self.scale, zero, self.bias, self.form),
@@ -309,9 +318,12 @@ class Conv2d(Quantised):
         return functional.conv2d(x, weight, None, *self.how)
 
     def product(self, x: Tensor) -> Tensor:
-        """(batch, in, h, w) → (batch, out, h', w'). On a CPU channels last, like the dequantised weight."""
+        """(batch, in, h, w) → (batch, out, h', w'). On a CPU in its weight's order: a flat one and an
+        input with channels last took up to twice as long."""
+        flat = self.form.flat and self.kernel_size != (1, 1)
+        order = torch.contiguous_format if flat else torch.channels_last
         if self.on_cpu:
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=order)
         if self.at_once == self.shape[0]:
             return functional.conv2d(x, self.dense(), self.bias, *self.how)
         out = None
@@ -320,9 +332,7 @@ class Conv2d(Quantised):
             some = functional.conv2d(x, self.dense(part.start, part.stop), bias, *self.how)
             if out is None:
                 sides = (len(some), self.shape[0], *some.shape[2:])
-                out = torch.empty(
-                    sides, dtype=some.dtype, device=some.device, memory_format=torch.channels_last
-                )
+                out = torch.empty(sides, dtype=some.dtype, device=some.device, memory_format=order)
             out[:, part] = some
             del some
         assert out is not None

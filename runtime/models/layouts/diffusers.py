@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import TightfitError
-from ...files import PICKLES, read_json, sha256, shortened
+from ...files import PICKLES, SINGLE, read_json, sha256, shortened
 from ...placement import STORED
 from .. import cures
 from ..checks import check_fields, is_text, or_many
@@ -36,7 +36,7 @@ _OTHERS = {
 }
 # The VAE in two, as Optimum lists it.
 _ONNX_ENCODER = {"vae_encoder": "vae_decoder"}
-_MODELS = "'emoji', a checkpoint (.safetensors), a diffusers folder or a hub id such as owner/name"
+_MODELS = "'emoji', a checkpoint (.safetensors, .gguf), a diffusers folder or a hub id such as owner/name"
 _NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
@@ -187,26 +187,18 @@ def _index_file(folder: Path) -> Path:
     if folder.suffix in {pattern[1:] for pattern in PICKLES} and folder.is_file():
         raise TightfitError(f"{folder} is not opened: {cures.of_pickle(folder)}")
     if folder.is_file():
-        raise TightfitError(
-            f"{folder} is not opened, as {cures.GGUF}"
-            if folder.suffix.lower() == ".gguf"
-            else f"{folder} is no model: a model is {_MODELS}"
-        )
+        raise TightfitError(f"{folder} is no model: a model is {_MODELS}")
     if not folder.is_dir():
         raise TightfitError(f"{folder} does not exist{near(folder)}: a model is {_MODELS}")
     index = folder / "model_index.json"
     if not index.exists():
-        if singles := sorted(folder.glob("*.safetensors")):
+        if singles := [file for ending in SINGLE for file in sorted(folder.glob(f"*{ending}"))]:
             raise TightfitError(
                 f"{folder} has no model_index.json, but checkpoints: name one of them, such as {singles[0]}"
             )
         if any(path for pattern in PICKLES for path in folder.glob(pattern)):
             pickle = min(path for pattern in PICKLES for path in folder.glob(pattern))
             raise TightfitError(f"{folder} holds a pickle and no diffusers model: {cures.of_pickle(pickle)}")
-        if ggufs := sorted(folder.glob("*.gguf")):
-            raise TightfitError(
-                f"{folder} has no model_index.json, and {ggufs[0].name} is there: {cures.GGUF}"
-            )
         raise TightfitError(
             f"{folder} has no model_index.json: it is not a diffusers folder (name the folder that has one)"
         )
@@ -215,7 +207,7 @@ def _index_file(folder: Path) -> Path:
 
 def near(folder: Path) -> str:
     """' (did you mean emoji?)', if a name beside it, or a built-in one, is like that of `folder`."""
-    is_model = lambda path: path.suffix == ".safetensors" or path.is_dir()  # noqa: E731
+    is_model = lambda path: path.suffix in SINGLE or path.is_dir()  # noqa: E731
     beside: list[str] = []
     with suppress(OSError):
         beside = [path.name for path in islice(folder.parent.iterdir(), 1000) if is_model(path)]

@@ -10,6 +10,7 @@ from ...errors import TightfitError
 from .. import cures
 from .library import Kind
 
+_INSIDE = "model.diffusion_model."
 _IN = r"(?:model\.diffusion_model\.|transformer\.|diffusion_model\.)?"
 # How names begin that only these have. Of several, the first is what the file is: Chroma has Flux's too.
 _MODELS = (
@@ -43,6 +44,7 @@ _MODELS = (
 _WHOLE = "name a checkpoint that has all networks inside, or a diffusers folder"
 _BESIDE = "name the model that it is for"
 _WORD, _VAE = f"{_BESIDE}, and this by --embedding", f"{_BESIDE}, and this by --vae"
+UNET = f"{_BESIDE}, and this by --unet (--model MODEL --unet FILE)"
 _PARTS = (
     (r"(?:.*\.)?motion_modules\.", "a motion module of AnimateDiff", _BESIDE, None),
     (
@@ -62,11 +64,11 @@ _PARTS = (
     (r"(?:(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?)?\d+\.", "a tiny autoencoder", _VAE, Kind.VAE),
     (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _VAE, Kind.VAE),
     (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE, None),
-    (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", _WHOLE, None),
+    (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", UNET, Kind.UNET),
 )
-_OURS = "tightfit runs SD 1.x, SD 2.x and SDXL base models"
+OURS = "tightfit runs SD 1.x, SD 2.x and SDXL base models"
 _WORDS = (
-    *((pattern, f"is {name}: {_OURS}") for pattern, name in _MODELS),
+    *((pattern, f"is {name}: {OURS}") for pattern, name in _MODELS),
     *((pattern, f"is {name}, which is no whole model: {cure}") for pattern, name, cure, _ in _PARTS),
 )
 _ANY = re.compile("|".join(f"({pattern})" for pattern, _ in _WORDS))
@@ -81,9 +83,12 @@ def kind_of(names: Iterable[str]) -> Kind | None:
     return _PARTS[part][-1] if part >= 0 else None
 
 
-def _first(names: Iterable[str]) -> int:
-    """The number of the first row of _WORDS that fits a name, from 1; 0 for none."""
-    found = (match.lastindex for name in names if (match := _ANY.match(name)))
+def _first(names: frozenset[str]) -> int:
+    """The number of the first row of _WORDS that fits a name, from 1; 0 for none. A U-Net alone may have its
+    names in a checkpoint."""
+    found = [match.lastindex for name in names if (match := _ANY.match(name))]
+    if not found and all(name.startswith(_INSIDE) for name in names):
+        found = [match.lastindex for name in names if (match := _ANY.match(name.removeprefix(_INSIDE)))]
     return min(filter(None, found), default=0)
 
 

@@ -13,13 +13,13 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ...errors import TightfitError
-from ...files import PICKLES, config_folder, inside, read_bytes, readable, shortened
+from ...files import PICKLES, SINGLE, config_folder, inside, read_bytes, readable, shortened
 
 ENVIRONMENT = "TIGHTFIT_MODELS"
 CONFIG = "config.toml"
 _PICKLES = tuple(pattern[1:] for pattern in PICKLES)
 # Of two files that differ in their ending alone, the first is meant: who converts a file may keep both.
-_ENDINGS = (".safetensors", ".gguf", *_PICKLES)
+_ENDINGS = (*SINGLE, *_PICKLES)
 _MOST_FILES, _MOST_DEPTH = 50_000, 8  # entries of all folders, and folders in folders
 _TEXT_BYTES = 2**16  # limit of a config; ComfyUI's example has 1 kB
 _WHOLE, _PART = "model_index.json", "diffusion_pytorch_model*.safetensors"
@@ -34,6 +34,7 @@ class Kind(Enum):
     VAE = "VAE"
     EMBEDDING = "embedding"
     CONTROLNET = "ControlNet"
+    UNET = "U-Net"
 
 
 # What a folder of this name holds, in lower case: A1111's, then ComfyUI's.
@@ -49,6 +50,8 @@ _SHELVES = {
     "diffusers": Kind.MODEL,
     "loras": Kind.LORA,
     "vae_approx": Kind.VAE,
+    "unet": Kind.UNET,
+    "diffusion_models": Kind.UNET,
 }
 
 

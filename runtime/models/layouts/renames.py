@@ -110,11 +110,23 @@ def open_clip(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def clip(tensors: Tensors) -> dict[str, Tensor]:
-    """A text encoder's that has transformers' names, of a version that had a prefix before them or none."""
-    return _renamed(
-        tensors,
-        lambda name: name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}",
-    )
+    """A text encoder's that has transformers' names, of a version that had a prefix before them or none.
+
+    stable-diffusion.cpp renames open_clip's so, but leaves queries, keys and values in one tensor, and the
+    projection transposed.
+    """
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        new = name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
+        layer, joined, leaf = new.rpartition(".self_attn.in_proj.")
+        if joined:
+            parts = zip("qkv", thirds(tensor), strict=True)
+            renamed |= {f"{layer}.self_attn.{part}_proj.{leaf}": rows for part, rows in parts}
+        elif new == "text_model.text_projection":
+            renamed["text_projection.weight"] = transposed(tensor)
+        else:
+            renamed[new] = tensor
+    return renamed
 
 
 def thirds(tensor: Tensor) -> tuple[Tensor, ...]:
@@ -125,8 +137,9 @@ def thirds(tensor: Tensor) -> tuple[Tensor, ...]:
 
 def _part(tensor: Tensor, shape: tuple[int, ...], number: int = 0, parts: int = 1) -> Tensor:
     """One of so many equal parts of a tensor's bytes, of that shape. Raises TightfitError if these have
-    another size."""
-    if parts * math.prod(shape) != tensor.count:
+    another size, or are no whole blocks."""
+    values = tensor.encoding.values if tensor.encoding else 1
+    if parts * math.prod(shape) != tensor.count or (parts > 1 and math.prod(shape) % values):
         raise TightfitError(
             f"{tensor.file} has a tensor of shape {list(tensor.shape)} in place of {parts} of shape "
             f"{list(shape)}: copy or download it again"

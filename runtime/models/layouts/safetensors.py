@@ -24,12 +24,12 @@ from ...files import (
 from ..cures import of_pickle
 from ..tensors import STORED_BYTES, Tensor
 
-_TENSORS = 10_000  # at most of one network; SDXL's U-Net has 1,680
+MOST_TENSORS = 10_000  # of one network; SDXL's U-Net has 1,680
 _SIDES = 8  # of a tensor at most; a convolution's weight has 4
 _SHARDS = 100  # files at most that one network's weights are in
 # Bytes of a value, of types in whose tensors nothing is stored that is used, too: text encoders' positions
 # are I64.
-_VALUE_BYTES = STORED_BYTES | {
+VALUE_BYTES = STORED_BYTES | {
     "I64": 8,
     "U64": 8,
     "I32": 4,
@@ -80,9 +80,9 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
                 f"{file} holds {twice}, which {found[twice].file.name} holds too: copy or download both again"
             )
         found |= more
-        if len(found) > _TENSORS:
+        if len(found) > MOST_TENSORS:
             raise TightfitError(
-                f"{folder} promises more than {_TENSORS} tensors, as no SD model has: "
+                f"{folder} promises more than {MOST_TENSORS} tensors, as no SD model has: "
                 "copy or download it again"
             )
     return found
@@ -110,12 +110,12 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             begin = stream.read(8)
             length = struct.unpack("<Q", begin)[0] if size >= 8 else size
             if length > size - 8:
-                _check_begin(file, begin)
+                check_begin(file, begin)
                 raise TightfitError(f"{file} is not a whole safetensors file ({size} bytes): {again}")
             text = stream.read(length) if length <= JSON_BYTES else b""
-        if length > JSON_BYTES or text.count(b"{") > _TENSORS + 2:
+        if length > JSON_BYTES or text.count(b"{") > MOST_TENSORS + 2:
             raise TightfitError(
-                f"{file} promises more than {_TENSORS} tensors ({length} bytes of header), "
+                f"{file} promises more than {MOST_TENSORS} tensors ({length} bytes of header), "
                 f"as no SD model has: {again}"
             )
         header = json.loads(text, object_pairs_hook=each_once)
@@ -155,7 +155,7 @@ _BEGINS = (
 )
 
 
-def _check_begin(file: Path, begin: bytes) -> None:
+def check_begin(file: Path, begin: bytes) -> None:
     for start, what in _BEGINS:
         if begin.lstrip().startswith(start):
             raise TightfitError(f"{file} is {what}")
@@ -176,6 +176,6 @@ def _tensor(entry: Mapping[str, Any], file: Path, data: int) -> Tensor:
     ):
         raise ValueError("a size that is no whole number from 0 up")
     tensor = Tensor(dtype, tuple(shape), file, data + begin, end - begin)
-    if dtype in _VALUE_BYTES and tensor.count * _VALUE_BYTES[dtype] != tensor.stored_bytes:
+    if dtype in VALUE_BYTES and tensor.count * VALUE_BYTES[dtype] != tensor.stored_bytes:
         raise ValueError("a tensor of another size than its shape")
     return tensor

@@ -35,14 +35,19 @@ _PLACES: Mapping[str, tuple[tuple[str, Callable[[Tensors], dict[str, Tensor]]], 
         ("cond_stage_model.transformer.", renames.clip),
         ("cond_stage_model.model.", renames.open_clip),
         ("conditioner.embedders.0.transformer.", renames.clip),
+        ("text_encoders.clip_l.transformer.", renames.clip),
         ("text_encoder.", renames.clip),
     ),
     "text_encoder_2": (
         ("conditioner.embedders.1.model.", renames.open_clip),
         ("conditioner.embedders.1.transformer.", renames.clip),
+        ("cond_stage_model.1.transformer.", renames.clip),  # stable-diffusion.cpp's, as it renames
+        ("text_encoders.clip_g.transformer.", renames.clip),
         ("text_encoder_2.", renames.clip),
     ),
 }
+_BEFORE_UNET = ("model.diffusion_model.", "diffusion_model.", "unet.")
+_ORIGINAL_UNET = re.compile(r"(?:in|out)put_blocks\.")
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _EPSILON, _V = "epsilon", "v_prediction"
 _HEAD_WIDTH = 64  # of all transformers but those of SD 1.x's U-Net
@@ -74,6 +79,7 @@ class Original:
     layers: int | None = None
 
 
+_SD2_TEXTS = 1024  # their width; SD 1.x's have 768
 _END = "<|endoftext|>"
 _SD1 = Original(
     "StableDiffusionPipeline",
@@ -117,9 +123,14 @@ class SingleFileLayout:
     def read(self, path: Path) -> Checkpoint:
         tensors, metadata = read_file(path)
         foreign.check(path, tensors)
-        found = {name: _network(tensors, name) for name in _PLACES}
-        original = _original(path, found)
-        return Checkpoint(path, original, found, _trained(path, original, tensors, metadata))
+        return checkpoint(path, tensors, metadata)
+
+
+def checkpoint(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> Checkpoint:
+    """The model whose tensors these are, by the names of the original code."""
+    found = {name: _network(tensors, name) for name in _PLACES}
+    original = _original(path, found)
+    return Checkpoint(path, original, found, _trained(path, original, tensors, metadata))
 
 
 def _network(tensors: Tensors, name: str) -> dict[str, Tensor]:
@@ -130,20 +141,32 @@ def _network(tensors: Tensors, name: str) -> dict[str, Tensor]:
     return {}
 
 
+def denoiser(tensors: Tensors) -> dict[str, Tensor]:
+    """The U-Net of a file that may have nothing else, under diffusers' names."""
+    started = next((start for start in _BEFORE_UNET if any(name.startswith(start) for name in tensors)), "")
+    own = {key.removeprefix(started): tensor for key, tensor in tensors.items() if key.startswith(started)}
+    return renames.unet(scaled(own)) if any(map(_ORIGINAL_UNET.match, own)) else scaled(own)
+
+
 def _original(path: Path, found: Mapping[str, Tensors]) -> Original:
-    """The family, by its text encoders and its transformers' projections. Raises TightfitError for a file
-    that lacks a network."""
-    projection = next((t for key, t in found["unet"].items() if key.endswith(".proj_in.weight")), None)
-    linear = projection is not None and len(projection.shape) == 2
-    original = _SDXL if found["text_encoder_2"] else _SD2 if linear else _SD1
+    """The family, by its text encoders, its transformers' projections and the texts' width, as
+    stable-diffusion.cpp made convolutions of all projections. Raises TightfitError for a file that lacks a
+    network."""
+    unet = found["unet"].items()
+    linear = any(key.endswith(".proj_in.weight") and len(tensor.shape) == 2 for key, tensor in unet)
+    wide = any(
+        key.endswith(".attn2.to_k.weight") and tensor.shape[1:] == (_SD2_TEXTS,) for key, tensor in unet
+    )
+    original = _SDXL if found["text_encoder_2"] else _SD2 if linear or wide else _SD1
     if not any(found.values()):
         raise TightfitError(f"{path} is a single file of no model that tightfit knows: name another")
-    if lacking := [_NAMES[name] for name in ("unet", "vae", *original.texts) if not found[name]]:
+    if lacking := [_NAMES[name] for name in ("unet", *original.texts) if not found[name]]:
+        whole = "take a checkpoint that has all networks inside, or the model's diffusers folder"
         raise TightfitError(
             f"{path} is a single file without a {' or a '.join(lacking)}: "
-            "take a checkpoint that has all networks inside, or the model's diffusers folder"
+            f"{f'{foreign.UNET}, or {whole}' if found['unet'] else whole}"
         )
-    return original
+    return original  # a VAE can be given beside it
 
 
 # ------------------------------------------------------------------------------------ what it was trained for
@@ -160,13 +183,27 @@ class Trained:
 
 
 def _trained(path: Path, original: Original, tensors: Tensors, metadata: Mapping[str, str]) -> Trained:
+    told_by, prediction = _prediction(path, tensors, metadata) or ("", original.prediction)
+    return Trained(prediction, "ztsnr" in tensors, told_by)
+
+
+def _prediction(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> tuple[str, str] | None:
+    """What a file says that its denoiser predicts, after the words that it says it by."""
     known = (
         ("its key v_pred", _V if "v_pred" in tensors else None),
         ("its metadata", _of_metadata(metadata)),
         (f"{path.with_suffix('.yaml').name} beside it", _of_yaml(path.with_suffix(".yaml"))),
     )
-    told_by, prediction = next(((by, kind) for by, kind in known if kind), ("", original.prediction))
-    return Trained(prediction, "ztsnr" in tensors, told_by)
+    return next(((by, kind) for by, kind in known if kind), None)
+
+
+def told(path: Path, tensors: Tensors, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What a file says of the scheduler that its denoiser was trained for."""
+    prediction = _prediction(path, tensors, metadata)
+    return {
+        **({"prediction_type": prediction[1]} if prediction else {}),
+        **({"rescale_betas_zero_snr": True} if "ztsnr" in tensors else {}),
+    }
 
 
 def _of_metadata(metadata: Mapping[str, str]) -> str | None:
@@ -244,7 +281,8 @@ class Checkpoint:
         pooled = [config["projection_dim"] for config in made.values()][-1]
         side = self.original.sides[self.trained.prediction]
         unet = _unet(self.networks["unet"], self.original, pooled) | {"sample_size": side}
-        return {**made, "unet": unet, "vae": _vae(self.networks["vae"], self.original)}
+        vae = vae_config(self.networks["vae"]) if self.networks["vae"] else _USUAL_VAE
+        return {**made, "unet": unet, "vae": {**vae, **self.original.vae}}
 
     def config(self, network: Network) -> Mapping[str, Any]:
         return self._configs.get(network.folder, {})
@@ -361,7 +399,22 @@ def _unet(tensors: Tensors, original: Original, pooled: int) -> Config:
     return config
 
 
-def _vae(tensors: Tensors, original: Original) -> Config:
+# Of all published ones: what is taken until a VAE is named for a file without.
+_USUAL_VAE: Config = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "norm_num_groups": 32,
+}
+
+
+def vae_config(tensors: Tensors) -> Config:
+    """What the shapes of a VAE's tensors, under diffusers' names, say of it."""
     shapes = _Shapes(tensors)
     blocks = range(shapes.count(r"decoder\.up_blocks\.(\d+)\.resnets\."))
     widths = [shapes.side(f"decoder.up_blocks.{block}.resnets.0.conv1.weight") for block in reversed(blocks)]
@@ -375,5 +428,4 @@ def _vae(tensors: Tensors, original: Original) -> Config:
         "down_block_types": ["DownEncoderBlock2D"] * len(widths),
         "up_block_types": ["UpDecoderBlock2D"] * len(widths),
         "norm_num_groups": 32,
-        **original.vae,
     }

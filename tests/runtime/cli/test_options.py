@@ -87,7 +87,7 @@ def test_names_of_options_stay():
     of_both = """\
 --width --height --num-inference-steps --steps --guidance-scale --model --precision --compute --backend
         --provider --device --vram --ram --residency --attention --tiling --min-psnr --lora --embedding --vae
-        --prediction --models-dir --json"""
+        --prediction --unet --models-dir --json"""
     of_generate = """\
 prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise

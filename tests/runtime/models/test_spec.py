@@ -114,8 +114,8 @@ def test_pickles_are_refused(sd1_copy, tmp_path):
 
 def test_files_that_are_no_models(tmp_path):
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    refused(tmp_path / "x.gguf", "GGUF", "--precision int4")
-    refused(tmp_path, "GGUF", "--precision int4")
+    refused(tmp_path / "x.gguf", "broken GGUF header", "copy or download it again")
+    refused(tmp_path, "name one of them", f"such as {tmp_path / 'x.gguf'}")
     (tmp_path / "model.safetensors").write_bytes(b"")
     refused(tmp_path, "name one of them", f"such as {tmp_path / 'model.safetensors'}")
     (tmp_path / "notes.txt").write_text("x")

@@ -39,7 +39,7 @@ def put_in(
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # in which order the weight is unpacked; both run here
 @pytest.mark.parametrize("at_once", [2**22, 700])
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("name", ["int8", "int4-g64", "nf4-g64"])
+@pytest.mark.parametrize("name", ["int8", "int4-g64", "nf4-g64", "int8-b32", "int4-min-b32"])
 def test_layers(monkeypatch, name, kind, at_once, device):
     monkeypatch.setattr(quantised, "AT_ONCE", at_once)
     make, shape = LAYERS[kind]

@@ -1,0 +1,94 @@
+"""Another U-Net in place of the model's own: from a file of that alone, or from inside a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from ..errors import TightfitError
+from ..models.families import known_by
+from ..models.layouts import single_file
+from ..models.spec import ModelSpec
+from ..models.tensors import Tensor
+from .header import Stamp, contents, located, stamp
+
+# As diffusers names the file in a network's folder.
+IN_FOLDERS = tuple(f"diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16"))
+_READS = ".attn2.to_k.weight"  # its rows are as wide as texts
+
+
+@dataclass(frozen=True)
+class Unet:
+    """The U-Net in a file. `written` is the file's size and time when it was named."""
+
+    option: ClassVar = "unet"
+
+    path: Path
+    written: Stamp
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
+
+    def apply(self, spec: ModelSpec) -> ModelSpec:
+        """The model with its U-Net. Raises TightfitError for one of another kind than the model's own, or
+        that is none."""
+        own = spec.denoiser
+        if own.patches:
+            raise TightfitError(f"{self.path} replaces a U-Net that adapters changed: name it before them")
+        if own.formats is not None or not own.tensors:
+            state = f"stored in {spec.precision}" if own.formats is not None else "there as ONNX alone"
+            raise TightfitError(
+                f"{self.path} cannot replace the U-Net of {spec.name}, which is {state}: "
+                f"name {spec.source or 'the model'}, from which that was made, by --model"
+            )
+        stored, metadata = contents(self.path, stamp(self.path))
+        tensors = single_file.denoiser(stored)
+        self._check(spec, tensors)
+        denoiser = replace(own, folder=self.path, tensors=tensors, graph=None, unreadable="")
+        trained = single_file.told(self.path, stored, metadata)
+        return replace(
+            spec,
+            components={**spec.components, own.name: denoiser},
+            scheduler={**spec.scheduler, **trained},
+            notes=(*spec.notes, *(f"{self.path.name} has {key} {value}" for key, value in trained.items())),
+        )
+
+    def _check(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
+        """Raise TightfitError unless they are the tensors of a U-Net like the model's own."""
+        own = spec.denoiser.tensors
+        if not tensors:
+            raise TightfitError(f"{self.path} holds no U-Net of SD: name one, in GGUF or safetensors")
+        width, ours = _text_width(tensors), _text_width(own)
+        if width != ours:
+            kind, other = (known_by(side) or f"texts {side} wide" for side in (width, ours))
+            raise TightfitError(
+                f"{self.path} is a U-Net of {kind}, and {spec.name} has one of {other}: "
+                "take one of the same family"
+            )
+        wrong = next((name for name, tensor in own.items() if not _alike(tensors.get(name), tensor)), None)
+        if wrong:
+            there = f"of shape {list(tensors[wrong].shape)}" if wrong in tensors else "nowhere"
+            raise TightfitError(
+                f"{self.path} has {wrong} {there}, and {spec.name} of shape {list(own[wrong].shape)}: "
+                "take a U-Net of the same kind"
+            )
+
+
+def _text_width(tensors: Mapping[str, Tensor]) -> int:
+    sides = (tensor.shape for name, tensor in tensors.items() if name.endswith(_READS))
+    return next((shape[1] for shape in sides if len(shape) > 1), 0)
+
+
+def _alike(tensor: Tensor | None, other: Tensor) -> bool:
+    """Whether their shapes are the same but for sides of 1, which linears may have as convolutions."""
+    sides: list[Any] = [[side for side in each.shape if side != 1] for each in (tensor, other) if each]
+    return len(sides) == 2 and sides[0] == sides[1]
+
+
+def written(text: str) -> Unet:
+    """The U-Net in a file, or in a folder as diffusers writes it."""
+    path = located(text, IN_FOLDERS)
+    return Unet(path, stamp(path))
