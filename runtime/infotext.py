@@ -352,7 +352,7 @@ class _Named:
 
 def _differences(said: Said, source: str, left: Mapping[str, str]) -> tuple[str, ...]:
     """What of a picture is not honoured here, in one notice; and that the noise differs."""
-    known = settings.honoured()
+    known = settings.honoured(said.settings)
     named = {name: value for name, value in said.settings.items() if name not in known | _SILENT}
     named |= {**said.others, **left, **({} if "Seed" in said.settings else {"a seed": "is not said"})}
     differs = settings.RNG not in known and said.settings.get(settings.RNG, "CPU") != "CPU"

@@ -62,7 +62,7 @@ class Request:
     guidance_scale: float | None = option(None, "Default: model's.", "X", bounds=(0, 1000), costs=True)
     seed: int | None = option(None, "Default, and -1: random.", "N", bounds=_SEEDS)
     scheduler: str | None = option(
-        None, 'As docs/samplers.md, "DPM++ 2M Karras".', "NAME", choices=tuple(SAMPLERS), costs=True
+        None, '"Euler a"; docs/samplers.md.', "NAME", choices=tuple(SAMPLERS), costs=True
     )
     num_images: int = option(1, "From seed, seed + 1 …", "N", bounds=(1, 10_000), costs=True)
     prompt_syntax: str = option(
@@ -81,18 +81,18 @@ class Request:
     )
     adapters: tuple[Adapter, ...] = ()
     conditions: tuple[Condition, ...] = ()
-    schedule: str = _tuning(AUTOMATIC, "Noise levels: karras, simple …", "NAME", choices=tuple(SCHEDULES))
-    eta: float | None = _tuning(None, "Noise drawn anew: ddim 0, ancestral 1.", "X", bounds=(0, 1))
-    s_churn: float = _tuning(0.0, "Noise added in each step of euler.", "X", bounds=(0, 100))
+    schedule: str = _tuning(AUTOMATIC, "Of noise: karras, simple …", "NAME", choices=tuple(SCHEDULES))
+    eta: float | None = _tuning(None, "Share of noise drawn anew.", "X", bounds=(0, 1))
+    s_churn: float = _tuning(0.0, "Noise that euler adds.", "X", bounds=(0, 100))
     s_noise: float = _tuning(1.0, "Strength of noise in steps.", "X", bounds=(0, 2))
     zero_snr: bool | None = _tuning(None, "Begin with noise alone.")
     guidance_rescale: float = _tuning(0.0, "Against burnt colours: 0.7.", "X", bounds=(0, 1))
-    guidance_start: float = _tuning(0.0, "Part of the steps without it first.", "X", bounds=(0, 1))
-    guidance_end: float = _tuning(1.0, "No guidance from there, half the time.", "X", bounds=(0, 1))
+    guidance_start: float = _tuning(0.0, "Guided from there: 0 to 1.", "X", bounds=(0, 1))
+    guidance_end: float = _tuning(1.0, "Guided until there: 0 to 1.", "X", bounds=(0, 1))
     noise_source: str = _tuning(CPU, "cpu, gpu, nv: whose numbers.", "NAME", choices=SOURCES)
-    subseed: int | None = _tuning(None, "Of a second noise; -1: random.", "N", bounds=_SEEDS)
-    subseed_strength: float = _tuning(0.0, "Its share.", "X", bounds=(0, 1))
-    seed_resize: str | None = _tuning(None, "The seed's picture at that size.", "WxH")
+    subseed: int | None = _tuning(None, "A second; -1: random.", "N", bounds=_SEEDS)
+    subseed_strength: float = _tuning(0.0, "Share of the second.", "X", bounds=(0, 1))
+    seed_resize: str | None = _tuning(None, "The noise of that size.", "WxH")
     ensd: int = _tuning(0, "Added to the seed in steps.", "N", bounds=(-(2**32), 2**32))
 
     def checked(self) -> Request:

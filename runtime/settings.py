@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .fields import described
 from .kept import Hashes
 from .models.samplers.names import of_a1111
 from .request import PLAIN, Request
@@ -38,6 +39,11 @@ class Setting:
     read: Callable[[str], Any]
     write: Callable[[Any], str] = str
 
+    def means(self, text: str) -> bool:
+        """Whether the field has a word for this text, where it is one of several words."""
+        words = _ABOUT[self.field].choices
+        return not words or self.read(text) in words
+
 
 def _emphasis(name: str) -> str:
     return name.replace("-", " ").capitalize()
@@ -65,6 +71,7 @@ SETTINGS = (
     Setting("CFG end", "guidance_end", float),
     Setting("CFG rescale", "guidance_rescale", float),
 )
+_ABOUT = described(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
 _ALWAYS = ("Steps", "CFG scale", "Seed")
 RNG = "RNG"
@@ -92,7 +99,7 @@ def understood(settings: Mapping[str, str]) -> dict[str, Any]:
     fields = {
         setting.field: setting.read(settings[setting.name])
         for setting in SETTINGS
-        if setting.name in settings
+        if setting.name in settings and setting.means(settings[setting.name])
     }
     if "Size" in settings:
         width, height = settings["Size"].split("x")
@@ -102,9 +109,10 @@ def understood(settings: Mapping[str, str]) -> dict[str, Any]:
     return fields
 
 
-def honoured() -> set[str]:
+def honoured(settings: Mapping[str, str]) -> set[str]:
     """The names that `understood` makes fields of."""
-    return {"Size", "Sampler", "Schedule type"} | {setting.name for setting in SETTINGS}
+    named = {known.name for known in SETTINGS if known.means(settings.get(known.name, ""))}
+    return {"Size", "Sampler", "Schedule type"} | named
 
 
 def model_hash(model: str) -> str:

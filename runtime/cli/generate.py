@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 _Prompt = typer.Argument(help="What to paint; - reads standard input.", show_default=False)
 _PromptFile = typer.Option(help="Prompt from a file.", metavar="FILE", readable=False)
 _Source = typer.Option("--from", help="Repeat that picture.", metavar="FILE", readable=False)
-_PlanFile = typer.Option("--plan", help="Run by a saved plan.", metavar="FILE", readable=False)
+_PlanFile = typer.Option(
+    "--plan", help="Run by a saved plan.", metavar="FILE", readable=False, rich_help_panel="Machine"
+)
 _Wildcards = typer.Option(
     help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
 )
@@ -108,8 +110,8 @@ def generate(
         options = replace(options, model=located(options.model, models_dirs))
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options, adapting)
-    typed = {**asked} if prompt is None else {**asked, "prompt": prompt}
-    wanted = Request(**{"prompt": None, **carried.request, **typed})
+    said = carried.request.get("prompt") if prompt is None else prompt
+    wanted = Request(**{**carried.request, **asked, "prompt": said})
     request = _adapted(wanted, adapting, models_dirs).checked()
     count = request.num_images
     writing = options.writing
@@ -202,18 +204,30 @@ def _run(
 def _events(pipeline: Pipeline, requests: Sequence[Request]) -> Generator[Event, None, None]:
     """Those of all requests, one after the other, as if they were of one."""
     results: list[Result] = []
-    while len(results) < len(requests):
-        events, first = pipeline.run(requests[len(results)]), sum(len(result.images) for result in results)
-        advance: Callable[[], Event] = partial(next, events)
-        while not (event := advance()).result:
-            try:
-                yield replace(event, image=first + event.image)
-                advance = partial(next, events)
-            except KeyboardInterrupt as interrupt:
-                advance = partial(events.throw, interrupt)
+    for request in requests:
+        event = yield from _counted(pipeline.run(request), sum(len(result.images) for result in results))
+        assert event.result
         results.append(event.result)
         if len(results) == len(requests):
             yield replace(event, result=joined(results))
+
+
+def _counted(events: Generator[Event, None, None], first: int) -> Generator[Event, None, Event]:
+    """Those of one request, whose pictures count from `first`; the last is returned. The first interrupt
+    goes on to it, wherever it comes."""
+    advance: Callable[[], Event] = partial(next, events)
+    interrupted = False
+    while True:
+        try:
+            event = advance()
+            if event.result:
+                return event
+            yield replace(event, image=first + event.image)
+            advance = partial(next, events)
+        except KeyboardInterrupt as interrupt:
+            if interrupted:
+                raise
+            interrupted, advance = True, partial(events.throw, interrupt)
 
 
 def _save(event: Event | None, save: Callable[[Image.Image, int], object]) -> None:

@@ -18,7 +18,12 @@ from ..planner.wishes import Wishes
 from ..units import parse_bytes
 
 Command = Callable[..., None]
-Device = Annotated[str, typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False)]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False, rich_help_panel="Machine"
+    ),
+]
 ModelsDirs = Annotated[
     list[Path] | None,
     typer.Option(
@@ -27,14 +32,18 @@ ModelsDirs = Annotated[
         metavar="DIR",
         show_default=False,
         readable=False,
+        rich_help_panel="Model",
     ),
 ]
-MODEL = typer.Option(help="emoji, file, folder, name, hub id.", metavar="MODEL")
+MODEL = typer.Option(help="emoji, file, folder, name, hub id.", metavar="MODEL", rich_help_panel="Model")
 
 ADAPTERS_IN_ORDER = " ".join(kind.option for kind in ADAPTERS)
 Adapting = make_dataclass(
     "Adapting",
-    [(kind.option, list[str] | None, option(None, kind.help, kind.metavar)) for kind in ADAPTERS],
+    [
+        (kind.option, list[str] | None, option(None, kind.help, kind.metavar, panel="Model"))
+        for kind in ADAPTERS
+    ],
     namespace={"__doc__": "What is given of adapters: an option for each kind, which may be repeated."},
 )
 

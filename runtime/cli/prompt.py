@@ -13,15 +13,17 @@ _MOST_BYTES = 2**20  # a text encoder reads some hundred, and what a pipe or a d
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str | None:
-    """The prompt that was typed, or the text of `file`, or of standard input for "-", which may be empty.
-    None where there is none, or standard input is closed."""
+    """The prompt that was typed, or the text of `file`, or of standard input for "-". None where there is
+    none: a line of standard input may be empty, and then so is the prompt."""
     if prompt is not None and file is not None:
         raise TightfitError("give the prompt as an argument or with --prompt-file, not both")
-    if file is None and (prompt != "-" or sys.stdin is None):
-        return None if prompt == "-" else prompt
+    if prompt != "-" and file is None:
+        return prompt
     source = file or "standard input"
     try:
         data = _standard_input() if file is None else _content(file)
+        if not data and file is None:  # what was to write it has failed, or it is closed
+            return None
         if len(data) > _MOST_BYTES:
             raise TightfitError(f"{source} has more than {shown(_MOST_BYTES)}: no prompt is so long")
         return _text(data).strip()
@@ -37,6 +39,8 @@ def _content(file: Path) -> bytes:
 
 
 def _standard_input() -> bytes:
+    if sys.stdin is None:
+        return b""
     stream = getattr(sys.stdin, "buffer", None)
     return stream.read(_MOST_BYTES + 1) if stream else sys.stdin.read(_MOST_BYTES + 1).encode()
 

@@ -23,7 +23,7 @@ from .samplers.names import (
     nearest,
     split,
 )
-from .samplers.stochastic import scheduler_class
+from .samplers.stochastic import SHORTENED, scheduler_class
 from .spec import ModelSpec
 
 _PACKAGES = "scipy", "torchsde"  # needed by some schedulers, or some of their options
@@ -241,7 +241,7 @@ def make(name: str, spec: ModelSpec, steps: int, seed: int = 0, tuning: Tuning =
         scheduler.options = scheduler.options._replace(**tuning.asked())
     with _steps_explained(name, spec, steps):
         if schedule != AUTOMATIC and not _trained(spec.scheduler):
-            _put_levels(scheduler, schedule, spec, steps)
+            _put_levels(scheduler, schedule, spec, steps + (sampler.ours == SHORTENED))
         scheduler.set_timesteps(steps, device="cpu")
         if len(levels := set(scheduler.timesteps.tolist())) == 1 < len(scheduler.timesteps) or not levels:
             raise ValueError("it does not have that many noise levels")

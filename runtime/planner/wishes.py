@@ -10,9 +10,11 @@ from ..fields import described, option
 from ..placement import ATTENTIONS, BACKENDS, CFG, COMPUTES, PRECISIONS, RESIDENCIES, TILINGS
 from ..units import parse_bytes
 
+_PANEL = "Machine"
+
 
 def _word(help: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002
-    return option("auto", help, "NAME", choices=choices)
+    return option("auto", help, "NAME", choices=choices, panel=_PANEL)
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,10 @@ class Wishes:
     attention: str = _word(f"auto, {', '.join(ATTENTIONS)}.", ATTENTIONS)
     tiling: str = _word(f"VAE: auto, {', '.join(TILINGS)}.", TILINGS)
     cfg: str = _word("", CFG)
-    budget: Any = option(None, "Keep to it: 4GiB.", "BYTES", options=("--vram", "--ram"))  # noqa: RUF009
-    min_psnr: float | None = option(None, "Least dB against fp32.", "DB", bounds=(0, 99))
+    budget: Any = option(  # noqa: RUF009
+        None, "Keep to it: 4GiB.", "BYTES", options=("--vram", "--ram"), panel=_PANEL
+    )
+    min_psnr: float | None = option(None, "Least dB against fp32.", "DB", bounds=(0, 99), panel=_PANEL)
     requests: int = 1
 
     def __post_init__(self) -> None:

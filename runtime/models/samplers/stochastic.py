@@ -133,6 +133,9 @@ _SAMPLERS: dict[str, Callable[..., Steps]] = {
     "3m_sde": _multistep(3),
 }
 _TWICE = "dpm2", "dpmpp_2s"  # calls a step
+SHORTENED = "3m_sde"
+"""It leaves out the next to last level of one step more, as A1111 does: the curvature that it knows says
+nothing of so long a step, and where levels are even in time it broke the picture."""
 
 
 class Stepped(NamedTuple):
@@ -163,8 +166,12 @@ class _Stochastic:
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
         import torch
 
-        super().set_timesteps(num_inference_steps, device=device)  # pyright: ignore[reportAttributeAccessIssue]
+        is_shortened = self.sampler == SHORTENED
+        count = num_inference_steps + is_shortened
+        super().set_timesteps(count, device=device)  # pyright: ignore[reportAttributeAccessIssue]
         self.levels = [float(sigma) for sigma in self.sigmas]
+        if is_shortened:
+            del self.levels[-2]
         self.sigmas = torch.tensor([*self._asked(), self.levels[-1]], dtype=torch.float32)
         trained = Trained(np.sqrt(1 / self.alphas_cumprod.double().numpy() - 1))
         self.timesteps = torch.from_numpy(trained.timesteps(self.sigmas[:-1].numpy()).astype(np.float32))
