@@ -305,8 +305,8 @@ def weights_unpacked_right(card: Card) -> Iterator[Row]:
             weight = torch.randn(shape, generator=generator) * 0.05
             parts = quantise(weight, form)
             right = reference(parts, form, shape)
-            taps = right[0].numel() // shape[1]
-            out = torch.full((shape[0], taps * shape[1]), float("nan"), device=card.device, dtype=dtype)
+            taps = form.taps(shape)
+            out = torch.full((shape[0], right[0].numel()), float("nan"), device=card.device, dtype=dtype)
             run(out, _on(parts, card), form, taps, taps_last)
             ordered = right if taps_last or taps == 1 else right.permute(0, 2, 3, 1)
             errors.append(float((out.float().cpu() - ordered.flatten(1)).abs().max() / right.abs().max()))

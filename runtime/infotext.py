@@ -38,6 +38,7 @@ _KINDS = kinds(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
 _SHELVES = {kind.option: kind.shelf for kind in ADAPTERS if kind.shelf}
 _LOST = "(not found)"
+_A1111S = ("A1111", "Forge")
 _ON_CPU = ("tightfit", "ComfyUI", "Fooocus")  # draw noise there, whatever the card
 _NO_VAE = ("", "Automatic", "Baked VAE")
 # What other programs say besides, which is honoured otherwise, or has no effect.
@@ -58,6 +59,8 @@ class Carried:
     notices: tuple[str, ...] = ()
     model_said: str = ""
     """What another program calls its model."""
+    asking: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Values of options of conditions, without the pictures that these need."""
 
 
 def write(job: Job, model: str, precision: str) -> str:
@@ -78,6 +81,7 @@ def write(job: Job, model: str, precision: str) -> str:
         "Model": stem(model),
         "VAE": next((stem(adapter.name) for adapter in job.adapters if isinstance(adapter, Vae)), None),
         **plain,
+        **{name: value for asked in job.conditions for name, value in asked.a1111().items()},
         "Lora hashes": ", ".join(digest for _, digest in loras),
         "Precision": precision,
         "Version": f"tightfit {__version__}",
@@ -199,6 +203,9 @@ def _exact(text: str, source: str, given: Collection[str]) -> Carried:
         raise TightfitError(
             f"the request inside {source} is damaged, in its {wrong[0]}: it cannot be repeated"
         )
+    asking = _asking(exact.pop("asking", None), source)
+    if asking:
+        del exact["conditions"]
     named = exact.pop("adapters", None) or {}
     if not isinstance(named, dict) or not all(map(_texts, named.values())):
         raise TightfitError(f"the request inside {source} is damaged, in its adapters: it cannot be repeated")
@@ -208,12 +215,22 @@ def _exact(text: str, source: str, given: Collection[str]) -> Carried:
     exact |= {option: ", ".join(names) for option, names in named.items() if option not in options}
     unknown = {name: value for name, value in exact.items() if name not in _FIELDS and value is not None}
     if not unknown:
-        return Carried(request, model, precision)
+        return Carried(request, model, precision, asking=asking)
     notice = (
         f"another version of tightfit painted {source}, so the picture may differ; not honoured: "
         f"{_named(unknown)}"
     )
-    return Carried(request, model, precision, (notice,))
+    return Carried(request, model, precision, (notice,), asking=asking)
+
+
+def _asking(said: Any, source: str) -> dict[str, Any]:
+    """Values of the options of conditions."""
+    fits = isinstance(said, dict) and all(
+        isinstance(value, str | int | float | None) for value in said.values()
+    )
+    if said is not None and not fits:
+        raise TightfitError(f"the request inside {source} is damaged, in its asking: it cannot be repeated")
+    return {name: value for name, value in (said or {}).items() if value is not None}
 
 
 def _texts(names: Any) -> bool:
@@ -265,7 +282,7 @@ def _pairs(line: str) -> Iterator[tuple[str, str]]:
 def _carried(said: Said, source: str, given: Collection[str], models_dirs: Sequence[str | Path]) -> Carried:
     """What another program says, as a request; and one notice of what is not honoured here."""
     try:
-        fields = settings.understood(said.settings)
+        fields = settings.understood(said.settings, said.program in _A1111S)
     except ValueError as error:
         raise _damaged(source, str(error)[:80]) from None
     files = _Named.among(said, models_dirs)

@@ -9,13 +9,14 @@ for 1024x1024.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+Draw = Callable[[Sequence[int]], np.ndarray]
 CPU, GPU, NV = SOURCES = ("cpu", "gpu", "nv")  # gpu: a card of NVIDIA; nv: that, computed by A1111
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
@@ -112,9 +113,10 @@ class Noise:
     def generator(self, seed: int) -> Torch | Philox:
         return Torch(seed) if self.source == CPU else Philox(seed)
 
-    def first(self) -> tuple[np.ndarray, Torch | Philox]:
-        """The noise to begin with, and the generator of what is drawn in steps."""
+    def first(self, before: Callable[[Draw], object] = lambda _: None) -> tuple[np.ndarray, Torch | Philox]:
+        """The noise to begin with, and the generator of what is drawn in steps. `before` may draw first."""
         own = self.generator(self.seed)
+        before(own.normal)
         shape = (*self.shape[:2], *(self.resize or self.shape[2:]))
         is_resized = shape != self.shape
         noise = (self.generator(self.seed) if is_resized else own).normal(shape)

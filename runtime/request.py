@@ -133,6 +133,8 @@ class Request:
         fields |= self.adapters_json()
         if self.conditions:
             fields["conditions"] = [type(condition).__name__ for condition in self.conditions]
+            said = {name: value for one in self.conditions for name, value in one.said().items()}
+            fields |= {"asking": said} if said else {}
         return fields
 
     def is_written(self, name: str) -> bool:
@@ -153,8 +155,11 @@ class Request:
         request = self.checked()
         prompt, named = from_words(request.prompt)
         request = dataclasses.replace(request, prompt=prompt, adapters=(*request.adapters, *named))
+        sizes = (condition.size(spec) for condition in request.conditions)
         height, width = (
-            (request.height, request.width) if request.height and request.width else spec.native_size
+            (request.height, request.width)
+            if request.height and request.width
+            else next(filter(None, sizes), None) or spec.native_size
         )
         given = {field.name: getattr(request, field.name) for field in dataclasses.fields(Request)}
         decided = {
@@ -175,6 +180,9 @@ class Request:
                 raise TightfitError(_size_error(name, side, spec.downsampling))
         changed = skipping(adapted(spec, request.adapters), request.clip_skip)
         check_whole(changed)
+        beside = changed.unet["in_channels"] - changed.vae["latent_channels"]
+        if beside != sum(condition.channels(changed) for condition in request.conditions):
+            raise TightfitError(f"{spec.name} is an inpainting model: give a picture and a mask to paint in")
         parts = [part for condition in request.conditions for part in condition.components(changed)]
         given |= decided
         job = Job(
@@ -187,6 +195,7 @@ class Request:
         _check_guidance(job)
         if job.ensd:
             schedulers.check_draws(job.scheduler, spec, job.tuning, "ensd")
+        assert job.skipped < job.num_inference_steps  # or its conditions said that none would be left
         return job
 
 
@@ -222,21 +231,31 @@ class Job(Request):
         return len(self.prompting.lines)
 
     @property
+    def skipped(self) -> int:
+        """Of the steps, how many its conditions leave out at the beginning."""
+        return max((condition.skipped(self.num_inference_steps) for condition in self.conditions), default=0)
+
+    @property
     def calls(self) -> int:
         """How often one picture's denoiser predicts: some schedulers take two predictions a step."""
-        return schedulers.calls(self.scheduler, self.spec, self.num_inference_steps)
+        return sum(self._calls_by_step)
+
+    @property
+    def _calls_by_step(self) -> list[int]:
+        """Of the steps that are taken."""
+        return schedulers.calls_by_step(self.scheduler, self.spec, self.num_inference_steps, self.skipped)
 
     @property
     def guided(self) -> range:
         """The steps, from 1, in which guidance acts; in others the conditioned half runs alone."""
-        count = len(schedulers.calls_by_step(self.scheduler, self.spec, self.num_inference_steps))
+        count = len(self._calls_by_step)
         first, last = (int(part * count + 0.5) for part in (self.guidance_start, self.guidance_end))
         return range(first + 1, last + 1)
 
     @property
     def guided_calls(self) -> int:
         """Those of `calls` that are guided, if any are."""
-        counts = schedulers.calls_by_step(self.scheduler, self.spec, self.num_inference_steps)
+        counts = self._calls_by_step
         return sum(counts[step - 1] for step in self.guided)
 
     @property
@@ -248,7 +267,7 @@ class Job(Request):
     def noise(self) -> Noise:
         """What the first picture begins as."""
         factor, size = self.spec.downsampling, _sides(self.seed_resize)
-        shape = (1, self.spec.unet["in_channels"], self.height // factor, self.width // factor)
+        shape = (1, self.spec.vae["latent_channels"], self.height // factor, self.width // factor)
         resize = (size[1] // factor, size[0] // factor) if size else None
         share, subseed = self.subseed_strength, self.subseed or 0
         return Noise(shape, self.seed, self.noise_source, subseed, share, resize, self.ensd)

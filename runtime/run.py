@@ -214,7 +214,7 @@ class Run:
             try:
                 latents = finished[index]
                 values = self._surviving(lambda latents=latents: self._decoded(latents))
-                images.append(self._picture(values, index))
+                images.append(self._finished_picture(values, index))
                 news, picture = self._news(), images[index]
                 yield Event("decode", index + 1, job.num_images, index, notices=news, picture=picture)
             except KeyboardInterrupt as interrupt:
@@ -241,6 +241,12 @@ class Run:
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
         image.info["parameters"] = infotext.write(self.job.alone(index), self.spec.name, self.plan.precision)
         return image
+
+    def _finished_picture(self, values: np.ndarray, index: int) -> Image.Image:
+        image = self._picture(values, index)
+        finished = self._steering.finish(image)
+        finished.info["parameters"] = image.info["parameters"]
+        return finished
 
     def _stopping(self) -> Event:
         done, count = len(self._images), len(self._finished) - len(self._images)

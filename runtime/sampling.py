@@ -44,18 +44,20 @@ def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steeri
     import torch
 
     scheduler = sampling.scheduler
-    drawn, generator = noise.first()
+    drawn, generator = noise.first(steering.draw)
     options = schedulers.step_options(scheduler, generator.token, sampling.tuning)
+    if (begin := steering.begin(scheduler)) and hasattr(scheduler, "set_begin_index"):
+        scheduler.set_begin_index(begin)
     latents = torch.from_numpy(drawn) * getattr(scheduler, "init_noise_sigma", 1.0)
     latents = torch.from_numpy(steering.start(latents.numpy(), drawn, scheduler))
-    ends = schedulers.ends(scheduler, sampling.steps)
+    ends = [end for end in schedulers.ends(scheduler, sampling.steps) if end >= begin]
     number = 1
-    for call, timestep in enumerate(scheduler.timesteps):
+    for call, timestep in enumerate(scheduler.timesteps[begin:], begin):
         sample = schedulers.scaled(scheduler, latents, timestep).numpy()
         prediction = torch.from_numpy(predict(sample, float(timestep), number))
         with generator.drawing():
             latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
+        latents = torch.from_numpy(steering.after(latents.numpy(), call))
         if call in ends:
-            latents = torch.from_numpy(steering.after(latents.numpy(), number))
             yield Step(number, len(ends), latents.numpy())
             number += 1

@@ -40,9 +40,13 @@ class Setting:
     write: Callable[[Any], str] = str
 
     def means(self, text: str) -> bool:
-        """Whether the field has a word for this text, where it is one of several words."""
+        """Whether the text is a value of the field. Without these there is no request, so they are read
+        anyway: _ALWAYS."""
         words = _ABOUT[self.field].choices
-        return not words or self.read(text) in words
+        try:
+            return self.name in _ALWAYS or self.read(text) in words or not words
+        except ValueError:
+            return False
 
 
 def _emphasis(name: str) -> str:
@@ -94,8 +98,9 @@ def _without(named: Mapping[str, str], name: str) -> dict[str, str]:
     return {key: value for key, value in named.items() if key != name}
 
 
-def understood(settings: Mapping[str, str]) -> dict[str, Any]:
-    """Fields of Request that these say. Raises KeyError or ValueError for what says none."""
+def understood(settings: Mapping[str, str], of_a1111s: bool) -> dict[str, Any]:
+    """Fields of Request that these say. Where they are A1111's own, a schedule that is not said is the one
+    that A1111 takes; elsewhere it is the sampler's. Raises KeyError or ValueError for what says none."""
     fields = {
         setting.field: setting.read(settings[setting.name])
         for setting in SETTINGS
@@ -105,7 +110,7 @@ def understood(settings: Mapping[str, str]) -> dict[str, Any]:
         width, height = settings["Size"].split("x")
         fields |= {"width": whole(width), "height": whole(height)}
     if sampler := settings.get("Sampler"):  # one that tightfit does not have is refused later
-        fields["scheduler"] = of_a1111(sampler, settings.get("Schedule type", "Automatic"))
+        fields["scheduler"] = of_a1111(sampler, settings.get("Schedule type", "Automatic"), of_a1111s)
     return fields
 
 

@@ -17,7 +17,7 @@ import tightfit
 import torch
 from safetensors.torch import load_file, save_file
 from tightfit.runtime import conditions
-from tightfit.runtime.conditions import Steering
+from tightfit.runtime.conditions import Condition, Steering
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import families, reading
 from tightfit.runtime.models.checks import is_count
@@ -349,7 +349,7 @@ _SHRINKERS: Recent[Component] = Recent(4)
 
 
 @dataclass(frozen=True)
-class Like:
+class Like(Condition):
     """Begins halfway between noise and a grey picture, and keeps the latents' first channel as it was."""
 
     file: Path
@@ -378,8 +378,8 @@ class Halfway(Steering):
     def inputs(self, arrays):
         return {**arrays, "hidden": arrays["hidden"] * np.float32(0.5)}
 
-    def after(self, latents, step):
-        return np.concatenate([self.latents[:, :1] * step, latents[:, 1:]], axis=1)
+    def after(self, latents, call):
+        return np.concatenate([self.latents[:, :1] * (call + 1), latents[:, 1:]], axis=1)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from ..errors import TightfitError
+from ..files import shortened
 from ..models.spec import ModelSpec
 
 _KINDS = {"epsilon": "epsilon", "eps": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}
@@ -41,4 +42,4 @@ def written(text: str) -> Prediction:
     """ "epsilon", "eps", "v" or "v_prediction"."""
     if kind := _KINDS.get(text.strip().lower().replace("-", "_")):
         return Prediction(kind)
-    raise TightfitError(f"a denoiser predicts epsilon or v, not '{text[:40]}': say --prediction v")
+    raise TightfitError(f"a denoiser predicts epsilon or v, not {shortened(text)}: say --prediction v")

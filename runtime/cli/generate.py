@@ -13,6 +13,7 @@ import typer
 from .. import interrupts
 from ..adapters import written
 from ..adapters.prompt import from_words
+from ..conditions import asked as conditions_of
 from ..errors import TightfitError, printable
 from ..events import Event, Result, joined
 from ..machine.process import check_address_space
@@ -23,7 +24,17 @@ from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
 from ..wildcards import variants
-from .options import ADAPTERS_IN_ORDER, MODEL, Adapting, Device, ModelsDirs, taking, wishes
+from .options import (
+    ADAPTERS_IN_ORDER,
+    ASKING_IN_ORDER,
+    MODEL,
+    Adapting,
+    Asking,
+    Device,
+    ModelsDirs,
+    taking,
+    wishes,
+)
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
 from .saving import FORMATS, Saver, Writing, target
@@ -91,15 +102,20 @@ class Options:
 _ORDER = f"""
 prompt prompt_file source
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
+{ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
 precision compute backend provider device budget residency attention tiling min_psnr ...
 plan_file output overwrite format quality metadata grid as_json
 """
 
 
-@taking(Options, Adapting, Request, Wishes, order=_ORDER)
+@taking(Options, Adapting, Asking, Request, Wishes, order=_ORDER)
 def generate(
-    options: Options, adapting: Mapping[str, Any], asked: Mapping[str, Any], wished: Mapping[str, Any]
+    options: Options,
+    adapting: Mapping[str, Any],
+    asking: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    wished: Mapping[str, Any],
 ) -> None:
     """Paint a picture from a prompt."""
     check_address_space()  # numpy's library ends the process where it has no room
@@ -111,7 +127,11 @@ def generate(
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options, adapting)
     said = carried.request.get("prompt") if prompt is None else prompt
-    wanted = Request(**{**carried.request, **asked, "prompt": said})
+    conditions = conditions_of({**carried.asking, **asking})
+    if carried.asking and not conditions:
+        painted = f"{options.source} was painted over another picture, which it does not carry"
+        raise TightfitError(f"{painted}: give that by --image, and a mask by --mask")
+    wanted = Request(**{**carried.request, **asked, "prompt": said, "conditions": conditions})
     request = _adapted(wanted, adapting, models_dirs).checked()
     count = request.num_images
     writing = options.writing

@@ -13,6 +13,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..adapters import ADAPTERS
+from ..conditions import CONDITIONS
 from ..fields import About, described, kinds, option
 from ..planner.wishes import Wishes
 from ..units import parse_bytes
@@ -46,6 +47,19 @@ Adapting = make_dataclass(
     ],
     namespace={"__doc__": "What is given of adapters: an option for each kind, which may be repeated."},
 )
+
+
+Asking = make_dataclass(
+    "Asking",
+    [
+        (field.name, kinds(kind.options)[field.name] | None, field)
+        for kind in CONDITIONS
+        if kind.options
+        for field in dataclasses.fields(kind.options)
+    ],
+    namespace={"__doc__": "What is given of conditions."},
+)
+ASKING_IN_ORDER = " ".join(described(Asking))
 
 
 def taking(own: type, *groups: type, order: str = "...") -> Callable[[Command], Command]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..adapters import written
+from ..conditions import asked as conditions_of
 from ..errors import TightfitError, printable
 from ..fields import described
 from ..machine.hardware import Hardware
@@ -20,7 +21,17 @@ from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import shown
-from .options import ADAPTERS_IN_ORDER, MODEL, Adapting, Device, ModelsDirs, taking, wishes
+from .options import (
+    ADAPTERS_IN_ORDER,
+    ASKING_IN_ORDER,
+    MODEL,
+    Adapting,
+    Asking,
+    Device,
+    ModelsDirs,
+    taking,
+    wishes,
+)
 from .output import say, say_json, show_table, write
 
 _WIDE = 130  # columns of a terminal that has room for the table
@@ -41,15 +52,20 @@ class Options:
 
 
 _ORDER = f"""
-model models_dirs {ADAPTERS_IN_ORDER} width height num_inference_steps guidance_scale hardware
+model models_dirs {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
+width height num_inference_steps guidance_scale hardware
 device budget precision compute backend provider residency attention tiling min_psnr
 every save as_json
 """
 
 
-@taking(Options, Adapting, Request, Wishes, order=_ORDER)
+@taking(Options, Adapting, Asking, Request, Wishes, order=_ORDER)
 def show_plan(
-    options: Options, adapting: Mapping[str, Any], asked: Mapping[str, Any], wished: Mapping[str, Any]
+    options: Options,
+    adapting: Mapping[str, Any],
+    asking: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    wished: Mapping[str, Any],
 ) -> None:
     """Say what each way of running a model would take here, or on a card of profiles/, and which is best; no
     weight is read."""
@@ -68,7 +84,8 @@ def show_plan(
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
     adapters = written(adapting, models_dirs)
-    job = Request("a", **asked, scheduler=sampler, adapters=adapters).resolve(spec)
+    wish = Request("a", **asked, scheduler=sampler, adapters=adapters, conditions=conditions_of(asking))
+    job = wish.resolve(spec)
     planner.refuse_hopeless(machine, job, wanted)
     plans = planner.plan(machine, spec, job, wanted)
     of_model = [*encodings(job.spec, plans[0].placements), *job.spec.notes]

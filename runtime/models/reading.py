@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from ..files import readable
 from .families import family_of
-from .families.family import Role
+from .families.family import Network, Role
 from .families.networks import check_config
 from .layouts import Layout, Source
 from .layouts.diffusers import DiffusersLayout
 from .layouts.gguf import GGUFLayout
 from .layouts.single_file import SingleFileLayout
-from .spec import ModelSpec
+from .spec import Component, ModelSpec
 
 LAYOUTS: tuple[Layout, ...] = (SingleFileLayout(), GGUFLayout(), DiffusersLayout())
 
@@ -45,6 +46,14 @@ def read_model(path: Path, name: str | None = None) -> ModelSpec:
             pipeline=source.pipeline,
             notes=source.notes,
             sides=dict(source.sides),
+            spare=partial(_checked, source),
         )
         design.check(spec)
         return spec
+
+
+def _checked(source: Source, network: Network) -> Component:
+    with readable(source.folder):
+        component = source.component(network)
+        check_config(component)
+        return component

@@ -372,11 +372,14 @@ def calls(name: str, spec: ModelSpec, steps: int) -> int:
     return steps
 
 
-def calls_by_step(name: str, spec: ModelSpec, steps: int) -> list[int]:
-    """How often the U-Net is called in each step, which are not as many as `steps` for every scheduler."""
+def calls_by_step(name: str, spec: ModelSpec, steps: int, skipped: int = 0) -> list[int]:
+    """How often the U-Net is called in each step, which are not as many as `steps` for every scheduler.
+    `skipped` are left out at the beginning."""
     kind, _ = _chosen(name, spec)
     order = 2 if kind in TWICE or split(name)[0].ours in TWICE else 1
-    return [last - before for before, last in pairwise([-1, *_ends(calls(name, spec, steps), steps, order)])]
+    begin = skipped * order
+    ends = [end for end in _ends(calls(name, spec, steps), steps, order) if end >= begin]
+    return [last - before for before, last in pairwise([begin - 1, *ends])]
 
 
 def ends(scheduler, steps: int) -> list[int]:

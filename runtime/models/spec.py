@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,8 @@ class ModelSpec:
     tightfit.json, if it has one, says of requests that leave something open, `precision` (int8 or int4) what
     it says the weights are stored in, and `source` of which model it was exported. `notes` are what its files
     leave open, and what was taken for it. `sides` are those of the latents of such models, by what they
-    predict, where the files leave that open.
+    predict, where the files leave that open. `spare` reads a network of its files that not every picture
+    needs.
     """
 
     name: str
@@ -102,6 +103,7 @@ class ModelSpec:
     pipeline: str = "StableDiffusionPipeline"
     notes: tuple[str, ...] = ()
     sides: Mapping[str, int] = field(default_factory=dict)
+    spare: Callable[[Network], Component] | None = field(default=None, compare=False, repr=False)
 
     @property
     def family(self) -> str:
@@ -129,6 +131,14 @@ class ModelSpec:
         every = {**self.components, **{component.name: component for component in components}}
         order = sorted(every.values(), key=lambda component: [*Role].index(component.role))
         return replace(self, components={component.name: component for component in order})
+
+    def on_demand(self, network: Network) -> Component:
+        """One of the networks that not every picture needs: the same object for the same model. Raises
+        TightfitError for a model that has it not."""
+        if self.spare is None:
+            raise TightfitError(f"{self.name} has no {network.name}: use the model it was made from")
+        spare = self.spare
+        return _SPARE.get(network.name, lambda: spare(network), self)
 
     def of_role(self, role: Role) -> tuple[Component, ...]:
         """Its networks that do this, in order."""
@@ -236,6 +246,7 @@ class ModelSpec:
 
 
 _EXTENDED: Recent[ModelSpec] = Recent(16)
+_SPARE: Recent[Component] = Recent(16)
 
 
 def _before_0_9(version: Any) -> bool:

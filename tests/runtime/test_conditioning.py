@@ -245,7 +245,9 @@ def test_alternation_by_hand(pipes, monkeypatch):
     monkeypatch.setattr(
         Run,
         "_predict",
-        lambda run, sample, time, parts: seen.append(parts) or predict(run, sample, time, parts),
+        lambda run, sample, time, words, call, alone: (
+            seen.append(words.of(run.plan.cfg, call)) or predict(run, sample, time, words, call, alone)
+        ),
     )
     encodings = []
     encode = Run._encoded
@@ -277,10 +279,15 @@ def test_branches_by_hand(pipes, monkeypatch):
         for text in ("y", "a cat", "a dog", "x")
     }
     assert np.array_equal(conditioned(pipe, job)["hidden"], np.concatenate(list(single.values())))
+
+    class Unconditioned:
+        def of(self, cfg, call):
+            return [{}]
+
     given = np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1) ** 2
     monkeypatch.setattr(Run, "_session", lambda *_: lambda **arrays: (given[: len(arrays["sample"])],))
     run = Run(job, pipe.loaded, None)
-    guided = run._predict(np.zeros((1, 4, 8, 8), np.float32), 1.0, [{}])
+    guided = run._predict(np.zeros((1, 4, 8, 8), np.float32), 1.0, Unconditioned(), 0, False)
     assert guided.item() == pytest.approx(4 * (0.5 * 1 + 4 - 0.3 * 9))
 
 

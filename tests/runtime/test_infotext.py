@@ -178,6 +178,7 @@ def test_pictures_of_a1111():
         "seed": 965400086,
         "width": 512,
         "height": 768,
+        "noise_source": "gpu",
     }
     assert (carried.model, carried.precision) == (None, None)
     assert "Hypernet x" in parameters.parse(A1111 + ", Hypernet: x", "x.png").notices[0]

@@ -153,7 +153,7 @@ def test_pictures_by_cudas_noise(sd1):
 @pytest.mark.parametrize(
     ("options", "words_said"),
     [
-        ({"noise_source": "amd"}, ["noise_source must be one of cpu, gpu, nv"]),
+        ({"noise_source": "amd"}, ["unknown noise_source 'amd'", "choose cpu, gpu, nv"]),
         ({"subseed": 3}, ["subseed", "--subseed-strength"]),
         ({"subseed_strength": 1.1}, ["from 0 to 1"]),
         ({"subseed": -2, "subseed_strength": 0.5}, ["subseed must be a whole number", "-1"]),

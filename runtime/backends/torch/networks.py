@@ -18,7 +18,7 @@ from ...placement import DYNAMIC, QUANTISED, Placement
 from . import quantised
 from .adapted import Adapted
 from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward, with_words
-from .vae import decode_strips
+from .vae import decode_strips, encode_strips
 
 Forward = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -32,10 +32,10 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         torch.device("meta"),
     ):
         module = component.network.build(component).eval().requires_grad_(False)
-    # A decoder's strips use each weight many times.
+    # Strips use each weight many times.
     formats, used_often = (
         _formats(component, module, placement.precision),
-        component.role is Role.DECODER,
+        component.network.in_strips,
     )
     quantised.quantise_layers(
         module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC
@@ -144,4 +144,6 @@ def current_name(stored: str, expected: Container[str]) -> str:
 
 def forward(component: Component, placement: Placement) -> Forward:
     """How to call the component's module with the tensors that `Session` names."""
-    return decode_strips if placement.tiling == "tiled" else component.network.call
+    if placement.tiling == "whole":
+        return component.network.call
+    return encode_strips if component.role is Role.ENCODER else decode_strips

@@ -9,6 +9,10 @@ import torch
 from ....kernels import strips
 
 
+def encode_strips(module: Any, pixels: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (module["quant_conv"](encode_in_strips(module["encoder"], pixels)),)
+
+
 def decode_strips(module: Any, latents: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return (decode_in_strips(module["decoder"], module["post_quant_conv"](latents)),)
 

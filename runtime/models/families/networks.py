@@ -219,7 +219,10 @@ def _text_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:  # noqa: 
 
 def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     """Shapes of latents, timestep and texts; and of the guidance that distilled U-Nets are told."""
-    shapes: dict[str, Shape] = {"sample": (extent.batch, *spec.latent_shape(extent)), "timestep": ()}
+    shapes: dict[str, Shape] = {
+        "sample": (extent.batch, spec.unet["in_channels"], *spec.latent_shape(extent)[1:]),
+        "timestep": (),
+    }
     shapes["hidden"] = (extent.batch, extent.chunks * spec.text_length, spec.text_width)
     if spec.guidance_width:
         shapes["time_condition"] = (1, spec.guidance_width)
@@ -461,7 +464,6 @@ ENCODER = replace(
         names={"pixels": "sample"},
     ),
     prefixes=("encoder.", "quant_conv."),
-    in_strips=False,
     tracing=Tracing(
         sides={"pixels": _IMAGE_SIDES},
         outputs=lambda _: ("latent_parameters",),

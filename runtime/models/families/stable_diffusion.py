@@ -84,10 +84,11 @@ def check_parts(spec: ModelSpec) -> None:
             f"made of {unet.get('_class_name')} and {vae.get('_class_name')}: "
             "tightfit runs SD 1.x, SD 2.x and SDXL (UNet2DConditionModel, AutoencoderKL)"
         )
-    if unet["in_channels"] != vae["latent_channels"]:
+    latent = vae["latent_channels"]
+    if unet["in_channels"] not in (latent, 2 * latent + 1):
         raise TightfitError(
-            f"{folder} expects {unet['in_channels']} input channels, not the VAE's {vae['latent_channels']}: "
-            "it is an inpainting or editing model; use its text-to-image counterpart"
+            f"{folder} expects {unet['in_channels']} input channels, not the VAE's {latent}: "
+            "it is an editing model; use its text-to-image counterpart"
         )
     if vae.get("out_channels", 3) != 3 or unet.get("out_channels", 4) != vae["latent_channels"]:
         raise TightfitError(

@@ -217,14 +217,15 @@ def a1111_fields(name: str) -> dict[str, str]:
     return {"Sampler": f"{sampler.a1111} {label}", "Schedule type": label}
 
 
-def of_a1111(name: str, schedule: str) -> str:
-    """Our name for what A1111 calls so. A name that is not known stays, and is refused later."""
+def of_a1111(name: str, schedule: str, automatic: bool = True) -> str:
+    """Our name for what A1111 calls so. A name that is not known stays, and is refused later. `automatic`:
+    where no schedule is said, it is the one that A1111 takes."""
     try:
         sampler, part = split(name)
         asked = part if part != AUTOMATIC else schedule_of(schedule or AUTOMATIC)
     except TightfitError:
         return f"{name} {schedule}" if schedule.lower() != AUTOMATIC else name
-    return joined(sampler, sampler.automatic if asked == AUTOMATIC else asked)
+    return joined(sampler, sampler.automatic if asked == AUTOMATIC and automatic else asked)
 
 
 def nearest(schedule: str, known: tuple[str, ...]) -> str:

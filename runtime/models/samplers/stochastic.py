@@ -158,6 +158,7 @@ class _Stochastic:
     sigmas: Any
     _init_step_index: Callable[[Any], None]
     _step_index: int | None
+    begin_index: int | None
 
     @property
     def order(self) -> int:
@@ -179,7 +180,7 @@ class _Stochastic:
 
     def _asked(self) -> list[float]:
         """The levels at which data is wanted, found by going through all steps with numbers."""
-        steps, asked = self._begin(0.0, lambda: 0.0), []
+        steps, asked = self._begin(0.0, self.levels, lambda: 0.0), []
         try:
             _, sigma = next(steps)
             while True:
@@ -188,8 +189,8 @@ class _Stochastic:
         except StopIteration:
             return asked
 
-    def _begin(self, x: Any, draw: Draw) -> Steps:
-        return _SAMPLERS[self.sampler](x, self.levels, self.options, draw)
+    def _begin(self, x: Any, levels: Sequence[float], draw: Draw) -> Steps:
+        return _SAMPLERS[self.sampler](x, levels, self.options, draw)
 
     def step(self, model_output: Any, timestep: Any, sample: Any, generator: Any = None) -> Stepped:
         import torch
@@ -200,7 +201,8 @@ class _Stochastic:
         self._step_index = place + 1
         sigma = float(self.sigmas[place])
         if self._steps is None:
-            self._steps = self._begin(sample, lambda: torch.randn(sample.shape, generator=generator))
+            levels = self.levels[(self.begin_index or 0) // self.order :]
+            self._steps = self._begin(sample, levels, lambda: torch.randn(sample.shape, generator=generator))
             next(self._steps)
         try:
             after, _ = self._steps.send((sample, self._data(model_output, sample, sigma)))

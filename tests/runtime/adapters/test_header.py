@@ -13,7 +13,7 @@ from tightfit.runtime.adapters import ADAPTERS, MOST, read_adapter, written
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.request import Request
 
-KINDS = [kind.option for kind in ADAPTERS]
+KINDS = [kind.option for kind in ADAPTERS if kind.shelf]  # which are files
 NO_PATHS = ["a\0b.safetensors", "~nouser99/x", "a" * 400, "a" * 5000, "\ud800.safetensors", ":", "a\0b:0.5"]
 
 

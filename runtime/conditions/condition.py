@@ -1,0 +1,129 @@
+"""What a condition is: a part of a request, and what it does to the denoising."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..models.families.family import Network
+from ..models.spec import Component, ModelSpec
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from ..request import Job
+
+Arrays = Mapping[str, "np.ndarray"]
+Call = Callable[..., tuple["np.ndarray", ...]]
+"""(name of a network, **arrays) → what its session answers."""
+
+
+Draw = Callable[[Sequence[int]], "np.ndarray"]
+"""(shape) → standard normal noise, the next of the picture's generator."""
+
+
+class Steering:
+    """What a condition does to the denoising of a request's pictures, one after another. What is not
+    overridden changes nothing."""
+
+    def begin(self, scheduler: Any) -> int:  # noqa: ARG002
+        """The first of `scheduler.timesteps` that is called; those before it are left out."""
+        return 0
+
+    def draw(self, draw: Draw) -> None:
+        """Draw from a picture's noise, before its latents are drawn."""
+
+    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any) -> np.ndarray:  # noqa: ARG002
+        """The latents to begin with, instead of `latents`: the noise, scaled as the scheduler wants it."""
+        return latents
+
+    def inputs(self, arrays: Arrays) -> Arrays:
+        """What the denoiser is called with, instead of `arrays`. It is asked once for each call: twice a step
+        where guidance takes two, and again after memory ran out."""
+        return arrays
+
+    def after(self, latents: np.ndarray, call: int) -> np.ndarray:  # noqa: ARG002
+        """The latents after call `call` of the scheduler, counted from 0, instead of `latents`."""
+        return latents
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        """The picture, instead of `image`, which was decoded."""
+        return image
+
+
+class Condition:
+    """One part of a request. Hashable: two that are equal ask the same."""
+
+    networks: ClassVar[tuple[Network, ...]] = ()
+    """All that a condition of this kind may call besides the family's."""
+    options: ClassVar[type | None] = None
+    """A dataclass of what is typed or sent to ask it, in the words of fields.py; None in Python alone."""
+
+    @classmethod
+    def asked(cls, given: Mapping[str, Any]) -> Condition | None:
+        """The condition that values of these options ask, None for none of them."""
+        raise NotImplementedError
+
+    def components(self, spec: ModelSpec) -> tuple[Component, ...]:  # noqa: ARG002
+        """Those that it calls with this model: they are costed and placed as the model's own are. The same
+        objects for the same model. Raises TightfitError for a model that it cannot be asked of."""
+        return ()
+
+    def size(self, spec: ModelSpec) -> tuple[int, int] | None:  # noqa: ARG002
+        """Height and width in pixels that are taken where none are asked for; None leaves that open."""
+        return None
+
+    def said(self) -> dict[str, Any]:
+        """Values of its options that a picture carries: all that are no pictures themselves."""
+        return {}
+
+    def a1111(self) -> dict[str, Any]:
+        """What of it A1111 writes into a picture, by its names."""
+        return {}
+
+    def channels(self, spec: ModelSpec) -> int:  # noqa: ARG002
+        """Of the denoiser's input, how many it fills beside the latents."""
+        return 0
+
+    def skipped(self, steps: int) -> int:  # noqa: ARG002
+        """Of so many steps, how many are left out. Raises TightfitError where none would be left."""
+        return 0
+
+    def prepare(self, job: Job, call: Call) -> Steering:
+        """Called once for a request, while texts are encoded. It may call encoders."""
+        raise NotImplementedError
+
+
+class Steerings(Steering):
+    """Several, one after another; without any, what changes nothing."""
+
+    def __init__(self, steerings: Sequence[Steering]) -> None:
+        self._steerings = steerings
+
+    def begin(self, scheduler: Any) -> int:
+        return max((steering.begin(scheduler) for steering in self._steerings), default=0)
+
+    def draw(self, draw: Draw) -> None:
+        for steering in self._steerings:
+            steering.draw(draw)
+
+    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any) -> np.ndarray:
+        for steering in self._steerings:
+            latents = steering.start(latents, noise, scheduler)
+        return latents
+
+    def inputs(self, arrays: Arrays) -> Arrays:
+        for steering in self._steerings:
+            arrays = steering.inputs(arrays)
+        return arrays
+
+    def after(self, latents: np.ndarray, call: int) -> np.ndarray:
+        for steering in self._steerings:
+            latents = steering.after(latents, call)
+        return latents
+
+    def finish(self, image: Image.Image) -> Image.Image:
+        for steering in self._steerings:
+            image = steering.finish(image)
+        return image

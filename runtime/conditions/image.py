@@ -1,0 +1,141 @@
+"""Image to image: a picture that the painting begins with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..errors import TightfitError
+from ..fields import option
+from ..models.families.networks import ENCODER
+from ..models.spec import Component, ModelSpec
+from .condition import Call, Condition, Draw, Steering
+from .picture import RESIZES, Picture
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..request import Job
+
+STRENGTH = 0.8  # diffusers'
+PANEL = "Picture"
+_MULTIPLE = 8  # of pixels, as A1111's sliders have it
+
+
+@dataclass(frozen=True)
+class Options:
+    """What asks for a picture to begin with."""
+
+    image: str | None = option(None, "A picture to begin with.", "FILE", panel=PANEL)
+    strength: float | None = option(None, "How much to change, to 1.", "X", panel=PANEL)
+    resize: str | None = option(None, f"{', '.join(RESIZES)}.", "HOW", choices=RESIZES, panel=PANEL)
+
+
+@dataclass(frozen=True)
+class ImageToImage(Condition):
+    """Paint over `image`: the last `strength` of the steps, begun with the picture under their noise. Of
+    another size it is fitted as `resize` says ("resize", "crop", "fill"). 1 keeps nothing of it."""
+
+    image: Picture
+    strength: float = STRENGTH
+    resize: str = "resize"
+
+    networks: ClassVar = (ENCODER,)
+
+    def said(self) -> dict[str, Any]:
+        return {"strength": self.strength, "resize": self.resize}
+
+    def a1111(self) -> dict[str, Any]:
+        return {"Denoising strength": f"{self.strength:g}"}
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.strength, int | float) or not 0 < self.strength <= 1:
+            raise TightfitError(f"strength must be a number above 0, up to 1, not {self.strength!r}")
+        if self.resize not in RESIZES:
+            raise TightfitError(f"resize must be one of {', '.join(RESIZES)}, not {self.resize!r}")
+
+    def components(self, spec: ModelSpec) -> tuple[Component, ...]:
+        return (spec.on_demand(ENCODER),)
+
+    def size(self, spec: ModelSpec) -> tuple[int, int] | None:
+        """The picture's, or in its proportions as many pixels as the model was trained on, if it has more."""
+        height, width = spec.native_size
+        factor = min(1.0, (height * width / (self.image.height * self.image.width)) ** 0.5)
+        step = max(spec.downsampling, _MULTIPLE)
+        tall, wide = (
+            max(step, int(side * factor) // step * step) for side in (self.image.height, self.image.width)
+        )
+        return tall, wide
+
+    def skipped(self, steps: int) -> int:
+        taken = min(int(steps * self.strength), steps)  # as diffusers rounds it
+        if not taken:
+            raise TightfitError(
+                f"strength {self.strength:g} of {steps} steps leaves none to take: "
+                f"ask for {-(-100 // steps) / 100:g} or more, or for more steps"
+            )
+        return steps - taken
+
+    def prepare(self, job: Job, call: Call) -> Steering:
+        pixels = pixels_of(self.image, job, self.resize)
+        return Begun(
+            Encoded(job.spec, *call(ENCODER.name, pixels=pixels)), self.skipped(job.num_inference_steps)
+        )
+
+
+def pixels_of(picture: Picture, job: Job, how: str) -> np.ndarray:
+    """(1, 3, height, width) in -1..1."""
+    import numpy as np
+
+    values = np.asarray(picture.fitted(job.width, job.height, how), np.float32) / 255
+    return (2 * values - 1).transpose(2, 0, 1)[None]
+
+
+class Encoded:
+    """What the VAE's encoder answers for a picture: a distribution of latents, sampled anew for each picture
+    that is painted."""
+
+    def __init__(self, spec: ModelSpec, moments: np.ndarray) -> None:
+        self._spec, self._moments = spec, moments
+
+    def sample(self, draw: Draw) -> np.ndarray:
+        """(1, channels, h, w), as the denoiser has latents."""
+        import torch
+
+        mean, variance = torch.from_numpy(self._moments).chunk(2, dim=1)
+        deviation = torch.exp(0.5 * variance.clamp(-30, 20))
+        return narrowed(self._spec, (mean + deviation * torch.from_numpy(draw(mean.shape))).numpy())
+
+
+def narrowed(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:
+    """Latents of the VAE as the denoiser takes them."""
+    import numpy as np
+
+    deviation, scale, mean = spec.latent_affine
+    shift, factor = (np.array(part, np.float32)[:, None, None] for part in (mean, deviation))
+    return (latents - shift) * np.float32(scale) / factor
+
+
+class Begun(Steering):
+    """Begins with a picture under the noise of the first step that is taken."""
+
+    def __init__(self, encoded: Encoded | None, skipped: int) -> None:
+        self._encoded, self._skipped = encoded, skipped
+        self.latents: Any = None
+
+    def begin(self, scheduler: Any) -> int:
+        return self._skipped * scheduler.order
+
+    def draw(self, draw: Draw) -> None:
+        self.latents = self._encoded.sample(draw) if self._encoded else None
+
+    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any) -> np.ndarray:  # noqa: ARG002
+        return noised(scheduler, self.latents, noise, self.begin(scheduler))
+
+
+def noised(scheduler: Any, latents: np.ndarray, noise: np.ndarray, call: int) -> np.ndarray:
+    """Latents under the noise of one of the scheduler's calls."""
+    import torch
+
+    timestep = scheduler.timesteps[call : call + 1]
+    return scheduler.add_noise(torch.from_numpy(latents), torch.from_numpy(noise), timestep).numpy()

@@ -1,0 +1,232 @@
+"""Image to image and inpainting against diffusers' own pipelines, and what of a picture must stay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tightfit
+import torch
+from PIL import Image
+from tightfit.runtime.conditions.image import ImageToImage
+from tightfit.runtime.conditions.mask import Inpainting
+from tightfit.runtime.conditions.picture import open_picture
+from tightfit.runtime.errors import TightfitError
+
+FAMILIES = ("sd1", "sd2", "sdxl")
+SIZE = {"width": 64, "height": 64, "num_inference_steps": 5}
+PICTURE = Image.fromarray(np.random.default_rng(1).integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+    (64, 64), 3
+)
+WHITE = np.zeros((64, 64), np.uint8)
+WHITE[16:50, 8:40] = 255
+KINDS = {
+    "euler": "EulerDiscreteScheduler", "ddim": "DDIMScheduler", "euler_a": "EulerAncestralDiscreteScheduler",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def inpainting_models(tiny_models, made_once):
+    """Of 9 channels."""
+
+    def write(family):
+        def written(folder):
+            from diffusers import UNet2DConditionModel
+
+            shutil.copytree(tiny_models[family], folder, dirs_exist_ok=True)
+            config = json.loads((folder / "unet/config.json").read_text()) | {"in_channels": 9}
+            torch.manual_seed(2)
+            unet = UNet2DConditionModel.from_config(config)
+            shutil.rmtree(folder / "unet")
+            unet.save_pretrained(folder / "unet")
+
+        return written
+
+    return {family: made_once(f"inpainting/{family}", write(family)) for family in ("sd1", "sdxl")}
+
+
+def by_diffusers(folder, what: str, scheduler: str, **given) -> np.ndarray:
+    import diffusers
+
+    xl = "XL" if (folder / "text_encoder_2").exists() else ""
+    pipe = getattr(diffusers, f"StableDiffusion{xl}{what}Pipeline")
+    components = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None).components
+    none = {} if xl else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipe = pipe(**{**components, **none})
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, KINDS[scheduler]).from_config(pipe.scheduler.config)
+    generator = torch.Generator().manual_seed(3)
+    size = {} if what == "Img2Img" else {"width": 64, "height": 64}
+    answer = pipe(
+        "a cat",
+        num_inference_steps=5,
+        guidance_scale=5.0,
+        generator=generator,
+        output_type="np",
+        **size,
+        **given,
+    )
+    return (answer.images[0] * 255).round().astype(int)
+
+
+def ours(folder, scheduler: str, condition, **wishes) -> np.ndarray:
+    request = tightfit.Request(
+        "a cat", seed=3, guidance_scale=5.0, scheduler=scheduler, conditions=(condition,), **SIZE
+    )
+    with tightfit.load(str(folder), device="cpu", precision="fp32", **wishes) as pipeline:
+        return np.asarray(pipeline.generate(request).images[0]).astype(int)
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.8, 1.0])
+@pytest.mark.parametrize("scheduler", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_image_to_image_is_diffusers(family, scheduler, strength, tiny_models):
+    if (family != "sd1") and (scheduler, strength) not in (("euler", 0.8), ("ddim", 0.3)):
+        pytest.skip("one family takes every sampler and strength")
+    folder = tiny_models[family]
+    theirs = by_diffusers(folder, "Img2Img", scheduler, image=PICTURE, strength=strength)
+    picture = ours(folder, scheduler, ImageToImage(open_picture(PICTURE), strength))
+    assert np.abs(picture - theirs).max() <= 1  # of 255: 48 dB at the worst pixel
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("scheduler", KINDS)
+@pytest.mark.parametrize("channels", [4, 9])
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+def test_inpainting_is_diffusers_where_the_mask_is_white(
+    family, channels, scheduler, strength, tiny_models, inpainting_models
+):
+    if family == "sdxl" and scheduler == "euler":
+        pytest.skip("SD 1.x takes every sampler")
+    folder = (inpainting_models if channels == 9 else tiny_models)[family]
+    mask = Image.fromarray(WHITE)
+    theirs = by_diffusers(folder, "Inpaint", scheduler, image=PICTURE, mask_image=mask, strength=strength)
+    condition = Inpainting(open_picture(PICTURE), mask=open_picture(mask), strength=strength, blur=0)
+    picture = ours(folder, scheduler, condition)
+    assert np.abs(picture - theirs)[WHITE > 0].max() <= 1
+    assert (picture == np.asarray(PICTURE))[WHITE == 0].all()
+
+
+def test_a_faded_edge_lies_inside_the_mask(tiny_models):
+    sharp = Inpainting(open_picture(PICTURE), mask=open_picture(Image.fromarray(WHITE)), blur=0)
+    faded = ours(tiny_models["sd1"], "euler", replace(sharp, blur=4))
+    whole, original = ours(tiny_models["sd1"], "euler", sharp), np.asarray(PICTURE).astype(int)
+    assert (faded == original)[WHITE == 0].all()
+    assert (faded == whole)[28:38, 18:30].all()
+    edge = slice(16, 50), 8
+    assert np.abs(faded[edge] - original[edge]).mean() < np.abs(whole[edge] - original[edge]).mean() / 2
+
+
+def test_only_the_masked_part_is_painted_at_full_size(tiny_models):
+    """A part of a large picture is what a small one of that part alone is."""
+    large = np.random.default_rng(4).integers(0, 256, (160, 192, 3), dtype=np.uint8)
+    large[64:128, 32:96] = np.asarray(PICTURE)
+    mask = np.zeros((160, 192), np.uint8)
+    mask[80:114, 40:72] = 255
+    condition = Inpainting(
+        open_picture(large), mask=open_picture(Image.fromarray(mask)), strength=0.8, blur=0, padding=15
+    )
+    picture = ours(tiny_models["sd1"], "euler", condition)
+    assert picture.shape == large.shape
+    assert (picture == large)[mask == 0].all()
+    assert (picture != large)[mask > 0].any(-1).mean() > 0.9
+    # 34 x 32 and 15 pixels around it are 64 x 62, and 64 x 64 in the proportions of the picture
+    alone = Inpainting(
+        open_picture(large[65:129, 24:88]), mask=open_picture(Image.fromarray(mask[65:129, 24:88])),
+        strength=0.8, blur=0,
+    )  # fmt: skip
+    assert (picture[65:129, 24:88] == ours(tiny_models["sd1"], "euler", alone)).all()
+
+
+@pytest.mark.parametrize("content", ["fill", "noise", "zeros"])
+def test_what_is_under_the_mask_is_not_shown(content, tiny_models):
+    """Two pictures that differ under the mask alone are painted alike."""
+    other = np.asarray(PICTURE).copy()
+    other[WHITE > 0] = 255 - other[WHITE > 0]
+    mask = open_picture(Image.fromarray(WHITE))
+    if content == "fill":
+        a, b = (
+            ours(
+                tiny_models["sd1"], "euler",
+                Inpainting(open_picture(image), mask=mask, strength=0.6, blur=0, content=content),
+            )
+            for image in (PICTURE, other)
+        )  # fmt: skip
+        assert np.abs(a - b)[WHITE > 0].max() <= 1
+    kept, changed = (
+        ours(
+            tiny_models["sd1"], "euler",
+            Inpainting(open_picture(PICTURE), mask=mask, strength=0.6, blur=0, content=way),
+        )
+        for way in ("original", content)
+    )  # fmt: skip
+    assert (kept != changed)[WHITE > 0].any()
+
+
+@pytest.mark.parametrize("tiling", ["whole", "tiled"])
+@pytest.mark.parametrize("residency", ["resident", "staged"])
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_the_encoder_is_in_the_plan(precision, residency, tiling, tiny_models):
+    request = tightfit.Request("a cat", seed=3, width=192, height=256, num_inference_steps=2)
+    asked = replace(request, conditions=(ImageToImage(open_picture(PICTURE), 0.9),))
+    wishes = {"precision": precision, "residency": residency, "tiling": tiling, "compute": "fp32"}
+    with tightfit.load(str(tiny_models["sd1"]), device="cpu", **wishes) as pipeline:
+        results = [pipeline.generate(each) for each in (request, asked, asked)]
+    plain, _, result = results
+    assert "vae_encoder" in result.plan.placements
+    assert "vae_encoder" not in plain.plan.placements
+    for stage, measured in result.stages.items():
+        if predicted := result.plan.predicted.stages.get(stage):
+            assert abs(measured.peak_bytes - predicted) <= 0.05 * predicted, stage
+    if residency == "staged":
+        assert result.plan.predicted.stages["encode"] > plain.plan.predicted.stages["encode"]
+
+
+def test_fewer_steps_are_counted(tiny_models):
+    spec, hardware = tightfit.inspect(str(tiny_models["sd1"])), tightfit.profile("rtx-2060")
+    seconds = {}
+    for strength in (0.25, 0.5, 1.0):
+        condition = ImageToImage(open_picture(PICTURE), strength)
+        job = tightfit.Request("a", num_inference_steps=20, conditions=(condition,)).resolve(spec)
+        assert job.calls == {0.25: 5, 0.5: 10, 1.0: 20}[strength] + (job.scheduler == "own")
+        seconds[strength] = tightfit.plan(hardware, spec, job)[0].predicted.seconds
+    assert seconds[0.25] < seconds[0.5] < seconds[1.0]
+
+
+def test_a_size_that_is_not_said_is_the_pictures(tiny_models):
+    spec = tightfit.inspect(str(tiny_models["sd1"]))
+    native = spec.native_size
+    for size in ((48, 40), (50, 47), (4000, 3000)):
+        picture = open_picture(Image.new("RGB", size))
+        job = tightfit.Request("a", conditions=(ImageToImage(picture),)).resolve(spec)
+        assert job.width % 8 == job.height % 8 == 0
+        assert job.width * job.height <= native[0] * native[1]
+        assert abs(job.width / job.height - size[0] / size[1]) < 0.25
+        assert (job.width <= size[0]) and (job.height <= size[1])
+
+
+def test_what_cannot_be_asked(tiny_models, inpainting_models):
+    picture, mask = open_picture(PICTURE), open_picture(Image.fromarray(WHITE))
+    for strength in (0, -1, 1.1, float("nan"), "x"):
+        with pytest.raises(TightfitError, match="strength must be a number above 0, up to 1"):
+            ImageToImage(picture, strength)
+    with pytest.raises(TightfitError, match="make both of one size"):
+        Inpainting(picture, mask=open_picture(Image.new("L", (9, 9), 255)))
+    with pytest.raises(TightfitError, match="the mask is black"):
+        Inpainting(picture, mask=open_picture(Image.new("L", (64, 64))))
+    with pytest.raises(TightfitError, match="resize, crop, fill"):
+        ImageToImage(picture, resize="x")
+    spec = tightfit.inspect(str(tiny_models["sd1"]))
+    few = tightfit.Request("a", num_inference_steps=5, conditions=(ImageToImage(picture, 0.1),))
+    with pytest.raises(
+        TightfitError, match=r"strength 0.1 of 5 steps leaves none to take: ask for 0.2 or more"
+    ):
+        few.resolve(spec)
+    spec = tightfit.inspect(str(inpainting_models["sd1"]))
+    for conditions in ((), (ImageToImage(picture),)):
+        with pytest.raises(TightfitError, match="is an inpainting model: give a picture and a mask"):
+            tightfit.Request("a", conditions=conditions).resolve(spec)
+    tightfit.Request("a", conditions=(Inpainting(picture, mask=mask),)).resolve(spec)
