@@ -264,7 +264,7 @@ def unpackers(card: Card) -> Mapping[str, Callable[..., None]]:
 
     def plain(out: Tensor, parts: Mapping[str, Tensor], form: Format, taps: int, taps_last: bool) -> None:
         dequantise.dequantise_torch(
-            out, parts["packed"], parts["scale"], parts.get("zero"), None, form, taps, taps_last
+            out, parts["packed"], parts["scale"], parts.get(form.offset), None, form, taps, taps_last
         )
 
     def by_triton(out: Tensor, parts: Mapping[str, Tensor], form: Format, taps: int, taps_last: bool) -> None:
@@ -273,7 +273,7 @@ def unpackers(card: Card) -> Mapping[str, Callable[..., None]]:
         arguments = (
             parts["packed"],
             parts["scale"],
-            parts.get("zero"),
+            parts.get(form.offset),
             form,
             taps,
             out.shape[1] // taps,
@@ -305,8 +305,8 @@ def weights_unpacked_right(card: Card) -> Iterator[Row]:
             weight = torch.randn(shape, generator=generator) * 0.05
             parts = quantise(weight, form)
             right = reference(parts, form, shape)
-            taps = form.taps(shape)
-            out = torch.full((shape[0], right[0].numel()), float("nan"), device=card.device, dtype=dtype)
+            taps, row = form.taps(shape), right[0].numel()
+            out = torch.full((shape[0], row), float("nan"), device=card.device, dtype=dtype)
             run(out, _on(parts, card), form, taps, taps_last)
             ordered = right if taps_last or taps == 1 else right.permute(0, 2, 3, 1)
             errors.append(float((out.float().cpu() - ordered.flatten(1)).abs().max() / right.abs().max()))
@@ -334,7 +334,7 @@ def products_at_once_right(card: Card) -> Iterator[Row]:
                 for side in ((3, 20, shape[1]), shape[:1])
             )
             on = _on(parts, card)
-            answer = linear_triton(x, on["packed"], on["scale"], on.get("zero"), bias, form)
+            answer = linear_triton(x, on["packed"], on["scale"], on.get(form.offset), bias, form)
             right = functional.linear(
                 x.double(), reference(parts, form, shape).to(card.device).double(), bias.double()
             )

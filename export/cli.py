@@ -14,7 +14,6 @@ import typer
 from ..runtime.cli.options import taking
 from ..runtime.cli.output import progress_bar, say
 from ..runtime.errors import printable
-from ..runtime.placement import BACKENDS
 from ..runtime.units import shown
 from . import export as exporter
 
@@ -23,7 +22,7 @@ app = typer.Typer()
 _Model = typer.Argument(help="emoji, file, folder, hub id.", metavar="MODEL")
 _Output = typer.Option("-o", "--output", help="A folder that is not there yet.", metavar="DIR")
 _Precision = typer.Option(help="int8 or int4; with --to onnx fp32 and fp16 too.", metavar="NAME")
-_To = typer.Option(help=f"{' or '.join(BACKENDS)}.", metavar="ENGINE")
+_To = typer.Option(help=f"{' or '.join(exporter.PRECISIONS)}.", metavar="ENGINE")
 _Compute = typer.Option(help="With --to onnx: what int8 and int4 compute in.", metavar="NAME")
 _Calibrate = typer.Option(help="Paint N prompts to find which layers need more bits.", metavar="N")
 _Bits = typer.Option(help="With --calibrate: of a U-Net weight on average.", metavar="B")

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, addcmul, bitwise_and, bitwise_right_shift, tensor
 
 from .formats import NF4, Format
+
+_LOOKED_UP = 2**17  # values at a time: their places, int32, stay in the cache
 
 
 def dequantise(
@@ -50,14 +52,16 @@ def dequantise_torch(
 ) -> None:
     """`dequantise` in torch's operators, on any device."""
     reordered, groups_of = taps_last and taps > 1, taps if form.group else 1
+    half, row = packed.shape[1], out.shape[1]
     # A view, so that each value is written to its final place. Reordering `out` afterwards took 116 of 127
     # launches, for a convolution of 1280 from 1280 channels in int4.
     rows = out.view(len(out), -1, taps).transpose(1, 2) if reordered else out.view(len(out), groups_of, -1)
     if form.bits == 8:
         target = rows if reordered else out
         target.copy_(packed.view(target.shape))
+    elif form.kind == "nf4" and out.is_cpu and not reordered and row % 2 == 0:
+        _look_up(out, packed)
     else:
-        half, row = packed.shape[1], out.shape[1]
         codes = torch.empty_like(packed) if codes is None else codes[: packed.numel()].view(packed.shape)
         bitwise_and(packed, 15, out=codes)
         for start, end in ((0, half), (half, row)):
@@ -81,6 +85,22 @@ def dequantise_torch(
             addcmul(zero[..., groups, None], part, scale[..., groups, None], out=part)
         else:
             part.mul_(scale[..., groups, None])
+
+
+def _look_up(out: Tensor, packed: Tensor) -> None:
+    """Fill `out` with NF4's values, some rows at a time: a fifth of the time that indexing takes on a CPU."""
+    table, step = tensor(NF4, dtype=out.dtype), look_up_rows(out.shape)
+    codes = torch.empty(step, 2, packed.shape[1], dtype=torch.int32)
+    for rows, read in zip(out.split(step), packed.split(step), strict=True):
+        at = codes[: len(rows)]
+        bitwise_and(read, 15, out=at[:, 0])
+        bitwise_right_shift(read, 4, out=at[:, 1])
+        torch.index_select(table, 0, at.view(-1), out=rows.view(-1))
+
+
+def look_up_rows(shape: Sequence[int]) -> int:
+    """Rows of a weight of 4-bit codes that a CPU looks up in a table at a time."""
+    return min(shape[0], max(1, _LOOKED_UP // shape[1]))
 
 
 def _rectangles(rows: Tensor, start: int, end: int) -> Iterator[tuple[Tensor, slice]]:

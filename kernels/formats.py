@@ -107,6 +107,8 @@ FORMATS: Mapping[str, Format] = {
     "int8-b32": Format("int8", 32, flat=True),
     "int4-b32": Format("int4", 32, flat=True),
     "int4-min-b32": Format("int4-min", 32, flat=True),
+    "nf4-b64": Format("nf4", 64, flat=True, wide=True),
+    "int8-wide": Format("int8", 0, wide=True),
 }
 
 

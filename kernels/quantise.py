@@ -64,7 +64,7 @@ def fit(rows: Tensor, form: Format) -> tuple[Tensor, Tensor]:
             scale, zero = (high - low) / 15, low.half().float()
         else:
             scale = torch.maximum(high, -low) / (127 if form.kind == "int8" else 1)
-        scales.append(_no_less(scale.half().float())[..., 0])
+        scales.append(_no_less(scale if form.wide else scale.half().float())[..., 0])
         zeros.append(zero[..., 0])
     return torch.cat(scales, -1), torch.cat(zeros, -1)
 

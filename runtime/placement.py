@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BACKENDS = ("torch", "onnx")
+BACKENDS = ("torch", "onnx", "bitsandbytes")
 COMPUTES = ("fp32", "bf16", "fp16")
 STORED = ("int8", "int4")  # what weights can be exported in
 DYNAMIC = "int8-dynamic"

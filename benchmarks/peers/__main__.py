@@ -97,6 +97,7 @@ def contenders(device: str) -> list[Contender]:
             ),  # which diffusers takes on GPUs only
             Contender("diffusers fp16, bitsandbytes int8", "diffusers", "int8"),
             Contender("tightfit fp16", "tightfit", "fp16"),
+            Contender("tightfit int4, bitsandbytes", "tightfit", "int4", ("backend=bitsandbytes",)),
         ]
     return chosen
 

@@ -174,8 +174,8 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
     result.images[0].save(job["to"])
     clock.peak_bytes = max(before, result.process_bytes)  # each stage resets the system's peak
     clock.device_bytes = result.peak_bytes  # and torch's
-    on_onnx = result.plan.denoiser.backend == "onnx"
-    return ["torch", "diffusers", "transformers", *(["onnxruntime"] if on_onnx else [])]
+    others = {"onnx": ["onnxruntime"], "bitsandbytes": ["bitsandbytes"]}
+    return ["torch", "diffusers", "transformers", *others.get(result.plan.denoiser.backend, [])]
 
 
 def tightfit_export(job: Job, _: Clock) -> list[str]:

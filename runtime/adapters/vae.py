@@ -13,7 +13,7 @@ from ..files import read_json
 from ..models.families.networks import DECODER, check_config
 from ..models.families.tiny import TINY_DECODER
 from ..models.layouts import renames
-from ..models.layouts.safetensors import all_tensors
+from ..models.layouts.bitsandbytes import tensors_of
 from ..models.layouts.single_file import vae_config
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
@@ -71,7 +71,7 @@ class Vae:
         named = config.get("_class_name")
         if named not in (_TINY, _WHOLE):
             raise TightfitError(f"{self.path} holds a {str(named)[:40]}: a VAE is an {_WHOLE} or {_TINY}")
-        return self._component(spec, config, all_tensors(self.path))
+        return self._component(spec, config, tensors_of(self.path))
 
     def _file(self, spec: ModelSpec) -> Component:
         stored, _ = contents(self.path, stamp(self.path))

@@ -18,6 +18,10 @@ def engine(name: str) -> type[Engine]:
             from .onnx.backend import OnnxBackend
 
             return OnnxBackend
+    if name == "bitsandbytes":
+        from .bitsandbytes.backend import BitsAndBytesBackend
+
+        return BitsAndBytesBackend
     raise TightfitError(f"unknown backend '{name}': choose {', '.join(BACKENDS)}")
 
 

@@ -78,7 +78,7 @@ def arrival_spans(
     attention = _sums(attention_seconds(hardware, placement, shape) / share for shape in trace.attentions)
     # ONNX Runtime issues operators in C++; `call_seconds` covers that
     issue_seconds = (
-        hardware.operator_seconds if placement.backend == "torch" and hardware.device != "cpu" else 0.0
+        hardware.operator_seconds if placement.backend != "onnx" and hardware.device != "cpu" else 0.0
     )
 
     def between(begin: tuple[int, int], end: tuple[int, int]) -> float:
@@ -106,7 +106,7 @@ def _operation_seconds(
         rates = {kind: rate / ONNX_SHARE for kind, rate in rates.items()}
     if placement.provider == CPU_PROVIDER and hardware.device != "cpu":
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
-    torchs = placement.backend == "torch"
+    torchs = placement.backend != "onnx"
     starts = {
         kind: hardware.start(kind) if torchs else hardware.call_seconds
         for kind in ("", "product", "int8", "unpack")

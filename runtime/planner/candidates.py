@@ -38,7 +38,7 @@ def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, di
             placements = {
                 name: _on_onnx(hardware, spec, name, wishes, choice)
                 if engine == "onnx"
-                else _on_torch(hardware, spec, name, choice)
+                else replace(_on_torch(hardware, spec, name, choice), backend=engine)
                 for name, engine in engines.items()
             }
             key = (cfg, *placements.values())
@@ -53,7 +53,7 @@ def _choices(
     """What there is to decide, where these engines run the components. A graph has its weights in one
     precision and its own attention, and does not stream."""
     graph = engines[spec.denoiser.name] == "onnx"
-    tiles = not graph or engines[spec.decoder.name] == "torch"
+    tiles = not graph or engines[spec.decoder.name] != "onnx"
     axes = (
         _of_graph(spec, wishes) if graph else _precisions(hardware, spec, wishes),
         _options(wishes.residency, RESIDENCIES[:2] if graph else RESIDENCIES),
@@ -73,6 +73,9 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
     one can."""
     runnable = {name: _runnable(spec, component) for name, component in spec.components.items()}
     asked = _asked_engine(wishes)
+    if asked == "bitsandbytes":  # torch, but for some layers: never a candidate unless it is asked for
+        swapped = {"torch": asked}
+        runnable = {name: tuple(swapped.get(e, e) for e in engines) for name, engines in runnable.items()}
     if asked and not any(asked in engines for engines in runnable.values()):
         raise _without_weights(spec, wishes, asked)
     options: dict[Role, tuple[str, ...]] = {}

@@ -46,7 +46,7 @@ class _Saved:
 
     @property
     def overflows(self) -> bool:
-        fp16 = self.vae.backend == "torch" and self.vae.compute == "fp16"
+        fp16 = self.vae.backend != "onnx" and self.vae.compute == "fp16"
         return fp16 and vae_compute(self.hardware, self.spec, "fp16") != "fp16"
 
     @property
@@ -55,7 +55,7 @@ class _Saved:
         spec, unet = self.spec, self.unet
         return (
             bool(spec.precision)
-            and unet.backend == "torch"
+            and unet.backend != "onnx"
             and unet.precision not in of_stored(spec.precision)
         )
 

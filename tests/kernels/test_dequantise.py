@@ -64,7 +64,8 @@ def test_launches_for_a_large_convolution(name):
     }
     out = torch.empty(1280, 1280 * 9, dtype=torch.float16, device="meta")
     with Launches() as launches:
-        dequantise(out, parts["packed"], parts["scale"], parts.get(form.offset), None, form, 9, True)
+        weight = (parts["packed"], parts["scale"], parts.get(form.offset))
+        dequantise(out, *weight, None, form, form.taps(shape), True)
     assert launches.count <= 16
 
 

@@ -269,7 +269,7 @@ def test_second_order_samplers_count_both_calls(pipes):
     assert pipes["sd1"]._job(Request("[a:b:0.5]", **words)).prompting.lines[-1].ends == (2, 4)
 
 
-def test_branches_by_hand(pipes, monkeypatch):
+def test_branches_by_hand(pipes):
     """uncond + Σ weight · scale · (cond - uncond), however the guidance runs."""
     pipe = pipes["sd1"]
     job = pipe._job(Request("a cat :0.5 AND a dog AND x :-0.3", "y", **FAST))
@@ -279,15 +279,8 @@ def test_branches_by_hand(pipes, monkeypatch):
         for text in ("y", "a cat", "a dog", "x")
     }
     assert np.array_equal(conditioned(pipe, job)["hidden"], np.concatenate(list(single.values())))
-
-    class Unconditioned:
-        def of(self, cfg, call):
-            return [{}]
-
     given = np.arange(4, dtype=np.float32).reshape(4, 1, 1, 1) ** 2
-    monkeypatch.setattr(Run, "_session", lambda *_: lambda **arrays: (given[: len(arrays["sample"])],))
-    run = Run(job, pipe.loaded, None)
-    guided = run._predict(np.zeros((1, 4, 8, 8), np.float32), 1.0, Unconditioned(), 0, False)
+    guided = Run(job, pipe.loaded, None)._guided(given, [line.weight for line in job.prompting.lines[1:]])
     assert guided.item() == pytest.approx(4 * (0.5 * 1 + 4 - 0.3 * 9))
 
 

@@ -14,8 +14,9 @@ import torch
 from torch._prims_common import suggest_memory_format
 
 from ....kernels.attention import sdpa_cpu_bytes
+from ....kernels.dequantise import look_up_rows
 from ....kernels.int8 import AT_ONCE
-from .quantised import CONV2D_INT8, LINEAR_INT8, scales_bytes
+from .quantised import CONV2D_INT8, LINEAR_INT8, LINEAR_NF4, dequantised_bytes, scales_bytes
 
 SDPA = torch.ops.aten.scaled_dot_product_attention.default
 CONVOLUTION = torch.ops.aten.conv2d.default
@@ -65,8 +66,10 @@ def _upsampling(args: Any, out: torch.Tensor) -> int:
 
 
 def _dequantising(args: Any, _: Any) -> int:
+    """Scales and what moves the groups; before them places in NF4's table."""
     out, _, scale, zero, _, kind = args[:6]
-    return scales_bytes(out, scale, zero, kind)
+    places = 4 * look_up_rows(out.shape) * out.shape[1] if kind == "nf4" else 0
+    return max(places, scales_bytes(out, scale, zero, kind))
 
 
 def _linear_int8(args: Any, out: torch.Tensor) -> int:
@@ -94,6 +97,7 @@ _FORMULAS: dict[Any, Callable[[Any, Any], int]] = {
     torch.ops.tightfit.dequantise.default: _dequantising,
     LINEAR_INT8: _linear_int8,
     CONV2D_INT8: _convolution_int8,
+    LINEAR_NF4: dequantised_bytes,
 }
 
 

@@ -24,7 +24,7 @@ from . import loading as weights
 from . import networks, streaming
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .meter import LiveBytes, tensors_in
-from .quantised import CONV2D_INT8, DEQUANTISE, LINEAR_INT8, quantised_layers, workspace
+from .quantised import CONV2D_INT8, DEQUANTISE, LINEAR_INT8, LINEAR_NF4, quantised_layers, workspace
 
 T = TypeVar("T")
 # At one size a model of three components has 20 to 30 candidate calls, and 12 modules on `meta`.
@@ -141,6 +141,8 @@ _KINDS = {CONV2D_INT8: "int8", LINEAR_INT8: "int8"}
 def _flops(func: Any, args: Any, out: Any) -> float:
     if func in (torch.ops.aten.linear.default, LINEAR_INT8):
         return 2.0 * out.numel() * args[1].shape[1]
+    if func is LINEAR_NF4:
+        return 2.0 * out.numel() * args[0].shape[-1]
     if func in (CONVOLUTION, CONV2D_INT8):
         return 2.0 * out.numel() * args[1][0].numel()
     if func is torch.ops.aten.addmm_.default:
@@ -269,7 +271,7 @@ def _module(
             json.dumps([dict(component.config), layers, words], sort_keys=True, default=str),
         )
 
-    return _modules.get((precision, device), built, component)
+    return _modules.get((placement.backend, precision, device), built, component)
 
 
 def _trace(

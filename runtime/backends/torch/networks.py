@@ -3,12 +3,13 @@ each is called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 
 from ....kernels import attention
+from ....kernels.formats import FORMATS
 from ....kernels.recipe import recipe
 from ...errors import TightfitError, explained
 from ...models.families.family import Role
@@ -20,6 +21,7 @@ from .adapted import Adapted
 from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward, with_words
 from .vae import decode_strips, encode_strips
 
+_NF4 = "nf4-b64"  # of kernels/formats.py, what bitsandbytes multiplies by
 Forward = Callable[..., tuple[torch.Tensor, ...]]
 
 
@@ -37,8 +39,11 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         _formats(component, module, placement.precision),
         component.network.in_strips,
     )
+    kinds = {}
+    if placement.backend == "bitsandbytes" and component.role is Role.DENOISER:
+        formats, kinds = _in_nf4(module, formats), {_NF4: quantised.LinearNF4}
     quantised.quantise_layers(
-        module, formats, device, whole=used_often, dynamic=placement.precision == DYNAMIC
+        module, formats, device, used_often, dynamic=placement.precision == DYNAMIC, kinds=kinds
     )
     _adapt(component, module)
     if component.words:
@@ -50,6 +55,14 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         if hasattr(part, "set_processor"):
             part.set_processor(processor)  # pyright: ignore[reportCallIssue]
     return module
+
+
+def _in_nf4(module: torch.nn.Module, formats: Mapping[str, str]) -> dict[str, str]:
+    """The formats with that of bitsandbytes for the linears whose rows are whole groups."""
+    group = FORMATS[_NF4].group
+    linears = (path for path, part in module.named_modules() if type(part) is torch.nn.Linear)
+    whole = (path for path in linears if module.get_submodule(path).in_features % group == 0)  # pyright: ignore[reportOperatorIssue]
+    return {**formats, **{path: _NF4 for path in whole if path in formats}}
 
 
 def _teach(component: Component, module: torch.nn.Module) -> None:

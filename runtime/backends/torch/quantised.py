@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ....kernels import int8
+from ....kernels import int8, nf4
 from ....kernels.dequantise import dequantise, triton_runs
 from ....kernels.formats import FORMATS, Format, from_rows
 from ....kernels.quantise import quantise
@@ -108,6 +108,16 @@ def _(
     return int8.empty_answer(x, packed, scale, kernel, stride, padding)
 
 
+@torch.library.custom_op("tightfit::linear_nf4", mutates_args=())
+def _linear_nf4(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return nf4.linear_nf4(x, packed, scale, bias)
+
+
+@_linear_nf4.register_fake
+def _(x: Tensor, packed: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ARG001
+    return x.new_empty(*x.shape[:-1], len(packed))
+
+
 def _tiles(run: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:
     return {
         f"{tile} in {warps} warps and {stages} stages": functools.partial(
@@ -120,6 +130,7 @@ def _tiles(run: Callable[..., Tensor]) -> dict[str, Callable[[], Tensor]]:
 DEQUANTISE = torch.ops.tightfit.dequantise.default
 LINEAR_INT8 = torch.ops.tightfit.linear_int8.default
 CONV2D_INT8 = torch.ops.tightfit.conv2d_int8.default
+LINEAR_NF4 = torch.ops.tightfit.linear_nf4.default
 
 
 def gpu_bytes(func: Any, args: Any, out: Any) -> int:
@@ -127,19 +138,29 @@ def gpu_bytes(func: Any, args: Any, out: Any) -> int:
     channels_last; and the codes of a 4-bit weight where Triton does not run."""
     if func is DEQUANTISE:
         return _unpacking(*args[:6])
+    if func is LINEAR_NF4:
+        return dequantised_bytes(args, out)
     if func not in (LINEAR_INT8, CONV2D_INT8):
         return 0
     codes = args[0].numel()
     return max(codes, 2 * codes - out.nbytes) if func is CONV2D_INT8 and args[0].is_contiguous() else codes
 
 
+def dequantised_bytes(args: Any, _: Any) -> int:
+    """Of the weight that bitsandbytes dequantises to multiply by it; for few tokens it does without."""
+    x, packed = args[:2]
+    return 2 * packed.numel() * x.element_size()
+
+
 def _unpacking(
     out: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, codes: Tensor | None, kind: str
 ) -> int:
-    """Scratch bytes of dequantise_torch for 4 bits: the codes, then `scales_bytes`. nf4 takes more, but no
-    recipe of ours uses it."""
+    """Scratch bytes of dequantise_torch for 4 bits: the codes, then `scales_bytes`. Of nf4, half a row of
+    places in its table, and their values."""
     if kind == "int8":
         return 0
+    if kind == "nf4":
+        return (1 + 4 + out.element_size()) * packed.numel()
     return (packed.numel() if codes is None else 0) + scales_bytes(out, scale, zero, kind)
 
 
@@ -395,6 +416,25 @@ class Conv2dInt8(LinearInt8):
         return torch.ops.tightfit.conv2d_int8(x, self.packed, self.scale, self.sums, self.bias, *self.how)
 
 
+class LinearNF4(Linear):
+    """Multiplies by bitsandbytes' kernels."""
+
+    dequantises = False
+
+    def prepare(self) -> None:
+        self.packed = nn.Parameter(nf4.reorder(self.packed), requires_grad=False)
+
+    def packing_bytes(self) -> int:
+        return self.packed_bytes()
+
+    def workspace_bytes(self, itemsize: int) -> int:  # noqa: ARG002
+        return 0
+
+    def product(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        return torch.ops.tightfit.linear_nf4(x, self.packed, self.scale, self.bias)
+
+
 class Embedding(Quantised):
     def product(self, x: Tensor) -> Tensor:
         """(…) → (…, width). Only the rows looked up are dequantised."""
@@ -433,12 +473,17 @@ KINDS: dict[type[nn.Module], type[Quantised]] = {
 
 
 def quantise_layers(
-    module: nn.Module, formats: Mapping[str, str], device: str, whole: bool = False, dynamic: bool = False
+    module: nn.Module,
+    formats: Mapping[str, str],
+    device: str,
+    whole: bool = False,
+    dynamic: bool = False,
+    kinds: Mapping[str, type[Quantised]] | None = None,
 ) -> None:
     """Replace the layers at the paths in `formats` by quantised ones, to be computed on `device`.
 
-    `dynamic`: layers that can also quantise their inputs. Raises TightfitError for an unknown layer or
-    format.
+    `dynamic`: layers that can also quantise their inputs. `kinds`: of layers in some formats.
+    Raises TightfitError for an unknown layer or format.
     """
     shared = Workspace(device)
     for path, name in formats.items():
@@ -452,6 +497,7 @@ def quantise_layers(
             ) from None
         if dynamic and name == "int8":
             kind = _integer_kind(layer, device) or kind
+        kind = (kinds or {}).get(name, kind)
         setattr(module.get_submodule(parent), leaf, kind(layer, form, shared, whole))
     if formats and device == "cpu":
         for part in module.modules():

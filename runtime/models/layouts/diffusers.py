@@ -23,8 +23,8 @@ from ..families.networks import SCHEDULER_FIELDS
 from ..manifest import read_manifest
 from ..spec import Component
 from ..tensors import Tensor
+from .bitsandbytes import tensors_of
 from .optimum import read_network
-from .safetensors import all_tensors
 
 # What model_index.json may say of the parts that are no networks, and of those that are never loaded; nothing
 # is imported by it.
@@ -126,7 +126,7 @@ class DiffusersFolder:
         self._check_for_weights(folder, file)
         config = self._full_config(network, folder / "config.json")
         tensors = {
-            key: tensor for key, tensor in all_tensors(folder).items() if key.startswith(network.prefixes)
+            key: tensor for key, tensor in tensors_of(folder).items() if key.startswith(network.prefixes)
         }
         if not tensors:
             raise TightfitError(
@@ -175,7 +175,7 @@ class DiffusersFolder:
         return config
 
     def whole(self, network: Network) -> Mapping[str, Tensor]:
-        return all_tensors(self.folder / network.folder)
+        return tensors_of(self.folder / network.folder)
 
     def scheduler(self) -> Mapping[str, Any]:
         file = self.folder / "scheduler" / "scheduler_config.json"
