@@ -127,10 +127,10 @@ def generate(
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options, adapting)
     said = carried.request.get("prompt") if prompt is None else prompt
-    conditions = conditions_of({**carried.asking, **asking})
-    if carried.asking and not conditions:
+    if carried.asking and "image" not in asking:
         painted = f"{options.source} was painted over another picture, which it does not carry"
         raise TightfitError(f"{painted}: give that by --image, and a mask by --mask")
+    conditions = conditions_of({**carried.asking, **asking})
     wanted = Request(**{**carried.request, **asked, "prompt": said, "conditions": conditions})
     request = _adapted(wanted, adapting, models_dirs).checked()
     count = request.num_images

@@ -12,12 +12,12 @@ from ..errors import TightfitError
 COMMANDS = ("generate", "plan", "models", "info", "calibrate", "export", "convert", "bench")
 _NO_SERVER = "this version has no server and no page to click on"
 _KINDS = "--model takes emoji, a checkpoint file, a folder in diffusers' layout or a hub id"
-_TEXT_ONLY = "this version paints from text alone"
 _ELSEWHERE = {
     **dict.fromkeys(("serve", "server", "ui", "webui", "gui", "web", "api", "start", "launch"), _NO_SERVER),
     **dict.fromkeys(("download", "pull"), _KINDS),
     **dict.fromkeys(("list", "ls"), "tightfit models lists the models in a folder"),
-    **dict.fromkeys(("img2img", "inpaint", "upscale", "train"), _TEXT_ONLY),
+    **dict.fromkeys(("img2img", "inpaint"), 'tightfit "a red heart" --image FILE does, with --mask FILE'),
+    **dict.fromkeys(("upscale", "train"), "this version has none"),
     **dict.fromkeys(("run", "paint", "txt2img"), 'tightfit "a red heart" paints'),
     **dict.fromkeys(("quantize", "quantise"), "it is tightfit export"),
     "help": "tightfit --help lists the commands",
@@ -42,7 +42,8 @@ _OPTIONS = {
     **dict.fromkeys(("dtype", "quantize", "quantise", "fp16", "half"), "it is --precision"),
     **dict.fromkeys(("textual-inversion", "ti"), "it is --embedding"),
     **dict.fromkeys(("controlnet", "control-net"), _NO_CONTROL),
-    **dict.fromkeys(("init-image", "init-img", "image", "mask", "strength"), _TEXT_ONLY),
+    **dict.fromkeys(("init-image", "init-img"), "it is --image"),
+    **dict.fromkeys(("denoise", "denoising-strength"), "it is --strength"),
 }
 
 

@@ -3,6 +3,7 @@ kind is one file beside this one and one line in CONDITIONS."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +19,12 @@ CONDITIONS: tuple[type[Condition], ...] = (Inpainting,)
 def networks() -> dict[str, Network]:
     """Every network that a condition may add, by its name."""
     return {network.name: network for kind in CONDITIONS for network in kind.networks}
+
+
+def options() -> tuple[str, ...]:
+    """The names of what asks for conditions."""
+    kinds = [kind.options for kind in CONDITIONS if kind.options]
+    return tuple(field.name for options in kinds for field in dataclasses.fields(options))
 
 
 def asked(given: Mapping[str, Any]) -> tuple[Condition, ...]:
