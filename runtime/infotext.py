@@ -68,7 +68,7 @@ def write(job: Job, model: str, precision: str) -> str:
     exact = {"model": model, "precision": precision, **_told(job)}
     loras = [adapter.a1111() for adapter in job.adapters if isinstance(adapter, Lora)]
     lines = [" ".join([job.prompt, *(words for words, _ in loras)])]
-    if job.negative_prompt:
+    if job.negative_prompt is not None:
         lines.append(f"Negative prompt: {job.negative_prompt}")
     plain = settings.said(job)
     fields = {
@@ -123,7 +123,7 @@ def read(picture: Path, given: Collection[str] = (), models_dirs: Sequence[str |
     be repeated."""
     texts = pictures.texts(picture)
     text = texts.get(pictures.PARAMETERS, "")
-    if text and not text.lstrip().startswith("{"):
+    if text and (not text.lstrip().startswith("{") or any(map(_SETTINGS.match, text.split("\n")))):
         return parse(text, str(picture), given, models_dirs)
     try:
         said = programs.read(texts)
@@ -162,11 +162,12 @@ def parse(
         )
     if missing := [name for name in ("CFG scale", "Seed", "Size") if name not in fields]:
         raise _damaged(source, f"no {missing[0]}")
-    positive, _, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
+    positive, mark, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
     program = _program(fields.get("Version", ""))
     # A1111 says nothing of the noise that it draws on the GPU.
     fields = {settings.RNG: "CPU" if program in _ON_CPU else "GPU"} | fields
-    return _carried(Said(program, positive.strip(), negative.strip(), fields), source, given, models_dirs)
+    said = Said(program, positive.strip(), negative.strip() if mark else None, fields)
+    return _carried(said, source, given, models_dirs)
 
 
 def _program(version: str) -> str:
@@ -285,22 +286,29 @@ def _carried(said: Said, source: str, given: Collection[str], models_dirs: Seque
         fields = settings.understood(said.settings, said.program in _A1111S)
     except ValueError as error:
         raise _damaged(source, str(error)[:80]) from None
+    for name in settings.idle(fields):  # A1111 writes some of them whatever the sampler
+        del fields[name]
     files = _Named.among(said, models_dirs)
     adapters, left = files.adapters(given)
     loras = [] if Lora.option in given else said.loras
     words = [str(lora) for lora in loras if files.has(lora)]
     left |= {f"LoRA {lora.name}": _LOST for lora in loras if str(lora) not in words}
-    # A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its
-    # modules/sd_models_xl.py): here that is None.
     request = {
         "prompt": " ".join([said.prompt, *words]).strip(),
-        "negative_prompt": said.negative_prompt or None,
+        "negative_prompt": said.negative_prompt or _nothing(said),
         **fields,
         **({"adapters": adapters} if adapters else {}),
     }
     model = None if "model" in given else files.model()
+    left |= files.other_hash(model)
     precision = said.settings.get("Precision") if said.program == "tightfit" else None
     return Carried(request, model, precision, _differences(said, source, left), files.model_said)
+
+
+def _nothing(said: Said) -> str | None:
+    """A1111 writes no empty negative prompt, and zeroes SDXL's conditioning for it (its
+    modules/sd_models_xl.py): here that is None. Ours writes one that was given."""
+    return "" if said.program == "tightfit" and said.negative_prompt is not None else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -359,6 +367,11 @@ class _Named:
         same = (entry.path for entry in entries if hashes.get(entry.path).startswith(digest))
         path = next(same, None) or self.path(bare_name(name), Kind.MODEL)
         return str(path) if path else None
+
+    def other_hash(self, model: str | None) -> dict[str, str]:
+        """The picture's hash of its model, where the one of that name is known to have another."""
+        digest, here = self.settings.get("Model hash", "").lower(), settings.model_hash(model or "")
+        return {"Model hash": f"{digest}, here {here}"} if digest and here and here != digest else {}
 
     @property
     def model_said(self) -> str:

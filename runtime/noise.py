@@ -21,6 +21,7 @@ CPU, GPU, NV = SOURCES = ("cpu", "gpu", "nv")  # gpu: a card of NVIDIA; nv: that
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
 _LOW = np.uint64(2**32 - 1)
+_NO_ARC = 1e-6  # its sine
 _ALIKE = 0.9995  # cosine above which two noises are mixed in a line
 
 
@@ -135,7 +136,8 @@ def _between(noise: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
         return noise * np.float32(share) + other * np.float32(1 - share)
     angle = np.arccos(np.clip(cosine, -1, 1))
     parts = np.sin((1 - share) * angle) * noise + np.sin(share * angle) * other
-    return (parts / np.sin(angle)).astype(np.float32)
+    whole, line = np.sin(angle), (1 - share) * noise + share * other  # where there is no arc, or any
+    return np.where(whole > _NO_ARC, parts / np.maximum(whole, _NO_ARC), line).astype(np.float32)
 
 
 def _centred(inner: np.ndarray, outer: np.ndarray) -> np.ndarray:

@@ -38,7 +38,7 @@ class Said:
 
     program: str
     prompt: str
-    negative_prompt: str
+    negative_prompt: str | None
     settings: Mapping[str, str]
     others: Mapping[str, str] = field(default_factory=dict)
     loras: tuple[Word, ...] = ()

@@ -274,13 +274,17 @@ class Job(Request):
 
     def alone(self, index: int) -> Job:
         """Picture `index` alone. Each has the next seed, or, as A1111 has it, the next of a second noise."""
-        numbers = {"seed": self.seed + index}
-        if self.subseed_strength and self.subseed is not None:
-            numbers = {"subseed": self.subseed + index}
-        return dataclasses.replace(self, num_images=1, **numbers)
+        return dataclasses.replace(self, num_images=1, **numbers_of(self, index))
 
     def resolve(self, spec: ModelSpec) -> Job:
         return self if spec is self.model else super().resolve(spec)
+
+
+def numbers_of(request: Request, index: int) -> dict[str, int]:
+    """What picture `index` has in place of the request's: the next seed, or, as A1111 has it, the next of a
+    second noise."""
+    name = "subseed" if request.subseed_strength else "seed"
+    return {name: drawn(getattr(request, name)) + index}
 
 
 def drawn(seed: int | None) -> int:

@@ -338,11 +338,14 @@ class Run:
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
 
 
+_NO_SUM = 1e-3  # of weights, beside their sizes
+
+
 def averaged(predictions: np.ndarray, weights: Sequence[float]) -> np.ndarray:
     """(1, channels, h, w) of several, by their weights, or alike where these have no sum."""
     if len(predictions) == 1:
         return predictions
-    shares = weights if sum(weights) else None
+    shares = weights if abs(sum(weights)) > _NO_SUM * sum(map(abs, weights)) else None
     return np.average(predictions, axis=0, weights=shares)[None].astype(np.float32)
 
 
@@ -354,7 +357,10 @@ def rescaled(whole: np.ndarray, given: np.ndarray, share: float) -> np.ndarray:
     deviations = [
         torch.from_numpy(array).std(dim=(1, 2, 3), keepdim=True).numpy() for array in (given, whole)
     ]
-    return share * (whole * (deviations[0] / deviations[1])) + (1 - share) * whole
+    ratio = np.divide(
+        deviations[0], deviations[1], out=np.ones_like(whole[:1, :1, :1, :1]), where=deviations[1] != 0
+    )
+    return share * (whole * ratio) + (1 - share) * whole
 
 
 def widened(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:

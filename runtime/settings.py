@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .errors import TightfitError
 from .fields import described
 from .kept import Hashes
-from .models.samplers.names import of_a1111
+from .models.samplers.names import OWN, of_a1111, split
 from .request import PLAIN, Request
 
 _CHEAP_BYTES = 2**26  # hashed in a tenth of a second, where the hash of a model is not known
@@ -59,7 +60,8 @@ SETTINGS = (
     Setting("Steps", "num_inference_steps", whole),
     Setting("CFG scale", "guidance_scale", float),
     Setting("Seed", "seed", whole),
-    Setting("Clip skip", "clip_skip", whole),
+    Setting("Clip skip", "clip_skip", lambda text: max(1, whole(text))),
+    Setting("Prompt syntax", "prompt_syntax", str),
     Setting("RNG", "noise_source", str.lower, str.upper),
     Setting("ENSD", "ensd", whole),
     Setting("Variation seed", "subseed", whole),
@@ -77,6 +79,10 @@ SETTINGS = (
 )
 _ABOUT = described(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
+_TUNING = "eta", "s_churn", "s_noise"
+_MAY_BE_IDLE = (
+    *_TUNING, "ensd", "subseed", "guidance_start", "guidance_end", "guidance_rescale",
+)  # fmt: skip
 _ALWAYS = ("Steps", "CFG scale", "Seed")
 RNG = "RNG"
 """Where the noise is drawn: A1111 says nothing for the GPU."""
@@ -85,7 +91,7 @@ RNG = "RNG"
 def said(job: Request) -> dict[str, str]:
     """A request in A1111's words, but for its texts, sampler, size and model. What has its default is left
     out."""
-    other = "Eta" if job.scheduler and job.scheduler.startswith("ddim") else "Eta DDIM"
+    other = _other_eta(job.scheduler)
     named: dict[str, str] = {}
     for setting in SETTINGS:
         value, default = getattr(job, setting.field), _FIELDS[setting.field].default
@@ -101,23 +107,78 @@ def _without(named: Mapping[str, str], name: str) -> dict[str, str]:
 def understood(settings: Mapping[str, str], of_a1111s: bool) -> dict[str, Any]:
     """Fields of Request that these say. Where they are A1111's own, a schedule that is not said is the one
     that A1111 takes; elsewhere it is the sampler's. Raises KeyError or ValueError for what says none."""
-    fields = {
+    sampler, fields = settings.get("Sampler"), {}
+    if sampler:  # one that tightfit does not have is refused later
+        schedule = settings.get("Schedule type", "Automatic") if _takes_schedule(settings) else "Automatic"
+        fields["scheduler"] = of_a1111(sampler, schedule, of_a1111s)
+    other = _other_eta(fields.get("scheduler"))
+    fields |= {
         setting.field: setting.read(settings[setting.name])
         for setting in SETTINGS
-        if setting.name in settings and setting.means(settings[setting.name])
+        if setting.name in settings and setting.name != other and setting.means(settings[setting.name])
     }
     if "Size" in settings:
         width, height = settings["Size"].split("x")
         fields |= {"width": whole(width), "height": whole(height)}
-    if sampler := settings.get("Sampler"):  # one that tightfit does not have is refused later
-        fields["scheduler"] = of_a1111(sampler, settings.get("Schedule type", "Automatic"), of_a1111s)
+    if "seed_resize" in fields:  # A1111 rounds it so
+        sides = (whole(side) // 8 * 8 for side in fields["seed_resize"].split("x"))
+        fields["seed_resize"] = "x".join(map(str, sides))
     return fields
+
+
+def _other_eta(scheduler: str | None) -> str:
+    """A1111 has one for DDIM, and one for all other samplers: the name that does not count."""
+    return "Eta" if scheduler and scheduler.startswith("ddim") else "Eta DDIM"
+
+
+def idle(fields: Mapping[str, Any]) -> list[str]:
+    """Fields of a request that would change nothing beside the others, for which `resolve` would refuse it.
+    Those that other programs write into every picture are left out by this; what a person typed is not."""
+    asked = [name for name in _MAY_BE_IDLE if fields.get(name) not in (None, _FIELDS[name].default)]
+    share, scale = fields.get("subseed_strength"), fields.get("guidance_scale")
+    begin, end = (fields.get(name, _FIELDS[name].default) for name in ("guidance_start", "guidance_end"))
+    unguided = (scale is not None and scale <= 1) or begin >= end
+    found = [name for name in asked if name == "subseed" and not share]
+    found += [name for name in asked if name.startswith("guidance_") and unguided]
+    try:
+        sampler, _ = split(fields.get("scheduler") or OWN)
+    except TightfitError:  # which `resolve` says
+        return found
+    if sampler.name == OWN:
+        return found
+    found += [name for name in asked if name in _TUNING and name not in sampler.takes]
+    churns = fields.get("s_churn", 0.0) and "s_churn" in sampler.takes
+    if "s_noise" in asked and "s_churn" in sampler.takes and not churns:
+        found.append("s_noise")
+    draws = (
+        fields.get("eta") != 0 if sampler.noisy else (fields.get("eta") and "eta" in sampler.takes) or churns
+    )
+    return found + [name for name in asked if name == "ensd" and not draws]
 
 
 def honoured(settings: Mapping[str, str]) -> set[str]:
     """The names that `understood` makes fields of."""
     named = {known.name for known in SETTINGS if known.means(settings.get(known.name, ""))}
-    return {"Size", "Sampler", "Schedule type"} | named
+    return {"Size", "Sampler"} | named | ({"Schedule type"} if _takes_schedule(settings) else set())
+
+
+def _takes_schedule(settings: Mapping[str, str]) -> bool:
+    """Whether the sampler takes the schedule that is named, if one is."""
+    try:
+        sampler, schedule = split(
+            of_a1111(settings.get("Sampler", ""), settings.get("Schedule type", "Automatic"))
+        )
+    except TightfitError:
+        return not settings.get("Sampler") or not _known(settings["Sampler"])
+    return sampler.name == OWN or schedule in sampler.schedules
+
+
+def _known(sampler: str) -> bool:
+    try:
+        split(sampler)
+    except TightfitError:
+        return False
+    return True
 
 
 def model_hash(model: str) -> str:

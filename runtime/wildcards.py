@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import TightfitError, explained
 from .files import shortened
-from .request import Request, drawn
+from .request import Request, drawn, numbers_of
 
 MOST_BYTES = 10_000  # of a prompt with variants: their parser takes seconds for as many
 MOST_FOLDER_BYTES = 2**24
@@ -33,11 +33,14 @@ def variants(request: Request, folder: Path | None = None) -> tuple[Request, ...
     if request.prompt_syntax == "plain" or not any(_varies(text, folder) for text in texts.values()):
         return (request,)
     generator, seed = _generator(folder), drawn(request.seed)
+    whole = replace(
+        request, seed=seed, **({"subseed": drawn(request.subseed)} if request.subseed_strength else {})
+    )
     return tuple(
         replace(
-            request,
-            seed=seed + number,
+            whole,
             num_images=1,
+            **numbers_of(whole, number),
             **{name: _resolved(generator, text, seed + number, folder) for name, text in texts.items()},
         )
         for number in range(request.num_images)

@@ -127,12 +127,15 @@ _ADAPTED: Recent[ModelSpec] = Recent(16)
 
 
 def adapted(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
-    """The model with all of them, in order: the same object for the same adapters, so that what was planned
-    and loaded for it is found again. Networks that none of them changes stay the same objects."""
+    """The model with all of them, their kinds in the order of ADAPTERS: the same object for the same
+    adapters, so that what was planned and loaded for it is found again. Networks that none of them changes
+    stay the same objects."""
     return _ADAPTED.get(tuple(adapters), lambda: _applied(spec, adapters), spec) if adapters else spec
 
 
 def _applied(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
-    for adapter in adapters:
+    order = [kind.option for kind in ADAPTERS]
+    last = len(order)
+    for adapter in sorted(adapters, key=lambda one: order.index(one.option) if one.option in order else last):
         spec = adapter.apply(spec)
     return spec

@@ -12,16 +12,18 @@ import typer
 
 from .. import interrupts
 from ..adapters import written
-from ..adapters.prompt import from_words
+from ..adapters.prompt import WORD, from_words
 from ..conditions import asked as conditions_of
 from ..errors import TightfitError, printable
 from ..events import Event, Result, joined
 from ..machine.process import check_address_space
 from ..models.hub import located
+from ..models.samplers.names import AUTOMATIC, schedule_of, split
 from ..pictures import METADATA
 from ..planner.plan import Plan
 from ..planner.wishes import Wishes
 from ..request import Request
+from ..settings import idle
 from ..units import shown
 from ..wildcards import variants
 from .options import (
@@ -131,11 +133,14 @@ def generate(
         painted = f"{options.source} was painted over another picture, which it does not carry"
         raise TightfitError(f"{painted}: give that by --image, and a mask by --mask")
     conditions = conditions_of({**carried.asking, **asking})
-    wanted = Request(**{**carried.request, **asked, "prompt": said, "conditions": conditions})
-    request = _adapted(wanted, adapting, models_dirs).checked()
-    count = request.num_images
+    _check_schedules(asked)
+    kept = _without_idle(carried.request, asked)
+    wanted = Request(**{**kept, **asked, "prompt": said, "conditions": conditions}).checked()
+    drawn = variants(wanted, options.wildcards) if options.source is None or prompt else (wanted,)
+    requests = tuple(_adapted(request, adapting, models_dirs).checked() for request in drawn)
+    count = wanted.num_images
     writing = options.writing
-    saver = Saver(target(options.output, request.prompt, count, writing.form), count, writing)
+    saver = Saver(target(options.output, WORD.sub("", wanted.prompt), count, writing.form), count, writing)
     if options.source and options.model is None and carried.model is None:
         said = f"was painted with {carried.model_said}, which is in no folder of models"
         lost = said if carried.model_said else "does not say where its model is"
@@ -145,7 +150,6 @@ def generate(
     names = options.model, carried.model, plan.model if plan else "emoji"
     model = next(name for name in names if name is not None)
     offline = options.source is not None and options.model is None  # a picture alone never starts a download
-    requests = variants(request, options.wildcards) if options.source is None or prompt else (request,)
     with load(model, device=options.device, plan=plan, local_files_only=offline, **fields) as pipeline:
         for note in (*pipeline.hardware.passed_over, *pipeline.spec.notes):
             say(f"note: {note}", err=True)
@@ -159,6 +163,24 @@ def generate(
         say_json(_report(result, saver))
     else:
         say(_closing_line(result, saver))
+
+
+def _check_schedules(asked: Mapping[str, Any]) -> None:
+    """Raise TightfitError for two schedules, one of them in the name of the scheduler."""
+    scheduler, schedule = asked.get("scheduler"), asked.get("schedule")
+    named = split(scheduler)[1] if scheduler and schedule else AUTOMATIC
+    if named != AUTOMATIC and schedule_of(str(schedule)) != named:
+        raise TightfitError(
+            f"--scheduler {scheduler} names the schedule {named}, and --schedule {schedule}: give one of them"
+        )
+
+
+def _without_idle(carried: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What a picture carries, without what does nothing beside the options that are typed."""
+    void = [name for name in idle({**carried, **asked}) if name in carried and name not in asked]
+    if void:
+        say(f"note: not honoured beside these options: {', '.join(void)}", err=True)
+    return {name: value for name, value in carried.items() if name not in void}
 
 
 def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequence[Path]) -> Request:

@@ -109,6 +109,8 @@ class Saver:
 
     def _write(self, image: Image.Image, number: str, more: str) -> Path:
         wanted = self._template.filled(self._values(image, number), more)
+        if wanted in self.paths:  # whose fields say no more than those of one before
+            wanted = self._template.filled(self._values(image, number), f"-{number}")
         try:
             wanted.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:

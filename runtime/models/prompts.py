@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SYNTAXES = ("a1111", "plain")
 EMPHASES = ("original", "no-norm", "ignore")
 PROMPT, NEGATIVE = "prompt", "negative prompt"
+MOST_PARTS = 32
 MOST_CHUNKS = 64  # of one text: 4800 tokens
 _NETWORK = re.compile(r"<\w{1,20}:[^<>]+>")  # <lora:…> whose file was not found, <hypernet:…>
 
@@ -152,4 +153,14 @@ def prompting(spec: ModelSpec, wanted: Wanted, calls: int) -> Prompting:
         negative = wanted.negative or ""
         named = {NEGATIVE: negative, **named}
         first = (Line((negative,)) if plain else line(negative, calls),)
-    return Prompting(spec, (*first, *given), named, plain)
+    if len(given) > MOST_PARTS:
+        raise TightfitError(
+            f"the prompt has {len(given)} parts by AND, and at most {MOST_PARTS} are read: fewer"
+        )
+    made = Prompting(spec, (*first, *given), named, plain)
+    if made.chunks > MOST_CHUNKS:
+        raise TightfitError(
+            f"the parts of the prompt are of so different lengths that they go into {made.chunks} chunks, "
+            f"and at most {MOST_CHUNKS} are read: make them as long as one another"
+        )
+    return made

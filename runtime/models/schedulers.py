@@ -287,7 +287,8 @@ def _built(kind: str, options: Mapping[str, Any], spec: ModelSpec, tuning: Tunin
                 if package is None:
                     raise
                 raise TightfitError(
-                    f"{kind} needs {package}: pip install {package}, or choose another --scheduler"
+                    f"{kind} needs {package} for this: pip install {package}, "
+                    "or choose another --scheduler or --schedule"
                 ) from None
 
         scheduler = build()

@@ -271,11 +271,13 @@ class Estimate:
         """Why an engine cannot run its component so, or None."""
         for name, placement in placements.items():
             component = self.spec.components[name]
-            why = engine(placement.backend).refuses(
-                self.spec, component, placement, self.hardware, self._extent(name, cfg)
-            )
-            if why:
-                return why
+            for mode in self._calls(component.role, cfg):
+                extent = self._extent(name, mode)
+                why = engine(placement.backend).refuses(
+                    self.spec, component, placement, self.hardware, extent
+                )
+                if why:
+                    return why
         return None
 
     def _verdict(

@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+import tightfit
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -444,3 +445,62 @@ def test_words_travel():
     old = changed(prompt="a (red:1.3) heart")
     assert parameters.parse(old, "x.png").request["prompt_syntax"] == "plain"
     assert "prompt_syntax" not in parameters.parse(changed(), "x.png").request
+
+
+# Lines of settings as A1111 writes them, each of which has something that does nothing for its sampler, or is
+# out of our bounds: every one is repeated, without these.
+WRITTEN = [
+    ("Sampler: DPM++ 2M Karras, ENSD: 31337", {"scheduler": "dpmpp_2m_karras"}),
+    ("Sampler: DDIM, ENSD: 31337, Eta: 0.67", {"scheduler": "ddim"}),
+    ("Sampler: DDIM, Eta DDIM: 0.5, ENSD: 31337", {"eta": 0.5, "ensd": 31337}),
+    ("Sampler: Euler a, ENSD: 31337, Eta: 0.67", {"ensd": 31337, "eta": 0.67}),
+    ("Sampler: Euler a, Eta: 0, ENSD: 31337", {"eta": 0.0}),
+    ("Sampler: DPM++ 2M SDE, Eta: 0.67, Eta DDIM: 0.2", {"eta": 0.67}),
+    ("Sampler: DPM++ SDE Karras, Eta: 0.67", {"scheduler": "dpmpp_sde_karras"}),
+    ("Sampler: Heun, Sigma noise: 1.003", {"scheduler": "heun_uniform"}),
+    ("Sampler: DPM2, Sigma churn: 5", {"scheduler": "dpm2_karras"}),
+    ("Sampler: Euler, Sigma churn: 5, Sigma noise: 1.003, Eta: 0.5", {"s_churn": 5.0, "s_noise": 1.003}),
+    ("Sampler: LMS, Eta: 0.5, Skip Early CFG: 1.0", {"scheduler": "lms_uniform"}),
+    ("Sampler: Euler, Seed resize from: 500x500", {"seed_resize": "496x496"}),
+    (
+        "Sampler: Euler, Clip skip: 0, Variation seed: 5, Variation seed strength: 0",
+        {"scheduler": "euler_uniform"},
+    ),
+    ("Sampler: PLMS, Schedule type: Karras", {"scheduler": "pndm"}),
+    ("Sampler: DPM++ 2M, Schedule type: KL Optimal", {"scheduler": "dpmpp_2m_karras"}),
+    ("Sampler: Euler a, Emphasis: None", {"scheduler": "euler_a_uniform"}),
+]
+
+
+@pytest.mark.parametrize(("line", "fields"), WRITTEN)
+def test_what_other_programs_always_write_is_no_reason_to_refuse(line, fields, tiny_models):
+    text = f"a cat\nSteps: 4, {line}, CFG scale: 7, Seed: 5, Size: 64x64, Version: v1.10.1"
+    carried = parameters.parse(text, "x.png")
+    assert carried.request.items() >= fields.items()
+    job = Request(**carried.request).resolve(tightfit.inspect(str(tiny_models["sd1"])))
+    assert job.seed == 5
+    for name in ("Emphasis", "Schedule type"):
+        assert not re.search(f"{name}: ", line) or f"{name} " in carried.notices[0]
+
+
+def test_a_prompt_that_begins_with_a_brace(tmp_path):
+    """As Fooocus's JSON does."""
+    for number, prompt in enumerate(("{masterpiece}, a cat", "{cat|dog", '{"a": 1}')):
+        image = Image.new("RGB", (8, 8))
+        line = "Steps: 3, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64"
+        image.info["parameters"] = f"{prompt}\nNegative prompt: {{bad}}\n{line}"
+        save(image, tmp_path / f"{number}.png")
+        request = parameters.read(tmp_path / f"{number}.png").request
+        assert (request["prompt"], request["negative_prompt"]) == (prompt, "{bad}")
+
+
+def test_text_without_our_json_says_the_same(tiny_models):
+    """For each sampler, plain words, and an empty negative prompt."""
+    spec = tightfit.inspect(str(tiny_models["sd1"]))
+    for scheduler in SAMPLERS:
+        wanted = Request("a (b)", "", scheduler=scheduler, prompt_syntax="plain", seed=1, width=64, height=64)
+        text = parameters.write(wanted.resolve(spec), "m", "fp32").rpartition(", tightfit: ")[0]
+        read = Request(**parameters.parse(text, "x").request).resolve(spec)
+        assert (read.scheduler, read.prompt_syntax, read.negative_prompt) == (
+            wanted.resolve(spec).scheduler, "plain", "",
+        ), scheduler  # fmt: skip

@@ -307,9 +307,8 @@ def missing(name: str, kind: Kind, roots: Sequence[Path]) -> TightfitError:
     said = f"no {kind.value} in {places} is called {shortened(name)}"
     if other := next((entry for entry in library.entries if entry.is_called(name)), None):
         kind_there = other.shelf.value if other.shelf else "other"
-        return TightfitError(
-            f"{said}: {other.path} is, in a folder for {kind_there} files; give its path if that is meant"
-        )
+        cure = f"by --{other.shelf.name.lower()}, or as its path" if other.shelf else "as its path"
+        return TightfitError(f"{said}: {other.path} is, in a folder for {kind_there} files; give it {cure}")
     names = [entry.name for entry in _of_kind(library, kind)]
     bare = name[: -len(PurePath(name).suffix)] if PurePath(name).suffix.lower() in _ENDINGS else name
     close = get_close_matches(bare, names, 1)
