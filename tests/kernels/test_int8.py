@@ -266,7 +266,7 @@ def test_what_does_not_fit_is_refused(kernels):
 
 
 def compile_all() -> None:
-    for capability in (80, 90):
+    for capability in (80,):
         encode = beside["ptx"](triton_int8._encode, capability, "*i8", "*fp16", "*fp32", "*i32", "i32", 1024)
         print(capability, "div.rn.f32" in encode)  # noqa: T201  others round otherwise than torch
         for taps in ((1, 1), (3, 3)):
@@ -278,7 +278,7 @@ def compile_all() -> None:
 def test_compiles_for_gpus(tmp_path):
     """To products of whole numbers in tensor cores, and a division that rounds as torch's does."""
     pytest.importorskip("triton", reason="triton is not installed")
-    assert beside["run"](__file__, TRITON_CACHE_DIR=str(tmp_path)) == "80 True\n" * 3 + "90 True\n" * 3
+    assert beside["run"](__file__, TRITON_CACHE_DIR=str(tmp_path)) == "80 True\n" * 3
 
 
 if __name__ == "__main__":

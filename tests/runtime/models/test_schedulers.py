@@ -280,7 +280,8 @@ def test_a_package_that_is_not_installed_is_said(pipes, changes, package):
     if find_spec(package):
         pytest.skip(f"{package} is installed here")
     with pytest.raises(
-        TightfitError, match=rf"needs {package}: pip install {package}, or choose another --scheduler"
+        TightfitError,
+        match=rf"needs {package} for this: pip install {package}, or choose another --scheduler",
     ):
         pipes("sd1", BETAS | changes)("a cat", num_inference_steps=2)
 

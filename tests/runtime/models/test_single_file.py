@@ -419,13 +419,22 @@ def test_a_vae_beside_a_checkpoint_without(files, folders, tmp_path):
         assert (np.asarray(beside.images[0]) == whole).all()
 
 
-@pytest.mark.parametrize("channels", [9, 8])
-def test_inpainting_and_editing_models_are_read_then_refused(channels, files, tmp_path):
-    state = load_file(files["sd1"])
-    first = "model.diffusion_model.input_blocks.0.0.weight"
-    state[first] = torch.zeros(64, channels, 3, 3)
-    save_file(state, tmp_path / "x.safetensors")
-    refused(tmp_path / "x.safetensors", f"{channels} input channels", "text-to-image counterpart")
+def with_channels(file: Path, channels: int, target: Path) -> Path:
+    state = load_file(file)
+    state["model.diffusion_model.input_blocks.0.0.weight"] = torch.zeros(64, channels, 3, 3)
+    save_file(state, target)
+    return target
+
+
+def test_editing_models_are_read_then_refused(files, tmp_path):
+    file = with_channels(files["sd1"], 8, tmp_path / "x.safetensors")
+    refused(file, "8 input channels", "text-to-image counterpart")
+
+
+def test_inpainting_models_want_a_mask(files, tmp_path):
+    spec = tightfit.inspect(str(with_channels(files["sd1"], 9, tmp_path / "x.safetensors")))
+    with pytest.raises(TightfitError, match="is an inpainting model: give a picture and a mask to paint in"):
+        tightfit.Request("a cat").resolve(spec)
 
 
 @pytest.mark.parametrize(
