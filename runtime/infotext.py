@@ -19,7 +19,7 @@ from .adapters.textual_inversion import TextualInversion
 from .adapters.vae import Vae
 from .errors import TightfitError
 from .fields import kinds
-from .files import shortened
+from .files import SINGLE, shortened
 from .kept import Hashes
 from .models.hub import BUILT_IN
 from .models.layouts.library import Kind, Library, called, scan
@@ -113,7 +113,7 @@ def _quoted(value: str) -> str:
 def stem(model: str) -> str:
     """A model's name as A1111 shows it: that of its file or folder, without ending. A hub id stays."""
     path = PurePath(model)
-    is_file = path.suffix.lower() in (".safetensors", ".gguf")
+    is_file = path.suffix.lower() in SINGLE
     return (path.stem if is_file else path.name) if is_file or path.is_absolute() else model
 
 

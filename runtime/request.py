@@ -293,7 +293,6 @@ def drawn(seed: int | None) -> int:
 
 
 _KINDS, _ABOUT = kinds(Request), described(Request)
-_FIELDS = {field.name: field for field in dataclasses.fields(Request)}
 PLAIN = tuple(name for name, kind in _KINDS.items() if kind in (str, int, float, bool))
 """Fields that are numbers, texts or truths."""
 _WHOLE = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is int}
@@ -322,7 +321,7 @@ def _counted_calls(decided: Mapping[str, Any], spec: ModelSpec) -> int:
 
 
 def _check_text(name: str, value: object) -> None:
-    if value is None and _FIELDS[name].default is None:
+    if value is None and _DEFAULTS[name] is None:
         return
     if not isinstance(value, str):
         raise TightfitError(f"{name} must be text, not {type(value).__name__}")

@@ -157,13 +157,13 @@ class Run:
         job, steps = self.job.alone(index), self.job.num_inference_steps
         scheduler = schedulers.make(job.scheduler, self.spec, steps, job.seed, job.tuning)
 
-        calls = count()
+        calls, guided, is_guided = count(), job.guided, job.branches > 1
 
         def predict(sample: np.ndarray, timestep: float, step: int) -> np.ndarray:
-            call, alone = next(calls), self.job.branches > 1 and step not in self.job.guided
+            call, alone = next(calls), is_guided and step not in guided
             return self._surviving(lambda: self._predict(sample, timestep, conditioning, call, alone))
 
-        sampler = sampling.Sampling(scheduler, steps, job.tuning)
+        sampler = sampling.Sampling(scheduler, steps, job.tuning, job.skipped)
         for step in sampling.denoise(sampler, job.noise, predict, self._steering):
             done, total = index * step.count + step.number, self.job.num_images * step.count
             yield Event("denoise", done, total, index, notices=self._news()), step.latents

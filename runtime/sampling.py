@@ -28,11 +28,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Sampling:
-    """What takes the noise out: a scheduler, in so many steps, changed so."""
+    """What takes the noise out: a scheduler, in so many steps, changed so. The first `skipped` are left
+    out."""
 
     scheduler: Any
     steps: int
     tuning: schedulers.Tuning = schedulers.UNTUNED
+    skipped: int = 0
+
+    @property
+    def begin(self) -> int:
+        """The first of the scheduler's timesteps that is called."""
+        return self.skipped * self.scheduler.order
 
 
 def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steering) -> Iterator[Step]:
@@ -43,13 +50,13 @@ def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steeri
     """
     import torch
 
-    scheduler = sampling.scheduler
+    scheduler, begin = sampling.scheduler, sampling.begin
     drawn, generator = noise.first(steering.draw)
     options = schedulers.step_options(scheduler, generator.token, sampling.tuning)
-    if (begin := steering.begin(scheduler)) and hasattr(scheduler, "set_begin_index"):
+    if begin and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     latents = torch.from_numpy(drawn) * getattr(scheduler, "init_noise_sigma", 1.0)
-    latents = torch.from_numpy(steering.start(latents.numpy(), drawn, scheduler))
+    latents = torch.from_numpy(steering.start(latents.numpy(), drawn, scheduler, begin))
     ends = [end for end in schedulers.ends(scheduler, sampling.steps) if end >= begin]
     number = 1
     for call, timestep in enumerate(scheduler.timesteps[begin:], begin):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 from .errors import TightfitError
 from .fields import described
 from .kept import Hashes
-from .models.samplers.names import OWN, of_a1111, split
+from .models.samplers.names import OWN, of_a1111, schedule_of, split
+from .models.schedulers import Tuning, draws
 from .request import PLAIN, Request
 
 _CHEAP_BYTES = 2**26  # hashed in a tenth of a second, where the hash of a model is not known
@@ -90,18 +92,15 @@ RNG = "RNG"
 
 def said(job: Request) -> dict[str, str]:
     """A request in A1111's words, but for its texts, sampler, size and model. What has its default is left
-    out."""
+    out, and what A1111 says by saying nothing is empty."""
     other = _other_eta(job.scheduler)
     named: dict[str, str] = {}
     for setting in SETTINGS:
         value, default = getattr(job, setting.field), _FIELDS[setting.field].default
         if setting.name != other and (setting.name in _ALWAYS or value not in (None, default)):
             named[setting.name] = setting.write(value)
-    return {**named, RNG: job.noise_source.upper()} if job.noise_source != "gpu" else _without(named, RNG)
-
-
-def _without(named: Mapping[str, str], name: str) -> dict[str, str]:
-    return {key: value for key, value in named.items() if key != name}
+    named[RNG] = "" if job.noise_source == "gpu" else job.noise_source.upper()
+    return named
 
 
 def understood(settings: Mapping[str, str], of_a1111s: bool) -> dict[str, Any]:
@@ -109,8 +108,7 @@ def understood(settings: Mapping[str, str], of_a1111s: bool) -> dict[str, Any]:
     that A1111 takes; elsewhere it is the sampler's. Raises KeyError or ValueError for what says none."""
     sampler, fields = settings.get("Sampler"), {}
     if sampler:  # one that tightfit does not have is refused later
-        schedule = settings.get("Schedule type", "Automatic") if _takes_schedule(settings) else "Automatic"
-        fields["scheduler"] = of_a1111(sampler, schedule, of_a1111s)
+        fields["scheduler"] = of_a1111(sampler, _schedule(settings), of_a1111s)
     other = _other_eta(fields.get("scheduler"))
     fields |= {
         setting.field: setting.read(settings[setting.name])
@@ -146,39 +144,32 @@ def idle(fields: Mapping[str, Any]) -> list[str]:
         return found
     if sampler.name == OWN:
         return found
-    found += [name for name in asked if name in _TUNING and name not in sampler.takes]
-    churns = fields.get("s_churn", 0.0) and "s_churn" in sampler.takes
-    if "s_noise" in asked and "s_churn" in sampler.takes and not churns:
-        found.append("s_noise")
-    draws = (
-        fields.get("eta") != 0 if sampler.noisy else (fields.get("eta") and "eta" in sampler.takes) or churns
-    )
-    return found + [name for name in asked if name == "ensd" and not draws]
+    taken = {name: fields[name] for name in _TUNING if name in asked and name in sampler.takes}
+    if "s_churn" in sampler.takes and "s_churn" not in taken:  # whose strength it is
+        taken.pop("s_noise", None)
+    found += [name for name in asked if name in _TUNING and name not in taken]
+    return found + [name for name in asked if name == "ensd" and not draws(sampler, Tuning(**taken))]
 
 
 def honoured(settings: Mapping[str, str]) -> set[str]:
     """The names that `understood` makes fields of."""
     named = {known.name for known in SETTINGS if known.means(settings.get(known.name, ""))}
-    return {"Size", "Sampler"} | named | ({"Schedule type"} if _takes_schedule(settings) else set())
+    schedule = {"Schedule type"} if settings.get("Schedule type") in (None, _schedule(settings)) else set()
+    return {"Size", "Sampler", *schedule, *named}
 
 
-def _takes_schedule(settings: Mapping[str, str]) -> bool:
-    """Whether the sampler takes the schedule that is named, if one is."""
+def _schedule(settings: Mapping[str, str]) -> str:
+    """The schedule that is named, "Automatic" for one that the sampler does not take. Beside a sampler that
+    tightfit does not have it stays."""
+    named = settings.get("Schedule type", "Automatic")
     try:
-        sampler, schedule = split(
-            of_a1111(settings.get("Sampler", ""), settings.get("Schedule type", "Automatic"))
-        )
+        sampler, _ = split(settings.get("Sampler", ""))
     except TightfitError:
-        return not settings.get("Sampler") or not _known(settings["Sampler"])
-    return sampler.name == OWN or schedule in sampler.schedules
-
-
-def _known(sampler: str) -> bool:
-    try:
-        split(sampler)
-    except TightfitError:
-        return False
-    return True
+        return named
+    with suppress(TightfitError):
+        if sampler.name == OWN or schedule_of(named) in sampler.schedules:
+            return named
+    return "Automatic"
 
 
 def model_hash(model: str) -> str:

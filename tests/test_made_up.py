@@ -372,7 +372,7 @@ class Halfway(Steering):
     def __init__(self, latents):
         self.latents = latents
 
-    def start(self, latents, noise, scheduler):
+    def start(self, latents, noise, scheduler, call):
         return (latents + self.latents) / 2
 
     def inputs(self, arrays):

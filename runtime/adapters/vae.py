@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import TightfitError
 from ..files import read_json
+from ..models.families.family import Network
 from ..models.families.networks import DECODER, check_config
 from ..models.families.tiny import TINY_DECODER
 from ..models.layouts import renames
@@ -24,6 +26,10 @@ _INSIDE = "first_stage_model."  # as names of a VAE begin in a checkpoint, and i
 _TINY, _WHOLE = "AutoencoderTiny", "AutoencoderKL"
 # taesd_decoder.safetensors of its authors numbers its layers, a clamp without weights the first of them.
 _NUMBERED = re.compile(r"(\d{1,4})\.(.+)")
+
+
+Stored = tuple[Mapping[str, Any], Mapping[str, Tensor]]
+"""A config, and tensors by diffusers' names."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +57,12 @@ class Vae:
         """The model with its decoder. Raises TightfitError for one of other latents, or that is no VAE."""
         if spec.decoder.network is TINY_DECODER:
             raise TightfitError(f"{self.path} is a second VAE beside {spec.decoder.folder}: give one")
-        decoder = self._folder(spec) if self.path.is_dir() else self._file(spec)
-        check_config(decoder)
+        config, stored = self._folder() if self.path.is_dir() else self._file(spec)
+        tiny = config.get("_class_name") == _TINY
+        if tiny:  # as diffusers has it, whatever the file says
+            config = {**TINY_DECODER.defaults, **config}
+            config["block_out_channels"] = config["decoder_block_out_channels"]
+        decoder = self._component(config, stored, TINY_DECODER if tiny else spec.decoder.network)
         latents, ours = decoder.setting("latent_channels"), spec.decoder.setting("latent_channels")
         factor = 2 ** (len(decoder.setting("block_out_channels")) - 1)
         wanted_factor = spec.downsampling if spec.decoder.engines else factor  # a file without a VAE has none
@@ -64,39 +74,39 @@ class Vae:
         notes = spec.notes
         if decoder.network is TINY_DECODER:
             notes += (f"{self.path.name} decodes approximately: dB count from its own picture in fp32",)
-        return replace(spec, components={**spec.components, decoder.name: decoder}, notes=notes)
+        components = {**spec.components, decoder.name: decoder}
+        spare = spec.spare if tiny else partial(self._component, config, stored)
+        return replace(spec, components=components, notes=notes, spare=spare)
 
-    def _folder(self, spec: ModelSpec) -> Component:
+    def _folder(self) -> Stored:
         config = read_json(self.path / "config.json")
         named = config.get("_class_name")
         if named not in (_TINY, _WHOLE):
             raise TightfitError(f"{self.path} holds a {str(named)[:40]}: a VAE is an {_WHOLE} or {_TINY}")
-        return self._component(spec, config, tensors_of(self.path))
+        return config, tensors_of(self.path)
 
-    def _file(self, spec: ModelSpec) -> Component:
+    def _file(self, spec: ModelSpec) -> Stored:
         stored, _ = contents(self.path, stamp(self.path))
         if all(_NUMBERED.fullmatch(name) for name in stored):
-            return self._component(spec, {"_class_name": _TINY}, _renamed(stored))
+            return {"_class_name": _TINY}, _renamed(stored)
         if any(name.startswith("decoder.layers.") for name in stored):
-            return self._component(spec, {"_class_name": _TINY}, stored)
+            return {"_class_name": _TINY}, stored
         whole = {name.removeprefix(_INSIDE): tensor for name, tensor in stored.items()}
         if any(name.startswith("decoder.mid.") for name in whole):
             whole = renames.vae(whole)
         shapes = {} if spec.decoder.engines else vae_config(whole)
-        return self._component(spec, {**spec.decoder.config, **shapes}, whole)
+        return {**spec.decoder.config, **shapes}, whole
 
     def _component(
-        self, spec: ModelSpec, config: Mapping[str, Any], stored: Mapping[str, Tensor]
+        self, config: Mapping[str, Any], stored: Mapping[str, Tensor], network: Network
     ) -> Component:
-        tiny = config.get("_class_name") == _TINY
-        network = TINY_DECODER if tiny else spec.decoder.network
+        """One half of it, checked."""
         tensors = {name: tensor for name, tensor in stored.items() if name.startswith(network.prefixes)}
         if not tensors:
-            raise TightfitError(f"{self.path} holds nothing of a VAE's decoder: name a VAE")
-        full = {**network.defaults, **config}
-        if tiny:  # as diffusers has it, whatever the file says
-            full["block_out_channels"] = full["decoder_block_out_channels"]
-        return Component(network, self.path, full, tensors)
+            raise TightfitError(f"{self.path} holds nothing of a VAE's {network.role.value}: name a VAE")
+        component = Component(network, self.path, {**network.defaults, **config}, tensors)
+        check_config(component)
+        return component
 
 
 def _renamed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -27,15 +27,12 @@ class Steering:
     """What a condition does to the denoising of a request's pictures, one after another. What is not
     overridden changes nothing."""
 
-    def begin(self, scheduler: Any) -> int:  # noqa: ARG002
-        """The first of `scheduler.timesteps` that is called; those before it are left out."""
-        return 0
-
     def draw(self, draw: Draw) -> None:
         """Draw from a picture's noise, before its latents are drawn."""
 
-    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any) -> np.ndarray:  # noqa: ARG002
-        """The latents to begin with, instead of `latents`: the noise, scaled as the scheduler wants it."""
+    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any, call: int) -> np.ndarray:  # noqa: ARG002
+        """The latents to begin with, at call `call` of the scheduler, not `latents`: the noise, scaled as
+        the scheduler wants it."""
         return latents
 
     def inputs(self, arrays: Arrays) -> Arrays:
@@ -101,16 +98,13 @@ class Steerings(Steering):
     def __init__(self, steerings: Sequence[Steering]) -> None:
         self._steerings = steerings
 
-    def begin(self, scheduler: Any) -> int:
-        return max((steering.begin(scheduler) for steering in self._steerings), default=0)
-
     def draw(self, draw: Draw) -> None:
         for steering in self._steerings:
             steering.draw(draw)
 
-    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any) -> np.ndarray:
+    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any, call: int) -> np.ndarray:
         for steering in self._steerings:
-            latents = steering.start(latents, noise, scheduler)
+            latents = steering.start(latents, noise, scheduler, call)
         return latents
 
     def inputs(self, arrays: Arrays) -> Arrays:

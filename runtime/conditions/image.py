@@ -78,9 +78,7 @@ class ImageToImage(Condition):
 
     def prepare(self, job: Job, call: Call) -> Steering:
         pixels = pixels_of(self.image, job, self.resize)
-        return Begun(
-            Encoded(job.spec, *call(ENCODER.name, pixels=pixels)), self.skipped(job.num_inference_steps)
-        )
+        return Begun(Encoded(job.spec, *call(ENCODER.name, pixels=pixels)))
 
 
 def pixels_of(picture: Picture, job: Job, how: str) -> np.ndarray:
@@ -119,18 +117,15 @@ def narrowed(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:
 class Begun(Steering):
     """Begins with a picture under the noise of the first step that is taken."""
 
-    def __init__(self, encoded: Encoded | None, skipped: int) -> None:
-        self._encoded, self._skipped = encoded, skipped
+    def __init__(self, encoded: Encoded | None) -> None:
+        self._encoded = encoded
         self.latents: Any = None
-
-    def begin(self, scheduler: Any) -> int:
-        return self._skipped * scheduler.order
 
     def draw(self, draw: Draw) -> None:
         self.latents = self._encoded.sample(draw) if self._encoded else None
 
-    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any) -> np.ndarray:  # noqa: ARG002
-        return noised(scheduler, self.latents, noise, self.begin(scheduler))
+    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any, call: int) -> np.ndarray:  # noqa: ARG002
+        return noised(scheduler, self.latents, noise, call)
 
 
 def noised(scheduler: Any, latents: np.ndarray, noise: np.ndarray, call: int) -> np.ndarray:

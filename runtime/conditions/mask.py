@@ -154,8 +154,8 @@ class Masked(Begun):
         encoded: Sequence[Encoded | None],
         mask: np.ndarray,
     ) -> None:
-        super().__init__(encoded[0], condition.skipped(job.num_inference_steps))
-        self._condition, self._job, self._place, self._rest = condition, job, place, encoded[1]
+        super().__init__(encoded[0])
+        self._condition, self._place, self._rest = condition, place, encoded[1]
         self._inputs = bool(condition.channels(job.spec))
         factor = job.spec.downsampling
         self._mask = mask[None, None, ::factor, ::factor].astype("float32")  # nearest, as diffusers
@@ -167,11 +167,11 @@ class Masked(Begun):
         self._draw = draw
         super().draw(draw)
 
-    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any) -> np.ndarray:
+    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any, call: int) -> np.ndarray:
         self._scheduler, self._noise = scheduler, noise
         begun = self._under_mask(self.latents) if self.latents is not None else None
         if begun is not None and self._condition.strength < 1:
-            latents = noised(scheduler, begun, noise, self.begin(scheduler))
+            latents = noised(scheduler, begun, noise, call)
         # Drawn in any case, as diffusers does.
         self._shown = self._rest.sample(self._draw) if self._rest else self._draw(noise.shape)
         return latents

@@ -136,13 +136,17 @@ def check(name: str, spec: ModelSpec, tuning: Tuning = UNTUNED) -> None:
 def check_draws(name: str, spec: ModelSpec, tuning: Tuning, option: str) -> None:
     """Raise TightfitError if `name` draws no noise in its steps, which `option` is about."""
     sampler, _ = split(name)
-    draws = tuning.eta != 0 if sampler.noisy or sampler.name == OWN else bool(tuning.eta or tuning.s_churn)
-    if not draws:
+    if not draws(sampler, tuning):
         those = ", ".join(known.name for known in SAMPLERS.values() if known.noisy)
         raise TightfitError(
             f"{_shown(sampler, spec)} draws no noise in its steps, which {option} is about: "
             f"leave it out, or choose {those}"
         )
+
+
+def draws(sampler: Sampler, tuning: Tuning) -> bool:
+    """Whether noise is drawn in its steps. The model's own may be any."""
+    return tuning.eta != 0 if sampler.noisy or sampler.name == OWN else bool(tuning.eta or tuning.s_churn)
 
 
 def _check_schedule(sampler: Sampler, schedule: str, spec: ModelSpec) -> None:

@@ -11,6 +11,7 @@ import pytest
 import tightfit
 import torch
 from PIL import Image
+from tightfit.runtime.adapters.vae import Vae
 from tightfit.runtime.conditions import asked
 from tightfit.runtime.conditions.image import ImageToImage
 from tightfit.runtime.conditions.mask import Inpainting
@@ -49,14 +50,14 @@ def inpainting_models(tiny_models, made_once):
     return {family: made_once(f"inpainting/{family}", write(family)) for family in ("sd1", "sdxl")}
 
 
-def by_diffusers(folder, what: str, scheduler: str, **given) -> np.ndarray:
+def by_diffusers(folder, what: str, scheduler: str, components=None, **given) -> np.ndarray:
     import diffusers
 
     xl = "XL" if (folder / "text_encoder_2").exists() else ""
     pipe = getattr(diffusers, f"StableDiffusion{xl}{what}Pipeline")
-    components = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None).components
+    own = diffusers.DiffusionPipeline.from_pretrained(folder, safety_checker=None).components
     none = {} if xl else {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
-    pipe = pipe(**{**components, **none})
+    pipe = pipe(**{**own, **none, **(components or {})})
     pipe.set_progress_bar_config(disable=True)
     pipe.scheduler = getattr(diffusers, KINDS[scheduler]).from_config(pipe.scheduler.config)
     generator = torch.Generator().manual_seed(3)
@@ -275,3 +276,20 @@ def test_by_its_options(tiny_models, tmp_path):
     ):
         with pytest.raises(TightfitError, match=word):
             asked(given)
+
+
+def test_another_vae_encodes_too(tiny_models, tmp_path):
+    """--vae is of both halves, as diffusers' argument is; a tiny one decodes alone."""
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(7)
+    config = AutoencoderKL.load_config(tiny_models["sd1"] / "vae")
+    other = AutoencoderKL.from_config(config).eval()
+    other.save_pretrained(tmp_path / "vae")
+    theirs = by_diffusers(
+        tiny_models["sd1"], "Img2Img", "euler", components={"vae": other}, image=PICTURE, strength=0.8
+    )
+    condition = ImageToImage(open_picture(PICTURE), 0.8)
+    picture = ours(tiny_models["sd1"], "euler", condition, adapters=[Vae(tmp_path / "vae")])
+    assert np.abs(picture - theirs).max() <= 1
+    assert np.abs(picture - ours(tiny_models["sd1"], "euler", condition)).max() > 10
