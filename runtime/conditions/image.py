@@ -10,7 +10,7 @@ from ..fields import option
 from ..models.families.networks import ENCODER
 from ..models.spec import Component, ModelSpec
 from .condition import Call, Condition, Draw, Steering
-from .picture import RESIZES, Picture
+from .input_pictures import RESIZES, Picture
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,7 +13,7 @@ from ..models.spec import ModelSpec
 from .condition import Arrays, Call, Draw, Steering
 from .image import ENCODER, PANEL, Begun, Encoded, ImageToImage, noised, pixels_of
 from .image import Options as OfImage
-from .picture import Picture, open_picture
+from .input_pictures import Picture, open_picture
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageChops, ImageFilter
 
-from .picture import Picture
+from .input_pictures import Picture
 
 if TYPE_CHECKING:
     import numpy as np

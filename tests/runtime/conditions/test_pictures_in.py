@@ -14,8 +14,8 @@ from PIL import Image
 from tightfit.runtime.adapters.vae import Vae
 from tightfit.runtime.conditions import asked
 from tightfit.runtime.conditions.image import ImageToImage
+from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.conditions.mask import Inpainting
-from tightfit.runtime.conditions.picture import open_picture
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.infotext import parse
 

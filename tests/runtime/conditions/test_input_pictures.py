@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 from PIL import Image
-from tightfit.runtime.conditions.picture import Picture, open_picture
+from tightfit.runtime.conditions.input_pictures import Picture, open_picture
 from tightfit.runtime.errors import TightfitError
 
 RNG = np.random.default_rng(3)
