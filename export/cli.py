@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from functools import partial
@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ..runtime.cli.options import taking
+from ..runtime.adapters import ADAPTERS, written
+from ..runtime.cli.options import adapting, taking
 from ..runtime.cli.output import progress_bar, say
 from ..runtime.errors import printable
 from ..runtime.units import shown
@@ -46,10 +47,12 @@ class Arguments:
 
 
 @app.command()
-@taking(Arguments)
-def export(typed: Arguments) -> None:
+@taking(Arguments, adapting([kind for kind in ADAPTERS if kind.in_weights]))
+def export(typed: Arguments, adapters: Mapping[str, Any]) -> None:
     """Write a model with its weights in 8 or 4 bits, or as ONNX, to be run from then on with --model DIR."""
-    options = {field.name: getattr(typed, field.name) for field in fields(exporter.Options)}
+    known = {field.name for field in fields(exporter.Options)}
+    options = {name: value for name, value in vars(typed).items() if name in known}
+    options["adapters"] = written(adapters)
     with _listener() as listener:
         exporter.export_model(typed.model, typed.output, typed.precision, typed.to, listener, **options)
     patterns = "*.safetensors", "*.onnx*"

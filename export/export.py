@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..runtime import adapters as kinds_of_adapters
 from ..runtime import interrupts
 from ..runtime.errors import TightfitError, explained, first_line
 from ..runtime.files import read_json
@@ -18,6 +19,7 @@ from ..runtime.models.reading import read_source
 from ..runtime.placement import DYNAMIC, STORED, Placement
 
 if TYPE_CHECKING:
+    from ..runtime.adapters import Adapter
     from ..runtime.models.families.family import Network
     from ..runtime.models.spec import Component, ModelSpec
     from .torch_model import Scheme, Tensors
@@ -31,7 +33,8 @@ class Options:
     """Options of an export besides its precision and engine.
 
     compute: with "onnx", arithmetic for int8 and int4 weights. calibrate: prompts to paint, to find the
-    layers that need more bits. bits: per U-Net weight on average. steps and size: of each image.
+    layers that need more bits. bits: per U-Net weight on average. steps and size: of each image. adapters:
+    LoRAs, or another U-Net, that the weights are written with.
     """
 
     compute: str = "auto"
@@ -39,6 +42,7 @@ class Options:
     bits: float | None = None
     steps: int | None = None
     size: int | None = None
+    adapters: Sequence[Adapter] = ()
 
     def check(self, precision: str, to: str) -> None:
         """Raise TightfitError for options that no model can be exported with."""
@@ -93,8 +97,9 @@ def export_model(
 
     model: emoji, a folder or a hub id. output: a folder that does not exist yet. precision: int8 or int4, and
     with `to="onnx"` also fp32 or fp16. Options are the fields of export.export.Options: compute, calibrate
-    (prompts to paint, to find the layers that need more bits), bits, steps, size. `listener` is called with
-    the progress. Nothing is left half-written. Raises TightfitError.
+    (prompts to paint, to find the layers that need more bits), bits, steps, size, adapters (LoRAs that the
+    weights are written with). `listener` is called with the progress. Nothing is left half-written. Raises
+    TightfitError.
     """
     known = [field.name for field in fields(Options)]
     if unknown := [name for name in options if name not in known]:
@@ -104,6 +109,8 @@ def export_model(
     if target.exists() or target.is_symlink():
         raise TightfitError(f"{target} is there already: name a folder that is not")
     export = _read(str(model), precision, to, chosen)
+    for note in export.spec.notes:
+        listener.line(note)
     interrupts.tidily()
     if chosen.calibrate:
         export = _calibrated(export, chosen, listener)
@@ -123,6 +130,7 @@ class _Export:
     precision: str
     tensors: Mapping[str, Tensors]
     schemes: Mapping[str, Scheme]
+    adapters: Sequence[Adapter] = ()
 
     def networks(self) -> Iterator[Component]:
         """Those that a picture needs, and before the one whose folder they share, those that it may need."""
@@ -140,6 +148,7 @@ class _Export:
             "tightfit": __version__,
             "precision": self.precision,
             "defaults": dict(self.spec.defaults),
+            **({"adapters": names} if (names := kinds_of_adapters.names(self.adapters)) else {}),
         }
 
 
@@ -153,11 +162,34 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
         raise TightfitError(f"{model} has its {without[0]} {there}: {cure}")
     if spec.precision and (to == "torch" or options.calibrate or spec.precision != precision):
         raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
-    source = read_source(spec.folder)
-    tensors = {c.network.folder: source.whole(c.network) for c in spec.components.values()}
-    export = _Export(spec, precision, tensors, _schemes(spec, precision, tensors))
+    source, changed = read_source(spec.folder), _adapted(spec, options.adapters)
+    tensors = {
+        component.network.folder: source.whole(component.network)
+        if component is spec.components[name]
+        else component.tensors
+        for name, component in changed.components.items()
+    }
+    schemes = _schemes(changed, precision, tensors)
+    export = _Export(changed, precision, tensors, schemes, options.adapters)
     _check_weights(export)
     return export
+
+
+def _adapted(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
+    """The model that is written. Raises TightfitError for adapters that change more than weights."""
+    kept = {kind.option for kind in kinds_of_adapters.ADAPTERS if kind.in_weights}
+    kinds_of_adapters.check(adapters)
+    if beside := [adapter for adapter in adapters if adapter.option not in kept]:
+        raise TightfitError(
+            f"{beside[0].name} is not of the weights that are exported: "
+            f"leave it out, and give it to the export by --{beside[0].option} when it paints"
+        )
+    if adapters and spec.precision:
+        raise TightfitError(
+            f"{spec.name} is stored in {spec.precision}, and no weight is rounded twice: "
+            f"export {spec.source or 'the original'} with its adapters"
+        )
+    return kinds_of_adapters.adapted(spec, adapters)
 
 
 def _picked(component: Component, network: Network, tensors: Tensors, scheme: Scheme) -> Component:

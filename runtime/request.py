@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
-from .adapters import Adapter, adapted, check, check_whole
+from .adapters import Adapter, adapted, check, check_whole, names
 from .adapters.prompt import from_words
 from .conditions import Condition
 from .errors import TightfitError
@@ -143,11 +143,7 @@ class Request:
 
     def adapters_json(self) -> dict[str, dict[str, list[str]]]:
         """The names of its adapters by their options, if it has any."""
-        options = dict.fromkeys(adapter.option for adapter in self.adapters)
-        named = {
-            option: [adapter.name for adapter in self.adapters if adapter.option == option]
-            for option in options
-        }
+        named = names(self.adapters)
         return {"adapters": named} if named else {}
 
     def resolve(self, spec: ModelSpec) -> Job:

@@ -48,12 +48,14 @@ class Kind:
     help: str
     shelf: library.Kind | None = None
     metavar: str = "FILE"
+    in_weights: bool = False
+    """Whether all that it changes are weights, so that an export may hold it."""
 
 
 # In the order in which they are applied: a LoRA changes the U-Net that takes the place of the model's own.
 ADAPTERS = (
-    Kind(unet.Unet.option, unet.written, "In place of the model's.", library.Kind.UNET),
-    Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable.", library.Kind.LORA),
+    Kind(unet.Unet.option, unet.written, "In place of the model's.", library.Kind.UNET, in_weights=True),
+    Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable.", library.Kind.LORA, in_weights=True),
     Kind(
         textual_inversion.TextualInversion.option,
         textual_inversion.written,
@@ -84,6 +86,12 @@ def _placed(text: str, shelf: library.Kind, models_dirs: Sequence[str | Path]) -
         return text
     name, *others = [text] if Path(text).is_absolute() else text.split(":")
     return ":".join([library.located(name, shelf, models_dirs), *others])
+
+
+def names(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
+    """Their names by their options."""
+    options = dict.fromkeys(adapter.option for adapter in adapters)
+    return {option: [adapter.name for adapter in adapters if adapter.option == option] for option in options}
 
 
 def check(adapters: object) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, make_dataclass
 from functools import wraps
 from inspect import Parameter, Signature
@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..adapters import ADAPTERS
+from ..adapters import ADAPTERS, Kind
 from ..conditions import CONDITIONS
 from ..fields import About, described, kinds, option
 from ..planner.wishes import Wishes
@@ -39,14 +39,18 @@ ModelsDirs = Annotated[
 MODEL = typer.Option(help="emoji, file, folder, name, hub id.", metavar="MODEL", rich_help_panel="Model")
 
 ADAPTERS_IN_ORDER = " ".join(kind.option for kind in ADAPTERS)
-Adapting = make_dataclass(
-    "Adapting",
-    [
+
+
+def adapting(kinds: Sequence[Kind]) -> type:
+    """A dataclass of what is given of adapters: an option for each kind, which may be repeated."""
+    fields = [
         (kind.option, list[str] | None, option(None, kind.help, kind.metavar, panel="Model"))
-        for kind in ADAPTERS
-    ],
-    namespace={"__doc__": "What is given of adapters: an option for each kind, which may be repeated."},
-)
+        for kind in kinds
+    ]
+    return make_dataclass("Adapting", fields)
+
+
+Adapting = adapting(ADAPTERS)
 
 
 Asking = make_dataclass(
