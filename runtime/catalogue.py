@@ -154,12 +154,14 @@ class Planner:
     """Plans models on one machine. Those that differ in their weights alone are planned once, and plans are
     kept in the cache folder: planning SD 1.5 and SDXL takes 15 s of one core here, reading them 0.2."""
 
-    def __init__(self, machine: Hardware) -> None:
-        self._machine = machine
+    def __init__(self, machine: Hardware, wishes: Wishes | None = None) -> None:
+        self._machine, self._wishes = machine, wishes or Wishes()
         # All of the memory: what is the fastest there is so wherever it fits, whatever is free in a minute.
         self._roomy = replace(machine, free_bytes=machine.total_bytes, host_bytes=2 * machine.host_bytes)
         self._kept = Kept("plans.json", 200)
-        self._begin = _digest(repr(replace(machine, free_bytes=0, host_bytes=0)), _program())
+        self._begin = _digest(
+            repr(replace(machine, free_bytes=0, host_bytes=0)), repr(self._wishes), _program()
+        )
 
     def planned(self, model: Model) -> Model:
         """With its plan at its native size, or what is in the way of one."""
@@ -176,16 +178,18 @@ class Planner:
                 self._kept.put(key, {"memory": [machine.free_bytes, machine.host_bytes], "plan": said})
         if isinstance(plan, str):
             return replace(model, problem=plan)
-        return replace(model, plan=replace(plan, model=spec.name, budget_bytes=self._machine.free_bytes))
+        return replace(
+            model,
+            plan=replace(plan, model=spec.name, budget_bytes=self._wishes.budget or self._machine.free_bytes),
+        )
 
     def _plan(self, spec: ModelSpec, machine: Hardware) -> Plan | str:
-        wishes = Wishes()
         # Others paint with a --scheduler, most of which call the U-Net once a step.
         sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
         try:
             job = Request("a", scheduler=sampler).resolve(spec)
-            planner.refuse_hopeless(machine, job, wishes)
-            best = planner.plan(machine, spec, job, wishes)[0]
+            planner.refuse_hopeless(machine, job, self._wishes)
+            best = planner.plan(machine, spec, job, self._wishes)[0]
         except TightfitError as error:
             return str(error).removeprefix(f"{spec.name} ")
         if best.fits:

@@ -11,20 +11,23 @@ import typer
 
 from .. import interrupts
 from ..errors import TightfitError, printable
-from ..machine.hardware import Hardware
 from ..models.layouts.library import CONFIG, ENVIRONMENT, folders, scan
+from ..planner.wishes import Wishes
 from ..units import shown
-from .options import Device, ModelsDirs
+from .options import HARDWARE, Device, ModelsDirs, machine_of, wishes
 from .output import progress_bar, say, say_json, show_table
 
 if TYPE_CHECKING:
-    from ..catalogue import Model
+    from ..catalogue import Model, Planner
     from ..kept import Hashes
 
 _WIDE = 130  # columns of a terminal that has room for the table
 _DIGITS = 10  # of a hash, as A1111 shows it
 _COLUMNS = ("name", "kind", "family", "size", "hash", "trigger words", "runs as")
 _Dirs = typer.Argument(help="Folders; default: those that are set up.", metavar="[DIR]…", show_default=False)
+_Budget = typer.Option(
+    "--vram", "--ram", help="Memory to fit in, e.g. 4GiB.", metavar="BYTES", rich_help_panel="Machine"
+)
 _Hash = typer.Option("--hash", help="Compute hashes (seconds per file).")
 _Json = typer.Option("--json", help="Print one JSON object.")
 
@@ -32,7 +35,9 @@ _Json = typer.Option("--json", help="Print one JSON object.")
 def models(
     dirs: Annotated[list[Path] | None, _Dirs] = None,
     models_dirs: ModelsDirs = None,
+    hardware: Annotated[str | None, HARDWARE] = None,
     device: Device = "auto",
+    budget: Annotated[str | None, _Budget] = None,
     compute_hashes: Annotated[bool, _Hash] = False,
     as_json: Annotated[bool, _Json] = False,
 ) -> None:
@@ -43,11 +48,13 @@ def models(
         raise TightfitError(
             f"no folder of models is set up: name one, or set {ENVIRONMENT} or models in {CONFIG}"
         )
-    machine = Hardware.detect(device)
+    machine = machine_of(device, hardware)
+    wanted = Wishes(**wishes({"budget": budget} if budget else {}))
+    from ..catalogue import Planner
     from ..kept import Hashes
 
     hashes, library = Hashes(), scan(roots)
-    found = list(_catalogued(library.entries, machine, hashes if compute_hashes else None))
+    found = list(_catalogued(library.entries, Planner(machine, wanted), hashes if compute_hashes else None))
     if as_json:
         rows = [_row(model, hashes) for model in found]
         say_json({"hardware": machine.name, "notes": [*machine.notes, *library.notes], "models": rows})
@@ -60,11 +67,10 @@ def models(
         say(f"• {unknown} hashes are not known yet: --hash computes them, once per file")
 
 
-def _catalogued(entries: Sequence[Any], machine: Hardware, hashes: Hashes | None) -> Iterator[Model]:
-    from ..catalogue import Planner, described
+def _catalogued(entries: Sequence[Any], planner: Planner, hashes: Hashes | None) -> Iterator[Model]:
+    from ..catalogue import described
 
     interrupts.tidily()
-    planner = Planner(machine)
     with progress_bar(40) as bar:
         task = bar.add_task("", total=len(entries))
         for entry in entries:

@@ -14,7 +14,9 @@ import typer
 
 from ..adapters import ADAPTERS, Kind
 from ..conditions import CONDITIONS
+from ..errors import TightfitError
 from ..fields import About, described, kinds, option
+from ..machine.hardware import Hardware
 from ..planner.wishes import Wishes
 from ..units import parse_bytes
 
@@ -37,6 +39,21 @@ ModelsDirs = Annotated[
     ),
 ]
 MODEL = typer.Option(help="emoji, file, folder, name, hub id.", metavar="MODEL", rich_help_panel="Model")
+
+HARDWARE = typer.Option(
+    help="A card that is not here: rtx-2060.", metavar="NAME", show_default=False, rich_help_panel="Machine"
+)
+
+
+def machine_of(device: str, hardware: str | None) -> Hardware:
+    """The machine here, or one of profiles/. Raises TightfitError."""
+    from ..machine.profiles import profile
+
+    if hardware and device != "auto":
+        said = "--hardware names a machine that is not here, --device a part of this one"
+        raise TightfitError(f"{said}: give one of them")
+    return profile(hardware) if hardware else Hardware.detect(device)
+
 
 ADAPTERS_IN_ORDER = " ".join(kind.option for kind in ADAPTERS)
 

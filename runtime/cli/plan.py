@@ -13,7 +13,7 @@ import typer
 
 from ..adapters import written
 from ..conditions import asked as conditions_of
-from ..errors import TightfitError, printable
+from ..errors import printable
 from ..fields import described
 from ..machine.hardware import Hardware
 from ..models.schedulers import KINDS
@@ -24,18 +24,19 @@ from ..units import shown
 from .options import (
     ADAPTERS_IN_ORDER,
     ASKING_IN_ORDER,
+    HARDWARE,
     MODEL,
     Adapting,
     Asking,
     Device,
     ModelsDirs,
+    machine_of,
     taking,
     wishes,
 )
 from .output import say, say_json, show_table, write
 
 _WIDE = 130  # columns of a terminal that has room for the table
-_HARDWARE = typer.Option(help="A card that is not here: rtx-2060.", metavar="NAME")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Options:
 
     model: Annotated[str, MODEL] = "emoji"
     models_dirs: ModelsDirs = None
-    hardware: Annotated[str | None, _HARDWARE] = None
+    hardware: Annotated[str | None, HARDWARE] = None
     device: Device = "auto"
     every: Annotated[bool, typer.Option("--all", help="Also what others beat in all respects.")] = False
     save: Annotated[Path | None, typer.Option(help="Write the chosen plan.", metavar="FILE")] = None
@@ -69,15 +70,11 @@ def show_plan(
 ) -> None:
     """Say what each way of running a model would take here, or on a card of profiles/, and which is best; no
     weight is read."""
-    from ..machine.profiles import profile
     from ..models.hub import inspect, located
     from ..planner import choose as planner
     from ..planner.estimate import encodings
 
-    if options.hardware and options.device != "auto":
-        said = "--hardware names a machine that is not here, --device a part of this one"
-        raise TightfitError(f"{said}: give one of them")
-    machine = profile(options.hardware) if options.hardware else Hardware.detect(options.device)
+    machine = machine_of(options.device, options.hardware)
     wanted = Wishes(**wishes(wished))
     models_dirs = options.models_dirs or ()
     spec = inspect(located(options.model, models_dirs))

@@ -23,6 +23,7 @@ from tightfit.runtime.catalogue import described
 from tightfit.runtime.kept import Hashes
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.layouts.library import scan
+from tightfit.runtime.planner.wishes import Wishes
 from typer.testing import CliRunner
 
 SINGLE = runpy.run_path(str(Path(__file__).parent / "models/conftest.py"))
@@ -225,6 +226,17 @@ def test_the_table_says_what_json_says(store):
         "diffusers folder",
     ):
         assert words in " ".join(said.split())
+
+
+def test_what_a_card_that_is_not_here_would_run(store):
+    folder = store / "models/Stable-diffusion/copy"
+    told = listed(folder, "--hardware", "rtx-2060", "--vram", "700MiB")
+    machine = tightfit.profile("rtx-2060")
+    best = tightfit.plan(machine, tightfit.inspect(folder), wishes=Wishes(budget="700MiB"))[0]
+    assert told["hardware"] == machine.name
+    plan = told["models"][0]["plan"]
+    assert plan["predicted"]["peak_bytes"] == best.predicted.peak_bytes
+    assert plan["budget_bytes"] == 700 * 2**20
 
 
 def test_what_does_not_fit_is_said(store):
