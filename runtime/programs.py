@@ -337,16 +337,24 @@ def _comfy(said: Mapping[str, Any], _texts: Mapping[str, str]) -> Said | None:
         raise ValueError("no node of its graph samples latents")
     sampler, *later = graph.samplers
     positive, negative = (graph.linked(sampler, names) for names in _PROMPTS)
-    prompt = _text(graph.value(positive, _TEXTS, str, but="negative"))
-    unwanted = _text(graph.value(negative, _TEXTS, str, but="positive"))
+    found = graph.value(positive, _TEXTS, str, but="negative")
+    prompt = _unbracketed(_text(found))
+    unwanted = _unbracketed(_text(graph.value(negative, _TEXTS, str, but="positive")))
     if graph.classes.get(negative) == "ConditioningZeroOut":
         unwanted = ""
     model = graph.linked(sampler, ("model",))
     others = _comfy_others(graph, sampler, later, model)
     if "(" in prompt.replace(r"\(", ""):
         others["weights of words"] = "as ComfyUI has them"
+    if found is None:
+        others["prompt"] = "its text is not in the graph"
     settings, loras = _comfy_settings(graph, sampler, positive, model), tuple(_comfy_loras(graph, model))
     return Said("ComfyUI", prompt, unwanted, settings, others, loras)
+
+
+def _unbracketed(prompt: str) -> str:
+    """ComfyUI's prompt as A1111 writes it: there brackets mean nothing, and embeddings have a prefix."""
+    return re.sub(r"\bembedding:", "", re.sub(r"(?<!\\)([\[\]])", r"\\\1", prompt))
 
 
 def _comfy_settings(graph: _Graph, sampler: str, positive: str, model: str) -> dict[str, str]:

@@ -21,6 +21,7 @@ from PIL.PngImagePlugin import PngInfo
 from tightfit.runtime import exif, infotext, programs
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.kept import Hashes
+from tightfit.runtime.models import prompt_syntax
 from tightfit.runtime.models.hub import BUILT_IN
 from tightfit.runtime.request import Request
 
@@ -343,6 +344,17 @@ def test_damaged_texts(tmp_path, texts, word):
         infotext.read(png(tmp_path, texts))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
+
+
+def test_brackets_mean_nothing_to_comfyui():
+    said = COMFY["6"]["inputs"]["text"]
+    words = json.dumps("[red|blue] embedding:easy hat")
+    nodes = json.loads(json.dumps(COMFY).replace(json.dumps(said), words))
+    read = programs.read({"prompt": json.dumps(nodes)})
+    (branch,) = prompt_syntax.lines(read.prompt, 4)
+    assert [prompt_syntax.sections(text) for text in {*branch.texts}] == [[[("[red|blue] easy hat", 1.0)]]]
+    nodes["3"]["inputs"]["positive"] = ["99", 0]
+    assert programs.read({"prompt": json.dumps(nodes)}).others["prompt"] == "its text is not in the graph"
 
 
 def test_circles_in_a_graph():
