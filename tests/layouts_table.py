@@ -1,0 +1,220 @@
+"""Every layout of every family: our picture beside diffusers' of the same values, and predicted peaks beside
+measured ones.
+
+    python tests/layouts_table.py > docs/layouts.md
+
+Models are narrow and random; they are written with the tests' own writers.
+"""
+
+from __future__ import annotations
+
+import math
+import runpy
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import tightfit
+import torch
+from safetensors.torch import load_file, save_file
+from tightfit.benchmarks.record import envelope
+from tightfit.export import random_model
+from tightfit.kernels.formats import FORMATS, dequantise
+from tightfit.runtime import adapters
+from tightfit.runtime.cli.output import say
+from tightfit.runtime.files import read_json
+from tightfit.runtime.units import shown
+
+HERE = Path(__file__).parent / "runtime/models"
+NARROW, GGUF, BNB, SINGLE = (
+    runpy.run_path(str(HERE / name))
+    for name in ("conftest.py", "test_gguf.py", "test_bitsandbytes.py", "test_single_file.py")
+)
+OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "width": 64, "height": 64, "guidance_scale": 6.0}
+PRECISIONS = {
+    "fp32": {"precision": "fp32"},
+    "bf16": {"precision": "bf16"},
+    "int8": {"precision": "int8", "compute": "bf16"},
+    "int4": {"precision": "int4", "compute": "bf16"},
+}
+State = dict[str, torch.Tensor]
+Parts = dict[str, State]
+"""Values by the folder of a network and the name that diffusers has for them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way in which a model lies on the disk, and diffusers' pipeline of the same values. `stored` is the
+    one precision that it can run in."""
+
+    model: Path
+    theirs: Callable[[], Any]
+    adapters: tuple[Any, ...] = ()
+    stored: str = ""
+    onnx: bool = False
+
+
+def of_folder(folder: Path, values: Parts | None = None) -> Any:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    for part, changed in (values or {}).items():
+        module = getattr(pipe, part)
+        state = module.state_dict()
+        for name, tensor in changed.items():
+            key = name if name in state else name.removeprefix("text_model.")
+            state[key] = tensor.float().view(state[key].shape)
+        module.load_state_dict(state)
+    return pipe
+
+
+def of_file(file: Path, family: str, folder: Path) -> Any:
+    kind: Any = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
+    others = {} if family == "sdxl" else {"safety_checker": None}
+    return kind.from_single_file(file, config=str(folder), local_files_only=True, **others)
+
+
+def saved(state: State, file: Path) -> Path:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, file)
+    return file
+
+
+def cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
+    state = NARROW["original"](folder, family)
+    single = partial(of_file, family=family, folder=folder)
+    yield "diffusers folder, fp32", Case(folder, partial(of_folder, folder))
+    for name, dtype in (("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        stored = {key: tensor.to(dtype) for key, tensor in state.items()}
+        plain = saved(
+            {key: tensor.float() for key, tensor in stored.items()}, root / f"{name}-plain.safetensors"
+        )
+        yield f"one file, {name}", Case(saved(stored, root / f"{name}.safetensors"), partial(single, plain))
+    stored, meant = SINGLE["in_fp8"](state, torch.float8_e4m3fn, True)
+    plain = saved(meant, root / "fp8-plain.safetensors")
+    yield "one file, fp8 with scales", Case(saved(stored, root / "fp8.safetensors"), partial(single, plain))
+    for kind in GGUF["KINDS"] if family == "sd1" else ("Q8_0", "Q4_0", "Q4_K", "Q6_K"):
+        meant = GGUF["written"](root / f"{kind}.gguf", state, kind)
+        plain = saved(meant, root / f"{kind}-plain.safetensors")
+        yield f"GGUF, whole, {kind}", Case(root / f"{kind}.gguf", partial(single, plain))
+    for kind in ("Q8_0", "Q4_K"):
+        file = root / f"unet-{kind}.gguf"
+        meant = state | GGUF["written"](file, state, kind, comfy=True)
+        plain = saved(meant, root / f"unet-{kind}-plain.safetensors")
+        unet = adapters.written({"unet": [str(file)]})
+        yield f"GGUF, a U-Net alone, {kind}", Case(folder, partial(single, plain), adapters=unet)
+    yield from quantised(family, folder, root)
+
+
+def quantised(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
+    parts = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+    parts |= {"text_encoder_2": "model.safetensors"} if family == "sdxl" else {}
+    for kind in BNB["KINDS"]:
+        copy, values = Path(shutil.copytree(folder, root / f"bnb-{kind}")), {}
+        for part, name in parts.items():
+            tensors = load_file(copy / part / name)
+            stored, values[part] = BNB["quantised"](tensors, kind, BNB["linears"](tensors))
+            BNB["save"](copy / part, name, stored)
+            BNB["configured"](copy / part, **{f"load_in_{8 if kind == 'int8' else 4}bit": True})
+        yield f"bitsandbytes folder, {kind}", Case(copy, partial(of_folder, folder, values))
+    for kind in ("int8", "int4"):
+        out = tightfit.export_model(folder, root / f"ours-{kind}", kind)
+        yield (
+            f"tightfit folder, {kind}",
+            Case(out, partial(of_folder, folder, exported(out, folder)), stored=kind),
+        )
+    for kind in ("fp32", "int8", "int4"):
+        compute = {} if kind == "fp32" else {"compute": "fp32"}
+        out = tightfit.export_model(folder, root / f"onnx-{kind}", kind, to="onnx", **compute)
+        values = exported(root / f"ours-{kind}", folder) if kind != "fp32" else None
+        yield f"ONNX, {kind}", Case(out, partial(of_folder, folder, values), stored=kind, onnx=True)
+
+
+def exported(folder: Path, original: Path) -> Parts:
+    """The values of a folder that tightfit wrote."""
+    made: Parts = {}
+    for part, entry in read_json(folder / "tightfit.json")["components"].items():
+        stored, plain = (load_file(next((root / part).glob("*.safetensors"))) for root in (folder, original))
+        made[part] = {}
+        for name, tensor in plain.items():
+            layer = name.removesuffix(".weight")
+            if layer == name or layer not in entry["formats"]:
+                made[part][name] = stored[name]
+                continue
+            form = FORMATS[entry["formats"][layer]]
+            parts = {piece: stored[f"{layer}.{piece}"] for piece in form.parts(tensor.shape)}
+            made[part][name] = dequantise(parts, form, tensor.shape)
+    return made
+
+
+# ----------------------------------------------------------------------------------------------- measured
+
+
+def painted(case: Case, **wishes: Any) -> tuple[np.ndarray, int, int]:
+    """A picture of ours, and the predicted and measured peak of its denoising in bytes."""
+    with tightfit.load(str(case.model), device="cpu", residency="staged", **wishes) as pipe:
+        request = tightfit.Request("a cat", seed=3, adapters=case.adapters, **OPTIONS)
+        result = pipe.generate(request)
+    predicted, measured = result.plan.predicted.stages["denoise"], result.stages["denoise"].peak_bytes
+    return np.asarray(result.images[0], float), predicted, measured
+
+
+def by_diffusers(case: Case) -> np.ndarray:
+    pipe = case.theirs()
+    pipe.set_progress_bar_config(disable=True)
+    answer = pipe("a cat", generator=torch.Generator().manual_seed(3), output_type="np", **OPTIONS)
+    return (answer.images[0] * 255).round().astype(float)
+
+
+def row(name: str, family: str, case: Case) -> str:
+    exact = {"precision": case.stored, "compute": "fp32"} if case.stored else PRECISIONS["fp32"]
+    picture, *_ = painted(case, **exact)
+    error = np.square(picture - by_diffusers(case)).mean()
+    cells = ["identical" if not error else f"{10 * math.log10(255**2 / error):.1f}"]
+    for precision, wishes in PRECISIONS.items():
+        if case.stored not in ("", precision):
+            cells.append("")
+            continue
+        try:
+            _, predicted, measured = painted(case, **(exact if case.onnx else wishes))
+        except tightfit.TightfitError as refused:
+            cells.append(str(refused)[:40])
+            continue
+        cells.append(f"{shown(predicted)}, {100 * (predicted / measured - 1):+.1f}")
+    return f"| {name} | {family} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    diffusers.utils.logging.set_verbosity_error()
+    facts = envelope("")
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    say(HEAD.format(machine=facts["hardware"]["name"], date=facts["date"], versions=versions))
+    with tempfile.TemporaryDirectory() as made, pytest.MonkeyPatch.context() as patch:
+        for family in NARROW["FAMILIES"]:
+            patch.setitem(random_model.TINY, family, NARROW["narrow"](family))
+            root = Path(made) / family
+            folder = root / "folder"
+            root.mkdir()
+            NARROW["written"](family, folder)
+            for name, case in cases(family, folder, root):
+                say(row(name, family, case))
+
+
+HEAD = """# Every layout of every family
+
+Decibels of PSNR in 8 bits between our picture and that of diffusers' pipeline in fp32, of narrow random
+models with the same values; and for each precision the predicted peak of denoising, staged, with its error
+in per cent of the measured one. 64x64 pixels, three steps. ONNX Runtime's peak is the growth of the
+process, in which models as small as these are tens of MiB off (docs/export.md).
+
+Made by `python tests/layouts_table.py > docs/layouts.md` on {machine} (CPU, one thread), {date}: {versions}.
+
+| layout | family | dB | fp32 | bf16 | int8 | int4 |
+|---|---|---|---|---|---|---|"""
+
+if __name__ == "__main__":
+    main()
