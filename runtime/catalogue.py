@@ -111,11 +111,12 @@ def _opened(entry: Entry, model: Model) -> Model:
 
 def _network(entry: Entry, model: Model) -> Model:
     """The folder of one network, by the class that its config names."""
-    kind = _CLASSES.get(str(read_json(entry.path / "config.json").get("_class_name")))
-    files = entry.path.glob("*.safetensors")
-    return replace(
-        model, kind=kind.value if kind else UNKNOWN, stored_bytes=sum(file.stat().st_size for file in files)
-    )
+    config = read_json(entry.path / "config.json")
+    kind = _CLASSES.get(str(config.get("_class_name")))
+    stored_bytes = sum(file.stat().st_size for file in entry.path.glob("*.safetensors"))
+    width = config.get("cross_attention_dim") if kind is Kind.CONTROLNET else None
+    family = known_by(width) if isinstance(width, int) else ""
+    return replace(model, kind=kind.value if kind else UNKNOWN, family=family, stored_bytes=stored_bytes)
 
 
 def _family(kind: Kind, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

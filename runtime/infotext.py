@@ -227,11 +227,17 @@ def _exact(text: str, source: str, given: Collection[str]) -> Carried:
 def _asking(said: Any, source: str) -> dict[str, Any]:
     """Values of the options of conditions."""
     fits = isinstance(said, dict) and all(
-        isinstance(value, str | int | float | None) for value in said.values()
+        isinstance(value, str | int | float | None) or (_texts(value) and not any(map(_is_remote, value)))
+        for value in said.values()
     )
     if said is not None and not fits:
         raise TightfitError(f"the request inside {source} is damaged, in its asking: it cannot be repeated")
     return {name: value for name, value in (said or {}).items() if value is not None}
+
+
+def _is_remote(text: str) -> bool:
+    """Whether a value in key=value:… is on another machine."""
+    return any(map(_REMOTE.match, text.split("=")))
 
 
 def _texts(names: Any) -> bool:

@@ -96,7 +96,8 @@ class Pipeline:
 
     def _plans(self, job: Job) -> list[Plan]:
         words = job.prompting
-        counts = (job.calls, job.guided_calls, words.chunks, words.encodings)
+        calls = [job.calls_with(name) for name in job.spec.components]
+        counts = (*calls, words.chunks, words.encodings)
         key = (job.width, job.height, job.num_images, job.branches, *counts)
         with self._using:
             (spec, *known), _ = self._planned

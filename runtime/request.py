@@ -254,6 +254,15 @@ class Job(Request):
         counts = self._calls_by_step
         return sum(counts[step - 1] for step in self.guided)
 
+    def calls_with(self, name: str) -> tuple[int, int]:
+        """Of one picture's calls of the denoiser, those in which the network called so is called too, and how
+        many of these are guided, if any are. All, but where a condition leaves some out."""
+        calls = [step for step, count in enumerate(self._calls_by_step, 1) for _ in range(count)]
+        for condition in self.conditions:
+            if (acting := condition.acting(name, len(calls))) is not None:
+                calls = calls[acting.start : acting.stop]
+        return len(calls), sum(step in self.guided for step in calls)
+
     @property
     def tuning(self) -> Tuning:
         """What changes the sampler."""

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -134,8 +134,11 @@ class Run:
                 self.loaded.drop(name)
         return Steerings(steerings)
 
-    def _called(self, name: str, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
-        return self._surviving(lambda: self._session(name)(**arrays))
+    def _called(self, name: str, **arrays: Any) -> tuple[Any, ...]:
+        """What the network answers. In a step all is done again that led to it when memory runs out, as the
+        next plan may call it otherwise."""
+        call = lambda: self._session(name)(**arrays)  # noqa: E731
+        return call() if self.stage == "denoise" else self._surviving(call)
 
     def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
         return self._called(name, tokens=ids[None])
@@ -175,13 +178,16 @@ class Run:
         branch; of the conditioned branches `alone` in steps without guidance."""
         parts = conditioning.given(call) if alone else conditioning.of(self.plan.cfg, call)
         time_step = np.array(timestep, np.float32)
-        samples = np.concatenate([sample] * (1 if alone else self.job.branches // len(parts)))
+        count = 1 if alone else self.job.branches // len(parts)
+        samples = np.concatenate([sample] * count)
 
-        def denoised(part: Mapping[str, np.ndarray]) -> np.ndarray:
-            arrays = self._steering.inputs({"sample": samples, "timestep": time_step, **part})
-            return self._session(self.spec.denoiser.name)(**arrays)[0]
+        def denoised(part: Mapping[str, np.ndarray], row: int) -> np.ndarray:
+            arrays = {"sample": samples, "timestep": time_step, **part}
+            beside = self._steering.beside(arrays, range(row, row + count))
+            return self._session(self.spec.denoiser.name)(**self._steering.inputs(arrays), **beside)[0]
 
-        predicted = np.concatenate([denoised(part) for part in parts])
+        rows = range(alone, self.job.branches, count)
+        predicted = np.concatenate([denoised(part, row) for part, row in zip(parts, rows, strict=True)])
         if self.job.branches == 1:
             return predicted
         weights = [line.weight for line in self.job.prompting.lines[1:]]

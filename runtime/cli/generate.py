@@ -14,6 +14,7 @@ from .. import interrupts
 from ..adapters import written
 from ..adapters.prompt import WORD, from_words
 from ..conditions import asked as conditions_of
+from ..conditions.controlnet import CONTROL, again
 from ..errors import TightfitError, printable
 from ..events import Event, Result, joined
 from ..machine.process import check_address_space
@@ -129,10 +130,11 @@ def generate(
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options, adapting)
     said = carried.request.get("prompt") if prompt is None else prompt
-    if carried.asking and "image" not in asking:
+    if carried.asking.keys() - {CONTROL} and "image" not in asking:
         painted = f"{options.source} was painted over another picture, which it does not carry"
         raise TightfitError(f"{painted}: give that by --image, and a mask by --mask")
-    conditions = conditions_of({**carried.asking, **asking})
+    controls = again(carried.asking.get(CONTROL, ()), asking.get(CONTROL, ()), options.source)
+    conditions = conditions_of({**carried.asking, **asking, CONTROL: controls, "models_dirs": models_dirs})
     _check_schedules(asked)
     kept = _without_idle(carried.request, asked)
     wanted = Request(**{**kept, **asked, "prompt": said, "conditions": conditions}).checked()

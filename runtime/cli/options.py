@@ -80,7 +80,7 @@ Asking = make_dataclass(
     ],
     namespace={"__doc__": "What is given of conditions."},
 )
-ASKING_IN_ORDER = " ".join(described(Asking))
+ASKING_IN_ORDER = " ".join(name for name, known in described(Asking).items() if known.help)
 
 
 def taking(own: type, *groups: type, order: str = "...") -> Callable[[Command], Command]:

@@ -81,7 +81,8 @@ def show_plan(
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
     adapters = written(adapting, models_dirs)
-    wish = Request("a", **asked, scheduler=sampler, adapters=adapters, conditions=conditions_of(asking))
+    conditions = conditions_of({**asking, "models_dirs": models_dirs})
+    wish = Request("a", **asked, scheduler=sampler, adapters=adapters, conditions=conditions)
     job = wish.resolve(spec)
     planner.refuse_hopeless(machine, job, wanted)
     plans = planner.plan(machine, spec, job, wanted)

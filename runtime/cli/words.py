@@ -29,7 +29,6 @@ _NEAR = (
 )
 _OPTION_NEAR = 0.75
 
-_NO_CONTROL = "ControlNets are not read in this version"
 _DIRS = "it is --models-dir"
 _OPTIONS = {
     **dict.fromkeys(("ckpt-dir", "models-path", "base-directory", "extra-model-paths-config"), _DIRS),
@@ -41,7 +40,9 @@ _OPTIONS = {
     **dict.fromkeys(("lowvram", "medvram", "offload"), "give the memory there is with --vram 4GiB"),
     **dict.fromkeys(("dtype", "quantize", "quantise", "fp16", "half"), "it is --precision"),
     **dict.fromkeys(("textual-inversion", "ti"), "it is --embedding"),
-    **dict.fromkeys(("controlnet", "control-net"), _NO_CONTROL),
+    **dict.fromkeys(
+        ("controlnet", "control-net", "control-image", "control-model"), "it is --control PICTURE:model=FILE"
+    ),
     **dict.fromkeys(("init-image", "init-img"), "it is --image"),
     **dict.fromkeys(("denoise", "denoising-strength"), "it is --strength"),
 }

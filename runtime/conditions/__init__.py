@@ -9,11 +9,12 @@ from typing import Any
 
 from ..models.families.family import Network
 from .condition import Arrays, Call, Condition, Draw, Steering, Steerings
+from .controlnet import ControlNets
 from .mask import Inpainting
 
 __all__ = ["CONDITIONS", "Arrays", "Call", "Condition", "Draw", "Steering", "Steerings", "asked", "networks"]
 
-CONDITIONS: tuple[type[Condition], ...] = (Inpainting,)
+CONDITIONS: tuple[type[Condition], ...] = (Inpainting, ControlNets)
 
 
 def networks() -> dict[str, Network]:

@@ -40,6 +40,11 @@ class Steering:
         where guidance takes two, and again after memory ran out."""
         return arrays
 
+    def beside(self, arrays: Arrays, rows: range) -> Mapping[str, Any]:  # noqa: ARG002
+        """Inputs of the denoiser beside `arrays` that other networks answer in the same call, which is of
+        these `rows` of the branches, the unguided one first. Asked before `inputs`."""
+        return {}
+
     def after(self, latents: np.ndarray, call: int) -> np.ndarray:  # noqa: ARG002
         """The latents after call `call` of the scheduler, counted from 0, instead of `latents`."""
         return latents
@@ -87,6 +92,11 @@ class Condition:
         """Of so many steps, how many are left out. Raises TightfitError where none would be left."""
         return 0
 
+    def acting(self, name: str, calls: int) -> range | None:  # noqa: ARG002
+        """Of so many calls of the denoiser, from 0, those in which it calls its network `name` beside; None
+        for a network that is none of its own."""
+        return None
+
     def prepare(self, job: Job, call: Call) -> Steering:
         """Called once for a request, while texts are encoded. It may call encoders."""
         raise NotImplementedError
@@ -111,6 +121,9 @@ class Steerings(Steering):
         for steering in self._steerings:
             arrays = steering.inputs(arrays)
         return arrays
+
+    def beside(self, arrays: Arrays, rows: range) -> Mapping[str, Any]:
+        return {name: value for each in self._steerings for name, value in each.beside(arrays, rows).items()}
 
     def after(self, latents: np.ndarray, call: int) -> np.ndarray:
         for steering in self._steerings:

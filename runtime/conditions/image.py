@@ -58,14 +58,7 @@ class ImageToImage(Condition):
         return (spec.on_demand(ENCODER),)
 
     def size(self, spec: ModelSpec) -> tuple[int, int] | None:
-        """The picture's, or in its proportions as many pixels as the model was trained on, if it has more."""
-        height, width = spec.native_size
-        factor = min(1.0, (height * width / (self.image.height * self.image.width)) ** 0.5)
-        step = max(spec.downsampling, _MULTIPLE)
-        tall, wide = (
-            max(step, int(side * factor) // step * step) for side in (self.image.height, self.image.width)
-        )
-        return tall, wide
+        return size_of(self.image, spec)
 
     def skipped(self, steps: int) -> int:
         taken = min(int(steps * self.strength), steps)  # as diffusers rounds it
@@ -79,6 +72,16 @@ class ImageToImage(Condition):
     def prepare(self, job: Job, call: Call) -> Steering:
         pixels = pixels_of(self.image, job, self.resize)
         return Begun(Encoded(job.spec, *call(ENCODER.name, pixels=pixels)))
+
+
+def size_of(picture: Picture, spec: ModelSpec) -> tuple[int, int]:
+    """Height and width: the picture's, or in its proportions as many pixels as the model was trained on, if
+    it has more."""
+    height, width = spec.native_size
+    factor = min(1.0, (height * width / (picture.height * picture.width)) ** 0.5)
+    step = max(spec.downsampling, _MULTIPLE)
+    tall, wide = (max(step, int(side * factor) // step * step) for side in (picture.height, picture.width))
+    return tall, wide
 
 
 def pixels_of(picture: Picture, job: Job, how: str) -> np.ndarray:

@@ -11,7 +11,7 @@ from ..backends import engine
 from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER, PACKAGES, PROVIDERS, provider_name, provider_problems
-from ..models.families.family import Role
+from ..models.families.family import STEPPING, Role
 from ..models.spec import Component, ModelSpec
 from ..placement import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STORED, TILINGS, Placement
 from ..request import Job
@@ -127,20 +127,24 @@ def _runnable(spec: ModelSpec, component: Component) -> tuple[str, ...]:
 
 
 def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -> Placement:
-    role, precision = spec.components[name].role, choice.precision
+    component, precision, residency = spec.components[name], choice.precision, choice.residency
+    role = component.role
     vae = role in (Role.ENCODER, Role.DECODER)
-    if precision == DYNAMIC and role is not Role.DENOISER:
+    if precision == DYNAMIC and role not in STEPPING:
         # a strip of a VAE would have another scale than the next; text encoders have little to gain
         precision = "int8"
+    # A VAE is a hundredth of a U-Net: nothing to gain. A network beside a model that was exported in 8 or 4
+    # bits is quantised as it is loaded, and such weights cannot stream.
+    beside = role is Role.CONTROL and precision in QUANTISED and component.formats is None
+    residency = "staged" if residency == "streamed" and (vae or beside) else residency
     compute = vae_compute(hardware, spec, choice.compute) if vae else choice.compute
     return Placement(
         backend="torch",
         precision=precision if precision in QUANTISED else compute,
         compute=compute,
-        # a VAE is a hundredth of a U-Net: nothing to gain
-        residency="staged" if vae and choice.residency == "streamed" else choice.residency,
+        residency=residency,
         attention="sdpa" if role is Role.TEXT else choice.attention,
-        tiling=choice.tiling if spec.components[name].network.in_strips else "whole",
+        tiling=choice.tiling if component.network.in_strips else "whole",
     )
 
 

@@ -23,7 +23,7 @@ from ..costs.latency import (
     read_bytes,
 )
 from ..machine.hardware import Hardware
-from ..models.families.family import Extent, Role
+from ..models.families.family import STEPPING, Extent, Role
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 from ..placement import DYNAMIC, QUANTISED, STAGES, STORED, Placement
@@ -118,11 +118,9 @@ class Estimate:
         """What streams, with weights kept loaded in `room` bytes but for the slack, and with half of
         these."""
         room = int(room * (1 - SLACK))
-        filled = {
-            name: self._filled(name, placement, cfg, placements, room)
-            for name, placement in placements.items()
-        }
-        denoiser = self.spec.denoiser.name
+        filled, denoiser = dict(placements), self.spec.denoiser.name
+        for name in sorted(placements, key=lambda name: name != denoiser):  # what it leaves is for the others
+            filled[name] = self._filled(name, placements[name], cfg, filled, room)
         most = filled[denoiser].kept_bytes
         sums = accumulate(self._footprint(denoiser, placements[denoiser], cfg).units)
         half = max((kept for kept in sums if kept <= most / 2), default=0)
@@ -173,7 +171,7 @@ class Estimate:
 
     def _extent(self, name: str, cfg: str) -> Extent:
         """What a component is called for."""
-        batched = self._role(name) is Role.DENOISER and cfg == "batched"
+        batched = self._role(name) in STEPPING and cfg == "batched"
         job = self.job
         return Extent(job.branches if batched else 1, job.height, job.width, job.prompting.chunks)
 
@@ -193,11 +191,14 @@ class Estimate:
         )
 
     def _peak(self, name: str, cfg: str, placements: Mapping[str, Placement]) -> int:
-        """While one component is called, beside those that stay loaded."""
+        """While one component is called, beside those that stay loaded, or are called in turn with it."""
         own, names = placements[name], list(placements)
-        others = [n for n, placement in placements.items() if placement.residency == "resident" and n != name]
+        in_turn = {n for n in names if {self._role(n), self._role(name)} <= STEPPING}
+        resident = {n for n, placement in placements.items() if placement.residency == "resident"}
+        others = [n for n in names if n in resident | in_turn and n != name]
         # Loaded before it.
-        first = [n for n in others if own.residency != "resident" or names.index(n) < names.index(name)]
+        before = {n for n in others if names.index(n) < names.index(name)}
+        first = [n for n in others if n in (before if own.residency == "resident" else before | resident)]
         groups = (first, [n for n in others if n not in first])
 
         def compute() -> int:
@@ -209,7 +210,9 @@ class Estimate:
             return peak(self.hardware.device, [*self.hardware.workspaces, *held], footprint[name], later)
 
         beside = tuple(
-            (n, p.backend, p.provider, p.precision, p.compute) for n in others for p in [placements[n]]
+            (n, p.backend, p.provider, p.precision, p.compute, p.residency, p.kept_bytes)
+            for n in others
+            for p in [placements[n]]
         )
         return self._once(("peak", name, own, beside, cfg), compute)
 
@@ -218,7 +221,7 @@ class Estimate:
     ) -> float:
         total = 0.0
         for name, placement in placements.items():
-            for mode, calls in self._calls(self._role(name), cfg).items():
+            for mode, calls in self._calls(name, cfg).items():
                 one = ("seconds", name, placement, mode)
                 total += calls * self._once(
                     one,
@@ -229,14 +232,16 @@ class Estimate:
             total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
         return total
 
-    def _calls(self, role: Role, cfg: str) -> dict[str, int]:
+    def _calls(self, name: str, cfg: str) -> dict[str, int]:
         """How often a network is called, by how: "sequential" is one row of a batch."""
-        job, branches = self.job, self.job.branches
-        if role is not Role.DENOISER:
+        job, branches, role = self.job, self.job.branches, self._role(name)
+        if role not in STEPPING:
             texts = job.prompting.encodings  # one by one
             return {cfg: {Role.TEXT: texts, Role.ENCODER: 1, Role.DECODER: job.num_images}[role]}
-        guided = job.guided_calls if branches > 1 else job.calls
-        alone = (job.calls - guided) * max(1, branches - 1)
+        calls, guided = job.calls_with(name)
+        if branches == 1:
+            guided = calls
+        alone = (calls - guided) * max(1, branches - 1)
         if cfg == "sequential" or not alone:
             return {cfg: (guided * (branches if cfg == "sequential" else 1) + alone) * job.num_images}
         return {cfg: guided * job.num_images, "sequential": alone * job.num_images}
@@ -271,7 +276,7 @@ class Estimate:
         """Why an engine cannot run its component so, or None."""
         for name, placement in placements.items():
             component = self.spec.components[name]
-            for mode in self._calls(component.role, cfg):
+            for mode in self._calls(name, cfg):
                 extent = self._extent(name, mode)
                 why = engine(placement.backend).refuses(
                     self.spec, component, placement, self.hardware, extent

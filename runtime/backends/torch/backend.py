@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import re
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ...machine.detect import pinnable
 from ...machine.hardware import Hardware
 from ...machine.process import release
-from ...models.families.family import Extent, Role
+from ...models.families.family import STEPPING, Extent, Role
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
 from ...placement import DYNAMIC, QUANTISED, Placement
@@ -91,7 +92,7 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         "int8-dynamic packs its weights once, so they cannot stream: choose int8",
     ),
     Rule(
-        lambda case: case.dynamic and case.component.role is not Role.DENOISER,
+        lambda case: case.dynamic and case.component.role not in STEPPING,
         lambda case: f"int8-dynamic is for U-Nets: choose int8 for the {case.component.name}",
     ),
     Rule(
@@ -182,6 +183,7 @@ class TorchBackend:
             stored = weights.match(component, module)
             weights.check_adapted(module)
         session = TorchSession(module, networks.forward(component, placement), dtype, self.device, self.meter)
+        session.stays = component.role is Role.CONTROL
         with _memory_errors_explained(self.device):
             if placement.residency == "streamed":
                 lane = functools.partial(self._lane, session, component, placement)
@@ -266,10 +268,24 @@ def _instead(hardware: Hardware) -> str:
     return f"{best}, or int8 or int4, which compute in {best} here"
 
 
+class Residual:
+    """What a session answers another of the same device: a tensor that stays there, as the meter knows."""
+
+    def __init__(self, tensor: torch.Tensor, meter: Meter) -> None:
+        self.tensor, self.shape, self.ndim = tensor, tuple(tensor.shape), tensor.ndim
+        meter.hold(tensor.nbytes)
+        weakref.finalize(self, meter.hold, -tensor.nbytes).atexit = False
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return self.tensor.float().cpu().numpy()
+
+
 class TorchSession:
-    """A module, called with named arrays through `forward`, which maps the names to its arguments."""
+    """A module, called with named arrays through `forward`, which maps the names to its arguments. What it
+    answers is on the host, or `stays` on the device."""
 
     notices: tuple[str, ...] = ()
+    stays = False
 
     def __init__(
         self,
@@ -362,17 +378,23 @@ class TorchSession:
             raise
 
     @torch.inference_mode()
-    def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    def __call__(self, **arrays: Any) -> tuple[Any, ...]:
         module, key = self._module(), tuple((name, array.shape) for name, array in arrays.items())
         with tf32_off(self.device), _memory_errors_explained(self.device):
             tensors = {name: self._input(name, array) for name, array in arrays.items()}
             outs = self.meter.during(
-                self._calls, key, lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device)
+                self._calls,
+                key,
+                lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device, self.stays),
             )
+            if self.stays:
+                return tuple(Residual(out, self.meter) for out in outs)
             return tuple(out.cpu().numpy() for out in outs)
 
-    def _input(self, name: str, array: np.ndarray) -> torch.Tensor:
+    def _input(self, name: str, array: Any) -> torch.Tensor:
         """What the module reads for `array`; on a CPU that is the array."""
+        if isinstance(array, Residual):
+            return array.tensor
         tensor = torch.from_numpy(np.ascontiguousarray(array))
         if self._sent is None:
             return tensor

@@ -15,7 +15,7 @@ from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Opera
 from ...costs.latency import patching_seconds, read_bytes
 from ...errors import explained
 from ...machine.hardware import Hardware
-from ...models.families.family import Extent
+from ...models.families.family import RESIDUAL, Extent, Role
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
 from ...placement import QUANTISED, Placement
@@ -174,7 +174,8 @@ def footprint(
         workspace(module).allocate(dtype, torch.device("meta"))
         config = component.folder / "config.json"
         with explained(f"{config} describes no model that can be run", "copy or download it again"):
-            return _trace(module, networks.forward(component, placement), shapes, dtype, device.type)
+            call, stays = networks.forward(component, placement), component.role is Role.CONTROL
+            return _trace(module, call, shapes, dtype, device.type, stays)
 
     trace = _traces.get(key, traced)
     _orders.get((component.name, identity), lambda: tuple(path for path, *_ in trace.calls))
@@ -280,12 +281,14 @@ def _trace(
     inputs: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     device: str,
+    stays: bool = False,
 ) -> Trace:
     kinds = {"tokens": torch.int64}
     tensors = {
         name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta")
         for name, shape in inputs.items()
     }
+    residuals = [name for name in inputs if name.startswith(RESIDUAL)]
     calls: list[tuple[str, int, int]] = []
 
     def note(path: str) -> None:
@@ -299,7 +302,9 @@ def _trace(
         torch.inference_mode(),
         Recorder(device, device == "cpu" and bool(workspace(module).layers)) as recorder,
     ):
-        run(module, call, tensors, dtype, torch.device("meta"))
+        # Alive all the time, which what the host sends is not.
+        tensors |= {name: torch.empty(inputs[name], dtype=dtype, device="meta") for name in residuals}
+        run(module, call, tensors, dtype, torch.device("meta"), stays)
     for hook in hooks:
         hook.remove()
     return Trace(tuple(recorder.events), tuple(recorder.attentions), tuple(recorder.operations), tuple(calls))
@@ -311,10 +316,13 @@ def run(
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     device: torch.device,
+    stays: bool = False,
 ) -> list[torch.Tensor]:
-    """Call the module with fp32 or int64 tensors; returns fp32 ones on `device`."""
+    """Call the module with fp32 or int64 tensors; returns fp32 ones on `device`, or what `stays` there as it
+    is."""
     inputs = {name: on_device(tensor, dtype, device) for name, tensor in tensors.items()}
-    return [out.float() for out in call(module, **inputs)]
+    outs = call(module, **inputs)
+    return list(outs) if stays else [out.float() for out in outs]
 
 
 def on_device(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -30,6 +30,7 @@ class Role(Enum):
 
     TEXT = "text"
     ENCODER = "encoder"
+    CONTROL = "control"
     DENOISER = "denoiser"
     DECODER = "decoder"
 
@@ -41,10 +42,16 @@ class Role(Enum):
 _STAGES = {
     Role.TEXT: "encode",
     Role.ENCODER: "encode",
+    Role.CONTROL: "denoise",
     Role.DENOISER: "denoise",
     Role.DECODER: "decode",
 }
 IN_EVERY_PLAN = frozenset({Role.TEXT, Role.DENOISER, Role.DECODER})  # no picture is made without them
+STEPPING = frozenset(
+    {Role.CONTROL, Role.DENOISER}
+)  # called in turn in each step, so all are loaded meanwhile
+RESIDUAL = "residual_"
+"""How inputs of a denoiser are called that its control networks answer: these never leave the device."""
 
 
 class Extent(NamedTuple):

@@ -30,7 +30,7 @@ from ..checks import (
     or_none,
     whole,
 )
-from .family import Extent, GraphNames, Network, Role, Shape, Tracing
+from .family import RESIDUAL, Extent, GraphNames, Network, Role, Shape, Tracing
 
 if TYPE_CHECKING:
     from ..spec import Component, ModelSpec
@@ -218,7 +218,8 @@ def _text_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:  # noqa: 
 
 
 def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
-    """Shapes of latents, timestep and texts; and of the guidance that distilled U-Nets are told."""
+    """Shapes of latents, timestep and texts; of the guidance that distilled U-Nets are told; and of what
+    control networks answer."""
     shapes: dict[str, Shape] = {
         "sample": (extent.batch, spec.unet["in_channels"], *spec.latent_shape(extent)[1:]),
         "timestep": (),
@@ -226,7 +227,22 @@ def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     shapes["hidden"] = (extent.batch, extent.chunks * spec.text_length, spec.text_width)
     if spec.guidance_width:
         shapes["time_condition"] = (1, spec.guidance_width)
-    return shapes
+    return shapes | (residuals(spec, extent) if spec.of_role(Role.CONTROL) else {})
+
+
+def residuals(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
+    """Shapes of what is added to the U-Net's skip connections, and last to its middle: one for the input, and
+    in each block one for each layer and for what makes the next one's sides half as long."""
+    widths, layers = spec.unet["block_out_channels"], spec.unet["layers_per_block"]
+    _, height, width = spec.latent_shape(extent)
+    shapes: list[Shape] = [(extent.batch, widths[0], height, width)]
+    for block, channels in enumerate(widths):
+        count = layers if isinstance(layers, int) else layers[block]
+        shapes += [(extent.batch, channels, height, width)] * count
+        if block < len(widths) - 1:
+            height, width = -(-height // 2), -(-width // 2)
+            shapes.append((extent.batch, channels, height, width))
+    return {f"{RESIDUAL}{number}": shape for number, shape in enumerate([*shapes, shapes[-1]])}
 
 
 def _decoder_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
@@ -256,12 +272,15 @@ def _every_state(module: Any, outputs: Sequence[str], tokens: Any) -> tuple[Any,
 def _predict(
     module: Any, sample: Any, timestep: Any, hidden: Any, time_condition: Any = None, **added: Any
 ) -> tuple[Any, ...]:
+    *down, middle = [added.pop(name) for name in [*added] if name.startswith(RESIDUAL)] or [None]
     return module(
         sample,
         timestep,
         hidden,
         timestep_cond=time_condition,
         added_cond_kwargs=added or None,
+        down_block_additional_residuals=down or None,
+        mid_block_additional_residual=middle,
         return_dict=False,
     )[:1]
 

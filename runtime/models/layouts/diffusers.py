@@ -32,6 +32,7 @@ _OTHERS = {
     "tokenizer": r"transformers CLIPTokenizer(Fast)?",
     "tokenizer_2": r"transformers CLIPTokenizer(Fast)?",
     "scheduler": r"diffusers \w+Scheduler",
+    "controlnet": r"diffusers (Multi)?ControlNetModel",  # read where a picture to follow is given
     **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "image_processor"), r"\S+ \w+"),
 }
 # The VAE in two, as Optimum lists it.

@@ -50,7 +50,7 @@ _PARTS = (
     (
         r"(?:control_model|zero_convs|input_hint_block|controlnet_\w+)\.",
         "a ControlNet",
-        _BESIDE,
+        f"{_BESIDE}, and this by --control PICTURE:model=FILE",
         Kind.CONTROLNET,
     ),
     (r"(?:image_proj|ip_adapter)\.", "an IP-Adapter", _BESIDE, None),

@@ -40,6 +40,8 @@ _UNET_RESNET: Words = (
 )
 _UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.(\d)\.(.+)")
 _DOWNSAMPLER = re.compile(r"input_blocks\.(\d{1,4})\.0\.op\.weight")
+_HINT = re.compile(r"input_hint_block\.(\d{1,4})\.(.+)")
+_ADDED = re.compile(r"zero_convs\.(\d{1,4})\.0\.(.+)")
 _VAE_ENDS: Words = (
     ("mid.block_1.", "mid_block.resnets.0."),
     ("mid.block_2.", "mid_block.resnets.1."),
@@ -78,6 +80,22 @@ def unet(tensors: Tensors) -> dict[str, Tensor]:
     samplers = (int(found[1]) for name in tensors if (found := _DOWNSAMPLER.fullmatch(name)))
     layers = min(samplers, default=1 + max(map(_input_block, tensors), default=0))
     return _renamed(tensors, lambda name: _of_unet(name, layers))
+
+
+def control(tensors: Tensors) -> dict[str, Tensor]:
+    """A ControlNet's: half a U-Net's, what reads the picture, and what each of its layers adds."""
+    hints = [int(found[1]) for name in tensors if (found := _HINT.match(name))]
+
+    def renamed(name: str) -> str:
+        if found := _HINT.match(name):  # layers and their activations are counted
+            place = "conv_in" if found[1] == "0" else f"blocks.{int(found[1]) // 2 - 1}"
+            place = "conv_out" if int(found[1]) == max(hints) else place
+            return f"controlnet_cond_embedding.{place}.{found[2]}"
+        if found := _ADDED.match(name):
+            return f"controlnet_down_blocks.{int(found[1])}.{found[2]}"
+        return _begun(name, (("middle_block_out.0.", "controlnet_mid_block."),))
+
+    return unet(tensors) | _renamed(tensors, renamed)
 
 
 def vae(tensors: Tensors) -> dict[str, Tensor]:

@@ -50,6 +50,7 @@ _BEFORE_UNET = ("model.diffusion_model.", "diffusion_model.", "unet.")
 _ORIGINAL_UNET = re.compile(r"(?:in|out)put_blocks\.")
 _SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 _EPSILON, _V = "epsilon", "v_prediction"
+READS = ".attn2.to_k.weight"  # how names end of weights whose rows are as wide as texts
 _HEAD_WIDTH = 64  # of all transformers but those of SD 1.x's U-Net
 _NAMES = {
     "unet": "U-Net",
@@ -366,24 +367,14 @@ def _is_read(name: str, config: Config) -> bool:
 
 
 def _unet(tensors: Tensors, original: Original, pooled: int) -> Config:
-    shapes = _Shapes(tensors)
-    blocks = range(shapes.count(r"down_blocks\.(\d+)\.resnets\."))
-    widths = [shapes.side(f"down_blocks.{block}.resnets.0.conv1.weight") for block in blocks]
-    inner = [
-        shapes.count(rf"down_blocks\.{block}\.attentions\.0\.transformer_blocks\.(\d+)\.") for block in blocks
-    ]
-    middle = shapes.count(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
-    reads = next((name for name in tensors if name.endswith(".attn2.to_k.weight")), "an attn2.to_k.weight")
+    shapes, half = _Shapes(tensors), _down_half(tensors)
+    kinds, widths = half["down_block_types"], half["block_out_channels"]
+    reads = next((name for name in tensors if name.endswith(READS)), f"an {READS[1:]}")
     config: Config = {
         "_class_name": "UNet2DConditionModel",
-        "in_channels": shapes.side("conv_in.weight", 1),
+        **half,
         "out_channels": shapes.side("conv_out.weight"),
-        "block_out_channels": widths,
-        "layers_per_block": shapes.count(r"down_blocks\.0\.resnets\.(\d+)\."),
-        "down_block_types": ["CrossAttnDownBlock2D" if count else "DownBlock2D" for count in inner],
-        "up_block_types": ["CrossAttnUpBlock2D" if count else "UpBlock2D" for count in reversed(inner)],
-        # that of the last block is also the middle one's
-        "transformer_layers_per_block": [count or 1 for count in inner[:-1]] + [inner[-1] or middle or 1],
+        "up_block_types": [kind.replace("Down", "Up") for kind in reversed(kinds)],
         "cross_attention_dim": shapes.side(reads, 1),
         "attention_head_dim": original.heads or [max(1, width // _HEAD_WIDTH) for width in widths],
         **original.unet,
@@ -397,6 +388,51 @@ def _unet(tensors: Tensors, original: Original, pooled: int) -> Config:
     if "time_embedding.cond_proj.weight" in tensors:
         config["time_cond_proj_dim"] = shapes.side("time_embedding.cond_proj.weight", 1)
     return config
+
+
+def _down_half(tensors: Tensors) -> Config:
+    """What a U-Net and its ControlNets have in common: all until the sides grow again."""
+    shapes = _Shapes(tensors)
+    blocks = range(shapes.count(r"down_blocks\.(\d+)\.resnets\."))
+    widths = [shapes.side(f"down_blocks.{block}.resnets.0.conv1.weight") for block in blocks]
+    inner = [
+        shapes.count(rf"down_blocks\.{block}\.attentions\.0\.transformer_blocks\.(\d+)\.") for block in blocks
+    ]
+    middle = shapes.count(r"mid_block\.attentions\.0\.transformer_blocks\.(\d+)\.")
+    return {
+        "in_channels": shapes.side("conv_in.weight", 1),
+        "block_out_channels": widths,
+        "layers_per_block": shapes.count(r"down_blocks\.0\.resnets\.(\d+)\."),
+        "down_block_types": ["CrossAttnDownBlock2D" if count else "DownBlock2D" for count in inner],
+        # that of the last block is also the middle one's
+        "transformer_layers_per_block": [count or 1 for count in inner[:-1]] + [inner[-1] or middle or 1],
+    }
+
+
+# What a ControlNet has as its U-Net has it, and no shape tells.
+_AS_UNET = (
+    "cross_attention_dim", "flip_sin_to_cos", "freq_shift", "only_cross_attention", "downsample_padding",
+    "mid_block_scale_factor", "act_fn", "norm_num_groups", "norm_eps", "attention_head_dim",
+    "num_attention_heads", "use_linear_projection", "upcast_attention", "addition_embed_type",
+    "addition_time_embed_dim", "projection_class_embeddings_input_dim", "resnet_time_scale_shift",
+)  # fmt: skip
+
+
+def control_config(tensors: Tensors, unet: Mapping[str, Any]) -> Config:
+    """What the shapes of a ControlNet's tensors, under diffusers' names, say of it, and the config of the
+    U-Net that it is for."""
+    shapes, hint = _Shapes(tensors), "controlnet_cond_embedding"
+    wider = range(1, shapes.count(rf"{hint}\.blocks\.(\d+)\."), 2)
+    names = [f"{hint}.conv_in.weight", *(f"{hint}.blocks.{block}.weight" for block in wider)]
+    middle = any(name.startswith("mid_block.attentions.") for name in tensors)
+    return {
+        "_class_name": "ControlNetModel",
+        **{name: unet[name] for name in _AS_UNET if name in unet},
+        **_down_half(tensors),
+        "mid_block_type": "UNetMidBlock2DCrossAttn" if middle else "UNetMidBlock2D",
+        "conditioning_channels": shapes.side(names[0], 1),
+        "conditioning_embedding_out_channels": [shapes.side(name) for name in names],
+    }
 
 
 # Of all published ones: what is taken until a VAE is named for a file without.

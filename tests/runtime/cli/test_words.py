@@ -194,7 +194,7 @@ def said_of(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("option", "words", "without"),
     [
-        ("--controlnet", ["not read in this version"], ["--ram", "--plan"]),
+        ("--controlnet", ["it is --control PICTURE"], ["--ram", "--plan"]),
         ("--xformers", ["--help"], ["--from"]),
         ("--n", ["--num-images"], ["--json", "--plan"]),
         ("--size", ["--width and --height"], ["--seed"]),

@@ -1,0 +1,409 @@
+"""ControlNets: pictures that the painting follows, each read in every step by a network beside the
+denoiser."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from ..adapters.header import Stamp, contents, located, stamp
+from ..errors import TightfitError
+from ..fields import option
+from ..files import WEIGHTS_BYTES, open_regular
+from ..models.families.controlnet import CONTROLNETS, MOST
+from ..models.families.family import RESIDUAL, Network
+from ..models.layouts import controlnet, library
+from ..models.spec import Component, ModelSpec
+from ..recent import Recent
+from .condition import Arrays, Call, Condition, Steering
+from .image import PANEL, size_of
+from .input_pictures import RESIZES, Picture, open_picture
+from .preprocess import PREPROCESSORS
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..request import Job
+
+_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors")
+_GIVE = "give one by --control PICTURE:model=FILE"
+_MOST_WEIGHT = 10
+_SOFTER = 0.825  # from one answer to the one before it, of 13: A1111's
+_READ: Recent[Component] = Recent(16)
+CONTROL = "control"
+"""The option, and what it is in a picture's text: a list of texts."""
+
+
+def _alike(count: int) -> list[float]:
+    return [1.0] * count
+
+
+def _softly(count: int) -> list[float]:
+    return [_SOFTER ** (12 - place) for place in range(count)]
+
+
+def _rising(count: int) -> list[float]:
+    """From a tenth to one, as diffusers' guess mode has it."""
+    return [10 ** (place / (count - 1) - 1) for place in range(count)]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What the answers weigh, from the input to the middle; and whether the unguided row gets them, too.
+    `a1111` is what A1111 calls it."""
+
+    weights: Any
+    everywhere: bool
+    a1111: str
+
+
+MODES = {
+    "balanced": Mode(_alike, True, "Balanced"),
+    "prompt": Mode(_softly, True, "My prompt is more important"),
+    "control": Mode(_softly, False, "ControlNet is more important"),
+    "guess": Mode(_rising, False, "ControlNet is more important"),
+}
+_RESIZES = {"resize": "Just Resize", "crop": "Crop and Resize", "fill": "Resize and Fill"}
+_MODULES = {
+    "soft": "softedge", "invert": "invert (from white bg & black line)", "tile": "tile_resample",
+    "luminance": "recolor_luminance",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Control:
+    """A picture to follow, and how. `model`: the ControlNet, a file, a folder or a name in folders of models;
+    None: the model's own, or the only one there that fits it. weight: of its answers. start and end: of the
+    steps, in which part it acts. mode: one of MODES. preprocess: one of PREPROCESSORS. resize: as of an
+    image."""
+
+    picture: Picture
+    model: str | None = None
+    weight: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    mode: str = "balanced"
+    preprocess: str = "none"
+    resize: str = "resize"
+
+    def __post_init__(self) -> None:
+        if self.model is not None:  # of a file, where it is, whatever folder this is in when it is read again
+            path = Path(str(self.model)).expanduser()
+            name = str(path.absolute()) if library.exists(str(path)) else str(self.model)
+            object.__setattr__(self, "model", name)
+        bounds = {"weight": (-_MOST_WEIGHT, _MOST_WEIGHT), "start": (0, 1), "end": (0, 1)}
+        for name, (least, most) in bounds.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+                raise TightfitError(
+                    f"{name} of a control must be a number from {least} to {most}, not {value!r}"
+                )
+        if self.start >= self.end:
+            raise TightfitError(
+                f"start {self.start:g} of a control must be below end {self.end:g}: leave the control out, "
+                "or let it act in some steps"
+            )
+        for name, known in (("mode", MODES), ("preprocess", PREPROCESSORS), ("resize", RESIZES)):
+            if getattr(self, name) not in known:
+                raise TightfitError(
+                    f"{name} of a control must be one of {', '.join(known)}, not {getattr(self, name)!r}"
+                )
+
+    def acting(self, calls: int) -> range:
+        """Of so many calls, from 0, those that lie between start and end, as diffusers counts them."""
+        within = [n for n in range(calls) if n / calls >= self.start and (n + 1) / calls <= self.end]
+        if not within:
+            raise TightfitError(
+                f"a control from {self.start:g} to {self.end:g} acts in none of {calls} calls of the U-Net: "
+                "let it act for longer, or ask for more steps"
+            )
+        return range(within[0], within[-1] + 1)
+
+    def pixels(self, job: Job) -> np.ndarray:
+        """(1, 3, height, width) in 0..1, as ControlNets read it."""
+        import numpy as np
+
+        fitted = np.asarray(self.picture.fitted(job.width, job.height, self.resize))
+        made = PREPROCESSORS[self.preprocess](fitted)
+        return np.ascontiguousarray(made.astype(np.float32).transpose(2, 0, 1)[None] / 255)
+
+    def said(self) -> str:
+        """As it is typed, but for the picture."""
+        values = {name: getattr(self, name) for name in _DEFAULTS}
+        changed = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
+        return ":".join(["", *(f"{name}={_shown(value)}" for name, value in changed.items())])
+
+    def a1111(self, name: str) -> str:
+        """As A1111's extension writes it, with a model that is called so."""
+        fields = {
+            "Module": _MODULES.get(self.preprocess, self.preprocess),
+            "Model": name,
+            "Weight": _shown(self.weight),
+            "Resize Mode": _RESIZES[self.resize],
+            "Guidance Start": _shown(self.start),
+            "Guidance End": _shown(self.end),
+            "Pixel Perfect": "True",
+            "Control Mode": MODES[self.mode].a1111,
+        }
+        return ", ".join(f"{name}: {value}" for name, value in fields.items())
+
+
+_DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Control) if f.name != "picture"}
+_NUMBERS = ("weight", "start", "end")
+_KEY = re.compile(rf":(?=(?:{'|'.join(_DEFAULTS)})=)")
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float | int) else str(value)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What asks for pictures to follow. In Python, in diffusers' words, each value may be a list."""
+
+    control: list[str] | None = option(  # noqa: RUF009
+        None, "To follow; docs/painting.md has its keys.", "FILE[:KEY=VALUE]", panel=PANEL
+    )
+    control_image: Any = None
+    controlnet: Any = None
+    controlnet_conditioning_scale: Any = None
+    control_guidance_start: Any = None
+    control_guidance_end: Any = None
+    control_mode: Any = None
+    control_preprocess: Any = None
+    control_resize: Any = None
+    guess_mode: Any = None
+
+
+# diffusers' words, and ours for what it has not, by the fields that they are.
+_WORDS = {
+    "controlnet": "model", "controlnet_conditioning_scale": "weight", "control_guidance_start": "start",
+    "control_guidance_end": "end", "control_mode": "mode", "control_preprocess": "preprocess",
+    "control_resize": "resize",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ControlNets(Condition):
+    """Follow pictures. `models_dirs` are folders in which models are looked for by name."""
+
+    controls: tuple[Control, ...]
+    models_dirs: tuple[Path, ...] = ()
+
+    networks: ClassVar = CONTROLNETS
+    options: ClassVar = Options
+
+    @classmethod
+    def asked(cls, given: Mapping[str, Any]) -> ControlNets | None:
+        named = {name: given[name] for name in _WORDS if given.get(name) is not None}
+        controls = [*map(typed, given.get(CONTROL) or ()), *_in_python(given, named)]
+        if not controls:
+            return None
+        return cls(tuple(controls), tuple(map(Path, given.get("models_dirs") or ())))
+
+    def __post_init__(self) -> None:
+        if len(self.controls) > MOST:
+            raise TightfitError(
+                f"{len(self.controls)} controls are asked for, and a request has at most {MOST}: name fewer"
+            )
+
+    def size(self, spec: ModelSpec) -> tuple[int, int] | None:
+        return size_of(self.controls[0].picture, spec)
+
+    def said(self) -> dict[str, Any]:
+        return {CONTROL: [control.said() for control in self.controls]}
+
+    def a1111(self) -> dict[str, Any]:
+        return {
+            f"ControlNet {number}": control.a1111(self._shown_name(control))
+            for number, control in enumerate(self.controls)
+        }
+
+    def _shown_name(self, control: Control) -> str:
+        """A ControlNet's name, and its hash if it is a file, as A1111 shows them."""
+        if control.model is None:
+            return "built in"
+        path = self._named(control.model)
+        return f"{path.stem} [{_short_hash(path, stamp(path))}]" if path.is_file() else path.name
+
+    def _named(self, model: str) -> Path:
+        return _place(library.located(model, library.Kind.CONTROLNET, self.models_dirs))
+
+    def components(self, spec: ModelSpec) -> tuple[Component, ...]:
+        if not spec.denoiser.tensors:
+            raise TightfitError(
+                f"the U-Net of {spec.name} is here as ONNX alone, which follows no picture: "
+                "use the model that it was made from"
+            )
+        pairs = zip(CONTROLNETS, self.controls, strict=False)
+        return tuple(_component(self._path(control, spec), network, spec) for network, control in pairs)
+
+    def _path(self, control: Control, spec: ModelSpec) -> Path:
+        if control.model is not None:
+            return self._named(control.model)
+        return controlnet.built_in(spec) or self._only(spec)
+
+    def _only(self, spec: ModelSpec) -> Path:
+        """The one in the folders of models that fits this model. Raises TightfitError for none, or two."""
+        entries = library.scan(library.folders(self.models_dirs)).entries
+        names = {e.name: e.path for e in entries if e.shelf is library.Kind.CONTROLNET and not e.is_pickle}
+        fitting = [name for name, path in names.items() if _fits(path, spec)]
+        if len(fitting) == 1:
+            return names[fitting[0]]
+        there = f"several do ({', '.join(fitting[:5])})" if fitting else "none in a folder of models does"
+        raise TightfitError(f"which ControlNet is for {spec.name} is not said, and {there}: {_GIVE}")
+
+    def acting(self, name: str, calls: int) -> range | None:
+        pairs = zip(CONTROLNETS, self.controls, strict=False)
+        return next((control.acting(calls) for network, control in pairs if network.name == name), None)
+
+    def prepare(self, job: Job, call: Call) -> Steering:
+        return Controlled(self, job, call)
+
+
+def again(said: Sequence[str], texts: Sequence[str], source: object) -> list[str]:
+    """What is typed, and besides what a picture said of its controls, one after the other. Raises
+    TightfitError where pictures lack."""
+    if len(texts) < len(said):
+        count = "a picture" if len(said) == 1 else f"{len(said)} pictures"
+        raise TightfitError(
+            f"{source} was painted after {count} it does not carry: give each by --control, in their order"
+        )
+    parts = [_KEY.split(text) for text in texts]
+    before = [_KEY.split(text)[1:] for text in said] + [[]] * (len(texts) - len(said))
+    return [":".join([path, *old, *new]) for (path, *new), old in zip(parts, before, strict=True)]
+
+
+def typed(text: str) -> Control:
+    """What PICTURE:key=value:… means; of a key that is there twice the second counts."""
+    path, *pairs = _KEY.split(text)
+    values: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
+    for name in _NUMBERS:
+        if name in values:
+            try:
+                values[name] = float(values[name])
+            except ValueError:
+                raise TightfitError(f"{name} of --control must be a number, not {values[name]!r}") from None
+    if not library.exists(path) and (unknown := re.search(r":(\w+)=", path)):
+        raise TightfitError(
+            f"--control has no {unknown[1]}: it takes a picture, then {', '.join(_DEFAULTS)}, as :weight=0.8"
+        )
+    return Control(open_picture(path), **values)
+
+
+def _in_python(given: Mapping[str, Any], named: Mapping[str, Any]) -> list[Control]:
+    """Those of diffusers' words."""
+    pictures = given.get("control_image")
+    if pictures is None:
+        if named:
+            raise TightfitError(f"{next(iter(named))} is of a picture to follow: give it by control_image")
+        return []
+    pictures = [*pictures] if isinstance(pictures, list | tuple) else [pictures]
+    values = {_WORDS[name]: _for_each(name, value, len(pictures)) for name, value in named.items()}
+    if given.get("guess_mode"):
+        values["mode"] = ["guess"] * len(pictures)
+    return [
+        Control(open_picture(picture), **{name: of_each[place] for name, of_each in values.items()})
+        for place, picture in enumerate(pictures)
+    ]
+
+
+def _for_each(name: str, value: Any, count: int) -> Sequence[Any]:
+    values = value if isinstance(value, list | tuple) else [value] * count
+    if len(values) != count:
+        raise TightfitError(f"{name} has {len(values)} values for {count} pictures: give one for each")
+    return values
+
+
+def _place(name: str) -> Path:
+    """The file that is meant, or the folder of a ControlNet."""
+    path = Path(name).expanduser()
+    for folder in (path, path / "controlnet"):
+        if (folder / "config.json").is_file():
+            return folder.absolute()
+    return located(name, _FILES)
+
+
+@functools.lru_cache(maxsize=32)
+def _short_hash(file: Path, stamp: Stamp) -> str:  # noqa: ARG001
+    """A1111's old one, of 64 KiB in the middle of a file."""
+    with open_regular(file, WEIGHTS_BYTES) as stream:
+        stream.seek(2**20)
+        return hashlib.sha256(stream.read(2**16)).hexdigest()[:8]
+
+
+def _component(path: Path, network: Network, spec: ModelSpec) -> Component:
+    """The ControlNet there: the same object as long as its files are not written again."""
+    files = sorted(path.iterdir())[:100] if path.is_dir() else [path]
+    stamps: tuple[Stamp, ...] = tuple(map(stamp, files))
+    return _READ.get((network.name, path, stamps), lambda: _opened(path, network, spec), spec)
+
+
+def _opened(path: Path, network: Network, spec: ModelSpec) -> Component:
+    if path.is_dir():
+        return controlnet.of_folder(path, network, spec)
+    return controlnet.of_file(path, contents(path, stamp(path))[0], network, spec)
+
+
+def _fits(path: Path, spec: ModelSpec) -> bool:
+    try:
+        return bool(_component(_place(str(path)), CONTROLNETS[0], spec))
+    except TightfitError:
+        return False
+
+
+class Controlled(Steering):
+    """Calls each ControlNet that acts before the denoiser, and hands on what it answers, which stays on the
+    device: each adds to the answers of the one before it."""
+
+    def __init__(self, condition: ControlNets, job: Job, call: Call) -> None:
+        self._call, self._job = call, job
+        self._pictures = [control.pixels(job) for control in condition.controls]
+        self._controls = [*zip(CONTROLNETS, condition.controls, self._pictures, strict=False)]
+        self._scales: dict[tuple[str, range], np.ndarray] = {}
+        self._begin = self._now = 0
+
+    def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any, call: int) -> np.ndarray:  # noqa: ARG002
+        self._begin = self._now = call
+        return latents
+
+    def after(self, latents: np.ndarray, call: int) -> np.ndarray:
+        self._now = call + 1
+        return latents
+
+    @functools.cached_property
+    def _acting(self) -> list[range]:
+        return [control.acting(self._job.calls) for _, control, _ in self._controls]
+
+    def beside(self, arrays: Arrays, rows: range) -> Mapping[str, Any]:
+        given = {name: array for name, array in arrays.items() if name != "time_condition"}
+        answers: dict[str, Any] = {}
+        for (network, control, picture), acting in zip(self._controls, self._acting, strict=True):
+            scales = self._weights(network, control, rows)
+            if self._now - self._begin in acting and scales.any():
+                made = self._call(network.name, **given, picture=picture, scales=scales, **answers)
+                answers = {f"{RESIDUAL}{place}": answer for place, answer in enumerate(made)}
+        return answers
+
+    def _weights(self, network: Network, control: Control, rows: range) -> np.ndarray:
+        """(rows, answers): the same array for the same rows, so that it is sent once."""
+        import numpy as np
+
+        if (network.name, rows) not in self._scales:
+            spec, mode = self._job.spec, MODES[control.mode]
+            inputs = spec.inputs(spec.components[network.name], len(rows), self._job.height, self._job.width)
+            pooled = spec.components[network.name].config.get("global_pool_conditions")
+            count = inputs["scales"][-1]
+            weights = _alike(count) if pooled and control.mode == "guess" else mode.weights(count)
+            everywhere = self._job.branches == 1 or (mode.everywhere and not pooled)
+            shares = [float(everywhere or row > 0) for row in rows]
+            self._scales[network.name, rows] = np.outer(shares, weights).astype(np.float32) * np.float32(
+                control.weight
+            )
+        return self._scales[network.name, rows]

@@ -1,0 +1,107 @@
+"""ControlNets in files: a diffusers folder, or one file by the names of the original code or of diffusers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ...errors import TightfitError
+from ...files import read_json
+from ..families import known_by
+from ..families.family import Extent, Network
+from ..families.networks import check_config, residuals
+from ..manifest import read_manifest
+from ..spec import Component, ModelSpec
+from ..tensors import Tensor
+from . import renames
+from .bitsandbytes import tensors_of
+from .scales import scaled
+from .single_file import READS, control_config
+
+_CLASS, _FOLDER = "ControlNetModel", "controlnet"
+_INSIDE = ("control_model.", "controlnet.")  # how names begin in a file of several networks
+_ORIGINAL = "input_hint_block."
+# What else controls a picture, by the beginnings of names.
+_OTHERS = (
+    (r"(?:task_embedding|control_type_proj|control_add_embedding|spatial_ch_projs|transformer_layes)\b",
+     "a union of ControlNets (ControlNet++)"),
+    (r"lllite_", "a ControlNet-LLLite"),
+    (r"(?:lora_controlnet$|.*\.(?:up|down)$)", "a Control-LoRA"),
+    (r"(?:controlnet_x_embedder|controlnet_single_blocks|(?:double|single)_blocks|img_in)\b",
+     "a ControlNet of Flux"),
+    (r"(?:pos_embed_input|transformer_blocks\.\d+\.norm1_context)\b", "a ControlNet of SD 3"),
+    (r"(?:adapter\.)?body\.\d+\.", "a T2I-Adapter"),
+)  # fmt: skip
+_CLASSES = {
+    "ControlNetUnionModel": _OTHERS[0][1],
+    "FluxControlNetModel": "a ControlNet of Flux",
+    "SD3ControlNetModel": "a ControlNet of SD 3",
+    "T2IAdapter": "a T2I-Adapter",
+}
+_RUN = "tightfit runs ControlNets of SD 1.x, SD 2.x and SDXL"
+
+
+def of_folder(path: Path, network: Network, spec: ModelSpec) -> Component:
+    """The ControlNet in a diffusers folder, checked. Raises TightfitError for another, or for another
+    model."""
+    config = read_json(path / "config.json")
+    named = str(config.get("_class_name"))[:40]
+    if named != _CLASS:
+        raise TightfitError(f"{path} holds {_CLASSES.get(named, f'a {named}')}: {_RUN}")
+    tensors, parts = tensors_of(path), read_manifest(path.parent).get("components", {})
+    formats = parts.get(path.name, {}).get("formats")  # where it is exported in 8 or 4 bits
+    return _checked(Component(network, path, {**network.defaults, **config}, tensors, formats), spec)
+
+
+def of_file(path: Path, stored: Mapping[str, Tensor], network: Network, spec: ModelSpec) -> Component:
+    """The ControlNet whose tensors these are, checked. Raises TightfitError as `of_folder` does."""
+    begin = next((start for start in _INSIDE if any(name.startswith(start) for name in stored)), "")
+    own = {name.removeprefix(begin): t for name, t in stored.items() if name.startswith(begin)}
+    if any(name.startswith(_ORIGINAL) for name in own):
+        tensors = renames.control(scaled(own))
+    elif any(name.startswith("controlnet_cond_embedding.") for name in own) and not (other := _other(own)):
+        tensors = scaled(own)
+    else:
+        other = _other(own) or "no ControlNet"
+        raise TightfitError(f"{path} is {other}: {_RUN}")
+    config = {**network.defaults, **control_config(tensors, spec.unet)}
+    return _checked(Component(network, path, config, tensors), spec)
+
+
+def _other(names: Iterable[str]) -> str:
+    """What a file is that controls pictures otherwise."""
+    names = [*names]
+    return next((what for pattern, what in _OTHERS if any(re.match(pattern, name) for name in names)), "")
+
+
+def _checked(component: Component, spec: ModelSpec) -> Component:
+    """Raise TightfitError unless its answers are what the model's U-Net takes."""
+    unet, tensors, path = spec.denoiser, component.tensors, component.folder
+    width, ours = (_text_width(each) for each in (tensors, unet.tensors))
+    if width and width != ours:
+        kind, other = (known_by(side) or f"texts {side} wide" for side in (width, ours))
+        raise TightfitError(
+            f"{path} is a ControlNet of {kind}, and {spec.name} is of {other}: take one of the same family"
+        )
+    wanted = [shape[1] for shape in residuals(spec, Extent(1, 64, 64)).values()]
+    places = (*(f"controlnet_down_blocks.{n}" for n in range(len(wanted) - 1)), "controlnet_mid_block")
+    answers = [tensors[f"{place}.bias"].count if f"{place}.bias" in tensors else 0 for place in places]
+    if answers != wanted:
+        raise TightfitError(
+            f"{path} is a ControlNet of another U-Net than that of {spec.name}: take one of the same family"
+        )
+    check_config(component)
+    return component
+
+
+def _text_width(tensors: Mapping[str, Any]) -> int:
+    reading = (tensor.shape for name, tensor in tensors.items() if name.endswith(READS))
+    return next((shape[1] for shape in reading if len(shape) > 1), 0)
+
+
+def built_in(spec: ModelSpec) -> Path | None:
+    """The ControlNet that a model's folder has, as diffusers' pipelines of ControlNets do."""
+    folder = spec.folder / _FOLDER
+    return folder if (folder / "config.json").is_file() else None
