@@ -35,10 +35,11 @@ class Conditioning:
 
     def given(self, call: int) -> Sequence[Mapping[str, np.ndarray]]:
         """The inputs of the parts of a call without guidance: the prompt's."""
-        return self.of("sequential", call)[1:]
+        parts = self.of("sequential", call)
+        return [parts[row] for row in self._job.prompted]
 
     def _joined(self, texts: Sequence[tuple[Line, str]]) -> dict[str, np.ndarray]:
-        """A row for each text, all as long as the longest has to be."""
+        """A row for each branch, all as long as the longest has to be."""
         length = self._job.prompting.chunks * self._job.spec.text_length
         rows = []
         for encoder in self._encoded:
@@ -46,7 +47,9 @@ class Conditioning:
             whole = np.concatenate([np.tile(one, (1, length // one.shape[1], 1)) for one in states])
             others = zip(*(encoder[text][1:] for text in texts), strict=True)
             rows.append((whole, *map(np.concatenate, others)))
-        return self._job.spec.design.condition(self._job, rows)
+        arrays = self._job.spec.design.condition(self._job, rows)
+        more = len(self._job.scales)
+        return {name: np.concatenate([array, *[array[:1]] * more]) for name, array in arrays.items()}
 
 
 def _parts(arrays: Mapping[str, np.ndarray]) -> dict[str, Sequence[Mapping[str, np.ndarray]]]:

@@ -96,8 +96,9 @@ class Pipeline:
 
     def _plans(self, job: Job) -> list[Plan]:
         words = job.prompting
+        encodings = (words.encodings, *(job.encodings(name) for name in job.spec.components))
         calls = [job.calls_with(name) for name in job.spec.components]
-        counts = (*calls, words.chunks, words.encodings)
+        counts = (*calls, len(job.prompted), words.chunks, *encodings)
         key = (job.width, job.height, job.num_images, job.branches, *counts)
         with self._using:
             (spec, *known), _ = self._planned

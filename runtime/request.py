@@ -150,7 +150,9 @@ class Request:
         """This request with everything decided for `spec`; raises TightfitError for what cannot be done."""
         request = self.checked()
         prompt, named = from_words(request.prompt)
-        request = dataclasses.replace(request, prompt=prompt, adapters=(*request.adapters, *named))
+        conditions = tuple(condition.resolved(spec) for condition in request.conditions)
+        adapters = *request.adapters, *named
+        request = dataclasses.replace(request, prompt=prompt, adapters=adapters, conditions=conditions)
         sizes = (condition.size(spec) for condition in request.conditions)
         height, width = (
             (request.height, request.width)
@@ -176,9 +178,7 @@ class Request:
                 raise TightfitError(_size_error(name, side, spec.downsampling))
         changed = skipping(adapted(spec, request.adapters), request.clip_skip)
         check_whole(changed)
-        beside = changed.unet["in_channels"] - changed.vae["latent_channels"]
-        if beside != sum(condition.channels(changed) for condition in request.conditions):
-            raise TightfitError(f"{spec.name} is an inpainting model: give a picture and a mask to paint in")
+        _check_channels(changed, request.conditions)
         parts = [part for condition in request.conditions for part in condition.components(changed)]
         given |= decided
         job = Job(
@@ -189,6 +189,8 @@ class Request:
         )
         schedulers.check(job.scheduler, spec, job.tuning)
         _check_guidance(job)
+        for condition in job.conditions:
+            condition.check(job)
         if job.ensd:
             schedulers.check_draws(job.scheduler, spec, job.tuning, "ensd")
         assert job.skipped < job.num_inference_steps  # or its conditions said that none would be left
@@ -222,14 +224,32 @@ class Job(Request):
 
     @property
     def branches(self) -> int:
-        """Predictions a step, each with texts of its own. Classifier-free guidance takes two, and one more
-        for each AND: asked for above one, as in diffusers, but not of models distilled for it."""
-        return len(self.prompting.lines)
+        """Predictions a step. Classifier-free guidance takes two, and one more for each AND, each with texts
+        of its own: asked for above one, as in diffusers, but not of models distilled for it. Those of
+        `scales` come last, with the texts of the first."""
+        return len(self.prompting.lines) + len(self.scales)
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Of guidance by what conditions ask, where there is guidance at all."""
+        if len(self.prompting.lines) == 1:
+            return ()
+        return tuple(scale for condition in self.conditions for scale in condition.scales())
+
+    @property
+    def prompted(self) -> range:
+        """Of the branches, those with the prompt's texts: they run alone where guidance does not act."""
+        lines = len(self.prompting.lines)
+        return range(min(1, lines - 1), lines)
 
     @property
     def skipped(self) -> int:
         """Of the steps, how many its conditions leave out at the beginning."""
         return max((condition.skipped(self.num_inference_steps) for condition in self.conditions), default=0)
+
+    def encodings(self, name: str) -> int:
+        """How often its conditions call the encoder of that name."""
+        return sum(condition.encodings(name, self.spec) for condition in self.conditions)
 
     @property
     def calls(self) -> int:
@@ -397,6 +417,17 @@ def _subseed(request: Request) -> int | None:
     if request.subseed is not None:
         raise TightfitError("subseed changes nothing without a share: give --subseed-strength above 0 too")
     return None
+
+
+def _check_channels(spec: ModelSpec, conditions: Sequence[Condition]) -> None:
+    """Raise TightfitError for inputs of the denoiser that nothing fills."""
+    latent = spec.vae["latent_channels"]
+    beside = spec.unet["in_channels"] - latent
+    if beside == sum(condition.channels(spec) for condition in conditions):
+        return
+    edits = "is a model that edits pictures: give one, and no mask"
+    paints = "is an inpainting model: give a picture and a mask to paint in"
+    raise TightfitError(f"{spec.name} {edits if beside == latent else paints}")
 
 
 def _check_guidance(job: Job) -> None:

@@ -183,24 +183,28 @@ class Run:
 
         def denoised(part: Mapping[str, np.ndarray], row: int) -> np.ndarray:
             arrays = {"sample": samples, "timestep": time_step, **part}
-            beside = self._steering.beside(arrays, range(row, row + count))
-            return self._session(self.spec.denoiser.name)(**self._steering.inputs(arrays), **beside)[0]
+            rows = range(row, row + count)
+            beside = self._steering.beside(arrays, rows)
+            return self._session(self.spec.denoiser.name)(**self._steering.inputs(arrays, rows), **beside)[0]
 
-        rows = range(alone, self.job.branches, count)
-        predicted = np.concatenate([denoised(part, row) for part, row in zip(parts, rows, strict=True)])
+        first = self.job.prompted if alone else range(0, self.job.branches, count)
+        predicted = np.concatenate([denoised(part, row) for part, row in zip(parts, first, strict=True)])
         if self.job.branches == 1:
             return predicted
         weights = [line.weight for line in self.job.prompting.lines[1:]]
         return averaged(predicted, weights) if alone else self._guided(predicted, weights)
 
     def _guided(self, predicted: np.ndarray, weights: Sequence[float]) -> np.ndarray:
-        """Classifier-free guidance, by each of the prompt's parts with its weight."""
+        """Classifier-free guidance, by each of the prompt's parts with its weight, then by what conditions
+        ask."""
         without, whole, job = predicted[:1], predicted[:1], self.job
         for row, weight in enumerate(weights, 1):
             whole = whole + np.float32(job.guidance_scale * weight) * (predicted[row : row + 1] - without)
+        for row, scale in enumerate(job.scales, len(weights) + 1):
+            whole = whole + np.float32(scale - 1) * (without - predicted[row : row + 1])
         if not job.guidance_rescale:
             return whole
-        return rescaled(whole, averaged(predicted[1:], weights), job.guidance_rescale)
+        return rescaled(whole, averaged(predicted[1 : len(weights) + 1], weights), job.guidance_rescale)
 
     def _preview(self, latents: np.ndarray, index: int) -> Image.Image | None:
         """The picture as it is now, if there is room for the VAE beside the U-Net, which goes on after."""

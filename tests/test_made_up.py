@@ -375,7 +375,7 @@ class Halfway(Steering):
     def start(self, latents, noise, scheduler, call):
         return (latents + self.latents) / 2
 
-    def inputs(self, arrays):
+    def inputs(self, arrays, rows):
         return {**arrays, "hidden": arrays["hidden"] * np.float32(0.5)}
 
     def after(self, latents, call):

@@ -10,11 +10,11 @@ from typing import Any
 from ..models.families.family import Network
 from .condition import Arrays, Call, Condition, Draw, Steering, Steerings
 from .controlnet import ControlNets
-from .mask import Inpainting
+from .outpaint import Outpainting
 
 __all__ = ["CONDITIONS", "Arrays", "Call", "Condition", "Draw", "Steering", "Steerings", "asked", "networks"]
 
-CONDITIONS: tuple[type[Condition], ...] = (Inpainting, ControlNets)
+CONDITIONS: tuple[type[Condition], ...] = (Outpainting, ControlNets)
 
 
 def networks() -> dict[str, Network]:

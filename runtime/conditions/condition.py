@@ -35,9 +35,10 @@ class Steering:
         the scheduler wants it."""
         return latents
 
-    def inputs(self, arrays: Arrays) -> Arrays:
-        """What the denoiser is called with, instead of `arrays`. It is asked once for each call: twice a step
-        where guidance takes two, and again after memory ran out."""
+    def inputs(self, arrays: Arrays, rows: range) -> Arrays:  # noqa: ARG002
+        """What the denoiser is called with, instead of `arrays`, which are of these `rows` of the job's
+        branches. It is asked once for each call: twice a step where guidance takes two, and again after
+        memory ran out."""
         return arrays
 
     def beside(self, arrays: Arrays, rows: range) -> Mapping[str, Any]:  # noqa: ARG002
@@ -67,6 +68,10 @@ class Condition:
         """The condition that values of these options ask, None for none of them."""
         raise NotImplementedError
 
+    def resolved(self, spec: ModelSpec) -> Condition:  # noqa: ARG002
+        """What it is for this model, with everything decided."""
+        return self
+
     def components(self, spec: ModelSpec) -> tuple[Component, ...]:  # noqa: ARG002
         """Those that it calls with this model: they are costed and placed as the model's own are. The same
         objects for the same model. Raises TightfitError for a model that it cannot be asked of."""
@@ -88,6 +93,10 @@ class Condition:
         """Of the denoiser's input, how many it fills beside the latents."""
         return 0
 
+    def scales(self) -> tuple[float, ...]:
+        """Of guidance by what it asks. Each takes a branch more: the unguided one, which lacks just that."""
+        return ()
+
     def skipped(self, steps: int) -> int:  # noqa: ARG002
         """Of so many steps, how many are left out. Raises TightfitError where none would be left."""
         return 0
@@ -96,6 +105,13 @@ class Condition:
         """Of so many calls of the denoiser, from 0, those in which it calls its network `name` beside; None
         for a network that is none of its own."""
         return None
+
+    def encodings(self, name: str, spec: ModelSpec) -> int:  # noqa: ARG002
+        """How often it calls the encoder of that name: once, if it has it."""
+        return sum(network.name == name for network in self.networks)
+
+    def check(self, job: Job) -> None:
+        """Raise TightfitError for a job that asks something else besides."""
 
     def prepare(self, job: Job, call: Call) -> Steering:
         """Called once for a request, while texts are encoded. It may call encoders."""
@@ -117,9 +133,9 @@ class Steerings(Steering):
             latents = steering.start(latents, noise, scheduler, call)
         return latents
 
-    def inputs(self, arrays: Arrays) -> Arrays:
+    def inputs(self, arrays: Arrays, rows: range) -> Arrays:
         for steering in self._steerings:
-            arrays = steering.inputs(arrays)
+            arrays = steering.inputs(arrays, rows)
         return arrays
 
     def beside(self, arrays: Arrays, rows: range) -> Mapping[str, Any]:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from ..request import Job
 
 STRENGTH = 0.8  # diffusers'
+_MOST_SCALE = 100
 PANEL = "Picture"
-_MULTIPLE = 8  # of pixels, as A1111's sliders have it
+MULTIPLE = 8  # of pixels, as A1111's sliders have it
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Options:
     image: str | None = option(None, "A picture to begin with.", "FILE", panel=PANEL)
     strength: float | None = option(None, "How much to change, to 1.", "X", panel=PANEL)
     resize: str | None = option(None, f"{', '.join(RESIZES)}.", "HOW", choices=RESIZES, panel=PANEL)
+    image_guidance_scale: float | None = option(None, "Of models that edit; 1.5.", "X", panel=PANEL)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class ImageToImage(Condition):
     image: Picture
     strength: float = STRENGTH
     resize: str = "resize"
+    image_guidance_scale: float | None = None  # of models that edit
 
     networks: ClassVar = (ENCODER,)
 
@@ -54,7 +57,29 @@ class ImageToImage(Condition):
         if self.resize not in RESIZES:
             raise TightfitError(f"resize must be one of {', '.join(RESIZES)}, not {self.resize!r}")
 
+        scale = self.image_guidance_scale
+        if scale is not None and not (isinstance(scale, int | float) and 0 <= scale <= _MOST_SCALE):
+            raise TightfitError(
+                f"image_guidance_scale must be a number from 0 to {_MOST_SCALE}, not {scale!r}"
+            )
+
+    def resolved(self, spec: ModelSpec) -> Condition:
+        """What models that edit make of it."""
+        from .edit import Editing
+
+        if not edits(spec):
+            return self
+        scale = (
+            {} if self.image_guidance_scale is None else {"image_guidance_scale": self.image_guidance_scale}
+        )
+        return Editing(self.image, self.strength, self.resize, **scale)
+
     def components(self, spec: ModelSpec) -> tuple[Component, ...]:
+        if self.image_guidance_scale is not None and not edits(spec):
+            raise TightfitError(
+                f"{spec.name} does not edit pictures, as instruct-pix2pix does: "
+                "leave --image-guidance-scale out"
+            )
         return (spec.on_demand(ENCODER),)
 
     def size(self, spec: ModelSpec) -> tuple[int, int] | None:
@@ -79,9 +104,14 @@ def size_of(picture: Picture, spec: ModelSpec) -> tuple[int, int]:
     it has more."""
     height, width = spec.native_size
     factor = min(1.0, (height * width / (picture.height * picture.width)) ** 0.5)
-    step = max(spec.downsampling, _MULTIPLE)
+    step = max(spec.downsampling, MULTIPLE)
     tall, wide = (max(step, int(side * factor) // step * step) for side in (picture.height, picture.width))
     return tall, wide
+
+
+def edits(spec: ModelSpec) -> bool:
+    """Whether the denoiser reads a picture's latents beside its own."""
+    return spec.unet["in_channels"] == 2 * spec.vae["latent_channels"]
 
 
 def pixels_of(picture: Picture, job: Job, how: str) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..errors import TightfitError
 from ..fields import option
 from ..models.spec import ModelSpec
-from .condition import Arrays, Call, Draw, Steering
+from .condition import Arrays, Call, Condition, Draw, Steering
 from .image import ENCODER, PANEL, Begun, Encoded, ImageToImage, noised, pixels_of
 from .image import Options as OfImage
 from .input_pictures import Picture, open_picture
@@ -72,7 +72,7 @@ class Inpainting(ImageToImage):
         mask = _mask(picture, typed.pop("mask_image", None), of_mask[0])
         if typed.pop("invert_mask", False):
             mask = open_picture(255 - mask.pixels)
-        return cls(picture, mask=mask, **{name.removeprefix("mask_"): typed[name] for name in typed})
+        return Inpainting(picture, mask=mask, **{name.removeprefix("mask_"): typed[name] for name in typed})
 
     def said(self) -> dict[str, Any]:
         own = {"mask_blur": self.blur, "mask_padding": self.padding, "mask_content": self.content}
@@ -103,22 +103,39 @@ class Inpainting(ImageToImage):
                 "the mask is black, so there is nothing to paint: make white what is to change"
             )
 
+    def resolved(self, spec: ModelSpec) -> Condition:  # noqa: ARG002
+        return self
+
     def channels(self, spec: ModelSpec) -> int:
         """Inpainting models read the mask, and the latents of what is not masked."""
         latent = spec.decoder.setting("latent_channels")
         return latent + 1 if spec.unet["in_channels"] == 2 * latent + 1 else 0
 
+    def encodings(self, name: str, spec: ModelSpec) -> int:
+        return super().encodings(name, spec) * sum(self._encoded(spec))
+
+    def _encoded(self, spec: ModelSpec) -> tuple[bool, bool]:
+        """Whether the picture is encoded as what latents begin with, and as what the denoiser is shown."""
+        shown = bool(self.channels(spec))
+        return not shown or self.strength < 1, shown
+
     def size(self, spec: ModelSpec) -> tuple[int, int] | None:
         return super().size(spec) if self.padding is None else None
+
+    def filled(self, picture: Image.Image, mask: Image.Image) -> Image.Image:
+        """The colours around the mask drawn over it."""
+        from . import pasting
+
+        return pasting.filled(picture, mask)
 
     def prepare(self, job: Job, call: Call) -> Steering:
         from . import pasting
 
         place = pasting.Place(self, job)
         picture, mask = place.inside(self.image.image), pasting.sharp(place.inside(pasting.white(self.mask)))
-        begun = pasting.filled(picture, mask) if self.content == "fill" else picture
+        begun = self.filled(picture, mask) if self.content == "fill" else picture
         whole, rest = (Picture("", pasting.np_of(image)) for image in (begun, picture))
-        begins, shows = not self.channels(job.spec) or self.strength < 1, bool(self.channels(job.spec))
+        begins, shows = self._encoded(job.spec)
         parts = [
             pixels_of(whole, job, "resize") if begins else None,
             pixels_of(rest, job, "resize") * (pasting.np_of(mask) < 128) if shows else None,
@@ -180,7 +197,7 @@ class Masked(Begun):
         other = {"noise": self._noise, "zeros": 0 * self._noise}.get(self._condition.content)
         return latents if other is None else latents * (1 - self._mask) + other * self._mask
 
-    def inputs(self, arrays: Arrays) -> Arrays:
+    def inputs(self, arrays: Arrays, rows: range) -> Arrays:  # noqa: ARG002
         if not self._inputs:
             return arrays
         import numpy as np

@@ -236,12 +236,12 @@ class Estimate:
         """How often a network is called, by how: "sequential" is one row of a batch."""
         job, branches, role = self.job, self.job.branches, self._role(name)
         if role not in STEPPING:
-            texts = job.prompting.encodings  # one by one
-            return {cfg: {Role.TEXT: texts, Role.ENCODER: 1, Role.DECODER: job.num_images}[role]}
+            texts, pictures = job.prompting.encodings, job.encodings(name)  # one by one
+            return {cfg: {Role.TEXT: texts, Role.ENCODER: pictures, Role.DECODER: job.num_images}[role]}
         calls, guided = job.calls_with(name)
         if branches == 1:
             guided = calls
-        alone = (calls - guided) * max(1, branches - 1)
+        alone = (calls - guided) * len(job.prompted)
         if cfg == "sequential" or not alone:
             return {cfg: (guided * (branches if cfg == "sequential" else 1) + alone) * job.num_images}
         return {cfg: guided * job.num_images, "sequential": alone * job.num_images}

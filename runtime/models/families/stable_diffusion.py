@@ -85,10 +85,10 @@ def check_parts(spec: ModelSpec) -> None:
             "tightfit runs SD 1.x, SD 2.x and SDXL (UNet2DConditionModel, AutoencoderKL)"
         )
     latent = vae["latent_channels"]
-    if unet["in_channels"] not in (latent, 2 * latent + 1):
+    if unet["in_channels"] not in (latent, 2 * latent, 2 * latent + 1):  # plain, editing, inpainting
         raise TightfitError(
             f"{folder} expects {unet['in_channels']} input channels, not the VAE's {latent}: "
-            "it is an editing model; use its text-to-image counterpart"
+            "it is an unknown kind of model; use its text-to-image counterpart"
         )
     if vae.get("out_channels", 3) != 3 or unet.get("out_channels", 4) != vae["latent_channels"]:
         raise TightfitError(

@@ -88,7 +88,7 @@ def test_names_of_options_stay():
 --width --height --num-inference-steps --steps --guidance-scale --model --precision --compute --backend
         --provider --device --vram --ram --residency --attention --tiling --min-psnr --lora --embedding --vae
         --prediction --unet --models-dir --json --image --strength --resize --mask-image --mask --mask-blur
-        --mask-padding --mask-content --invert-mask"""
+        --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale"""
     of_generate = """\
 prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise

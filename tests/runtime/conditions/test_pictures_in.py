@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -31,23 +29,8 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def inpainting_models(tiny_models, made_once):
-    """Of 9 channels."""
-
-    def write(family):
-        def written(folder):
-            from diffusers import UNet2DConditionModel
-
-            shutil.copytree(tiny_models[family], folder, dirs_exist_ok=True)
-            config = json.loads((folder / "unet/config.json").read_text()) | {"in_channels": 9}
-            torch.manual_seed(2)
-            unet = UNet2DConditionModel.from_config(config)
-            shutil.rmtree(folder / "unet")
-            unet.save_pretrained(folder / "unet")
-
-        return written
-
-    return {family: made_once(f"inpainting/{family}", write(family)) for family in ("sd1", "sdxl")}
+def inpainting_models(with_channels):
+    return {family: with_channels(family, 9) for family in ("sd1", "sdxl")}
 
 
 def by_diffusers(folder, what: str, scheduler: str, components=None, **given) -> np.ndarray:
@@ -200,6 +183,20 @@ def test_fewer_steps_are_counted(tiny_models):
         assert job.calls == {0.25: 5, 0.5: 10, 1.0: 20}[strength] + (job.scheduler == "own")
         seconds[strength] = tightfit.plan(hardware, spec, job)[0].predicted.seconds
     assert seconds[0.25] < seconds[0.5] < seconds[1.0]
+
+
+def test_each_call_of_the_encoder_is_counted(tiny_models, inpainting_models):
+    picture, mask = open_picture(PICTURE), open_picture(Image.fromarray(WHITE))
+    for folder, condition, count in (
+        (tiny_models["sd1"], ImageToImage(picture), 1),
+        (tiny_models["sd1"], Inpainting(picture, mask=mask, strength=0.5), 1),
+        (inpainting_models["sd1"], Inpainting(picture, mask=mask), 1),
+        (inpainting_models["sd1"], Inpainting(picture, mask=mask, strength=0.5), 2),
+    ):
+        job = tightfit.Request("a", conditions=(condition,)).resolve(tightfit.inspect(str(folder)))
+        called = []
+        condition.prepare(job, lambda name, **arrays: called.append(name) or [np.zeros((1, 8, 8, 8), "f4")])  # noqa: B023
+        assert job.encodings("vae_encoder") == len(called) == count
 
 
 def test_a_size_that_is_not_said_is_the_pictures(tiny_models):

@@ -426,14 +426,21 @@ def with_channels(file: Path, channels: int, target: Path) -> Path:
     return target
 
 
-def test_editing_models_are_read_then_refused(files, tmp_path):
-    file = with_channels(files["sd1"], 8, tmp_path / "x.safetensors")
-    refused(file, "8 input channels", "text-to-image counterpart")
+def test_other_inputs_of_the_denoiser(files, tmp_path):
+    file = with_channels(files["sd1"], 7, tmp_path / "x.safetensors")
+    refused(file, "7 input channels", "text-to-image counterpart")
 
 
-def test_inpainting_models_want_a_mask(files, tmp_path):
-    spec = tightfit.inspect(str(with_channels(files["sd1"], 9, tmp_path / "x.safetensors")))
-    with pytest.raises(TightfitError, match="is an inpainting model: give a picture and a mask to paint in"):
+@pytest.mark.parametrize(
+    ("channels", "words"),
+    [
+        (9, "is an inpainting model: give a picture and a mask to paint in"),
+        (8, "is a model that edits pictures: give one, and no mask"),
+    ],
+)
+def test_models_that_read_pictures_want_them(channels, words, files, tmp_path):
+    spec = tightfit.inspect(str(with_channels(files["sd1"], channels, tmp_path / "x.safetensors")))
+    with pytest.raises(TightfitError, match=words):
         tightfit.Request("a cat").resolve(spec)
 
 

@@ -135,8 +135,8 @@ def test_a_name_is_no_command(tmp_path):
 
 
 def test_other_models_are_refused(sd1_copy):
-    edit(sd1_copy / "unet/config.json", in_channels=8)
-    refused(sd1_copy, "editing model")
+    edit(sd1_copy / "unet/config.json", in_channels=7)
+    refused(sd1_copy, "unknown kind of model")
     edit(sd1_copy / "unet/config.json", in_channels=4, _class_name="FluxTransformer2DModel")
     refused(sd1_copy, "FluxTransformer2DModel", "SDXL")
     edit(sd1_copy / "unet/config.json", _class_name="UNet2DConditionModel")
