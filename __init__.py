@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .runtime.planner.wishes import Wishes
     from .runtime.request import Request
     from .runtime.service import Service, Ticket
+    from .runtime.upscale import Upscaler, upscale
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Service",
     "Ticket",
     "TightfitError",
+    "Upscaler",
     "Wishes",
     "export_model",
     "inspect",
@@ -47,6 +49,7 @@ __all__ = [
     "profile",
     "read_adapter",
     "save",
+    "upscale",
 ]
 
 _HOMES = {
@@ -65,6 +68,7 @@ _HOMES = {
     "runtime.planner.wishes": ("Wishes",),
     "runtime.request": ("Request",),
     "runtime.service": ("Service", "Ticket"),
+    "runtime.upscale": ("Upscaler", "upscale"),
 }
 
 

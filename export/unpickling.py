@@ -29,6 +29,8 @@ _TENSORS = 10_000  # at most, as many as a safetensors file may have (runtime/mo
 _SHARES = 4  # tensors may share storage, so that together they take more than the file, but not much more
 # torch's readers below this could be made to corrupt memory, weights_only or not (CVE-2026-24747).
 _TORCH = "2.10"
+# What trainers call the dictionary of tensors. BasicSR writes averages beside what was trained: those count.
+_STATES = ("state_dict", "params_ema", "params")
 # What trainers' files hold beside tensors. The unpickler builds a StandIn for each, never the thing itself.
 _STOOD_FOR = (
     "torch.nn.modules.container.ParameterDict",  # string_to_param of the first embeddings
@@ -140,8 +142,8 @@ def load(file: Path) -> dict[Any, Any]:
 def weights(entries: dict[Any, Any]) -> tuple[dict[str, torch.Tensor], int]:
     """Tensors by their names, and the number of entries that are none.
 
-    Known are a dictionary of tensors, one in `state_dict` with a training's leftovers beside it, and an A1111
-    embedding. Raises RefusedError for any other.
+    Known are a dictionary of tensors, one in `state_dict` or an upscaler's `params_ema` or `params` with a
+    training's leftovers beside it, and an A1111 embedding. Raises RefusedError for any other.
     """
     if "string_to_param" in entries:
         vectors = [value for value in _plain(entries["string_to_param"]).values() if _is_tensor(value)]
@@ -149,12 +151,12 @@ def weights(entries: dict[Any, Any]) -> tuple[dict[str, torch.Tensor], int]:
             raise RefusedError(f"it is an embedding of {len(vectors)} words, not of one: name another")
         return {"emb_params": checked("emb_params", vectors[0])}, len(entries) - 1
     state, beside = entries, 0
-    if isinstance(entries.get("state_dict"), dict):
-        state, beside = entries["state_dict"], len(entries) - 1
+    if (inner := next((name for name in _STATES if isinstance(entries.get(name), dict)), None)) is not None:
+        state, beside = entries[inner], len(entries) - 1
     if nested := next((key for key, value in state.items() if isinstance(value, dict)), None):
         raise RefusedError(
             f"it has a dictionary within its dictionary, {shortened(nested)}: "
-            "only one called state_dict is opened"
+            f"only one called {', '.join(_STATES)} is opened"
         )
     tensors = {key: checked(key, value) for key, value in state.items() if _is_tensor(value)}
     if not 0 < len(tensors) <= _TENSORS:

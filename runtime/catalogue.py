@@ -19,6 +19,7 @@ from .errors import TightfitError
 from .files import SINGLE, parsed, read_json
 from .kept import Kept
 from .machine.hardware import Hardware
+from .models import upscalers
 from .models.cures import of_pickle
 from .models.families import known_by
 from .models.layouts import foreign
@@ -93,6 +94,9 @@ def _opened(entry: Entry, model: Model) -> Model:
     if entry.path.suffix.lower() in SINGLE and entry.path.is_file():
         tensors, metadata = read_file(entry.path)
         kind = foreign.kind_of(tensors) or (Kind.EMBEDDING if textual_inversion.claims(tensors) else None)
+        if Kind.UPSCALER in (kind, entry.shelf):
+            family = upscalers.described(upscalers.read_upscaler(entry.path))
+            return replace(model, kind=Kind.UPSCALER.value, family=family)
         if kind:
             family, words = _family(kind, tensors, metadata), _triggers(metadata)
             return replace(model, kind=kind.value, family=family, triggers=words)

@@ -86,7 +86,7 @@ def write(job: Job, model: str, precision: str) -> str:
         "Precision": precision,
         "Version": f"tightfit {__version__}",
     }
-    said = [f"{name}: {_quoted(str(value))}" for name, value in fields.items() if value not in (None, "")]
+    said = [f"{name}: {quoted(str(value))}" for name, value in fields.items() if value not in (None, "")]
     lines.append(", ".join([*said, f"tightfit: {json.dumps(json.dumps(exact))}"]))
     return "\n".join(lines)
 
@@ -104,7 +104,7 @@ def _of_syntax(fields: Mapping[str, Any]) -> bool:
     return any(isinstance(text, str) and matters(text) for text in texts)
 
 
-def _quoted(value: str) -> str:
+def quoted(value: str) -> str:
     """As A1111 quotes. A file's name that is no text is escaped, too."""
     is_text = value.encode(errors="ignore").decode() == value
     return json.dumps(value) if re.search(r'[,:"\n]', value) or not is_text else value

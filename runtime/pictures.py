@@ -69,6 +69,12 @@ def _by_keyword(found: Sequence[str]) -> dict[str, str]:
     return named if graph is None else named | {"prompt": graph.removeprefix("prompt:")}
 
 
+def ours(text: str) -> str:
+    """The end of a picture's text that holds our exact JSON, "" without one."""
+    found = _OURS.search(text)
+    return found[0] if found else ""
+
+
 def kept(text: str | None, metadata: str, ending: str) -> str | None:
     """What of a picture's text is written: by `metadata`, and less where that does not fit in a JPEG's
     EXIF."""

@@ -52,7 +52,7 @@ FLOORS = (
     ),
     ("runtime.loaded",),
     ("runtime.run",),
-    ("runtime.pipeline",),
+    ("runtime.pipeline", "runtime.upscale"),
     ("runtime.service",),
     ("runtime.cli",),
     ("export",),

@@ -21,7 +21,7 @@ class Session(Protocol):
     text_encoder: tokens (batch, length) → hidden (batch, length, width), and pooled (batch, width) if it
     projects. unet: sample (batch, channels, h, w), timestep (), hidden, and for some models time_condition,
     text_embeds, time_ids → (batch, channels, h, w). vae_decoder: latents (batch, channels, h, w) → (batch, 3,
-    H, W) in -1..1.
+    H, W) in -1..1. upscaler: picture (1, 3, h, w) → (1, 3, H, W), both uint8.
     """
 
     notices: tuple[str, ...]

@@ -23,6 +23,7 @@ from .machine import calibrate, info
 from .models import models
 from .output import say
 from .plan import show_plan
+from .upscale import upscale
 from .words import as_command, usage
 
 
@@ -65,6 +66,7 @@ def root(
 
 
 app.command()(generate)
+app.command()(upscale)
 app.command("plan")(show_plan)
 app.command()(models)
 app.command()(info)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..errors import TightfitError
 
-COMMANDS = ("generate", "plan", "models", "info", "calibrate", "export", "convert", "bench")
+COMMANDS = ("generate", "upscale", "plan", "models", "info", "calibrate", "export", "convert", "bench")
 _NO_SERVER = "this version has no server and no page to click on"
 _KINDS = "--model takes emoji, a checkpoint file, a folder in diffusers' layout or a hub id"
 _ELSEWHERE = {
@@ -17,7 +17,8 @@ _ELSEWHERE = {
     **dict.fromkeys(("download", "pull"), _KINDS),
     **dict.fromkeys(("list", "ls"), "tightfit models lists the models in a folder"),
     **dict.fromkeys(("img2img", "inpaint"), 'tightfit "a red heart" --image FILE does, with --mask FILE'),
-    **dict.fromkeys(("upscale", "train"), "this version has none"),
+    **dict.fromkeys(("enlarge", "esrgan"), "tightfit upscale PICTURE --model FILE enlarges"),
+    **dict.fromkeys(("train",), "this version has none"),
     **dict.fromkeys(("run", "paint", "txt2img"), 'tightfit "a red heart" paints'),
     **dict.fromkeys(("quantize", "quantise"), "it is tightfit export"),
     "help": "tightfit --help lists the commands",

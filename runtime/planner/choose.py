@@ -22,7 +22,7 @@ from .plan import Plan, Verdict
 from .saved import checked as checked  # a plan from a file is a choice as well
 from .wishes import Wishes
 
-_SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
+SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
 
 
 def plan(
@@ -33,7 +33,7 @@ def plan(
     wishes = wishes or Wishes()
     job = (request or Request("a")).resolve(spec)
     estimate = ESTIMATOR.estimate(hardware, job, wishes)
-    budget = _budget(hardware, wishes)
+    budget = budget_of(hardware, wishes)
     with BUILDING, _cycles_left():
         found = [each for way in ways(hardware, job, wishes) for each in estimate.plans(*way, budget)]
     if not found:
@@ -45,9 +45,9 @@ def plan(
     )
     if fitting:
         fastest = fitting[0].predicted.seconds
-        equal = [p for p in fitting if p.predicted.seconds <= fastest * (1 + _SAME)]
+        equal = [p for p in fitting if p.predicted.seconds <= fastest * (1 + SAME)]
         best = min(equal, key=_burden)
-        rest = [_beaten(p, best) for p in fitting if p is not best]
+        rest = [beaten(p, best) for p in fitting if p is not best]
         fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
     return fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
 
@@ -103,7 +103,7 @@ def refuse_hopeless(hardware: Hardware, job: Job, wishes: Wishes) -> None:
     """Raise TightfitError for what no way of running can fit, found out without following all of them: where
     there is no room beside the context, or none for one feature map of the picture. Following how 16384x16384
     runs takes minutes."""
-    room = _budget(hardware, wishes) - hardware.context_bytes
+    room = budget_of(hardware, wishes) - hardware.context_bytes
     if room <= 0:
         plans = plan(hardware, job.model, job, _frugal(job, wishes))
         raise none_fits(plans, hardware, job, wishes)
@@ -123,7 +123,7 @@ def _no_room_for_a_map(hardware: Hardware, job: Job, wishes: Wishes, map_bytes: 
         return none_fits(plans, hardware, job, wishes)
     smaller = _largest_of_this_shape(hardware, job, wishes, runs)
     cure = f"the largest of this shape that fits is {smaller}" if smaller else "no size of this shape fits"
-    asked, budget_bytes = f"{job.width}x{job.height}", _budget(hardware, wishes)
+    asked, budget_bytes = f"{job.width}x{job.height}", budget_of(hardware, wishes)
     return TightfitError(
         f"{job.spec.name} does not fit {shown(budget_bytes)}: "
         f"one feature map of {asked} takes {shown(map_bytes)}, {cure}"
@@ -148,7 +148,7 @@ def _frugal(job: Job, wishes: Wishes) -> Wishes:
     )
 
 
-def _budget(hardware: Hardware, wishes: Wishes) -> int:
+def budget_of(hardware: Hardware, wishes: Wishes) -> int:
     return hardware.free_bytes if wishes.budget is None else min(wishes.budget, hardware.free_bytes)
 
 
@@ -185,7 +185,7 @@ def _largest_of_this_shape(hardware: Hardware, job: Job, wishes: Wishes, plans: 
 def _largest_that_fits(hardware: Hardware, job: Job, wishes: Wishes, least: Plan) -> str | None:
     """The largest size of the request's shape that runs as `least` does."""
     spec, width, height, step = job.spec, job.width, job.height, job.spec.downsampling * 8
-    shorter, budget = min(width, height), _budget(hardware, wishes)
+    shorter, budget = min(width, height), budget_of(hardware, wishes)
     sizes = [(round(width * side / shorter / step) * step, round(height * side / shorter / step) * step)
              for side in range(step, shorter, step)]  # fmt: skip
     sizes = [size for size in sizes if hardware.context_bytes + _largest_map(hardware, spec, *size) <= budget]
@@ -236,13 +236,13 @@ def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
     return f"the fastest that fits, with {shown(left)} to spare{by}{slow}"
 
 
-def _beaten(plan: Plan, best: Plan) -> Plan:
+def beaten(plan: Plan, best: Plan) -> Plan:
     """With the reason why it was not taken though it fits."""
     ratio = plan.predicted.seconds / best.predicted.seconds
     more = plan.predicted.peak_bytes - best.predicted.peak_bytes
-    if 1 + _SAME < ratio < 1.005:
+    if 1 + SAME < ratio < 1.005:
         reason = "fits, hardly slower"
-    elif ratio > 1 + _SAME:
+    elif ratio > 1 + SAME:
         reason = f"fits, but is {ratio:.2f} times as slow"
     elif more > 0:
         reason = f"fits, as fast, but takes {shown(more)} more"

@@ -66,9 +66,12 @@ class Recorder(LiveBytes):
             outs, operation = _answers[key]
             self.operations.append(operation)
             return tuple(map(_like, outs)) if isinstance(outs, list) else _like(outs)
-        out = func(*args, **kwargs)
-        # The CPU's kernels keep this layout, meta's do not.
-        if self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0]):
+        # torch's meta kernels of what changes its first argument in place are Python too
+        out = args[0] if func._schema.name.endswith("_") else func(*args, **kwargs)
+        # The CPU's kernels keep this layout, or take that of the weight; meta's do not.
+        if (self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0])) or (
+            func is CONVOLUTION and args[1].shape[2:].numel() > 1 and channels_last(args[1])
+        ):
             out = out.contiguous(memory_format=torch.channels_last)
         sources = {tensor.untyped_storage()._cdata for tensor in tensors_in(args)}
         made = [tensor for tensor in tensors_in((out,)) if tensor.untyped_storage()._cdata not in sources]
@@ -283,7 +286,7 @@ def _trace(
     device: str,
     stays: bool = False,
 ) -> Trace:
-    kinds = {"tokens": torch.int64}
+    kinds = {"tokens": torch.int64, "picture": torch.uint8}
     tensors = {
         name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta")
         for name, shape in inputs.items()
@@ -318,11 +321,11 @@ def run(
     device: torch.device,
     stays: bool = False,
 ) -> list[torch.Tensor]:
-    """Call the module with fp32 or int64 tensors; returns fp32 ones on `device`, or what `stays` there as it
-    is."""
+    """Call the module with tensors in fp32 or integers. Returns fp32 ones on `device`, or pictures in bytes,
+    or what `stays` there as it is."""
     inputs = {name: on_device(tensor, dtype, device) for name, tensor in tensors.items()}
     outs = call(module, **inputs)
-    return list(outs) if stays else [out.float() for out in outs]
+    return [out if stays or out.dtype is torch.uint8 else out.float() for out in outs]
 
 
 def on_device(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -159,4 +159,6 @@ def forward(component: Component, placement: Placement) -> Forward:
     """How to call the component's module with the tensors that `Session` names."""
     if placement.tiling == "whole":
         return component.network.call
+    if component.network.call_in_strips:
+        return component.network.call_in_strips
     return encode_strips if component.role is Role.ENCODER else decode_strips

@@ -114,7 +114,8 @@ class Network:
     session's names. build: its torch module; called where tensors are made on meta, and the only place
     that imports a class of a library. call: calls that module with a session's arrays. tokenizer: the
     folder of a text encoder's. vocabulary: the last name of the layer that has a vector for each token.
-    in_strips: whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL.
+    in_strips: whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL;
+    call_in_strips is how, of another module than that.
     least_bits: of its quantised weights, whatever a model is quantised to. tracing: None for what is not
     exported to ONNX. skip: the network read so many layers from its end, 1 being the last.
     """
@@ -135,6 +136,7 @@ class Network:
     tokenizer: str = ""
     vocabulary: str = ""
     in_strips: bool = False
+    call_in_strips: Callable[..., tuple[Any, ...]] | None = None
     least_bits: int = 4
     skip: Callable[[Component, int], Component] = lambda component, _: component
     tracing: Tracing | None = None

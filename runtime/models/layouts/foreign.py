@@ -60,7 +60,12 @@ _PARTS = (
         _WORD,
         Kind.EMBEDDING,
     ),
-    (r"(?:model\.\d+\.sub\.|RRDB_trunk\.|body\.\d+\.rdb\d\.)", "an upscaler", _BESIDE, None),
+    (
+        r"(?:model\.\d+\.sub\.|RRDB_trunk\.|body\.\d+\.(?:rdb\d\.|weight$))",
+        "an upscaler",
+        "tightfit upscale PICTURE --model FILE takes it",
+        Kind.UPSCALER,
+    ),
     (r"(?:(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?)?\d+\.", "a tiny autoencoder", _VAE, Kind.VAE),
     (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _VAE, Kind.VAE),
     (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE, None),

@@ -35,6 +35,7 @@ class Kind(Enum):
     EMBEDDING = "embedding"
     CONTROLNET = "ControlNet"
     UNET = "U-Net"
+    UPSCALER = "upscaler"
 
 
 # What a folder of this name holds, in lower case: A1111's, then ComfyUI's.
@@ -52,6 +53,9 @@ _SHELVES = {
     "vae_approx": Kind.VAE,
     "unet": Kind.UNET,
     "diffusion_models": Kind.UNET,
+    "esrgan": Kind.UPSCALER,
+    "realesrgan": Kind.UPSCALER,
+    "upscale_models": Kind.UPSCALER,
 }
 
 
@@ -300,6 +304,10 @@ def _rank(entry: Entry) -> tuple[bool, int]:
     return entry.shelf is None, _ENDINGS.index(ending) if ending in _ENDINGS else -1
 
 
+def _asked_by(shelf: Kind) -> str:
+    return "to tightfit upscale" if shelf is Kind.UPSCALER else f"by --{shelf.name.lower()}"
+
+
 def missing(name: str, kind: Kind, roots: Sequence[Path]) -> TightfitError:
     """The error for a name that `find` finds nothing for."""
     library = scan(roots)
@@ -307,7 +315,7 @@ def missing(name: str, kind: Kind, roots: Sequence[Path]) -> TightfitError:
     said = f"no {kind.value} in {places} is called {shortened(name)}"
     if other := next((entry for entry in library.entries if entry.is_called(name)), None):
         kind_there = other.shelf.value if other.shelf else "other"
-        cure = f"by --{other.shelf.name.lower()}, or as its path" if other.shelf else "as its path"
+        cure = f"{_asked_by(other.shelf)}, or as its path" if other.shelf else "as its path"
         return TightfitError(f"{said}: {other.path} is, in a folder for {kind_there} files; give it {cure}")
     names = [entry.name for entry in _of_kind(library, kind)]
     bare = name[: -len(PurePath(name).suffix)] if PurePath(name).suffix.lower() in _ENDINGS else name

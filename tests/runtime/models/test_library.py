@@ -30,7 +30,7 @@ A1111 = {
     "models/Lora/pixel.safetensors": ("pixel", Kind.LORA),
     "models/VAE/mse.safetensors": ("mse", Kind.VAE),
     "models/ControlNet/canny.safetensors": ("canny", Kind.CONTROLNET),
-    "models/ESRGAN/4x.pth": ("ESRGAN/4x", None),
+    "models/ESRGAN/4x.pth": ("4x", Kind.UPSCALER),
     "embeddings/easynegative.pt": ("easynegative", Kind.EMBEDDING),
 }
 COMFY = {
@@ -39,6 +39,7 @@ COMFY = {
     "models/vae/mse.safetensors": ("mse", Kind.VAE),
     "models/controlnet/canny.safetensors": ("canny", Kind.CONTROLNET),
     "models/embeddings/easynegative.safetensors": ("easynegative", Kind.EMBEDDING),
+    "models/upscale_models/4x.safetensors": ("4x", Kind.UPSCALER),
     "models/clip/l.safetensors": ("clip/l", None),
 }
 
