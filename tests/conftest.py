@@ -15,9 +15,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FAMILIES = ("sd1", "sd2", "sdxl")
+# Begun first, as the file that ends last has the other workers wait.
+LONGEST = (
+    "test_fuzz.py",
+    "test_onnx_model.py",
+    "test_backend.py",
+    "test_app.py",
+    "test_bench.py",
+    "test_single_file.py",
+)
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # xdist's own order begins with the files of most tests
 
 
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
     if not any("gpu" in item.keywords for item in items):
         return
     import torch
@@ -36,13 +50,61 @@ def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.delenv("TIGHTFIT_MODELS", raising=False)
 
 
+# Tracing, planning and painting all take their time from the number of operators, so the models of most tests
+# are half as deep as `tightfit.export.random_model --tiny`.
+_SHALLOW_UNET = {
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
+def shallow(family: str, vae: dict) -> dict:
+    """The configs of a tiny model with a U-Net half as deep, and with `vae` in its VAE's."""
+    from tightfit.export import random_model
+
+    tiny = random_model.TINY[family]
+    unet = {**random_model.MODELS[family]["unet"], **tiny["unet"]}
+    per_level = {
+        field: unet[field][:2]
+        for field in ("attention_head_dim", "transformer_layers_per_block")
+        if isinstance(unet.get(field), tuple)
+    }
+    return tiny | {"unet": tiny["unet"] | _SHALLOW_UNET | per_level, "vae": tiny["vae"] | vae}
+
+
 @pytest.fixture(scope="session")
 def tiny_models(made_once) -> dict[str, Path]:
     """A diffusers folder per family, fp32, written once; tests must not change them."""
+    return _written(made_once, "models", {"layers_per_block": 1})
+
+
+@pytest.fixture(scope="session")
+def deep_models(made_once) -> dict[str, Path]:
+    """As `tiny_models`, with as many blocks and layers as published models have."""
     from tightfit.export import random_model
 
     write = functools.partial(random_model.write, tiny=True, precision="fp32")
-    return {family: made_once(f"models/{family}", functools.partial(write, family)) for family in FAMILIES}
+    return {family: made_once(f"deep/{family}", functools.partial(write, family)) for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def shallow_models(made_once) -> dict[str, Path]:
+    """As `tiny_models`, with a VAE of two levels, that is quickly exported to ONNX."""
+    return _written(made_once, "shallow", {"block_out_channels": (16, 32), "layers_per_block": 1})
+
+
+def _written(made_once, name: str, vae: dict) -> dict[str, Path]:
+    from tightfit.export import random_model
+
+    made = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for family in FAMILIES:
+            patch.setitem(random_model.TINY, family, shallow(family, vae))
+            write = functools.partial(random_model.write, family, tiny=True, precision="fp32")
+            made[family] = made_once(f"{name}/{family}", write)
+    return made
 
 
 @pytest.fixture(scope="session")
@@ -63,40 +125,6 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
         return folder
 
     return make
-
-
-# Half as deep as the tiny ones, as tracing takes its time from the number of operators.
-_SHALLOW = {
-    "unet": {
-        "block_out_channels": (32, 64),
-        "layers_per_block": 1,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    },
-    "vae": {"block_out_channels": (16, 32)},
-}
-
-
-@pytest.fixture(scope="session")
-def shallow_models(made_once) -> dict[str, Path]:
-    """A diffusers folder per family, fp32, that is quickly exported to ONNX; tests must not change them."""
-    from tightfit.export import random_model
-
-    made = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for family in FAMILIES:
-            tiny = {name: dict(each) for name, each in random_model.TINY[family].items()}
-            for name, each in _SHALLOW.items():
-                tiny[name] |= each
-            for field in ("attention_head_dim", "transformer_layers_per_block"):
-                if isinstance(
-                    value := {**random_model.MODELS[family]["unet"], **tiny["unet"]}.get(field), tuple | list
-                ):
-                    tiny["unet"][field] = value[:2]
-            patch.setitem(random_model.TINY, family, tiny)
-            write = functools.partial(random_model.write, family, tiny=True, precision="fp32")
-            made[family] = made_once(f"shallow/{family}", write)
-    return made
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,8 @@ from typing import IO, Any
 
 import pytest
 
-MUTANTS, FIRST = int(os.environ.get("FUZZ_MUTANTS", 26)), int(os.environ.get("FUZZ_FIRST", 0))
+# As many as KINDS has entries, so each at least once.
+MUTANTS, FIRST = int(os.environ.get("FUZZ_MUTANTS", 19)), int(os.environ.get("FUZZ_FIRST", 0))
 SEED, WORKERS = int(os.environ.get("FUZZ_SEED", 16)), int(os.environ.get("FUZZ_WORKERS", 1))
 KEEP = os.environ.get("FUZZ_KEEP")
 # A line of JSON for each mutant, as they end.

@@ -113,10 +113,9 @@ def test_a_text_encoder_whose_class_the_index_alone_tells(changed, pipes):
 
 
 def test_the_width_of_texts_as_a_list(changed, pipes):
-    width = pipes["sd1"].spec.unet["cross_attention_dim"]
-    folder = changed(
-        "sd1", "unet", {"cross_attention_dim": [width] * 4, "sample_size": None, "in_channels": None}
-    )
+    unet = pipes["sd1"].spec.unet
+    widths = [unet["cross_attention_dim"]] * len(unet["down_block_types"])
+    folder = changed("sd1", "unet", {"cross_attention_dim": widths, "sample_size": None, "in_channels": None})
     with tightfit.load(str(folder), precision="fp32", device="cpu") as pipe:
         options = {"seed": 3, "num_inference_steps": 2, "width": 64, "height": 64}
         assert pipe("a heart", **options).tobytes() == pipes["sd1"]("a heart", **options).tobytes()

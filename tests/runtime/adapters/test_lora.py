@@ -120,11 +120,11 @@ def test_text_encoders(tmp_path, spec, down_key, up_key):
         assert patch.scale == 0.25
 
 
-def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, tiny_models):
+def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, deep_models):
     """Stability's names are those that diffusers maps to these layers."""
     from diffusers.loaders.lora_conversion_utils import _maybe_map_sgm_blocks_to_diffusers
 
-    spec = inspect(str(tiny_models["sdxl"]))
+    spec = inspect(str(deep_models["sdxl"]))
     places = Places(spec)
     for number, name in ((1, "text_encoder"), (2, "text_encoder_2")):
         for prefix in (f"lora_te{number}_", f"{name}."):
@@ -162,11 +162,11 @@ def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, tiny_models):
     assert places.find("lora_unet_middle_block_9_emb_layers_1") is None
 
 
-def test_every_layer_of_a_unet_is_found_by_both_names(tiny_models):
+def test_every_layer_of_a_unet_is_found_by_both_names(deep_models):
     from tightfit.runtime.adapters import names
 
     for family in ("sd1", "sd2", "sdxl"):
-        spec = inspect(str(tiny_models[family]))
+        spec = inspect(str(deep_models[family]))
         paths = {name.rpartition(".")[0] for name in spec.denoiser.tensors}
         places = Places(spec)
         stability = dict(names._sgm(paths, spec.unet))

@@ -18,7 +18,9 @@ from tightfit.runtime.cli import plan as cli_plan
 from tightfit.runtime.cli import saving
 from tightfit.runtime.machine import detect
 
-FAST = ("--steps", "1")
+STEP = ("--steps", "1")
+# One way to run each precision, so that little is planned.
+FAST = (*STEP, "--residency", "staged", "--attention", "sdpa", "--tiling", "whole")
 
 
 @pytest.fixture
@@ -45,10 +47,10 @@ def test_another_models_precision_is_not_carried(call, tiny_models, tmp_path):
     assert (
         call("a", "--model", str(sd1), "--precision", "int8", "--seed", "7", *FAST, "-o", "one.png")[0] == 0
     )
-    code, out, err = call("--from", "one.png", "--model", str(sd1), "-o", "two.png", "--json")
+    code, out, err = call("--from", "one.png", "--model", str(sd1), *FAST, "-o", "two.png", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] == "int8"
-    code, out, err = call("--from", "one.png", "--model", str(sd2), "-o", "three.png", "--json")
+    code, out, err = call("--from", "one.png", "--model", str(sd2), *FAST, "-o", "three.png", "--json")
     assert code == 0
     assert "one.png was painted in int8, by another model" in err
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] != "int8"
@@ -68,7 +70,7 @@ def test_a_device_that_was_passed_over_is_said(call, monkeypatch, sd1):
 
 
 def test_a_picture_and_one_line(call, sd1, tmp_path):
-    code, out, err = call("A red heart!", "--model", str(sd1), "--seed", "7", *FAST)
+    code, out, err = call("A red heart!", "--model", str(sd1), "--seed", "7", *STEP)
     assert (code, err) == (0, "")
     assert out.count("\n") == 1
     for word in (
@@ -95,7 +97,7 @@ def test_generate_is_what_a_bare_prompt_means(call, sd1, tmp_path):
 
 
 def test_json(call, sd1):
-    code, out, _ = call("a", "--model", str(sd1), *FAST, "--num-images", "2", "--json", "--precision", "fp32")
+    code, out, _ = call("a", "--model", str(sd1), *STEP, "--num-images", "2", "--json", "--precision", "fp32")
     report = json.loads(out)
     assert code == 0
     assert report["plan"]["placements"]["unet"]["precision"] == "fp32"
@@ -204,6 +206,8 @@ def test_ctrl_c_keeps_the_pictures_that_are_painted(call, sd1, tmp_path, monkeyp
         "4",
         "--residency",
         residency,
+        "--precision",
+        "fp32",
     )
     arguments += ("--scheduler", "euler")  # one call a step
     assert call(*arguments, "-o", "whole.png")[0] == 0
@@ -265,7 +269,7 @@ def test_with_a_memory_that_ends(tmp_path, mebibytes):
     code = f"""import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({mebibytes} << 20, {mebibytes} << 20))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-sys.argv = ["tightfit", "a cat", "--steps", "1", "-o", "a.png"]
+sys.argv = ["tightfit", "a cat", "--steps", "1", "-o", "a.png", "--residency", "staged"]
 from tightfit.__main__ import main
 main()"""
     run = subprocess.run(
@@ -363,7 +367,7 @@ def test_plan(call, tiny_models):
 def test_a_plan_is_saved_and_run(call, sd1, tmp_path):
     wishes = ("--attention", "chunked", "--residency", "streamed", "--tiling", "tiled", "--precision", "fp32")
     assert call("plan", "--model", str(sd1), "--device", "cpu", *wishes, "--save", "p.json")[0] == 0
-    code, out, _ = call("a", "--model", str(sd1), "--device", "cpu", *FAST, "--plan", "p.json", "--json")
+    code, out, _ = call("a", "--model", str(sd1), "--device", "cpu", *STEP, "--plan", "p.json", "--json")
     assert code == 0
     ran = json.loads(out)["plan"]["placements"]
     assert ran == json.loads((tmp_path / "p.json").read_text())["placements"]

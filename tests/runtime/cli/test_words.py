@@ -324,6 +324,7 @@ def test_syntax_is_said_at_every_door(sd1):
     assert [each.split(" has ")[0] for each in run.notices] == ["the negative prompt", "the prompt"]
 
 
+ONE_WAY = "--precision", "fp32", "--residency", "staged"  # so that little is planned
 HOMELESS = """
 import os, pwd, sys
 def nobody(*_):
@@ -349,8 +350,8 @@ def test_no_home_and_no_user(sd1, tmp_path):
     """`docker run --user 1234`: every command works, and none makes a folder called ~."""
     model = ["--model", str(sd1), "--device", "cpu"]
     commands = [
-        ["--version"], ["info", "--device", "cpu"], ["a", *model, "--steps", "1"],
-        ["--from", "a.png", "-o", "b.png"],
+        ["--version"], ["info", "--device", "cpu"], ["a", *model, "--steps", "1", *ONE_WAY],
+        ["--from", "a.png", "-o", "b.png", *ONE_WAY],
         ["export", str(sd1), "--precision", "int8", "-o", "small"], ["calibrate", "--device", "cpu"],
         ["a", "--model", "~/x"], ["a", "--model", "~x/y"],
     ]  # fmt: skip

@@ -283,7 +283,7 @@ def test_a_graph_of_another_export_is_refused(onnx_models, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(onnx_models("sd1", "fp32"), folder)
     shutil.copyfile(
-        onnx_models("sd1", "fp16") / "text_encoder" / "model.onnx", folder / "text_encoder" / "model.onnx"
+        onnx_models("sd1", "int4") / "text_encoder" / "model.onnx", folder / "text_encoder" / "model.onnx"
     )
     with pytest.raises(
         TightfitError, match=r"text_encoder/model.onnx is not the one that was exported into this folder"

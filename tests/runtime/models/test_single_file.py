@@ -28,6 +28,7 @@ from tightfit.runtime.models.tokens import tokenize
 
 FAMILIES = ("sd1", "sd2", "sdxl")
 SIZE = {"width": 32, "height": 32, "num_inference_steps": 2, "seed": 3}
+ONE_WAY = {"residency": "staged", "attention": "sdpa", "tiling": "whole"}  # so that little is planned
 
 # -------------------------------------------------------------------------- what is read
 
@@ -78,7 +79,7 @@ def test_tensors_are_those_of_diffusers_converters(family, files, folders):
 def test_pictures_and_plans_are_those_of_the_folder(family, files, folders):
     runs = {}
     for model in (folders[family], files[family]):
-        with tightfit.load(str(model), device="cpu", precision="fp32") as pipeline:
+        with tightfit.load(str(model), device="cpu", precision="fp32", **ONE_WAY) as pipeline:
             result = pipeline.generate(tightfit.Request("a cat, (sitting)", **SIZE))
         runs[model] = np.asarray(result.images[0]), result.plan.predicted, pipeline.spec
     (one, predicted, spec), (other, as_predicted, single) = runs.values()
@@ -106,13 +107,13 @@ def test_pictures_are_those_that_diffusers_paints_of_the_file(family, files, fol
         "a cat", guidance_scale=6.0, output_type="np", generator=torch.Generator().manual_seed(3), **size
     )
     request = tightfit.Request("a cat", guidance_scale=6.0, **SIZE)
-    with tightfit.load(str(files[family]), device="cpu", precision="fp32") as pipeline:
+    with tightfit.load(str(files[family]), device="cpu", precision="fp32", **ONE_WAY) as pipeline:
         ours = pipeline.generate(request)
     assert (np.asarray(ours.images[0]) == (theirs.images[0] * 255).round().astype(np.uint8)).all()
 
 
 def painted(model: Path, **wishes):
-    with tightfit.load(str(model), device="cpu", **wishes) as pipeline:
+    with tightfit.load(str(model), device="cpu", **(ONE_WAY | wishes)) as pipeline:
         return pipeline.generate(tightfit.Request("a cat", **SIZE))
 
 
@@ -268,7 +269,7 @@ def test_v_prediction_by_the_option(files, tmp_path):
     (tmp_path / "m.yaml").write_text("    parameterization: eps\n")
     told = tightfit.inspect(str(file))
     assert (taken.scheduler, taken.native_size, taken.unet) == (told.scheduler, told.native_size, told.unet)
-    with tightfit.load(str(file), device="cpu", precision="fp32") as pipeline:
+    with tightfit.load(str(file), device="cpu", precision="fp32", **ONE_WAY) as pipeline:
         first, second, third = (
             np.asarray(pipeline.generate(tightfit.Request("a cat", **SIZE, adapters=adapters)).images[0])
             for adapters in ((), (adapter,), (prediction.written("V"),))

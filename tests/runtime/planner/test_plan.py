@@ -182,25 +182,26 @@ def test_random_requests_and_budgets(tiny_models):
     specs = [inspect(folder) for folder in tiny_models.values()]
     refused = 0
     machines = (RTX_3060, OLD_CPU, profile("rx-6600"))
-    for _ in range(60):
+    for _ in range(12):  # of which each is costed once for all its budgets
         spec, hardware = draw.choice(specs), draw.choice(machines)
         width, height = draw.choice(((64, 64), (256, 192)))
         request = Request(
             "a", width=width, height=height, guidance_scale=draw.choice((1.0, 7.5)), num_inference_steps=2
         )
-        budget = round(2 ** draw.uniform(20, 25)) + hardware.context_bytes
-        plans = plan(hardware, spec, request, Wishes(budget=budget))
-        fitting = [
-            p
-            for p in plans
-            if p.predicted.peak_bytes + p.predicted.context_bytes <= budget and "refused" not in p.reason
-        ]
-        assert [p for p in plans if p.fits] == plans[: len(fitting)]
-        assert plans[0].chosen == plans[0].fits == bool(fitting)
-        if fitting:
-            assert plans[0].predicted.seconds <= min(p.predicted.seconds for p in fitting) * 1.002
-        else:
-            refused += 1
+        for _ in range(5):
+            budget = round(2 ** draw.uniform(20, 25)) + hardware.context_bytes
+            plans = plan(hardware, spec, request, Wishes(budget=budget))
+            fitting = [
+                p
+                for p in plans
+                if p.predicted.peak_bytes + p.predicted.context_bytes <= budget and "refused" not in p.reason
+            ]
+            assert [p for p in plans if p.fits] == plans[: len(fitting)]
+            assert plans[0].chosen == plans[0].fits == bool(fitting)
+            if fitting:
+                assert plans[0].predicted.seconds <= min(p.predicted.seconds for p in fitting) * 1.002
+            else:
+                refused += 1
     assert 5 < refused < 55
 
 
@@ -285,9 +286,15 @@ def test_nothing_fits_says_what_would(sd1):
     assert not plan(hardware, spec, request, Wishes(budget=(enough - 1) * MIB))[0].fits
 
 
+@pytest.fixture(scope="module")
+def spec(tiny_models):
+    """Whose calls are followed once for all cards."""
+    return inspect(tiny_models["sd1"])
+
+
 @pytest.mark.parametrize("name", cards())
-def test_every_profile_paints(sd1, name):
-    best = plan(profile(name), inspect(sd1), Request("a"))[0]
+def test_every_profile_paints(spec, name):
+    best = plan(profile(name), spec, Request("a"))[0]
     assert best.fits
     assert best.predicted.seconds > 0
 
@@ -364,15 +371,15 @@ def test_damaged_plans(text):
         ('"cuda"', '"tpu"'),
         ('"fp16"', '"fp17"'),
         ('"fp16"', '"auto"'),
-        ('"resident"', '"floating"'),
+        ('"residency": "', '"residency": "un'),
         ('"sdpa"', '"flash3"'),
         ('"whole"', "null"),
         ('"version": 5', '"version": 1'),
         ('"seconds": ', '"seconds": "soon", "x": '),
     ],
 )
-def test_plans_that_leave_something_open(sd1, old, new):
-    text = json.dumps(plan(RTX_3060, inspect(sd1))[0].to_json())
+def test_plans_that_leave_something_open(spec, old, new):
+    text = json.dumps(plan(RTX_3060, spec)[0].to_json())
     assert old in text
     with pytest.raises(TightfitError):
         Plan.from_json(text.replace(old, new))

@@ -38,35 +38,39 @@ def profiled(call) -> int:
     return most
 
 
+ARITHMETIC = (
+    ("fp32", "fp32"),
+    ("bf16", "bf16"),
+    ("int8", "bf16"),
+    ("int4", "fp32"),
+    ("int8-dynamic", "bf16"),
+    ("int8-dynamic", "fp32"),
+)
+CALLS = (
+    ("text_encoder", "sdpa", "whole", 1),
+    ("unet", "sdpa", "whole", 1),
+    ("unet", "sliced", "whole", 2),
+    ("unet", "chunked", "whole", 2),
+    ("vae_decoder", "sdpa", "whole", 1),
+    ("vae_decoder", "sdpa", "tiled", 1),
+)
+MODELS = ("emoji", "sd2", "sdxl")
+
+
+# Any two of model, call and arithmetic meet.
 @pytest.mark.parametrize(
-    ("precision", "compute"),
+    ("model", "component", "attention", "tiling", "batch", "precision", "compute"),
     [
-        ("fp32", "fp32"),
-        ("bf16", "bf16"),
-        ("int8", "bf16"),
-        ("int4", "fp32"),
-        ("int8-dynamic", "bf16"),
-        ("int8-dynamic", "fp32"),
+        (MODELS[(row + column) % 3], *called, *arithmetic)
+        for row, called in enumerate(CALLS)
+        for column, arithmetic in enumerate(ARITHMETIC)
+        if called[0] == "unet" or arithmetic[0] != "int8-dynamic"  # only U-Nets run so
     ],
 )
-@pytest.mark.parametrize(
-    ("component", "attention", "tiling", "batch"),
-    [
-        ("text_encoder", "sdpa", "whole", 1),
-        ("unet", "sdpa", "whole", 1),
-        ("unet", "sliced", "whole", 2),
-        ("unet", "chunked", "whole", 2),
-        ("vae_decoder", "sdpa", "whole", 1),
-        ("vae_decoder", "sdpa", "tiled", 1),
-    ],
-)
-@pytest.mark.parametrize("model", ["emoji", "sd2", "sdxl"])
-def test_against_the_profiler(tiny_models, model, component, attention, tiling, batch, precision, compute):
-    if precision == "int8-dynamic" and component != "unet":
-        pytest.skip("only U-Nets run so")
+def test_against_the_profiler(deep_models, model, component, attention, tiling, batch, precision, compute):
     if precision == "int8-dynamic" and "int8" not in Hardware.detect("cpu").rates:
         pytest.skip("this processor has no VNNI")
-    spec = inspect(tiny_models.get(model, model))
+    spec = inspect(deep_models.get(model, model))
     part, placement = (
         spec.components[component],
         Placement("torch", precision, compute, "staged", attention, tiling),
