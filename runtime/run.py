@@ -23,7 +23,7 @@ from .events import Event, Measured, Result
 from .loaded import Loaded
 from .machine.process import ProcessPeak
 from .models import schedulers
-from .models.families.family import Role
+from .models.families.family import STEPPING, Role
 from .models.spec import ModelSpec
 from .planner.plan import Plan
 from .request import Job
@@ -176,6 +176,9 @@ class Run:
     ) -> np.ndarray:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each
         branch; of the conditioned branches `alone` in steps without guidance."""
+        for component in self.spec.components.values():
+            if component.role in STEPPING:
+                self._session(component.name)  # loaded before there are answers of others beside
         parts = conditioning.given(call) if alone else conditioning.of(self.plan.cfg, call)
         time_step = np.array(timestep, np.float32)
         count = 1 if alone else self.job.branches // len(parts)

@@ -188,11 +188,16 @@ def row(name: str, family: str, case: Case) -> str:
     return f"| {name} | {family} | {' | '.join(cells)} |"
 
 
+def lines(text: str) -> None:
+    for line in text.splitlines():
+        say(line)
+
+
 def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     facts = envelope("")
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    say(HEAD.format(machine=facts["hardware"]["name"], date=facts["date"], versions=versions))
+    lines(HEAD.format(machine=facts["hardware"]["name"], date=facts["date"], versions=versions))
     with tempfile.TemporaryDirectory() as made, pytest.MonkeyPatch.context() as patch:
         for family in NARROW["FAMILIES"]:
             patch.setitem(random_model.TINY, family, NARROW["narrow"](family))

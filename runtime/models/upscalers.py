@@ -54,7 +54,7 @@ _OTHERS = (
 
 
 def _inputs(_: ModelSpec, extent: Extent) -> dict[str, Shape]:
-    return {"picture": (1, 3, extent.height, extent.width)}
+    return {"bytes": (1, 3, extent.height, extent.width)}
 
 
 def _build(component: Component) -> Any:
@@ -132,7 +132,7 @@ def enlarged(
     component: Component, call: Callable[..., tuple[np.ndarray, ...]], picture: np.ndarray
 ) -> np.ndarray:
     """(1, 3, h, w) uint8 → (1, 3, scale * h, scale * w) uint8, by a condition's `call`."""
-    (larger,) = call(component.name, picture=picture)
+    (larger,) = call(component.name, bytes=picture)
     return larger
 
 
