@@ -52,7 +52,7 @@ _UNET1 = {
 }
 
 # What the configs on the hub say: stable-diffusion-v1-5, stable-diffusion-2-1 and
-# stable-diffusion-xl-base-1.0.
+# stable-diffusion-xl-base-1.0; below stable-diffusion-xl-refiner-1.0.
 MODELS: dict[str, dict[str, Any]] = {
     "sd1": {
         "pipeline": "StableDiffusionPipeline",
@@ -100,6 +100,24 @@ MODELS: dict[str, dict[str, Any]] = {
         "scheduler": _SCHEDULE | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
     },
 }  # fmt: skip
+MODELS["sdxl-refiner"] = {
+    **{name: MODELS["sdxl"][name] for name in ("vae", "text_encoder_2", "scheduler")},
+    "pipeline": "StableDiffusionXLImg2ImgPipeline",
+    "unet": MODELS["sdxl"]["unet"] | {
+        "block_out_channels": (384, 768, 1536, 1536),
+        "down_block_types": (_DOWN, _CROSS_DOWN, _CROSS_DOWN, _DOWN),
+        "up_block_types": (_UP, _CROSS_UP, _CROSS_UP, _UP),
+        "transformer_layers_per_block": 4, "cross_attention_dim": 1280, "attention_head_dim": (6, 12, 24, 24),
+        "projection_class_embeddings_input_dim": 2560,
+    },
+}  # fmt: skip
+_EXTRA: dict[str, dict[str, Any]] = {  # of model_index.json
+    "sdxl": {"force_zeros_for_empty_prompt": True},
+    "sdxl-refiner": {
+        "force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True,
+        "text_encoder": [None, None], "tokenizer": [None, None],
+    },
+}  # fmt: skip
 
 _TINY_TEXT = {
     "hidden_size": 32,
@@ -123,6 +141,13 @@ TINY: dict[str, dict[str, Any]] = {
             "block_out_channels": (32, 64, 64), "cross_attention_dim": 64, "attention_head_dim": (2, 4, 4),
             "transformer_layers_per_block": (1, 1, 2), "addition_time_embed_dim": 8,
             "projection_class_embeddings_input_dim": 80,
+        },
+        "text_encoder_2": _TINY_TEXT,
+    },
+    "sdxl-refiner": {
+        "unet": _TINY_UNET | {
+            "attention_head_dim": (2, 4, 4, 4), "transformer_layers_per_block": 2,
+            "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 72,
         },
         "text_encoder_2": _TINY_TEXT,
     },
@@ -211,11 +236,7 @@ def write(
             counts[name] = sum(p.numel() for p in module.parameters())
         (partial / "scheduler").mkdir()
         (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model["scheduler"], indent=2))
-        extra = (
-            {"force_zeros_for_empty_prompt": True}
-            if family == "sdxl"
-            else {"safety_checker": [None, None], "feature_extractor": [None, None]}
-        )
+        extra = _EXTRA.get(family, {"safety_checker": [None, None], "feature_extractor": [None, None]})
         (partial / "model_index.json").write_text(json.dumps(index | extra, indent=2))
     return counts
 

@@ -51,6 +51,14 @@ class Conditioning:
         more = len(self._job.scales)
         return {name: np.concatenate([array, *[array[:1]] * more]) for name, array in arrays.items()}
 
+    def again(self, job: Job) -> Conditioning:
+        """Of another job, whose prompts say the same."""
+        lines = dict(zip(self._job.prompting.lines, job.prompting.lines, strict=True))
+        known = [
+            {(lines[line], text): answers for (line, text), answers in one.items()} for one in self._encoded
+        ]
+        return Conditioning(job, known)
+
 
 def _parts(arrays: Mapping[str, np.ndarray]) -> dict[str, Sequence[Mapping[str, np.ndarray]]]:
     rows = range(max((len(array) for array in arrays.values()), default=0))

@@ -34,27 +34,49 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """One of the passes of a request: the plan that ran, and what was measured."""
+
+    plan: Plan
+    stages: Mapping[str, Measured]
+
+
+@dataclass(frozen=True)
 class Result:
     """A finished request: as it was resolved, the plan that ran, the pictures, what was measured, what to
-    know about it."""
+    know about it. Of several passes, plan and stages are the last one's; `earlier` has the others'."""
 
     request: Request
     plan: Plan
     images: tuple[Image.Image, ...]
     stages: Mapping[str, Measured]
     notices: tuple[str, ...]
+    earlier: tuple[Pass, ...] = ()
+
+    @property
+    def passes(self) -> tuple[Pass, ...]:
+        """All of them, in order."""
+        return (*self.earlier, Pass(self.plan, self.stages))
+
+    @property
+    def _measured(self) -> list[Measured]:
+        return [stage for one in self.passes for stage in one.stages.values()]
+
+    @property
+    def predicted_bytes(self) -> int:
+        return max(one.plan.predicted.peak_bytes for one in self.passes)
 
     @property
     def peak_bytes(self) -> int:
-        return max(stage.peak_bytes for stage in self.stages.values())
+        return max(stage.peak_bytes for stage in self._measured)
 
     @property
     def process_bytes(self) -> int:
-        return max(stage.process_bytes for stage in self.stages.values())
+        return max(stage.process_bytes for stage in self._measured)
 
     @property
     def seconds(self) -> float:
-        return sum(stage.seconds for stage in self.stages.values())
+        return sum(stage.seconds for stage in self._measured)
 
 
 @dataclass(frozen=True)
@@ -82,13 +104,20 @@ def joined(results: Sequence[Result]) -> Result:
     pictures."""
     if len(results) == 1:
         return results[0]
-    stages: dict[str, Measured] = {}
-    for result in results:
-        for name, measured in result.stages.items():
-            stages[name] = stages[name].and_then(measured) if name in stages else measured
+    every = [result.passes for result in results]
+    *earlier, last = (Pass(passes[0].plan, _together(passes)) for passes in zip(*every, strict=True))
     return replace(
         results[0],
         images=tuple(image for result in results for image in result.images),
-        stages=stages,
+        stages=last.stages,
         notices=tuple(dict.fromkeys(notice for result in results for notice in result.notices)),
+        earlier=tuple(earlier),
     )
+
+
+def _together(passes: Sequence[Pass]) -> dict[str, Measured]:
+    stages: dict[str, Measured] = {}
+    for one in passes:
+        for name, measured in one.stages.items():
+            stages[name] = stages[name].and_then(measured) if name in stages else measured
+    return stages

@@ -43,8 +43,8 @@ _ON_CPU = ("tightfit", "ComfyUI", "Fooocus")  # draw noise there, whatever the c
 _NO_VAE = ("", "Automatic", "Baked VAE")
 # What other programs say besides, which is honoured otherwise, or has no effect.
 _SILENT = {
-    "Model", "Model hash", "Version", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes", "Precision",
-    settings.RNG,
+    "Model", "Model hash", "Refiner", "Version", "VAE", "VAE hash", "Hashes", "Lora hashes", "TI hashes",
+    "Precision", settings.RNG,
 }  # fmt: skip
 
 
@@ -80,6 +80,7 @@ def write(job: Job, model: str, precision: str) -> str:
         "Model hash": settings.model_hash(model),
         "Model": stem(model),
         "VAE": next((stem(adapter.name) for adapter in job.adapters if isinstance(adapter, Vae)), None),
+        "Refiner": _with_hash(job.refiner) if job.refiner else None,
         **plain,
         **{name: value for asked in job.conditions for name, value in asked.a1111().items()},
         "Lora hashes": ", ".join(digest for _, digest in loras),
@@ -89,6 +90,11 @@ def write(job: Job, model: str, precision: str) -> str:
     said = [f"{name}: {quoted(str(value))}" for name, value in fields.items() if value not in (None, "")]
     lines.append(", ".join([*said, f"tightfit: {json.dumps(json.dumps(exact))}"]))
     return "\n".join(lines)
+
+
+def _with_hash(model: str) -> str:
+    digest = settings.model_hash(model)
+    return f"{stem(model)} [{digest}]" if digest else stem(model)
 
 
 def _told(job: Request) -> dict[str, Any]:
@@ -214,6 +220,10 @@ def _exact(text: str, source: str, given: Collection[str]) -> Carried:
         request["adapters"] = adapters
     options = {kind.option for kind in ADAPTERS}
     exact |= {option: ", ".join(names) for option, names in named.items() if option not in options}
+    if _REMOTE.match(request.get("refiner") or ""):
+        raise TightfitError(
+            f"{source} was painted with a refiner that is on another machine: name it by --refiner"
+        )
     unknown = {name: value for name, value in exact.items() if name not in _FIELDS and value is not None}
     if not unknown:
         return Carried(request, model, precision, asking=asking)
@@ -292,10 +302,13 @@ def _carried(said: Said, source: str, given: Collection[str], models_dirs: Seque
         fields = settings.understood(said.settings, said.program in _A1111S)
     except ValueError as error:
         raise _damaged(source, str(error)[:80]) from None
+    files = _Named.among(said, models_dirs)
+    if refiner := files.refiner():
+        fields["refiner"] = refiner
     for name in settings.idle(fields):  # A1111 writes some of them whatever the sampler
         del fields[name]
-    files = _Named.among(said, models_dirs)
     adapters, left = files.adapters(given)
+    left |= {"Refiner": f"{said.settings['Refiner']} {_LOST}"} if refiner == "" else {}
     loras = [] if Lora.option in given else said.loras
     words = [str(lora) for lora in loras if files.has(lora)]
     left |= {f"LoRA {lora.name}": _LOST for lora in loras if str(lora) not in words}
@@ -373,6 +386,13 @@ class _Named:
         same = (entry.path for entry in entries if hashes.get(entry.path).startswith(digest))
         path = next(same, None) or self.path(bare_name(name), Kind.MODEL)
         return str(path) if path else None
+
+    def refiner(self) -> str | None:
+        """By its name, which has its hash behind it; "" where it is not there, None where there is none."""
+        if not (said := self.settings.get("Refiner", "")) or bare_name(said) == "None":
+            return None
+        name = re.sub(r"\s*\[\w{1,64}\]$", "", said)
+        return str(self.path(bare_name(name), Kind.MODEL) or "")
 
     def other_hash(self, model: str | None) -> dict[str, str]:
         """The picture's hash of its model, where the one of that name is known to have another."""

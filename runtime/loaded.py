@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from .backends import backend
 from .backends.protocol import Backend, Session
 from .budget import BUILDING, DeviceBudget
@@ -24,9 +26,9 @@ class Loaded:
         self._allowed_bytes = 0
         self._limits: dict[str, int] = {}
 
-    def take(self, plan: Plan, spec: ModelSpec) -> None:
+    def take(self, plan: Plan, spec: ModelSpec, beside_bytes: int = 0) -> None:
         """Make way for `plan` of `spec`: what is placed otherwise, or of other tensors, is freed, and each
-        engine is held to what it may take."""
+        engine is held to what it may take, beside what another model of the same run holds."""
         for engine in {placement.backend for placement in plan.placements.values()} - self.backends.keys():
             self.backends[engine] = backend(engine, plan.device)
         for name, (component, placement, _) in list(self.sessions.items()):
@@ -37,7 +39,7 @@ class Loaded:
             engine.keep(plan.placements)
             for name in engine.trim(plan.predicted.peak_bytes):
                 self.drop(name)
-        wanted_bytes = plan.budget_bytes - plan.predicted.context_bytes
+        wanted_bytes = plan.budget_bytes - plan.predicted.context_bytes - beside_bytes
         allowed_bytes = self.budget.share(self, wanted_bytes, plan.predicted.peak_bytes)
         self._limits.clear()  # another pipeline may have set the process's cap since
         # The plan loads each network in its turn; adapting it beside all others may take no more than that.
@@ -76,10 +78,10 @@ class Loaded:
         if entry := self.sessions.pop(name, None):
             entry[-1].close()
 
-    def drop_staged(self) -> None:
-        """Free what is loaded for one stage alone."""
+    def drop_staged(self, but: Collection[str] = ()) -> None:
+        """Free what is loaded for one stage alone, but for what the next needs too."""
         for name, (_, placement, _) in list(self.sessions.items()):
-            if placement.residency != "resident":
+            if placement.residency != "resident" and name not in but:
                 self.drop(name)
 
     def held(self) -> int:

@@ -20,11 +20,12 @@ from .loaded import Loaded
 from .machine.hardware import Hardware
 from .models.hub import inspect
 from .models.spec import ModelSpec
+from .passes import left, passes
 from .planner import choose as planner
 from .planner.plan import Plan
 from .planner.wishes import Wishes
 from .request import Job, Request
-from .run import OnStage, Run, Ways
+from .run import OnStage, Passes, Run, Ways
 
 # Requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them.
 MANY = 100
@@ -85,26 +86,44 @@ class Pipeline:
         self.loaded = Loaded(hardware)
         self._saved, self._on_stage = plan, on_stage
         self._planned: tuple[tuple[Any, ...], list[Plan]] = (spec,), []  # of what, which plans
+        self._planned_next: tuple[tuple[Any, ...], list[Plan]] = (spec,), []  # the same of a second pass
         # Held while something of this pipeline is read or changed, not between two events.
         self._using = threading.RLock()
-        self._current: tuple[Run, Turn] | None = None
+        self._current: tuple[Passes, Turn] | None = None
 
     def plans(self, request: Request) -> list[Plan]:
-        """Every way to run `request` here, the one that will be taken first. Raises TightfitError if none
-        fits."""
-        return self._plans(self._job(request))
+        """Every way to run `request` here, the one that will be taken first; of several passes, the first.
+        Raises TightfitError if none fits."""
+        first, *_ = passes(self._job(request))
+        return self._plans(first)
 
     def _plans(self, job: Job) -> list[Plan]:
-        words = job.prompting
-        encodings = (words.encodings, *(job.encodings(name) for name in job.spec.components))
-        calls = [job.calls_with(name) for name in job.spec.components]
-        counts = (*calls, len(job.prompted), words.chunks, *encodings)
-        key = (job.width, job.height, job.num_images, job.branches, *counts)
+        key = _costs_of(job)
         with self._using:
             (spec, *known), _ = self._planned
             if spec is not job.spec or (*known,) != key:
                 self._planned = (job.spec, *key), self._planned_anew(job)
             return list(self._planned[1])
+
+    def _plans_after(self, first: Run, job: Job) -> list[Plan]:
+        """Every way to run the second pass, beside what the first leaves loaded. Another model is loaded for
+        this request alone."""
+        loaded = left(first.job, first.plan.placements, job)
+        requests = self.wishes.requests if job.model is self.spec else 1
+        key = (*_costs_of(job), loaded)
+        with self._using:
+            (spec, *known), _ = self._planned_next
+            if spec is not job.spec or (*known,) != key:
+                plans = self._planned_by(job, replace(self.wishes, loaded=loaded, requests=requests))
+                self._planned_next = (job.spec, *key), plans
+            return list(self._planned_next[1])
+
+    def _planned_by(self, job: Job, wishes: Wishes) -> list[Plan]:
+        planner.refuse_hopeless(self.hardware, job, wishes)
+        plans = planner.plan(self.hardware, job.model, job, wishes)
+        if not plans[0].fits:
+            raise planner.none_fits(plans, self.hardware, job, wishes)
+        return plans
 
     def _job(self, request: Request) -> Job:
         """For this pipeline's model, with its adapters before the request's own, also of another's job."""
@@ -112,13 +131,10 @@ class Pipeline:
         return replace(asked, adapters=(*self._adapters, *asked.adapters)).resolve(self.spec)
 
     def _planned_anew(self, job: Job) -> list[Plan]:
-        saved = self._checked(job)
-        if not saved:
-            planner.refuse_hopeless(self.hardware, job, self.wishes)
+        if not (saved := self._checked(job)):
+            return self._planned_by(job, self.wishes)
         plans = planner.plan(self.hardware, self.spec, job, self.wishes)
-        if not saved and not plans[0].fits:
-            raise planner.none_fits(plans, self.hardware, job, self.wishes)
-        return [*saved, *(replace(plan, chosen=False) for plan in plans)] if saved else plans
+        return [*saved, *(replace(plan, chosen=False) for plan in plans)]
 
     def _checked(self, job: Job) -> list[Plan]:
         """The plan that was given for all requests, predicted for this one; nothing without one."""
@@ -174,15 +190,28 @@ class Pipeline:
         it, of this or another pipeline, waits for that in another thread; in the same one it is refused with
         a TightfitError.
         """
-        job = self._job(request)
+        jobs = passes(self._job(request))
         with self.loaded.budget.claim(self.loaded) as turn:
-            run = Run(job, self.loaded, Ways(self._first, self._plans), self._on_stage)
+            run = Passes(self._runs(jobs))
             self._current = run, turn
             try:
                 yield from self._resumed(run.events(preview_every), turn)
             finally:
                 if self._current == (run, turn):
                     self._current = None
+                for other in {one.loaded for one in run.runs} - {self.loaded}:
+                    other.close()
+
+    def _runs(self, jobs: Sequence[Job]) -> list[Run]:
+        """A run for each pass. Another model has sessions of its own, for this request."""
+        first = Run(jobs[0], self.loaded, Ways(self._first, self._plans), self._on_stage)
+        runs = [first]
+        for job in jobs[1:]:
+            loaded = self.loaded if job.model is self.spec else Loaded(self.hardware)
+            plans = partial(self._plans_after, first)
+            ways = Ways(lambda job, plans=plans: plans(job)[0], plans)
+            runs.append(Run(job, loaded, ways, self._on_stage, runs[-1]))
+        return runs
 
     def _resumed(self, events: Generator[Event, None, None], turn: Turn) -> Generator[Event, None, None]:
         """`events`, each made while nothing else of this pipeline is used."""
@@ -215,7 +244,8 @@ class Pipeline:
         with self._using:
             if self._current:
                 run, turn = self._current
-                run.closed, self._current = True, None
+                run.close()
+                self._current = None
                 turn.release()
             self.loaded.close()
 
@@ -224,3 +254,13 @@ class Pipeline:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _costs_of(job: Job) -> tuple[Any, ...]:
+    """What the plans of a job depend on, besides its model."""
+    words, share = job.prompting, job.share
+    encodings = (words.encodings, *(job.encodings(name) for name in job.spec.components))
+    calls = [job.calls_with(name) for name in job.spec.components]
+    counts = (*calls, len(job.prompted), words.chunks, *encodings)
+    parts = (share.encodes, share.decodes, job.whole.refiner is None)
+    return (job.width, job.height, job.num_images, job.branches, *counts, *parts)

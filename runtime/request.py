@@ -14,10 +14,12 @@ from typing import Any, SupportsIndex
 from .adapters import Adapter, adapted, check, check_whole, names
 from .adapters.prompt import from_words
 from .conditions import Condition
+from .conditions.handed import way_of
 from .errors import TightfitError
 from .fields import described, kinds, option
 from .models import schedulers
 from .models.clip_skip import skipping
+from .models.hub import placed
 from .models.prompts import EMPHASES, SYNTAXES, Prompting, Wanted, prompting
 from .models.samplers.names import AUTOMATIC, SAMPLERS, SCHEDULES, joined, schedule_of, split
 from .models.schedulers import Tuning
@@ -25,6 +27,7 @@ from .models.spec import ModelSpec
 from .noise import CPU, SOURCES, Noise
 
 _GUIDANCE = "guidance_rescale", "guidance_start", "guidance_end"
+_HIRES = "hires_size", "hires_strength", "hires_steps", "hires_upscaler", "hires_prompt", "hires_scheduler"
 _RESIZED = "seed_resize's width", "seed_resize's height"
 RANDOM_SEED = -1  # as A1111 has it: the seed that is drawn is told, and written into the picture
 _SIDES = 1, 2**16
@@ -34,6 +37,11 @@ _SEEDS = 0, 2**63 - 1
 def _tuning(default: Any, help: str, metavar: str = "", **others: Any) -> Any:  # noqa: A002
     """An option of sampling, which few requests have."""
     return option(default, help, metavar, panel="Sampling", terse=True, **others)
+
+
+def _second(default: Any, help: str, metavar: str = "", **others: Any) -> Any:  # noqa: A002
+    """An option of a second pass."""
+    return option(default, help, metavar, panel="Second pass", terse=True, **others)
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,15 @@ class Request:
     subseed_strength: float = _tuning(0.0, "Share of the second.", "X", bounds=(0, 1))
     seed_resize: str | None = _tuning(None, "The noise of that size.", "WxH")
     ensd: int = _tuning(0, "Added to the seed in steps.", "N", bounds=(-(2**32), 2**32))
+    hires: float | None = _second(None, "Painted again, larger: 2.", "X", bounds=(1, 8))
+    hires_size: str | None = _second(None, "The size instead.", "WxH")
+    hires_strength: float = _second(0.7, "How much anew, to 1; 0.7.", "X", bounds=(0, 1))
+    hires_steps: int = _second(0, "0: as many as the first.", "N", bounds=(0, 1000))
+    hires_upscaler: str = _second("latent", "latent, lanczos …", "NAME")
+    hires_prompt: str | None = _second(None, "Default: the same.", "TEXT")
+    hires_scheduler: str | None = _second(None, "Default: the same.", "NAME", choices=tuple(SAMPLERS))
+    refiner: str | None = _second(None, "Another model goes on.", "MODEL")
+    refiner_start: float = _second(0.8, "From there: 0 to 1; 0.8.", "X", bounds=(0, 1))
 
     def checked(self) -> Request:
         """The same request with plain Python numbers; raises TightfitError for what no model could do."""
@@ -118,14 +135,17 @@ class Request:
         numbers = {name: _number(name, getattr(self, name), *limits) for name, limits in _NUMBERS.items()}
         for name in (name for name, kind in _KINDS.items() if kind is bool):
             _check_truth(name, getattr(self, name))
-        scheduler = self.scheduler if self.scheduler is None else joined(*split(self.scheduler))
         texts = {
-            "scheduler": scheduler,
+            "scheduler": _joined(self.scheduler),
+            "hires_scheduler": _joined(self.hires_scheduler),
             "schedule": schedule_of(self.schedule or AUTOMATIC),
             **{name: _choice(name, getattr(self, name), known) for name, known in _CHOICES.items()},
-            "seed_resize": _shown(_sides(self.seed_resize)),
+            **{name: _shown(sides_of(name, getattr(self, name))) for name in ("seed_resize", "hires_size")},
+            "hires_upscaler": way_of(self.hires_upscaler or _DEFAULTS["hires_upscaler"]),
         }
-        return dataclasses.replace(self, **texts, **numbers, **whole)
+        request = dataclasses.replace(self, **texts, **numbers, **whole)
+        _check_passes(request)
+        return request
 
     def to_json(self) -> dict[str, Any]:
         """Its numbers and texts by field, and the names of its adapters and conditions, if it has any."""
@@ -146,8 +166,10 @@ class Request:
         named = names(self.adapters)
         return {"adapters": named} if named else {}
 
-    def resolve(self, spec: ModelSpec) -> Job:
-        """This request with everything decided for `spec`; raises TightfitError for what cannot be done."""
+    def resolve(self, spec: ModelSpec, share: Share | None = None) -> Job:
+        """This request with everything decided for `spec`; raises TightfitError for what cannot be done.
+        `share` is what one of several passes does of it: see passes.py."""
+        share = share or Share()
         request = self.checked()
         prompt, named = from_words(request.prompt)
         conditions = tuple(condition.resolved(spec) for condition in request.conditions)
@@ -171,8 +193,9 @@ class Request:
             "scheduler": _scheduled(request.scheduler or schedulers.default(spec), request.schedule),
             "schedule": AUTOMATIC,
             "subseed": _subseed(request),
+            "refiner": request.refiner and placed(request.refiner),
         }
-        resize = dict(zip(_RESIZED, _sides(request.seed_resize) or (), strict=False))
+        resize = dict(zip(_RESIZED, sides_of("seed_resize", request.seed_resize) or (), strict=False))
         for name, side in {"width": decided["width"], "height": decided["height"], **resize}.items():
             if side % spec.downsampling:
                 raise TightfitError(_size_error(name, side, spec.downsampling))
@@ -185,7 +208,8 @@ class Request:
             **given,
             model=spec,
             spec=changed.with_components(parts),
-            prompting=prompting(changed, _wanted(given), _counted_calls(given, spec)),
+            prompting=prompting(changed, _wanted(given), _counted_calls(given, spec, share)),
+            share=share,
         )
         schedulers.check(job.scheduler, spec, job.tuning)
         _check_guidance(job)
@@ -195,6 +219,24 @@ class Request:
             schedulers.check_draws(job.scheduler, spec, job.tuning, "ensd")
         assert job.skipped < job.num_inference_steps  # or its conditions said that none would be left
         return job
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one of several passes does of a request: see passes.py.
+
+    begin, end: of the steps, those that are taken; where None, from where the conditions have it, and to the
+    last. counts: the steps that a prompt's schedule counts, from the first that is taken; None: all, on from
+    the pass before. encodes: whether texts are, or are those of the pass before. decodes: whether it makes
+    pictures, or hands its latents on alone. whole: the job of all passes, which pictures carry.
+    """
+
+    begin: int | None = None
+    end: int | None = None
+    counts: int | None = None
+    encodes: bool = True
+    decodes: bool = True
+    whole: Job | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +258,12 @@ class Job(Request):
     model: ModelSpec = dataclasses.field(compare=False, repr=False)
     spec: ModelSpec = dataclasses.field(compare=False, repr=False)
     prompting: Prompting = dataclasses.field(compare=False, repr=False)
+    share: Share = dataclasses.field(default_factory=Share, compare=False, repr=False)
+
+    @property
+    def whole(self) -> Job:
+        """What is asked, of which this may be one pass."""
+        return self.share.whole or self
 
     @property
     def request(self) -> Request:
@@ -244,12 +292,15 @@ class Job(Request):
 
     @property
     def skipped(self) -> int:
-        """Of the steps, how many its conditions leave out at the beginning."""
+        """Of the steps, how many are left out at the beginning: by its conditions, or as another pass takes
+        them."""
+        if self.share.begin is not None:
+            return self.share.begin
         return max((condition.skipped(self.num_inference_steps) for condition in self.conditions), default=0)
 
     def encodings(self, name: str) -> int:
         """How often its conditions call the encoder of that name."""
-        return sum(condition.encodings(name, self.spec) for condition in self.conditions)
+        return sum(condition.encodings(name, self) for condition in self.conditions)
 
     @property
     def calls(self) -> int:
@@ -257,16 +308,35 @@ class Job(Request):
         return sum(self._calls_by_step)
 
     @property
+    def steps_taken(self) -> int:
+        return len(self._calls_by_step)
+
+    @property
     def _calls_by_step(self) -> list[int]:
         """Of the steps that are taken."""
-        return schedulers.calls_by_step(self.scheduler, self.spec, self.num_inference_steps, self.skipped)
+        return self._calls_between(self.skipped, self.share.end)
+
+    def _calls_between(self, begin: int, end: int | None) -> list[int]:
+        return schedulers.calls_by_step(self.scheduler, self.spec, self.num_inference_steps, begin, end)
+
+    @property
+    def _earlier(self) -> list[int]:
+        """The calls of the steps that passes before took, which it goes on from."""
+        goes_on = self.share.begin and self.share.counts is None
+        return self._calls_between(0, self.share.begin) if goes_on else []
+
+    @property
+    def first_call(self) -> int:
+        """The number of its first call in the schedules of its prompt."""
+        return sum(self._earlier)
 
     @property
     def guided(self) -> range:
         """The steps, from 1, in which guidance acts; in others the conditioned half runs alone."""
-        count = len(self._calls_by_step)
+        before, taken = len(self._earlier), self.steps_taken
+        count = len(self._calls_between(self.skipped - before, None))
         first, last = (int(part * count + 0.5) for part in (self.guidance_start, self.guidance_end))
-        return range(first + 1, last + 1)
+        return range(max(first - before, 0) + 1, min(last - before, taken) + 1)
 
     @property
     def guided_calls(self) -> int:
@@ -291,7 +361,7 @@ class Job(Request):
     @property
     def noise(self) -> Noise:
         """What the first picture begins as."""
-        factor, size = self.spec.downsampling, _sides(self.seed_resize)
+        factor, size = self.spec.downsampling, sides_of("seed_resize", self.seed_resize)
         shape = (1, self.spec.vae["latent_channels"], self.height // factor, self.width // factor)
         resize = (size[1] // factor, size[0] // factor) if size else None
         share, subseed = self.subseed_strength, self.subseed or 0
@@ -301,8 +371,8 @@ class Job(Request):
         """Picture `index` alone. Each has the next seed, or, as A1111 has it, the next of a second noise."""
         return dataclasses.replace(self, num_images=1, **numbers_of(self, index))
 
-    def resolve(self, spec: ModelSpec) -> Job:
-        return self if spec is self.model else super().resolve(spec)
+    def resolve(self, spec: ModelSpec, share: Share | None = None) -> Job:
+        return self if spec is self.model and share is None else super().resolve(spec, share)
 
 
 def numbers_of(request: Request, index: int) -> dict[str, int]:
@@ -321,10 +391,15 @@ _KINDS, _ABOUT = kinds(Request), described(Request)
 PLAIN = tuple(name for name, kind in _KINDS.items() if kind in (str, int, float, bool))
 """Fields that are numbers, texts or truths."""
 _WHOLE = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is int}
-_FORGIVING = "scheduler", "schedule"  # which have many spellings
+_FORGIVING = "scheduler", "hires_scheduler", "schedule"  # which have many spellings
 _CHOICES = {name: known.choices for name, known in _ABOUT.items() if known.choices and name not in _FORGIVING}
 _DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Request)}
 _NUMBERS = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is float}
+
+
+def _joined(scheduler: str | None) -> str | None:
+    """The name as it is spelled here."""
+    return scheduler if scheduler is None else joined(*split(scheduler))
 
 
 def _scheduled(scheduler: str, schedule: str) -> str:
@@ -338,10 +413,10 @@ def _wanted(decided: Mapping[str, Any]) -> Wanted:
     return Wanted(prompt, negative, decided["guidance_scale"] > 1, decided["prompt_syntax"] == "plain")
 
 
-def _counted_calls(decided: Mapping[str, Any], spec: ModelSpec) -> int:
+def _counted_calls(decided: Mapping[str, Any], spec: ModelSpec, share: Share) -> int:
     """What the schedules of a prompt count: steps, or both calls of each where a scheduler takes two, as
     A1111 counts them."""
-    steps = decided["num_inference_steps"]
+    steps = share.counts or decided["num_inference_steps"]
     return steps * max(1, round(schedulers.calls(decided["scheduler"], spec, steps) / steps))
 
 
@@ -395,14 +470,14 @@ def _choice(name: str, value: str | None, known: Sequence[str]) -> str:
     return word
 
 
-def _sides(text: str | None) -> tuple[int, int] | None:
+def sides_of(name: str, text: str | None) -> tuple[int, int] | None:
     """Width and height of "512x768"."""
     if text is None:
         return None
     found = re.fullmatch(r"\s*(\d{1,5})\s*[xX×]\s*(\d{1,5})\s*", text)
     sides = (int(found[1]), int(found[2])) if found else (0, 0)
     if not all(_SIDES[0] <= side <= _SIDES[1] for side in sides):
-        raise TightfitError(f"seed_resize must be a size such as 512x512, not {text!r}")
+        raise TightfitError(f"{name} must be a size such as 512x512, not {text!r}")
     return sides
 
 
@@ -428,6 +503,22 @@ def _check_channels(spec: ModelSpec, conditions: Sequence[Condition]) -> None:
     edits = "is a model that edits pictures: give one, and no mask"
     paints = "is an inpainting model: give a picture and a mask to paint in"
     raise TightfitError(f"{spec.name} {edits if beside == latent else paints}")
+
+
+def _check_passes(request: Request) -> None:
+    """Raise TightfitError for options of a second pass that change nothing, or contradict one another."""
+    is_hires = request.hires is not None or request.hires_size is not None
+    asked = [name for name in _HIRES if getattr(request, name) != _DEFAULTS[name]]
+    if asked and not is_hires:
+        raise TightfitError(f"{asked[0]} is of a second pass: give --hires 2 too, or leave it out")
+    if request.hires is not None and request.hires_size is not None:
+        raise TightfitError("hires and hires_size say both how large the second pass is: give one of them")
+    if not request.hires_strength:
+        raise TightfitError("hires_strength must be a number above 0, up to 1: 0 paints nothing anew")
+    if request.refiner_start != _DEFAULTS["refiner_start"] and request.refiner is None:
+        raise TightfitError("refiner_start is of another model that goes on: give --refiner MODEL too")
+    if is_hires and request.refiner is not None:
+        raise TightfitError("hires and refiner are both second passes: leave one of them out")
 
 
 def _check_guidance(job: Job) -> None:

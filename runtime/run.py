@@ -1,5 +1,5 @@
-"""One request: encode → denoise → decode as a generator of events, within the budget, and all state of that
-one run."""
+"""One pass of a request: encode → denoise → decode as a generator of events, within the budget, and all state
+of that one run; and all passes of a request, one after another."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -17,14 +17,15 @@ from PIL import Image
 from . import infotext, sampling
 from .backends.protocol import Session
 from .conditioning import Conditioning, encoded
-from .conditions import Steering, Steerings
+from .conditions import Painted, Steering, Steerings
 from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
-from .events import Event, Measured, Result
+from .events import Event, Measured, Pass, Result
 from .loaded import Loaded
 from .machine.process import ProcessPeak
 from .models import schedulers
 from .models.families.family import STEPPING, Role
 from .models.spec import ModelSpec
+from .passes import left
 from .planner.plan import Plan
 from .request import Job
 from .units import shown
@@ -47,21 +48,33 @@ class Ways:
 class Run:
     """A job, run with the sessions of `loaded`, which outlive it.
 
-    When memory runs out all the same, it goes on from where it was by a plan that takes less.
+    When memory runs out all the same, it goes on from where it was by a plan that takes less. `before` is the
+    run of the pass before, from which it goes on.
     """
 
-    def __init__(self, job: Job, loaded: Loaded, ways: Ways, on_stage: OnStage = nullcontext) -> None:
+    def __init__(
+        self,
+        job: Job,
+        loaded: Loaded,
+        ways: Ways,
+        on_stage: OnStage = nullcontext,
+        before: Run | None = None,
+    ) -> None:
         self.job, self.spec, self.loaded = job, job.spec, loaded
-        self.notices: list[str] = []
+        self.notices: list[str] = before.notices if before else []
         self.stage = "prepare"
         self.closed = False
+        self.images: list[Image.Image] = []
+        self._before, self._after = before, cast("Run | None", None)
+        if before:
+            before._after = self
         self._ways, self._on_stage = ways, on_stage
         self._plan: Plan | None = None
         self._measures: dict[str, Measured] = {}
         self._process = ProcessPeak()
         self._load_seconds, self._announced = 0.0, 0
-        self._finished: list[np.ndarray] = []
-        self._images: list[Image.Image] = []
+        self._finished: list[sampling.Step] = []
+        self._conditioning: Conditioning | None = None
         self._steering = Steerings(())
 
     @property
@@ -70,8 +83,21 @@ class Run:
         assert self._plan
         return self._plan
 
+    @property
+    def measured(self) -> Pass:
+        """The plan that ran, and what its stages took."""
+        return Pass(self.plan, self._measures)
+
+    @property
+    def painted(self) -> Painted:
+        """What the next pass is handed."""
+        steps = self._finished
+        return Painted(
+            [step.latents for step in steps], [step.generator for step in steps], tuple(self.images)
+        )
+
     def events(self, preview_every: int = 0) -> Generator[Event, None, None]:
-        """Events while the request runs; the last has the result. Closing the generator stops the run."""
+        """Events while this pass runs. Closing the generator stops it."""
         try:
             yield from self._stages(preview_every)
         # Of planning too, and of a library that comes late.
@@ -83,31 +109,49 @@ class Run:
             ) from error
 
     def _stages(self, preview_every: int) -> Iterator[Event]:
-        job, images = self.job, self._images
-        with self._measured("prepare"):
-            self._take(self._ways.first(job))
-            self._prepare()
-            infotext.write(job, self.spec.name, self.plan.precision)  # hashes adapters while they are there
-        with self._measured("encode"):
-            conditioning = self._encode()
+        if self._before:
+            self._go_on(self._before)
+        else:
+            with self._measured("prepare"):
+                self._plan_all()
+                self._take(self.plan)
+        with self._measured("encode") if self.plan.predicted.stages["encode"] else nullcontext():
+            self._conditioning = conditioning = self._encode()
             self._steering = self._steer()
         yield Event("encode", 1, 1, notices=self._news())
-        while len(images) < job.num_images:
+        job, images = self.job, self.images
+        while len(images if job.share.decodes else self._finished) < job.num_images:
             stopped = None
             try:
                 with self._measured("denoise"):
                     yield from self._denoise(conditioning, preview_every)
             except KeyboardInterrupt as interrupt:
-                if len(images) == len(self._finished):
+                if self._after or len(images) == len(self._finished):
                     raise
                 stopped = interrupt
                 yield self._stopping()
-            with self._measured("decode"):
-                stopped = yield from self._decode(stopped)
+            if job.share.decodes:
+                with self._measured("decode"):
+                    stopped = yield from self._decode(stopped)
             if stopped:
                 raise stopped
-        result = Result(job.request, self.plan, tuple(images), self._measures, tuple(self.notices))
-        yield Event("done", job.num_images, job.num_images, notices=self._news(), result=result)
+
+    def _plan_all(self) -> None:
+        """Plan this pass and those that follow, and find out whatever else can fail, before anything is
+        loaded."""
+        self._plan, whole = self._ways.first(self.job), self.job.whole
+        self._prepare()
+        infotext.write(whole, whole.spec.name, self.plan.precision)  # hashes adapters while they are there
+        if self._after:
+            self._after._plan_all()
+
+    def _go_on(self, before: Run) -> None:
+        """Begin with what the pass before has painted, and with what it has loaded, but for what there is no
+        room for."""
+        painted, self._announced = before.painted, before._announced
+        conditions = tuple(condition.after(painted) for condition in self.job.conditions)
+        self.job = replace(self.job, conditions=conditions)
+        self._take(self.plan)
 
     def _prepare(self) -> None:
         """Find out whatever else can fail before any weight is read."""
@@ -119,6 +163,8 @@ class Run:
 
     def _encode(self) -> Conditioning:
         """The U-Net's inputs that depend on texts."""
+        if self._before and self._before._conditioning and not self.job.share.encodes:
+            return self._before._conditioning.again(self.job)
         answers = []
         for name, chunks in self.job.prompting.read.items():
             answers.append(encoded(self.job, chunks, partial(self._encoded, name)))
@@ -146,30 +192,40 @@ class Run:
     def _denoise(self, conditioning: Conditioning, preview_every: int) -> Iterator[Event]:
         """The next picture's latents; all that are left, unless U-Net and VAE stay loaded together anyway."""
         for index in range(len(self._finished), self.job.num_images):
-            latents = np.empty(0)
-            for number, (event, latents) in enumerate(self._steps(conditioning, index), 1):
-                if preview_every and number % preview_every == 0:
-                    event = replace(event, preview=self._preview(latents, index))
+            step = None
+            for event, step in self._steps(conditioning, index):
+                if preview_every and step.number % preview_every == 0:
+                    event = replace(event, preview=self._preview(step.latents, index))
                 yield event
-            self._finished.append(latents)
-            if self.plan.denoiser.residency == self.plan.decoder.residency == "resident":
+            assert step
+            self._finished.append(step)
+            if (
+                self.job.share.decodes
+                and self.plan.denoiser.residency == self.plan.decoder.residency == "resident"
+            ):
                 return
 
-    def _steps(self, conditioning: Conditioning, index: int) -> Iterator[tuple[Event, np.ndarray]]:
-        """The steps of picture `index`, with its latents (1, channels, h, w)."""
+    def _steps(self, conditioning: Conditioning, index: int) -> Iterator[tuple[Event, sampling.Step]]:
+        """The steps of picture `index`."""
         job, steps = self.job.alone(index), self.job.num_inference_steps
         scheduler = schedulers.make(job.scheduler, self.spec, steps, job.seed, job.tuning)
 
-        calls, guided, is_guided = count(), job.guided, job.branches > 1
+        calls, guided, is_guided = count(job.first_call), job.guided, job.branches > 1
 
         def predict(sample: np.ndarray, timestep: float, step: int) -> np.ndarray:
             call, alone = next(calls), is_guided and step not in guided
             return self._surviving(lambda: self._predict(sample, timestep, conditioning, call, alone))
 
-        sampler = sampling.Sampling(scheduler, steps, job.tuning, job.skipped)
+        sampler = sampling.Sampling(scheduler, steps, job.tuning, job.skipped, job.share.end)
         for step in sampling.denoise(sampler, job.noise, predict, self._steering):
-            done, total = index * step.count + step.number, self.job.num_images * step.count
-            yield Event("denoise", done, total, index, notices=self._news()), step.latents
+            done = self._steps_of(self._before) + index * step.count + step.number
+            total = sum(map(self._steps_of, (self._before, self, self._after)))
+            yield Event("denoise", done, total, index, notices=self._news()), step
+
+    @staticmethod
+    def _steps_of(run: Run | None) -> int:
+        """Of all pictures, in one pass."""
+        return run.job.num_images * run.job.steps_taken if run else 0
 
     def _predict(
         self, sample: np.ndarray, timestep: float, conditioning: Conditioning, call: int, alone: bool
@@ -222,14 +278,15 @@ class Run:
 
     def _decode(self, stopped: KeyboardInterrupt | None) -> Generator[Event, None, KeyboardInterrupt | None]:
         """The pictures of the latents that are finished. Returns the first interrupt once all are there."""
-        job, finished, images = self.job, self._finished, self._images
+        job, finished, images = self.job, self._finished, self.images
         while (index := len(images)) < len(finished):
             try:
-                latents = finished[index]
+                latents = finished[index].latents
                 values = self._surviving(lambda latents=latents: self._decoded(latents))
                 images.append(self._finished_picture(values, index))
-                news, picture = self._news(), images[index]
-                yield Event("decode", index + 1, job.num_images, index, notices=news, picture=picture)
+                shown_as = "preview" if self._after else "picture"  # which is saved
+                known = {"notices": self._news(), shown_as: images[index]}
+                yield Event("decode", index + 1, job.num_images, index, **known)
             except KeyboardInterrupt as interrupt:
                 if stopped or len(images) == len(finished):
                     raise
@@ -252,7 +309,8 @@ class Run:
                 f"the picture overflowed in {compute}: {cure}, or try a smaller guidance scale"
             )
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
-        image.info["parameters"] = infotext.write(self.job.alone(index), self.spec.name, self.plan.precision)
+        whole = self.job.whole
+        image.info["parameters"] = infotext.write(whole.alone(index), whole.spec.name, self.plan.precision)
         return image
 
     def _finished_picture(self, values: np.ndarray, index: int) -> Image.Image:
@@ -262,7 +320,7 @@ class Run:
         return finished
 
     def _stopping(self) -> Event:
-        done, count = len(self._images), len(self._finished) - len(self._images)
+        done, count = len(self.images), len(self._finished) - len(self.images)
         pictures = "1 picture that is painted is" if count == 1 else f"{count} pictures that are painted are"
         self.notices.append(f"stopping; {pictures} decoded first, a second Ctrl-C gives up on that")
         return Event("decode", done, self.job.num_images, done, notices=self._news())
@@ -280,7 +338,18 @@ class Run:
     def _take(self, plan: Plan) -> None:
         """Run by `plan` from now on."""
         self._plan = plan
-        self.loaded.take(plan, self.spec)
+        self.loaded.take(plan, self.spec, self._beside_bytes())
+
+    def _beside_bytes(self) -> int:
+        """What another model of this run holds beside it, after it is freed where there is no room for
+        both."""
+        others = self._before.loaded if self._before else self.loaded
+        if others is self.loaded:
+            return 0
+        predicted = self.plan.predicted
+        if others.held() + predicted.peak_bytes > self.plan.budget_bytes - predicted.context_bytes:
+            others.free()
+        return others.held()
 
     def _session(self, name: str) -> Session:
         if self.closed:
@@ -305,13 +374,22 @@ class Run:
             finally:
                 peak_bytes = self.loaded.peak_bytes()
                 if not self.closed:  # else another run may be using what is loaded
-                    self.loaded.drop_staged()
+                    self.loaded.drop_staged(self._kept if name == "denoise" else ())
             process_bytes = self._process.bytes()
             measure = Measured(time.perf_counter() - start, self._load_seconds, peak_bytes, process_bytes)
             self._measures[name] = (
                 self._measures[name].and_then(measure) if name in self._measures else measure
             )
             self._compare(process_bytes)
+
+    @property
+    def _kept(self) -> list[str]:
+        """What the next pass goes on with as it is loaded."""
+        if not self._after or self._after.loaded is not self.loaded:
+            return []
+        plan = self._after.plan
+        of_next = left(self.job, self.plan.placements, self._after.job)
+        return [name for name, placement in of_next if plan.placements.get(name) == placement]
 
     def _compare(self, process_bytes: int) -> None:
         """A notice where a CPU's process held more than its budget: no allocator can be capped there."""
@@ -343,12 +421,42 @@ class Run:
             plan for plan in self._ways.every(self.job) if plan.fits and plan.predicted.stages[stage] < needs
         ]
         self.loaded.free()
+        if self._before:  # if it is of another model
+            self._before.loaded.free()
         if not lower:
             raise OutOfMemoryError(
                 f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}", complete=True
             )
         self._take(min(lower, key=lambda plan: plan.precision != now.precision))
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
+
+
+class Passes:
+    """All passes of a request, each a run. State of the request lives here and there."""
+
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = runs
+
+    def close(self) -> None:
+        """End it, as what it runs with is freed."""
+        for run in self.runs:
+            run.closed = True
+
+    def events(self, preview_every: int = 0) -> Generator[Event, None, None]:
+        """Events while the request runs; the last has the result. Closing the generator stops the run."""
+        *earlier, last = self.runs
+        try:
+            for run in self.runs:
+                yield from run.events(preview_every)
+        finally:
+            for run in self.runs:
+                if not run.closed:
+                    run.loaded.drop_staged()
+        done, whole = len(last.images), last.job.whole
+        before = tuple(run.measured for run in earlier)
+        ran, notices = last.measured, tuple(last.notices)
+        result = Result(whole.request, ran.plan, tuple(last.images), ran.stages, notices, before)
+        yield Event("done", done, done, notices=last._news(), result=result)
 
 
 _NO_SUM = 1e-3  # of weights, beside their sizes

@@ -19,27 +19,34 @@ Predict = Callable[[np.ndarray, float, int], np.ndarray]
 
 @dataclass(frozen=True)
 class Step:
-    """Step `number`, from 1, of `count`, and the latents after it."""
+    """Step `number`, from 1, of `count`, the latents after it, and what draws the noise of the next."""
 
     number: int
     count: int
     latents: np.ndarray
+    generator: Any
 
 
 @dataclass(frozen=True)
 class Sampling:
     """What takes the noise out: a scheduler, in so many steps, changed so. The first `skipped` are left
-    out."""
+    out, and all from `until` on."""
 
     scheduler: Any
     steps: int
     tuning: schedulers.Tuning = schedulers.UNTUNED
     skipped: int = 0
+    until: int | None = None
 
     @property
     def begin(self) -> int:
         """The first of the scheduler's timesteps that is called."""
         return self.skipped * self.scheduler.order
+
+    @property
+    def end(self) -> int:
+        """The first that is not."""
+        return len(self.scheduler.timesteps) if self.until is None else self.until * self.scheduler.order
 
 
 def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steering) -> Iterator[Step]:
@@ -52,19 +59,20 @@ def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steeri
 
     scheduler, begin = sampling.scheduler, sampling.begin
     drawn, generator = noise.first(steering.draw)
-    options = schedulers.step_options(scheduler, generator.token, sampling.tuning)
     if begin and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(begin)
     latents = torch.from_numpy(drawn) * getattr(scheduler, "init_noise_sigma", 1.0)
     latents = torch.from_numpy(steering.start(latents.numpy(), drawn, scheduler, begin))
-    ends = [end for end in schedulers.ends(scheduler, sampling.steps) if end >= begin]
+    generator = steering.generator(generator)
+    options = schedulers.step_options(scheduler, generator.token, sampling.tuning)
+    ends = [end for end in schedulers.ends(scheduler, sampling.steps) if begin <= end < sampling.end]
     number = 1
-    for call, timestep in enumerate(scheduler.timesteps[begin:], begin):
+    for call, timestep in enumerate(scheduler.timesteps[begin : sampling.end], begin):
         sample = schedulers.scaled(scheduler, latents, timestep).numpy()
         prediction = torch.from_numpy(predict(sample, float(timestep), number))
         with generator.drawing():
             latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         latents = torch.from_numpy(steering.after(latents.numpy(), call))
         if call in ends:
-            yield Step(number, len(ends), latents.numpy())
+            yield Step(number, len(ends), latents.numpy(), generator)
             number += 1

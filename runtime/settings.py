@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .conditions.handed import WAYS, way_of
 from .errors import TightfitError
 from .fields import described
 from .kept import Hashes
-from .models.samplers.names import OWN, of_a1111, schedule_of, split
+from .models.samplers.names import OWN, a1111_fields, of_a1111, schedule_of, split
 from .models.schedulers import Tuning, draws
 from .request import PLAIN, Request
 
@@ -56,6 +57,27 @@ def _emphasis(name: str) -> str:
     return name.replace("-", " ").capitalize()
 
 
+def _size(text: str) -> str:
+    """As A1111 has it, without a side of 0, which would follow from the other."""
+    width, height = map(whole, text.split("x"))
+    if min(width, height) < 1:
+        raise ValueError(f"{text[:20]} is no size")
+    return f"{width}x{height}"
+
+
+def _strength(text: str) -> float:
+    if not 0 < (number := float(text)) <= 1:
+        raise ValueError(f"{text[:20]} is no strength")
+    return number
+
+
+def _way(text: str) -> str:
+    try:
+        return way_of(text)
+    except TightfitError as error:
+        raise ValueError(str(error)) from None
+
+
 _ZERO_SNR = "Zero Terminal SNR"
 # From A1111's `infotext` options (its modules/shared_options.py, processing.py).
 SETTINGS = (
@@ -78,14 +100,25 @@ SETTINGS = (
     Setting("Skip Early CFG", "guidance_start", float),
     Setting("CFG end", "guidance_end", float),
     Setting("CFG rescale", "guidance_rescale", float),
+    Setting("Hires upscale", "hires", float, "{:g}".format),
+    Setting("Hires resize", "hires_size", _size),
+    Setting("Hires steps", "hires_steps", whole),
+    Setting("Hires upscaler", "hires_upscaler", _way, lambda way: WAYS[way].a1111),
+    Setting("Denoising strength", "hires_strength", _strength, "{:g}".format),
+    Setting("Hires prompt", "hires_prompt", str),
+    Setting("Refiner switch at", "refiner_start", float, "{:g}".format),
 )
+_HIRES_SIZES = ("Hires upscale", "Hires resize")  # one of which is in every picture of two such passes
+_SAMPLER = {"Sampler": "Hires sampler", "Schedule type": "Hires schedule type"}
 _ABOUT = described(Request)
 _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.name in PLAIN}
 _TUNING = "eta", "s_churn", "s_noise"
 _MAY_BE_IDLE = (
-    *_TUNING, "ensd", "subseed", "guidance_start", "guidance_end", "guidance_rescale",
+    *_TUNING, "ensd", "subseed", "guidance_start", "guidance_end", "guidance_rescale", "refiner_start",
 )  # fmt: skip
 _ALWAYS = ("Steps", "CFG scale", "Seed")
+_OF_PASSES = {"hires_upscaler": "hires", "hires_strength": "hires", "refiner_start": "refiner"}
+"""What is said wherever there is a second pass, whatever it is."""
 RNG = "RNG"
 """Where the noise is drawn: A1111 says nothing for the GPU."""
 
@@ -95,10 +128,14 @@ def said(job: Request) -> dict[str, str]:
     out, and what A1111 says by saying nothing is empty."""
     other = _other_eta(job.scheduler)
     named: dict[str, str] = {}
+    second = {"hires": job.hires or job.hires_size, "refiner": job.refiner}
     for setting in SETTINGS:
         value, default = getattr(job, setting.field), _FIELDS[setting.field].default
-        if setting.name != other and (setting.name in _ALWAYS or value not in (None, default)):
+        always = setting.name in _ALWAYS or second.get(_OF_PASSES.get(setting.field, ""))
+        if setting.name != other and (always or value not in (None, default)):
             named[setting.name] = setting.write(value)
+    if job.hires_scheduler:
+        named |= {_SAMPLER[name]: value for name, value in a1111_fields(job.hires_scheduler).items()}
     named[RNG] = "" if job.noise_source == "gpu" else job.noise_source.upper()
     return named
 
@@ -112,15 +149,35 @@ def understood(settings: Mapping[str, str], of_a1111s: bool) -> dict[str, Any]:
     other = _other_eta(fields.get("scheduler"))
     fields |= {
         setting.field: setting.read(settings[setting.name])
-        for setting in SETTINGS
-        if setting.name in settings and setting.name != other and setting.means(settings[setting.name])
+        for setting in _read(settings)
+        if setting.name != other and setting.means(settings[setting.name])
     }
+    fields |= _of_second_pass(settings, of_a1111s)
     if "Size" in settings:
         width, height = settings["Size"].split("x")
         fields |= {"width": whole(width), "height": whole(height)}
     if "seed_resize" in fields:  # A1111 rounds it so
         sides = (whole(side) // 8 * 8 for side in fields["seed_resize"].split("x"))
         fields["seed_resize"] = "x".join(map(str, sides))
+    return fields
+
+
+def _read(settings: Mapping[str, str]) -> list[Setting]:
+    """Those of SETTINGS that are said. A strength without a larger size is of a picture painted over."""
+    larger = any(name in settings for name in _HIRES_SIZES)
+    named = [setting for setting in SETTINGS if setting.name in settings]
+    return [setting for setting in named if larger or not setting.field.startswith("hires")]
+
+
+def _of_second_pass(settings: Mapping[str, str], of_a1111s: bool) -> dict[str, str]:
+    """What is no single setting of it. In place of an upscaler that is not here pixels are resized."""
+    if not any(name in settings for name in _HIRES_SIZES):
+        return {}
+    upscaler = next(setting for setting in SETTINGS if setting.field == "hires_upscaler")
+    fields = {} if upscaler.means(settings.get(upscaler.name, "Latent")) else {upscaler.field: "lanczos"}
+    if sampler := settings.get(_SAMPLER["Sampler"]):
+        schedule = settings.get(_SAMPLER["Schedule type"], "Automatic")
+        fields["hires_scheduler"] = of_a1111(sampler, schedule, of_a1111s)
     return fields
 
 
@@ -138,6 +195,7 @@ def idle(fields: Mapping[str, Any]) -> list[str]:
     unguided = (scale is not None and scale <= 1) or begin >= end
     found = [name for name in asked if name == "subseed" and not share]
     found += [name for name in asked if name.startswith("guidance_") and unguided]
+    found += [name for name in asked if name == "refiner_start" and not fields.get("refiner")]
     try:
         sampler, _ = split(fields.get("scheduler") or OWN)
     except TightfitError:  # which `resolve` says
@@ -153,7 +211,8 @@ def idle(fields: Mapping[str, Any]) -> list[str]:
 
 def honoured(settings: Mapping[str, str]) -> set[str]:
     """The names that `understood` makes fields of."""
-    named = {known.name for known in SETTINGS if known.means(settings.get(known.name, ""))}
+    named = {known.name for known in _read(settings) if known.means(settings[known.name])}
+    named |= set(_SAMPLER.values()) if any(name in settings for name in _HIRES_SIZES) else set()
     schedule = {"Schedule type"} if settings.get("Schedule type") in (None, _schedule(settings)) else set()
     return {"Size", "Sampler", *schedule, *named}
 

@@ -38,7 +38,7 @@ FLOORS = (
     ("runtime.models",),
     ("runtime.costs",),
     ("runtime.adapters", "runtime.conditions"),
-    ("runtime.request",),
+    ("runtime.request", "runtime.passes"),
     ("runtime.backends",),
     ("runtime.planner",),
     ("runtime.settings",),

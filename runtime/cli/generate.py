@@ -37,6 +37,7 @@ from .options import (
     ModelsDirs,
     taking,
     wishes,
+    with_refiner,
 )
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
@@ -135,6 +136,7 @@ def generate(
         raise TightfitError(f"{painted}: give that by --image, and a mask by --mask")
     controls = again(carried.asking.get(CONTROL, ()), asking.get(CONTROL, ()), options.source)
     conditions = conditions_of({**carried.asking, **asking, CONTROL: controls, "models_dirs": models_dirs})
+    asked = with_refiner(asked, models_dirs)
     _check_schedules(asked)
     kept = _without_idle(carried.request, asked)
     wanted = Request(**{**kept, **asked, "prompt": said, "conditions": conditions}).checked()
@@ -283,14 +285,20 @@ def _closing_line(result: Result, saver: Saver) -> str:
     paths = saver.paths
     files = str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
     files += f" and {saver.grid.name}" if saver.grid else ""
-    stages = ", ".join(f"{name} {m.seconds:.1f} s {shown(m.peak_bytes)}" for name, m in result.stages.items())
-    peak = f"peak {shown(result.peak_bytes)} of {shown(result.plan.predicted.peak_bytes)} predicted"
+    stages = "; then ".join(
+        ", ".join(f"{name} {m.seconds:.1f} s {shown(m.peak_bytes)}" for name, m in one.stages.items())
+        for one in result.passes
+    )
+    plans = "; then ".join(dict.fromkeys(one.plan.summary() for one in result.passes))
+    peak = f"peak {shown(result.peak_bytes)} of {shown(result.predicted_bytes)} predicted"
     process = f"process {shown(result.process_bytes)}"
-    return f"{files} · seed {result.request.seed} · {result.plan.summary()} · {stages} · {peak}, {process}"
+    return f"{files} · seed {result.request.seed} · {plans} · {stages} · {peak}, {process}"
 
 
 def _report(result: Result, saver: Saver) -> dict[str, Any]:
-    grid = {"grid": str(saver.grid)} if saver.grid else {}
+    more: dict[str, Any] = {"grid": str(saver.grid)} if saver.grid else {}
+    if result.earlier:
+        more["earlier"] = [asdict(one) | {"plan": one.plan.to_json()} for one in result.earlier]
     return {
         "request": result.request.to_json(),
         "plan": result.plan.to_json(),
@@ -305,5 +313,5 @@ def _report(result: Result, saver: Saver) -> dict[str, Any]:
         "notices": list(result.notices),
         "image": str(saver.paths[0]),
         "images": [str(path) for path in saver.paths],
-        **grid,
+        **more,
     }

@@ -17,7 +17,9 @@ from ..conditions import CONDITIONS
 from ..errors import TightfitError
 from ..fields import About, described, kinds, option
 from ..machine.hardware import Hardware
+from ..models.hub import located
 from ..planner.wishes import Wishes
+from ..request import Request
 from ..units import parse_bytes
 
 Command = Callable[..., None]
@@ -80,6 +82,7 @@ Asking = make_dataclass(
     ],
     namespace={"__doc__": "What is given of conditions."},
 )
+SECOND_PASS = " ".join(name for name in described(Request) if name.startswith(("hires", "refiner")))
 ASKING_IN_ORDER = " ".join(name for name, known in described(Asking).items() if known.help)
 
 
@@ -142,6 +145,12 @@ def _ordered(parameters: Mapping[str, Parameter], order: list[str]) -> list[Para
 def _typed(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of `group` that were typed: the others are for whoever makes one of them to decide."""
     return {name: values[name] for name in described(group) if values.get(name) is not None}
+
+
+def with_refiner(asked: Mapping[str, Any], models_dirs: Sequence[Path]) -> dict[str, Any]:
+    """What is asked of a request, with the path of the refiner in place of its name."""
+    place = located(asked["refiner"], models_dirs) if asked.get("refiner") else None
+    return {**asked, **({"refiner": place} if place else {})}
 
 
 def wishes(typed: Mapping[str, Any], precision: str | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,15 +17,17 @@ from ..errors import printable
 from ..fields import described
 from ..machine.hardware import Hardware
 from ..models.schedulers import KINDS
+from ..passes import left, passes
 from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
-from ..request import Request
+from ..request import Job, Request
 from ..units import shown
 from .options import (
     ADAPTERS_IN_ORDER,
     ASKING_IN_ORDER,
     HARDWARE,
     MODEL,
+    SECOND_PASS,
     Adapting,
     Asking,
     Device,
@@ -33,6 +35,7 @@ from .options import (
     machine_of,
     taking,
     wishes,
+    with_refiner,
 )
 from .output import say, say_json, show_table, write
 
@@ -54,7 +57,7 @@ class Options:
 
 _ORDER = f"""
 model models_dirs {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
-width height num_inference_steps guidance_scale hardware
+width height num_inference_steps guidance_scale {SECOND_PASS} hardware
 device budget precision compute backend provider residency attention tiling min_psnr
 every save as_json
 """
@@ -72,7 +75,6 @@ def show_plan(
     weight is read."""
     from ..models.hub import inspect, located
     from ..planner import choose as planner
-    from ..planner.estimate import encodings
 
     machine = machine_of(options.device, options.hardware)
     wanted = Wishes(**wishes(wished))
@@ -80,36 +82,77 @@ def show_plan(
     spec = inspect(located(options.model, models_dirs))
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
-    adapters = written(adapting, models_dirs)
+    adapters, asked = written(adapting, models_dirs), with_refiner(asked, models_dirs)
     conditions = conditions_of({**asking, "models_dirs": models_dirs})
     wish = Request("a", **asked, scheduler=sampler, adapters=adapters, conditions=conditions)
-    job = wish.resolve(spec)
-    planner.refuse_hopeless(machine, job, wanted)
-    plans = planner.plan(machine, spec, job, wanted)
-    of_model = [*encodings(job.spec, plans[0].placements), *job.spec.notes]
+    planned = _planned(machine, wish.resolve(spec), wanted)
+    (job, plans), *_ = planned
+    of_model = list(dict.fromkeys(note for one, ways in planned for note in _of_model(one, ways[0])))
     if options.as_json:
-        notes = [*_notes(plans[0], machine), *of_model]
-        say_json(
-            {
-                "request": _sized(job) | job.adapters_json(),
-                "notes": notes,
-                "plans": [plan.to_json() for plan in plans],
-            }
-        )
+        _print_json(planned, [*_notes(plans[0], machine), *of_model])
     else:
-        print_plans(plans, machine, job, options.every)
-        for note in (*(f"with --{given.option} {given.name}" for given in job.adapters), *of_model):
+        for one, ways in planned:
+            print_plans(ways, machine, one, options.every)
+        for note in (*_of_passes(planned), *_of_adapters(job), *of_model):
             say(f"• {note}")
-    if not plans[0].fits:
-        raise planner.none_fits(plans, machine, job, wanted)
+    for one, ways in planned:
+        if not ways[0].fits:
+            raise planner.none_fits(ways, machine, one, wanted)
     if options.save:
         write(options.save, json.dumps(plans[0].to_json(), indent=1, ensure_ascii=False))
 
 
-def print_plans(plans: list[Plan], machine: Hardware, request: Request, every: bool) -> None:
+Planned = Sequence[tuple[Job, list[Plan]]]
+"""Each pass of a request, with every way to run it."""
+
+
+def _planned(machine: Hardware, whole: Job, wanted: Wishes) -> Planned:
+    from ..planner import choose as planner
+
+    planned: list[tuple[Job, list[Plan]]] = []
+    for job in passes(whole):
+        loaded = left(planned[0][0], planned[0][1][0].placements, job) if planned else ()
+        wishes = replace(wanted, loaded=loaded)
+        planner.refuse_hopeless(machine, job, wishes)
+        planned.append((job, planner.plan(machine, job.model, job, wishes)))
+    return planned
+
+
+def _of_model(job: Job, plan: Plan) -> list[str]:
+    from ..planner.estimate import encodings
+
+    return [*encodings(job.spec, plan.placements), *job.spec.notes]
+
+
+def _of_adapters(job: Job) -> list[str]:
+    return [f"with --{given.option} {given.name}" for given in job.adapters]
+
+
+def _of_passes(planned: Planned) -> list[str]:
+    """What several passes take together, by the plans that are chosen."""
+    chosen = [plans[0].predicted for _, plans in planned]
+    if len(chosen) == 1:
+        return []
+    seconds, peak_bytes = sum(p.seconds for p in chosen), max(p.peak_bytes for p in chosen)
+    peaks = ", then ".join(shown(p.peak_bytes) for p in chosen)
+    return [f"both passes: {seconds:.1f} s, peak {shown(peak_bytes)} ({peaks})"]
+
+
+def _print_json(planned: Planned, notes: list[str]) -> None:
+    """The first pass, and those that follow, if any."""
+    (first, plans), *others = (
+        (_sized(job) | job.adapters_json(), [plan.to_json() for plan in plans]) for job, plans in planned
+    )
+    then = [{"request": request, "plans": ways} for request, ways in others]
+    more = {"then": then} if then else {}
+    say_json({"request": first, "notes": notes, "plans": plans, **more})
+
+
+def print_plans(plans: list[Plan], machine: Hardware, request: Job, every: bool) -> None:
     """A table of the plans, without `every` only those that none beats, then notes below it."""
     first = plans[0]
-    size = f"{request.width}x{request.height}, {request.num_inference_steps} steps"
+    steps = request.num_inference_steps if request.whole is request else request.steps_taken
+    size = f"{request.width}x{request.height}, {steps} steps"
     kept = plans if every else [p for p in plans if p.chosen or not any(q.beats(p) for q in plans)]
     rows: dict[tuple[str, ...], Plan] = {}
     for plan in kept:  # some differ in what no column says
@@ -136,7 +179,7 @@ def _print_table(title: str, rows: Mapping[tuple[str, ...], Plan], reasons: Mapp
         style = "bold" if plan.chosen else None
         table.add_row(*cells, printable(reason), style=style or (None if plan.fits else "dim"))
         predicted = plan.predicted
-        stages = ", ".join(f"{name} {shown(count)}" for name, count in predicted.stages.items())
+        stages = ", ".join(f"{name} {_cell(count)}" for name, count in predicted.stages.items())
         text = f"{plan.summary()}: {stages}, {predicted.seconds:.1f} s, {predicted.psnr:.0f} dB"
         lines.append(((text, reason), style))
     show_table(title, table, lines, _WIDE)
@@ -160,9 +203,14 @@ def _cells(p: Plan) -> list[str]:
     unet, vae = p.denoiser, p.decoder
     precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
     precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
-    stages = [shown(count) for count in p.predicted.stages.values()]
+    stages = [_cell(count) for count in p.predicted.stages.values()]
     figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
     return [precision, p.residency, p.cfg, unet.attention, vae.tiling, *stages, *figures]
+
+
+def _cell(count: int) -> str:
+    """Of a stage, which a pass may not have."""
+    return shown(count) if count else "–"
 
 
 def _short_reasons(plans: list[Plan]) -> tuple[dict[str, str], list[str]]:

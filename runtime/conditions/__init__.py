@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..models.families.family import Network
-from .condition import Arrays, Call, Condition, Draw, Steering, Steerings
+from .condition import Arrays, Call, Condition, Draw, Painted, Steering, Steerings
 from .controlnet import ControlNets
 from .outpaint import Outpainting
 
-__all__ = ["CONDITIONS", "Arrays", "Call", "Condition", "Draw", "Steering", "Steerings", "asked", "networks"]
+__all__ = [
+    "CONDITIONS", "Arrays", "Call", "Condition", "Draw", "Painted", "Steering", "Steerings", "asked",
+    "networks",
+]  # fmt: skip
 
 CONDITIONS: tuple[type[Condition], ...] = (Outpainting, ControlNets)
 

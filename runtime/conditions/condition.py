@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..models.families.family import Network
@@ -23,6 +24,16 @@ Draw = Callable[[Sequence[int]], "np.ndarray"]
 """(shape) → standard normal noise, the next of the picture's generator."""
 
 
+@dataclass(frozen=True)
+class Painted:
+    """What a pass hands to the next: of each picture its latents, the generator of its noise, and, if they
+    were decoded, the picture."""
+
+    latents: Sequence[np.ndarray]
+    generators: Sequence[Any]
+    images: Sequence[Image.Image]
+
+
 class Steering:
     """What a condition does to the denoising of a request's pictures, one after another. What is not
     overridden changes nothing."""
@@ -34,6 +45,11 @@ class Steering:
         """The latents to begin with, at call `call` of the scheduler, not `latents`: the noise, scaled as
         the scheduler wants it."""
         return latents
+
+    def generator(self, own: Any) -> Any:
+        """What draws the noise of the steps, instead of the picture's `own` generator. It is asked after
+        `start`."""
+        return own
 
     def inputs(self, arrays: Arrays, rows: range) -> Arrays:  # noqa: ARG002
         """What the denoiser is called with, instead of `arrays`, which are of these `rows` of the job's
@@ -106,12 +122,16 @@ class Condition:
         for a network that is none of its own."""
         return None
 
-    def encodings(self, name: str, spec: ModelSpec) -> int:  # noqa: ARG002
+    def encodings(self, name: str, job: Job) -> int:  # noqa: ARG002
         """How often it calls the encoder of that name: once, if it has it."""
         return sum(network.name == name for network in self.networks)
 
     def check(self, job: Job) -> None:
         """Raise TightfitError for a job that asks something else besides."""
+
+    def after(self, painted: Painted) -> Condition:  # noqa: ARG002
+        """The condition as a second pass asks it, which is handed what the first has painted."""
+        return self
 
     def prepare(self, job: Job, call: Call) -> Steering:
         """Called once for a request, while texts are encoded. It may call encoders."""
@@ -132,6 +152,11 @@ class Steerings(Steering):
         for steering in self._steerings:
             latents = steering.start(latents, noise, scheduler, call)
         return latents
+
+    def generator(self, own: Any) -> Any:
+        for steering in self._steerings:
+            own = steering.generator(own)
+        return own
 
     def inputs(self, arrays: Arrays, rows: range) -> Arrays:
         for steering in self._steerings:

@@ -114,11 +114,11 @@ def edits(spec: ModelSpec) -> bool:
     return spec.unet["in_channels"] == 2 * spec.vae["latent_channels"]
 
 
-def pixels_of(picture: Picture, job: Job, how: str) -> np.ndarray:
+def pixels_of(picture: Picture, job: Job, how: str, mode: str = "LANCZOS") -> np.ndarray:
     """(1, 3, height, width) in -1..1."""
     import numpy as np
 
-    values = np.asarray(picture.fitted(job.width, job.height, how), np.float32) / 255
+    values = np.asarray(picture.fitted(job.width, job.height, how, mode), np.float32) / 255
     return (2 * values - 1).transpose(2, 0, 1)[None]
 
 

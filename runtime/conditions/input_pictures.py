@@ -62,19 +62,21 @@ class Picture:
 
         return Image.fromarray(self.pixels)
 
-    def fitted(self, width: int, height: int, how: str = "resize") -> Image.Image:
+    def fitted(self, width: int, height: int, how: str = "resize", mode: str = "LANCZOS") -> Image.Image:
         """The picture at that size: stretched ("resize"), cut at its longer sides ("crop"), or whole, with
-        its edges drawn out over what is left ("fill"). Lanczos, as diffusers and A1111."""
+        its edges drawn out over what is left ("fill"). `mode` is Pillow's filter; Lanczos as in diffusers
+        and A1111."""
         from PIL import Image
 
+        resampling = Image.Resampling[mode]
         if (self.width, self.height) == (width, height):
             return self.image
         if how == "resize":
-            return self.image.resize((width, height), Image.Resampling.LANCZOS)
+            return self.image.resize((width, height), resampling)
         ratios = width / self.width, height / self.height
         factor = max(ratios) if how == "crop" else min(ratios)
         sides = max(1, round(self.width * factor)), max(1, round(self.height * factor))
-        scaled, place = self.image.resize(sides, Image.Resampling.LANCZOS), _middle((width, height), sides)
+        scaled, place = self.image.resize(sides, resampling), _middle((width, height), sides)
         if how == "fill":
             return _drawn_out(scaled, place, (width, height))
         left, top = (-side for side in place)

@@ -111,8 +111,8 @@ class Inpainting(ImageToImage):
         latent = spec.decoder.setting("latent_channels")
         return latent + 1 if spec.unet["in_channels"] == 2 * latent + 1 else 0
 
-    def encodings(self, name: str, spec: ModelSpec) -> int:
-        return super().encodings(name, spec) * sum(self._encoded(spec))
+    def encodings(self, name: str, job: Job) -> int:
+        return super().encodings(name, job) * sum(self._encoded(job.spec))
 
     def _encoded(self, spec: ModelSpec) -> tuple[bool, bool]:
         """Whether the picture is encoded as what latents begin with, and as what the denoiser is shown."""

@@ -56,6 +56,13 @@ def located(name: str, models_dirs: Sequence[str | Path] = ()) -> str:
     return library.located(name, library.Kind.MODEL, models_dirs, or_name=_is_hub_id(name))
 
 
+def placed(name: str) -> str:
+    """What names the same model from any folder: its absolute path, where it is one. Raises TightfitError."""
+    place = located(name)
+    path, exists = _place(place)
+    return str(path.absolute()) if exists and place not in BUILT_IN else place
+
+
 def _place(name: str) -> tuple[Path, bool]:
     """A path, and whether there is something."""
     try:

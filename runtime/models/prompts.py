@@ -46,6 +46,11 @@ class Prompting:
     named: Mapping[str, str]
     plain: bool
 
+    @property
+    def said(self) -> tuple[tuple[str, ...], ...]:
+        """Each branch's texts: prompts that say the same are encoded alike, whatever the steps."""
+        return tuple(branch.texts for branch in self.lines)
+
     @functools.cached_property
     def texts(self) -> tuple[str, ...]:
         """All that are encoded, once each."""

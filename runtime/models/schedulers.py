@@ -377,14 +377,26 @@ def calls(name: str, spec: ModelSpec, steps: int) -> int:
     return steps
 
 
-def calls_by_step(name: str, spec: ModelSpec, steps: int, skipped: int = 0) -> list[int]:
+def calls_by_step(
+    name: str, spec: ModelSpec, steps: int, skipped: int = 0, until: int | None = None
+) -> list[int]:
     """How often the U-Net is called in each step, which are not as many as `steps` for every scheduler.
-    `skipped` are left out at the beginning."""
+    `skipped` are left out at the beginning, and all but `until` at the end."""
     kind, _ = _chosen(name, spec)
     order = 2 if kind in TWICE or split(name)[0].ours in TWICE else 1
-    begin = skipped * order
-    ends = [end for end in _ends(calls(name, spec, steps), steps, order) if end >= begin]
+    count = calls(name, spec, steps)
+    begin, stop = skipped * order, count if until is None else until * order
+    ends = [end for end in _ends(count, steps, order) if begin <= end < stop]
     return [last - before for before, last in pairwise([begin - 1, *ends])]
+
+
+def steps_before(name: str, spec: ModelSpec, steps: int, share: float, tuning: Tuning) -> int:
+    """How many of the steps begin in the first `share` of the noise levels that a model was trained with, as
+    diffusers counts it for denoising_end, and A1111 for a refiner."""
+    scheduler = make(name, spec, steps, tuning=tuning)
+    levels = scheduler.config.num_train_timesteps
+    least = round(levels - share * levels)
+    return sum(timestep >= least for timestep in scheduler.timesteps[:: scheduler.order].tolist())
 
 
 def ends(scheduler, steps: int) -> list[int]:

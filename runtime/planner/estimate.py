@@ -178,7 +178,7 @@ class Estimate:
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
         stages: dict[str, int] = dict.fromkeys(STAGES, 0)
-        for name in placements:
+        for name in self._called(placements):
             stage = self._role(name).stage
             stages[stage] = max(stages[stage], self._peak(name, cfg, placements))
         return Predicted(
@@ -194,7 +194,8 @@ class Estimate:
         """While one component is called, beside those that stay loaded, or are called in turn with it."""
         own, names = placements[name], list(placements)
         in_turn = {n for n in names if {self._role(n), self._role(name)} <= STEPPING}
-        resident = {n for n, placement in placements.items() if placement.residency == "resident"}
+        stay = filter(self._is_loaded, (n for n in names if placements[n].residency == "resident"))
+        resident = {*stay}
         others = [n for n in names if n in resident | in_turn and n != name]
         # Loaded before it.
         before = {n for n in others if names.index(n) < names.index(name)}
@@ -220,7 +221,8 @@ class Estimate:
         self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
     ) -> float:
         total = 0.0
-        for name, placement in placements.items():
+        for name in self._called(placements):
+            placement = placements[name]
             for mode, calls in self._calls(name, cfg).items():
                 one = ("seconds", name, placement, mode)
                 total += calls * self._once(
@@ -229,15 +231,28 @@ class Estimate:
                         self.hardware, p, self._footprint(n, p, m)
                     ),
                 )
-            total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
+            if (name, placement) not in self.wishes.loaded:
+                total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
         return total
+
+    def _is_called(self, name: str) -> bool:
+        """Whether it is called at all: one of several passes has no use for some."""
+        return any(self._calls(name, "sequential").values())
+
+    def _is_loaded(self, name: str) -> bool:
+        """Whether it is called in this pass, or in another by the same model."""
+        return self.job.whole.refiner is None or self._is_called(name)
+
+    def _called(self, placements: Mapping[str, Placement]) -> list[str]:
+        return list(filter(self._is_called, placements))
 
     def _calls(self, name: str, cfg: str) -> dict[str, int]:
         """How often a network is called, by how: "sequential" is one row of a batch."""
         job, branches, role = self.job, self.job.branches, self._role(name)
         if role not in STEPPING:
-            texts, pictures = job.prompting.encodings, job.encodings(name)  # one by one
-            return {cfg: {Role.TEXT: texts, Role.ENCODER: pictures, Role.DECODER: job.num_images}[role]}
+            texts = job.prompting.encodings if job.share.encodes else 0  # one by one
+            pictures = job.num_images if job.share.decodes else 0
+            return {cfg: {Role.TEXT: texts, Role.ENCODER: job.encodings(name), Role.DECODER: pictures}[role]}
         calls, guided = job.calls_with(name)
         if branches == 1:
             guided = calls

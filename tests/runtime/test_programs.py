@@ -195,9 +195,9 @@ def test_what_is_read(tmp_path, models, name, ending):
     [
         (
             "a1111",
-            ["Hires upscale 2", "Hires steps 10", "Hires upscaler Latent", "vae mse", "embedding easy"],
+            ["vae mse", "embedding easy"],
         ),
-        ("forge", ["Hires upscale 2"]),
+        ("forge", ["vae mse"]),
         ("custom", ["as ComfyUI has them", "later samplers KSampler 17", "ControlNet canny", "batch of 2"]),
         ("invoke", ["vae mse"]),
         ("novel", ["sm True"]),

@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING
 
 from ...errors import TightfitError
 from .family import Family, Network, Role
-from .sdxl import SDXL
+from .sdxl import SDXL, SDXLRefiner
 from .stable_diffusion import StableDiffusion
 
 if TYPE_CHECKING:
     from ..layouts import Source
 
-FAMILIES: tuple[Family, ...] = (SDXL(), StableDiffusion("sd2", True), StableDiffusion("sd1", False))
+FAMILIES: tuple[Family, ...] = (
+    SDXLRefiner(),
+    SDXL(),
+    StableDiffusion("sd2", True),
+    StableDiffusion("sd1", False),
+)
 
 
 def family_of(source: Source) -> Family:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..spec import Component, ModelSpec
 
 
+_LIKED, _DISLIKED = 6.0, 2.5
 _SKIPPED = "clip_skip"  # of a config: how many layers from the end are read
 
 
@@ -50,8 +51,19 @@ def _answers(outputs: Sequence[str]) -> list[str]:
 
 
 def _inputs(spec: ModelSpec, extent: Extent) -> Mapping[str, Shape]:
-    pooled = spec.text_encoders[-1].setting("projection_dim")
-    return {**unet_inputs(spec, extent), "text_embeds": (extent.batch, pooled), "time_ids": (extent.batch, 6)}
+    pooled, count = spec.text_encoders[-1].setting("projection_dim"), 5 if judges(spec) else 6
+    added = {"text_embeds": (extent.batch, pooled), "time_ids": (extent.batch, count)}
+    return {**unet_inputs(spec, extent), **added}
+
+
+def judges(spec: ModelSpec) -> bool:
+    """Whether the U-Net reads how much a picture is liked, in place of the size that is wanted: diffusers'
+    requires_aesthetics_score. It has five numbers then, not six."""
+    added, width = (
+        spec.unet.get(name) or 0
+        for name in ("projection_class_embeddings_input_dim", "addition_time_embed_dim")
+    )
+    return width > 0 and added == spec.text_encoders[-1].setting("projection_dim") + 5 * width
 
 
 def _outputs(component: Component) -> tuple[str, ...]:
@@ -118,5 +130,22 @@ class SDXL:
         size = (job.height, job.width)
         if job.branches > 1 and job.negative_prompt is None and job.spec.force_zeros:
             hidden[0] = text[0] = 0
-        sizes = np.array([[*size, 0, 0, *size]] * len(text), np.float32)
+        last = [[score] for score in _scores(job, len(text))] if judges(job.spec) else [size] * len(text)
+        sizes = np.array([[*size, 0, 0, *more] for more in last], np.float32)
         return {"hidden": hidden, "text_embeds": text, "time_ids": sizes} | guidance_input(job)
+
+
+def _scores(job: Job, count: int) -> list[float]:
+    """How much each row's picture is liked, as diffusers has it."""
+    unguided = job.branches > 1
+    return [_DISLIKED] * unguided + [_LIKED] * (count - unguided)
+
+
+class SDXLRefiner(SDXL):
+    """It goes on from what SDXL has painted, and reads texts by the second text encoder alone."""
+
+    name = "sdxl-refiner"
+    networks = (_SECOND, *SDXL.networks[2:])
+
+    def claims(self, source: Source) -> bool:
+        return _SECOND.folder in source.listed and _FIRST.folder not in source.listed

@@ -89,7 +89,7 @@ class DiffusersLayout:
             key: value for key, value in index.items() if isinstance(value, list) and value and value[0]
         }
         for part in _NEEDED:
-            if part not in listed:
+            if listed.keys().isdisjoint({part, f"{part}_2"}):  # SDXL's refiner has the second alone
                 raise TightfitError(
                     f"{path} is a {pipeline} without a {part}: "
                     "tightfit runs SD 1.x, SD 2.x and SDXL base models"

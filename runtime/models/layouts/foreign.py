@@ -15,7 +15,6 @@ _IN = r"(?:model\.diffusion_model\.|transformer\.|diffusion_model\.)?"
 # How names begin that only these have. Of several, the first is what the file is: Chroma has Flux's too.
 _MODELS = (
     (r"model\.diffusion_model\.(?:input|output)_blocks\.\d+\.\d+\.time_", "Stable Video Diffusion"),
-    (r"conditioner\.embedders\.0\.model\.", "the refiner of SDXL"),
     (r"(?:noise_augmentor|embedder)\.", "SD 2.1 unCLIP"),
     (r"edm_(?:mean|std)$", "Playground v2.5"),
     (r"edm_vpred\.", "CosXL"),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -40,6 +40,7 @@ _PLACES: Mapping[str, tuple[tuple[str, Callable[[Tensors], dict[str, Tensor]]], 
     ),
     "text_encoder_2": (
         ("conditioner.embedders.1.model.", renames.open_clip),
+        ("conditioner.embedders.0.model.", renames.open_clip),  # of the refiner, which has no other
         ("conditioner.embedders.1.transformer.", renames.clip),
         ("cond_stage_model.1.transformer.", renames.clip),  # stable-diffusion.cpp's, as it renames
         ("text_encoders.clip_g.transformer.", renames.clip),
@@ -66,7 +67,7 @@ class Original:
 
     texts: of each text encoder its activation and the token that fills up its texts. heads: of the U-Net in
     all blocks; by its width without. sides: of latents, by what is predicted. layers: at most so many of a
-    text encoder are used.
+    text encoder are used. sizes: how many numbers about the picture the U-Net reads, if it reads any.
     """
 
     pipeline: str
@@ -78,6 +79,7 @@ class Original:
     prediction: str = _EPSILON
     heads: int | None = None
     layers: int | None = None
+    sizes: int = 6
 
 
 _SD2_TEXTS = 1024  # their width; SD 1.x's have 768
@@ -114,6 +116,11 @@ _SDXL = Original(
     {"text_encoder": ("quick_gelu", _END), "text_encoder_2": ("gelu", "!")},
     _SCHEDULE | {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading"},
     {_EPSILON: 128, _V: 128},
+)
+
+
+_REFINER = replace(
+    _SDXL, pipeline="StableDiffusionXLImg2ImgPipeline", texts={"text_encoder_2": ("gelu", "!")}, sizes=5
 )
 
 
@@ -158,7 +165,7 @@ def _original(path: Path, found: Mapping[str, Tensors]) -> Original:
     wide = any(
         key.endswith(".attn2.to_k.weight") and tensor.shape[1:] == (_SD2_TEXTS,) for key, tensor in unet
     )
-    original = _SDXL if found["text_encoder_2"] else _SD2 if linear or wide else _SD1
+    original = _family(found, linear or wide)
     if not any(found.values()):
         raise TightfitError(f"{path} is a single file of no model that tightfit knows: name another")
     if lacking := [_NAMES[name] for name in ("unet", *original.texts) if not found[name]]:
@@ -168,6 +175,21 @@ def _original(path: Path, found: Mapping[str, Tensors]) -> Original:
             f"{f'{foreign.UNET}, or {whole}' if found['unet'] else whole}"
         )
     return original  # a VAE can be given beside it
+
+
+def _family(found: Mapping[str, Tensors], linear: bool) -> Original:
+    if not found["text_encoder_2"]:
+        return _SD2 if linear else _SD1
+    reads = next((t.shape for name, t in found["unet"].items() if name.endswith(".attn2.to_k.weight")), ())
+    width = next(
+        (
+            t.shape[1:]
+            for name, t in found["text_encoder_2"].items()
+            if name.endswith("token_embedding.weight")
+        ),
+        (),
+    )
+    return _REFINER if not found["text_encoder"] and reads[1:] == width else _SDXL
 
 
 # ------------------------------------------------------------------------------------ what it was trained for
@@ -383,7 +405,7 @@ def _unet(tensors: Tensors, original: Original, pooled: int) -> Config:
         added = shapes.side("add_embedding.linear_1.weight", 1)
         config |= {
             "projection_class_embeddings_input_dim": added,
-            "addition_time_embed_dim": (added - pooled) // 6,  # of six numbers about the picture's size
+            "addition_time_embed_dim": (added - pooled) // original.sizes,
         }
     if "time_embedding.cond_proj.weight" in tensors:
         config["time_cond_proj_dim"] = shapes.side("time_embedding.cond_proj.weight", 1)

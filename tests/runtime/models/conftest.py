@@ -73,6 +73,23 @@ def files(folders, made_once) -> dict[str, Path]:
     return {family: made_once(f"single/{family}.safetensors", partial(write, family)) for family in FAMILIES}
 
 
+@pytest.fixture
+def refiner_twice(tmp_path, monkeypatch) -> tuple[Path, Path]:
+    """SDXL's refiner as a narrow folder, and in one file."""
+    tiny = narrow("sdxl")
+    tiny["unet"] |= {
+        "down_block_types": (DOWN, CROSS, DOWN),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "cross_attention_dim": 128, "projection_class_embeddings_input_dim": 168,
+        "transformer_layers_per_block": 2,
+    }  # fmt: skip
+    monkeypatch.setitem(random_model.TINY, "sdxl-refiner", tiny)
+    folder, file = tmp_path / "refiner", tmp_path / "refiner.safetensors"
+    random_model.write("sdxl-refiner", folder, tiny=True, precision="fp32")
+    save_file(original(folder, "sdxl-refiner"), file)
+    return folder, file
+
+
 # -------------------------------------------------------------------------- the test's own mapping
 
 RESNET = {"norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1",
@@ -94,6 +111,8 @@ def original(folder: Path, family: str) -> dict[str, torch.Tensor]:
         state[f"first_stage_model.{vae_name(name)}"] = tensor[:, :, None, None] if pixel else tensor
     if family == "sd2":
         state |= open_clip(stored["text_encoder"], "cond_stage_model.model.")
+    elif family == "sdxl-refiner":
+        state |= open_clip(stored["text_encoder_2"], "conditioner.embedders.0.model.")
     else:
         start = "conditioner.embedders.0" if family == "sdxl" else "cond_stage_model"
         state |= {f"{start}.transformer.{name}": tensor for name, tensor in stored["text_encoder"].items()}

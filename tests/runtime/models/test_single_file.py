@@ -210,6 +210,18 @@ def test_text_encoders_under_transformers_names(files, folders, tmp_path):
         assert all(torch.equal(values(one[name][key]), values(other[name][key])) for key in one[name])
 
 
+def test_the_refiner_has_one_text_encoder(refiner_twice):
+    """OpenCLIP's, where other files of SDXL have CLIP's; and it reads five numbers about a picture."""
+    spec, single = (tightfit.inspect(str(path)) for path in refiner_twice)
+    assert spec.family == single.family == "sdxl-refiner"
+    assert single.force_zeros == spec.force_zeros is False
+    assert single.components.keys() == spec.components.keys()
+    assert single.unet["addition_time_embed_dim"] == spec.unet["addition_time_embed_dim"] == 8
+    for name, component in single.components.items():
+        for key, tensor in spec.components[name].tensors.items():
+            assert torch.equal(values(component.tensors[key]), values(tensor)), key
+
+
 # -------------------------------------------------------------------------- what it was trained for
 
 
@@ -342,7 +354,6 @@ def test_layers_of_many_digits(files, tmp_path):
 
 NAMES = {
     "model.diffusion_model.input_blocks.1.0.time_stack.emb_layers.1.bias": "Stable Video Diffusion",
-    "conditioner.embedders.0.model.text_projection": "the refiner of SDXL",
     "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": "SD 3",
     "double_blocks.0.img_attn.norm.key_norm.scale": "Flux",
     "model.diffusion_model.distilled_guidance_layer.in_proj.bias": "Chroma",

@@ -1,0 +1,137 @@
+"""A request that is painted in two passes: hires fix, and a refiner, which goes on from another model. Each
+pass is a job of its own; the second is handed what the first has painted."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .adapters.vae import Vae
+from .conditions.handed import LATENTS, Enlarged, EnlargedPicture, Handed
+from .conditions.image import ImageToImage
+from .errors import TightfitError
+from .models import schedulers
+from .models.families.family import Role
+from .models.hub import inspect
+from .models.spec import ModelSpec
+from .placement import Placement
+from .request import Job, Request, Share, sides_of
+
+_ONE_PASS: dict[str, Any] = {
+    field.name: field.default
+    for field in dataclasses.fields(Request)
+    if field.name.startswith(("hires", "refiner"))
+}
+_MOST_SHARE = 0.999  # as A1111 has it
+
+
+def passes(job: Job) -> tuple[Job, ...]:
+    """The jobs that `job` takes, one after another: itself, or two. Raises TightfitError for a second that
+    cannot be done."""
+    if job.hires is None and job.hires_size is None and job.refiner is None:
+        return (job,)
+    _check(job)
+    return _larger(job) if job.refiner is None else _refined(job, job.refiner)
+
+
+def _check(job: Job) -> None:
+    what = "refiner" if job.refiner is not None else "hires"
+    if any(isinstance(condition, ImageToImage) for condition in job.conditions):
+        raise TightfitError(f"{what} is of pictures painted from text alone: leave it out, or the picture")
+    if job.spec.unet["in_channels"] != job.spec.vae["latent_channels"]:
+        raise TightfitError(
+            f"{what} is of pictures painted from text alone, and {job.spec.name} is not for that"
+        )
+
+
+def _larger(job: Job) -> tuple[Job, Job]:
+    """As A1111: so many steps are taken as are asked for, the last of a schedule that is longer by the
+    strength."""
+    is_latent = job.hires_upscaler in LATENTS
+    taken = job.hires_steps or job.num_inference_steps
+    steps = int(taken / min(job.hires_strength, _MOST_SHARE))
+    height, width = _size(job)
+    condition = (Enlarged if is_latent else EnlargedPicture)(way=job.hires_upscaler)
+    request = replace(
+        job.request,
+        **_ONE_PASS,
+        prompt=job.prompt if job.hires_prompt is None else job.hires_prompt,
+        scheduler=job.hires_scheduler or job.scheduler,
+        num_inference_steps=steps,
+        height=height,
+        width=width,
+        conditions=(*job.conditions, condition),
+    )
+    share = Share(begin=steps - taken, counts=taken, whole=job)
+    second = request.resolve(job.model, share)
+    if second.prompting.said == job.prompting.said:
+        second = replace(second, share=replace(share, encodes=False))
+    return _first(job, Share(decodes=not is_latent, whole=job)), second
+
+
+def _size(job: Job) -> tuple[int, int]:
+    """Height and width. By a factor they are rounded down to what the model can do, as A1111 rounds them."""
+    if sides := sides_of("hires_size", job.hires_size):
+        return sides[1], sides[0]
+    factor, step = job.hires or 1.0, job.spec.downsampling
+    height, width = (int(side * factor) // step * step for side in (job.height, job.width))
+    return height, width
+
+
+def _refined(job: Job, name: str) -> tuple[Job, Job]:
+    """The last steps by another model, from `refiner_start` on, as diffusers and A1111 count it."""
+    model, steps = _model(name), job.num_inference_steps
+    _check_latents(job.spec, model)
+    begin = schedulers.steps_before(job.scheduler, job.spec, steps, job.refiner_start, job.tuning)
+    if not 0 < begin < steps:
+        who = "nothing" if begin else "all"
+        raise TightfitError(
+            f"refiner_start {job.refiner_start:g} of {steps} steps leaves {who} to the refiner: "
+            "give another, or more steps"
+        )
+    adapters = tuple(adapter for adapter in job.adapters if isinstance(adapter, Vae))
+    request = replace(job.request, **_ONE_PASS, adapters=adapters, conditions=(Handed(),))
+    second = request.resolve(model, Share(begin=begin, whole=job))
+    return _first(job, Share(end=begin, decodes=False, whole=job)), second
+
+
+def _first(job: Job, share: Share) -> Job:
+    return replace(job, **_ONE_PASS, share=share)
+
+
+def _model(name: str) -> ModelSpec:
+    """Read from files alone: a request never starts a download."""
+    with suppress(OSError, ValueError):
+        return _read(name, Path(name).stat().st_mtime_ns)
+    return _read(name, 0)
+
+
+@lru_cache(2)
+def _read(place: str, changed: int) -> ModelSpec:  # noqa: ARG001  of a file that has changed, anew
+    """The same object for the same model, as what is planned for it is kept by that."""
+    return inspect(place, local_files_only=True)
+
+
+def _check_latents(spec: ModelSpec, other: ModelSpec) -> None:
+    """Raise TightfitError where one model's latents say nothing to the other."""
+    if (spec.latent_affine, spec.downsampling) != (other.latent_affine, other.downsampling):
+        raise TightfitError(
+            f"{other.name} cannot go on from {spec.name}, whose latents are others: name a model of its kind"
+        )
+
+
+def left(first: Job, placements: Mapping[str, Placement], second: Job) -> tuple[tuple[str, Placement], ...]:
+    """What the first pass leaves loaded for the second, which runs by the same model: what is resident, and
+    the denoiser, if the second begins with that."""
+    if first.model is not second.model:
+        return ()
+    names = {name for name, placement in placements.items() if placement.residency == "resident"}
+    before = (part.role for part in second.spec.components.values() if part.role is not Role.TEXT)
+    if not first.share.decodes and not second.share.encodes and Role.ENCODER not in before:
+        names.add(first.spec.denoiser.name)
+    return tuple((name, placement) for name, placement in placements.items() if name in names)
