@@ -47,7 +47,12 @@ _READS_TEXTS = re.compile(
     r".*attn2[._](?:processor\.)?to_[kv](?:_lora)?"
     r"\.(?:weight|(?:lora[._])?down\.weight|lora_A(?:\.\w+)?\.weight|hada_w1_b)"
 )
-_CLASSES = {"AutoencoderKL": Kind.VAE, "AutoencoderTiny": Kind.VAE, "ControlNetModel": Kind.CONTROLNET}
+_CLASSES = {
+    "AutoencoderKL": Kind.VAE,
+    "AutoencoderTiny": Kind.VAE,
+    "ControlNetModel": Kind.CONTROLNET,
+    "T2IAdapter": Kind.CONTROLNET,
+}
 
 
 @dataclass(frozen=True)

@@ -143,9 +143,7 @@ class Request:
             **{name: _shown(sides_of(name, getattr(self, name))) for name in ("seed_resize", "hires_size")},
             "hires_upscaler": way_of(self.hires_upscaler or _DEFAULTS["hires_upscaler"]),
         }
-        request = dataclasses.replace(self, **texts, **numbers, **whole)
-        _check_passes(request)
-        return request
+        return dataclasses.replace(self, **texts, **numbers, **whole)
 
     def to_json(self) -> dict[str, Any]:
         """Its numbers and texts by field, and the names of its adapters and conditions, if it has any."""
@@ -171,6 +169,7 @@ class Request:
         `share` is what one of several passes does of it: see passes.py."""
         share = share or Share()
         request = self.checked()
+        _check_passes(request)
         prompt, named = from_words(request.prompt)
         conditions = tuple(condition.resolved(spec) for condition in request.conditions)
         adapters = *request.adapters, *named
@@ -243,7 +242,7 @@ class Share:
 class Job(Request):
     """A request with everything decided for one model. Only a job is planned and run; no field is None but
     the negative prompt; eta and zero_snr, which then are as the scheduler and the model have them; and what
-    of the seeds is not asked for. The scheduler's name has its schedule.
+    of the seeds, and of a second pass, is not asked for. The scheduler's name has its schedule.
 
     `model` is the model that it was resolved for; `spec` is that with the adapters, and with the networks of
     the conditions.

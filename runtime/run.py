@@ -175,16 +175,23 @@ class Run:
     def _steer(self) -> Steering:
         """What the conditions do to the steps."""
         steerings = [condition.prepare(self.job, self._called) for condition in self.job.conditions]
-        for name in [component.name for component in self.spec.of_role(Role.ENCODER)]:
-            if self.plan.placements[name].residency != "resident":
-                self.loaded.drop(name)
+        self._let_go()
         return Steerings(steerings)
+
+    def _let_go(self, but: str = "") -> None:
+        """Free the encoders that do not stay loaded."""
+        for name in [component.name for component in self.spec.of_role(Role.ENCODER)]:
+            if name != but and self.plan.placements[name].residency != "resident":
+                self.loaded.drop(name)
 
     def _called(self, name: str, **arrays: Any) -> tuple[Any, ...]:
         """What the network answers. In a step all is done again that led to it when memory runs out, as the
         next plan may call it otherwise."""
         call = lambda: self._session(name)(**arrays)  # noqa: E731
-        return call() if self.stage == "denoise" else self._surviving(call)
+        if self.stage == "denoise":
+            return call()
+        self._let_go(but=name)
+        return self._surviving(call)
 
     def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
         return self._called(name, tokens=ids[None])
@@ -233,8 +240,8 @@ class Run:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each
         branch; of the conditioned branches `alone` in steps without guidance."""
         for component in self.spec.components.values():
-            if component.role in STEPPING:
-                self._session(component.name)  # loaded before there are answers of others beside
+            if component.role in STEPPING:  # all before one answers, as answers would be alive meanwhile
+                self._session(component.name)
         parts = conditioning.given(call) if alone else conditioning.of(self.plan.cfg, call)
         time_step = np.array(timestep, np.float32)
         count = 1 if alone else self.job.branches // len(parts)

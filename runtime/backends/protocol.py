@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
 class Session(Protocol):
     """A loaded component. It takes float32 or int64 numpy arrays by name and returns float32 numpy arrays.
+    One of Role.CONTROL returns what stays on its device, for a session there to take; numpy reads it, too.
 
     text_encoder: tokens (batch, length) → hidden (batch, length, width), and pooled (batch, width) if it
     projects. unet: sample (batch, channels, h, w), timestep (), hidden, and for some models time_condition,
     text_embeds, time_ids → (batch, channels, h, w). vae_decoder: latents (batch, channels, h, w) → (batch, 3,
-    H, W) in -1..1. upscaler: picture (1, 3, h, w) → (1, 3, H, W), both uint8.
+    H, W) in -1..1. upscaler: bytes (1, 3, h, w) → (1, 3, H, W), both uint8. controlnet: what the unet takes,
+    picture (1, 3, H, W) in 0..1, scales (batch, answers), and residual_0 … if it is not the first → what is
+    added to the unet's skip connections and middle.
     """
 
     notices: tuple[str, ...]

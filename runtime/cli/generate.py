@@ -179,9 +179,14 @@ def _check_schedules(asked: Mapping[str, Any]) -> None:
         )
 
 
+# What a picture carries, and what is typed in its place.
+_INSTEAD = {"hires": "hires_size", "hires_size": "hires"}
+
+
 def _without_idle(carried: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[str, Any]:
     """What a picture carries, without what does nothing beside the options that are typed."""
     void = [name for name in idle({**carried, **asked}) if name in carried and name not in asked]
+    void += [name for name, other in _INSTEAD.items() if name in carried and other in asked]
     if void:
         say(f"note: not honoured beside these options: {', '.join(void)}", err=True)
     return {name: value for name, value in carried.items() if name not in void}

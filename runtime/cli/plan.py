@@ -121,7 +121,9 @@ def _planned(machine: Hardware, whole: Job, wanted: Wishes) -> Planned:
 def _of_model(job: Job, plan: Plan) -> list[str]:
     from ..planner.estimate import encodings
 
-    return [*encodings(job.spec, plan.placements), *job.spec.notes]
+    added = [part for name, part in job.spec.components.items() if name not in job.model.components]
+    beside = [f"with the {part.name} in {part.folder}, {shown(part.stored_bytes)} of weights" for part in added]
+    return [*beside, *encodings(job.spec, plan.placements), *job.spec.notes]
 
 
 def _of_adapters(job: Job) -> list[str]:

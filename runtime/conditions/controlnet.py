@@ -17,17 +17,19 @@ from ..errors import TightfitError
 from ..fields import option
 from ..files import WEIGHTS_BYTES, open_regular
 from ..models.families.controlnet import CONTROLNETS, MOST
-from ..models.families.family import RESIDUAL, Network
+from ..models.families.family import FEATURE, RESIDUAL, Extent, Role
+from ..models.families.t2i_adapter import T2I_ADAPTERS
 from ..models.layouts import controlnet, library
 from ..models.spec import Component, ModelSpec
 from ..recent import Recent
 from .condition import Arrays, Call, Condition, Steering
 from .image import PANEL, size_of
 from .input_pictures import RESIZES, Picture, open_picture
-from .preprocess import PREPROCESSORS
+from .preprocess import PREPROCESSORS, luminance
 
 if TYPE_CHECKING:
     import numpy as np
+    from PIL import Image
 
     from ..request import Job
 
@@ -125,13 +127,26 @@ class Control:
             )
         return range(within[0], within[-1] + 1)
 
-    def pixels(self, job: Job) -> np.ndarray:
-        """(1, 3, height, width) in 0..1, as ControlNets read it."""
+    def pixels(self, job: Job, component: Component) -> np.ndarray:
+        """(1, channels, height, width) in 0..1, as the network reads it; of a picture that is painted in
+        part, that part."""
         import numpy as np
 
-        fitted = np.asarray(self.picture.fitted(job.width, job.height, self.resize))
+        part = next((each for each in job.conditions if getattr(each, "padding", None) is not None), None)
+        fitted = np.asarray(self._inside(part, job) if part else self._fitted(job.width, job.height))
         made = PREPROCESSORS[self.preprocess](fitted)
+        if component.network.inputs(job.spec, Extent(1, job.height, job.width))["picture"][1] == 1:
+            made = luminance(made)[..., :1]
         return np.ascontiguousarray(made.astype(np.float32).transpose(2, 0, 1)[None] / 255)
+
+    def _fitted(self, width: int, height: int) -> Image.Image:
+        return self.picture.fitted(width, height, self.resize)
+
+    def _inside(self, part: Any, job: Job) -> Image.Image:
+        """The part that is painted of `part`, a condition, laid over the whole of its picture."""
+        from .pasting import Place
+
+        return Place(part, job).inside(self._fitted(part.image.width, part.image.height))
 
     def said(self) -> str:
         """As it is typed, but for the picture."""
@@ -168,7 +183,7 @@ class Options:
     """What asks for pictures to follow. In Python, in diffusers' words, each value may be a list."""
 
     control: list[str] | None = option(  # noqa: RUF009
-        None, "To follow; docs/painting.md has its keys.", "FILE[:KEY=VALUE]", panel=PANEL
+        None, "To follow; FILE:weight=0.8 …", "FILE", panel=PANEL
     )
     control_image: Any = None
     controlnet: Any = None
@@ -196,7 +211,7 @@ class ControlNets(Condition):
     controls: tuple[Control, ...]
     models_dirs: tuple[Path, ...] = ()
 
-    networks: ClassVar = CONTROLNETS
+    networks: ClassVar = (*CONTROLNETS, *T2I_ADAPTERS)
     options: ClassVar = Options
 
     @classmethod
@@ -228,7 +243,7 @@ class ControlNets(Condition):
     def _shown_name(self, control: Control) -> str:
         """A ControlNet's name, and its hash if it is a file, as A1111 shows them."""
         if control.model is None:
-            return "built in"
+            return "default"
         path = self._named(control.model)
         return f"{path.stem} [{_short_hash(path, stamp(path))}]" if path.is_file() else path.name
 
@@ -241,8 +256,10 @@ class ControlNets(Condition):
                 f"the U-Net of {spec.name} is here as ONNX alone, which follows no picture: "
                 "use the model that it was made from"
             )
-        pairs = zip(CONTROLNETS, self.controls, strict=False)
-        return tuple(_component(self._path(control, spec), network, spec) for network, control in pairs)
+        return tuple(
+            _component(self._path(control, spec), number, spec)
+            for number, control in enumerate(self.controls)
+        )
 
     def _path(self, control: Control, spec: ModelSpec) -> Path:
         if control.model is not None:
@@ -338,35 +355,46 @@ def _short_hash(file: Path, stamp: Stamp) -> str:  # noqa: ARG001
         return hashlib.sha256(stream.read(2**16)).hexdigest()[:8]
 
 
-def _component(path: Path, network: Network, spec: ModelSpec) -> Component:
-    """The ControlNet there: the same object as long as its files are not written again."""
+def _component(path: Path, number: int, spec: ModelSpec) -> Component:
+    """The network there, as that of a request's control of this number: the same object as long as its files
+    are not written again."""
     files = sorted(path.iterdir())[:100] if path.is_dir() else [path]
     stamps: tuple[Stamp, ...] = tuple(map(stamp, files))
-    return _READ.get((network.name, path, stamps), lambda: _opened(path, network, spec), spec)
+    return _READ.get((number, path, stamps), lambda: _opened(path, number, spec), spec)
 
 
-def _opened(path: Path, network: Network, spec: ModelSpec) -> Component:
+def _opened(path: Path, number: int, spec: ModelSpec) -> Component:
+    networks = CONTROLNETS[number], T2I_ADAPTERS[number]
     if path.is_dir():
-        return controlnet.of_folder(path, network, spec)
-    return controlnet.of_file(path, contents(path, stamp(path))[0], network, spec)
+        return controlnet.of_folder(path, networks, spec)
+    return controlnet.of_file(path, contents(path, stamp(path))[0], networks, spec)
 
 
 def _fits(path: Path, spec: ModelSpec) -> bool:
     try:
-        return bool(_component(_place(str(path)), CONTROLNETS[0], spec))
+        return bool(_component(_place(str(path)), 0, spec))
     except TightfitError:
         return False
 
 
 class Controlled(Steering):
     """Calls each ControlNet that acts before the denoiser, and hands on what it answers, which stays on the
-    device: each adds to the answers of the one before it."""
+    device: each adds to the answers of the one before it. T2I-Adapters are called once, and add up."""
 
     def __init__(self, condition: ControlNets, job: Job, call: Call) -> None:
         self._call, self._job = call, job
-        self._pictures = [control.pixels(job) for control in condition.controls]
-        self._controls = [*zip(CONTROLNETS, condition.controls, self._pictures, strict=False)]
+        self._nets: list[_Acting] = []
+        self._adapters: list[tuple[range, list[np.ndarray]]] = []
+        for number, control in enumerate(condition.controls):
+            names = CONTROLNETS[number].name, T2I_ADAPTERS[number].name
+            component = next(job.spec.components[name] for name in names if name in job.spec.components)
+            acting, picture = control.acting(job.calls), control.pixels(job, component)
+            if component.role is Role.CONTROL:
+                self._nets.append(_Acting(component, control, acting, picture))
+            else:
+                self._adapters.append((acting, _features(component, control, picture, job, call)))
         self._scales: dict[tuple[str, range], np.ndarray] = {}
+        self._features: dict[tuple[int, ...], dict[str, np.ndarray]] = {(): {}}
         self._begin = self._now = 0
 
     def start(self, latents: np.ndarray, noise: np.ndarray, scheduler: Any, call: int) -> np.ndarray:  # noqa: ARG002
@@ -377,33 +405,63 @@ class Controlled(Steering):
         self._now = call + 1
         return latents
 
-    @functools.cached_property
-    def _acting(self) -> list[range]:
-        return [control.acting(self._job.calls) for _, control, _ in self._controls]
-
     def beside(self, arrays: Arrays, rows: range) -> Mapping[str, Any]:
         given = {name: array for name, array in arrays.items() if name != "time_condition"}
         answers: dict[str, Any] = {}
-        for (network, control, picture), acting in zip(self._controls, self._acting, strict=True):
-            scales = self._weights(network, control, rows)
-            if self._now - self._begin in acting and scales.any():
-                made = self._call(network.name, **given, picture=picture, scales=scales, **answers)
-                answers = {f"{RESIDUAL}{place}": answer for place, answer in enumerate(made)}
-        return answers
+        place = self._now - self._begin
+        for net in self._nets:
+            scales = self._weights(net, rows)
+            if place in net.acting and scales.any():
+                made = self._call(net.component.name, **given, picture=net.picture, scales=scales, **answers)
+                answers = {f"{RESIDUAL}{number}": answer for number, answer in enumerate(made)}
+        return {**answers, **self._summed(place)}
 
-    def _weights(self, network: Network, control: Control, rows: range) -> np.ndarray:
+    def _summed(self, place: int) -> dict[str, np.ndarray]:
+        """What the T2I-Adapters that act at this call add: the same arrays for the same ones."""
+        which = tuple(n for n, (acting, _) in enumerate(self._adapters) if place in acting)
+        if which not in self._features:
+            parts = zip(*(self._adapters[n][1] for n in which), strict=True)
+            sums: Any = map(sum, parts)
+            self._features[which] = {f"{FEATURE}{n}": feature for n, feature in enumerate(sums)}
+        return self._features[which]
+
+    def _weights(self, net: _Acting, rows: range) -> np.ndarray:
         """(rows, answers): the same array for the same rows, so that it is sent once."""
         import numpy as np
 
-        if (network.name, rows) not in self._scales:
-            spec, mode = self._job.spec, MODES[control.mode]
-            inputs = spec.inputs(spec.components[network.name], len(rows), self._job.height, self._job.width)
-            pooled = spec.components[network.name].config.get("global_pool_conditions")
-            count = inputs["scales"][-1]
+        component, control = net.component, net.control
+        if (component.name, rows) not in self._scales:
+            job, mode = self._job, MODES[control.mode]
+            inputs = job.spec.inputs(component, len(rows), job.height, job.width)
+            pooled, count = component.config.get("global_pool_conditions"), inputs["scales"][-1]
             weights = _alike(count) if pooled and control.mode == "guess" else mode.weights(count)
-            everywhere = self._job.branches == 1 or (mode.everywhere and not pooled)
-            shares = [float(everywhere or row > 0) for row in rows]
-            self._scales[network.name, rows] = np.outer(shares, weights).astype(np.float32) * np.float32(
-                control.weight
-            )
-        return self._scales[network.name, rows]
+            everywhere = job.branches == 1 or (mode.everywhere and not pooled)
+            shares = np.outer([float(everywhere or row > 0) for row in rows], weights)
+            self._scales[component.name, rows] = shares.astype(np.float32) * np.float32(control.weight)
+        return self._scales[component.name, rows]
+
+
+@dataclass(frozen=True)
+class _Acting:
+    """A ControlNet, and in which calls of the denoiser it acts."""
+
+    component: Component
+    control: Control
+    acting: range
+    picture: np.ndarray
+
+
+def _features(
+    component: Component, control: Control, picture: np.ndarray, job: Job, call: Call
+) -> list[np.ndarray]:
+    """What a T2I-Adapter adds in each block."""
+    import numpy as np
+
+    factor = component.config["downscale_factor"]
+    if control.mode != "balanced":
+        raise TightfitError(f"{component.folder} is a T2I-Adapter, which has no mode: leave mode out")
+    if job.height % factor or job.width % factor:
+        raise TightfitError(
+            f"{component.folder} reads blocks of {factor} pixels: ask for sides of whole blocks"
+        )
+    return [np.float32(control.weight) * feature for feature in call(component.name, picture=picture)]

@@ -18,7 +18,10 @@ def spec(sd1):
 
 
 # None is an answer: nothing asked, so as the scheduler or the model has it.
-AS_THEY_ARE = {"negative_prompt", "eta", "zero_snr", "subseed", "seed_resize"}
+AS_THEY_ARE = {
+    "negative_prompt", "eta", "zero_snr", "subseed", "seed_resize", "hires", "hires_size", "hires_prompt",
+    "hires_scheduler", "refiner",
+}  # fmt: skip
 
 
 def test_resolves_to_total(tiny_models):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
 from ..checks import is_count, is_text, is_truth, many
-from .family import RESIDUAL, Extent, Network, Role, Shape
+from .family import FEATURE, RESIDUAL, Extent, Network, Role, Shape
 from .networks import UNET, residuals
 
 if TYPE_CHECKING:
@@ -32,11 +32,10 @@ def _inputs(name: str, spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     """What the U-Net is called with, but for the guidance that distilled ones are told; the picture; how much
     each answer weighs in each row; and the answers of the ControlNet before it, to add to."""
     added, config = residuals(spec, extent), spec.components[name].config
-    shapes = dict(spec.denoiser.network.inputs(spec, extent))
-    shapes.pop("time_condition", None)
-    if spec.of_role(Role.CONTROL)[0].name == name:
-        shapes = {name: shape for name, shape in shapes.items() if name not in added}
-    return shapes | {
+    is_first = spec.of_role(Role.CONTROL)[0].name == name
+    others = ("time_condition", FEATURE, *([RESIDUAL] if is_first else []))
+    shapes = spec.denoiser.network.inputs(spec, extent)
+    return {name: shape for name, shape in shapes.items() if not name.startswith(others)} | {
         "sample": (extent.batch, config["in_channels"], *spec.latent_shape(extent)[1:]),
         "picture": (1, config["conditioning_channels"], extent.height, extent.width),
         "scales": (extent.batch, len(added)),
@@ -78,6 +77,7 @@ def _network(number: int) -> Network:
         build=_build,
         call=_answer,
         tracing=None,
+        adds=residuals,
     )
 
 

@@ -52,6 +52,8 @@ STEPPING = frozenset(
 )  # called in turn in each step, so all are loaded meanwhile
 RESIDUAL = "residual_"
 """How inputs of a denoiser are called that its control networks answer: these never leave the device."""
+FEATURE = "feature_"
+"""How inputs of a denoiser are called that are answered once for a picture to follow."""
 
 
 class Extent(NamedTuple):
@@ -117,7 +119,8 @@ class Network:
     in_strips: whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL;
     call_in_strips is how, of another module than that.
     least_bits: of its quantised weights, whatever a model is quantised to. tracing: None for what is not
-    exported to ONNX. skip: the network read so many layers from its end, 1 being the last.
+    exported to ONNX. adds: shapes of the inputs that the denoiser has of it. skip: the network read so many
+    layers from its end, 1 being the last.
     """
 
     name: str
@@ -140,6 +143,7 @@ class Network:
     least_bits: int = 4
     skip: Callable[[Component, int], Component] = lambda component, _: component
     tracing: Tracing | None = None
+    adds: Callable[[ModelSpec, Extent], Mapping[str, Shape]] = lambda _spec, _extent: {}
 
 
 class Family(Protocol):

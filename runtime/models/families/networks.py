@@ -30,7 +30,7 @@ from ..checks import (
     or_none,
     whole,
 )
-from .family import RESIDUAL, Extent, GraphNames, Network, Role, Shape, Tracing
+from .family import FEATURE, RESIDUAL, Extent, GraphNames, Network, Role, Shape, Tracing
 
 if TYPE_CHECKING:
     from ..spec import Component, ModelSpec
@@ -219,7 +219,7 @@ def _text_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:  # noqa: 
 
 def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     """Shapes of latents, timestep and texts; of the guidance that distilled U-Nets are told; and of what
-    control networks answer."""
+    networks of conditions add."""
     shapes: dict[str, Shape] = {
         "sample": (extent.batch, spec.unet["in_channels"], *spec.latent_shape(extent)[1:]),
         "timestep": (),
@@ -227,7 +227,9 @@ def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     shapes["hidden"] = (extent.batch, extent.chunks * spec.text_length, spec.text_width)
     if spec.guidance_width:
         shapes["time_condition"] = (1, spec.guidance_width)
-    return shapes | (residuals(spec, extent) if spec.of_role(Role.CONTROL) else {})
+    for component in spec.components.values():
+        shapes |= component.network.adds(spec, extent)
+    return shapes
 
 
 def residuals(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
@@ -273,6 +275,9 @@ def _predict(
     module: Any, sample: Any, timestep: Any, hidden: Any, time_condition: Any = None, **added: Any
 ) -> tuple[Any, ...]:
     *down, middle = [added.pop(name) for name in [*added] if name.startswith(RESIDUAL)] or [None]
+    # Alike in all rows; diffusers leaves out one of another shape than the middle's.
+    features = [added.pop(name) for name in [*added] if name.startswith(FEATURE)]
+    features = [feature.expand(len(sample), -1, -1, -1) for feature in features]
     return module(
         sample,
         timestep,
@@ -281,6 +286,7 @@ def _predict(
         added_cond_kwargs=added or None,
         down_block_additional_residuals=down or None,
         mid_block_additional_residual=middle,
+        down_intrablock_additional_residuals=features or None,
         return_dict=False,
     )[:1]
 

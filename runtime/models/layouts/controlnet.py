@@ -1,4 +1,5 @@
-"""ControlNets in files: a diffusers folder, or one file by the names of the original code or of diffusers."""
+"""ControlNets and T2I-Adapters in files: a diffusers folder, or one file by the names of the original code or
+of diffusers."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from ...files import read_json
 from ..families import known_by
 from ..families.family import Extent, Network
 from ..families.networks import check_config, residuals
+from ..families.t2i_adapter import PLAIN, XL
 from ..manifest import read_manifest
 from ..spec import Component, ModelSpec
 from ..tensors import Tensor
@@ -32,22 +34,28 @@ _OTHERS = (
     (r"(?:controlnet_x_embedder|controlnet_single_blocks|(?:double|single)_blocks|img_in)\b",
      "a ControlNet of Flux"),
     (r"(?:pos_embed_input|transformer_blocks\.\d+\.norm1_context)\b", "a ControlNet of SD 3"),
-    (r"(?:adapter\.)?body\.\d+\.", "a T2I-Adapter"),
 )  # fmt: skip
 _CLASSES = {
     "ControlNetUnionModel": _OTHERS[0][1],
     "FluxControlNetModel": "a ControlNet of Flux",
     "SD3ControlNetModel": "a ControlNet of SD 3",
-    "T2IAdapter": "a T2I-Adapter",
 }
-_RUN = "tightfit runs ControlNets of SD 1.x, SD 2.x and SDXL"
+_RUN = "tightfit runs ControlNets and T2I-Adapters of SD 1.x, SD 2.x and SDXL"
+_ADAPTER, _ADAPTERS_CLASS = "adapter.", "T2IAdapter"
+_BODY = re.compile(r"(?:adapter\.)?body\.\d+\.")
+# Of what reads the picture: channels of blocks of pixels, as in_channels and a side in pixels.
+_UNSHUFFLED = {64: (1, 8), 192: (3, 8), 256: (1, 16), 768: (3, 16)}
 
 
-def of_folder(path: Path, network: Network, spec: ModelSpec) -> Component:
-    """The ControlNet in a diffusers folder, checked. Raises TightfitError for another, or for another
-    model."""
+def of_folder(path: Path, networks: tuple[Network, Network], spec: ModelSpec) -> Component:
+    """The ControlNet or the T2I-Adapter in a diffusers folder, checked: of the first or the second network.
+    Raises TightfitError for what is neither, or for another model."""
     config = read_json(path / "config.json")
     named = str(config.get("_class_name"))[:40]
+    network = networks[named == _ADAPTERS_CLASS]
+    if named == _ADAPTERS_CLASS:
+        whole = {**network.defaults, **config}
+        return _checked_adapter(Component(network, path, whole, tensors_of(path)), spec)
     if named != _CLASS:
         raise TightfitError(f"{path} holds {_CLASSES.get(named, f'a {named}')}: {_RUN}")
     tensors, parts = tensors_of(path), read_manifest(path.parent).get("components", {})
@@ -55,8 +63,13 @@ def of_folder(path: Path, network: Network, spec: ModelSpec) -> Component:
     return _checked(Component(network, path, {**network.defaults, **config}, tensors, formats), spec)
 
 
-def of_file(path: Path, stored: Mapping[str, Tensor], network: Network, spec: ModelSpec) -> Component:
-    """The ControlNet whose tensors these are, checked. Raises TightfitError as `of_folder` does."""
+def of_file(
+    path: Path, stored: Mapping[str, Tensor], networks: tuple[Network, Network], spec: ModelSpec
+) -> Component:
+    """The one whose tensors these are, checked. Raises TightfitError as `of_folder` does."""
+    network, adapter = networks
+    if any(map(_BODY.match, stored)):
+        return _adapter(path, stored, adapter, spec)
     begin = next((start for start in _INSIDE if any(name.startswith(start) for name in stored)), "")
     own = {name.removeprefix(begin): t for name, t in stored.items() if name.startswith(begin)}
     if any(name.startswith(_ORIGINAL) for name in own):
@@ -68,6 +81,39 @@ def of_file(path: Path, stored: Mapping[str, Tensor], network: Network, spec: Mo
         raise TightfitError(f"{path} is {other}: {_RUN}")
     config = {**network.defaults, **control_config(tensors, spec.unet)}
     return _checked(Component(network, path, config, tensors), spec)
+
+
+def _adapter(path: Path, stored: Mapping[str, Tensor], network: Network, spec: ModelSpec) -> Component:
+    diffusers = any(name.startswith(_ADAPTER) for name in stored)
+    tensors = scaled(stored) if diffusers else renames.t2i_adapter(scaled(stored))
+    begin = tensors.get(f"{_ADAPTER}conv_in.weight")
+    channels, factor = _UNSHUFFLED.get(begin.shape[1] if begin and len(begin.shape) == 4 else 0, (0, 0))
+    last = f"{_ADAPTER}body.{{}}.resnets.1.block2.bias"
+    widths = [tensors[name].count for block in range(8) if (name := last.format(block)) in tensors]
+    if not channels or not widths:
+        raise TightfitError(f"{path} is a T2I-Adapter of another kind (light, or fused): {_RUN}")
+    config = {
+        **network.defaults,
+        "in_channels": channels,
+        "channels": widths,
+        "downscale_factor": factor,
+        "adapter_type": XL if factor == 16 else PLAIN,
+    }
+    return _checked_adapter(Component(network, path, config, tensors), spec)
+
+
+def _checked_adapter(component: Component, spec: ModelSpec) -> Component:
+    """Raise TightfitError unless its answers are what the model's blocks take."""
+    check_config(component)
+    widths, config = [*spec.unet["block_out_channels"]], component.config
+    is_xl = config["adapter_type"] == XL
+    if [*config["channels"]] != (widths + widths[-1:] if is_xl else widths):
+        kind = "SDXL" if is_xl else "SD 1.x or 2.x"
+        raise TightfitError(
+            f"{component.folder} is a T2I-Adapter of {kind}, blocks of {list(config['channels'])} channels, "
+            f"and {spec.name} has {widths}: take one of the same family"
+        )
+    return component
 
 
 def _other(names: Iterable[str]) -> str:

@@ -42,6 +42,7 @@ _MODELS = (
 )
 _WHOLE = "name a checkpoint that has all networks inside, or a diffusers folder"
 _BESIDE = "name the model that it is for"
+_CONTROL = f"{_BESIDE}, and this by --control PICTURE:model=FILE"
 _WORD, _VAE = f"{_BESIDE}, and this by --embedding", f"{_BESIDE}, and this by --vae"
 UNET = f"{_BESIDE}, and this by --unet (--model MODEL --unet FILE)"
 _PARTS = (
@@ -49,9 +50,10 @@ _PARTS = (
     (
         r"(?:control_model|zero_convs|input_hint_block|controlnet_\w+)\.",
         "a ControlNet",
-        f"{_BESIDE}, and this by --control PICTURE:model=FILE",
+        _CONTROL,
         Kind.CONTROLNET,
     ),
+    (r"(?:adapter\.)?body\.\d+\.(?:resnets|block1|in_conv)\.", "a T2I-Adapter", _CONTROL, Kind.CONTROLNET),
     (r"(?:image_proj|ip_adapter)\.", "an IP-Adapter", _BESIDE, None),
     (
         r"(?:emb_params|clip_[lg]|string_to_param\b.*)$",

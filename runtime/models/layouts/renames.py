@@ -42,6 +42,7 @@ _UNET_BLOCK = re.compile(r"(input|output)_blocks\.(\d{1,4})\.(\d)\.(.+)")
 _DOWNSAMPLER = re.compile(r"input_blocks\.(\d{1,4})\.0\.op\.weight")
 _HINT = re.compile(r"input_hint_block\.(\d{1,4})\.(.+)")
 _ADDED = re.compile(r"zero_convs\.(\d{1,4})\.0\.(.+)")
+_BODY = re.compile(r"body\.(\d{1,4})\.(.+)")
 _VAE_ENDS: Words = (
     ("mid.block_1.", "mid_block.resnets.0."),
     ("mid.block_2.", "mid_block.resnets.1."),
@@ -96,6 +97,19 @@ def control(tensors: Tensors) -> dict[str, Tensor]:
         return _begun(name, (("middle_block_out.0.", "controlnet_mid_block."),))
 
     return unet(tensors) | _renamed(tensors, renamed)
+
+
+def t2i_adapter(tensors: Tensors) -> dict[str, Tensor]:
+    """A T2I-Adapter's, whose residual blocks are counted through; each of diffusers' blocks has two."""
+
+    def renamed(name: str) -> str:
+        if not (found := _BODY.fullmatch(name)):
+            return f"adapter.{name}"
+        block, layer = divmod(int(found[1]), 2)
+        inner = found[2] if found[2].startswith("in_conv.") else f"resnets.{layer}.{found[2]}"
+        return f"adapter.body.{block}.{inner}"
+
+    return _renamed(tensors, renamed)
 
 
 def vae(tensors: Tensors) -> dict[str, Tensor]:
