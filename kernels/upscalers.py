@@ -22,7 +22,7 @@ _MIN_ROWS, _MOST_ROWS = (
     32,
     128,
 )  # of a strip; what is kept of RRDBNet's 345 convolutions is as much as 250 rows
-_TAIL_STRIPS = 8  # of a strip: at four times its size a map of RRDBNet takes as much as 16 of its trunk
+_TAIL_STRIPS = 16  # of a strip: at four times its size a map of RRDBNet takes as much as 16 of its trunk
 _SHARE = 0.2  # of what a block answers, that is added to what it was given
 _SLOPE = 0.2  # of leaky ReLUs
 

@@ -19,6 +19,7 @@ from .errors import TightfitError
 from .fields import described, kinds, option
 from .models import schedulers
 from .models.clip_skip import skipping
+from .models.families.image_prompt import TOKENS
 from .models.hub import placed
 from .models.prompts import EMPHASES, SYNTAXES, Prompting, Wanted, prompting
 from .models.samplers.names import AUTOMATIC, SAMPLERS, SCHEDULES, joined, schedule_of, split
@@ -495,6 +496,8 @@ def _subseed(request: Request) -> int | None:
 
 def _check_channels(spec: ModelSpec, conditions: Sequence[Condition]) -> None:
     """Raise TightfitError for inputs of the denoiser that nothing fills."""
+    if sum(condition.tokens(spec) for condition in conditions) != spec.unet.get(TOKENS, 0):
+        raise TightfitError("--ip-adapter reads a picture: give one by --ip-image")
     latent = spec.vae["latent_channels"]
     beside = spec.unet["in_channels"] - latent
     if beside == sum(condition.channels(spec) for condition in conditions):

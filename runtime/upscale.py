@@ -25,6 +25,7 @@ from .models.upscalers import alone, enlarged, read_upscaler
 from .planner import upscaling
 from .planner.plan import Plan
 from .planner.wishes import Wishes
+from .units import shown
 
 MOST_SCALE = 8
 MOST_PIXELS = 2**28  # of what a pass makes: 16384x16384
@@ -161,8 +162,12 @@ class _Run:
             for _ in self._sizes:
                 array = self._surviving(array)
             peak_bytes = self._loaded.peak_bytes()
+            process_bytes = process.bytes()
         seconds = time.perf_counter() - start
-        self.measured = Measured(seconds, self._load_seconds, peak_bytes, process.bytes())
+        self.measured = Measured(seconds, self._load_seconds, peak_bytes, process_bytes)
+        if self.plan.device == "cpu" and process_bytes > self.plan.budget_bytes:
+            held, allowed = shown(process_bytes), shown(self.plan.budget_bytes)
+            self.notices.append(f"the process held {held}, more than the {allowed} it was to keep to")
         return Image.fromarray(np.ascontiguousarray(array[0].transpose(1, 2, 0)))
 
     def _take(self, plan: Plan) -> None:

@@ -12,7 +12,7 @@ from ..errors import TightfitError
 from ..models.layouts import library
 from ..models.spec import ModelSpec
 from ..recent import Recent
-from . import lora, prediction, textual_inversion, unet, vae
+from . import ip_adapter, lora, prediction, textual_inversion, unet, vae
 from .header import contents, located, stamp
 
 MOST = 100
@@ -63,6 +63,7 @@ ADAPTERS = (
         library.Kind.EMBEDDING,
     ),
     Kind(vae.Vae.option, vae.written, "In place of the model's.", library.Kind.VAE),
+    Kind(ip_adapter.IPAdapter.option, ip_adapter.written, "As FILE:0.6."),
     Kind(prediction.Prediction.option, prediction.written, "Epsilon or v, of U-Nets.", metavar="KIND"),
 )
 

@@ -122,7 +122,9 @@ def _of_model(job: Job, plan: Plan) -> list[str]:
     from ..planner.estimate import encodings
 
     added = [part for name, part in job.spec.components.items() if name not in job.model.components]
-    beside = [f"with the {part.name} in {part.folder}, {shown(part.stored_bytes)} of weights" for part in added]
+    beside = [
+        f"with the {part.name} in {part.folder}, {shown(part.stored_bytes)} of weights" for part in added
+    ]
     return [*beside, *encodings(job.spec, plan.placements), *job.spec.notes]
 
 

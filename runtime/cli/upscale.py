@@ -12,6 +12,7 @@ import typer
 
 from .. import interrupts
 from ..errors import TightfitError, printable
+from ..machine.hardware import Hardware
 from ..machine.process import check_address_space
 from ..pictures import FORMATS as ENDINGS
 from ..pictures import METADATA
@@ -39,6 +40,7 @@ _Format = typer.Option(help=f"{', '.join(FORMATS)}.", metavar="NAME", rich_help_
 _Quality = typer.Option(help="Of JPEG and WebP, 1 to 100; default 90.", metavar="N", rich_help_panel=_OUTPUT)
 _Metadata = typer.Option(help="Text inside: full, a1111, none.", metavar="NAME", rich_help_panel=_OUTPUT)
 _Plans = typer.Option("--dry-run", help="Say what each way would take; enlarge nothing.")
+_Hardware = typer.Option(help="A card that is not here: rtx-2060; with --dry-run.", metavar="NAME")
 _Json = typer.Option("--json", help="Print one JSON object.", rich_help_panel=_OUTPUT)
 
 
@@ -56,6 +58,7 @@ class Options:
     format: Annotated[str | None, _Format] = None
     quality: Annotated[int | None, _Quality] = None
     metadata: Annotated[str | None, _Metadata] = None
+    hardware: Annotated[str | None, _Hardware] = None
     dry_run: Annotated[bool, _Plans] = False
     as_json: Annotated[bool, _Json] = False
 
@@ -66,7 +69,7 @@ class Options:
 
 _ORDER = """
 given model scale models_dirs budget precision tiling min_psnr device
-output overwrite format quality metadata dry_run as_json
+output overwrite format quality metadata dry_run hardware as_json
 """
 
 
@@ -78,8 +81,9 @@ def upscale(options: Options, wished: Mapping[str, Any]) -> None:
 
     writing = options.writing
     fields = wishes(wished)
+    machine = _machine(options)
     with Upscaler(
-        options.model, device=options.device, models_dirs=options.models_dirs or (), **fields
+        options.model, models_dirs=options.models_dirs or (), hardware=machine, **fields
     ) as upscaler:
         if options.dry_run:
             _show_plans(upscaler, options)
@@ -90,14 +94,27 @@ def upscale(options: Options, wished: Mapping[str, Any]) -> None:
         say_json({"model": str(upscaler.component.folder), "pictures": rows})
 
 
+def _machine(options: Options) -> Hardware:
+    from ..machine.profiles import profile
+
+    if options.hardware is None:
+        return Hardware.detect(options.device)
+    if not options.dry_run or options.device != "auto":
+        raise TightfitError(
+            "--hardware names a machine that is not here: give --dry-run with it, and no --device"
+        )
+    return profile(options.hardware)
+
+
 def _place(options: Options, file: Path, upscaler: Upscaler) -> Template:
     output, form = options.output, options.writing.form
-    if output is not None and output.suffix.lower() in ENDINGS and not output.is_dir():
-        if len(options.given) > 1:
+    if output is not None and output.suffix and not output.is_dir():
+        if len(options.given) > 1 and output.suffix.lower() in ENDINGS:
             raise TightfitError(
                 f"--output {output} is one picture, and {len(options.given)} are enlarged: name a folder"
             )
-        return target(output, "", 1, form)
+        if len(options.given) == 1:
+            return target(output, "", 1, form)
     stem = re.sub(r"\[([^\[\]]*)\]", r"[[\1]]", file.stem)  # no fields in brackets
     ending = next(ending for ending, name in ENDINGS.items() if name == (form or "png").upper())
     return target((output or Path()) / f"{stem}-{upscaler.wanted(options.scale):g}x{ending}", "", 1, form)

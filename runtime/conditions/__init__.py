@@ -10,6 +10,7 @@ from typing import Any
 from ..models.families.family import Network
 from .condition import Arrays, Call, Condition, Draw, Painted, Steering, Steerings
 from .controlnet import ControlNets
+from .image_prompt import ImagePrompt
 from .outpaint import Outpainting
 
 __all__ = [
@@ -17,7 +18,7 @@ __all__ = [
     "networks",
 ]  # fmt: skip
 
-CONDITIONS: tuple[type[Condition], ...] = (Outpainting, ControlNets)
+CONDITIONS: tuple[type[Condition], ...] = (Outpainting, ImagePrompt, ControlNets)
 
 
 def networks() -> dict[str, Network]:

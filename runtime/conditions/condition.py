@@ -109,6 +109,10 @@ class Condition:
         """Of the denoiser's input, how many it fills beside the latents."""
         return 0
 
+    def tokens(self, spec: ModelSpec) -> int:  # noqa: ARG002
+        """How many it puts after the texts."""
+        return 0
+
     def scales(self) -> tuple[float, ...]:
         """Of guidance by what it asks. Each takes a branch more: the unguided one, which lacks just that."""
         return ()

@@ -30,7 +30,7 @@ class Options:
     image: str | None = option(None, "A picture to begin with.", "FILE", panel=PANEL)
     strength: float | None = option(None, "How much to change, to 1.", "X", panel=PANEL)
     resize: str | None = option(None, f"{', '.join(RESIZES)}.", "HOW", choices=RESIZES, panel=PANEL)
-    image_guidance_scale: float | None = option(None, "Of models that edit; 1.5.", "X", panel=PANEL)
+    image_guidance_scale: float | None = option(None, "Of editing models; 1.5.", "X", panel=PANEL)
 
 
 @dataclass(frozen=True)

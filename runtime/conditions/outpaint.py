@@ -76,7 +76,7 @@ def _is_length(value: Any) -> bool:
 class Options(OfMask):
     """What asks for a picture to begin with, for a part of it to be painted, or for more around it."""
 
-    outpaint: str | None = option(None, "More around it: left=64,top=8.", "SIDES", panel=PANEL)
+    outpaint: str | None = option(None, "More around: left=64 …", "SIDES", panel=PANEL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from ..errors import TightfitError
 from ..files import readable
 from .families.family import Extent, GraphNames, Network, Role, Shape
 from .layouts import foreign
+from .layouts.library import exists
 from .layouts.safetensors import read_file
 from .tensors import Tensor
 
@@ -94,6 +95,8 @@ def read_upscaler(file: str | Path) -> Component:
     """The network in a file; the same object until the file is written again. Raises TightfitError for what
     is no upscaler that is read."""
     path = Path(file).expanduser().absolute()
+    if not exists(path):
+        raise TightfitError(f"{path} does not exist: name a .safetensors file, or its folder by --models-dir")
     with readable(path):
         status = path.stat()
         return _read(path, (status.st_size, status.st_mtime_ns))

@@ -165,7 +165,7 @@ def test_networks_and_what_is_predicted(kind, unshuffle, tmp_path):
     planned."""
     tensors = srvgg() if kind == "srvgg" else rrdb(kind, unshuffle)
     file = written(tmp_path, tensors)
-    given = picture(70, 42)
+    given = picture(42, 20)
     x = torch.from_numpy(given).double() / 255
     wanted = of_srvgg(tensors, x, 4) if kind == "srvgg" else of_rrdb(tensors, x, kind, unshuffle)
     assert read_upscaler(file).config["scale"] == 4 // unshuffle
@@ -182,7 +182,7 @@ def test_networks_and_what_is_predicted(kind, unshuffle, tmp_path):
             assert apart.max() <= (1 if precision == "fp32" else 6), (precision, tiling)
 
 
-@pytest.mark.parametrize("size", [(3, 5), (33, 4), (70, 42)])
+@pytest.mark.parametrize("size", [(3, 5), (34, 6)])
 def test_strips_have_no_seams(size):
     torch.manual_seed(0)
     networks = [
@@ -211,7 +211,7 @@ def test_strips_have_no_seams(size):
 
 
 def test_budget_and_memory_that_runs_out(tmp_path, monkeypatch):
-    file, image = written(tmp_path, rrdb()), Image.fromarray(picture(200, 24)[0].transpose(1, 2, 0))
+    file, image = written(tmp_path, rrdb()), Image.fromarray(picture(130, 12)[0].transpose(1, 2, 0))
     with Upscaler(file, hardware=machine(precisions=("fp32",))) as upscaler:
         whole, strips = upscaler.plans(image)
         picked = upscaler.enlarge(image)
@@ -302,17 +302,14 @@ def test_text_goes_before_our_json():
     assert more == f'{TEXT}, Postprocess upscale by: 2, Postprocess upscaler: "4x, sharp"{ours}'
 
 
-def test_a_converted_pickle(tmp_path):
+def test_what_a_pickle_has_around_them(tmp_path):
     """BasicSR writes averaged weights beside the trained ones: those are taken."""
-    from tightfit.export.convert import convert_file
+    from tightfit.export.unpickling import weights as unwrapped
 
-    torch.save({"params": rrdb("middle"), "params_ema": (averaged := rrdb())}, tmp_path / "net.pth")
-    file, _ = convert_file(tmp_path / "net.pth")
-    assert {*read_upscaler(file).tensors} == {*averaged}
-    whole = (tmp_path / "net.pth").read_bytes()
-    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TightfitError, match="truncated or damaged"):
-        convert_file(tmp_path / "cut.pth")
+    tensors, left_out = unwrapped({"params": rrdb("middle"), "params_ema": (averaged := rrdb())})
+    assert (tensors.keys(), left_out) == (averaged.keys(), 1)
+    assert unwrapped({"params": rrdb("middle")})[0].keys() == rrdb("middle").keys()
+    (tmp_path / "net.pth").touch()
     with pytest.raises(TightfitError, match="tightfit convert"):
         read_upscaler(tmp_path / "net.pth")
 
@@ -342,7 +339,7 @@ def test_bad_input(tmp_path):
     with pytest.raises(TightfitError, match="lack 2, such as body"):  # a layer is missing
         cut = {name: tensor for name, tensor in rrdb().items() if "body.1.rdb2.conv3" not in name}
         Upscaler(written(tmp_path, cut, "cut"), hardware=machine())(Image.new("RGB", (4, 4)))
-    with pytest.raises(TightfitError, match="cannot be read"):
+    with pytest.raises(TightfitError, match="does not exist"):
         read_upscaler(tmp_path / "nothing.safetensors")
     moving = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
     moving[0].save(tmp_path / "moving.gif", save_all=True, append_images=moving[1:])
@@ -352,7 +349,7 @@ def test_bad_input(tmp_path):
             (Image.new("RGB", (4, 4)), 9, "a number from 1 to 8, not 9"),
             (Image.new("RGB", (0, 4)), 2, "0x4 pixels"),
             (tmp_path / "moving.gif", 2, "is animated"),
-            (Image.new("L", (8000, 8000)), 4, "make it smaller"),
+            (Image.new("L", (4200, 4200)), 4, "make it smaller"),
         ):
             with pytest.raises(TightfitError, match=why):
                 upscaler(given, scale)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -42,13 +42,16 @@ class Processor:
             x = x.view(shape[0], shape[1], shape[2] * shape[3]).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        text = x if encoder_hidden_states is None else encoder_hidden_states
-        heads = (linear(source) for linear, source in ((attn.to_q, x), (attn.to_k, text), (attn.to_v, text)))
-        q, k, v = (
-            source.view(shape[0], -1, attn.heads, source.shape[-1] // attn.heads).transpose(1, 2)
-            for source in heads
-        )
+        text = image = x if encoder_hidden_states is None else encoder_hidden_states
+        tokens, scale = getattr(attn, "images", (0, 1.0))
+        if tokens:
+            text, image = text[:, :-tokens], text[:, -tokens:]
+        q, k, v = _heads(attn.heads, (attn.to_q, x), (attn.to_k, text), (attn.to_v, text))
         x = self.attend(q, k, v).transpose(1, 2).flatten(2)
+        if tokens:
+            del k, v
+            k, v = _heads(attn.heads, (attn.to_k_ip, image), (attn.to_v_ip, image))
+            x.add_(self.attend(q, k, v).transpose(1, 2).flatten(2), alpha=scale)
         del q, k, v
         x = attn.to_out[1](attn.to_out[0](x))
         if len(shape) == 4:
@@ -56,6 +59,13 @@ class Processor:
         if attn.residual_connection:
             x = x + hidden_states
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+
+
+def _heads(count: int, *of: tuple[Any, torch.Tensor]) -> Iterator[torch.Tensor]:
+    """What linears make of their sources, each (batch, heads, n, d)."""
+    for linear, source in of:
+        made = linear(source)
+        yield made.view(len(made), -1, count, made.shape[-1] // count).transpose(1, 2)
 
 
 # Bytes of a feed-forward layer's hidden values at a time. A GPU waits for the host, which takes 40 us to

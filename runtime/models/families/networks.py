@@ -31,6 +31,7 @@ from ..checks import (
     whole,
 )
 from .family import FEATURE, RESIDUAL, Extent, GraphNames, Network, Role, Shape, Tracing
+from .image_prompt import SCALE, TOKENS, with_images
 
 if TYPE_CHECKING:
     from ..spec import Component, ModelSpec
@@ -224,7 +225,8 @@ def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
         "sample": (extent.batch, spec.unet["in_channels"], *spec.latent_shape(extent)[1:]),
         "timestep": (),
     }
-    shapes["hidden"] = (extent.batch, extent.chunks * spec.text_length, spec.text_width)
+    length = extent.chunks * spec.text_length + spec.unet.get(TOKENS, 0)
+    shapes["hidden"] = (extent.batch, length, spec.text_width)
     if spec.guidance_width:
         shapes["time_condition"] = (1, spec.guidance_width)
     for component in spec.components.values():
@@ -341,8 +343,10 @@ def _build_unet(component: Component) -> Any:
         raise TightfitError(
             f"{component.folder} wants class embeddings (unCLIP): tightfit runs text-to-image models"
         )
-    unet: Any = UNet2DConditionModel.from_config(dict(component.config))
-    return unet
+    config = dict(component.config)
+    tokens, scale = config.pop(TOKENS, 0), config.pop(SCALE, 1.0)
+    unet: Any = UNet2DConditionModel.from_config(config)
+    return with_images(unet, tokens, scale) if tokens else unet
 
 
 def _build_decoder(component: Component) -> Any:

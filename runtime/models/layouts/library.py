@@ -265,7 +265,7 @@ def located(name: str, kind: Kind, models_dirs: Sequence[str | Path] = (), *, or
     raise missing(name, kind, roots)
 
 
-def exists(name: str) -> bool:
+def exists(name: str | Path) -> bool:
     """Whether it is the path of something."""
     try:
         return Path(name).exists()

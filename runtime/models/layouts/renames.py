@@ -59,6 +59,16 @@ _VAE_ATTENTION: Words = (
     ("proj_out.", "to_out.0."),
 )
 _VAE_BLOCK = re.compile(r"(down|up)\.(\d{1,4})\.(?:block\.(\d{1,4})|(?:down|up)sample)\.(.+)")
+_RESAMPLER_LAYER = re.compile(r"layers\.(\d{1,4})\.(.+)")
+_RESAMPLER: Words = (
+    ("0.norm1.", "ln0."),
+    ("0.norm2.", "ln1."),
+    ("0.to_q.", "attn.to_q."),
+    ("0.to_out.", "attn.to_out.0."),
+    ("1.0.", "ff.0."),
+    ("1.1.", "ff.1.net.0.proj."),
+    ("1.3.", "ff.1.net.2."),
+)
 _OPEN_CLIP: Words = (
     ("token_embedding.", "text_model.embeddings.token_embedding."),
     ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
@@ -161,10 +171,30 @@ def clip(tensors: Tensors) -> dict[str, Tensor]:
     return renamed
 
 
+def resampler(tensors: Tensors) -> dict[str, Tensor]:
+    """Of IP-Adapter "plus"."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer = _RESAMPLER_LAYER.fullmatch(name)
+        begin = f"layers.{layer[1]}." if layer else ""
+        if layer and layer[2] == "0.to_kv.weight":
+            parts = zip("kv", split(tensor, 2), strict=True)
+            renamed |= {f"{begin}attn.to_{part}.weight": rows for part, rows in parts}
+        else:
+            new = _begun(layer[2], _RESAMPLER) if layer else name
+            renamed[begin + (new or name)] = tensor
+    return renamed
+
+
 def thirds(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensor's rows in three equal parts."""
-    rows = tensor.shape[0] // 3 if tensor.shape else 0
-    return tuple(_part(tensor, (rows, *tensor.shape[1:]), number, 3) for number in range(3))
+    return split(tensor, 3)
+
+
+def split(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
+    """The tensor's rows in so many equal parts."""
+    rows = tensor.shape[0] // count if tensor.shape else 0
+    return tuple(_part(tensor, (rows, *tensor.shape[1:]), number, count) for number in range(count))
 
 
 def _part(tensor: Tensor, shape: tuple[int, ...], number: int = 0, parts: int = 1) -> Tensor:

@@ -88,9 +88,9 @@ def test_names_of_options_stay():
 --width --height --num-inference-steps --steps --guidance-scale --model --precision --compute --backend
         --provider --device --vram --ram --residency --attention --tiling --min-psnr --lora --embedding --vae
         --prediction --unet --models-dir --json --image --strength --resize --mask-image --mask --mask-blur
-        --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale --control --hires
-        --hires-size --hires-strength --hires-steps --hires-upscaler --hires-prompt --hires-scheduler --refiner
-        --refiner-start"""
+        --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale --ip-adapter --ip-image
+        --control --hires --hires-size --hires-strength --hires-steps --hires-upscaler --hires-prompt
+        --hires-scheduler --refiner --refiner-start"""
     of_generate = """\
 prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise

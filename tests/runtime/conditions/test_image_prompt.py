@@ -1,0 +1,158 @@
+"""IP-Adapters, plain and plus, against diffusers' own; and that they are in the plan."""
+
+from __future__ import annotations
+
+import diffusers
+import numpy as np
+import pytest
+import tightfit
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tightfit.runtime.adapters import written
+from tightfit.runtime.conditions import asked
+from tightfit.runtime.errors import TightfitError
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+
+PICTURE = Image.fromarray(np.random.default_rng(7).integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
+    (96, 72), 3
+)
+WISH = {"num_inference_steps": 3, "guidance_scale": 5.0, "width": 64, "height": 64}
+_WIDTH, _PROJECTED, _INNER = 64, 48, 128
+
+
+def _attention(folder) -> dict[str, torch.Tensor]:
+    """By numbers, as diffusers orders the layers."""
+    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
+    layers = [name.removesuffix(".processor") for name in unet.attn_processors]
+    return {
+        f"ip_adapter.{number}.{part}.weight": 0.3 * torch.randn(unet.get_submodule(path).to_k.weight.shape)
+        for number, path in enumerate(layers)
+        if path.endswith("attn2")
+        for part in ("to_k_ip", "to_v_ip")
+    }
+
+
+def _projection(plus: bool, texts: int) -> dict[str, torch.Tensor]:
+    sides: dict[str, tuple[int, ...]] = {
+        "proj.weight": (4 * texts, _PROJECTED), "proj.bias": (4 * texts,),
+        "norm.weight": (texts,), "norm.bias": (texts,),
+    }  # fmt: skip
+    if plus:
+        sides = {
+            "latents": (1, 16, _INNER), "proj_in.weight": (_INNER, _WIDTH), "proj_in.bias": (_INNER,),
+            "proj_out.weight": (texts, _INNER), "proj_out.bias": (texts,),
+            "norm_out.weight": (texts,), "norm_out.bias": (texts,),
+        }  # fmt: skip
+        for layer in range(4):  # which diffusers needs
+            norms = [
+                f"{norm}.{kind}" for norm in ("0.norm1", "0.norm2", "1.0") for kind in ("weight", "bias")
+            ]
+            sides |= {f"layers.{layer}.{name}": (_INNER,) for name in norms} | {
+                f"layers.{layer}.0.to_q.weight": (128, _INNER),
+                f"layers.{layer}.0.to_kv.weight": (256, _INNER),
+                f"layers.{layer}.0.to_out.weight": (_INNER, 128), f"layers.{layer}.1.1.weight": (512, _INNER),
+                f"layers.{layer}.1.3.weight": (_INNER, 512),
+            }  # fmt: skip
+    return {f"image_proj.{name}": 0.2 * torch.randn(shape) for name, shape in sides.items()}
+
+
+@pytest.fixture(scope="module")
+def files(tiny_models, made_once):
+    """A plain one of SD 1, and one that is plus of SDXL, each beside an image encoder."""
+
+    def write(family, plus):
+        def written(folder):
+            torch.manual_seed(5)
+            vision = CLIPVisionConfig(
+                hidden_size=_WIDTH, intermediate_size=96, projection_dim=_PROJECTED, num_hidden_layers=3,
+                num_attention_heads=2, image_size=32, patch_size=8,
+            )  # fmt: skip
+            CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
+            attention = _attention(tiny_models[family])
+            texts = attention["ip_adapter.1.to_k_ip.weight"].shape[1]
+            save_file(attention | _projection(plus, texts), folder / "ip.safetensors")
+
+        return written
+
+    kinds = {"sd1": False, "sdxl": True}
+    return {
+        family: made_once(f"ip/{family}", write(family, plus)) / "ip.safetensors"
+        for family, plus in kinds.items()
+    }
+
+
+def by_diffusers(folder, file, scale) -> np.ndarray:
+    vision = CLIPVisionModelWithProjection.from_pretrained(file.parent / "image_encoder")
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    parts = {"image_encoder": vision, "feature_extractor": CLIPImageProcessor(**size)}
+    none = {} if (folder / "text_encoder_2").exists() else {"safety_checker": None}
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **parts, **none)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = diffusers.EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(scale)
+    generator = torch.Generator().manual_seed(3)
+    answer = pipe("a cat", ip_adapter_image=PICTURE, generator=generator, output_type="np", **WISH)
+    return (answer.images[0] * 255).round().astype(int)
+
+
+@pytest.mark.parametrize(("family", "scale"), [("sd1", 0.6), ("sdxl", 1.0)])
+def test_a_picture_as_a_prompt_is_diffusers(family, scale, tiny_models, files):
+    theirs = by_diffusers(tiny_models[family], files[family], scale)
+    adapters = written({"ip_adapter": [f"{files[family]}:{scale}"]})
+    with tightfit.load(
+        str(tiny_models[family]), device="cpu", precision="fp32", adapters=adapters
+    ) as pipeline:
+        mine = pipeline("a cat", ip_adapter_image=PICTURE, seed=3, scheduler="euler", **WISH)
+    assert np.abs(np.asarray(mine).astype(int) - theirs).max() <= 1  # of 255: 48 dB at the worst pixel
+    assert f"{files[family].name}:{scale:g}" in mine.info["parameters"]
+
+
+@pytest.mark.parametrize(("precision", "residency"), [("int8", "staged"), ("fp32", "streamed")])
+def test_it_is_in_the_plan(precision, residency, tiny_models, files):
+    adapters = written({"ip_adapter": [str(files["sd1"])]})
+    wishes = {"precision": precision, "residency": residency, "compute": "fp32", "attention": "sliced"}
+    request = tightfit.Request("a cat", seed=3, conditions=asked({"ip_adapter_image": PICTURE}), **WISH)
+    with tightfit.load(str(tiny_models["sd1"]), device="cpu", adapters=adapters, **wishes) as pipeline:
+        result = pipeline.generate(request)
+    assert "image_encoder" in result.plan.placements
+    for stage, measured in result.stages.items():
+        if predicted := result.plan.predicted.stages.get(stage):
+            assert abs(measured.peak_bytes - predicted) <= 0.05 * predicted, stage
+
+
+def test_what_is_refused(tiny_models, files, tmp_path):
+    spec, other = (tightfit.inspect(str(tiny_models[family])) for family in ("sd1", "sdxl"))
+    own, seen = written({"ip_adapter": [f"{files['sd1']}:0.5"]}), asked({"ip_adapter_image": PICTURE})
+    for given, model, words in (
+        ({"adapters": own}, spec, "give one by --ip-image"),
+        ({"conditions": seen}, spec, "give that by --ip-adapter"),
+        ({"conditions": seen, "adapters": (*own, *own)}, spec, "a second IP-Adapter"),
+        ({"conditions": seen, "adapters": own}, other, "take an IP-Adapter of the same family"),
+    ):
+        with pytest.raises(TightfitError, match=words):
+            tightfit.Request("a", **given).resolve(model)
+    stored = load_file(files["sd1"])
+    layers = {name: tensor for name, tensor in stored.items() if name.startswith("ip_adapter.")}
+    for name, tensors, words in (
+        ("alone", stored, "needs an image encoder with projection_dim 48"),
+        ("faces", {**layers, "image_proj.norm.weight": torch.ones(4)}, "of faces, or of another kind"),
+        ("flat", {**stored, "ip_adapter.1.to_k_ip.weight": torch.ones(())}, "no IP-Adapter that can be read"),
+        ("bare", {**layers, "image_proj.latents": torch.ones(3)}, "no IP-Adapter that can be read"),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        if name != "alone":
+            (folder / "image_encoder").symlink_to(files["sd1"].parent / "image_encoder")
+        save_file(tensors, folder / "ip.safetensors")
+        adapters = written({"ip_adapter": [str(folder / "ip.safetensors")]})
+        with pytest.raises(TightfitError, match=words):
+            tightfit.Request("a", adapters=adapters, conditions=seen).resolve(spec)
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    for text, words in (
+        (f"{files['sd1']}:x", "no number to 10"),
+        (f"{tmp_path}/x.safetensors", "is no IP-Adapter"),
+    ):
+        with pytest.raises(TightfitError, match=words):
+            written({"ip_adapter": [text]})
