@@ -17,6 +17,8 @@ from .adapters.lora import Lora
 from .adapters.prompt import WORD, places
 from .adapters.textual_inversion import TextualInversion
 from .adapters.vae import Vae
+from .conditions import CONDITIONS
+from .conditions.handed import way_of
 from .errors import TightfitError
 from .fields import kinds
 from .files import SINGLE, shortened
@@ -211,8 +213,9 @@ def _exact(text: str, source: str, given: Collection[str]) -> Carried:
             f"the request inside {source} is damaged, in its {wrong[0]}: it cannot be repeated"
         )
     asking = _asking(exact.pop("asking", None), source)
-    if asking:
-        del exact["conditions"]
+    typed = [kind.__name__ for kind in CONDITIONS if kind.options]
+    if asking or exact.get("conditions") in [[name] for name in typed]:  # which may say nothing
+        exact.pop("conditions", None)
     named = exact.pop("adapters", None) or {}
     if not isinstance(named, dict) or not all(map(_texts, named.values())):
         raise TightfitError(f"the request inside {source} is damaged, in its adapters: it cannot be repeated")
@@ -220,9 +223,11 @@ def _exact(text: str, source: str, given: Collection[str]) -> Carried:
         request["adapters"] = adapters
     options = {kind.option for kind in ADAPTERS}
     exact |= {option: ", ".join(names) for option, names in named.items() if option not in options}
-    if _REMOTE.match(request.get("refiner") or ""):
+    paths = {name: request.get(name) or "" for name in ("refiner", "hires_upscaler")}
+    if remote := next((name for name, path in paths.items() if _REMOTE.match(path)), None):
+        option = remote.replace("_", "-")
         raise TightfitError(
-            f"{source} was painted with a refiner that is on another machine: name it by --refiner"
+            f"{source} was painted with a {remote} that is on another machine: name it by --{option}"
         )
     unknown = {name: value for name, value in exact.items() if name not in _FIELDS and value is not None}
     if not unknown:
@@ -303,6 +308,10 @@ def _carried(said: Said, source: str, given: Collection[str], models_dirs: Seque
     except ValueError as error:
         raise _damaged(source, str(error)[:80]) from None
     files = _Named.among(said, models_dirs)
+    if upscaler := files.upscaler():
+        fields["hires_upscaler"] = upscaler
+        others = {name: value for name, value in said.settings.items() if name != settings.UPSCALER}
+        said = dataclasses.replace(said, settings=others)
     if refiner := files.refiner():
         fields["refiner"] = refiner
     for name in settings.idle(fields):  # A1111 writes some of them whatever the sampler
@@ -386,6 +395,12 @@ class _Named:
         same = (entry.path for entry in entries if hashes.get(entry.path).startswith(digest))
         path = next(same, None) or self.path(bare_name(name), Kind.MODEL)
         return str(path) if path else None
+
+    def upscaler(self) -> str:
+        """The network of hires fix, "" where it is none, or is not there."""
+        name = self.settings.get(settings.UPSCALER, "")
+        is_network = bool(name) and settings.is_second_pass(self.settings) and way_of(name) is None
+        return str((is_network and self.path(name, Kind.UPSCALER)) or "")
 
     def refiner(self) -> str | None:
         """By its name, which has its hash behind it; "" where it is not there, None where there is none."""

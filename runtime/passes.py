@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .adapters.vae import Vae
-from .conditions.handed import LATENTS, Enlarged, EnlargedPicture, Handed
+from .conditions.handed import LATENTS, Handed, enlarging
 from .conditions.image import ImageToImage
 from .errors import TightfitError
 from .models import schedulers
@@ -52,11 +52,9 @@ def _check(job: Job) -> None:
 def _larger(job: Job) -> tuple[Job, Job]:
     """As A1111: so many steps are taken as are asked for, the last of a schedule that is longer by the
     strength."""
-    is_latent = job.hires_upscaler in LATENTS
     taken = job.hires_steps or job.num_inference_steps
     steps = int(taken / min(job.hires_strength, _MOST_SHARE))
     height, width = _size(job)
-    condition = (Enlarged if is_latent else EnlargedPicture)(way=job.hires_upscaler)
     request = replace(
         job.request,
         **_ONE_PASS,
@@ -65,13 +63,13 @@ def _larger(job: Job) -> tuple[Job, Job]:
         num_inference_steps=steps,
         height=height,
         width=width,
-        conditions=(*job.conditions, condition),
+        conditions=(*job.conditions, enlarging(job.hires_upscaler)),
     )
     share = Share(begin=steps - taken, counts=taken, whole=job)
     second = request.resolve(job.model, share)
     if second.prompting.said == job.prompting.said:
         second = replace(second, share=replace(share, encodes=False))
-    return _first(job, Share(decodes=not is_latent, whole=job)), second
+    return _first(job, Share(decodes=job.hires_upscaler not in LATENTS, whole=job)), second
 
 
 def _size(job: Job) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from typing import Any, SupportsIndex
 from .adapters import Adapter, adapted, check, check_whole, names
 from .adapters.prompt import from_words
 from .conditions import Condition
-from .conditions.handed import way_of
+from .conditions.handed import placed as way_placed
 from .errors import TightfitError
 from .fields import described, kinds, option
 from .models import schedulers
@@ -107,7 +107,7 @@ class Request:
     hires_size: str | None = _second(None, "The size instead.", "WxH")
     hires_strength: float = _second(0.7, "How much anew, to 1; 0.7.", "X", bounds=(0, 1))
     hires_steps: int = _second(0, "0: as many as the first.", "N", bounds=(0, 1000))
-    hires_upscaler: str = _second("latent", "latent, lanczos …", "NAME")
+    hires_upscaler: str = _second("latent", "latent, lanczos … or a file.", "NAME")
     hires_prompt: str | None = _second(None, "Default: the same.", "TEXT")
     hires_scheduler: str | None = _second(None, "Default: the same.", "NAME", choices=tuple(SAMPLERS))
     refiner: str | None = _second(None, "Another model goes on.", "MODEL")
@@ -142,7 +142,7 @@ class Request:
             "schedule": schedule_of(self.schedule or AUTOMATIC),
             **{name: _choice(name, getattr(self, name), known) for name, known in _CHOICES.items()},
             **{name: _shown(sides_of(name, getattr(self, name))) for name in ("seed_resize", "hires_size")},
-            "hires_upscaler": way_of(self.hires_upscaler or _DEFAULTS["hires_upscaler"]),
+            "hires_upscaler": way_placed(self.hires_upscaler or _DEFAULTS["hires_upscaler"]),
         }
         return dataclasses.replace(self, **texts, **numbers, **whole)
 
@@ -357,6 +357,12 @@ class Job(Request):
     def tuning(self) -> Tuning:
         """What changes the sampler."""
         return Tuning(self.eta, self.s_churn, self.s_noise, self.zero_snr)
+
+    @property
+    def sides(self) -> dict[str, tuple[int, int]]:
+        """Height and width of the pictures that networks of its conditions are called with, where these are
+        not its own."""
+        return {name: size for one in self.conditions for name, size in one.sides(self).items()}
 
     @property
     def noise(self) -> Noise:

@@ -72,13 +72,13 @@ def _strength(text: str) -> float:
 
 
 def _way(text: str) -> str:
-    try:
-        return way_of(text)
-    except TightfitError as error:
-        raise ValueError(str(error)) from None
+    if (way := way_of(text)) is None:  # a network's name, which is looked for in folders of models
+        raise ValueError(f"{text[:20]} is no way to enlarge")
+    return way
 
 
 _ZERO_SNR = "Zero Terminal SNR"
+UPSCALER = "Hires upscaler"
 # From A1111's `infotext` options (its modules/shared_options.py, processing.py).
 SETTINGS = (
     Setting("Steps", "num_inference_steps", whole),
@@ -103,7 +103,7 @@ SETTINGS = (
     Setting("Hires upscale", "hires", float, "{:g}".format),
     Setting("Hires resize", "hires_size", _size),
     Setting("Hires steps", "hires_steps", whole),
-    Setting("Hires upscaler", "hires_upscaler", _way, lambda way: WAYS[way].a1111),
+    Setting(UPSCALER, "hires_upscaler", _way, lambda way: WAYS[way].a1111 if way in WAYS else Path(way).stem),
     Setting("Denoising strength", "hires_strength", _strength, "{:g}".format),
     Setting("Hires prompt", "hires_prompt", str),
     Setting("Refiner switch at", "refiner_start", float, "{:g}".format),
@@ -162,16 +162,21 @@ def understood(settings: Mapping[str, str], of_a1111s: bool) -> dict[str, Any]:
     return fields
 
 
+def is_second_pass(settings: Mapping[str, str]) -> bool:
+    """Whether they say how much larger a picture is painted again."""
+    return any(name in settings for name in _HIRES_SIZES)
+
+
 def _read(settings: Mapping[str, str]) -> list[Setting]:
     """Those of SETTINGS that are said. A strength without a larger size is of a picture painted over."""
-    larger = any(name in settings for name in _HIRES_SIZES)
+    larger = is_second_pass(settings)
     named = [setting for setting in SETTINGS if setting.name in settings]
     return [setting for setting in named if larger or not setting.field.startswith("hires")]
 
 
 def _of_second_pass(settings: Mapping[str, str], of_a1111s: bool) -> dict[str, str]:
     """What is no single setting of it. In place of an upscaler that is not here pixels are resized."""
-    if not any(name in settings for name in _HIRES_SIZES):
+    if not is_second_pass(settings):
         return {}
     upscaler = next(setting for setting in SETTINGS if setting.field == "hires_upscaler")
     fields = {} if upscaler.means(settings.get(upscaler.name, "Latent")) else {upscaler.field: "lanczos"}
@@ -212,7 +217,7 @@ def idle(fields: Mapping[str, Any]) -> list[str]:
 def honoured(settings: Mapping[str, str]) -> set[str]:
     """The names that `understood` makes fields of."""
     named = {known.name for known in _read(settings) if known.means(settings[known.name])}
-    named |= set(_SAMPLER.values()) if any(name in settings for name in _HIRES_SIZES) else set()
+    named |= set(_SAMPLER.values()) if is_second_pass(settings) else set()
     schedule = {"Schedule type"} if settings.get("Schedule type") in (None, _schedule(settings)) else set()
     return {"Size", "Sampler", *schedule, *named}
 

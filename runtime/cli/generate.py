@@ -37,7 +37,7 @@ from .options import (
     ModelsDirs,
     taking,
     wishes,
-    with_refiner,
+    with_paths,
 )
 from .output import progress_bar, say, say_json
 from .prompt import read_prompt
@@ -136,7 +136,7 @@ def generate(
         raise TightfitError(f"{painted}: give that by --image, and a mask by --mask")
     controls = again(carried.asking.get(CONTROL, ()), asking.get(CONTROL, ()), options.source)
     conditions = conditions_of({**carried.asking, **asking, CONTROL: controls, "models_dirs": models_dirs})
-    asked = with_refiner(asked, models_dirs)
+    asked = with_paths(asked, models_dirs)
     _check_schedules(asked)
     kept = _without_idle(carried.request, asked)
     wanted = Request(**{**kept, **asked, "prompt": said, "conditions": conditions}).checked()

@@ -14,6 +14,7 @@ import typer
 
 from ..adapters import ADAPTERS, Kind
 from ..conditions import CONDITIONS
+from ..conditions.handed import placed
 from ..errors import TightfitError
 from ..fields import About, described, kinds, option
 from ..machine.hardware import Hardware
@@ -147,10 +148,13 @@ def _typed(group: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in described(group) if values.get(name) is not None}
 
 
-def with_refiner(asked: Mapping[str, Any], models_dirs: Sequence[Path]) -> dict[str, Any]:
-    """What is asked of a request, with the path of the refiner in place of its name."""
-    place = located(asked["refiner"], models_dirs) if asked.get("refiner") else None
-    return {**asked, **({"refiner": place} if place else {})}
+def with_paths(asked: Mapping[str, Any], models_dirs: Sequence[Path]) -> dict[str, Any]:
+    """What is asked of a request, with the paths of refiner and upscaler in place of their names."""
+    places = {"refiner": located, "hires_upscaler": placed}
+    return {
+        name: places[name](value, models_dirs) if name in places and value else value
+        for name, value in asked.items()
+    }
 
 
 def wishes(typed: Mapping[str, Any], precision: str | None = None) -> dict[str, Any]:

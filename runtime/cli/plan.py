@@ -35,7 +35,7 @@ from .options import (
     machine_of,
     taking,
     wishes,
-    with_refiner,
+    with_paths,
 )
 from .output import say, say_json, show_table, write
 
@@ -82,7 +82,7 @@ def show_plan(
     spec = inspect(located(options.model, models_dirs))
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
-    adapters, asked = written(adapting, models_dirs), with_refiner(asked, models_dirs)
+    adapters, asked = written(adapting, models_dirs), with_paths(asked, models_dirs)
     conditions = conditions_of({**asking, "models_dirs": models_dirs})
     wish = Request("a", **asked, scheduler=sampler, adapters=adapters, conditions=conditions)
     planned = _planned(machine, wish.resolve(spec), wanted)

@@ -10,6 +10,7 @@ from typing import Any
 from ..models.families.family import Network
 from .condition import Arrays, Call, Condition, Draw, Painted, Steering, Steerings
 from .controlnet import ControlNets
+from .handed import EnlargedByNetwork
 from .image_prompt import ImagePrompt
 from .outpaint import Outpainting
 
@@ -18,7 +19,7 @@ __all__ = [
     "networks",
 ]  # fmt: skip
 
-CONDITIONS: tuple[type[Condition], ...] = (Outpainting, ImagePrompt, ControlNets)
+CONDITIONS: tuple[type[Condition], ...] = (Outpainting, ImagePrompt, ControlNets, EnlargedByNetwork)
 
 
 def networks() -> dict[str, Network]:

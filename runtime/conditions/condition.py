@@ -133,6 +133,11 @@ class Condition:
     def check(self, job: Job) -> None:
         """Raise TightfitError for a job that asks something else besides."""
 
+    def sides(self, job: Job) -> Mapping[str, tuple[int, int]]:  # noqa: ARG002
+        """Height and width of the pictures that its networks are called with, where these are not the
+        job's."""
+        return {}
+
     def after(self, painted: Painted) -> Condition:  # noqa: ARG002
         """The condition as a second pass asks it, which is handed what the first has painted."""
         return self

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..errors import TightfitError
 from ..models.families.networks import ENCODER
+from ..models.layouts import library
 from ..models.spec import Component, ModelSpec
+from ..models.upscalers import UPSCALER, enlarged, read_upscaler
 from .condition import Call, Condition, Draw, Painted, Steering
 from .image import Begun, Encoded, noised, pixels_of
-from .input_pictures import open_picture
+from .input_pictures import Picture, open_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,14 +44,32 @@ WAYS = {**LATENTS, **PIXELS}
 _ALSO = {"none": "lanczos"}  # as A1111 then resizes
 
 
-def way_of(name: str) -> str:
-    """Our name of a way, also of A1111's: "Latent (nearest)". Raises TightfitError for one that is not
-    known."""
+def way_of(name: str) -> str | None:
+    """Our name of a way, also of A1111's: "Latent (nearest)". None for one that is not known, and for a
+    network."""
     folded = re.sub(r"[\s_()]+", "-", name.lower()).strip("-")
     folded = _ALSO.get(folded, folded)
-    if folded not in WAYS:
-        raise TightfitError(f"unknown hires_upscaler '{name}': choose {', '.join(WAYS)}")
-    return folded
+    return folded if folded in WAYS else None
+
+
+def placed(name: str, models_dirs: Sequence[str | Path] = ()) -> str:
+    """A way, or the path of an upscaler's network, by its name in a folder of models too. Raises
+    TightfitError for what is neither."""
+    if way := way_of(name):
+        return way
+    path = Path(library.located(name, library.Kind.UPSCALER, models_dirs, or_name=True)).expanduser()
+    if not library.exists(str(path)):
+        raise TightfitError(
+            f"unknown hires_upscaler '{name}': choose {', '.join(WAYS)}, or the file of an upscaler"
+        )
+    return str(path.absolute())
+
+
+def enlarging(way: str) -> Enlarged | EnlargedPicture:
+    """The condition of a second pass that goes on from enlarged latents or pictures."""
+    if way in LATENTS:
+        return Enlarged(way=way)
+    return EnlargedPicture(way=way) if way in PIXELS else EnlargedByNetwork(way=way)
 
 
 @dataclass(frozen=True)
@@ -95,10 +116,38 @@ class EnlargedPicture(Handed):
 
     def prepare(self, job: Job, call: Call) -> Steering:
         assert self.painted
-        mode = WAYS[self.way].mode
-        pictures = [open_picture(image.convert("RGB")) for image in self.painted.images]
-        pixels = (pixels_of(picture, job, "crop", mode) for picture in pictures)
+        pictures = [self._larger(open_picture(image.convert("RGB")), call) for image in self.painted.images]
+        pixels = (pixels_of(picture, job, "crop", self._mode) for picture in pictures)
         return _Following([Encoded(job.spec, *call(ENCODER.name, pixels=each)) for each in pixels])
+
+    @property
+    def _mode(self) -> str:
+        return WAYS[self.way].mode
+
+    def _larger(self, picture: Picture, call: Call) -> Picture:  # noqa: ARG002
+        return picture
+
+
+@dataclass(frozen=True)
+class EnlargedByNetwork(EnlargedPicture):
+    """The same, enlarged once by the network in the file `way`, then resized to the size that is wanted."""
+
+    networks: ClassVar = (UPSCALER, ENCODER)
+
+    def components(self, spec: ModelSpec) -> tuple[Component, ...]:
+        return (read_upscaler(self.way), *super().components(spec))
+
+    def sides(self, job: Job) -> Mapping[str, tuple[int, int]]:
+        return {UPSCALER.name: (job.whole.height, job.whole.width)}
+
+    @property
+    def _mode(self) -> str:
+        return "LANCZOS"
+
+    def _larger(self, picture: Picture, call: Call) -> Picture:
+        pixels = picture.pixels.transpose(2, 0, 1)[None]
+        (larger,) = enlarged(read_upscaler(self.way), call, pixels)
+        return open_picture(larger.transpose(1, 2, 0))
 
 
 def interpolated(latents: np.ndarray, size: tuple[int, int], way: str) -> np.ndarray:

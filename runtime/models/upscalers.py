@@ -55,7 +55,7 @@ _OTHERS = (
 
 
 def _inputs(_: ModelSpec, extent: Extent) -> dict[str, Shape]:
-    return {"bytes": (1, 3, extent.height, extent.width)}
+    return {"raw": (1, 3, extent.height, extent.width)}
 
 
 def _build(component: Component) -> Any:
@@ -67,10 +67,10 @@ def _build(component: Component) -> Any:
     return RRDBNet(**sides)
 
 
-def _enlarge(module: Any, picture: Any, tiled: bool) -> tuple[Any, ...]:
+def _enlarge(module: Any, raw: Any, tiled: bool) -> tuple[Any, ...]:
     from ...kernels.upscalers import enlarge
 
-    return (enlarge(module, picture, tiled),)
+    return (enlarge(module, raw, tiled),)
 
 
 UPSCALER = Network(
@@ -135,7 +135,7 @@ def enlarged(
     component: Component, call: Callable[..., tuple[np.ndarray, ...]], picture: np.ndarray
 ) -> np.ndarray:
     """(1, 3, h, w) uint8 → (1, 3, scale * h, scale * w) uint8, by a condition's `call`."""
-    (larger,) = call(component.name, bytes=picture)
+    (larger,) = call(component.name, raw=picture)
     return larger
 
 

@@ -59,7 +59,7 @@ class Estimator:
         self.costs: Recent[dict[Any, Any]] = Recent(most)
 
     def estimate(self, hardware: Hardware, job: Job, wishes: Wishes) -> Estimate:
-        key = (job.width, job.height, job.branches, job.prompting.chunks)
+        key = (job.width, job.height, job.branches, job.prompting.chunks, *job.sides.items())
         return Estimate(hardware, job, wishes, self.costs.get(key, dict, hardware, job.spec))
 
 
@@ -173,7 +173,8 @@ class Estimate:
         """What a component is called for."""
         batched = self._role(name) in STEPPING and cfg == "batched"
         job = self.job
-        return Extent(job.branches if batched else 1, job.height, job.width, job.prompting.chunks)
+        height, width = job.sides.get(name, (job.height, job.width))
+        return Extent(job.branches if batched else 1, height, width, job.prompting.chunks)
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
@@ -200,7 +201,9 @@ class Estimate:
         # Loaded before it.
         before = {n for n in others if names.index(n) < names.index(name)}
         first = [n for n in others if n in (before if own.residency == "resident" else before | resident)]
-        groups = (first, [n for n in others if n not in first])
+        # A refiner is loaded for one request, so that what is loaded after this is not there yet.
+        is_new = self.job.model is not self.job.whole.model
+        groups = (first, [] if is_new else [n for n in others if n not in first])
 
         def compute() -> int:
             footprint = {n: self._footprint(n, placements[n], cfg) for n in (name, *others)}
@@ -215,7 +218,7 @@ class Estimate:
             for n in others
             for p in [placements[n]]
         )
-        return self._once(("peak", name, own, beside, cfg), compute)
+        return self._once(("peak", name, own, beside, cfg, is_new), compute)
 
     def _seconds(
         self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]

@@ -269,6 +269,28 @@ def test_the_budget_is_of_both(tiny_models, opened):
         assert enough.generate(HIRES).peak_bytes <= second.predicted.peak_bytes
 
 
+def test_a_network_enlarges(tiny_models, opened, tmp_path):
+    """Between the passes, in the plan, under A1111's name for it; what it answers is resized and painted."""
+    from safetensors.torch import save_file
+    from tightfit.kernels.upscalers import SRVGGNetCompact
+
+    torch.manual_seed(0)
+    file = tmp_path / "ESRGAN" / "4x-sharp.safetensors"
+    file.parent.mkdir()
+    save_file(SRVGGNetCompact(3, 8, 2, 4).state_dict(), file)
+    request = replace(HIRES, hires_upscaler=str(file), num_images=2, guidance_scale=1.0)
+    with opened(tiny_models["sd1"], residency="staged") as pipe:
+        first, second = pipe.generate(request), pipe.generate(replace(request, hires_upscaler="lanczos"))
+    assert_predicted(first)
+    assert first.passes[1].plan.placements["upscaler"]
+    assert first.images[0].tobytes() != second.images[0].tobytes()
+    text = first.images[0].info["parameters"]
+    assert "Hires upscaler: 4x-sharp, " in text
+    theirs = parse(A1111.format("Hires upscale: 2, Hires upscaler: 4x-sharp, "), "x", (), [tmp_path])
+    assert theirs.request["hires_upscaler"] == str(file)
+    assert not theirs.notices
+
+
 def test_interrupts(tiny_models, opened):
     """In the first pass nothing is painted yet; in the second, what is painted is decoded."""
     request = replace(HIRES, num_images=2, guidance_scale=1.0)

@@ -237,7 +237,7 @@ def test_budget_and_memory_that_runs_out(tmp_path, monkeypatch):
             session = run(component, placement)
 
             def call(**arrays):
-                calls.append((placement.tiling, arrays["bytes"].shape[2]))
+                calls.append((placement.tiling, arrays["raw"].shape[2]))
                 if len(calls) == 2:  # the second pass
                     raise OutOfMemoryError("full")
                 return session(**arrays)

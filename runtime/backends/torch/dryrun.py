@@ -286,7 +286,7 @@ def _trace(
     device: str,
     stays: bool = False,
 ) -> Trace:
-    kinds = {"tokens": torch.int64, "bytes": torch.uint8}
+    kinds = {"tokens": torch.int64, "raw": torch.uint8}
     tensors = {
         name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta")
         for name, shape in inputs.items()

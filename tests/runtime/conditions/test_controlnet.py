@@ -28,7 +28,7 @@ PICTURES = [
     for seed in (1, 2)
 ]
 WAYS = {"attention": "sdpa", "tiling": "whole"}  # fewer to plan
-SAME = {**WAYS, "residency": "staged", "cfg": "batched", "precision": "fp32"}
+SAME = {**WAYS, "residency": "resident", "cfg": "batched", "precision": "fp32"}
 BETWEEN = {"control_guidance_start": [0.2, 0.0], "control_guidance_end": [0.7, 1.0]}
 OPTIONS = {"num_inference_steps": 4, "width": 64, "height": 64, "seed": 3, "guidance_scale": 5.0}
 
@@ -139,7 +139,7 @@ def test_they_are_in_the_plan(precision, residency, count, cfg, tiny_models, net
 
 
 @pytest.fixture(scope="module")
-def t2i(tiny_models, made_once):
+def t2i(made_once):
     """A T2I-Adapter of SDXL, which adds to the middle, too."""
 
     def written(folder):
@@ -151,10 +151,10 @@ def t2i(tiny_models, made_once):
     return made_once("t2i/sdxl", written)
 
 
-def test_t2i_adapters_are_diffusers(tiny_models, t2i):
+def test_t2i_adapters_are_diffusers(deep_models, t2i):
     import diffusers
 
-    own = diffusers.DiffusionPipeline.from_pretrained(tiny_models["sdxl"]).components
+    own = diffusers.DiffusionPipeline.from_pretrained(deep_models["sdxl"]).components
     own.pop("image_encoder", None)
     adapter = diffusers.T2IAdapter.from_pretrained(t2i)
     pipe = diffusers.StableDiffusionXLAdapterPipeline(**own, adapter=adapter)
@@ -171,7 +171,8 @@ def test_t2i_adapters_are_diffusers(tiny_models, t2i):
     ]
     fields = {**OPTIONS, "scheduler": "euler"}
     request = tightfit.Request("a cat", **fields, conditions=(ControlNets(tuple(controls)),))
-    with tightfit.load(str(tiny_models["sdxl"]), device="cpu", **SAME) as ours:
+    staged = {**SAME, "residency": "staged"}
+    with tightfit.load(str(deep_models["sdxl"]), device="cpu", **staged) as ours:
         result = ours.generate(request)
     assert decibels(result.images[0], (theirs.images[0] * 255).round()) >= 75
     for stage in ("encode", "denoise"):  # one after the other
