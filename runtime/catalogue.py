@@ -190,7 +190,7 @@ class Planner:
             return replace(model, problem=plan)
         return replace(
             model,
-            plan=replace(plan, model=spec.name, budget_bytes=self._wishes.budget or self._machine.free_bytes),
+            plan=replace(plan, model=spec.name, budget_bytes=planner.budget_of(self._machine, self._wishes)),
         )
 
     def _plan(self, spec: ModelSpec, machine: Hardware) -> Plan | str:

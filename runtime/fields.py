@@ -17,7 +17,8 @@ class About:
     metavar: what stands for the value in --help. options: names on the command line, where the field's own,
     `--like-this`, is not all. bounds: the least and the most, both allowed. choices: the words it may be,
     besides "auto". costs: memory or seconds depend on it. panel: of --help. terse: a request that has its
-    default is written without it, as by versions that did not know it.
+    default is written without it, as by versions that did not know it. carried: of a condition, a picture
+    carries it, as it is no picture itself.
     """
 
     help: str = ""
@@ -28,6 +29,7 @@ class About:
     costs: bool = False
     panel: str | None = None
     terse: bool = False
+    carried: bool = False
 
 
 def option(default: Any, help: str = "", metavar: str = "", **others: Any) -> Any:  # noqa: A002

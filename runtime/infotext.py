@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, get_origin
 
 from .. import __version__
 from . import pictures, png, programs, settings
@@ -17,7 +17,7 @@ from .adapters.lora import Lora
 from .adapters.prompt import WORD, places
 from .adapters.textual_inversion import TextualInversion
 from .adapters.vae import Vae
-from .conditions import CONDITIONS
+from .conditions import CONDITIONS, carried
 from .conditions.handed import way_of
 from .errors import TightfitError
 from .fields import kinds
@@ -241,13 +241,20 @@ def _exact(text: str, source: str, given: Collection[str]) -> Carried:
 
 def _asking(said: Any, source: str) -> dict[str, Any]:
     """Values of the options of conditions."""
+    known = carried()
     fits = isinstance(said, dict) and all(
-        isinstance(value, str | int | float | None) or (_texts(value) and not any(map(_is_remote, value)))
-        for value in said.values()
+        name in known and (value is None or _is_of(value, known[name])) for name, value in said.items()
     )
     if said is not None and not fits:
         raise TightfitError(f"the request inside {source} is damaged, in its asking: it cannot be repeated")
     return {name: value for name, value in (said or {}).items() if value is not None}
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether JSON has a value of an option's type. Texts of a list are key=value:… after an empty path."""
+    if get_origin(kind) is list:
+        return _texts(value) and all(text[:1] in ("", ":") and not _is_remote(text) for text in value)
+    return isinstance(value, (float, int) if kind is float else kind) and not isinstance(value, bool)
 
 
 def _is_remote(text: str) -> bool:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from ..fields import described, kinds
 from ..models.families.family import Network
 from .condition import Arrays, Call, Condition, Draw, Painted, Steering, Steerings
 from .controlnet import ControlNets
@@ -31,6 +32,17 @@ def options() -> tuple[str, ...]:
     """The names of what asks for conditions."""
     kinds = [kind.options for kind in CONDITIONS if kind.options]
     return tuple(field.name for options in kinds for field in dataclasses.fields(options))
+
+
+def carried() -> dict[str, type]:
+    """The options of conditions that a picture carries, and their types."""
+    return {
+        name: kinds(kind.options)[name]
+        for kind in CONDITIONS
+        if kind.options
+        for name, about in described(kind.options).items()
+        if about.carried
+    }
 
 
 def asked(given: Mapping[str, Any]) -> tuple[Condition, ...]:

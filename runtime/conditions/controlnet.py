@@ -183,7 +183,7 @@ class Options:
     """What asks for pictures to follow. In Python, in diffusers' words, each value may be a list."""
 
     control: list[str] | None = option(  # noqa: RUF009
-        None, "Follow; FILE:weight=0.8.", "FILE", panel=PANEL
+        None, "Follow; FILE:weight=0.8.", "FILE", panel=PANEL, carried=True
     )
     control_image: Any = None
     controlnet: Any = None

@@ -34,9 +34,11 @@ class Options(OfImage):
     mask_image: str | None = option(
         None, "White where to paint.", "FILE", options=("--mask-image", "--mask"), panel=PANEL
     )
-    mask_blur: int | None = option(None, "Pixels the edge fades; 4.", "N", panel=PANEL)
-    mask_padding: int | None = option(None, "That around it alone.", "N", panel=PANEL)
-    mask_content: str | None = option(None, f"{', '.join(CONTENTS)}.", "HOW", choices=CONTENTS, panel=PANEL)
+    mask_blur: int | None = option(None, "Pixels the edge fades; 4.", "N", panel=PANEL, carried=True)
+    mask_padding: int | None = option(None, "That around it alone.", "N", panel=PANEL, carried=True)
+    mask_content: str | None = option(
+        None, f"{', '.join(CONTENTS)}.", "HOW", choices=CONTENTS, panel=PANEL, carried=True
+    )
     invert_mask: bool | None = option(None, "Paint where it is black.", panel=PANEL)
 
 
@@ -120,7 +122,7 @@ class Inpainting(ImageToImage):
         return not shown or self.strength < 1, shown
 
     def size(self, spec: ModelSpec) -> tuple[int, int] | None:
-        return super().size(spec) if self.padding is None else None
+        return super().size(spec) if self.padding is None else spec.native_size
 
     def filled(self, picture: Image.Image, mask: Image.Image) -> Image.Image:
         """The colours around the mask drawn over it."""

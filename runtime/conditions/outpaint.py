@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, SupportsIndex
 
 from ..errors import TightfitError
 from ..fields import option
+from ..models.checks import brief
 from ..models.spec import ModelSpec
 from .image import MULTIPLE, PANEL
 from .input_pictures import Picture, open_picture
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from ..request import Job
 
+_LENGTH = re.compile(r"[0-9]{1,5}")
 _MOST = 4096  # pixels at one side
 _MOST_TIMES = 4  # the pixels that a model was trained on: beyond, it repeats things
 _BLUR = 0.25  # of the largest margin
@@ -43,7 +46,7 @@ class Margins(NamedTuple):
         if not good or not any(sides.values()):
             raise TightfitError(
                 f"outpaint must be pixels at the left, right, top or bottom, to {_MOST} each, "
-                f"such as {_EXAMPLE}, not {given!r}"
+                f"such as {_EXAMPLE}, not {brief(given)}"
             )
         return cls(**{name: int(value) for name, value in sides.items()})
 
@@ -65,7 +68,7 @@ class Margins(NamedTuple):
 def _pairs(given: Any) -> Iterator[tuple[str, Any]]:
     for part in str(given).split(","):
         name, _, number = part.strip().lower().partition("=")
-        yield name.strip(), int(number) if number.strip().isascii() and number.strip().isdigit() else number
+        yield name.strip(), int(number) if _LENGTH.fullmatch(number.strip()) else number
 
 
 def _is_length(value: Any) -> bool:
@@ -76,7 +79,7 @@ def _is_length(value: Any) -> bool:
 class Options(OfMask):
     """What asks for a picture to begin with, for a part of it to be painted, or for more around it."""
 
-    outpaint: str | None = option(None, "More around: left=64 …", "SIDES", panel=PANEL)
+    outpaint: str | None = option(None, "More around: left=64 …", "SIDES", panel=PANEL, carried=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,10 +145,12 @@ class Outpainting(Inpainting):
 
 
 def _canvas(whole: Picture, margins: Margins) -> tuple[Picture, Picture]:
-    """A picture with its edges drawn out over the margins, and a mask that is white there."""
+    """A picture with its edges drawn out over the margins, and a mask that is white there, and where the
+    picture is transparent."""
     import numpy as np
 
     sides = (margins.top, margins.bottom), (margins.left, margins.right)
     canvas = np.pad(whole.pixels, (*sides, (0, 0)), mode="edge")
-    mask = np.pad(np.zeros(whole.pixels.shape[:2], np.uint8), sides, constant_values=255)
+    inside = np.zeros(whole.pixels.shape[:2], np.uint8) if whole.alpha is None else 255 - whole.alpha
+    mask = np.pad(inside, sides, constant_values=255)
     return open_picture(canvas), open_picture(mask)

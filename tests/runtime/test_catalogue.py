@@ -237,6 +237,8 @@ def test_what_a_card_that_is_not_here_would_run(store):
     plan = told["models"][0]["plan"]
     assert plan["predicted"]["peak_bytes"] == best.predicted.peak_bytes
     assert plan["budget_bytes"] == 700 * 2**20
+    more = listed(folder, "--hardware", "rtx-2060", "--vram", "100GiB")["models"][0]["plan"]
+    assert more["budget_bytes"] == machine.free_bytes
 
 
 def test_what_does_not_fit_is_said(store):

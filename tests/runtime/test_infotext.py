@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from tightfit.runtime import infotext as parameters
 from tightfit.runtime.adapters.vae import Vae
+from tightfit.runtime.conditions import asked, carried
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.kept import Hashes
 from tightfit.runtime.models.hub import BUILT_IN
@@ -151,6 +152,39 @@ def test_wrong_types_are_one_line(name, value):
     with pytest.raises(TightfitError, match=rf"inside x\.png is damaged, in its {name}: it cannot") as caught:
         parameters.parse(changed(**{name: value}), "x.png")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "asking",
+    [
+        5, {"strength": "all"}, {"strength": True}, {"control": 5}, {"control": "ab"}, {"control": [1]},
+        {"mask_image": "a.png"}, {"control_image": ["a.png"]}, {"image": "a.png", "strength": 0.5},
+        {"control": ["a.png:weight=1"]}, {"control": [r":model=\\evil\share\m"]},
+    ],
+)  # fmt: skip
+def test_a_strangers_conditions_name_no_pictures(asking):
+    """Nor anything of another type; whatever a picture says of its conditions' names."""
+    for names in (["ImageToImage"], None, 3):
+        with pytest.raises(TightfitError, match=r"inside x\.png is damaged, in its asking") as caught:
+            parameters.parse(changed(asking=asking, conditions=names), "x.png")
+        assert "\n" not in str(caught.value)
+
+
+def test_what_conditions_say_is_what_a_picture_may_carry():
+    picture = Image.new("RGB", (64, 64), "red")
+    mask = {"image": picture, "mask_image": Image.new("L", (64, 64), 255)}
+    every = [
+        *asked({**mask, "mask_padding": 8}), *asked({"image": picture, "outpaint": "left=8"}),
+        *asked({"control_image": picture, "controlnet": "x"}),
+        *asked({"image": picture, "image_guidance_scale": 1.5}),
+    ]  # fmt: skip
+    assert len(every) == 4
+    for condition in every:
+        assert condition.said().keys() <= carried().keys()
+    said = {name: value for condition in every for name, value in condition.said().items()}
+    assert parameters.parse(changed(asking=said), "x.png").asking == {
+        name: value for name, value in said.items() if value is not None
+    }
 
 
 @pytest.mark.parametrize("name", ["prompt", "model", "precision"])

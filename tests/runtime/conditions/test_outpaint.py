@@ -108,3 +108,19 @@ def test_what_cannot_be_asked(tiny_models):
         tightfit.Request("a", conditions=asked(huge)).resolve(spec)
     part = tightfit.Request("a", conditions=asked({**huge, "mask_padding": 64})).resolve(spec)
     assert (part.height, part.width) == spec.native_size
+
+
+def test_what_is_transparent_is_painted_too():
+    alpha = Image.new("L", PICTURE.size, 255)
+    alpha.paste(0, (0, 0, 10, 10))
+    clear = PICTURE.copy()
+    clear.putalpha(alpha)
+    (condition,) = asked({"image": clear, "outpaint": "left=8"})
+    mask = np.asarray(condition.mask.image.convert("L"))
+    assert (mask[:10, 8:18] == 255).all() and (mask[:, :8] == 255).all()
+    assert not mask[12:, 20:].any()
+
+
+def test_more_digits_than_python_reads():
+    with pytest.raises(TightfitError, match="outpaint must be pixels"):
+        asked({"image": PICTURE, "outpaint": "left=" + "9" * 5000})
