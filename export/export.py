@@ -148,7 +148,7 @@ class _Export:
             "tightfit": __version__,
             "precision": self.precision,
             "defaults": dict(self.spec.defaults),
-            **({"adapters": names} if (names := kinds_of_adapters.names(self.adapters)) else {}),
+            **({"adapters": names} if (names := kinds_of_adapters.by_option(self.adapters)) else {}),
         }
 
 

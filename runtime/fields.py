@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, get_args, get_type_hints
 
 _KEY = "about"
@@ -50,3 +51,10 @@ def kinds(group: type) -> dict[str, type]:
         for name, hint in hints.items()
     }
     return {name: str if kind is Any else kind for name, kind in names.items()}
+
+
+def plain(value: Any) -> Any:
+    """A number as Python has it, also one of numpy's, which JSON has not; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)

@@ -85,7 +85,7 @@ def write(job: Job, model: str, precision: str) -> str:
         "Refiner": _with_hash(job.refiner) if job.refiner else None,
         **plain,
         **{name: value for asked in job.conditions for name, value in asked.a1111().items()},
-        "Lora hashes": ", ".join(digest for _, digest in loras),
+        "Lora hashes": ", ".join(digest for _, digest in loras if digest),
         "Precision": precision,
         "Version": f"tightfit {__version__}",
     }

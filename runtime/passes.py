@@ -8,26 +8,34 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .adapters.vae import Vae
 from .conditions.handed import LATENTS, Handed, enlarging
 from .conditions.image import ImageToImage
 from .errors import TightfitError
+from .fields import described
 from .models import schedulers
 from .models.families.family import Role
 from .models.hub import inspect
 from .models.spec import ModelSpec
 from .placement import Placement
-from .request import Job, Request, Share, sides_of
+from .planner.wishes import Wishes
+from .request import Job, Request, Share, check_sides, sides_of
+
+if TYPE_CHECKING:
+    from .planner.plan import Plan
 
 _ONE_PASS: dict[str, Any] = {
     field.name: field.default
     for field in dataclasses.fields(Request)
     if field.name.startswith(("hires", "refiner"))
 }
+_MOST = {name: about.bounds[1] for name, about in described(Request).items() if about.bounds}
 _MOST_SHARE = 0.999  # as A1111 has it
+_MOST_FILES = 1000  # of a model, that are looked at to know whether it has changed
 
 
 def passes(job: Job) -> tuple[Job, ...]:
@@ -53,7 +61,7 @@ def _larger(job: Job) -> tuple[Job, Job]:
     """As A1111: so many steps are taken as are asked for, the last of a schedule that is longer by the
     strength."""
     taken = job.hires_steps or job.num_inference_steps
-    steps = int(taken / min(job.hires_strength, _MOST_SHARE))
+    steps = _steps(job.hires_strength, taken)
     height, width = _size(job)
     request = replace(
         job.request,
@@ -72,12 +80,27 @@ def _larger(job: Job) -> tuple[Job, Job]:
     return _first(job, Share(decodes=job.hires_upscaler not in LATENTS, whole=job)), second
 
 
+def _steps(strength: float, taken: int) -> int:
+    """Of the whole schedule, of which so many are taken."""
+    steps, most = int(taken / min(strength, _MOST_SHARE)), _MOST["num_inference_steps"]
+    if steps > most:
+        raise TightfitError(
+            f"hires_strength {strength:g} takes {taken} steps of a schedule of {steps}, and {most} are the "
+            "most: give a larger one, or fewer hires_steps"
+        )
+    return steps
+
+
 def _size(job: Job) -> tuple[int, int]:
     """Height and width. By a factor they are rounded down to what the model can do, as A1111 rounds them."""
+    step, most = job.spec.downsampling, _MOST["width"]
     if sides := sides_of("hires_size", job.hires_size):
+        check_sides({"hires_size's width": sides[0], "hires_size's height": sides[1]}, step)
         return sides[1], sides[0]
-    factor, step = job.hires or 1.0, job.spec.downsampling
+    factor = job.hires or 1.0
     height, width = (int(side * factor) // step * step for side in (job.height, job.width))
+    if max(height, width) > most:
+        raise TightfitError(f"hires {factor:g} makes {width}x{height}, and a side has at most {most} pixels")
     return height, width
 
 
@@ -105,13 +128,21 @@ def _first(job: Job, share: Share) -> Job:
 def _model(name: str) -> ModelSpec:
     """Read from files alone: a request never starts a download."""
     with suppress(OSError, ValueError):
-        return _read(name, Path(name).stat().st_mtime_ns)
-    return _read(name, 0)
+        return _read(name, _written(Path(name)))
+    return _read(name, ())
+
+
+def _written(path: Path) -> tuple[tuple[Path, int, int], ...]:
+    """Size and time of a file, or of each in a model's folder, where a file that is written again leaves the
+    folder's own time as it is."""
+    files = [path, *islice(path.glob("*"), _MOST_FILES), *islice(path.glob("*/*"), _MOST_FILES)]
+    stats = [(file, file.stat()) for file in sorted(files) if file.exists()]
+    return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 
 
 @lru_cache(2)
-def _read(place: str, changed: int) -> ModelSpec:  # noqa: ARG001  of a file that has changed, anew
-    """The same object for the same model, as what is planned for it is kept by that."""
+def _read(place: str, written: tuple[tuple[Path, int, int], ...]) -> ModelSpec:  # noqa: ARG001
+    """The same object for the same files, as what is planned for it is kept by that."""
     return inspect(place, local_files_only=True)
 
 
@@ -133,3 +164,21 @@ def left(first: Job, placements: Mapping[str, Placement], second: Job) -> tuple[
     if not first.share.decodes and not second.share.encodes and Role.ENCODER not in before:
         names.add(first.spec.denoiser.name)
     return tuple((name, placement) for name, placement in placements.items() if name in names)
+
+
+def wishes_after(first: Job, plan: Plan, second: Job, wishes: Wishes) -> Wishes:
+    """What is wished of the second pass: to run beside what the first leaves loaded, and in its precision.
+    Another model is loaded for this request alone, in any precision."""
+    if first.model is not second.model:
+        return replace(wishes, requests=1)
+    return replace(wishes, loaded=left(first, plan.placements, second), after=plan.denoiser)
+
+
+def mixed(first: Plan, second: Plan) -> tuple[str, ...]:
+    """What to say of two passes in different precisions, of which a picture can carry one."""
+    before, now = first.denoiser.arithmetic, second.denoiser.arithmetic
+    if before == now:
+        return ()
+    said = f"the first pass is in {before}, the second in {now}, which alone is what pictures carry"
+    cure = f": --precision {second.precision} is for both" if first.model == second.model else ""
+    return (said + cure,)

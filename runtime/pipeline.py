@@ -20,7 +20,7 @@ from .loaded import Loaded
 from .machine.hardware import Hardware
 from .models.hub import inspect
 from .models.spec import ModelSpec
-from .passes import left, passes
+from .passes import passes, wishes_after
 from .planner import choose as planner
 from .planner.plan import Plan
 from .planner.wishes import Wishes
@@ -46,8 +46,9 @@ def load(
     device: auto, cuda, xpu, mps or cpu. Each request is planned for what was free here, by `wishes`, the
     fields of Wishes: precision, compute, residency, attention, tiling and cfg (auto unless named), budget
     (bytes, or text such as "4GiB"; of the GPU's memory, or of the process's on a CPU), min_psnr
-    (decibels). Or else all run by `plan`, if it fits. `adapters` change the model for every request. With
-    local_files_only nothing is fetched. Raises TightfitError.
+    (decibels). Or else all run by `plan`, if it fits; so does a second pass by the same model, but for
+    networks that `plan` has not, or in its precision alone where that is what fits. `adapters` change the
+    model for every request. With local_files_only nothing is fetched. Raises TightfitError.
     """
     known = Wishes.__dataclass_fields__
     if unknown := [name for name in wishes if name not in known]:
@@ -106,17 +107,28 @@ class Pipeline:
             return list(self._planned[1])
 
     def _plans_after(self, first: Run, job: Job) -> list[Plan]:
-        """Every way to run the second pass, beside what the first leaves loaded. Another model is loaded for
-        this request alone."""
-        loaded = left(first.job, first.plan.placements, job)
-        requests = self.wishes.requests if job.model is self.spec else 1
-        key = (*_costs_of(job), loaded)
+        """Every way to run the second pass, beside what the first leaves loaded."""
+        wishes = wishes_after(first.job, first.plan, job, self.wishes)
+        key = (*_costs_of(job), wishes)
         with self._using:
             (spec, *known), _ = self._planned_next
             if spec is not job.spec or (*known,) != key:
-                plans = self._planned_by(job, replace(self.wishes, loaded=loaded, requests=requests))
+                plans = _before(self._continued(job, wishes), self._planned_by(job, wishes))
                 self._planned_next = (job.spec, *key), plans
             return list(self._planned_next[1])
+
+    def _first_after(self, first: Run, job: Job) -> Plan:
+        """The plan to begin the second pass with."""
+        wishes = wishes_after(first.job, first.plan, job, self.wishes)
+        return (self._continued(job, wishes) or self._plans_after(first, job))[0]
+
+    def _continued(self, job: Job, wishes: Wishes) -> list[Plan]:
+        """The plan that was given for all requests, for a second pass by this model, if the first was run by
+        it."""
+        if not (self._saved and wishes.after and wishes.after.arithmetic == self._saved.denoiser.arithmetic):
+            return []
+        planner.refuse_hopeless(self.hardware, job, wishes)
+        return planner.continued(self._saved, self.hardware, job, wishes)
 
     def _planned_by(self, job: Job, wishes: Wishes) -> list[Plan]:
         planner.refuse_hopeless(self.hardware, job, wishes)
@@ -133,8 +145,7 @@ class Pipeline:
     def _planned_anew(self, job: Job) -> list[Plan]:
         if not (saved := self._checked(job)):
             return self._planned_by(job, self.wishes)
-        plans = planner.plan(self.hardware, self.spec, job, self.wishes)
-        return [*saved, *(replace(plan, chosen=False) for plan in plans)]
+        return _before(saved, planner.plan(self.hardware, self.spec, job, self.wishes))
 
     def _checked(self, job: Job) -> list[Plan]:
         """The plan that was given for all requests, predicted for this one; nothing without one."""
@@ -208,8 +219,7 @@ class Pipeline:
         runs = [first]
         for job in jobs[1:]:
             loaded = self.loaded if job.model is self.spec else Loaded(self.hardware)
-            plans = partial(self._plans_after, first)
-            ways = Ways(lambda job, plans=plans: plans(job)[0], plans)
+            ways = Ways(partial(self._first_after, first), partial(self._plans_after, first))
             runs.append(Run(job, loaded, ways, self._on_stage, runs[-1]))
         return runs
 
@@ -254,6 +264,11 @@ class Pipeline:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+
+def _before(saved: list[Plan], plans: list[Plan]) -> list[Plan]:
+    """All of them, those from a file first and chosen, if there are some."""
+    return [*saved, *(replace(plan, chosen=False) for plan in plans)] if saved else plans
 
 
 def _costs_of(job: Job) -> tuple[Any, ...]:

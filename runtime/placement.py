@@ -46,3 +46,8 @@ class Placement:
     tiling: str
     provider: str = ""
     kept_bytes: int = 0
+
+    @property
+    def arithmetic(self) -> str:
+        """'bf16', or, of quantised weights, 'int8 in bf16'."""
+        return self.precision if self.precision == self.compute else f"{self.precision} in {self.compute}"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
-from .adapters import Adapter, adapted, check, check_whole, names
+from .adapters import Adapter, adapted, by_option, check, check_whole
 from .adapters.prompt import from_words
 from .conditions import Condition
 from .conditions.handed import placed as way_placed
@@ -162,7 +162,7 @@ class Request:
 
     def adapters_json(self) -> dict[str, dict[str, list[str]]]:
         """The names of its adapters by their options, if it has any."""
-        named = names(self.adapters)
+        named = by_option(self.adapters)
         return {"adapters": named} if named else {}
 
     def resolve(self, spec: ModelSpec, share: Share | None = None) -> Job:
@@ -196,11 +196,10 @@ class Request:
             "refiner": request.refiner and placed(request.refiner),
         }
         resize = dict(zip(_RESIZED, sides_of("seed_resize", request.seed_resize) or (), strict=False))
-        for name, side in {"width": decided["width"], "height": decided["height"], **resize}.items():
-            if side % spec.downsampling:
-                raise TightfitError(_size_error(name, side, spec.downsampling))
+        check_sides({"width": decided["width"], "height": decided["height"], **resize}, spec.downsampling)
         changed = skipping(adapted(spec, request.adapters), request.clip_skip)
         check_whole(changed)
+        _check_networks(request.conditions)
         _check_channels(changed, request.conditions)
         parts = [part for condition in request.conditions for part in condition.components(changed)]
         given |= decided
@@ -326,6 +325,12 @@ class Job(Request):
         return self._calls_between(0, self.share.begin) if goes_on else []
 
     @property
+    def _schedule(self) -> list[int]:
+        """The calls of the steps that it takes, with those that passes before took, and those that are left
+        to the next."""
+        return self._calls_between(self.skipped - len(self._earlier), None)
+
+    @property
     def first_call(self) -> int:
         """The number of its first call in the schedules of its prompt."""
         return sum(self._earlier)
@@ -333,8 +338,7 @@ class Job(Request):
     @property
     def guided(self) -> range:
         """The steps, from 1, in which guidance acts; in others the conditioned half runs alone."""
-        before, taken = len(self._earlier), self.steps_taken
-        count = len(self._calls_between(self.skipped - before, None))
+        before, taken, count = len(self._earlier), self.steps_taken, len(self._schedule)
         first, last = (int(part * count + 0.5) for part in (self.guidance_start, self.guidance_end))
         return range(max(first - before, 0) + 1, min(last - before, taken) + 1)
 
@@ -349,9 +353,27 @@ class Job(Request):
         many of these are guided, if any are. All, but where a condition leaves some out."""
         calls = [step for step, count in enumerate(self._calls_by_step, 1) for _ in range(count)]
         for condition in self.conditions:
-            if (acting := condition.acting(name, len(calls))) is not None:
-                calls = calls[acting.start : acting.stop]
+            if (acting := condition.acting(name, self.scheduled_calls)) is not None:
+                here = self.of_schedule(acting)
+                calls = calls[here.start : here.stop]
         return len(calls), sum(step in self.guided for step in calls)
+
+    @property
+    def scheduled_calls(self) -> int:
+        """Its own, those of passes before, and those that are left to the next."""
+        return sum(self._schedule)
+
+    def of_schedule(self, acting: range) -> range:
+        """Of calls of the whole schedule, those that are its own, from its first. Raises TightfitError if
+        none is."""
+        first = self.first_call
+        here = range(max(acting.start - first, 0), min(acting.stop - first, self.calls))
+        if not here:
+            raise TightfitError(
+                f"a control acts in calls {acting.start + 1} to {acting.stop} of {self.scheduled_calls}, all "
+                "of which the refiner takes: let it act earlier, or leave it out"
+            )
+        return here
 
     @property
     def tuning(self) -> Tuning:
@@ -500,6 +522,19 @@ def _subseed(request: Request) -> int | None:
     return None
 
 
+def _check_networks(conditions: Sequence[Condition]) -> None:
+    """Raise TightfitError for two conditions that call one network, which is costed for one of them."""
+    callers: dict[str, str] = {}
+    for condition in conditions:
+        kind, names = type(condition).__name__, [network.name for network in condition.networks]
+        if shared := next((name for name in names if name in callers), None):
+            raise TightfitError(
+                f"two conditions, {callers[shared]} and {kind}, call the network {shared}: "
+                "make one of them, or leave one out"
+            )
+        callers |= dict.fromkeys(names, kind)
+
+
 def _check_channels(spec: ModelSpec, conditions: Sequence[Condition]) -> None:
     """Raise TightfitError for inputs of the denoiser that nothing fills."""
     if sum(condition.tokens(spec) for condition in conditions) != spec.unet.get(TOKENS, 0):
@@ -542,10 +577,13 @@ def _check_guidance(job: Job) -> None:
         raise TightfitError(f"{asked} changes nothing where a step takes one prediction: {cure}")
 
 
-def _size_error(name: str, value: int, factor: int) -> str:
-    below, above = value // factor * factor, (value // factor + 1) * factor
-    near = f"{below} or {above}" if below else str(above)
-    return (
-        f"{name} {value} is not a multiple of {factor}, by which this model shrinks a picture: "
-        f"the nearest are {near}"
-    )
+def check_sides(sides: Mapping[str, int], factor: int) -> None:
+    """Raise TightfitError for the first side, by its name, that a model cannot shrink by `factor`."""
+    for name, value in sides.items():
+        if value % factor:
+            below, above = value // factor * factor, (value // factor + 1) * factor
+            near = f"{below} or {above}" if below else str(above)
+            raise TightfitError(
+                f"{name} {value} is not a multiple of {factor}, by which this model shrinks a picture: "
+                f"the nearest are {near}"
+            )

@@ -25,7 +25,7 @@ from .machine.process import ProcessPeak
 from .models import schedulers
 from .models.families.family import STEPPING, Role
 from .models.spec import ModelSpec
-from .passes import left
+from .passes import left, mixed
 from .planner.plan import Plan
 from .request import Job
 from .units import shown
@@ -151,6 +151,7 @@ class Run:
         painted, self._announced = before.painted, before._announced
         conditions = tuple(condition.after(painted) for condition in self.job.conditions)
         self.job = replace(self.job, conditions=conditions)
+        self._note(*mixed(before.plan, self.plan))
         self._take(self.plan)
 
     def _prepare(self) -> None:
@@ -435,6 +436,8 @@ class Run:
                 f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}", complete=True
             )
         self._take(min(lower, key=lambda plan: plan.precision != now.precision))
+        if self._after and self.plan.denoiser.arithmetic != now.denoiser.arithmetic:
+            self._after._plan = self._after._ways.first(self._after.job)
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
 
 

@@ -89,7 +89,7 @@ def _placed(text: str, shelf: library.Kind, models_dirs: Sequence[str | Path]) -
     return ":".join([library.located(name, shelf, models_dirs), *others])
 
 
-def names(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
+def by_option(adapters: Sequence[Adapter]) -> dict[str, list[str]]:
     """Their names by their options."""
     options = dict.fromkeys(adapter.option for adapter in adapters)
     return {option: [adapter.name for adapter in adapters if adapter.option == option] for option in options}

@@ -40,7 +40,7 @@ class IPAdapter:
 
     @property
     def name(self) -> str:
-        return f"{self.file}:{self.scale:g}"
+        return f"{self.file}:{self.scale!r}"
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
         """The model that reads pictures, with what encodes them. Raises TightfitError for another family's,

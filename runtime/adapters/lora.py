@@ -7,11 +7,13 @@ import math
 import re
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import TightfitError
+from ..fields import plain
 from ..files import WEIGHTS_BYTES, open_regular, parsed, read_json, shortened
 from ..models.families import reads_texts
 from ..models.families.family import Role
@@ -78,7 +80,7 @@ class Lora:
     def read(cls, path: str | Path, weight: float = 1.0, text_weight: float | None = None) -> Lora:
         """The adapter in a file that `claims`."""
         file = located(path, IN_FOLDERS)
-        weights = weight, weight if text_weight is None else text_weight
+        weights = plain(weight), plain(weight if text_weight is None else text_weight)
         if not all(isinstance(value, int | float) and abs(value) <= _STRONGEST for value in weights):
             raise TightfitError(
                 f"the weight of {file.name} must be a number from -{_STRONGEST} to {_STRONGEST}, "
@@ -98,10 +100,13 @@ class Lora:
         return self.file.parent.name if self.file.name in IN_FOLDERS else self.file.stem
 
     def a1111(self) -> tuple[str, str]:
-        """What A1111 writes for it into a prompt, and between its hashes."""
+        """What A1111 writes for it into a prompt, and between its hashes, '' where the file is gone."""
         text, weight = self.text_weight, self.weight
         words = f"{weight:g}" if text == weight else f"{text:g}:{weight:g}"
-        return f"<lora:{self.title}:{words}>", f"{self.title}: {a1111_hash(self.file, self.stamp)}"
+        digest = ""
+        with suppress(OSError, TightfitError):  # else a picture that is painted would be lost
+            digest = f"{self.title}: {a1111_hash(self.file, self.stamp)}"
+        return f"<lora:{self.title}:{words}>", digest
 
     @property
     def _layers(self) -> _Layers:

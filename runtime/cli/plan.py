@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +17,7 @@ from ..errors import printable
 from ..fields import described
 from ..machine.hardware import Hardware
 from ..models.schedulers import KINDS
-from ..passes import left, passes
+from ..passes import mixed, passes, wishes_after
 from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Job, Request
@@ -111,8 +111,7 @@ def _planned(machine: Hardware, whole: Job, wanted: Wishes) -> Planned:
 
     planned: list[tuple[Job, list[Plan]]] = []
     for job in passes(whole):
-        loaded = left(planned[0][0], planned[0][1][0].placements, job) if planned else ()
-        wishes = replace(wanted, loaded=loaded)
+        wishes = wishes_after(planned[0][0], planned[0][1][0], job, wanted) if planned else wanted
         planner.refuse_hopeless(machine, job, wishes)
         planned.append((job, planner.plan(machine, job.model, job, wishes)))
     return planned
@@ -134,12 +133,13 @@ def _of_adapters(job: Job) -> list[str]:
 
 def _of_passes(planned: Planned) -> list[str]:
     """What several passes take together, by the plans that are chosen."""
-    chosen = [plans[0].predicted for _, plans in planned]
-    if len(chosen) == 1:
+    if len(planned) == 1:
         return []
+    (_, (first, *_)), (_, (second, *_)) = planned
+    chosen = first.predicted, second.predicted
     seconds, peak_bytes = sum(p.seconds for p in chosen), max(p.peak_bytes for p in chosen)
     peaks = ", then ".join(shown(p.peak_bytes) for p in chosen)
-    return [f"both passes: {seconds:.1f} s, peak {shown(peak_bytes)} ({peaks})"]
+    return [f"both passes: {seconds:.1f} s, peak {shown(peak_bytes)} ({peaks})", *mixed(first, second)]
 
 
 def _print_json(planned: Planned, notes: list[str]) -> None:

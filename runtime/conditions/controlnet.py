@@ -8,13 +8,14 @@ import functools
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..adapters.header import Stamp, contents, located, stamp
 from ..errors import TightfitError
-from ..fields import option
+from ..fields import option, plain
 from ..files import WEIGHTS_BYTES, open_regular
 from ..models.families.controlnet import CONTROLNETS, MOST
 from ..models.families.family import FEATURE, RESIDUAL, Extent, Role
@@ -57,8 +58,8 @@ def _rising(count: int) -> list[float]:
 
 @dataclass(frozen=True)
 class Mode:
-    """What the answers weigh, from the input to the middle; and whether the unguided row gets them, too.
-    `a1111` is what A1111 calls it."""
+    """What the answers weigh, from the input to the middle; and whether rows without the prompt get them,
+    too. `a1111` is what A1111 calls it."""
 
     weights: Any
     everywhere: bool
@@ -95,13 +96,19 @@ class Control:
     resize: str = "resize"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.model, str | Path | None):
+            raise TightfitError(
+                f"a ControlNet is a folder, a file or a name, not {type(self.model).__name__}: "
+                "name its folder or file"
+            )
         if self.model is not None:  # of a file, where it is, whatever folder this is in when it is read again
             path = Path(str(self.model)).expanduser()
             name = str(path.absolute()) if library.exists(str(path)) else str(self.model)
             object.__setattr__(self, "model", name)
         bounds = {"weight": (-_MOST_WEIGHT, _MOST_WEIGHT), "start": (0, 1), "end": (0, 1)}
         for name, (least, most) in bounds.items():
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, value)
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
                 raise TightfitError(
                     f"{name} of a control must be a number from {least} to {most}, not {value!r}"
@@ -149,20 +156,20 @@ class Control:
         return Place(part, job).inside(self._fitted(part.image.width, part.image.height))
 
     def said(self) -> str:
-        """As it is typed, but for the picture."""
+        """As it is typed, but for the picture: numbers in all their digits."""
         values = {name: getattr(self, name) for name in _DEFAULTS}
         changed = {name: value for name, value in values.items() if value != _DEFAULTS[name]}
-        return ":".join(["", *(f"{name}={_shown(value)}" for name, value in changed.items())])
+        return ":".join(["", *(f"{name}={value}" for name, value in changed.items())])
 
     def a1111(self, name: str) -> str:
         """As A1111's extension writes it, with a model that is called so."""
         fields = {
             "Module": _MODULES.get(self.preprocess, self.preprocess),
             "Model": name,
-            "Weight": _shown(self.weight),
+            "Weight": f"{self.weight:g}",
             "Resize Mode": _RESIZES[self.resize],
-            "Guidance Start": _shown(self.start),
-            "Guidance End": _shown(self.end),
+            "Guidance Start": f"{self.start:g}",
+            "Guidance End": f"{self.end:g}",
             "Pixel Perfect": "True",
             "Control Mode": MODES[self.mode].a1111,
         }
@@ -172,10 +179,6 @@ class Control:
 _DEFAULTS: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Control) if f.name != "picture"}
 _NUMBERS = ("weight", "start", "end")
 _KEY = re.compile(rf":(?=(?:{'|'.join(_DEFAULTS)})=)")
-
-
-def _shown(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float | int) else str(value)
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,7 @@ class Options:
     control_preprocess: Any = None
     control_resize: Any = None
     guess_mode: Any = None
+    models_dirs: Any = None
 
 
 # diffusers' words, and ours for what it has not, by the fields that they are.
@@ -206,10 +210,13 @@ _WORDS = {
 
 @dataclass(frozen=True)
 class ControlNets(Condition):
-    """Follow pictures. `models_dirs` are folders in which models are looked for by name."""
+    """Follow pictures. `models_dirs` are folders in which models are looked for by name. `places` are where
+    the ControlNets are, and `names` what pictures call them, both decided by `resolved`."""
 
     controls: tuple[Control, ...]
     models_dirs: tuple[Path, ...] = ()
+    places: tuple[Path, ...] = ()
+    names: tuple[str, ...] = ()
 
     networks: ClassVar = (*CONTROLNETS, *T2I_ADAPTERS)
     options: ClassVar = Options
@@ -220,7 +227,7 @@ class ControlNets(Condition):
         controls = [*map(typed, given.get(CONTROL) or ()), *_in_python(given, named)]
         if not controls:
             return None
-        return cls(tuple(controls), tuple(map(Path, given.get("models_dirs") or ())))
+        return cls(tuple(controls), _folders(given.get("models_dirs") or ()))
 
     def __post_init__(self) -> None:
         if len(self.controls) > MOST:
@@ -235,35 +242,26 @@ class ControlNets(Condition):
         return {CONTROL: [control.said() for control in self.controls]}
 
     def a1111(self) -> dict[str, Any]:
-        return {
-            f"ControlNet {number}": control.a1111(self._shown_name(control))
-            for number, control in enumerate(self.controls)
-        }
+        named = zip(self.controls, self.names, strict=True)
+        return {f"ControlNet {number}": control.a1111(name) for number, (control, name) in enumerate(named)}
 
-    def _shown_name(self, control: Control) -> str:
-        """A ControlNet's name, and its hash if it is a file, as A1111 shows them."""
-        if control.model is None:
-            return "default"
-        path = self._named(control.model)
-        return f"{path.stem} [{_short_hash(path, stamp(path))}]" if path.is_file() else path.name
-
-    def _named(self, model: str) -> Path:
-        return _place(library.located(model, library.Kind.CONTROLNET, self.models_dirs))
-
-    def components(self, spec: ModelSpec) -> tuple[Component, ...]:
+    def resolved(self, spec: ModelSpec) -> ControlNets:
+        """Nothing is looked for later: a file that vanishes meanwhile takes no finished picture with it."""
         if not spec.denoiser.tensors:
             raise TightfitError(
                 f"the U-Net of {spec.name} is here as ONNX alone, which follows no picture: "
                 "use the model that it was made from"
             )
-        return tuple(
-            _component(self._path(control, spec), number, spec)
-            for number, control in enumerate(self.controls)
-        )
+        places = tuple(self._path(control, spec) for control in self.controls)
+        names = map(_shown_name, self.controls, places)
+        return replace(self, places=places, names=tuple(names))
+
+    def components(self, spec: ModelSpec) -> tuple[Component, ...]:
+        return tuple(_component(place, number, spec) for number, place in enumerate(self.places))
 
     def _path(self, control: Control, spec: ModelSpec) -> Path:
         if control.model is not None:
-            return self._named(control.model)
+            return _place(library.located(control.model, library.Kind.CONTROLNET, self.models_dirs))
         return controlnet.built_in(spec) or self._only(spec)
 
     def _only(self, spec: ModelSpec) -> Path:
@@ -316,14 +314,16 @@ def typed(text: str) -> Control:
 
 def _in_python(given: Mapping[str, Any], named: Mapping[str, Any]) -> list[Control]:
     """Those of diffusers' words."""
-    pictures = given.get("control_image")
-    if pictures is None:
-        if named:
-            raise TightfitError(f"{next(iter(named))} is of a picture to follow: give it by control_image")
-        return []
-    pictures = [*pictures] if isinstance(pictures, list | tuple) else [pictures]
+    pictures, guesses = given.get("control_image"), bool(given.get("guess_mode"))
+    if not isinstance(pictures, list | tuple):
+        pictures = [] if pictures is None else [pictures]
+    asked = [*named, *["guess_mode"] * guesses]
+    if asked and not pictures:
+        raise TightfitError(f"{asked[0]} is of a picture to follow: give it by control_image")
+    if guesses and "control_mode" in named:
+        raise TightfitError("guess_mode and control_mode both say what the answers weigh: give one of them")
     values = {_WORDS[name]: _for_each(name, value, len(pictures)) for name, value in named.items()}
-    if given.get("guess_mode"):
+    if guesses:
         values["mode"] = ["guess"] * len(pictures)
     return [
         Control(open_picture(picture), **{name: of_each[place] for name, of_each in values.items()})
@@ -336,6 +336,13 @@ def _for_each(name: str, value: Any, count: int) -> Sequence[Any]:
     if len(values) != count:
         raise TightfitError(f"{name} has {len(values)} values for {count} pictures: give one for each")
     return values
+
+
+def _folders(given: Any) -> tuple[Path, ...]:
+    folders = [given] if isinstance(given, str | Path) else given
+    if not isinstance(folders, list | tuple) or not all(isinstance(folder, str | Path) for folder in folders):
+        raise TightfitError(f"models_dirs are folders of models, not {given!r}: name each in a list")
+    return tuple(map(Path, folders))
 
 
 def _place(name: str) -> Path:
@@ -353,6 +360,15 @@ def _short_hash(file: Path, stamp: Stamp) -> str:  # noqa: ARG001
     with open_regular(file, WEIGHTS_BYTES) as stream:
         stream.seek(2**20)
         return hashlib.sha256(stream.read(2**16)).hexdigest()[:8]
+
+
+def _shown_name(control: Control, place: Path) -> str:
+    """A ControlNet's name, and its hash if it is a file that can be read, as A1111 shows them."""
+    if control.model is None:
+        return "default"
+    with suppress(OSError, TightfitError):  # which is said where the whole file is read
+        return f"{place.stem} [{_short_hash(place, stamp(place))}]" if place.is_file() else place.name
+    return place.stem
 
 
 def _component(path: Path, number: int, spec: ModelSpec) -> Component:
@@ -388,7 +404,8 @@ class Controlled(Steering):
         for number, control in enumerate(condition.controls):
             names = CONTROLNETS[number].name, T2I_ADAPTERS[number].name
             component = next(job.spec.components[name] for name in names if name in job.spec.components)
-            acting, picture = control.acting(job.calls), control.pixels(job, component)
+            acting = job.of_schedule(control.acting(job.scheduled_calls))
+            picture = control.pixels(job, component)
             if component.role is Role.CONTROL:
                 self._nets.append(_Acting(component, control, acting, picture))
             else:
@@ -435,8 +452,8 @@ class Controlled(Steering):
             inputs = job.spec.inputs(component, len(rows), job.height, job.width)
             pooled, count = component.config.get("global_pool_conditions"), inputs["scales"][-1]
             weights = _alike(count) if pooled and control.mode == "guess" else mode.weights(count)
-            everywhere = job.branches == 1 or (mode.everywhere and not pooled)
-            shares = np.outer([float(everywhere or row > 0) for row in rows], weights)
+            everywhere = mode.everywhere and not pooled
+            shares = np.outer([float(everywhere or row in job.prompted) for row in rows], weights)
             self._scales[component.name, rows] = shares.astype(np.float32) * np.float32(control.weight)
         return self._scales[component.name, rows]
 

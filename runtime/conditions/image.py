@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import TightfitError
-from ..fields import option
+from ..fields import option, plain
 from ..models.families.networks import ENCODER
 from ..models.spec import Component, ModelSpec
 from .condition import Call, Condition, Draw, Steering
@@ -56,6 +56,8 @@ class ImageToImage(Condition):
         return {"Denoising strength": f"{self.strength:g}"}
 
     def __post_init__(self) -> None:
+        for name in ("strength", "image_guidance_scale"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         if not isinstance(self.strength, int | float) or not 0 < self.strength <= 1:
             raise TightfitError(f"strength must be a number above 0, up to 1, not {self.strength!r}")
         if self.resize not in RESIZES:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import TightfitError
-from ..fields import option
+from ..fields import option, plain
 from ..models.spec import ModelSpec
 from .condition import Arrays, Call, Condition, Draw, Steering
 from .image import ENCODER, PANEL, Begun, Encoded, ImageToImage, noised, pixels_of
@@ -88,7 +88,9 @@ class Inpainting(ImageToImage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("blur", self.blur), ("padding", self.padding)):
+        for name in ("blur", "padding"):
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, value)
             if value is not None and not (isinstance(value, int) and 0 <= value <= _MOST):
                 raise TightfitError(f"mask_{name} must be a whole number from 0 to {_MOST}, not {value!r}")
         if self.content not in CONTENTS:

@@ -20,6 +20,7 @@ from .candidates import ways
 from .estimate import ESTIMATOR, holder
 from .plan import Plan, Verdict
 from .saved import checked as checked  # a plan from a file is a choice as well
+from .saved import continued as continued
 from .wishes import Wishes
 
 SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
@@ -44,8 +45,9 @@ def plan(
         (p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes)
     )
     if fitting:
-        fastest = fitting[0].predicted.seconds
-        equal = [p for p in fitting if p.predicted.seconds <= fastest * (1 + SAME)]
+        alike = [p for p in fitting if _goes_on(p, wishes)] or fitting
+        fastest = alike[0].predicted.seconds
+        equal = [p for p in alike if p.predicted.seconds <= fastest * (1 + SAME)]
         best = min(equal, key=_burden)
         rest = [beaten(p, best) for p in fitting if p is not best]
         fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
@@ -215,6 +217,11 @@ def _burden(plan: Plan) -> tuple[float, ...]:
     )
 
 
+def _goes_on(plan: Plan, wishes: Wishes) -> bool:
+    """Whether it runs in the precision of the pass before."""
+    return wishes.after is not None and plan.denoiser.arithmetic == wishes.after.arithmetic
+
+
 def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
     forced = [
         getattr(wishes, name)
@@ -233,14 +240,18 @@ def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
             "; nothing is kept loaded, "
             f"{'--ram' if hardware.device == 'cpu' else '--vram'} BYTES keeps what it allows"
         )
-    return f"the fastest that fits, with {shown(left)} to spare{by}{slow}"
+    goes_on = wishes.precision == "auto" and _goes_on(best, wishes)
+    alike = " in the precision of the pass before" if goes_on else ""
+    return f"the fastest that fits{alike}, with {shown(left)} to spare{by}{slow}"
 
 
 def beaten(plan: Plan, best: Plan) -> Plan:
     """With the reason why it was not taken though it fits."""
     ratio = plan.predicted.seconds / best.predicted.seconds
     more = plan.predicted.peak_bytes - best.predicted.peak_bytes
-    if 1 + SAME < ratio < 1.005:
+    if ratio < 1 - SAME:
+        reason = "fits, and is faster, but not in the precision of the pass before"
+    elif 1 + SAME < ratio < 1.005:
         reason = "fits, hardly slower"
     elif ratio > 1 + SAME:
         reason = f"fits, but is {ratio:.2f} times as slow"

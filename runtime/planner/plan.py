@@ -96,12 +96,8 @@ class Plan:
     def summary(self) -> str:
         """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa attention, VAE whole'."""
         unet, vae = self.denoiser, self.decoder
-        precision = (
-            unet.precision if unet.precision == unet.compute else f"{unet.precision} in {unet.compute}"
-        )
-        how = (
-            f"{unet.backend} {precision} on {self.device}, {self.residency}, {self.cfg} CFG, {unet.attention}"
-        )
+        run_by = f"{unet.backend} {unet.arithmetic} on {self.device}"
+        how = f"{run_by}, {self.residency}, {self.cfg} CFG, {unet.attention}"
         vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
         return f"{how}, VAE {vaes}{self.elsewhere}"
 

@@ -10,7 +10,7 @@ from ..models.spec import ModelSpec
 from ..placement import Placement
 from ..request import Job
 from ..rules import Rule, first_broken
-from .candidates import chosen_provider, of_stored, vae_compute
+from .candidates import chosen_provider, of_stored, vae_compute, ways
 from .estimate import ESTIMATOR
 from .plan import Plan
 from .wishes import Wishes
@@ -139,13 +139,35 @@ def checked(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> Plan:
     here."""
     if problem := _problem(_Saved(plan, hardware, job.spec, wishes)):
         raise TightfitError(problem)
-    budget_bytes = min(plan.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
     estimate = ESTIMATOR.estimate(hardware, job, wishes)
-    new = estimate.plan(plan.cfg, plan.placements, budget_bytes)
+    new = estimate.plan(plan.cfg, plan.placements, _budget(plan, hardware, wishes))
     if not new.fits:
         raise TightfitError(
             f"this plan, made for {plan.hardware}, does not run here: it {new.reason}; {_AGAIN}"
         )
+    return _taken(new, plan)
+
+
+def continued(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> list[Plan]:
+    """A plan from a file for the pass that comes after the one it was made for: the same placement of each
+    network that it has, and of others what goes with that. Nothing where none fits."""
+    unet = plan.denoiser
+    choices = {name: getattr(unet, name) for name in _OF_UNET}
+    alike = replace(wishes, **choices, tiling=plan.decoder.tiling, cfg=plan.cfg)
+    estimate, budget_bytes = ESTIMATOR.estimate(hardware, job, wishes), _budget(plan, hardware, wishes)
+    found = [
+        estimate.plan(cfg, {name: plan.placements.get(name, own) for name, own in way.items()}, budget_bytes)
+        for cfg, way in ways(hardware, job, alike)
+    ]
+    fitting = sorted((new for new in found if new.fits), key=lambda new: new.predicted.seconds)
+    return [_taken(new, plan) for new in fitting[:1]]
+
+
+def _budget(plan: Plan, hardware: Hardware, wishes: Wishes) -> int:
+    return min(plan.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
+
+
+def _taken(new: Plan, plan: Plan) -> Plan:
     return replace(new, chosen=True, reason=f"read from a file; made for {plan.hardware}")
 
 

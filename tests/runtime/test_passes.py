@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -17,7 +18,8 @@ from tightfit.runtime.backends.torch.backend import TorchBackend, TorchSession
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.infotext import parse, write
 from tightfit.runtime.machine.hardware import Hardware
-from tightfit.runtime.passes import passes
+from tightfit.runtime.passes import passes, wishes_after
+from tightfit.runtime.planner import choose as planner
 from tightfit.runtime.planner.wishes import Wishes
 
 STEPS = 4
@@ -141,6 +143,22 @@ def test_a_refiner_is_diffusers(scheduler, start, negative, residency, tiny_mode
     assert stays == ({*pipe.spec.components} - {"vae_decoder"} if residency == "resident" else set())
     if residency == "staged":  # else predictions are of what stays loaded from the request before
         assert_predicted(result)
+
+
+def test_a_refiner_that_is_written_again_is_read_again(tiny_models, refiner, tmp_path, opened):
+    """Its folder keeps its time when a file below it is replaced; an untouched one is the same object."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(refiner, tmp_path / "refiner")
+    file = next((folder / "unet").glob("*.safetensors"))
+    request = replace(REQUEST, refiner=str(folder))
+    with opened(tiny_models["sdxl"]) as pipe:
+        before, again = (passes(request.resolve(pipe.spec))[1].model for _ in range(2))
+        assert before is again
+        first = pipe.generate(request).images[0]
+        save_file({name: tensor * 0.9 for name, tensor in load_file(file).items()}, file)
+        assert passes(request.resolve(pipe.spec))[1].model is not before
+        assert psnr(pipe.generate(request).images[0], first) < 75
 
 
 def test_a_refiner_paints_alone(tiny_models, refiner, opened):
@@ -269,6 +287,60 @@ def test_the_budget_is_of_both(tiny_models, opened):
         assert enough.generate(HIRES).peak_bytes <= second.predicted.peak_bytes
 
 
+def test_a_plan_from_a_file_is_of_both(tiny_models, opened):
+    """Of what it has; a network of the second pass alone goes with that, and what does not fit is planned in
+    its precision."""
+    request = replace(HIRES, hires_upscaler="lanczos", num_inference_steps=1, guidance_scale=1.0)
+    with opened(tiny_models["sd1"], precision="int8", compute="fp32", residency="staged") as pipe:
+        saved = pipe.plans(request)[0]
+    with tightfit.Pipeline(pipe.spec, pipe.hardware, Wishes(requests=100), saved) as free:
+        result = free.generate(request)
+    first, second = (one.plan for one in result.passes)
+    assert first.placements == saved.placements
+    assert {name: second.placements[name] for name in saved.placements} == saved.placements
+    assert second.placements["vae_encoder"] == replace(saved.decoder, tiling="whole")
+    assert "Precision: int8, " in result.images[0].info["parameters"]
+    assert not result.notices
+    before, after = passes(request.resolve(pipe.spec))
+    small = pipe.hardware.context_bytes + second.predicted.peak_bytes - 1
+    wishes = wishes_after(before, first, after, replace(pipe.wishes, budget=small))
+    assert planner.continued(saved, pipe.hardware, after, wishes) == []
+
+
+def test_both_passes_in_one_precision(tiny_models, monkeypatch, opened):
+    """Where that fits, and after memory ran out too; else it is said once."""
+    request = replace(HIRES, num_inference_steps=1, guidance_scale=1.0)
+    with opened(tiny_models["sd1"], precision="auto", residency="staged") as pipe:
+        before, after = passes(request.resolve(pipe.spec))
+        slow = planner.plan(pipe.hardware, pipe.spec, before, replace(pipe.wishes, precision="int4"))[0]
+        ways = planner.plan(pipe.hardware, pipe.spec, after, pipe.wishes)
+        kept = planner.plan(pipe.hardware, pipe.spec, after, wishes_after(before, slow, after, pipe.wishes))
+        assert (ways[0].precision == "int4", kept[0].precision, len(kept)) == (False, "int4", len(ways))
+        assert "in the precision of the pass before" in kept[0].reason
+        fastest, load = pipe.plans(request)[0].denoiser.arithmetic, TorchBackend.load
+
+        def without_room(self, component, placement):
+            if placement.arithmetic == fastest and component.name == "unet":
+                raise OutOfMemoryError("injected")
+            return load(self, component, placement)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(TorchBackend, "load", without_room)
+            result = pipe.generate(request)
+        first, second = (one.plan.denoiser.arithmetic for one in result.passes)
+        assert first == second != fastest
+        assert all(notice.startswith("out of memory to denoise") for notice in result.notices)
+    alike = next(plan for plan in ways if plan.denoiser.arithmetic == fastest)
+    small = pipe.hardware.context_bytes + alike.predicted.peak_bytes - 1
+    with tightfit.Pipeline(pipe.spec, pipe.hardware, replace(pipe.wishes, budget=small)) as tight:
+        result = tight.generate(request)
+    first, second = (one.plan for one in result.passes)
+    (notice,) = result.notices
+    assert first.denoiser.arithmetic == fastest != second.denoiser.arithmetic
+    assert notice.startswith(f"the first pass is in {fastest}, the second in {second.denoiser.arithmetic}, ")
+    assert notice.endswith(f"--precision {second.precision} is for both")
+
+
 def test_a_network_enlarges(tiny_models, opened, tmp_path):
     """Between the passes, in the plan, under A1111's name for it; what it answers is resized and painted."""
     from safetensors.torch import save_file
@@ -370,6 +442,12 @@ def test_pictures_of_a1111(tiny_models):
         ({"hires": 0.5}, "from 1 to 8"),
         ({"hires_size": "100x64"}, "the nearest are 96 or 104"),
         ({"hires_size": "big"}, "a size such as"),
+        ({"hires_size": "70x64"}, "^hires_size's width 70 is not a multiple"),
+        (
+            {"hires": 2, "num_inference_steps": 20, "hires_strength": 0.01},
+            "hires_strength 0.01 takes 20 .* 2000",
+        ),
+        ({"hires": 8, "width": 64, "height": 16384}, "^hires 8 makes 512x131072"),
         ({"hires_steps": 3}, "give --hires 2 too"),
         ({"hires": 2, "hires_strength": 0}, "paints nothing anew"),
         ({"hires": 2, "hires_upscaler": "gone"}, "choose latent, "),

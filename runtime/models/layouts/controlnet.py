@@ -131,6 +131,12 @@ def _checked(component: Component, spec: ModelSpec) -> Component:
         raise TightfitError(
             f"{path} is a ControlNet of {kind}, and {spec.name} is of {other}: take one of the same family"
         )
+    reads, latent = component.config["in_channels"], spec.vae["latent_channels"]
+    if reads != latent:
+        raise TightfitError(
+            f"{path} is a ControlNet of latents of {reads} channels, and those of {spec.name} have {latent}: "
+            "take one of the same family"
+        )
     wanted = [shape[1] for shape in residuals(spec, Extent(1, 64, 64)).values()]
     places = (*(f"controlnet_down_blocks.{n}" for n in range(len(wanted) - 1)), "controlnet_mid_block")
     answers = [tensors[f"{place}.bias"].count if f"{place}.bias" in tensors else 0 for place in places]

@@ -415,7 +415,7 @@ def _unet(tensors: Tensors, original: Original, pooled: int) -> Config:
 def _down_half(tensors: Tensors) -> Config:
     """What a U-Net and its ControlNets have in common: all until the sides grow again."""
     shapes = _Shapes(tensors)
-    blocks = range(shapes.count(r"down_blocks\.(\d+)\.resnets\."))
+    blocks = range(shapes.count(r"down_blocks\.(\d+)\.resnets\.") or 1)  # without any, the first is missed
     widths = [shapes.side(f"down_blocks.{block}.resnets.0.conv1.weight") for block in blocks]
     inner = [
         shapes.count(rf"down_blocks\.{block}\.attentions\.0\.transformer_blocks\.(\d+)\.") for block in blocks
@@ -474,7 +474,7 @@ _USUAL_VAE: Config = {
 def vae_config(tensors: Tensors) -> Config:
     """What the shapes of a VAE's tensors, under diffusers' names, say of it."""
     shapes = _Shapes(tensors)
-    blocks = range(shapes.count(r"decoder\.up_blocks\.(\d+)\.resnets\."))
+    blocks = range(shapes.count(r"decoder\.up_blocks\.(\d+)\.resnets\.") or 1)
     widths = [shapes.side(f"decoder.up_blocks.{block}.resnets.0.conv1.weight") for block in reversed(blocks)]
     return {
         "_class_name": "AutoencoderKL",

@@ -4,6 +4,7 @@ by."""
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,9 @@ import tightfit
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tightfit.runtime.adapters.header import contents, stamp
+from tightfit.runtime.adapters.ip_adapter import IPAdapter
+from tightfit.runtime.adapters.lora import Lora
 from tightfit.runtime.backends.torch.backend import TorchSession
 from tightfit.runtime.conditions import asked
 from tightfit.runtime.conditions.controlnet import CONTROL, Control, ControlNets, again, typed
@@ -19,7 +23,9 @@ from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.conditions.mask import Inpainting
 from tightfit.runtime.conditions.preprocess import canny, invert, luminance, soft, tile
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
-from tightfit.runtime.infotext import parse
+from tightfit.runtime.infotext import parse, write
+from tightfit.runtime.models.layouts.single_file import vae_config
+from tightfit.runtime.passes import passes
 
 PICTURES = [
     Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
@@ -196,6 +202,28 @@ def test_calls_are_counted(tiny_models, nets):
     assert seconds[0.25] < seconds[0.5] < seconds[1.0]
 
 
+def test_a_refiner_leaves_start_and_end_where_they_are(tiny_models, nets):
+    """They are shares of all steps, though the last are another model's: by diffusers' rule, call by call."""
+    spec = tightfit.inspect(str(tiny_models["sd1"]))
+    options = {"control_image": PICTURES[0], "controlnet": str(nets("sd1")[0])}
+    wanted = {"num_inference_steps": 8, "scheduler": "euler", "refiner": str(tiny_models["sd1"])}
+    acting, steering = {}, {}
+    for start, end in ((0.0, 0.5), (0.25, 1.0), (0.5, 1.0)):
+        conditions = asked({**options, "control_guidance_start": start, "control_guidance_end": end})
+        request = tightfit.Request("a", refiner_start=0.5, conditions=conditions, **wanted)
+        first, _ = passes(request.resolve(spec))
+        acting[start, end] = [n for n in range(4) if n / 8 >= start and (n + 1) / 8 <= end]
+        if start == first.calls / 8:
+            with pytest.raises(TightfitError, match="all of which the refiner takes: let it act earlier"):
+                first.calls_with("controlnet")
+            continue
+        assert first.calls_with("controlnet")[0] == len(acting[start, end])
+        (net,) = first.conditions[0].prepare(first, lambda *_, **__: ())._nets
+        steering[start, end] = [*net.acting]
+    assert steering == {key: calls for key, calls in acting.items() if calls}
+    assert len(steering) == 2
+
+
 def test_what_a_row_without_the_prompt_gets(tiny_models, nets):
     """Batched or not, a mode is the same; without guidance all that differs are its weights."""
     options = {**OPTIONS, "controlnet": str(nets("sd1")[0]), "control_image": PICTURES[0]}
@@ -351,6 +379,90 @@ def test_by_its_options(tiny_models, nets, tmp_path):
         asked({"controlnet": "x"})
     with pytest.raises(TightfitError, match="acts in none of 2 calls"):
         Control(condition.controls[0].picture, start=0.9).acting(2)
+
+
+def test_numbers_are_carried_in_all_their_digits(tmp_path):
+    """Two thirds with six digits would be later, and act in none of three calls."""
+    PICTURES[0].save(place := tmp_path / "a.png")
+    (condition,) = asked({CONTROL: [f"{place}:weight={1 / 3}:start={2 / 3}"]})
+    assert condition.controls[0].acting(3) == range(2, 3)
+    (repeated,) = asked({CONTROL: again(condition.said()[CONTROL], [str(place)], "x")})
+    assert repeated == condition
+    scale = 2 / 3
+    assert float(IPAdapter(place, (0, 0), scale).name.rpartition(":")[2]) == scale
+
+
+def test_a_file_that_vanishes_takes_no_picture_with_it(tiny_models, nets, tmp_path):
+    """It is looked for once, before anything is painted; numpy's numbers and one folder are taken, too."""
+    (tmp_path / "ControlNet").mkdir()
+    file = tmp_path / "ControlNet/canny.safetensors"
+    file.write_bytes((nets("sd1")[0] / "diffusion_pytorch_model.safetensors").read_bytes())
+    asking = {"control_image": PICTURES[0], "controlnet": "canny", "models_dirs": tmp_path}
+    with tightfit.load(str(tiny_models["sd1"]), device="cpu", **SAME) as pipe:
+        picture = pipe("a", **{**OPTIONS, "num_inference_steps": 1}, **asking)
+        conditions = asked({**asking, "controlnet_conditioning_scale": np.float32(0.5)})
+        job = tightfit.Request("a", conditions=conditions).resolve(pipe.spec)
+    lora = Lora(tmp_path / "none.safetensors", 1.0, 1.0, (0, 0))
+    file.unlink()
+    hashed = r"Model: canny \[[0-9a-f]{8}\], Weight: "
+    assert re.search(f"{hashed}1,", picture.info["parameters"])
+    written = write(replace(job, adapters=(lora,)), "sd1", "fp32")
+    assert re.search(f"{hashed}0.5,", written)
+    assert "Lora hashes" not in written
+
+
+def test_damaged_files_are_refused_and_passed_over(tiny_models, nets, tmp_path, monkeypatch):
+    (tmp_path / "ControlNet").mkdir()
+    weights = load_file(nets("sd1")[0] / "diffusion_pytorch_model.safetensors")
+    wide = {**weights, "conv_in.weight": torch.cat([weights["conv_in.weight"]] * 2, 1)}
+    halved = {name: tensor for name, tensor in weights.items() if not name.startswith("down_blocks.")}
+    for name, tensors in {"good": weights, "wide": wide, "halved": halved}.items():
+        save_file(tensors, tmp_path / f"ControlNet/{name}.safetensors")
+    monkeypatch.setenv("TIGHTFIT_MODELS", str(tmp_path))
+    picture = {"control_image": PICTURES[0]}
+    for name, word in (
+        ("wide", "of latents of 8 channels, and those of "),
+        ("halved", "has no down_blocks.0.resnets.0.conv1.weight"),
+    ):
+        assert word in refusal(tiny_models["sd1"], {**picture, "controlnet": name})
+    spec = tightfit.inspect(str(tiny_models["sd1"]))
+    job = tightfit.Request("a", conditions=asked(picture)).resolve(spec)
+    assert job.spec.components["controlnet"].folder.stem == "good"
+    tensors, _ = contents(file := tmp_path / "ControlNet/good.safetensors", stamp(file))
+    with pytest.raises(TightfitError, match=r"has no decoder.up_blocks.0.resnets.0.conv1.weight"):
+        vae_config(tensors)
+
+
+@pytest.mark.parametrize("mode", ["control", "guess"])
+def test_of_models_that_edit_no_row_without_the_prompt_follows(mode, with_channels, nets):
+    """Their third branch lacks the text as the first does."""
+    options = {"image": PICTURES[1], "control_image": PICTURES[0], "controlnet": nets("sd1")[0]}
+    conditions = asked({**options, "control_mode": mode})
+    request = tightfit.Request("a", guidance_scale=5.0, num_inference_steps=1, conditions=conditions)
+    job = request.resolve(tightfit.inspect(str(with_channels("sd1", 8))))
+    controls = next(each for each in job.conditions if isinstance(each, ControlNets))
+    calls = []
+    controls.prepare(job, lambda _, **arrays: calls.append(arrays) or ()).beside({}, range(3))
+    assert [bool(row.any()) for row in calls[0]["scales"]] == [False, True, False]
+
+
+def test_options_that_would_change_nothing_are_refused(tiny_models, nets):
+    picture, spec = {"control_image": PICTURES[0]}, tightfit.inspect(str(tiny_models["sd1"]))
+    for given, word in (
+        ({"guess_mode": True}, "guess_mode is of a picture to follow: give it by control_image"),
+        ({"control_image": [], "controlnet": "x"}, "controlnet is of a picture to follow"),
+        ({**picture, "guess_mode": True, "control_mode": "prompt"}, "guess_mode and control_mode both say"),
+        ({**picture, "controlnet": object()}, "not object: name its folder or file"),
+        ({**picture, "models_dirs": 5}, "models_dirs are folders of models, not 5"),
+    ):
+        with pytest.raises(TightfitError, match=word):
+            asked(given)
+    assert asked({"guess_mode": False, "control_image": []}) == ()
+    twice = asked({**picture, "controlnet": nets("sd1")[0]}) * 2
+    with pytest.raises(TightfitError, match="ControlNets and ControlNets, call the network controlnet"):
+        tightfit.Request("a", conditions=twice).resolve(spec)
+    (over,) = asked({"image": PICTURES[0], "strength": np.float32(0.5)})
+    assert json.dumps(over.said())
 
 
 def test_of_a_part_that_is_painted_alone_that_part(tiny_models, nets):
