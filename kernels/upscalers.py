@@ -156,7 +156,8 @@ def pieces(x: Tensor, rows: int) -> Iterator[tuple[Tensor, bool]]:
 
 
 def enlarge(network: RRDBNet | SRVGGNetCompact, picture: Tensor, tiled: bool) -> Tensor:
-    """A picture in bytes, `factor / unshuffle` times as large, in bytes."""
+    """A picture in bytes, `factor / unshuffle` times as large, in bytes. Raises FloatingPointError where the
+    network answers what is no finite number."""
     unit = network.unshuffle
     height, width = (side * network.factor // unit for side in picture.shape[2:])
     out, row = torch.empty((*picture.shape[:2], height, width), dtype=torch.uint8, device=picture.device), 0
@@ -165,12 +166,23 @@ def enlarge(network: RRDBNet | SRVGGNetCompact, picture: Tensor, tiled: bool) ->
     rows = min(max(_MIN_ROWS, -(-tall // (STRIPS * unit)) * unit), _MOST_ROWS) if tiled else tall
     dtype = next(network.parameters()).dtype
     read = ((strip.to(dtype).div_(255), last) for strip, last in pieces(picture, rows))
+    finite = torch.ones((), dtype=torch.bool, device=picture.device)
     for strip in network.strips(read) if tiled else network(next(read)[0]):
-        some = strip[:, :, : height - row, :width].clamp_(0, 1).mul_(255).round_()
+        some = strip[:, :, : height - row, :width]
+        finite &= _finite(some)
+        some.clamp_(0, 1).mul_(255).round_()
         out[:, :, row : row + some.shape[2]] = some
         row += some.shape[2]
         del strip, some
+    if not (finite.is_meta or finite):
+        raise FloatingPointError(f"it overflowed in {dtype}")
     return out
+
+
+def _finite(strip: Tensor) -> Tensor:
+    """Whether all of it is finite, told by its extremes, which take no memory."""
+    extremes = [extreme(strip, (0, 1, 2, 3)) for extreme in (torch.amin, torch.amax)] if strip.numel() else []
+    return torch.stack([*extremes, strip.new_zeros(())]).isfinite().all()
 
 
 def _drawn_out(picture: Tensor, unit: int) -> Tensor:

@@ -131,7 +131,7 @@ def read(picture: Path, given: Collection[str] = (), models_dirs: Sequence[str |
     be repeated."""
     texts = pictures.texts(picture)
     text = texts.get(pictures.PARAMETERS, "")
-    if text and (not text.lstrip().startswith("{") or any(map(_SETTINGS.match, text.split("\n")))):
+    if text and not is_json(text):
         return parse(text, str(picture), given, models_dirs)
     try:
         said = programs.read(texts)
@@ -147,11 +147,20 @@ def read(picture: Path, given: Collection[str] = (), models_dirs: Sequence[str |
     return _carried(said, str(picture), given, models_dirs)
 
 
+def is_json(text: str) -> bool:
+    """Whether a `parameters` text is Fooocus' or another's JSON, not in A1111's form."""
+    return text.lstrip().startswith("{") and not any(map(_SETTINGS.match, text.split("\n")))
+
+
+def place_of_settings(lines: Sequence[str]) -> int:
+    """The number of the line of settings, the last that looks like one."""
+    return next((i for i in reversed(range(len(lines))) if _SETTINGS.match(lines[i])), len(lines) - 1)
+
+
 def parse(
     text: str, source: str, given: Collection[str] = (), models_dirs: Sequence[str | Path] = ()
 ) -> Carried:
-    """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and a line of settings, the last that
-    looks like one.
+    """What `write` wrote, or what A1111 wrote: prompt, negative prompt, and a line of settings.
 
     Extensions of A1111 write below it: Dynamic Prompts a template. Takes time in proportion to the text.
     """
@@ -160,7 +169,7 @@ def parse(
             f"the 'parameters' text of {source} has {len(text)} characters, too many to be a request"
         )
     lines = text.rstrip().split("\n")
-    place = next((i for i in reversed(range(len(lines))) if _SETTINGS.match(lines[i])), len(lines) - 1)
+    place = place_of_settings(lines)
     prompt, fields = lines[:place], {name: _unquoted(value) for name, value in _pairs(lines[place])}
     if "tightfit" in fields:
         return _exact(fields["tightfit"], source, given)

@@ -6,7 +6,7 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -26,19 +26,24 @@ QUALITY = 90
 PARAMETERS = "parameters"
 # A1111's and ours, ComfyUI's, InvokeAI's two, and three of NovelAI's.
 _KEYWORDS = (PARAMETERS, "prompt", "invokeai_metadata", "sd-metadata", "Comment", "Description", "Source")
+KEPT = (
+    *_KEYWORDS, "workflow", "invokeai_graph", "invokeai_workflow", "fooocus_scheme", "Title", "Software",
+)  # fmt: skip
+"""What programs read from a PNG, that an enlarged one keeps."""
 _MOST_BYTES = 2**31
 _SIDES = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}  # libjpeg's and libwebp's limits
 _OURS = re.compile(r', tightfit: "(?:\\.|[^\\"])*"\Z')
 
 
-def texts(picture: Path) -> dict[str, str]:
-    """What programs have written into `picture`, by the keywords that they use in a PNG. No pixel is read.
+def texts(picture: Path, every: bool = False) -> dict[str, str]:
+    """What programs have written into `picture`, by the keywords that they use in a PNG: what says how it was
+    made, or `every` text that is kept. No pixel is read.
 
     Raises TightfitError for what is no picture, or damaged.
     """
     try:
         with open_regular(picture, _MOST_BYTES) as stream:
-            return _texts(stream)
+            return _texts(stream, every)
     except FileNotFoundError:
         raise TightfitError(f"{picture} does not exist") from None
     except OSError as error:
@@ -50,10 +55,10 @@ def texts(picture: Path) -> dict[str, str]:
         ) from None
 
 
-def _texts(stream: BinaryIO) -> dict[str, str]:
+def _texts(stream: BinaryIO, every: bool) -> dict[str, str]:
     head = stream.read(12)
     if head.startswith(png.SIGNATURE):
-        return png.texts(stream, _KEYWORDS)
+        return png.texts(stream, KEPT if every else _KEYWORDS, every)
     if head.startswith(b"\xff\xd8\xff"):
         return _by_keyword(exif.texts(stream, "JPEG"))
     if head[:4] == b"RIFF" and head[8:] == b"WEBP":
@@ -109,7 +114,10 @@ def save(
     check_quality(quality)
     if metadata not in METADATA:
         raise TightfitError(f"unknown metadata {metadata!r}: choose {', '.join(METADATA)}")
-    options = _options(kept(image.info.get(PARAMETERS), metadata, ending), FORMATS[ending], quality)
+    texts = {PARAMETERS: kept(image.info.get(PARAMETERS), metadata, ending)}
+    if metadata == "full":
+        texts |= {name: image.info.get(name) for name in KEPT[1:]}
+    options = _options(texts, FORMATS[ending], quality)
     try:
         if overwrite:
             with replacing(path) as partial:
@@ -129,15 +137,17 @@ def check_quality(quality: int) -> None:
         raise TightfitError(f"quality must be a whole number from 1 to 100, not {quality!r}")
 
 
-def _options(text: str | None, name: str, quality: int) -> dict[str, Any]:
+def _options(texts: Mapping[str, str | None], name: str, quality: int) -> dict[str, Any]:
     """What Pillow is told to write a picture."""
     if name == "PNG":
         from PIL.PngImagePlugin import PngInfo
 
         info = PngInfo()
-        if text is not None:
-            info.add_text(PARAMETERS, text)
+        for keyword, text in texts.items():
+            if isinstance(text, str):
+                info.add_text(keyword, text)
         return {"format": name, "pnginfo": info}
+    text = texts[PARAMETERS]
     comment = {} if text is None else {"exif": exif.written(text)}
     lossless = {"lossless": True} if name == "WEBP" and quality == 100 else {}
     return {"format": name, "quality": quality, **lossless, **comment}

@@ -15,9 +15,10 @@ _KEYWORD_BYTES = 79  # as the standard has it
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def texts(stream: BinaryIO, keywords: Sequence[str]) -> dict[str, str]:
-    """The first text of each keyword that there is. With that of the first keyword reading ends. Raises
-    ValueError, struct.error or zlib.error for what is no PNG, or damaged before that."""
+def texts(stream: BinaryIO, keywords: Sequence[str], every: bool = False) -> dict[str, str]:
+    """The first text of each keyword that there is. With that of the first keyword reading ends, unless
+    `every` one is asked for. Raises ValueError, struct.error or zlib.error for what is no PNG, or damaged
+    before that."""
     stream.seek(0)
     if stream.read(len(SIGNATURE)) != SIGNATURE:
         raise ValueError("it is no PNG")
@@ -36,7 +37,7 @@ def texts(stream: BinaryIO, keywords: Sequence[str]) -> dict[str, str]:
             if length > MAX_TEXT_BYTES:
                 raise ValueError(f"its {keyword} text has {length} bytes, too many")
             found[keyword] = _text(kind, _data(stream, kind, start, length)[len(keyword) + 1 :])
-            if keyword == keywords[0]:
+            if keyword == keywords[0] and not every:
                 break
     return found
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .conditions.input_pictures import Picture, open_picture
 from .conditions.pasting import filled
 from .errors import OutOfMemoryError, TightfitError
 from .events import Measured
-from .infotext import quoted
+from .infotext import is_json, place_of_settings, quoted
 from .loaded import Loaded
 from .machine.hardware import Hardware
 from .machine.process import ProcessPeak
@@ -121,8 +122,8 @@ class Upscaler:
             image = image.resize(size, Image.Resampling.LANCZOS)
         if given.alpha is not None:
             image.putalpha(Image.fromarray(given.alpha).resize(size, Image.Resampling.LANCZOS))
-        text = _text(picture)
-        if text:
+        image.info |= _texts(picture)
+        if text := image.info.get(pictures.PARAMETERS):
             image.info[pictures.PARAMETERS] = said(text, wanted, self.name)
         return Enlarged(image, run.plan, run.measured, tuple(run.notices))
 
@@ -218,23 +219,29 @@ def _opaque(picture: Picture) -> Image.Image:
     return filled(image, Image.fromarray(np.where(picture.alpha, 0, 255).astype(np.uint8)))
 
 
-def _text(picture: Any) -> str | None:
-    """What a program has written of how the picture was made."""
+def _texts(picture: Any) -> dict[str, str]:
+    """What programs have written of how the picture was made."""
     if isinstance(picture, Image.Image):
-        return picture.info.get(pictures.PARAMETERS)
-    if not isinstance(picture, str | Path):
-        return None
-    try:
-        return pictures.texts(Path(picture)).get(pictures.PARAMETERS)
-    except TightfitError:  # a picture of another format, which carries no text
-        return None
+        texts = {name: picture.info.get(name) for name in pictures.KEPT}
+        return {name: text for name, text in texts.items() if isinstance(text, str)}
+    if isinstance(picture, str | Path):
+        for every in (True, False):
+            with suppress(TightfitError):  # a picture of another format, or damaged behind the first text
+                return pictures.texts(Path(picture), every)
+    return {}
 
 
 def said(text: str, scale: float, name: str) -> str:
-    """With what A1111 says of an enlarged picture: on the last line, before our JSON."""
+    """With what A1111 says of an enlarged picture: on the line of settings, before our JSON. A text that is
+    JSON stays as it is."""
+    if is_json(text):
+        return text
     words = f", Postprocess upscale by: {scale:g}, Postprocess upscaler: {quoted(name)}"
-    ours = pictures.ours(text)
-    return text.removesuffix(ours) + words + ours
+    lines = text.rstrip().split("\n")
+    place = place_of_settings(lines)
+    ours = pictures.ours(lines[place])
+    lines[place] = lines[place].removesuffix(ours) + words + ours
+    return "\n".join(lines)
 
 
 def upscale(picture: Any, model: str | Path, scale: float | None = None, **options: Any) -> Image.Image:

@@ -50,6 +50,12 @@ class Component:
         return self.network.role
 
     @property
+    def config_file(self) -> Path:
+        """What says how it is built: the JSON in its folder, or the one file that it is in."""
+        files = (path for path in (self.folder, self.folder.parent) if path.is_file())
+        return next(files, self.folder / "config.json")
+
+    @property
     def stored_bytes(self) -> int:
         """Of its weights in the safetensors files."""
         return sum(tensor.stored_bytes for tensor in self.tensors.values())

@@ -13,7 +13,7 @@ from ..errors import TightfitError
 from ..files import readable
 from .families.family import Extent, GraphNames, Network, Role, Shape
 from .layouts import foreign
-from .layouts.library import exists
+from .layouts.library import Kind, exists
 from .layouts.safetensors import read_file
 from .tensors import Tensor
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _READ = "RRDBNet (ESRGAN, Real-ESRGAN) and SRVGGNetCompact are read"
 _MOST_FEATURES, _MOST_SCALE = 1024, 16
+_MOST_LAYERS = {"blocks": 64, "convolutions": 128}  # published ones have 6 to 23, and 16 or 32
+_COMPUTES = {"torch.float32": "fp32", "torch.bfloat16": "bf16", "torch.float16": "fp16"}
 # Layers' names in files of ESRGAN's authors, before and after they renamed them, and Real-ESRGAN's. The first
 # ones number the layers after the trunk (_renamed).
 _RENAMED = (
@@ -70,7 +72,13 @@ def _build(component: Component) -> Any:
 def _enlarge(module: Any, raw: Any, tiled: bool) -> tuple[Any, ...]:
     from ...kernels.upscalers import enlarge
 
-    return (enlarge(module, raw, tiled),)
+    try:
+        return (enlarge(module, raw, tiled),)
+    except FloatingPointError:
+        compute = _COMPUTES[str(next(module.parameters()).dtype)]
+        damaged = "copy or download the upscaler again, its weights may be damaged"
+        cure = damaged if compute == "fp32" else "try --precision fp32"
+        raise TightfitError(f"the enlarged picture overflowed in {compute}: {cure}") from None
 
 
 UPSCALER = Network(
@@ -149,7 +157,8 @@ def _no_upscaler(path: Path, names: Mapping[str, Tensor]) -> TightfitError:
         if any(re.match(pattern, name) for name in names):
             return TightfitError(f"{path} is an upscaler of the architecture {other}: {_READ}")
     try:
-        foreign.check(path, names)
+        if foreign.kind_of(names) is not Kind.UPSCALER:  # it would be told to come here
+            foreign.check(path, names)
     except TightfitError as error:
         return error
     return TightfitError(f"{path} is no upscaler that is known here: {_READ}")
@@ -217,4 +226,6 @@ def _checked(config: dict[str, Any]) -> dict[str, Any]:
     sizes = (config["features"], config.get("growth", 1), config["scale"], config["channels"])
     if not all(0 < size <= _MOST_FEATURES for size in sizes) or config["scale"] > _MOST_SCALE:
         raise ValueError("an impossible size")
+    if any(config.get(name, 0) > most for name, most in _MOST_LAYERS.items()):
+        raise ValueError("more layers than are built")
     return config

@@ -3,10 +3,13 @@ what is measured, and what is written."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,11 +18,14 @@ from PIL import Image
 from safetensors.torch import save_file
 from tightfit.__main__ import app
 from tightfit.kernels.upscalers import RRDBNet, SRVGGNetCompact, enlarge, pieces
+from tightfit.runtime import pictures
 from tightfit.runtime.catalogue import described
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.layouts.library import scan
-from tightfit.runtime.models.upscalers import read_upscaler
+from tightfit.runtime.models.upscalers import alone, read_upscaler
+from tightfit.runtime.planner import upscaling
+from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.upscale import Upscaler, said
 from torch.nn import functional
 from typer.testing import CliRunner
@@ -207,6 +213,27 @@ def test_strips_have_no_seams(size):
             )
 
 
+@pytest.mark.parametrize("tiling", ["whole", "tiled"])
+def test_overflow_is_no_black_picture(tiling, tmp_path):
+    """NaN and infinity, of what overflows in half precision alone, and of damaged weights."""
+    image = Image.fromarray(picture(40, 6)[0].transpose(1, 2, 0))
+    large = {name: tensor * (3e4 if "up" in name or "hr" in name else 1) for name, tensor in rrdb().items()}
+    damaged = rrdb() | {"conv_last.bias": torch.tensor([0, 0, torch.nan])}
+    infinite = srvgg() | {"body.8.bias": torch.full((48,), -torch.inf)}
+    for tensors, precision, cure in (
+        (large, "fp16", "overflowed in fp16: try --precision fp32"),
+        (damaged, "fp32", "overflowed in fp32: copy or download the upscaler again"),
+        (infinite, "bf16", "overflowed in bf16: try --precision fp32"),
+    ):
+        hardware = machine(precisions=("fp32", "bf16", "fp16"))
+        file = written(tmp_path, tensors, f"{precision}-{tiling}")
+        with (
+            Upscaler(file, hardware=hardware, precision=precision, tiling=tiling) as upscaler,
+            pytest.raises(TightfitError, match=cure),
+        ):
+            upscaler(image)
+
+
 # ------------------------------------------------------------------------------------------ within a budget
 
 
@@ -299,7 +326,41 @@ def test_command(tmp_path):
 def test_text_goes_before_our_json():
     ours = ', tightfit: "{\\"a\\": 1}"'
     more = said(TEXT + ours, 2, "4x, sharp")
-    assert more == f'{TEXT}, Postprocess upscale by: 2, Postprocess upscaler: "4x, sharp"{ours}'
+    words = ', Postprocess upscale by: 2, Postprocess upscaler: "4x, sharp"'
+    assert more == TEXT + words + ours
+
+
+def test_other_programs_texts_stay_readable():
+    """Fooocus writes JSON, and Dynamic Prompts its template below the settings."""
+    fooocus = json.dumps({"prompt": "a cat", "base_model": "x", "steps": 30})
+    assert said(fooocus, 2, "4x") == fooocus
+    words = ", Postprocess upscale by: 2, Postprocess upscaler: 4x"
+    assert said(f"{TEXT}\nTemplate: a {{cat|dog}}", 2, "4x") == f"{TEXT}{words}\nTemplate: a {{cat|dog}}"
+    assert said("{a cat}" + TEXT, 2, "4x") == "{a cat}" + TEXT + words
+    assert said("a cat", 2, "4x") == "a cat" + words
+
+
+def test_texts_of_other_programs_are_kept(tmp_path):
+    """A ComfyUI graph in an enlarged PNG is one that ComfyUI and --from read; what is damaged costs no
+    more."""
+    from PIL.PngImagePlugin import PngInfo
+
+    graph = json.dumps(
+        {"3": {"class_type": "KSampler", "inputs": {"seed": 1, "text": "猫"}}}, ensure_ascii=False
+    )
+    comfy = {"prompt": graph, "workflow": "{}", "Software": "x"}
+    damaged = {"parameters": TEXT, "workflow": "x" * (2**22 + 1)}
+    with Upscaler(written(tmp_path, srvgg()), hardware=machine()) as upscaler:
+        for carried, wanted in ((comfy, comfy), (damaged, {"parameters": said(TEXT, 4, upscaler.name)})):
+            info = PngInfo()
+            for name, text in {**carried, "password": "secret"}.items():
+                info.add_text(name, text)
+            Image.new("RGB", (4, 4)).save(file := tmp_path / "a.png", pnginfo=info)
+            large = upscaler(file)
+            with Image.open(pictures.save(large, tmp_path / "b.png")) as image:
+                assert image.text == wanted  # pyright: ignore[reportAttributeAccessIssue]
+                assert upscaler(image).info.keys() == wanted.keys()
+    assert pictures.texts(pictures.save(large, tmp_path / "c.png", metadata="none"), every=True) == {}
 
 
 def test_what_a_pickle_has_around_them(tmp_path):
@@ -330,6 +391,26 @@ def test_other_files(said, tmp_path):
         read_upscaler(file)
 
 
+def test_a_fault_of_ours_is_not_the_file_s(tmp_path):
+    """What a network cannot be called with is an error of the program; what fails in it names the file."""
+    file, wishes = written(tmp_path, srvgg()), Wishes(precision="fp32", tiling="whole")
+
+    def failing(name: str, *_: Any, raw: Any = None) -> None:
+        raise ValueError(f"{name} failed")
+
+    def planned(**changed: Any) -> None:
+        component = read_upscaler(file)
+        network = dataclasses.replace(component.network, **changed)
+        spec = alone(dataclasses.replace(component, network=network))
+        upscaling.plans(machine(), spec, [(7, 9)], wishes)  # traces of other sizes are kept
+
+    with pytest.raises(TypeError, match="'raw'"):
+        planned(inputs=lambda *_: {"unheard": (1, 3, 4, 4)})
+    for name in ("build", "call"):
+        with pytest.raises(TightfitError, match=rf"4x-sharp\.safetensors describes no model.*{name} failed"):
+            planned(**{name: functools.partial(failing, name)})
+
+
 def test_bad_input(tmp_path):
     file = written(tmp_path, srvgg())
     grey = {name: tensor[:1] if name == "conv_last.weight" else tensor for name, tensor in rrdb().items()}
@@ -339,6 +420,11 @@ def test_bad_input(tmp_path):
     with pytest.raises(TightfitError, match="lack 2, such as body"):  # a layer is missing
         cut = {name: tensor for name, tensor in rrdb().items() if "body.1.rdb2.conv3" not in name}
         Upscaler(written(tmp_path, cut, "cut"), hardware=machine())(Image.new("RGB", (4, 4)))
+    small = {"conv_first.weight": torch.zeros(1, 3, 3, 3), "conv_last.weight": torch.zeros(3, 1, 3, 3)}
+    small |= {f"body.{block}.rdb1.conv1.weight": torch.zeros(1, 1, 3, 3) for block in range(65)}
+    for name, tensors in (("rrdb", small), ("srvgg", srvgg(1, 129))):  # small files, long to build
+        with pytest.raises(TightfitError, match="no upscaler that is known here: RRDBNet"):
+            read_upscaler(written(tmp_path, tensors, name))
     with pytest.raises(TightfitError, match="does not exist"):
         read_upscaler(tmp_path / "nothing.safetensors")
     moving = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]

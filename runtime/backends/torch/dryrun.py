@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -175,9 +176,10 @@ def footprint(
     def traced() -> Trace:
         torch.nn.Module.to(module, dtype)  # past diffusers' own `to`, which warns
         workspace(module).allocate(dtype, torch.device("meta"))
-        config = component.folder / "config.json"
-        with explained(f"{config} describes no model that can be run", "copy or download it again"):
-            call, stays = networks.forward(component, placement), component.role is Role.CONTROL
+        call, stays = networks.forward(component, placement), component.role is Role.CONTROL
+        inspect.signature(call).bind(module, **shapes)  # a TypeError of ours is not the file's
+        problem = f"{component.config_file} describes no model that can be run"
+        with explained(problem, "copy or download it again"):
             return _trace(module, call, shapes, dtype, device.type, stays)
 
     trace = _traces.get(key, traced)

@@ -28,9 +28,10 @@ Forward = Callable[..., tuple[torch.Tensor, ...]]
 def build(component: Component, placement: Placement, device: str) -> torch.nn.Module:
     """The component's module on the meta device: shapes without memory, built as the placement computes it on
     `device`."""
-    config = component.folder / "config.json"
     with (
-        explained(f"{config} describes no model that can be built", "copy or download it again"),
+        explained(
+            f"{component.config_file} describes no model that can be built", "copy or download it again"
+        ),
         torch.device("meta"),
     ):
         module = component.network.build(component).eval().requires_grad_(False)

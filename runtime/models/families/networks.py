@@ -171,7 +171,7 @@ _TEXT_DECIDED_BY = {r"(text_model\.)?encoder\.layers\.\d+\.": "num_hidden_layers
 def check_config(component: Component) -> None:
     """Every field that decides what is built, before it is: a count of layers may not exceed the tensors that
     are there."""
-    file, config, network = component.folder / "config.json", component.config, component.network
+    file, config, network = component.config_file, component.config, component.network
     check_fields(file, config, network.fields)
     tensors = sum(1 for tensor in component.tensors.values() if tensor.count)
     most_layers = min(tensors if component.tensors else MOST_ALL, MOST_ALL) // LEAST_TENSORS
