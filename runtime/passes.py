@@ -96,6 +96,11 @@ def _size(job: Job) -> tuple[int, int]:
     step, most = job.spec.downsampling, _MOST["width"]
     if sides := sides_of("hires_size", job.hires_size):
         check_sides({"hires_size's width": sides[0], "hires_size's height": sides[1]}, step)
+        if sides[0] < job.width or sides[1] < job.height:
+            raise TightfitError(
+                f"hires_size {sides[0]}x{sides[1]} is smaller than the first pass's "
+                f"{job.width}x{job.height}: give one that is as large on both sides"
+            )
         return sides[1], sides[0]
     factor = job.hires or 1.0
     height, width = (int(side * factor) // step * step for side in (job.height, job.width))

@@ -120,7 +120,7 @@ def read_adapter(path: str | Path, weight: float = 1.0, text_weight: float | Non
         return lora.Lora.read(file, weight, text_weight)
     if textual_inversion.claims(stored):
         return textual_inversion.read(file)
-    raise lora.no_lora(file)
+    raise lora.no_lora(file, stored)
 
 
 def check_whole(spec: ModelSpec) -> None:

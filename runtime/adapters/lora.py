@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import struct
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from ..fields import plain
 from ..files import WEIGHTS_BYTES, open_regular, parsed, read_json, shortened
 from ..models.families import reads_texts
 from ..models.families.family import Role
+from ..models.layouts import foreign
 from ..models.layouts.scales import FLOATS
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
@@ -408,7 +409,9 @@ def _placed(patterns: Any) -> Mapping[str, tuple[int, Any]]:
     return {pattern: (place, alpha) for place, (pattern, alpha) in enumerate(alphas)}
 
 
-def no_lora(file: Path) -> TightfitError:
+def no_lora(file: Path, names: Iterable[str] = ()) -> TightfitError:
+    if known := foreign.what(names):
+        return TightfitError(f"{file} is {known[0]}, no LoRA: {known[1]}")
     return TightfitError(f"{file} is no LoRA or the like: a whole model is given by --model, a VAE by --vae")
 
 
@@ -427,6 +430,7 @@ def written(text: str) -> Lora:
                 f"{shortened(weight)} in {shortened(text)} is no number: say FILE:0.8"
             ) from None
     file = located(path, IN_FOLDERS)
-    if not Lora.claims(contents(file, stamp(file))[0]):
-        raise no_lora(file)
+    stored, _ = contents(file, stamp(file))
+    if not Lora.claims(stored):
+        raise no_lora(file, stored)
     return Lora.read(file, *weights)

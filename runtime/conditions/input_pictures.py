@@ -114,7 +114,7 @@ def open_picture(given: Any) -> Picture:
 
 
 def _of_file(path: Path) -> Picture:
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     if not path.exists():
         raise TightfitError(f"{path} does not exist: name a picture")
@@ -125,7 +125,11 @@ def _of_file(path: Path) -> Picture:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")  # of sizes, which are checked, and of damaged EXIF
-        with Image.open(stream, formats=_FORMATS) as image:
+        try:
+            image = Image.open(stream, formats=_FORMATS)
+        except UnidentifiedImageError:
+            raise TightfitError(f"{path} is no picture of a format that is known: {again}") from None
+        with image:
             return _picture(image, str(path))
 
 

@@ -17,8 +17,9 @@ from ..families.t2i_adapter import PLAIN, XL
 from ..manifest import read_manifest
 from ..spec import Component, ModelSpec
 from ..tensors import Tensor
-from . import renames
+from . import foreign, renames
 from .bitsandbytes import tensors_of
+from .library import Kind
 from .scales import scaled
 from .single_file import READS, control_config
 
@@ -68,17 +69,19 @@ def of_file(
 ) -> Component:
     """The one whose tensors these are, checked. Raises TightfitError as `of_folder` does."""
     network, adapter = networks
-    if any(map(_BODY.match, stored)):
+    if any(map(_BODY.match, stored)) and foreign.kind_of(stored) is not Kind.UPSCALER:
         return _adapter(path, stored, adapter, spec)
     begin = next((start for start in _INSIDE if any(name.startswith(start) for name in stored)), "")
     own = {name.removeprefix(begin): t for name, t in stored.items() if name.startswith(begin)}
     if any(name.startswith(_ORIGINAL) for name in own):
         tensors = renames.control(scaled(own))
-    elif any(name.startswith("controlnet_cond_embedding.") for name in own) and not (other := _other(own)):
+    elif any(name.startswith("controlnet_cond_embedding.") for name in own) and not _other(own):
         tensors = scaled(own)
     else:
-        other = _other(own) or "no ControlNet"
-        raise TightfitError(f"{path} is {other}: {_RUN}")
+        known = foreign.what(stored)
+        if known and not _other(own):
+            raise TightfitError(f"{path} is {known[0]}, no ControlNet: {known[1]}")
+        raise TightfitError(f"{path} is {_other(own) or 'no ControlNet'}: {_RUN}")
     config = {**network.defaults, **control_config(tensors, spec.unet)}
     return _checked(Component(network, path, config, tensors), spec)
 

@@ -89,6 +89,15 @@ def kind_of(names: Iterable[str]) -> Kind | None:
     return _PARTS[part][-1] if part >= 0 else None
 
 
+def what(names: Iterable[str]) -> tuple[str, str] | None:
+    """What a part of a model or an addition to one is, and how it is given; None for other files."""
+    names = frozenset(names)
+    if cures.is_adapter(names):
+        return "a LoRA", f"{_BESIDE}, and this by --lora"
+    part = _first(names) - len(_MODELS) - 1
+    return (_PARTS[part][1], _PARTS[part][2]) if part >= 0 else None
+
+
 def _first(names: frozenset[str]) -> int:
     """The number of the first row of _WORDS that fits a name, from 1; 0 for none. A U-Net alone may have its
     names in a checkpoint."""

@@ -10,7 +10,7 @@ import tightfit
 import torch
 from PIL import Image
 from tightfit.runtime.adapters.vae import Vae
-from tightfit.runtime.conditions import asked
+from tightfit.runtime.conditions import asked, pasting
 from tightfit.runtime.conditions.image import ImageToImage
 from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.conditions.mask import Inpainting
@@ -273,6 +273,16 @@ def test_by_its_options(tiny_models, tmp_path):
     ):
         with pytest.raises(TightfitError, match=word):
             asked(given)
+
+
+def test_what_fades_is_what_pillow_erodes():
+    from PIL import ImageFilter
+
+    mask = Image.fromarray((np.random.default_rng(4).random((40, 61)) < 0.97).astype(np.uint8) * 255)
+    for radius in (1, 2, 9):
+        theirs = mask.filter(ImageFilter.MinFilter(2 * radius + 1))
+        assert (np.asarray(pasting._eroded(mask, radius)) == np.asarray(theirs)).all()
+    assert not np.asarray(pasting._eroded(mask, 10**6)).any()
 
 
 def test_another_vae_encodes_too(tiny_models, tmp_path):
