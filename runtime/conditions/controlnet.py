@@ -310,7 +310,7 @@ def typed(text: str) -> Control:
             f"--control has no {unknown[1]}: it takes a picture, then {', '.join(_DEFAULTS)}, as :weight=0.8"
         )
     before, _, rest = path.rpartition(":")
-    if not library.exists(path) and library.exists(before):
+    if before and not library.exists(path) and library.exists(before):
         raise TightfitError(f"--control takes keys after colons, as :weight=0.8, not ':{rest[:40]}'")
     return Control(open_picture(path), **values)
 

@@ -368,6 +368,8 @@ def test_by_its_options(tiny_models, nets, tmp_path):
     for given, word in (
         (f"{place}:weight=x", "weight of --control must be a number"),
         (f"{place}:strength=1", "--control has no strength: it takes a picture, then model, weight"),
+        (f"{place}:0.5", "takes keys after colons, as :weight=0.8, not ':0.5'"),
+        ("nowhere.png", "nowhere.png does not exist: name a picture"),
         (f"{place}:weight=11", "weight of a control must be a number from -10 to 10"),
         (f"{place}:start=0.5:end=0.5", r"start 0.5 of a control must be below end 0.5"),
         (f"{place}:mode=x", "mode of a control must be one of balanced, prompt, control, guess"),
