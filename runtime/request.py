@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import random
 import re
@@ -310,7 +311,7 @@ class Job(Request):
     def steps_taken(self) -> int:
         return len(self._calls_by_step)
 
-    @property
+    @functools.cached_property
     def _calls_by_step(self) -> list[int]:
         """Of the steps that are taken."""
         return self._calls_between(self.skipped, self.share.end)
@@ -318,13 +319,13 @@ class Job(Request):
     def _calls_between(self, begin: int, end: int | None) -> list[int]:
         return schedulers.calls_by_step(self.scheduler, self.spec, self.num_inference_steps, begin, end)
 
-    @property
+    @functools.cached_property
     def _earlier(self) -> list[int]:
         """The calls of the steps that passes before took, which it goes on from."""
         goes_on = self.share.begin and self.share.counts is None
         return self._calls_between(0, self.share.begin) if goes_on else []
 
-    @property
+    @functools.cached_property
     def _schedule(self) -> list[int]:
         """The calls of the steps that it takes, with those that passes before took, and those that are left
         to the next."""
@@ -335,7 +336,7 @@ class Job(Request):
         """The number of its first call in the schedules of its prompt."""
         return sum(self._earlier)
 
-    @property
+    @functools.cached_property
     def guided(self) -> range:
         """The steps, from 1, in which guidance acts; in others the conditioned half runs alone."""
         before, taken, count = len(self._earlier), self.steps_taken, len(self._schedule)
@@ -351,12 +352,22 @@ class Job(Request):
     def calls_with(self, name: str) -> tuple[int, int]:
         """Of one picture's calls of the denoiser, those in which the network called so is called too, and how
         many of these are guided, if any are. All, but where a condition leaves some out."""
+        if name not in self._counted:  # asked for each of a hundred candidates
+            self._counted[name] = self._count_calls(name)
+        return self._counted[name]
+
+    @functools.cached_property
+    def _counted(self) -> dict[str, tuple[int, int]]:
+        return {}
+
+    def _count_calls(self, name: str) -> tuple[int, int]:
         calls = [step for step, count in enumerate(self._calls_by_step, 1) for _ in range(count)]
         for condition in self.conditions:
             if (acting := condition.acting(name, self.scheduled_calls)) is not None:
                 here = self.of_schedule(acting)
                 calls = calls[here.start : here.stop]
-        return len(calls), sum(step in self.guided for step in calls)
+        guided = self.guided
+        return len(calls), sum(step in guided for step in calls)
 
     @property
     def scheduled_calls(self) -> int:

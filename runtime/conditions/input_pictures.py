@@ -128,7 +128,9 @@ def _of_file(path: Path) -> Picture:
         try:
             image = Image.open(stream, formats=_FORMATS)
         except UnidentifiedImageError:
-            raise TightfitError(f"{path} is no picture of a format that is known: {again}") from None
+            raise TightfitError(
+                f"{path} is no picture that can be read, of no format that is known: {again}"
+            ) from None
         with image:
             return _picture(image, str(path))
 
