@@ -38,10 +38,10 @@ FLOORS = (
     ("runtime.models",),
     ("runtime.costs",),
     ("runtime.adapters", "runtime.conditions"),
-    ("runtime.request", "runtime.passes"),
+    ("runtime.request",),
     ("runtime.backends",),
     ("runtime.planner",),
-    ("runtime.settings",),
+    ("runtime.settings", "runtime.passes"),
     (
         "runtime.catalogue",
         "runtime.conditioning",

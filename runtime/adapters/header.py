@@ -65,10 +65,9 @@ def stamp(file: Path) -> Stamp:
 
 
 def _unreadable(file: Path, error: OSError) -> TightfitError:
-    if isinstance(error, FileNotFoundError):
-        cure = "name a .safetensors file, or the folder of models that has one called so by --models-dir"
-        return TightfitError(f"{file} does not exist: {cure}")
-    return TightfitError(f"{file} cannot be read ({error.strerror}): name a .safetensors file")
+    by_name = ", or the folder of models that has one called so by --models-dir"
+    cure = f"name a .safetensors file{by_name if isinstance(error, FileNotFoundError) else ''}"
+    return TightfitError(f"{file} cannot be read ({error.strerror}): {cure}")
 
 
 @functools.lru_cache(maxsize=32)

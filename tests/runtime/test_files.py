@@ -144,7 +144,7 @@ def test_tokenizers_open_their_own_files_only(sd1, tmp_path):
         {"scheduler": ["evil", "DDIMScheduler"]},
         {"scheduler": ["diffusers", "DiffusionPipeline"]},
         {"tokenizer_x/../../../victim": ["transformers", "CLIPTokenizer"]},
-        {"controlnet": ["diffusers", "ControlNetModel"]},
+        {"controlnet": ["evil", "ControlNetModel"]},
         {"vae": {"evil": 1}},
         {"\u001b[31mred": ["a", "b"]},
     ],

@@ -417,7 +417,7 @@ def test_help_fits_a_screen(call):
     for arguments in (["--help"], ["generate", "--help"], ["plan", "--help"]):
         code, out, _ = call(*arguments)
         assert code == 0
-        assert out.count("\n") <= 63 + 31 * (arguments[0] == "generate")  # which has panels
+        assert out.count("\n") <= 76 + 31 * (arguments[0] == "generate")  # which has panels
     assert "0.1.0" in call("--version")[1]
 
 
