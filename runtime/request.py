@@ -343,12 +343,6 @@ class Job(Request):
         first, last = (int(part * count + 0.5) for part in (self.guidance_start, self.guidance_end))
         return range(max(first - before, 0) + 1, min(last - before, taken) + 1)
 
-    @property
-    def guided_calls(self) -> int:
-        """Those of `calls` that are guided, if any are."""
-        counts = self._calls_by_step
-        return sum(counts[step - 1] for step in self.guided)
-
     def calls_with(self, name: str) -> tuple[int, int]:
         """Of one picture's calls of the denoiser, those in which the network called so is called too, and how
         many of these are guided, if any are. All, but where a condition leaves some out."""

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -30,6 +31,12 @@ def caption(one: Emoji, rng: random.Random, empty: float = 0.1) -> str:
         return label
     tags = " ".join(rng.sample(one.tags, rng.randint(2, min(4, len(one.tags)))))
     return f"{label} {tags}" if dice < 0.9 else tags
+
+
+def ids(tokenizer: Any, texts: list[str]) -> torch.Tensor:
+    """(texts, LENGTH), padded or cut."""
+    padded = tokenizer(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt")
+    return padded.input_ids
 
 
 def tokenizer(chosen: list[Emoji], folder: Path, size: int = 2048) -> CLIPTokenizerFast:

@@ -139,10 +139,7 @@ def main() -> None:
     tokenizer = caption.tokenizer(chosen, args.work / "tokenizer")
 
     def tokens(texts: list[str]) -> torch.Tensor:
-        padded = tokenizer(
-            texts, padding="max_length", max_length=caption.LENGTH, truncation=True, return_tensors="pt"
-        )
-        return padded.input_ids.to(args.device)
+        return caption.ids(tokenizer, texts).to(args.device)
 
     def prompt_match(model: torch.nn.Module) -> tuple[float, float]:
         right = list(range(0, len(chosen), 5))

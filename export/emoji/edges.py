@@ -97,20 +97,14 @@ def main() -> None:
     optimizer = optim.Optimizer([control], muon_lr=2e-3, adam_lr=1e-3)
     run = Run("edges", args, control, optimizer, optim.Average(control, decay=0.995))
     alphas, rng = diffusion.noise_schedule().alphas_cumprod, random.Random(run.steps)
-    losses: list[float] = []
-    while run.unfinished:
+
+    def loss() -> torch.Tensor:
         rows = torch.randperm(len(latents))[: args.batch].tolist()
         texts = [caption.caption(chosen[row % len(chosen)], rng, EMPTY) for row in rows]
-        padded = tokenizer(
-            texts, padding="max_length", max_length=caption.LENGTH, truncation=True, return_tensors="pt"
-        )
         model.edges = (edges[rows, None].float() / 255).expand(-1, 3, -1, -1)
-        loss = diffusion.min_snr_loss(model, latents[rows], padded.input_ids, alphas)
-        run.step(loss)
-        losses.append(loss.item())
-        if run.due(60):
-            run.report(f"loss {sum(losses) / len(losses):.4f}")
-            losses.clear()
+        return diffusion.min_snr_loss(model, latents[rows], caption.ids(tokenizer, texts), alphas)
+
+    run.train(loss)
     write(run.average.module, args.folder)
 
 

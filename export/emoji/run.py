@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ class Run:
         self.average.update(self.module)
         self.steps += 1
         self.spent, self.last = self.spent + time.monotonic() - self.last, time.monotonic()
+
+    def train(self, loss: Callable[[], torch.Tensor]) -> None:
+        """Step by step until the time is over, with the mean loss each minute."""
+        losses: list[float] = []
+        while self.unfinished:
+            value = loss()
+            self.step(value)
+            losses.append(value.item())
+            if self.due(60):
+                self.report(f"loss {sum(losses) / len(losses):.4f}")
+                losses.clear()
 
     def due(self, seconds: float) -> bool:
         """Whether it is time for a report: every so many seconds, and at the end."""

@@ -97,19 +97,13 @@ def main() -> None:
     average = optim.Average(adapter, decay=0.99)
     run = Run("style", args, adapter, optim.Optimizer([adapter], muon_lr=0, adam_lr=6e-3), average)
     alphas, rng = diffusion.noise_schedule().alphas_cumprod, random.Random(run.steps)
-    losses: list[float] = []
-    while run.unfinished:
+
+    def loss() -> torch.Tensor:
         rows = torch.randperm(len(chosen))[: args.batch].tolist()
         texts = [captioned(chosen[i], rng) for i in rows]
-        padded = tokenizer(
-            texts, padding="max_length", max_length=caption.LENGTH, truncation=True, return_tensors="pt"
-        )
-        loss = diffusion.min_snr_loss(base, latents[rows], padded.input_ids, alphas)
-        run.step(loss)
-        losses.append(loss.item())
-        if run.due(60):
-            run.report(f"loss {sum(losses) / len(losses):.4f}")
-            losses.clear()
+        return diffusion.min_snr_loss(base, latents[rows], caption.ids(tokenizer, texts), alphas)
+
+    run.train(loss)
     write(average.module, args.file, [one.label for one in chosen], run.steps)
 
 

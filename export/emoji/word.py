@@ -53,8 +53,8 @@ def main() -> None:
     alphas, rng = diffusion.noise_schedule().alphas_cumprod, random.Random(run.steps)
     while run.unfinished:
         texts = [rng.choice(caption.TEMPLATES).format(" ".join(word)) for _ in range(args.batch)]
-        padded = tokenizer(texts, padding="max_length", max_length=caption.LENGTH, return_tensors="pt")
-        loss = diffusion.min_snr_loss(base, latents.expand(args.batch, -1, -1, -1), padded.input_ids, alphas)
+        ids = caption.ids(tokenizer, texts)
+        loss = diffusion.min_snr_loss(base, latents.expand(args.batch, -1, -1, -1), ids, alphas)
         run.step(loss)
         if run.due(30):
             run.report(f"loss {loss.item():.4f}")

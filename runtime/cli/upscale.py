@@ -18,7 +18,7 @@ from ..pictures import FORMATS as ENDINGS
 from ..pictures import METADATA
 from ..planner.wishes import Wishes
 from ..units import shown
-from .options import Device, ModelsDirs, taking, wishes
+from .options import Device, ModelsDirs, machine_of, taking, wishes
 from .output import progress_bar, say, say_json, show_table
 from .saving import FORMATS, Saver, Writing, target
 
@@ -95,15 +95,9 @@ def upscale(options: Options, wished: Mapping[str, Any]) -> None:
 
 
 def _machine(options: Options) -> Hardware:
-    from ..machine.profiles import profile
-
-    if options.hardware is None:
-        return Hardware.detect(options.device)
-    if not options.dry_run or options.device != "auto":
-        raise TightfitError(
-            "--hardware names a machine that is not here: give --dry-run with it, and no --device"
-        )
-    return profile(options.hardware)
+    if options.hardware and not options.dry_run:
+        raise TightfitError("--hardware names a machine that is not here: give --dry-run with it")
+    return machine_of(options.device, options.hardware)
 
 
 def _place(options: Options, file: Path, upscaler: Upscaler) -> Template:

@@ -156,14 +156,13 @@ def _no_upscaler(path: Path, names: Mapping[str, Tensor]) -> TightfitError:
     for pattern, other in _OTHERS:
         if any(re.match(pattern, name) for name in names):
             return TightfitError(f"{path} is an upscaler of the architecture {other}: {_READ}")
-    if foreign.kind_of(names) is Kind.UPSCALER:  # it would be told to come here
-        return TightfitError(f"{path} is no upscaler that is known here: {_READ}")
-    if known := foreign.what(names):
-        return TightfitError(f"{path} is {known[0]}, no upscaler: {_READ}")
-    try:
-        foreign.check(path, names)
-    except TightfitError as error:
-        return error
+    if foreign.kind_of(names) is not Kind.UPSCALER:  # which would be told to come here
+        if known := foreign.what(names):
+            return TightfitError(f"{path} is {known[0]}, no upscaler: {_READ}")
+        try:
+            foreign.check(path, names)
+        except TightfitError as error:
+            return error
     return TightfitError(f"{path} is no upscaler that is known here: {_READ}")
 
 

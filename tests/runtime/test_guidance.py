@@ -69,7 +69,7 @@ def test_guidance_that_ends_is_diffusers_with_its_callback(pair, monkeypatch):
               ("prompt_embeds", *getattr(theirs, "_callback_tensor_inputs", ()))]  # fmt: skip
 
     # diffusers counts calls: PNDM's second step takes two.
-    guided = ours._job(Request("a", guidance_end=0.5, **OPTIONS)).guided_calls
+    _, guided = ours._job(Request("a", guidance_end=0.5, **OPTIONS)).calls_with("unet")
 
     def cut(pipe, step, timestep, tensors):
         if step == guided - 1:
@@ -97,7 +97,7 @@ def test_calls_outside_have_one_row(sd1, monkeypatch, cfg, scheduler, rows):
         job = pipe._job(asked)
     expected = rows if cfg == "batched" else [1 for row in rows for _ in range(row)]
     assert found == expected
-    assert (job.calls, job.guided_calls) == (len(rows), rows.count(2))
+    assert (job.calls, job.calls_with("unet")) == (len(rows), (len(rows), rows.count(2)))
     measured, predicted = result.stages["denoise"].peak_bytes, result.plan.predicted.stages["denoise"]
     assert abs(measured - predicted) <= 0.05 * predicted
 
@@ -166,4 +166,4 @@ def test_what_was_before_is_not_written_or_changed(sd1):
         not {"guidance_rescale", "guidance_start", "noise_source", "schedule", "eta"} & job.to_json().keys()
     )
     assert dataclasses.replace(job.request).resolve(spec) == job
-    assert job.guided_calls == job.calls
+    assert job.calls_with(spec.denoiser.name) == (job.calls, job.calls)

@@ -37,11 +37,8 @@ def _inputs(name: str, spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     shapes = spec.denoiser.network.inputs(spec, extent)
     return {name: shape for name, shape in shapes.items() if not name.startswith(others)} | {
         "sample": (extent.batch, config["in_channels"], *spec.latent_shape(extent)[1:]),
-        "hidden": (
-            extent.batch,
-            extent.chunks * spec.text_length,
-            spec.text_width,
-        ),  # without pictures' tokens
+        # Without the tokens of pictures.
+        "hidden": (extent.batch, extent.chunks * spec.text_length, spec.text_width),
         "picture": (1, config["conditioning_channels"], extent.height, extent.width),
         "scales": (extent.batch, len(added)),
     }

@@ -73,15 +73,15 @@ def of_file(
         return _adapter(path, stored, adapter, spec)
     begin = next((start for start in _INSIDE if any(name.startswith(start) for name in stored)), "")
     own = {name.removeprefix(begin): t for name, t in stored.items() if name.startswith(begin)}
+    other = _other(own)
     if any(name.startswith(_ORIGINAL) for name in own):
         tensors = renames.control(scaled(own))
-    elif any(name.startswith("controlnet_cond_embedding.") for name in own) and not _other(own):
+    elif any(name.startswith("controlnet_cond_embedding.") for name in own) and not other:
         tensors = scaled(own)
+    elif not other and (known := foreign.what(stored)):
+        raise TightfitError(f"{path} is {known[0]}, no ControlNet: {known[1]}")
     else:
-        known = foreign.what(stored)
-        if known and not _other(own):
-            raise TightfitError(f"{path} is {known[0]}, no ControlNet: {known[1]}")
-        raise TightfitError(f"{path} is {_other(own) or 'no ControlNet'}: {_RUN}")
+        raise TightfitError(f"{path} is {other or 'no ControlNet'}: {_RUN}")
     config = {**network.defaults, **control_config(tensors, spec.unet)}
     return _checked(Component(network, path, config, tensors), spec)
 

@@ -85,8 +85,8 @@ def kind_of(names: Iterable[str]) -> Kind | None:
     names = frozenset(names)
     if cures.is_adapter(names):
         return Kind.LORA
-    part = _first(names) - len(_MODELS) - 1
-    return _PARTS[part][-1] if part >= 0 else None
+    part = _part(names)
+    return part[-1] if part else None
 
 
 def what(names: Iterable[str]) -> tuple[str, str] | None:
@@ -94,8 +94,14 @@ def what(names: Iterable[str]) -> tuple[str, str] | None:
     names = frozenset(names)
     if cures.is_adapter(names):
         return "a LoRA", f"{_BESIDE}, and this by --lora"
-    part = _first(names) - len(_MODELS) - 1
-    return (_PARTS[part][1], _PARTS[part][2]) if part >= 0 else None
+    part = _part(names)
+    return part[1:3] if part else None
+
+
+def _part(names: frozenset[str]) -> tuple[str, str, str, Kind | None] | None:
+    """The row of _PARTS that a file is of, None for other files."""
+    number = _first(names) - len(_MODELS) - 1
+    return _PARTS[number] if number >= 0 else None
 
 
 def _first(names: frozenset[str]) -> int:
