@@ -96,7 +96,9 @@ def table(head: str, rows: list[str]) -> str:
 def whole_peers() -> Row:
     """The newest run with all contenders."""
     names = {contender.name for contender in contenders("cpu")}
-    return next(run for run in reversed(results("peers")) if run["rows"].keys() >= names)
+    return next(
+        run for run in reversed(results("peers")) if run["rows"].keys() >= names and not run.get("ask")
+    )
 
 
 def peers(names: Collection[str] | None = None) -> str:

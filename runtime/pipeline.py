@@ -11,8 +11,8 @@ from typing import Any
 
 from PIL import Image
 
-from . import conditions
 from .adapters import Adapter, adapted, check
+from .asking import request_of
 from .budget import Turn
 from .errors import TightfitError
 from .events import Event, Result
@@ -161,18 +161,11 @@ class Pipeline:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
 
         Options are those of Request, named as in diffusers: negative_prompt, num_inference_steps,
-        guidance_scale, width, height, seed, scheduler, num_images …; and image, mask_image, strength and
-        the others of conditions, whose pictures are files, PIL images or arrays.
+        guidance_scale, width, height, seed, scheduler, num_images …; image, mask_image, strength and the
+        others of conditions, whose pictures are files, PIL images or arrays; and lora and the others of
+        adapters, as on the command line: "FILE:0.8", or a list of such texts.
         """
-        fields, of_conditions = Request.__dataclass_fields__, conditions.options()
-        if unknown := [name for name in options if name not in {*fields, *of_conditions}]:
-            raise TightfitError(
-                f"unknown option '{unknown[0]}': "
-                f"choose {', '.join(name for name in (*fields, *of_conditions) if name != 'prompt')}"
-            )
-        asking = {name: options.pop(name) for name in of_conditions if name in options}
-        options["conditions"] = (*options.get("conditions", ()), *conditions.asked(asking))
-        images = self.generate(Request(prompt, **options)).images
+        images = self.generate(request_of({"prompt": prompt, **options})).images
         return images[0] if len(images) == 1 else list(images)
 
     def generate(self, request: Request, on_event: Callable[[Event], object] | None = None) -> Result:

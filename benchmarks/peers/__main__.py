@@ -7,7 +7,8 @@ MODEL is a diffusers folder. WORK gets the peers' environments, made once (compi
 takes six minutes), and the exports, ours and Optimum's, each timed in its own process. Then each contender
 paints one picture in its own process, one after another, repeated in rounds, so that a slow spell of the
 machine slows all. Least seconds and most bytes count; decibels are against the contender whose picture it
-should be. `--make` stops before painting; `--only` takes names of contenders, or their beginnings.
+should be. `--make` stops before painting; `--only` takes names of contenders, or their beginnings. With
+`--ask` a picture is given too, and diffusers and our torch engine alone take part.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from ...runtime.errors import TightfitError
@@ -33,6 +35,7 @@ from ..metrics import MOST_PSNR, psnr
 from ..record import record
 
 REFERENCE = "diffusers fp32"
+ASKS = ("image", "inpainting", "control", "controls")
 PROGRAMS = Path(__file__).with_name("programs.py")
 OPTIMUM = (
     "torch==2.13.0",
@@ -59,6 +62,11 @@ class Contender:
     options: tuple[str, ...] = ()
     model: str = ""
     like: str = REFERENCE
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether it is run with more than a prompt here."""
+        return self.engine in ("diffusers", "tightfit") and not self.model.startswith(("onnx", "optimum"))
 
 
 def contenders(device: str) -> list[Contender]:
@@ -113,6 +121,7 @@ def main() -> None:
         "--patience", type=float, default=90, metavar="SECONDS", help="what once took longer is not run again"
     )
     parse.add_argument("--only", action="append", default=[], metavar="NAME")
+    parse.add_argument("--ask", choices=ASKS, help="image to image, inpainting, one or two ControlNets")
     parse.add_argument("--make", action="store_true")
     args = parse.parse_args()
     if args.steps < 2:
@@ -120,12 +129,14 @@ def main() -> None:
     inspect(args.model)  # refuses a model that names its own classes: other programs would run their code
     model, work = args.model.absolute(), args.work.absolute()
     chosen = [
-        c
-        for c in contenders(Hardware.detect().device)
-        if not args.only or c.name.startswith(tuple(args.only))
+        contender
+        for contender in contenders(Hardware.detect().device)
+        if (not args.only or contender.name.startswith(tuple(args.only)))
+        and (not args.ask or contender.takes_pictures)
     ]
     try:
         pythons, exports = make(model, work, chosen)
+        asks = asked(args.ask, model, work, args.size)
     except subprocess.CalledProcessError as error:
         sys.exit(f"peers: {shlex.join(map(str, error.cmd))} failed with exit code {error.returncode}")
     except TightfitError as error:
@@ -145,6 +156,7 @@ def main() -> None:
                 "options": contender.options,
                 "steps": args.steps,
                 "size": args.size,
+                "asks": asks,
                 "to": str(picture(work, contender.name)),
             }
             row = run(pythons[contender.engine], contender.engine, job)
@@ -166,6 +178,7 @@ def main() -> None:
         "steps": args.steps,
         "rounds": args.rounds,
         "sdcpp": BUILD,
+        "ask": args.ask,
     }
     record("peers", told_of | {"exports": exports, "rows": rows})
     table(rows)
@@ -203,6 +216,40 @@ def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, st
     return pythons, exports
 
 
+def asked(ask: str | None, model: Path, work: Path, size: int) -> Row:
+    """What is asked besides the prompt, by diffusers' names: of noise in large squares, and of ControlNets
+    made from the U-Net."""
+    if not ask:
+        return {}
+    squares = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    given, mask = work / "given.png", work / "mask.png"
+    Image.fromarray(squares).resize((size, size), Image.Resampling.NEAREST).save(given)
+    half = Image.new("L", (size, size))
+    half.paste(255, (size // 4, size // 4, size * 3 // 4, size * 3 // 4))
+    half.save(mask)
+    if ask.startswith("control"):
+        nets = [network(model, work / f"control-{number}") for number in range(2 if ask == "controls" else 1)]
+        return {"controlnet": nets, "control_image": [str(given)] * len(nets)}
+    return {"image": str(given), "strength": 0.75} | (
+        {"mask_image": str(mask)} if ask == "inpainting" else {}
+    )
+
+
+def network(model: Path, to: Path) -> str:
+    """The folder of a ControlNet of the model's U-Net."""
+    if not to.exists():
+        import torch
+        from diffusers import ControlNetModel, UNet2DConditionModel
+
+        folder = inspect(model).denoiser.folder
+        unet: Any = UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float16)
+        net: Any = ControlNetModel.from_unet(unet)
+        partial = to.with_name(f"{to.name}.partial")
+        net.to(torch.float16).save_pretrained(partial)
+        partial.rename(to)
+    return str(to)
+
+
 def picture(work: Path, name: str) -> Path:
     return work / f"{name.replace(' ', '-').replace(',', '')}.png"
 
@@ -222,8 +269,9 @@ def environment(folder: Path, packages: tuple[str, ...], variables: dict[str, st
 
 def run(python: str, engine: str, job: Row) -> Row:
     """Run a job in its own process; one that fails is a row that says so."""
+    program = ["-m", f"{__package__}.programs"] if engine.startswith("tightfit") else [str(PROGRAMS)]
     done = subprocess.run(
-        [python, str(PROGRAMS), engine, json.dumps(job)], capture_output=True, text=True, check=False
+        [python, *program, engine, json.dumps(job)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         return {"failed": (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]}

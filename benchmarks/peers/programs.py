@@ -1,8 +1,9 @@
 """One picture by one engine in its own environment, `python programs.py ENGINE JOB`, without our packages.
 
-JOB is {"model", "precision", "options", "steps", "size", "to"} as JSON; `to` is the picture, or an export's
-folder. The last line printed is JSON: peak resident bytes of the process, seconds from its start to the
-picture, seconds per step (the median, without the first), and versions.
+JOB is {"model", "precision", "options", "steps", "size", "asks", "to"} as JSON; `asks` are pictures and what
+to do with them, by diffusers' names; `to` is the picture, or an export's folder. The last line printed is
+JSON: peak resident bytes of the process, seconds from its start to the picture, seconds per step (the median,
+without the first), and versions.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def diffusers(job: Job, clock: Clock) -> list[str]:
     pipe: Any = DiffusionPipeline.from_pretrained(job["model"], **loading)
     options, device = set(job["options"]), "cuda" if torch.cuda.is_available() else "cpu"
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
+    asks = {name: _opened(name, value) for name, value in job["asks"].items()}
+    pipe = _for_pictures(pipe, asks, dtype)
     pipe.set_progress_bar_config(disable=True)
     if "slicing" in options:
         pipe.enable_attention_slicing()
@@ -76,15 +79,32 @@ def diffusers(job: Job, clock: Clock) -> list[str]:
         )
     else:
         pipe.to(device)
-    sizes = {
-        "height": job["size"],
-        "width": job["size"],
-        "num_inference_steps": job["steps"],
-        "guidance_scale": GUIDANCE,
-    }
+    sizes = {} if "strength" in asks else {"height": job["size"], "width": job["size"]}
+    sizes |= {"num_inference_steps": job["steps"], "guidance_scale": GUIDANCE}
     generator = torch.Generator().manual_seed(SEED)
-    pipe(PROMPT, **sizes, generator=generator, callback_on_step_end=clock).images[0].save(job["to"])
+    pipe(PROMPT, **sizes, **asks, generator=generator, callback_on_step_end=clock).images[0].save(job["to"])
     return ["torch", "diffusers", "transformers"]
+
+
+def _opened(name: str, value: Any) -> Any:
+    from PIL import Image
+
+    if isinstance(value, list):
+        return [_opened(name, one) for one in value]
+    return Image.open(value).convert("L" if "mask" in name else "RGB") if "image" in name else value
+
+
+def _for_pictures(pipe: Any, asks: dict[str, Any], dtype: Any) -> Any:
+    """The pipeline that takes what is asked for, of the same networks."""
+    import diffusers as library
+
+    if nets := asks.pop("controlnet", None):
+        loaded = [library.ControlNetModel.from_pretrained(net, torch_dtype=dtype) for net in nets]
+        asks["image"] = asks.pop("control_image")
+        return library.AutoPipelineForText2Image.from_pipe(pipe, controlnet=loaded)
+    if "mask_image" in asks:
+        return library.AutoPipelineForInpainting.from_pipe(pipe)
+    return library.AutoPipelineForImage2Image.from_pipe(pipe) if "image" in asks else pipe
 
 
 def optimum(job: Job, clock: Clock) -> list[str]:
@@ -154,6 +174,7 @@ def sdcpp(job: Job, clock: Clock) -> list[str]:
 def tightfit(job: Job, clock: Clock) -> list[str]:
     """Ours as the command line runs it; `options` are wishes, such as residency=staged."""
     from ... import Request, load  # pyright: ignore[reportMissingImports]
+    from ...runtime.conditions import asked  # pyright: ignore[reportMissingImports]
     from ...runtime.events import Event  # pyright: ignore[reportMissingImports]
 
     wishes: dict[str, Any] = dict(option.split("=") for option in job["options"])
@@ -168,9 +189,10 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
         if event.stage == "denoise":
             clock()
 
+    wish = Request(PROMPT, seed=SEED, scheduler="euler", conditions=asked(job["asks"]), **sizes)
     with load(job["model"], precision=job["precision"], requests=1, **wishes) as pipe:
         before = most_resident()
-        result = pipe.generate(Request(PROMPT, seed=SEED, scheduler="euler", **sizes), on_event)
+        result = pipe.generate(wish, on_event)
     result.images[0].save(job["to"])
     clock.peak_bytes = max(before, result.process_bytes)  # each stage resets the system's peak
     clock.device_bytes = result.peak_bytes  # and torch's

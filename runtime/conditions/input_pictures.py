@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from ..errors import TightfitError, explained
 from ..files import open_regular
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 
 RESIZES = ("resize", "crop", "fill")
 _MOST_BYTES = 2**30
+_AGAIN = "save it again as a PNG, or name another"
 _MOST_PIXELS = 2**26  # 8192 x 8192
 _MOST_SIDE = 2**15
 # Of Pillow's, those whose decoders are Pillow's own or well-kept libraries; EPS would run Ghostscript.
@@ -96,6 +99,15 @@ def _drawn_out(image: Image.Image, place: tuple[int, int], size: tuple[int, int]
     return Image.fromarray(np.pad(np.asarray(image), sides, mode="edge"))
 
 
+def decoded(content: bytes, source: str) -> Image.Image:
+    """The picture in a file's content, RGB or RGBA, turned as its EXIF says. Raises TightfitError as
+    `open_picture` does."""
+    from io import BytesIO
+
+    with _opened(BytesIO(content), source) as image:
+        return _upright(image, source)
+
+
 def open_picture(given: Any) -> Picture:
     """The picture in a file, or a PIL image, or an array (height, width, 1, 3 or 4) of uint8, or of floats in
     0..1. Turned as its EXIF says, on white where it is transparent.
@@ -114,25 +126,30 @@ def open_picture(given: Any) -> Picture:
 
 
 def _of_file(path: Path) -> Picture:
-    from PIL import Image, UnidentifiedImageError
-
     if not path.exists():
         raise TightfitError(f"{path} does not exist: name a picture")
-    again = "save it again as a PNG, or name another"
     with (
-        explained(f"{path} is no picture that can be read", again),
+        explained(f"{path} is no picture that can be read", _AGAIN),
         open_regular(path, _MOST_BYTES) as stream,
-        warnings.catch_warnings(),
+        _opened(stream, str(path)) as image,
     ):
+        return _picture(image, str(path))
+
+
+@contextmanager
+def _opened(stream: IO[bytes], source: str) -> Iterator[Image.Image]:
+    from PIL import Image, UnidentifiedImageError
+
+    with explained(f"{source} is no picture that can be read", _AGAIN), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of sizes, which are checked, and of damaged EXIF
         try:
             image = Image.open(stream, formats=_FORMATS)
         except UnidentifiedImageError:
             raise TightfitError(
-                f"{path} is no picture that can be read, of no format that is known: {again}"
+                f"{source} is no picture that can be read, of no format that is known: {_AGAIN}"
             ) from None
         with image:
-            return _picture(image, str(path))
+            yield image
 
 
 def _of_array(given: Any) -> Picture:
@@ -154,8 +171,8 @@ def _of_array(given: Any) -> Picture:
     return _picture(Image.fromarray(array), "the picture")
 
 
-def _picture(image: Image.Image, source: str) -> Picture:
-    import numpy as np
+def _upright(image: Image.Image, source: str) -> Image.Image:
+    """RGB or RGBA. Raises TightfitError for what moves, or is too large to be read."""
     from PIL import ImageOps
 
     width, height = image.size
@@ -166,7 +183,13 @@ def _picture(image: Image.Image, source: str) -> Picture:
         )
     if getattr(image, "n_frames", 1) > 1 and image.format in ("GIF", "WEBP", "PNG", "AVIF"):
         raise TightfitError(f"{source} is animated: save one of its pictures as a PNG")
-    image = _in_colour(ImageOps.exif_transpose(image), source)
+    return _in_colour(ImageOps.exif_transpose(image), source)
+
+
+def _picture(image: Image.Image, source: str) -> Picture:
+    import numpy as np
+
+    image = _upright(image, source)
     pixels = np.asarray(image.convert("RGB"))
     alpha = np.asarray(image.getchannel("A")) if "A" in image.getbands() else None
     if alpha is not None:

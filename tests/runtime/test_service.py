@@ -7,6 +7,7 @@ import threading
 import pytest
 import tightfit
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.service import Limits
 
 SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
 
@@ -70,7 +71,7 @@ def test_what_is_cancelled_stops_and_the_next_goes_on(service, sd1):
 
 
 def test_a_full_queue_refuses_and_closing_ends_what_waits(sd1):
-    service = tightfit.Service(device="cpu", most_waiting=2, precision="fp32")
+    service = tightfit.Service(device="cpu", limits=Limits(waiting=2), precision="fp32")
     tickets = []
     with pytest.raises(TightfitError, match="2 requests wait already"):
         for seed in range(10):

@@ -1,0 +1,140 @@
+"""Options by their names, as Python, a queue or HTTP give them, become a request."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import conditions
+from .adapters import ADAPTERS, written
+from .adapters.prompt import from_words
+from .conditions.handed import way_of
+from .errors import TightfitError
+from .files import shortened
+from .models.hub import BESIDE, BUILT_IN
+from .models.layouts import library
+from .models.layouts.library import Kind
+from .request import Request
+
+PICTURES = ("image", "mask_image", "control_image", "ip_adapter_image")
+"""Options that are pictures, or lists of them."""
+_PATHS = ("control",)  # a text that begins with the path of a picture
+_NAMED = {"refiner": Kind.MODEL, "hires_upscaler": Kind.UPSCALER, "controlnet": Kind.CONTROLNET}
+_FIELDS = tuple(field.name for field in dataclasses.fields(Request) if field.name != "conditions")
+
+
+class Shelves:
+    """What a client may name: what is built in, and what lies in folders of models. Never a path, so a name
+    opens nothing else.
+
+    The folders are looked through once, again for a name that is not known, and by `refresh`.
+    """
+
+    def __init__(self, models_dirs: Sequence[str | Path] = ()) -> None:
+        """Of these folders, those of TIGHTFIT_MODELS and of the config file. Raises TightfitError for one
+        that is none."""
+        self.roots = library.folders(models_dirs)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look through the folders again."""
+        self.library = library.scan(self.roots)
+
+    def path(self, name: str, kind: Kind) -> str:
+        """Of what is called so; of a built-in model its name. Raises TightfitError for what is not there."""
+        if kind is Kind.MODEL and name in BUILT_IN:
+            return name
+        if kind is not Kind.MODEL and name in BESIDE:
+            return str(BESIDE[name])
+        for _ in range(2):
+            if place := library.called(name, kind, self.library):
+                return str(place)
+            self.refresh()
+        if not self.roots:
+            raise TightfitError(
+                f"no {kind.value} is called {shortened(name)}: there are no folders of models"
+            )
+        raise library.missing(name, kind, self.roots)
+
+
+def names() -> tuple[str, ...]:
+    """Of all options, the prompt first."""
+    return (*dict.fromkeys((*_FIELDS, *conditions.options(), *(kind.option for kind in ADAPTERS))),)
+
+
+def request_of(options: Mapping[str, Any], shelves: Shelves | None = None) -> Request:
+    """The request that these options ask, by the names of Request's fields, of conditions' options, and of
+    adapters' (`lora`: a list of "FILE:0.8").
+
+    With `shelves`, names are of what lies there, and pictures are PIL images: no path is opened. Raises
+    TightfitError for an option that there is not, and for whatever no model could do.
+    """
+    if unknown := [name for name in options if name not in names() and name != "conditions"]:
+        others = ", ".join(name for name in names() if name != "prompt")
+        raise TightfitError(f"unknown option '{unknown[0]}': choose {others}")
+    given = dict(options if shelves is None else _shelved(options, shelves))
+    roots = shelves.roots if shelves else ()
+    adapting = {kind.option: _texts(given.pop(kind.option, ())) for kind in ADAPTERS}
+    asking = {name: given.pop(name) for name in conditions.options() if name in given}
+    prompt = given.pop("prompt", None)
+    named = ()
+    if isinstance(prompt, str):
+        prompt, named = from_words(prompt, roots)
+    adapters = *given.pop("adapters", ()), *written(adapting, roots), *named
+    asked = conditions.asked({**asking, "models_dirs": roots} if asking else {})
+    every = (*given.pop("conditions", ()), *asked)
+    return Request(prompt, adapters=adapters, conditions=every, **given).checked()  # pyright: ignore[reportArgumentType]
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str | Path) else tuple(value or ())
+    if bad := next((text for text in texts if not isinstance(text, str | Path)), None):
+        raise TightfitError(f"an adapter is a text such as FILE:0.8, not {shortened(bad)}")
+    return tuple(map(str, texts))
+
+
+def _shelved(options: Mapping[str, Any], shelves: Shelves) -> dict[str, Any]:
+    """The options with the paths of what they name. Raises TightfitError for what would open another."""
+    given = dict(options)
+    if path := next((name for name in (*_PATHS, "adapters", "conditions") if given.get(name)), None):
+        raise TightfitError(f"{path} is not taken from a client: give control_image and controlnet, or lora")
+    for name in PICTURES:
+        if not all(map(_is_image, _several(given.get(name)))):
+            raise TightfitError(f"{name} must be a picture itself, not the name of one")
+    for name, kind in _NAMED.items():
+        if given.get(name) is not None:
+            given[name] = _each(given[name], lambda text, kind=kind: _path(text, kind, shelves))
+    for adapter in ADAPTERS:
+        if given.get(adapter.option) and adapter.shelf:
+            texts = _texts(given[adapter.option])
+            given[adapter.option] = [_with_path(text, adapter.shelf, shelves) for text in texts]
+        elif given.get(adapter.option) and adapter.metavar == "FILE":
+            raise TightfitError(f"{adapter.option} is not taken from a client")
+    return given
+
+
+def _several(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, list | tuple) else () if value is None else (value,)
+
+
+def _each(value: Any, change: Any) -> Any:
+    return [change(one) for one in value] if isinstance(value, list | tuple) else change(value)
+
+
+def _is_image(value: Any) -> bool:
+    from PIL import Image
+
+    return isinstance(value, Image.Image)
+
+
+def _path(name: Any, kind: Kind, shelves: Shelves) -> str:
+    if not isinstance(name, str):
+        raise TightfitError(f"a name of a {kind.value} is text, not {shortened(name)}")
+    return name if kind is Kind.UPSCALER and way_of(name) else shelves.path(name, kind)
+
+
+def _with_path(text: str, kind: Kind, shelves: Shelves) -> str:
+    name, *others = text.split(":")
+    return ":".join([shelves.path(name, kind), *others])

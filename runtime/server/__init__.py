@@ -1,0 +1,1 @@
+"""The service over HTTP: three APIs and a page. Needs the extra `serve`."""

@@ -1,0 +1,94 @@
+"""What handlers of every API share: the service, jobs awaited without blocking, pictures in and out."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from io import BytesIO
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from PIL import Image
+
+from ..conditions.input_pictures import decoded
+from ..errors import TightfitError
+from ..events import Event
+from ..pictures import PARAMETERS
+from ..service import Service, Ticket
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+Served = Annotated[Service, Depends(_service)]
+"""A handler's parameter: the service."""
+
+
+async def changes(ticket: Ticket) -> AsyncIterator[list[Event]]:
+    """The new events of a job, each time there are some, until it has ended. Nothing blocks meanwhile."""
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    end = ticket.listen(lambda: loop.call_soon_threadsafe(news.set))
+    place = 0
+    try:
+        while True:
+            news.clear()
+            is_end, events = ticket.state.is_end, ticket.seen(place)
+            place += len(events)
+            if events:
+                yield events
+            if is_end:
+                return
+            await news.wait()
+    finally:
+        end()
+
+
+async def ended(ticket: Ticket, request: Request | None = None) -> Ticket:
+    """The job once it has ended; cancelled where the client of `request` goes away before."""
+
+    async def wait() -> None:
+        async for _ in changes(ticket):
+            pass
+
+    waiting = asyncio.ensure_future(wait())
+    try:
+        while not waiting.done():
+            await asyncio.wait([waiting], timeout=0.5)
+            if request is not None and not waiting.done() and await request.is_disconnected():
+                ticket.cancel()
+                await waiting
+    finally:
+        waiting.cancel()
+    return ticket
+
+
+def picture_of(text: Any, name: str) -> Image.Image:
+    """The picture in base64, also in a data URL. Raises TightfitError; an address is never fetched."""
+    if not isinstance(text, str):
+        raise TightfitError(f"{name} must be a picture in base64, not {type(text).__name__}")
+    head, comma, rest = text.partition(",")
+    if comma and not (head.startswith("data:") and head.endswith(";base64")):
+        raise TightfitError(f"{name} must be a picture in base64: addresses are not fetched")
+    try:
+        content = base64.b64decode((rest if comma else text).strip(), validate=True)
+    except (binascii.Error, ValueError):
+        raise TightfitError(f"{name} is not valid base64: encode the file of a picture") from None
+    return decoded(content, name)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", quality: int = 90) -> bytes:
+    """A picture's file, with its text inside where that is PNG."""
+    from PIL.PngImagePlugin import PngInfo
+
+    stream = BytesIO()
+    if kind == "PNG":
+        info = PngInfo()
+        if text := image.info.get(PARAMETERS):
+            info.add_text(PARAMETERS, text)
+        image.save(stream, "PNG", pnginfo=info)
+    else:
+        image.save(stream, kind, quality=quality)
+    return stream.getvalue()
