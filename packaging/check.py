@@ -3,8 +3,8 @@ hand.
 
     python packaging/check.py
 
-Of the Dockerfile: COPY takes what git would commit, RUN is run by sh, in a virtual environment in place of the
-image's Python, with the folders of the image below one of ours. Then what CMD and ExecStart say is started,
+Of the Dockerfile: COPY takes what git would commit, RUN is run by sh, in a virtual environment in place of
+the image's Python, with the image's folders below one of ours. Then what CMD and ExecStart say is started,
 waited for by HEALTHCHECK's own command, asked for a picture with the key, and ended by SIGTERM, which has to
 leave exit code 0.
 """

@@ -127,8 +127,8 @@ def _other(names: Iterable[str]) -> str:
 
 def _checked(component: Component, spec: ModelSpec) -> Component:
     """Raise TightfitError unless its answers are what the model's U-Net takes."""
-    unet, tensors, path = spec.denoiser, component.tensors, component.folder
-    width, ours = (_text_width(each) for each in (tensors, unet.tensors))
+    tensors, path = component.tensors, component.folder
+    width, ours = _text_width(tensors), spec.text_width
     if width and width != ours:
         kind, other = (known_by(side) or f"texts {side} wide" for side in (width, ours))
         raise TightfitError(

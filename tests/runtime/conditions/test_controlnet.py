@@ -317,6 +317,15 @@ def refusal(folder, control) -> str:
     return str(error.value)
 
 
+def test_a_model_that_was_exported_in_int8_takes_them_too(tiny_models, nets, tmp_path):
+    exported = tightfit.export_model(tiny_models["sd1"], tmp_path / "int8", "int8")
+    painted = []
+    for model, precision in ((tiny_models["sd1"], "int8"), (exported, "auto")):
+        with tightfit.load(str(model), device="cpu", **{**SAME, "precision": precision}) as pipe:
+            painted.append(pipe("a cat", controlnet=nets("sd1")[0], control_image=PICTURES[0], **OPTIONS))
+    assert decibels(*painted) > 40  # its other networks are in the plan's own precision
+
+
 def test_what_is_no_controlnet_of_the_model(tiny_models, nets, tmp_path, monkeypatch):
     monkeypatch.setenv("TIGHTFIT_MODELS", "")
     picture = {"control_image": PICTURES[0]}
