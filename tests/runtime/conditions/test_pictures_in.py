@@ -9,12 +9,14 @@ import pytest
 import tightfit
 import torch
 from PIL import Image
+from tightfit.benchmarks.metrics import psnr
 from tightfit.runtime.adapters.vae import Vae
+from tightfit.runtime.backends.torch.backend import TorchSession
 from tightfit.runtime.conditions import asked, pasting
 from tightfit.runtime.conditions.image import ImageToImage
 from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.conditions.mask import Inpainting
-from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.infotext import parse
 
 SIZE = {"width": 64, "height": 64, "num_inference_steps": 5}
@@ -172,6 +174,28 @@ def test_the_encoder_is_in_the_plan(precision, residency, tiling, tiny_models):
             assert abs(measured.peak_bytes - predicted) <= 0.05 * predicted, stage
     if residency == "staged":
         assert result.plan.predicted.stages["encode"] > plain.plan.predicted.stages["encode"]
+
+
+def test_the_same_picture_after_memory_ran_out_in_the_encoder(tiny_models, monkeypatch):
+    """What takes less goes on from there, and the notice says where it was."""
+    options = {"image": PICTURE, "strength": 0.6, "seed": 3, "num_inference_steps": 5}
+    call, failed = TorchSession.__call__, []
+
+    def failing(self, **arrays):
+        if "pixels" in arrays and not failed:
+            failed.append(True)
+            raise OutOfMemoryError("not enough")
+        return call(self, **arrays)
+
+    with tightfit.load(str(tiny_models["sd1"]), device="cpu", attention="sdpa", precision="fp32") as pipe:
+        wanted = pipe("a cat", **options)
+        monkeypatch.setattr(TorchSession, "__call__", failing)
+        result = pipe.generate(
+            tightfit.Request("a cat", seed=3, num_inference_steps=5, conditions=asked(options))
+        )
+    assert failed
+    assert any(notice.startswith("out of memory to encode") for notice in result.notices)
+    assert psnr(result.images[0], wanted) >= 75
 
 
 def test_fewer_steps_are_counted(tiny_models):
