@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 from . import conditions
 from .adapters import ADAPTERS, written
@@ -16,8 +19,9 @@ from .files import shortened
 from .models.hub import BESIDE, BUILT_IN
 from .models.layouts import library
 from .models.layouts.library import Kind
-from .request import Request
+from .request import RANDOM_SEED, Request, drawn
 
+REFRESH_SECONDS = 2.0
 PICTURES = ("image", "mask_image", "control_image", "ip_adapter_image")
 """Options that are pictures, or lists of them."""
 _PATHS = ("control",)  # a text that begins with the path of a picture
@@ -29,34 +33,49 @@ class Shelves:
     """What a client may name: what is built in, and what lies in folders of models. Never a path, so a name
     opens nothing else.
 
-    The folders are looked through once, again for a name that is not known, and by `refresh`.
+    The folders are looked through once, by `refresh`, and for a name that is not known; for these every
+    REFRESH_SECONDS at most, as a client may ask for any number of them. Safe to use from threads.
     """
 
     def __init__(self, models_dirs: Sequence[str | Path] = ()) -> None:
         """Of these folders, those of TIGHTFIT_MODELS and of the config file. Raises TightfitError for one
         that is none."""
-        self.roots = library.folders(models_dirs)
+        self.roots, self._refreshed = library.folders(models_dirs), -math.inf
         self.refresh()
 
     def refresh(self) -> None:
         """Look through the folders again."""
-        self.library = library.scan(self.roots)
+        self.library, self._places = library.scan(self.roots), {}
 
     def path(self, name: str, kind: Kind) -> str:
         """Of what is called so; of a built-in model its name. Raises TightfitError for what is not there."""
+        if not isinstance(name, str):
+            raise TightfitError(f"a name of a {kind.value} is text, not {shortened(name)}")
         if kind is Kind.MODEL and name in BUILT_IN:
             return name
         if kind is not Kind.MODEL and name in BESIDE:
             return str(BESIDE[name])
-        for _ in range(2):
-            if place := library.called(name, kind, self.library):
-                return str(place)
+        if place := self._place(name, kind):
+            return place
+        if time.monotonic() - self._refreshed > REFRESH_SECONDS:
+            self._refreshed = time.monotonic()
             self.refresh()
+            if place := self._place(name, kind):
+                return place
         if not self.roots:
             raise TightfitError(
                 f"no {kind.value} is called {shortened(name)}: there are no folders of models"
             )
-        raise library.missing(name, kind, self.roots)
+        raise library.missing(name, kind, self.roots, self.library)
+
+    def _place(self, name: str, kind: Kind) -> str | None:
+        """By its name, which is looked up among all files once."""
+        places = self._places
+        if (place := places.get((name, kind))) is None and (
+            known := library.called(name, kind, self.library)
+        ):
+            place = places[name, kind] = str(known)
+        return place
 
 
 def names() -> tuple[str, ...]:
@@ -86,6 +105,18 @@ def request_of(options: Mapping[str, Any], shelves: Shelves | None = None) -> Re
     asked = conditions.asked({**asking, "models_dirs": roots} if asking else {})
     every = (*given.pop("conditions", ()), *asked)
     return Request(prompt, adapters=adapters, conditions=every, **given).checked()  # pyright: ignore[reportArgumentType]
+
+
+def seeded(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the seeds that they leave open, so that a job that is begun again is the same."""
+    open_seeds = ("seed", "subseed") if options.get("subseed_strength") else ("seed",)
+    given = {name: options.get(name) for name in open_seeds}
+    left_open = [name for name, value in given.items() if value is None or _is_whole(value, RANDOM_SEED)]
+    return {**options, **{name: drawn(None) for name in left_open}}
+
+
+def _is_whole(value: Any, number: int) -> bool:
+    return isinstance(value, SupportsIndex) and operator.index(value) == number
 
 
 def _texts(value: Any) -> tuple[str, ...]:
@@ -130,9 +161,8 @@ def _is_image(value: Any) -> bool:
 
 
 def _path(name: Any, kind: Kind, shelves: Shelves) -> str:
-    if not isinstance(name, str):
-        raise TightfitError(f"a name of a {kind.value} is text, not {shortened(name)}")
-    return name if kind is Kind.UPSCALER and way_of(name) else shelves.path(name, kind)
+    is_way = kind is Kind.UPSCALER and isinstance(name, str) and way_of(name)
+    return name if is_way else shelves.path(name, kind)
 
 
 def _with_path(text: str, kind: Kind, shelves: Shelves) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from io import BufferedReader
+from itertools import islice
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 from typing import Any
@@ -26,6 +27,9 @@ PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 SINGLE = (".safetensors", ".gguf")  # endings of files that can each be a whole model
 JSON_BYTES = 2**24  # limit; the largest published with SD, CLIP's tokenizer.json, has 3.6 MB
 WEIGHTS_BYTES = 2**40  # limit per file; SDXL's U-Net in fp32 has 10 GB
+Stamps = tuple[tuple[Path, int, int], ...]
+"""Files, each with its size and time: by these it is known whether a model has changed."""
+_MOST_STAMPS = 1000  # files of a model
 
 
 def open_regular(path: Path, most_bytes: int) -> BufferedReader:
@@ -148,6 +152,14 @@ def inside(path: Path, root: Path) -> bool:
         return False
     cached = home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--")
     return place.is_relative_to(home) or (cached and place.is_relative_to(home.parent.parent / "blobs"))
+
+
+def stamps(path: Path) -> Stamps:
+    """Size and time of a file, or of each in a model's folder, where a file that is written again leaves the
+    folder's own time as it is. Nothing of what is not there."""
+    files = [path, *islice(path.glob("*"), _MOST_STAMPS), *islice(path.glob("*/*"), _MOST_STAMPS)]
+    stats = [(file, file.stat()) for file in sorted(files) if file.exists()]
+    return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
 
 
 def plain_name(name: str) -> bool:

@@ -18,9 +18,10 @@ class Loaded:
     """Sessions of one model by component, each with what it is of and its placement. A tenant of its device's
     budget."""
 
-    def __init__(self, hardware: Hardware) -> None:
+    def __init__(self, hardware: Hardware, room_bytes: int | None = None) -> None:
+        """`room_bytes` are for all tenants of the device: by default what was free."""
         self.budget = DeviceBudget.of(hardware.device)
-        self.room_bytes = hardware.free_bytes - hardware.context_bytes
+        self.room_bytes = hardware.free_bytes - hardware.context_bytes if room_bytes is None else room_bytes
         self.backends: dict[str, Backend] = {}
         self.sessions: dict[str, tuple[Component, Placement, Session]] = {}
         self._allowed_bytes = 0

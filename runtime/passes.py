@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from .conditions.handed import LATENTS, Handed, enlarging
 from .conditions.image import ImageToImage
 from .errors import TightfitError
 from .fields import described
+from .files import Stamps, stamps
 from .models import schedulers
 from .models.families.family import Role
 from .models.hub import inspect
@@ -35,7 +35,6 @@ _ONE_PASS: dict[str, Any] = {
 }
 _MOST = {name: about.bounds[1] for name, about in described(Request).items() if about.bounds}
 _MOST_SHARE = 0.999  # as A1111 has it
-_MOST_FILES = 1000  # of a model, that are looked at to know whether it has changed
 
 
 def passes(job: Job) -> tuple[Job, ...]:
@@ -133,20 +132,12 @@ def _first(job: Job, share: Share) -> Job:
 def _model(name: str) -> ModelSpec:
     """Read from files alone: a request never starts a download."""
     with suppress(OSError, ValueError):
-        return _read(name, _written(Path(name)))
+        return _read(name, stamps(Path(name)))
     return _read(name, ())
 
 
-def _written(path: Path) -> tuple[tuple[Path, int, int], ...]:
-    """Size and time of a file, or of each in a model's folder, where a file that is written again leaves the
-    folder's own time as it is."""
-    files = [path, *islice(path.glob("*"), _MOST_FILES), *islice(path.glob("*/*"), _MOST_FILES)]
-    stats = [(file, file.stat()) for file in sorted(files) if file.exists()]
-    return tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats)
-
-
 @lru_cache(2)
-def _read(place: str, written: tuple[tuple[Path, int, int], ...]) -> ModelSpec:  # noqa: ARG001
+def _read(place: str, written: Stamps) -> ModelSpec:  # noqa: ARG001
     """The same object for the same files, as what is planned for it is kept by that."""
     return inspect(place, local_files_only=True)
 

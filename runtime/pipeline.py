@@ -211,7 +211,7 @@ class Pipeline:
         first = Run(jobs[0], self.loaded, Ways(self._first, self._plans), self._on_stage)
         runs = [first]
         for job in jobs[1:]:
-            loaded = self.loaded if job.model is self.spec else Loaded(self.hardware)
+            loaded = self.loaded if job.model is self.spec else Loaded(self.hardware, self.loaded.room_bytes)
             ways = Ways(partial(self._first_after, first), partial(self._plans_after, first))
             runs.append(Run(job, loaded, ways, self._on_stage, runs[-1]))
         return runs

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ class Upscaler:
         self.component = read_upscaler(library.located(str(model), library.Kind.UPSCALER, models_dirs))
         self.hardware = hardware or Hardware.detect(device)
         self.wishes, self.spec = Wishes(**wishes), alone(self.component)
-        self._loaded = Loaded(self.hardware)
+        self.loaded = Loaded(self.hardware)
 
     @property
     def scale(self) -> int:
@@ -110,12 +110,15 @@ class Upscaler:
         Lanczos' reduction of the next one above, of two passes where one is not enough."""
         return self.enlarge(picture, scale).image
 
-    def enlarge(self, picture: Any, scale: float | None = None) -> Enlarged:
-        """As a call, with everything known about it."""
+    def enlarge(
+        self, picture: Any, scale: float | None = None, on_pass: Callable[[], object] = lambda: None
+    ) -> Enlarged:
+        """As a call, with everything known about it. `on_pass` is called before each pass through the
+        network."""
         given = open_picture(picture)
         sizes = self.sizes(given, scale)
         run = _Run(self, sizes)
-        image = run.enlarged(given)
+        image = run.enlarged(given, on_pass)
         wanted = self.wanted(scale)
         size = round(given.width * wanted), round(given.height * wanted)
         if image.size != size:
@@ -129,7 +132,7 @@ class Upscaler:
 
     def close(self) -> None:
         """Free what is loaded. It is loaded again when it is needed."""
-        self._loaded.close()
+        self.loaded.close()
 
     def __enter__(self) -> Upscaler:
         return self
@@ -142,7 +145,7 @@ class _Run:
     """One picture, enlarged in one pass or more."""
 
     def __init__(self, upscaler: Upscaler, sizes: Sequence[tuple[int, int]]) -> None:
-        self._upscaler, self._sizes, self._loaded = upscaler, sizes, upscaler._loaded
+        self._upscaler, self._sizes, self._loaded = upscaler, sizes, upscaler.loaded
         self.notices: list[str] = []
         self.plan = self._planned(every=False)[0]
         if not self.plan.fits:
@@ -152,7 +155,7 @@ class _Run:
         upscaler = self._upscaler
         return upscaling.plans(upscaler.hardware, upscaler.spec, self._sizes, upscaler.wishes, every=every)
 
-    def enlarged(self, picture: Picture) -> Image.Image:
+    def enlarged(self, picture: Picture, on_pass: Callable[[], object]) -> Image.Image:
         process, start = ProcessPeak(), time.perf_counter()
         array = np.asarray(_opaque(picture)).transpose(2, 0, 1)[None]
         self._load_seconds = 0.0
@@ -161,6 +164,7 @@ class _Run:
             self._take(self.plan)
             self._loaded.reset_peak()
             for _ in self._sizes:
+                on_pass()
                 array = self._surviving(array)
             peak_bytes = self._loaded.peak_bytes()
             process_bytes = process.bytes()

@@ -53,7 +53,7 @@ FLOORS = (
     ("runtime.loaded",),
     ("runtime.run",),
     ("runtime.pipeline", "runtime.upscale"),
-    ("runtime.service", "runtime.jobs"),
+    ("runtime.open_models", "runtime.jobs", "runtime.ticket", "runtime.service"),
     ("runtime.cli", "runtime.server"),
     ("export",),
     ("tightfit",),

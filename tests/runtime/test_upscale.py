@@ -258,7 +258,7 @@ def test_budget_and_memory_that_runs_out(tmp_path, monkeypatch):
     ):
         upscaler(image)
     with Upscaler(file, hardware=machine(precisions=("fp32",))) as upscaler:
-        run, calls = upscaler._loaded.session, []
+        run, calls = upscaler.loaded.session, []
 
         def failing(component, placement):
             session = run(component, placement)
@@ -272,7 +272,7 @@ def test_budget_and_memory_that_runs_out(tmp_path, monkeypatch):
             monkeypatch.setattr(call, "notices", (), raising=False)
             return call
 
-        monkeypatch.setattr(upscaler._loaded, "session", failing)
+        monkeypatch.setattr(upscaler.loaded, "session", failing)
         image = image.crop((0, 0, 12, 40))
         done = upscaler.enlarge(image, 8)
         assert calls == [("whole", 40), ("whole", 160), ("tiled", 160)]
