@@ -37,10 +37,13 @@ class Shelves:
     REFRESH_SECONDS at most, as a client may ask for any number of them. Safe to use from threads.
     """
 
-    def __init__(self, models_dirs: Sequence[str | Path] = ()) -> None:
-        """Of these folders, those of TIGHTFIT_MODELS and of the config file. Raises TightfitError for one
-        that is none."""
-        self.roots, self._refreshed = library.folders(models_dirs), -math.inf
+    def __init__(
+        self, models_dirs: Sequence[str | Path] = (), models: Mapping[str, str] | None = None
+    ) -> None:
+        """Of these folders, those of TIGHTFIT_MODELS and of the config file; `models` elsewhere by their
+        names. Raises TightfitError for one that is none."""
+        self.roots, self.models = library.folders(models_dirs), dict(models or {})
+        self._refreshed = -math.inf
         self.refresh()
 
     def refresh(self) -> None:
@@ -51,8 +54,8 @@ class Shelves:
         """Of what is called so; of a built-in model its name. Raises TightfitError for what is not there."""
         if not isinstance(name, str):
             raise TightfitError(f"a name of a {kind.value} is text, not {shortened(name)}")
-        if kind is Kind.MODEL and name in BUILT_IN:
-            return name
+        if kind is Kind.MODEL and (name in BUILT_IN or name in self.models):
+            return self.models.get(name, name)
         if kind is not Kind.MODEL and name in BESIDE:
             return str(BESIDE[name])
         if place := self._place(name, kind):

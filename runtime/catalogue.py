@@ -17,7 +17,7 @@ from .. import __version__
 from .adapters import textual_inversion
 from .errors import TightfitError
 from .files import SINGLE, parsed, read_json
-from .kept import Kept
+from .kept import Hashes, Kept
 from .machine.hardware import Hardware
 from .models import upscalers
 from .models.cures import of_pickle
@@ -77,6 +77,21 @@ class Model:
         for name in names:
             said = said.removeprefix(f"{name} ")
         return said.split(": ")[0]
+
+
+def row(model: Model, hashes: Hashes) -> dict[str, Any]:
+    """A model as JSON. Its hash is there if it is known: nothing is read."""
+    return {
+        "name": model.entry.name,
+        "path": str(model.entry.path),
+        "kind": model.kind,
+        "family": model.family or None,
+        "bytes": model.stored_bytes,
+        "sha256": hashes.get(model.entry.path) or None,
+        "trigger_words": list(model.triggers),
+        "plan": model.plan.to_json() if model.plan else None,
+        "problem": model.problem or None,
+    }
 
 
 def described(entry: Entry) -> Model:

@@ -243,6 +243,13 @@ def config_folder() -> Path | None:
     return _user_folder("APPDATA", "XDG_CONFIG_HOME", below)
 
 
+def state_folder() -> Path | None:
+    """The folder of what outlives a process: XDG_STATE_HOME, or the system's own. None for a user without a
+    home."""
+    below = {"win32": "AppData/Local", "darwin": "Library/Application Support"}
+    return _user_folder("LOCALAPPDATA", "XDG_STATE_HOME", below.get(sys.platform, ".local/state"))
+
+
 def _user_folder(windows: str, others: str, below: str) -> Path | None:
     """Ours in the folder that the environment names, or `below` the user's home."""
     if folder_name := os.environ.get(windows if sys.platform == "win32" else others):

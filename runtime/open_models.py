@@ -43,7 +43,7 @@ class OpenModels:
         self._room_bytes = budget_of(hardware, wishes) - hardware.context_bytes
         self._specs: dict[str, tuple[Stamps, ModelSpec]] = {}
         self._open: dict[_Key, tuple[Stamps, Pipeline | Upscaler]] = {}
-        self._planning: dict[tuple[str, Wishes], Pipeline] = {}
+        self._planning: dict[tuple[str, Wishes, Hardware], Pipeline] = {}
         self._lock = threading.Lock()
 
     def place(self, name: str, kind: Kind) -> str:
@@ -71,14 +71,15 @@ class OpenModels:
         """What the model is: the same object as long as its files stay as they are. Raises TightfitError."""
         return self._spec(*self._stamped(model, Kind.MODEL))
 
-    def planning(self, model: str, wishes: Wishes) -> Pipeline:
-        """To plan with, and to run nothing: that of a job may be at a step for seconds. Raises
-        TightfitError."""
-        spec, key = self.spec(model), (model, wishes)
+    def planning(self, model: str, wishes: Wishes, hardware: Hardware | None = None) -> Pipeline:
+        """To plan with, here or on other hardware, and to run nothing: that of a job may be at a step for
+        seconds. Raises TightfitError."""
+        machine = hardware or self.hardware
+        spec, key = self.spec(model), (model, wishes, machine)
         with self._lock:
             pipeline = self._planning.pop(key, None)
             if not pipeline or pipeline.spec is not spec:
-                pipeline = Pipeline(spec, self.hardware, wishes)
+                pipeline = Pipeline(spec, machine, wishes)
             self._planning[key] = pipeline
             _shorten(self._planning)
         return pipeline

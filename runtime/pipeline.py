@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
@@ -59,6 +59,14 @@ def load(
     return Pipeline(spec, hardware, Wishes(**wishes), plan, adapters=adapters)
 
 
+class Planned(NamedTuple):
+    """A pass of a request, every way to run it, and, where none fits, what says so."""
+
+    job: Job
+    plans: list[Plan]
+    refusal: planner.NoneFitsError | None = None
+
+
 class Pipeline:
     """Runs requests for one model on one machine, each by the best plan for it, within the budget.
 
@@ -97,6 +105,23 @@ class Pipeline:
         Raises TightfitError if none fits."""
         first, *_ = passes(self._job(request))
         return self._plans(first)
+
+    def planned(self, request: Request) -> list[Planned]:
+        """Each pass of `request` with every way to run it here, the one that will be taken first. The last
+        is the first that does not fit."""
+        planned: list[Planned] = []
+        for job in passes(self._job(request)):
+            try:
+                planned.append(Planned(job, self._plans_of_pass(job, planned)))
+            except planner.NoneFitsError as refusal:
+                return [*planned, Planned(job, [*refusal.plans], refusal)]
+        return planned
+
+    def _plans_of_pass(self, job: Job, before: Sequence[Planned]) -> list[Plan]:
+        if not before:
+            return self._plans(job)
+        first = before[0]
+        return self._planned_by(job, wishes_after(first.job, first.plans[0], job, self.wishes))
 
     def _plans(self, job: Job) -> list[Plan]:
         key = _costs_of(job)

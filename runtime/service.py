@@ -24,7 +24,7 @@ from .models.layouts.library import Kind
 from .open_models import ASKABLE, OpenModels
 from .passes import passes
 from .pictures import save
-from .pipeline import MANY
+from .pipeline import MANY, Planned
 from .planner.plan import Plan
 from .planner.wishes import Wishes
 from .request import Job, Request
@@ -109,6 +109,7 @@ class Service:
         self._unwritten: dict[str, Record] = {}  # for want of room, or of a lock
         self._served: dict[str, int] = {}  # of each client, when it was served last, counted in jobs
         self._running: Ticket | None = None
+        self._watchers: list[Callable[[Ticket], object]] = []
         self._closed = False
         self._news = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="tightfit-service", daemon=True)
@@ -150,6 +151,10 @@ class Service:
         ticket = self.ticket(id)
         return ticket.record if ticket else self._unwritten.get(id) or self.jobs.get(id)
 
+    def records(self, count: int = 100, before: str = "") -> list[Record]:
+        """The newest jobs first, or those older than the job `before`."""
+        return self.jobs.latest(count, before)
+
     @property
     def active(self) -> list[Ticket]:
         """The job that runs, then those that wait, in the order they came."""
@@ -170,6 +175,38 @@ class Service:
         pipeline = self.models.planning(model, self.models.wished(wishes))
         self.limits.check(job := request.resolve(pipeline.spec))
         return pipeline.plans(job)
+
+    def planned(
+        self,
+        model: str,
+        asked: Request | Mapping[str, Any],
+        hardware: Hardware | None = None,
+        **wishes: Any,
+    ) -> list[Planned]:
+        """Each pass with every way to run it, here or on other hardware, also where none fits. Raises
+        TightfitError for what cannot be asked."""
+        request = asked if isinstance(asked, Request) else request_of(asked, self.shelves)
+        self.limits.check(request)
+        pipeline = self.models.planning(model, self.models.wished(wishes), hardware)
+        self.limits.check(job := request.resolve(pipeline.spec))
+        return pipeline.planned(job)
+
+    @property
+    def wishes(self) -> Wishes:
+        """Of all models, but for what a job wishes itself."""
+        return self.models.wishes
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes jobs, and does them."""
+        return not self._closed and self._worker.is_alive()
+
+    def watch(self, watcher: Callable[[Ticket], object]) -> None:
+        """Have `watcher` called with each job, those that there are and those to come, before they run."""
+        with self._news:
+            self._watchers.append(watcher)
+            for ticket in self.active:
+                watcher(ticket)
 
     def loaded(self) -> dict[str, int]:
         """Bytes that each model holds on the device now."""
@@ -201,6 +238,8 @@ class Service:
                 raise QueueFullError(str(error)) from error
             with self._news:
                 self._waiting.append(ticket)
+                for watcher in self._watchers:
+                    watcher(ticket)
                 self._news.notify_all()
         return ticket
 

@@ -50,13 +50,13 @@ def models(
         )
     machine = machine_of(device, hardware)
     wanted = Wishes(**wishes({"budget": budget} if budget else {}))
-    from ..catalogue import Planner
+    from ..catalogue import Planner, row
     from ..kept import Hashes
 
     hashes, library = Hashes(), scan(roots)
     found = list(_catalogued(library.entries, Planner(machine, wanted), hashes if compute_hashes else None))
     if as_json:
-        rows = [_row(model, hashes) for model in found]
+        rows = [row(model, hashes) for model in found]
         say_json({"hardware": machine.name, "notes": [*machine.notes, *library.notes], "models": rows})
         return
     _print(f"{len(found)} models in {', '.join(map(str, roots))}, on {machine.name}", found, hashes)
@@ -115,17 +115,3 @@ def _runs_as(model: Model) -> str:
         return model.brief
     predicted = plan.predicted
     return f"{plan.precision} {plan.residency}, {predicted.seconds:.1f} s, {shown(predicted.peak_bytes)}"
-
-
-def _row(model: Model, hashes: Hashes) -> dict[str, Any]:
-    return {
-        "name": model.entry.name,
-        "path": str(model.entry.path),
-        "kind": model.kind,
-        "family": model.family or None,
-        "bytes": model.stored_bytes,
-        "sha256": hashes.get(model.entry.path) or None,
-        "trigger_words": list(model.triggers),
-        "plan": model.plan.to_json() if model.plan else None,
-        "problem": model.problem or None,
-    }

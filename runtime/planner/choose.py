@@ -26,6 +26,14 @@ from .wishes import Wishes
 SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
 
 
+class NoneFitsError(TightfitError):
+    """No way to run a job fits. `plans` are those that were costed, none where it was plain without."""
+
+    def __init__(self, text: str, plans: Sequence[Plan] = ()) -> None:
+        super().__init__(text)
+        self.plans = tuple(plans)
+
+
 def plan(
     hardware: Hardware, spec: ModelSpec, request: Request | None = None, wishes: Wishes | None = None
 ) -> list[Plan]:
@@ -67,24 +75,25 @@ def _cycles_left() -> Iterator[None]:
             gc.enable()
 
 
-def none_fits(plans: Sequence[Plan], hardware: Hardware, job: Job, wishes: Wishes) -> TightfitError:
+def none_fits(plans: Sequence[Plan], hardware: Hardware, job: Job, wishes: Wishes) -> NoneFitsError:
     """The error that says what would fit: a smaller picture, or a larger budget; or that what is asked for
     runs nowhere."""
     spec, asked = job.spec, f"{job.width}x{job.height}"
     large = [plan for plan in plans if plan.verdict is Verdict.TOO_LARGE]
     if not large:  # no memory would help
-        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: {plans[0].cause}")
+        return NoneFitsError(f"nothing runs {spec.name} at {asked} as asked: {plans[0].cause}", plans)
     least = min(large, key=lambda plan: plan.predicted.peak_bytes)
     budget_bytes, context_bytes = least.budget_bytes, least.predicted.context_bytes
     if least.predicted.peak_bytes + context_bytes <= budget_bytes:  # it is not the memory of the device
-        return TightfitError(f"nothing runs {spec.name} at {asked} as asked: it {least.reason}")
+        return NoneFitsError(f"nothing runs {spec.name} at {asked} as asked: it {least.reason}", plans)
     context_bytes = _context_from_now_on(hardware, context_bytes)
     cure = _more_memory(hardware, asked, least.predicted.peak_bytes + context_bytes)
     if least.predicted.context_bytes >= budget_bytes:
         cure = f"{holder(hardware)} alone takes {shown(context_bytes)}, and {cure}"
     elif smaller := _largest_of_this_shape(hardware, job, wishes, plans):
         cure = f"the largest of this shape that fits is {smaller}, or {cure}"
-    return TightfitError(f"{spec.name} does not fit {shown(budget_bytes)}: {cure} (with {least.summary()})")
+    said = f"{spec.name} does not fit {shown(budget_bytes)}: {cure} (with {least.summary()})"
+    return NoneFitsError(said, plans)
 
 
 def _context_from_now_on(hardware: Hardware, context_bytes: int) -> int:
@@ -114,7 +123,7 @@ def refuse_hopeless(hardware: Hardware, job: Job, wishes: Wishes) -> None:
         raise _no_room_for_a_map(hardware, job, wishes, map_bytes)
 
 
-def _no_room_for_a_map(hardware: Hardware, job: Job, wishes: Wishes, map_bytes: int) -> TightfitError:
+def _no_room_for_a_map(hardware: Hardware, job: Job, wishes: Wishes, map_bytes: int) -> NoneFitsError:
     """The error for a picture whose one feature map is too much. The plans that its cure is from are of the
     native size."""
     height, width = job.spec.native_size
@@ -126,7 +135,7 @@ def _no_room_for_a_map(hardware: Hardware, job: Job, wishes: Wishes, map_bytes: 
     smaller = _largest_of_this_shape(hardware, job, wishes, runs)
     cure = f"the largest of this shape that fits is {smaller}" if smaller else "no size of this shape fits"
     asked, budget_bytes = f"{job.width}x{job.height}", budget_of(hardware, wishes)
-    return TightfitError(
+    return NoneFitsError(
         f"{job.spec.name} does not fit {shown(budget_bytes)}: "
         f"one feature map of {asked} takes {shown(map_bytes)}, {cure}"
     )

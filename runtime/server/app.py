@@ -7,22 +7,32 @@ from contextlib import asynccontextmanager
 
 from fastapi import APIRouter, FastAPI
 
+from ... import __version__
 from ..service import Service
+from . import metrics, own
+from .failures import explain
+from .guard import Door, Guard
+from .shelf import Catalogue
 
-ROUTERS: tuple[APIRouter, ...] = ()
+ROUTERS: tuple[APIRouter, ...] = (own.router, own.health, metrics.router)
 """Each API's, in a file of its own."""
 
 
-def create(service: Service) -> FastAPI:
-    """The application of a service, which is closed when the application ends."""
+def create(service: Service, door: Door | None = None) -> FastAPI:
+    """The application of a service, which is closed when the application ends; without a door it is for
+    requests to this machine's own name alone."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
 
-    app = FastAPI(title="tightfit", lifespan=lifespan)
-    app.state.service = service
+    # The pages that FastAPI has of its own fetch scripts from elsewhere.
+    app = FastAPI(title="tightfit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service, app.state.door = service, door or Door()
+    app.state.catalogue, app.state.numbers = Catalogue(service), metrics.Numbers(service)
+    explain(app)
     for router in ROUTERS:
         app.include_router(router)
+    app.add_middleware(Guard, door=app.state.door, refused=app.state.numbers.refused)
     return app

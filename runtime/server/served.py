@@ -6,6 +6,7 @@ import asyncio
 import base64
 import binascii
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from io import BytesIO
 from typing import Annotated, Any
 
@@ -17,14 +18,26 @@ from ..errors import TightfitError
 from ..events import Event
 from ..pictures import PARAMETERS
 from ..service import Service, Ticket
+from .guard import Door
 
 
 def _service(request: Request) -> Service:
     return request.app.state.service
 
 
+def _door(request: Request) -> Door:
+    return request.app.state.door
+
+
 Served = Annotated[Service, Depends(_service)]
 """A handler's parameter: the service."""
+Doored = Annotated[Door, Depends(_door)]
+"""A handler's parameter: how the service is reached, and which model is meant where none is named."""
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for fairness: an address, as all have one key."""
+    return request.client.host if request.client else ""
 
 
 async def changes(ticket: Ticket) -> AsyncIterator[list[Event]]:
@@ -42,6 +55,24 @@ async def changes(ticket: Ticket) -> AsyncIterator[list[Event]]:
             if is_end:
                 return
             await news.wait()
+    finally:
+        end()
+
+
+async def moments(ticket: Ticket, tick_seconds: float) -> AsyncIterator[None]:
+    """Each time something of a job may have changed, and after so many seconds without, until it has ended;
+    also at once, and at the end."""
+    loop, news = asyncio.get_running_loop(), asyncio.Event()
+    end = ticket.listen(lambda: loop.call_soon_threadsafe(news.set))
+    try:
+        while True:
+            is_end = ticket.state.is_end
+            news.clear()
+            yield
+            if is_end:
+                return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(news.wait(), tick_seconds)
     finally:
         end()
 

@@ -308,9 +308,7 @@ def _asked_by(shelf: Kind) -> str:
     return "to tightfit upscale" if shelf is Kind.UPSCALER else f"by --{shelf.name.lower()}"
 
 
-def missing(
-    name: str, kind: Kind, roots: Sequence[Path], library: Library | None = None
-) -> TightfitError:
+def missing(name: str, kind: Kind, roots: Sequence[Path], library: Library | None = None) -> TightfitError:
     """The error for a name that `find` finds nothing for, or that is not in what was scanned."""
     library = library or scan(roots)
     places = ", ".join(map(str, roots))
