@@ -154,7 +154,9 @@ def _several(value: Any) -> Sequence[Any]:
 
 
 def _each(value: Any, change: Any) -> Any:
-    return [change(one) for one in value] if isinstance(value, list | tuple) else change(value)
+    if isinstance(value, list | tuple):
+        return [one if one is None else change(one) for one in value]
+    return change(value)
 
 
 def _is_image(value: Any) -> bool:

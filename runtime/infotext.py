@@ -164,13 +164,8 @@ def parse(
 
     Extensions of A1111 write below it: Dynamic Prompts a template. Takes time in proportion to the text.
     """
-    if len(text) > png.MAX_TEXT_BYTES:
-        raise TightfitError(
-            f"the 'parameters' text of {source} has {len(text)} characters, too many to be a request"
-        )
-    lines = text.rstrip().split("\n")
-    place = place_of_settings(lines)
-    prompt, fields = lines[:place], {name: _unquoted(value) for name, value in _pairs(lines[place])}
+    said = said_in(text, source)
+    fields = said.settings
     if "tightfit" in fields:
         return _exact(fields["tightfit"], source, given)
     if "Steps" not in fields:
@@ -179,12 +174,24 @@ def parse(
         )
     if missing := [name for name in ("CFG scale", "Seed", "Size") if name not in fields]:
         raise _damaged(source, f"no {missing[0]}")
+    return _carried(said, source, given, models_dirs)
+
+
+def said_in(text: str, source: str) -> Said:
+    """What a text in A1111's form says, whether it can be repeated or not. Raises TightfitError for one that
+    is too long."""
+    if len(text) > png.MAX_TEXT_BYTES:
+        raise TightfitError(
+            f"the 'parameters' text of {source} has {len(text)} characters, too many to be a request"
+        )
+    lines = text.rstrip().split("\n")
+    place = place_of_settings(lines)
+    prompt, fields = lines[:place], {name: _unquoted(value) for name, value in _pairs(lines[place])}
     positive, mark, negative = "\n".join(["", *prompt]).partition("\nNegative prompt:")
     program = _program(fields.get("Version", ""))
     # A1111 says nothing of the noise that it draws on the GPU.
     fields = {settings.RNG: "CPU" if program in _ON_CPU else "GPU"} | fields
-    said = Said(program, positive.strip(), negative.strip() if mark else None, fields)
-    return _carried(said, source, given, models_dirs)
+    return Said(program, positive.strip(), negative.strip() if mark else None, fields)
 
 
 def _program(version: str) -> str:

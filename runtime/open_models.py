@@ -43,7 +43,7 @@ class OpenModels:
         self._room_bytes = budget_of(hardware, wishes) - hardware.context_bytes
         self._specs: dict[str, tuple[Stamps, ModelSpec]] = {}
         self._open: dict[_Key, tuple[Stamps, Pipeline | Upscaler]] = {}
-        self._planning: dict[tuple[str, Wishes, Hardware], Pipeline] = {}
+        self._planning: dict[tuple[str, Wishes, str], Pipeline] = {}
         self._lock = threading.Lock()
 
     def place(self, name: str, kind: Kind) -> str:
@@ -75,10 +75,10 @@ class OpenModels:
         """To plan with, here or on other hardware, and to run nothing: that of a job may be at a step for
         seconds. Raises TightfitError."""
         machine = hardware or self.hardware
-        spec, key = self.spec(model), (model, wishes, machine)
+        spec, key = self.spec(model), (model, wishes, machine.name)
         with self._lock:
             pipeline = self._planning.pop(key, None)
-            if not pipeline or pipeline.spec is not spec:
+            if not pipeline or pipeline.spec is not spec or pipeline.hardware != machine:
                 pipeline = Pipeline(spec, machine, wishes)
             self._planning[key] = pipeline
             _shorten(self._planning)
@@ -129,10 +129,14 @@ class OpenModels:
 
         return freed
 
-    def close(self) -> None:
-        """Free all."""
+    def free(self) -> None:
+        """Free what all hold on the device. It is loaded again when it is needed."""
         for _, opened in self._open.values():
             opened.close()
+
+    def close(self) -> None:
+        """Free all."""
+        self.free()
         self._open.clear()
 
     def _stamped(self, name: str, kind: Kind) -> tuple[str, Stamps]:

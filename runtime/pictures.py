@@ -7,6 +7,7 @@ import re
 import struct
 import zlib
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -52,6 +53,16 @@ def texts(picture: Path, every: bool = False) -> dict[str, str]:
         raise TightfitError(
             f"{picture} is not a picture that can be read ({error}): "
             "name a PNG, JPEG or WebP, or save it again"
+        ) from None
+
+
+def texts_inside(content: bytes, source: str, every: bool = False) -> dict[str, str]:
+    """As `texts`, of what a picture's file holds."""
+    try:
+        return _texts(BytesIO(content), every)
+    except (ValueError, struct.error, zlib.error) as error:
+        raise TightfitError(
+            f"{source} is not a picture that can be read ({error}): give a PNG, JPEG or WebP"
         ) from None
 
 

@@ -110,7 +110,7 @@ class Service:
         self._served: dict[str, int] = {}  # of each client, when it was served last, counted in jobs
         self._running: Ticket | None = None
         self._watchers: list[Callable[[Ticket], object]] = []
-        self._closed = False
+        self._closed = self._unloading = False
         self._news = threading.Condition()
         self._worker = threading.Thread(target=self._work, name="tightfit-service", daemon=True)
         try:
@@ -212,6 +212,12 @@ class Service:
         """Bytes that each model holds on the device now."""
         return self.models.held()
 
+    def unload(self) -> None:
+        """Free what models hold on the device, before the next job. It is loaded again when it is needed."""
+        with self._news:
+            self._unloading = True
+            self._news.notify_all()
+
     def close(self) -> None:
         """Take no more jobs, and free everything. What waits or runs is cancelled, or, in a folder, done
         after the next start."""
@@ -307,8 +313,14 @@ class Service:
     def _next(self) -> Ticket | None:
         """The job to run now; None when closed. Waits for one."""
         with self._news:
-            while not self._news.wait_for(lambda: self._waiting or self._closed, _AGAIN_SECONDS):
-                self._write_again()
+            while self._unloading or not (self._waiting or self._closed):
+                woken = lambda: self._waiting or self._closed or self._unloading  # noqa: E731
+                self._news.wait_for(woken, _AGAIN_SECONDS)
+                if self._unloading:
+                    self._unloading = False
+                    self.models.free()
+                else:
+                    self._write_again()
             if self._closed:
                 return None
             ticket = min(self._waiting, key=self._order)  # the first of those that are equal

@@ -237,8 +237,13 @@ def _schedule(settings: Mapping[str, str]) -> str:
 
 
 def model_hash(model: str) -> str:
-    """The first digits of the SHA-256 of the file that a model is, '' where it is none, or where that would
-    take seconds: `tightfit models --hash` computes each once."""
+    """The first digits of `file_hash`, as A1111 shows them."""
+    return file_hash(model)[:DIGITS]
+
+
+def file_hash(model: str) -> str:
+    """The SHA-256 of the file that a model is, '' where it is none, or where that would take seconds:
+    `tightfit models --hash` computes each once."""
     path = Path(model)
     try:
         status = path.stat() if path.is_absolute() else None
@@ -247,4 +252,4 @@ def model_hash(model: str) -> str:
     if status is None or not path.is_file():
         return ""
     hashes = Hashes()
-    return (hashes.compute(path) if status.st_size <= _CHEAP_BYTES else hashes.get(path))[:DIGITS]
+    return hashes.compute(path) if status.st_size <= _CHEAP_BYTES else hashes.get(path)

@@ -39,6 +39,8 @@ _GIVE = "give one by --control PICTURE:model=FILE"
 _MOST_WEIGHT = 10
 _SOFTER = 0.825  # from one answer to the one before it, of 13: A1111's
 _READ: Recent[Component] = Recent(16)
+DEFAULT = "default"
+"""What a picture's text calls a ControlNet that is not named."""
 CONTROL = "control"
 """The option, and what it is in a picture's text: a list of texts."""
 
@@ -72,8 +74,8 @@ MODES = {
     "control": Mode(_softly, False, "ControlNet is more important"),
     "guess": Mode(_rising, False, "ControlNet is more important"),
 }
-_RESIZES = {"resize": "Just Resize", "crop": "Crop and Resize", "fill": "Resize and Fill"}
-_MODULES = {
+RESIZE_MODES = {"resize": "Just Resize", "crop": "Crop and Resize", "fill": "Resize and Fill"}
+MODULES = {
     "soft": "softedge", "invert": "invert (from white bg & black line)", "tile": "tile_resample",
     "luminance": "recolor_luminance",
 }  # fmt: skip
@@ -164,10 +166,10 @@ class Control:
     def a1111(self, name: str) -> str:
         """As A1111's extension writes it, with a model that is called so."""
         fields = {
-            "Module": _MODULES.get(self.preprocess, self.preprocess),
+            "Module": MODULES.get(self.preprocess, self.preprocess),
             "Model": name,
             "Weight": f"{self.weight:g}",
-            "Resize Mode": _RESIZES[self.resize],
+            "Resize Mode": RESIZE_MODES[self.resize],
             "Guidance Start": f"{self.start:g}",
             "Guidance End": f"{self.end:g}",
             "Pixel Perfect": "True",
@@ -368,7 +370,12 @@ def _short_hash(file: Path, stamp: Stamp) -> str:  # noqa: ARG001
 def _shown_name(control: Control, place: Path) -> str:
     """A ControlNet's name, and its hash if it is a file that can be read, as A1111 shows them."""
     if control.model is None:
-        return "default"
+        return DEFAULT
+    return titled(place)
+
+
+def titled(place: Path) -> str:
+    """A ControlNet's name as A1111 lists it."""
     with suppress(OSError, TightfitError):  # which is said where the whole file is read
         return f"{place.stem} [{_short_hash(place, stamp(place))}]" if place.is_file() else place.name
     return place.stem

@@ -9,12 +9,12 @@ from fastapi import APIRouter, FastAPI
 
 from ... import __version__
 from ..service import Service
-from . import metrics, own
+from . import a1111, metrics, own
 from .failures import explain
 from .guard import Door, Guard
 from .shelf import Catalogue
 
-ROUTERS: tuple[APIRouter, ...] = (own.router, own.health, metrics.router)
+ROUTERS: tuple[APIRouter, ...] = (own.router, own.health, metrics.router, a1111.router)
 """Each API's, in a file of its own."""
 
 

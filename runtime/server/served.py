@@ -98,16 +98,25 @@ async def ended(ticket: Ticket, request: Request | None = None) -> Ticket:
 
 def picture_of(text: Any, name: str) -> Image.Image:
     """The picture in base64, also in a data URL. Raises TightfitError; an address is never fetched."""
+    return decoded(content_of(text, name), name)
+
+
+def content_of(text: Any, name: str) -> bytes:
+    """The file of a picture in base64, as `picture_of` takes it."""
     if not isinstance(text, str):
         raise TightfitError(f"{name} must be a picture in base64, not {type(text).__name__}")
     head, comma, rest = text.partition(",")
     if comma and not (head.startswith("data:") and head.endswith(";base64")):
         raise TightfitError(f"{name} must be a picture in base64: addresses are not fetched")
     try:
-        content = base64.b64decode((rest if comma else text).strip(), validate=True)
+        return base64.b64decode((rest if comma else text).strip(), validate=True)
     except (binascii.Error, ValueError):
         raise TightfitError(f"{name} is not valid base64: encode the file of a picture") from None
-    return decoded(content, name)
+
+
+def base64_of(image: Image.Image) -> str:
+    """A picture's PNG in base64, with its text inside."""
+    return base64.b64encode(encoded(image)).decode()
 
 
 def encoded(image: Image.Image, kind: str = "PNG", quality: int = 90) -> bytes:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+
 @dataclass(frozen=True)
 class Running:
     """Of a server: its address, its service, and the folder where that keeps its jobs."""

@@ -1,0 +1,50 @@
+"""What A1111's endpoints have of one server: what may be named, and the options."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from ...models.hub import BUILT_IN
+from ...service import Service
+from .options import Options
+from .shelf import Shelf
+
+_MAKING = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Desk:
+    """Of one application, for as long as that runs."""
+
+    service: Service
+    shelf: Shelf
+    options: Options
+
+    @classmethod
+    def made(cls, service: Service, model: str) -> Desk:
+        assert service.shelves, "a server needs Shelves: without them a name would be a path"
+        shelf = Shelf(service.shelves)
+        folder = service.folder
+        return cls(service, shelf, Options(shelf, model, folder))
+
+
+def _desk(request: Request) -> Desk:
+    state = request.app.state
+    with _MAKING:
+        if not hasattr(state, "a1111"):
+            model = getattr(state, "model", None) or next(iter(BUILT_IN))
+            state.a1111 = Desk.made(state.service, model)
+        return state.a1111
+
+
+At = Annotated[Desk, Depends(_desk)]
+"""A handler's parameter."""
+
+
+def client_of(request: Request) -> str:
+    """Who asks, for fairness: an address."""
+    return request.client.host if request.client else ""
