@@ -18,7 +18,7 @@ from .errors import TightfitError
 from .files import shortened
 from .models.hub import BESIDE, BUILT_IN
 from .models.layouts import library
-from .models.layouts.library import Kind
+from .models.layouts.library import Entry, Kind
 from .request import RANDOM_SEED, Request, drawn
 
 REFRESH_SECONDS = 2.0
@@ -49,6 +49,12 @@ class Shelves:
     def refresh(self) -> None:
         """Look through the folders again."""
         self.library, self._places = library.scan(self.roots), {}
+
+    def named(self) -> list[tuple[str, Entry]]:
+        """What has a name of its own, and lies in no folder of models: what ships, and `models`."""
+        places = {**BUILT_IN, **{name: Path(place) for name, place in self.models.items()}}
+        whole = [(name, Entry(path, path.parent, Kind.MODEL)) for name, path in places.items()]
+        return whole + [(name, Entry(path, path.parent, None)) for name, path in BESIDE.items()]
 
     def path(self, name: str, kind: Kind) -> str:
         """Of what is called so; of a built-in model its name. Raises TightfitError for what is not there."""

@@ -129,22 +129,29 @@ def read(picture: Path, given: Collection[str] = (), models_dirs: Sequence[str |
     """What `picture` carries. Adapters of the kinds that are `given` are left out; models and adapters that
     other programs name are looked for in folders of models. Raises TightfitError if it says nothing that can
     be repeated."""
-    texts = pictures.texts(picture)
+    return read_texts(pictures.texts(picture), str(picture), given, models_dirs)
+
+
+def read_texts(
+    texts: Mapping[str, str],
+    source: str,
+    given: Collection[str] = (),
+    models_dirs: Sequence[str | Path] = (),
+) -> Carried:
+    """As `read`, of the texts of a picture, which errors call `source`."""
     text = texts.get(pictures.PARAMETERS, "")
     if text and not is_json(text):
-        return parse(text, str(picture), given, models_dirs)
+        return parse(text, source, given, models_dirs)
     try:
         said = programs.read(texts)
     except ValueError as error:
-        raise TightfitError(
-            f"the text inside {picture} is damaged ({error}): it cannot be repeated"
-        ) from None
+        raise TightfitError(f"the text inside {source} is damaged ({error}): it cannot be repeated") from None
     if said is None:
         raise TightfitError(
-            f"{picture} carries no text that is known: pictures of tightfit, A1111, Forge, ComfyUI, "
+            f"{source} carries no text that is known: pictures of tightfit, A1111, Forge, ComfyUI, "
             "InvokeAI, NovelAI and Fooocus can be repeated"
         )
-    return _carried(said, str(picture), given, models_dirs)
+    return _carried(said, source, given, models_dirs)
 
 
 def is_json(text: str) -> bool:

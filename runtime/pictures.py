@@ -44,14 +44,24 @@ def texts(picture: Path, every: bool = False) -> dict[str, str]:
     """
     try:
         with open_regular(picture, _MOST_BYTES) as stream:
-            return _texts(stream, every)
+            return _read(stream, str(picture), every)
     except FileNotFoundError:
         raise TightfitError(f"{picture} does not exist") from None
     except OSError as error:
         raise TightfitError(f"{picture} cannot be read: {error.strerror}") from None
+
+
+def texts_in(content: bytes, source: str) -> dict[str, str]:
+    """As `texts`, of a file's content, which errors call `source`."""
+    return _read(BytesIO(content), source, False)
+
+
+def _read(stream: BinaryIO, source: str, every: bool) -> dict[str, str]:
+    try:
+        return _texts(stream, every)
     except (ValueError, struct.error, zlib.error) as error:
         raise TightfitError(
-            f"{picture} is not a picture that can be read ({error}): "
+            f"{source} is not a picture that can be read ({error}): "
             "name a PNG, JPEG or WebP, or save it again"
         ) from None
 

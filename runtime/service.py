@@ -284,12 +284,12 @@ class Service:
     def _check_upscaling(self, order: Order) -> None:
         if unknown := next((name for name in order.options if name not in ("image", "scale")), None):
             raise TightfitError(f"unknown option '{unknown}': an upscaler takes image and scale")
+        self.models.place(order.model, Kind.UPSCALER)
         image = order.options.get("image")
         if image is None or (self.shelves and not isinstance(image, Image.Image)):
             raise TightfitError("image must be a picture itself, not the name of one")
         picture = open_picture(image)
         self.limits.check_counts(pixels=picture.width * picture.height)
-        self.models.place(order.model, Kind.UPSCALER)
 
     def _resume(self) -> None:
         """Queue what an earlier process left."""

@@ -192,12 +192,12 @@ class Options:
     )
     control_image: Any = None
     controlnet: Any = None
-    controlnet_conditioning_scale: Any = None
-    control_guidance_start: Any = None
-    control_guidance_end: Any = None
-    control_mode: Any = None
-    control_preprocess: Any = None
-    control_resize: Any = None
+    controlnet_conditioning_scale: Any = option(None, bounds=(-_MOST_WEIGHT, _MOST_WEIGHT))  # noqa: RUF009
+    control_guidance_start: Any = option(None, bounds=(0, 1))  # noqa: RUF009
+    control_guidance_end: Any = option(None, bounds=(0, 1))  # noqa: RUF009
+    control_mode: Any = option(None, choices=tuple(MODES))  # noqa: RUF009
+    control_preprocess: Any = option(None, choices=tuple(PREPROCESSORS))  # noqa: RUF009
+    control_resize: Any = option(None, choices=RESIZES)  # noqa: RUF009
     guess_mode: Any = None
     models_dirs: Any = None
 

@@ -28,12 +28,14 @@ class Options:
     """What asks for a picture to begin with."""
 
     image: str | None = option(None, "A picture to begin with.", "FILE", panel=PANEL)
-    strength: float | None = option(None, "How much to change, to 1.", "X", panel=PANEL, carried=True)
+    strength: float | None = option(
+        None, "How much to change, to 1.", "X", bounds=(0, 1), panel=PANEL, carried=True
+    )
     resize: str | None = option(
         None, f"{', '.join(RESIZES)}.", "HOW", choices=RESIZES, panel=PANEL, carried=True
     )
     image_guidance_scale: float | None = option(
-        None, "Of editing models; 1.5.", "X", panel=PANEL, carried=True
+        None, "Of editing models; 1.5.", "X", bounds=(0, _MOST_SCALE), panel=PANEL, carried=True
     )
 
 

@@ -34,8 +34,12 @@ class Options(OfImage):
     mask_image: str | None = option(
         None, "White where to paint.", "FILE", options=("--mask-image", "--mask"), panel=PANEL
     )
-    mask_blur: int | None = option(None, "Pixels the edge fades; 4.", "N", panel=PANEL, carried=True)
-    mask_padding: int | None = option(None, "That around it alone.", "N", panel=PANEL, carried=True)
+    mask_blur: int | None = option(
+        None, "Pixels the edge fades; 4.", "N", bounds=(0, _MOST), panel=PANEL, carried=True
+    )
+    mask_padding: int | None = option(
+        None, "That around it alone.", "N", bounds=(0, _MOST), panel=PANEL, carried=True
+    )
     mask_content: str | None = option(
         None, f"{', '.join(CONTENTS)}.", "HOW", choices=CONTENTS, panel=PANEL, carried=True
     )

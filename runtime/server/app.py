@@ -9,10 +9,10 @@ from fastapi import APIRouter, FastAPI
 
 from ... import __version__
 from ..service import Service
-from . import a1111, metrics, own
+from . import a1111, metrics, own, page
+from .catalogued import Catalogue
 from .failures import explain
 from .guard import Door, Guard
-from .shelf import Catalogue
 
 ROUTERS: tuple[APIRouter, ...] = (own.router, own.health, metrics.router, a1111.router)
 """Each API's, in a file of its own."""
@@ -32,7 +32,7 @@ def create(service: Service, door: Door | None = None) -> FastAPI:
     app.state.service, app.state.door = service, door or Door()
     app.state.catalogue, app.state.numbers = Catalogue(service), metrics.Numbers(service)
     explain(app)
-    for router in ROUTERS:
+    for router in (*ROUTERS, *[page.router] * app.state.door.page):
         app.include_router(router)
     app.add_middleware(Guard, door=app.state.door, refused=app.state.numbers.refused)
     return app

@@ -17,8 +17,8 @@ from ...models.families.controlnet import MOST
 from ...models.layouts.library import Kind
 from ..served import Served, base64_of, picture_of
 from .desk import At
+from .lists import Shelf, without_hash
 from .route import LOG, Answer, Route
-from .shelf import Shelf, without_hash
 
 router = APIRouter(prefix="/controlnet", tags=["A1111"], route_class=Route, default_response_class=Answer)
 SCRIPT = "controlnet"

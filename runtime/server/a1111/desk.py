@@ -8,10 +8,9 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from ...models.hub import BUILT_IN
 from ...service import Service
+from .lists import Shelf
 from .options import Options
-from .shelf import Shelf
 
 _MAKING = threading.Lock()
 
@@ -36,15 +35,9 @@ def _desk(request: Request) -> Desk:
     state = request.app.state
     with _MAKING:
         if not hasattr(state, "a1111"):
-            model = getattr(state, "model", None) or next(iter(BUILT_IN))
-            state.a1111 = Desk.made(state.service, model)
+            state.a1111 = Desk.made(state.service, state.door.model)
         return state.a1111
 
 
 At = Annotated[Desk, Depends(_desk)]
 """A handler's parameter."""
-
-
-def client_of(request: Request) -> str:
-    """Who asks, for fairness: an address."""
-    return request.client.host if request.client else ""

@@ -18,8 +18,8 @@ from ...models.layouts.library import Kind
 from ...pictures import KEPT, PARAMETERS, texts_inside
 from ...programs import Said
 from ...programs import read as read_others
-from ..served import base64_of, content_of, ended, picture_of
-from .desk import At, Desk, client_of
+from ..served import base64_of, client_of, content_of, ended, picture_of
+from .desk import At, Desk
 from .painting import finished
 from .route import Answer, NotFoundError, Route
 

@@ -20,9 +20,9 @@ from ...models.upscalers import read_upscaler
 from ..served import Served
 from .control import SCRIPT
 from .desk import At, Desk
+from .lists import Item
 from .options import MODEL
 from .route import Answer, Route
-from .shelf import Item
 
 router = APIRouter(tags=["A1111"], route_class=Route, default_response_class=Answer)
 

@@ -14,7 +14,7 @@ from ...asking import request_of
 from ...errors import TightfitError
 from ...files import parsed, read_bytes, replacing, shortened
 from ...models.layouts.library import Kind
-from .shelf import Shelf, without_hash
+from .lists import Shelf, without_hash
 
 _FILE = "a1111.json"
 MODEL, VAE, HASH = "sd_model_checkpoint", "sd_vae", "sd_checkpoint_hash"

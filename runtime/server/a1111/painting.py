@@ -17,10 +17,10 @@ from ...jobs import State
 from ...models.samplers.names import SAMPLERS, split
 from ...pictures import PARAMETERS
 from ...service import Ticket
-from ..served import base64_of, ended
-from .desk import At, Desk, client_of
+from ..served import base64_of, client_of, ended
+from .desk import At, Desk
+from .lists import Item
 from .route import Answer, Route
-from .shelf import Item
 from .words import Asked, ImageToImage, TextToImage, order_of
 
 router = APIRouter(tags=["A1111"], route_class=Route, default_response_class=Answer)

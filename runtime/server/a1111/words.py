@@ -20,9 +20,9 @@ from ...settings import idle
 from ..served import picture_of
 from .control import SCRIPT, controls
 from .desk import Desk
+from .lists import Item, Style
 from .options import ETA, ETA_DDIM, MODEL, PREVIEW_EVERY, PREVIEWS, fields_of
 from .route import LOG, NotFoundError
-from .shelf import Item, Style
 
 _OFF = (None, False)
 _NONE = (None, "", "None")

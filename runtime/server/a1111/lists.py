@@ -17,7 +17,7 @@ from ...catalogue import described
 from ...conditions.image import edits
 from ...errors import TightfitError
 from ...files import read_bytes
-from ...models.hub import BESIDE, BUILT_IN
+from ...models.hub import BESIDE
 from ...models.layouts.library import Entry, Kind
 from ...settings import DIGITS, file_hash
 from .route import NotFoundError
@@ -100,10 +100,7 @@ class Shelf:
 
     def items(self, kind: Kind) -> list[Item]:
         """Those of a kind, what ships first. Whole models are such by what is inside."""
-        if kind is Kind.MODEL:
-            own = [self._read(name, Entry(path, path.parent, kind)) for name, path in BUILT_IN.items()]
-        else:
-            own = [self._read(name, Entry(path, path.parent, None)) for name, path in BESIDE.items()]
+        own = [self._read(name, entry) for name, entry in self.shelves.named()]
         entries = [entry for entry in self.shelves.library.entries if not entry.is_pickle]
         every = own + [self._read(entry.path.relative_to(entry.home).as_posix(), entry) for entry in entries]
         return [item for item in every if (item.is_model if kind is Kind.MODEL else item.kind == kind.value)]

@@ -9,8 +9,7 @@ from typing import Any
 from ..asking import Shelves
 from ..catalogue import Planner, described, row
 from ..kept import Hashes
-from ..models.hub import BESIDE, BUILT_IN
-from ..models.layouts.library import Entry, Kind
+from ..models.layouts.library import Entry
 from ..service import Service
 
 
@@ -32,9 +31,7 @@ class Catalogue:
 
     def _read(self, shelves: Shelves) -> list[dict[str, Any]]:
         planner, hashes = Planner(self._service.hardware, self._service.wishes), Hashes()
-        built_in = {name: Entry(path, path.parent, Kind.MODEL) for name, path in BUILT_IN.items()}
-        beside = {name: Entry(path, path.parent, None) for name, path in BESIDE.items()}
-        named = [*(built_in | beside).items(), *((entry.name, entry) for entry in shelves.library.entries)]
+        named = [*shelves.named(), *((entry.name, entry) for entry in shelves.library.entries)]
         return [self._row(name, entry, planner, hashes) for name, entry in named]
 
     def _row(self, name: str, entry: Entry, planner: Planner, hashes: Hashes) -> dict[str, Any]:
