@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-from . import conditions
+from . import conditions, spelling
 from .adapters import ADAPTERS, written
 from .adapters.prompt import from_words
 from .conditions.handed import way_of
@@ -99,9 +99,9 @@ def request_of(options: Mapping[str, Any], shelves: Shelves | None = None) -> Re
     With `shelves`, names are of what lies there, and pictures are PIL images: no path is opened. Raises
     TightfitError for an option that there is not, and for whatever no model could do.
     """
-    if unknown := [name for name in options if name not in names() and name != "conditions"]:
-        others = ", ".join(name for name in names() if name != "prompt")
-        raise TightfitError(f"unknown option '{unknown[0]}': choose {others}")
+    known = [*names(), "conditions"]
+    if unknown := [name for name in options if name not in known]:
+        raise spelling.unknown(unknown[0], [name for name in known if name != "prompt"], spelling.OF_REQUESTS)
     given = dict(options if shelves is None else _shelved(options, shelves))
     roots = shelves.roots if shelves else ()
     adapting = {kind.option: _texts(given.pop(kind.option, ())) for kind in ADAPTERS}

@@ -46,6 +46,7 @@ _SPELLINGS = (
 _READS_TEXTS = re.compile(
     r".*attn2[._](?:processor\.)?to_[kv](?:_lora)?"
     r"\.(?:weight|(?:lora[._])?down\.weight|lora_A(?:\.\w+)?\.weight|hada_w1_b)"
+    r"|ip_adapter\.\d+\.to_k_ip\.weight"
 )
 _CLASSES = {
     "AutoencoderKL": Kind.VAE,

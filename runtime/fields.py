@@ -19,7 +19,7 @@ class About:
     `--like-this`, is not all. bounds: the least and the most, both allowed. choices: the words it may be,
     besides "auto". costs: memory or seconds depend on it. panel: of --help. terse: a request that has its
     default is written without it, as by versions that did not know it. carried: of a condition, a picture
-    carries it, as it is no picture itself.
+    carries it, as it is no picture itself. untold: no picture carries it, as none depends on it.
     """
 
     help: str = ""
@@ -31,6 +31,7 @@ class About:
     panel: str | None = None
     terse: bool = False
     carried: bool = False
+    untold: bool = False
 
 
 def option(default: Any, help: str = "", metavar: str = "", **others: Any) -> Any:  # noqa: A002

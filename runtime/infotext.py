@@ -27,6 +27,7 @@ from .models.hub import BUILT_IN
 from .models.layouts.library import Kind, Library, called, scan
 from .models.prompt_syntax import matters
 from .models.samplers.names import a1111_fields
+from .models.upscalers import file_of
 from .programs import Said, Word, bare_name
 from .request import PLAIN, Job, Request
 
@@ -430,7 +431,7 @@ class _Named:
         """The network of hires fix, "" where it is none, or is not there."""
         name = self.settings.get(settings.UPSCALER, "")
         is_network = bool(name) and settings.is_second_pass(self.settings) and way_of(name) is None
-        return str((is_network and self.path(name, Kind.UPSCALER)) or "")
+        return str((is_network and self.path(file_of(name), Kind.UPSCALER)) or "")
 
     def refiner(self) -> str | None:
         """By its name, which has its hash behind it; "" where it is not there, None where there is none."""

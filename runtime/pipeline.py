@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from . import spelling
 from .adapters import Adapter, adapted, check
 from .asking import request_of
 from .budget import Turn
-from .errors import TightfitError
 from .events import Event, Result
 from .loaded import Loaded
 from .machine.hardware import Hardware
+from .models.families.family import Role
 from .models.hub import inspect
 from .models.spec import ModelSpec
 from .passes import passes, wishes_after
@@ -52,7 +53,7 @@ def load(
     """
     known = Wishes.__dataclass_fields__
     if unknown := [name for name in wishes if name not in known]:
-        raise TightfitError(f"unknown option '{unknown[0]}': choose {', '.join(known)}")
+        raise spelling.unknown(unknown[0], known, spelling.OF_MODELS)
     wishes.setdefault("requests", MANY)
     hardware = Hardware.detect(device)
     spec = inspect(model, local_files_only=local_files_only)
@@ -162,9 +163,10 @@ class Pipeline:
             raise planner.none_fits(plans, self.hardware, job, wishes)
         return plans
 
-    def _job(self, request: Request) -> Job:
+    def _job(self, request: Request, preview_every: int = 0) -> Job:
         """For this pipeline's model, with its adapters before the request's own, also of another's job."""
         asked = request.request if isinstance(request, Job) else request
+        asked = replace(asked, preview_every=preview_every or asked.preview_every)
         return replace(asked, adapters=(*self._adapters, *asked.adapters)).resolve(self.spec)
 
     def _planned_anew(self, job: Job) -> list[Plan]:
@@ -211,20 +213,20 @@ class Pipeline:
         loaded together, else after all are painted, as the VAE takes the U-Net's place. On KeyboardInterrupt,
         raised here or thrown in, those that are painted are decoded before it is raised; on a second at once.
 
-        With `preview_every` every n-th step's event has a picture of the latents as they are then, which
-        costs a decode each time, and its memory on top of what is predicted; without room for that there is
-        none.
+        With `preview_every`, of this or of the request, every n-th step's event has a picture of the latents
+        as they are then: by a tiny decoder, which is in the plan, where there is one for the model and room
+        for it, else by a linear map, which takes no memory. What is painted is the same.
 
         A device runs one request at a time, from its first event until the last or `close`. A second run on
         it, of this or another pipeline, waits for that in another thread; in the same one it is refused with
         a TightfitError.
         """
-        jobs = passes(self._job(request))
+        jobs = passes(self._job(request, preview_every))
         with self.loaded.budget.claim(self.loaded) as turn:
             run = Passes(self._runs(jobs))
             self._current = run, turn
             try:
-                yield from self._resumed(run.events(preview_every), turn)
+                yield from self._resumed(run.events(), turn)
             finally:
                 if self._current == (run, turn):
                     self._current = None
@@ -294,6 +296,7 @@ def _costs_of(job: Job) -> tuple[Any, ...]:
     words, share = job.prompting, job.share
     encodings = (words.encodings, *(job.encodings(name) for name in job.spec.components))
     calls = [job.calls_with(name) for name in job.spec.components]
-    counts = (*calls, len(job.prompted), words.chunks, *encodings)
+    previews = job.previews if job.spec.of_role(Role.PREVIEW) else 0
+    counts = (*calls, len(job.prompted), words.chunks, *encodings, previews)
     parts = (share.encodes, share.decodes, job.whole.refiner is None)
     return (job.width, job.height, job.num_images, job.branches, *counts, *parts)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
 
+from . import previews
 from .adapters import Adapter, adapted, by_option, check, check_whole
 from .adapters.prompt import from_words
 from .conditions import Condition
@@ -54,7 +55,8 @@ class Request:
     Sizes are pixels. Picture i of `num_images` is made from seed + i, so each can be made again alone. A
     negative prompt of None is no negative prompt, which SDXL treats differently from an empty one, as
     diffusers does. A seed of -1 is a random one, as None is. `adapters` change the model for this request;
-    `conditions` are what it asks besides its text.
+    `conditions` are what it asks besides its text. `preview_every`: after how many steps there is a picture
+    of the latents as they are then; 0: never.
     """
 
     prompt: str
@@ -113,6 +115,7 @@ class Request:
     hires_scheduler: str | None = _second(None, "Default: the same.", "NAME", choices=tuple(SAMPLERS))
     refiner: str | None = _second(None, "Another model goes on.", "MODEL")
     refiner_start: float = _second(0.8, "From there: 0 to 1; 0.8.", "X", bounds=(0, 1))
+    preview_every: int = option(0, bounds=(0, 10_000), costs=True, untold=True)
 
     def checked(self) -> Request:
         """The same request with plain Python numbers; raises TightfitError for what no model could do."""
@@ -203,6 +206,7 @@ class Request:
         _check_networks(request.conditions)
         _check_channels(changed, request.conditions)
         parts = [part for condition in request.conditions for part in condition.components(changed)]
+        parts += filter(None, [previews.decoder(changed) if request.preview_every else None])
         given |= decided
         job = Job(
             **given,
@@ -310,6 +314,11 @@ class Job(Request):
     @property
     def steps_taken(self) -> int:
         return len(self._calls_by_step)
+
+    @property
+    def previews(self) -> int:
+        """How many there are, of all pictures."""
+        return self.num_images * (self.steps_taken // self.preview_every) if self.preview_every else 0
 
     @functools.cached_property
     def _calls_by_step(self) -> list[int]:
@@ -421,8 +430,10 @@ def drawn(seed: int | None) -> int:
 
 
 _KINDS, _ABOUT = kinds(Request), described(Request)
-PLAIN = tuple(name for name, kind in _KINDS.items() if kind in (str, int, float, bool))
-"""Fields that are numbers, texts or truths."""
+PLAIN = tuple(
+    name for name, kind in _KINDS.items() if kind in (str, int, float, bool) and not _ABOUT[name].untold
+)
+"""Fields that are numbers, texts or truths, and that a picture may carry."""
 _WHOLE = {name: known.bounds for name, known in _ABOUT.items() if known.bounds and _KINDS[name] is int}
 _FORGIVING = "scheduler", "hires_scheduler", "schedule"  # which have many spellings
 _CHOICES = {name: known.choices for name, known in _ABOUT.items() if known.choices and name not in _FORGIVING}

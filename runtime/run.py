@@ -14,7 +14,7 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from PIL import Image
 
-from . import infotext, sampling
+from . import infotext, previews, sampling
 from .backends.protocol import Session
 from .conditioning import Conditioning, encoded
 from .conditions import Painted, Steering, Steerings
@@ -96,10 +96,10 @@ class Run:
             [step.latents for step in steps], [step.generator for step in steps], tuple(self.images)
         )
 
-    def events(self, preview_every: int = 0) -> Generator[Event, None, None]:
+    def events(self) -> Generator[Event, None, None]:
         """Events while this pass runs. Closing the generator stops it."""
         try:
-            yield from self._stages(preview_every)
+            yield from self._stages()
         # Of planning too, and of a library that comes late.
         except (MemoryError, RuntimeError, ImportError, OSError) as error:
             if not out_of_memory(error):
@@ -108,7 +108,7 @@ class Run:
                 f"out of memory to {self.stage} ({first_line(error)}): {CURE}", complete=True
             ) from error
 
-    def _stages(self, preview_every: int) -> Iterator[Event]:
+    def _stages(self) -> Iterator[Event]:
         if self._before:
             self._go_on(self._before)
         else:
@@ -124,7 +124,7 @@ class Run:
             stopped = None
             try:
                 with self._measured("denoise"):
-                    yield from self._denoise(conditioning, preview_every)
+                    yield from self._denoise(conditioning)
             except KeyboardInterrupt as interrupt:
                 if self._after or len(images) == len(self._finished):
                     raise
@@ -197,8 +197,9 @@ class Run:
     def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
         return self._called(name, tokens=ids[None])
 
-    def _denoise(self, conditioning: Conditioning, preview_every: int) -> Iterator[Event]:
+    def _denoise(self, conditioning: Conditioning) -> Iterator[Event]:
         """The next picture's latents; all that are left, unless U-Net and VAE stay loaded together anyway."""
+        preview_every = self.job.preview_every
         for index in range(len(self._finished), self.job.num_images):
             step = None
             for event, step in self._steps(conditioning, index):
@@ -241,7 +242,8 @@ class Run:
         """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each
         branch; of the conditioned branches `alone` in steps without guidance."""
         for component in self.spec.components.values():
-            if component.role in STEPPING:  # all before one answers, as answers would be alive meanwhile
+            # All before one answers, as answers would be alive meanwhile.
+            if component.role in STEPPING and component.name in self.plan.placements:
                 self._session(component.name)
         parts = conditioning.given(call) if alone else conditioning.of(self.plan.cfg, call)
         time_step = np.array(timestep, np.float32)
@@ -273,16 +275,19 @@ class Run:
             return whole
         return rescaled(whole, averaged(predicted[1 : len(weights) + 1], weights), job.guidance_rescale)
 
-    def _preview(self, latents: np.ndarray, index: int) -> Image.Image | None:
-        """The picture as it is now, if there is room for the VAE beside the U-Net, which goes on after."""
-        try:
-            return self._picture(self._decoded(latents), index)
-        except OutOfMemoryError:
-            self._note("there is no room for previews beside the U-Net")
-            return None
-        finally:
-            if self.plan.decoder.residency != "resident":
-                self.loaded.drop(self.spec.decoder.name)
+    def _preview(self, latents: np.ndarray, index: int) -> Image.Image:
+        """The picture as it is now, whatever is in it."""
+        values = self._surviving(lambda: self._previewed(latents))
+        image = self._picture(np.nan_to_num(values), index)
+        return image.resize((self.job.width, self.job.height), Image.Resampling.BILINEAR)
+
+    def _previewed(self, latents: np.ndarray) -> np.ndarray:
+        """(height, width, 3) in -1..1, by the decoder that the plan has for that, or smaller without one."""
+        decoders = (part for part in self.spec.of_role(Role.PREVIEW) if part.name in self.plan.placements)
+        if (decoder := next(decoders, None)) is None:
+            return previews.mapped(self.spec, latents)
+        (pictures, *_) = self._session(decoder.name)(latents=previews.decodable(decoder, latents))
+        return pictures[0].transpose(1, 2, 0)
 
     def _decode(self, stopped: KeyboardInterrupt | None) -> Generator[Event, None, KeyboardInterrupt | None]:
         """The pictures of the latents that are finished. Returns the first interrupt once all are there."""
@@ -452,12 +457,12 @@ class Passes:
         for run in self.runs:
             run.closed = True
 
-    def events(self, preview_every: int = 0) -> Generator[Event, None, None]:
+    def events(self) -> Generator[Event, None, None]:
         """Events while the request runs; the last has the result. Closing the generator stops the run."""
         *earlier, last = self.runs
         try:
             for run in self.runs:
-                yield from run.events(preview_every)
+                yield from run.events()
         finally:
             for run in self.runs:
                 if not run.closed:
@@ -465,7 +470,8 @@ class Passes:
         done, whole = len(last.images), last.job.whole
         before = tuple(run.measured for run in earlier)
         ran, notices = last.measured, tuple(last.notices)
-        result = Result(whole.request, ran.plan, tuple(last.images), ran.stages, notices, before)
+        request = replace(whole.request, preview_every=0)  # previews are no part of the pictures
+        result = Result(request, ran.plan, tuple(last.images), ran.stages, notices, before)
         yield Event("done", done, done, notices=last._news(), result=result)
 
 

@@ -277,17 +277,18 @@ class Service:
             self._check_upscaling(order)
             return None
         self.models.place(order.model, Kind.MODEL)
-        request = request_of(order.options, self.shelves)
+        previews = {"preview_every": order.preview_every} if order.preview_every else {}
+        request = request_of({**order.options, **previews}, self.shelves)
         self.limits.check(request)
         return request
 
     def _check_upscaling(self, order: Order) -> None:
         if unknown := next((name for name in order.options if name not in ("image", "scale")), None):
             raise TightfitError(f"unknown option '{unknown}': an upscaler takes image and scale")
-        self.models.place(order.model, Kind.UPSCALER)
         image = order.options.get("image")
         if image is None or (self.shelves and not isinstance(image, Image.Image)):
-            raise TightfitError("image must be a picture itself, not the name of one")
+            raise TightfitError("an upscaler's image must be a picture itself, not the name of one")
+        self.models.place(order.model, Kind.UPSCALER)
         picture = open_picture(image)
         self.limits.check_counts(pixels=picture.width * picture.height)
 
@@ -425,7 +426,7 @@ class Service:
         self.limits.check(job)
         ticket.plan = pipeline.plans(job)[0]
         freed = self.models.beside(pipeline)
-        with closing(pipeline.run(job, order.preview_every)) as events:
+        with closing(pipeline.run(job)) as events:
             advance: Callable[[], Event] = partial(next, events)
             interrupts = [KeyboardInterrupt()]  # a second would give up on what is painted
             while True:

@@ -15,6 +15,7 @@ from .fields import described
 from .kept import Hashes
 from .models.samplers.names import OWN, a1111_fields, of_a1111, schedule_of, split
 from .models.schedulers import Tuning, draws
+from .models.upscalers import a1111_name
 from .request import PLAIN, Request
 
 _CHEAP_BYTES = 2**26  # hashed in a tenth of a second, where the hash of a model is not known
@@ -77,6 +78,10 @@ def _way(text: str) -> str:
     return way
 
 
+def _network(file: str) -> str:
+    return a1111_name(Path(file).stem)
+
+
 _ZERO_SNR = "Zero Terminal SNR"
 UPSCALER = "Hires upscaler"
 # From A1111's `infotext` options (its modules/shared_options.py, processing.py).
@@ -103,7 +108,7 @@ SETTINGS = (
     Setting("Hires upscale", "hires", float, "{:g}".format),
     Setting("Hires resize", "hires_size", _size),
     Setting("Hires steps", "hires_steps", whole),
-    Setting(UPSCALER, "hires_upscaler", _way, lambda way: WAYS[way].a1111 if way in WAYS else Path(way).stem),
+    Setting(UPSCALER, "hires_upscaler", _way, lambda way: WAYS[way].a1111 if way in WAYS else _network(way)),
     Setting("Denoising strength", "hires_strength", _strength, "{:g}".format),
     Setting("Hires prompt", "hires_prompt", str),
     Setting("Refiner switch at", "refiner_start", float, "{:g}".format),

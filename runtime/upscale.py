@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from . import pictures
+from . import pictures, spelling
+from .conditions.handed import way_of
 from .conditions.input_pictures import Picture, open_picture
 from .conditions.pasting import filled
 from .errors import OutOfMemoryError, TightfitError
@@ -22,7 +23,7 @@ from .loaded import Loaded
 from .machine.hardware import Hardware
 from .machine.process import ProcessPeak
 from .models.layouts import library
-from .models.upscalers import alone, enlarged, read_upscaler
+from .models.upscalers import a1111_name, alone, enlarged, file_of, read_upscaler
 from .planner import upscaling
 from .planner.plan import Plan
 from .planner.wishes import Wishes
@@ -60,10 +61,11 @@ class Upscaler:
         **wishes: Any,
     ) -> None:
         if unknown := [name for name in wishes if name not in Wishes.__dataclass_fields__]:
-            raise TightfitError(
-                f"unknown option '{unknown[0]}': choose {', '.join(Wishes.__dataclass_fields__)}"
-            )
-        self.component = read_upscaler(library.located(str(model), library.Kind.UPSCALER, models_dirs))
+            raise spelling.unknown(unknown[0], Wishes.__dataclass_fields__, spelling.OF_MODELS)
+        name = str(model)
+        if way_of(name) and not library.exists(name):
+            raise TightfitError(f"{name} takes no network, as any program resizes: name an upscaler's file")
+        self.component = read_upscaler(library.located(file_of(name), library.Kind.UPSCALER, models_dirs))
         self.hardware = hardware or Hardware.detect(device)
         self.wishes, self.spec = Wishes(**wishes), alone(self.component)
         self.loaded = Loaded(self.hardware)
@@ -127,7 +129,7 @@ class Upscaler:
             image.putalpha(Image.fromarray(given.alpha).resize(size, Image.Resampling.LANCZOS))
         image.info |= _texts(picture)
         if text := image.info.get(pictures.PARAMETERS):
-            image.info[pictures.PARAMETERS] = said(text, wanted, self.name)
+            image.info[pictures.PARAMETERS] = said(text, wanted, a1111_name(self.name))
         return Enlarged(image, run.plan, run.measured, tuple(run.notices))
 
     def close(self) -> None:

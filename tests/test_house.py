@@ -28,6 +28,7 @@ LEAVES = (
     "recent",
     "ring",
     "rules",
+    "spelling",
     "units",
 )
 # From the ground up; imports point down only, within a floor they go in no circle.
@@ -37,7 +38,7 @@ FLOORS = (
     ("runtime.machine",),
     ("runtime.models",),
     ("runtime.costs",),
-    ("runtime.adapters", "runtime.conditions"),
+    ("runtime.adapters", "runtime.conditions", "runtime.previews"),
     ("runtime.request", "runtime.asking"),
     ("runtime.backends",),
     ("runtime.planner",),

@@ -63,7 +63,7 @@ ADAPTERS = (
         library.Kind.EMBEDDING,
     ),
     Kind(vae.Vae.option, vae.written, "In place of the model's.", library.Kind.VAE),
-    Kind(ip_adapter.IPAdapter.option, ip_adapter.written, "As FILE:0.6."),
+    Kind(ip_adapter.IPAdapter.option, ip_adapter.written, "As FILE:0.6.", library.Kind.IP_ADAPTER),
     Kind(prediction.Prediction.option, prediction.written, "Epsilon or v, of U-Nets.", metavar="KIND"),
 )
 

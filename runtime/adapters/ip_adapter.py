@@ -3,6 +3,7 @@ attention, and what makes tokens of an image encoder's answer; that encoder lies
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +27,12 @@ _READS = re.compile(r"(.+\.attn2)\.to_k\.(?:weight|packed)")
 _ORDER = "down_blocks", "up_blocks", "mid_block"  # in which files number the layers
 _WEIGHT = re.compile(r"(.+):([^:/\\]*)", re.DOTALL)
 _MOST = 10.0
+_COMFYS, _MOST_FILES = "clip_vision", 100  # ComfyUI's folder of image encoders, each in one file
+_CLASS = "vision_model.embeddings.class_embedding"
+# By width. Those that OpenAI published (ViT-B, ViT-L) have another activation than OpenCLIP's ViT-H and bigG.
+_HEADS, _OPENAIS = {768: 12}, (768, 1024)
+_Stored = tuple[Path, Mapping[str, Any], Mapping[str, Tensor]]
+"""Where an image encoder is, its config, its tensors."""
 
 
 @dataclass(frozen=True)
@@ -97,27 +104,48 @@ class IPAdapter:
             raise TightfitError(
                 f"{self.file} is an IP-Adapter of faces, or of another kind: take a plain or plus one"
             )
-        folder, config = self._folder(spec, field, wanted)
+        folder, config, stored = self._encoder_there(spec, field, wanted)
         config = {**IMAGE_ENCODER.defaults, **config, **settings, "texts": spec.text_width}
-        tensors = {f"encoder.{name}": tensor for name, tensor in tensors_of(folder).items()}
+        tensors = {f"encoder.{name}": tensor for name, tensor in stored.items()}
         tensors |= {f"projection.{name}": tensor for name, tensor in projection.items()}
         component = Component(IMAGE_ENCODER, folder, config, tensors)
         check_config(component)
         return component
 
-    def _folder(self, spec: ModelSpec, field: str, wanted: int) -> tuple[Path, Mapping[str, Any]]:
-        """The first folder with an image encoder that this was made for."""
+    def _encoder_there(self, spec: ModelSpec, field: str, wanted: int) -> _Stored:
+        """The first image encoder beside it that this was made for."""
         above = self.file.parent
         for folder in (above, above.parent / "models", spec.folder):
             path = folder / IMAGE_ENCODER.folder
             if (path / "config.json").exists():
                 config = read_json(path / "config.json")
                 if config.get(field, IMAGE_ENCODER.defaults[field]) == wanted:
-                    return path, config
+                    return path, config, tensors_of(path)
+        for file in sorted((above.parent / _COMFYS).glob("*.safetensors"))[:_MOST_FILES]:
+            stored, _ = contents(file, stamp(file))
+            if _CLASS in stored and (config := _config(stored))[field] == wanted:
+                return file, config, stored
         raise TightfitError(
             f"{self.file} needs an image encoder with {field} {wanted}, which is not beside it: put that "
             f"(config.json and model.safetensors) into {above / IMAGE_ENCODER.folder}"
         )
+
+
+def _config(stored: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Of an image encoder in one file, by the shapes of its tensors."""
+    (width,), patches = stored[_CLASS].shape, stored["vision_model.embeddings.patch_embedding.weight"].shape
+    positions = stored["vision_model.embeddings.position_embedding.weight"].shape[0] - 1
+    layers = {name.split(".")[3] for name in stored if name.startswith("vision_model.encoder.layers.")}
+    return {
+        "hidden_size": width,
+        "intermediate_size": stored["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        "projection_dim": stored["visual_projection.weight"].shape[0],
+        "num_hidden_layers": len(layers),
+        "num_attention_heads": _HEADS.get(width, 16),
+        "image_size": math.isqrt(positions) * patches[-1],
+        "patch_size": patches[-1],
+        "hidden_act": "quick_gelu" if width in _OPENAIS else "gelu",
+    }
 
 
 def _resampler(inside: Mapping[str, Tensor]) -> dict[str, int]:

@@ -22,9 +22,9 @@ class Session(Protocol):
     text_encoder: tokens (batch, length) → hidden (batch, length, width), and pooled (batch, width) if it
     projects. unet: sample (batch, channels, h, w), timestep (), hidden, and for some models time_condition,
     text_embeds, time_ids → (batch, channels, h, w). vae_decoder: latents (batch, channels, h, w) → (batch, 3,
-    H, W) in -1..1. upscaler: raw (1, 3, h, w) → (1, 3, H, W), both uint8. controlnet: what the unet takes,
-    picture (1, 3, H, W) in 0..1, scales (batch, answers), and residual_0 … if it is not the first → what is
-    added to the unet's skip connections and middle.
+    H, W) in -1..1, and so preview_decoder. upscaler: raw (1, 3, h, w) → (1, 3, H, W), both uint8. controlnet:
+    what the unet takes, picture (1, 3, H, W) in 0..1, scales (batch, answers), and residual_0 … if it is not
+    the first → what is added to the unet's skip connections and middle.
     """
 
     notices: tuple[str, ...]

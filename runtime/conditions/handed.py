@@ -12,7 +12,7 @@ from ..errors import TightfitError
 from ..models.families.networks import ENCODER
 from ..models.layouts import library
 from ..models.spec import Component, ModelSpec
-from ..models.upscalers import UPSCALER, enlarged, read_upscaler
+from ..models.upscalers import UPSCALER, enlarged, file_of, read_upscaler
 from .condition import Call, Condition, Draw, Painted, Steering
 from .image import Begun, Encoded, noised, pixels_of
 from .input_pictures import Picture, open_picture
@@ -57,11 +57,12 @@ def placed(name: str, models_dirs: Sequence[str | Path] = ()) -> str:
     TightfitError for what is neither."""
     if way := way_of(name):
         return way
-    path = Path(library.located(name, library.Kind.UPSCALER, models_dirs, or_name=True)).expanduser()
+    file = file_of(name)
+    path = Path(library.located(file, library.Kind.UPSCALER, models_dirs, or_name=True)).expanduser()
     if not library.exists(str(path)):
-        raise TightfitError(
-            f"unknown hires_upscaler '{name}': choose {', '.join(WAYS)}, or the file of an upscaler"
-        )
+        known = f"unknown hires_upscaler '{name}': choose {', '.join(WAYS)}, or the file of an upscaler"
+        lost = f"{name} is {file}.safetensors, which is in no folder of models: put it there"
+        raise TightfitError(known if file == name else f"{lost} (tightfit convert makes it of the .pth)")
     return str(path.absolute())
 
 

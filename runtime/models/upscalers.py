@@ -56,6 +56,29 @@ _OTHERS = (
 )
 
 
+# A1111's names of networks, by those of the files that it downloads (its modules/realesrgan_model.py and
+# esrgan_model.py). It calls any other by its file.
+_A1111 = {
+    "RealESRGAN_x4plus": "R-ESRGAN 4x+",
+    "RealESRGAN_x4plus_anime_6B": "R-ESRGAN 4x+ Anime6B",
+    "RealESRGAN_x2plus": "R-ESRGAN 2x+",
+    "realesr-general-x4v3": "R-ESRGAN General 4xV3",
+    "realesr-general-wdn-x4v3": "R-ESRGAN General WDN 4xV3",
+    "realesr-animevideov3": "R-ESRGAN AnimeVideo",
+}
+_FILES = {name.lower(): file for file, name in _A1111.items()}
+
+
+def file_of(name: str) -> str:
+    """What the file of an upscaler is called, also of A1111's name for it: "R-ESRGAN 4x+"."""
+    return _FILES.get(" ".join(name.lower().split()), name)
+
+
+def a1111_name(file: str) -> str:
+    """What A1111 calls the network in a file of this name, without ending."""
+    return _A1111.get(file, file)
+
+
 def _inputs(_: ModelSpec, extent: Extent) -> dict[str, Shape]:
     return {"raw": (1, 3, extent.height, extent.width)}
 

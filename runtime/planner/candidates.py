@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -30,7 +30,8 @@ class _Choice:
 
 
 def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, dict[str, Placement]]]:
-    """Every candidate once: its kind of guidance, and the placement of each component."""
+    """Every candidate once: its kind of guidance, and the placement of each component. Each that decodes
+    previews comes without that, too."""
     spec, modes = job.spec, _options(wishes.cfg, CFG) if job.branches > 1 else ("batched",)
     seen = set()
     for engines in _engines(spec, wishes):
@@ -41,10 +42,30 @@ def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, di
                 else replace(_on_torch(hardware, spec, name, choice), backend=engine)
                 for name, engine in engines.items()
             }
-            key = (cfg, *placements.values())
-            if key not in seen:
-                seen.add(key)
-                yield cfg, placements
+            for way in (placements, without_previews(spec, placements)):
+                key = (cfg, *way.values())
+                if key not in seen:
+                    seen.add(key)
+                    yield cfg, way
+
+
+def without_previews(spec: ModelSpec, placements: Mapping[str, Placement]) -> dict[str, Placement]:
+    """The same without the decoder of previews, which are mapped then."""
+    return {
+        name: placement
+        for name, placement in placements.items()
+        if spec.components[name].role is not Role.PREVIEW
+    }
+
+
+def with_previews(
+    hardware: Hardware, spec: ModelSpec, placements: Mapping[str, Placement]
+) -> dict[str, Placement]:
+    """The same with the decoder of previews, if the model has one, as the denoiser's placement decides."""
+    unet = placements[spec.denoiser.name]
+    choice = _Choice(unet.precision, unet.compute, unet.residency, unet.attention, "whole")
+    decoders = [part.name for part in spec.of_role(Role.PREVIEW)]
+    return {**placements, **{name: _on_torch(hardware, spec, name, choice) for name in decoders}}
 
 
 def _choices(
@@ -76,10 +97,11 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
     if asked == "bitsandbytes":  # torch, but for some layers: never a candidate unless it is asked for
         swapped = {"torch": asked}
         runnable = {name: tuple(swapped.get(e, e) for e in engines) for name, engines in runnable.items()}
-    if asked and not any(asked in engines for engines in runnable.values()):
+    role = {name: component.role for name, component in spec.components.items()}
+    painting = (engines for name, engines in runnable.items() if role[name] is not Role.PREVIEW)
+    if asked and not any(asked in engines for engines in painting):
         raise _without_weights(spec, wishes, asked)
     options: dict[Role, tuple[str, ...]] = {}
-    role = {name: component.role for name, component in spec.components.items()}
     for name, engines in runnable.items():
         choices = (asked,) if asked and asked in engines else engines
         shared = tuple(engine for engine in options.get(role[name], choices) if engine in choices)
@@ -129,6 +151,9 @@ def _runnable(spec: ModelSpec, component: Component) -> tuple[str, ...]:
 def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -> Placement:
     component, precision, residency = spec.components[name], choice.precision, choice.residency
     role = component.role
+    if role is Role.PREVIEW:  # a thousandth of a U-Net: nothing to gain by fewer bits
+        residency = "resident" if residency == "resident" else "staged"
+        return Placement("torch", choice.compute, choice.compute, residency, "sdpa", "whole")
     vae = role in (Role.ENCODER, Role.DECODER)
     if precision == DYNAMIC and role not in STEPPING:
         # a strip of a VAE would have another scale than the next; text encoders have little to gain

@@ -17,12 +17,13 @@ from ..models.spec import ModelSpec
 from ..request import Job, Request
 from ..units import shown
 from .candidates import ways
-from .estimate import ESTIMATOR, holder
+from .estimate import ESTIMATOR, Estimate, holder
 from .plan import Plan, Verdict
 from .saved import checked as checked  # a plan from a file is a choice as well
 from .saved import continued as continued
 from .wishes import Wishes
 
+SLOWER = 1.1  # times the seconds that painting may take to have room for the decoder of previews
 SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
 
 
@@ -50,10 +51,12 @@ def plan(
             f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
         )
     fitting = sorted(
-        (p for p in found if p.fits), key=lambda p: (p.predicted.seconds, p.predicted.peak_bytes)
+        (p for p in found if p.fits),
+        key=lambda p: (estimate.painting_seconds(p), -len(p.placements), p.predicted.peak_bytes),
     )
     if fitting:
         alike = [p for p in fitting if _goes_on(p, wishes)] or fitting
+        alike = _as_to_previews(alike, estimate)
         fastest = alike[0].predicted.seconds
         equal = [p for p in alike if p.predicted.seconds <= fastest * (1 + SAME)]
         best = min(equal, key=_burden)
@@ -231,6 +234,14 @@ def _goes_on(plan: Plan, wishes: Wishes) -> bool:
     return wishes.after is not None and plan.denoiser.arithmetic == wishes.after.arithmetic
 
 
+def _as_to_previews(plans: list[Plan], estimate: Estimate) -> list[Plan]:
+    """Of plans that fit, those that decode previews, or, where these paint more slowly, those that do not."""
+    every = len(estimate.spec.components)
+    decoding, others = ([p for p in plans if (len(p.placements) == every) is has] for has in (True, False))
+    seconds = [min(map(estimate.painting_seconds, some), default=math.inf) for some in (decoding, others)]
+    return decoding if decoding and seconds[0] <= SLOWER * seconds[1] else others
+
+
 def _praise(best: Plan, wishes: Wishes, hardware: Hardware) -> str:
     forced = [
         getattr(wishes, name)
@@ -258,7 +269,9 @@ def beaten(plan: Plan, best: Plan) -> Plan:
     """With the reason why it was not taken though it fits."""
     ratio = plan.predicted.seconds / best.predicted.seconds
     more = plan.predicted.peak_bytes - best.predicted.peak_bytes
-    if ratio < 1 - SAME:
+    if len(plan.placements) < len(best.placements):
+        reason = "fits, but without the decoder of previews"
+    elif ratio < 1 - SAME:
         reason = "fits, and is faster, but not in the precision of the pass before"
     elif 1 + SAME < ratio < 1.005:
         reason = "fits, hardly slower"

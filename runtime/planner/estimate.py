@@ -238,6 +238,16 @@ class Estimate:
                 total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
         return total
 
+    def painting_seconds(self, plan: Plan) -> float:
+        """What a plan takes, but for previews."""
+        seconds = plan.predicted.seconds
+        for part in self.spec.of_role(Role.PREVIEW):
+            if placement := plan.placements.get(part.name):
+                footprint = self._footprint(part.name, placement, plan.cfg)
+                seconds -= self.job.previews * call_seconds(self.hardware, placement, footprint)
+                seconds -= self._loading_seconds(part, placement, footprint)
+        return seconds
+
     def _is_called(self, name: str) -> bool:
         """Whether it is called at all: one of several passes has no use for some."""
         return any(self._calls(name, "sequential").values())
@@ -252,6 +262,8 @@ class Estimate:
     def _calls(self, name: str, cfg: str) -> dict[str, int]:
         """How often a network is called, by how: "sequential" is one row of a batch."""
         job, branches, role = self.job, self.job.branches, self._role(name)
+        if role is Role.PREVIEW:
+            return {cfg: job.previews}
         if role not in STEPPING:
             texts = job.prompting.encodings if job.share.encodes else 0  # one by one
             pictures = job.num_images if job.share.decodes else 0

@@ -86,7 +86,7 @@ class Plan:
         return self._of_role(Role.DECODER)
 
     def _of_role(self, role: Role) -> Placement:
-        return next(placement for name, placement in self.placements.items() if _role(name) is role)
+        return next(placement for name, placement in self.placements.items() if network_role(name) is role)
 
     @property
     def precision(self) -> str:
@@ -167,7 +167,7 @@ class Plan:
             ) from None
 
 
-def _role(name: str) -> Role:
+def network_role(name: str) -> Role:
     """Of a network of any family or condition."""
     known = networks_of_conditions()
     return known[name].role if name in known else role_of(name)
@@ -196,7 +196,7 @@ def _problem(plan: Plan) -> str | None:
     if (
         plan.cfg not in CFG
         or plan.device not in DEVICES
-        or not {_role(name) for name in plan.placements} >= IN_EVERY_PLAN
+        or not {network_role(name) for name in plan.placements} >= IN_EVERY_PLAN
     ):
         return "it leaves open how something runs"
     for placement in plan.placements.values():

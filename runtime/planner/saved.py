@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from ..errors import TightfitError
 from ..machine.hardware import Hardware
+from ..models.families.family import Role
 from ..models.spec import ModelSpec
 from ..placement import Placement
 from ..request import Job
 from ..rules import Rule, first_broken
-from .candidates import chosen_provider, of_stored, vae_compute, ways
+from .candidates import chosen_provider, of_stored, vae_compute, ways, with_previews
 from .estimate import ESTIMATOR
-from .plan import Plan
+from .plan import Plan, network_role
 from .wishes import Wishes
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -139,8 +144,11 @@ def checked(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> Plan:
     here."""
     if problem := _problem(_Saved(plan, hardware, job.spec, wishes)):
         raise TightfitError(problem)
-    estimate = ESTIMATOR.estimate(hardware, job, wishes)
-    new = estimate.plan(plan.cfg, plan.placements, _budget(plan, hardware, wishes))
+    estimate, budget_bytes = ESTIMATOR.estimate(hardware, job, wishes), _budget(plan, hardware, wishes)
+    painting = _painting(plan.placements)
+    new = estimate.plan(plan.cfg, with_previews(hardware, job.spec, painting), budget_bytes)
+    if not new.fits:
+        new = estimate.plan(plan.cfg, painting, budget_bytes)
     if not new.fits:
         raise TightfitError(
             f"this plan, made for {plan.hardware}, does not run here: it {new.reason}; {_AGAIN}"
@@ -159,12 +167,18 @@ def continued(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> list[
         estimate.plan(cfg, {name: plan.placements.get(name, own) for name, own in way.items()}, budget_bytes)
         for cfg, way in ways(hardware, job, alike)
     ]
-    fitting = sorted((new for new in found if new.fits), key=lambda new: new.predicted.seconds)
+    order = sorted(found, key=lambda new: (-len(new.placements), new.predicted.seconds))
+    fitting = [new for new in order if new.fits]
     return [_taken(new, plan) for new in fitting[:1]]
 
 
 def _budget(plan: Plan, hardware: Hardware, wishes: Wishes) -> int:
     return min(plan.budget_bytes if wishes.budget is None else wishes.budget, hardware.free_bytes)
+
+
+def _painting(names: Mapping[str, T]) -> dict[str, T]:
+    """Those that make pictures: what a plan has for previews is decided anew for each job."""
+    return {name: value for name, value in names.items() if network_role(name) is not Role.PREVIEW}
 
 
 def _taken(new: Plan, plan: Plan) -> Plan:
@@ -173,9 +187,9 @@ def _taken(new: Plan, plan: Plan) -> Plan:
 
 def _problem(saved: _Saved) -> str | None:
     """Why the plan is not for this machine, model and request, or None."""
-    if saved.plan.placements.keys() != saved.spec.components.keys():
+    if _painting(saved.plan.placements).keys() != _painting(saved.spec.components).keys():
         return f"this plan is for another kind of model than {saved.spec.name}: {_AGAIN}"
-    for name in saved.plan.placements:
+    for name in _painting(saved.plan.placements):
         if problem := first_broken(_OF_PARTS, _Part(name, saved)):
             return problem
     return first_broken(_OF_PLAN, saved)

@@ -193,8 +193,8 @@ def test_a_process_over_its_budget_is_said(sd1, monkeypatch):
         assert any("the process held" in notice for notice in pipe.generate(REQUEST).notices)
 
 
-def test_no_room_for_previews(sd1, whole):
-    """They are left out, said once, and the run keeps its plan."""
+def test_previews_without_room_for_more(sd1, whole):
+    """They are there all the same, and the run keeps its plan."""
     with tightfit.load(str(sd1), precision="fp32", device="cpu") as pipe:
         least = min(pipe.plans(REQUEST), key=lambda p: p.predicted.peak_bytes)
         pipe._planned = (
@@ -208,7 +208,8 @@ def test_no_room_for_previews(sd1, whole):
         events = list(pipe.run(REQUEST, preview_every=1))
     result = events[-1].result
     assert result.plan.placements == least.placements
-    assert result.notices == ("there is no room for previews beside the U-Net",)
+    assert all(event.preview for event in events if event.stage == "denoise")
+    assert result.notices == ()
     assert psnr(result.images[0], whole["sd1"]) > 75
 
 

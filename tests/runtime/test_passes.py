@@ -21,6 +21,7 @@ from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.passes import passes, wishes_after
 from tightfit.runtime.planner import choose as planner
 from tightfit.runtime.planner.wishes import Wishes
+from tightfit.runtime.settings import said as of_settings
 
 STEPS = 4
 REQUEST = tightfit.Request(
@@ -361,6 +362,17 @@ def test_a_network_enlarges(tiny_models, opened, tmp_path):
     theirs = parse(A1111.format("Hires upscale: 2, Hires upscaler: 4x-sharp, "), "x", (), [tmp_path])
     assert theirs.request["hires_upscaler"] == str(file)
     assert not theirs.notices
+    file = file.rename(file.with_name("RealESRGAN_x4plus_anime_6B.safetensors"))
+    theirs = parse(
+        A1111.format("Hires upscale: 2, Hires upscaler: R-ESRGAN 4x+ Anime6B, "), "x", (), [tmp_path]
+    )
+    assert theirs.request["hires_upscaler"] == str(file)
+    job = replace(request, hires_upscaler=str(file)).resolve(tightfit.inspect(str(tiny_models["sd1"])))
+    assert of_settings(job)["Hires upscaler"] == "R-ESRGAN 4x+ Anime6B"
+    with pytest.raises(
+        TightfitError, match=r"R-ESRGAN 4x\+ is RealESRGAN_x4plus.safetensors, which is in no"
+    ):
+        replace(request, hires_upscaler="R-ESRGAN 4x+").checked()
 
 
 def test_interrupts(tiny_models, opened):

@@ -23,7 +23,7 @@ from tightfit.runtime.catalogue import described
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.layouts.library import scan
-from tightfit.runtime.models.upscalers import alone, read_upscaler
+from tightfit.runtime.models.upscalers import a1111_name, alone, file_of, read_upscaler
 from tightfit.runtime.planner import upscaling
 from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.upscale import Upscaler, said
@@ -321,6 +321,30 @@ def test_command(tmp_path):
     assert "✓ the fastest that fits" in table
     rows = {entry.name: described(entry) for entry in scan([models]).entries}
     assert (rows["4x-sharp"].kind, rows["4x-sharp"].family) == ("upscaler", "SRVGGNetCompact ×4")
+
+
+# What A1111 1.10 calls networks, and where it downloads them (its modules/realesrgan_model.py).
+THEIRS = {
+    "R-ESRGAN General 4xV3": "v0.2.5.0/realesr-general-x4v3.pth",
+    "R-ESRGAN General WDN 4xV3": "v0.2.5.0/realesr-general-wdn-x4v3.pth",
+    "R-ESRGAN AnimeVideo": "v0.2.5.0/realesr-animevideov3.pth",
+    "R-ESRGAN 4x+": "v0.1.0/RealESRGAN_x4plus.pth",
+    "R-ESRGAN 4x+ Anime6B": "v0.2.2.4/RealESRGAN_x4plus_anime_6B.pth",
+    "R-ESRGAN 2x+": "v0.2.1/RealESRGAN_x2plus.pth",
+}
+
+
+def test_names_of_a1111(tmp_path):
+    for name, file in THEIRS.items():
+        assert file_of(name) == file_of(name.lower()) == Path(file).stem
+        assert a1111_name(Path(file).stem) == name
+    assert file_of("4x-UltraSharp") == a1111_name("4x-UltraSharp") == "4x-UltraSharp"
+    file = written(tmp_path / "models" / "RealESRGAN", srvgg(), "RealESRGAN_x2plus")
+    with Upscaler("R-ESRGAN 2x+", models_dirs=[tmp_path], hardware=machine()) as upscaler:
+        assert upscaler.component.folder == file
+    for name in ("Lanczos", "None", "Latent (bicubic antialiased)"):
+        with pytest.raises(TightfitError, match="takes no network, as any program resizes: name"):
+            Upscaler(name, hardware=machine())
 
 
 def test_text_goes_before_our_json():

@@ -8,6 +8,7 @@ from ...errors import TightfitError
 from .family import Family, Network, Role
 from .sdxl import SDXL, SDXLRefiner
 from .stable_diffusion import StableDiffusion
+from .tiny import PREVIEW_DECODER
 
 if TYPE_CHECKING:
     from ..layouts import Source
@@ -37,10 +38,9 @@ def networks() -> dict[str, Network]:
 
 def role_of(name: str) -> Role:
     """Of the network called so. Raises TightfitError for a name that no family has."""
-    for family in FAMILIES:
-        for network in family.networks:
-            if network.name == name:
-                return network.role
+    for network in (PREVIEW_DECODER, *(network for family in FAMILIES for network in family.networks)):
+        if network.name == name:
+            return network.role
     raise TightfitError(f"{name} is a network of no family that tightfit runs: {', '.join(networks())} are")
 
 

@@ -32,6 +32,7 @@ class Role(Enum):
     ENCODER = "encoder"
     CONTROL = "control"
     DENOISER = "denoiser"
+    PREVIEW = "preview"
     DECODER = "decoder"
 
     @property
@@ -44,12 +45,13 @@ _STAGES = {
     Role.ENCODER: "encode",
     Role.CONTROL: "denoise",
     Role.DENOISER: "denoise",
+    Role.PREVIEW: "denoise",
     Role.DECODER: "decode",
 }
 IN_EVERY_PLAN = frozenset({Role.TEXT, Role.DENOISER, Role.DECODER})  # no picture is made without them
 STEPPING = frozenset(
-    {Role.CONTROL, Role.DENOISER}
-)  # called in turn in each step, so all are loaded meanwhile
+    {Role.CONTROL, Role.DENOISER, Role.PREVIEW}
+)  # called in turn between the first step and the last, so all are loaded meanwhile
 RESIDUAL = "residual_"
 """How inputs of a denoiser are called that its control networks answer: these never leave the device."""
 FEATURE = "feature_"

@@ -87,6 +87,16 @@ class SDXL:
     networks = (_FIRST, _SECOND, replace(UNET, inputs=_inputs), DECODER)
     on_demand = (ENCODER,)
     first_step_is_known = True
+    tiny_decoder = r"taesdxl"
+    # As SD 1.x's. Timothy Alexis Vass, "Explaining the SDXL latent space", has it in 0..255.
+    latent_rgb = tuple(
+        tuple(value / 127.5 for value in (*channels, constant - 127.5))
+        for channels, constant in (
+            ((60, -60, 25, -70), 150),
+            ((60, -5, 15, -50), 140),
+            ((60, 10, -5, -35), 130),
+        )
+    )
     # Sabour et al. 2024, "Align Your Steps".
     align_your_steps = 14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113, 0.029
 

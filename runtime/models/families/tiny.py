@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..checks import is_count, is_layers, is_number, is_positive, is_text, is_truth, many, whole
+from .family import Role
 from .networks import DECODER
 
 if TYPE_CHECKING:
@@ -66,3 +67,4 @@ TINY_DECODER = replace(
     in_strips=False,
     tracing=None,
 )
+PREVIEW_DECODER = replace(TINY_DECODER, name="preview_decoder", role=Role.PREVIEW)

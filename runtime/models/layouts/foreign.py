@@ -54,7 +54,12 @@ _PARTS = (
         Kind.CONTROLNET,
     ),
     (r"(?:adapter\.)?body\.\d+\.(?:resnets|block1|in_conv)\.", "a T2I-Adapter", _CONTROL, Kind.CONTROLNET),
-    (r"(?:image_proj|ip_adapter)\.", "an IP-Adapter", _BESIDE, None),
+    (
+        r"(?:image_proj|ip_adapter)\.",
+        "an IP-Adapter",
+        f"{_BESIDE}, and this by --ip-adapter",
+        Kind.IP_ADAPTER,
+    ),
     (
         r"(?:emb_params|clip_[lg]|string_to_param\b.*)$",
         "an embedding (textual inversion)",

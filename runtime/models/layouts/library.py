@@ -36,6 +36,7 @@ class Kind(Enum):
     CONTROLNET = "ControlNet"
     UNET = "U-Net"
     UPSCALER = "upscaler"
+    IP_ADAPTER = "IP-Adapter"
 
 
 # What a folder of this name holds, in lower case: A1111's, then ComfyUI's.
@@ -56,7 +57,9 @@ _SHELVES = {
     "esrgan": Kind.UPSCALER,
     "realesrgan": Kind.UPSCALER,
     "upscale_models": Kind.UPSCALER,
+    "ipadapter": Kind.IP_ADAPTER,
 }
+_ALSO_IN = {Kind.IP_ADAPTER: Kind.CONTROLNET}  # A1111 has both in one folder
 
 
 @dataclass(frozen=True)
@@ -294,7 +297,7 @@ def called(name: str, kind: Kind, library: Library) -> Path | None:
 
 
 def _of_kind(library: Library, kind: Kind) -> list[Entry]:
-    return [entry for entry in library.entries if entry.shelf in (None, kind)]
+    return [entry for entry in library.entries if entry.shelf in (None, kind, _ALSO_IN.get(kind))]
 
 
 def _rank(entry: Entry) -> tuple[bool, int]:
@@ -305,7 +308,8 @@ def _rank(entry: Entry) -> tuple[bool, int]:
 
 
 def _asked_by(shelf: Kind) -> str:
-    return "to tightfit upscale" if shelf is Kind.UPSCALER else f"by --{shelf.name.lower()}"
+    option = shelf.name.lower().replace("_", "-")
+    return "to tightfit upscale" if shelf is Kind.UPSCALER else f"by --{option}"
 
 
 def missing(name: str, kind: Kind, roots: Sequence[Path], library: Library | None = None) -> TightfitError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import diffusers
 import numpy as np
 import pytest
@@ -9,10 +11,11 @@ import tightfit
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from tightfit.runtime.adapters import written
+from tightfit.runtime.adapters import ip_adapter, written
 from tightfit.runtime.conditions import asked
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.infotext import parse
+from tightfit.runtime.models.families.image_prompt import IMAGE_ENCODER
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 PICTURE = Image.fromarray(np.random.default_rng(7).integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize(
@@ -123,6 +126,51 @@ def test_it_is_in_the_plan(precision, residency, tiny_models, files):
     for stage, measured in result.stages.items():
         if predicted := result.plan.predicted.stages.get(stage):
             assert abs(measured.peak_bytes - predicted) <= 0.05 * predicted, stage
+
+
+def test_in_folders_of_models(tiny_models, files, tmp_path, monkeypatch):
+    """By its name in A1111's folder and in ComfyUI's, where the encoder is one file in a folder beside."""
+    spec, beside = tightfit.inspect(str(tiny_models["sd1"])), files["sd1"].parent / "image_encoder"
+    for name, encoder in (
+        ("ControlNet/ip", "ControlNet/image_encoder"), ("ipadapter/ip", "clip_vision/ViT.safetensors"),
+    ):  # fmt: skip
+        models = tmp_path / Path(name).parent.name / "models"
+        (models / name).parent.mkdir(parents=True)
+        (models / encoder).parent.mkdir(exist_ok=True)
+        (models / f"{name}.safetensors").symlink_to(files["sd1"])
+        is_file = encoder.endswith(".safetensors")
+        (models / encoder).symlink_to(beside / "model.safetensors" if is_file else beside)
+        monkeypatch.setitem(ip_adapter._HEADS, _WIDTH, 2)
+        monkeypatch.setattr(ip_adapter, "_OPENAIS", (_WIDTH,))
+        (adapter,) = written({"ip_adapter": ["ip:0.6"]}, [models, files["sd1"].parent])
+        found, known = (one.apply(spec) for one in (adapter, *written({"ip_adapter": [str(files["sd1"])]})))
+        there, wanted = (one.components["image_encoder"] for one in (found, known))
+        assert adapter.scale == 0.6
+        assert there.folder == models / encoder
+        assert {name: there.setting(name) for name in IMAGE_ENCODER.defaults} == {
+            name: wanted.setting(name) for name in IMAGE_ENCODER.defaults
+        }
+        assert there.tensors.keys() == wanted.tensors.keys()
+
+
+@pytest.mark.parametrize(
+    ("width", "inner", "projected", "layers", "side", "act"),
+    [
+        (1280, 5120, 1024, 32, 224, "gelu"),
+        (1664, 8192, 1280, 48, 224, "gelu"),
+        (1024, 4096, 768, 24, 336, "quick_gelu"),
+    ],
+)
+def test_published_encoders_in_one_file(width, inner, projected, layers, side, act):
+    """ViT-H and bigG of OpenCLIP, ViT-L of OpenAI: what transformers makes is told from its shapes."""
+    named = {
+        "hidden_size": width, "intermediate_size": inner, "projection_dim": projected,
+        "num_hidden_layers": layers, "num_attention_heads": 16, "image_size": side, "patch_size": 14,
+        "hidden_act": act,
+    }  # fmt: skip
+    with torch.device("meta"):
+        stored = CLIPVisionModelWithProjection(CLIPVisionConfig(**named)).state_dict()
+    assert ip_adapter._config(stored) == named
 
 
 def test_what_is_refused(tiny_models, files, tmp_path):
