@@ -8,11 +8,12 @@ import re
 import diffusers
 import pytest
 import tightfit
-from tightfit.runtime import conditions, spelling
+from tightfit.runtime import spelling
+from tightfit.runtime.asking import names
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.planner.wishes import Wishes
 
-KNOWN = {*tightfit.Request.__dataclass_fields__, *conditions.options()}
+KNOWN = {*names(), "conditions"}
 PIPELINES = [
     f"StableDiffusion{xl}{kind}Pipeline"
     for xl in ("", "XL")
