@@ -6,16 +6,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import TightfitError
 from ..recent import Recent
 from .families.family import Extent, Family, Network, Role
 from .graph import Graph
 from .tensors import Patch, Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,17 @@ class Component:
         return tuple(
             patch for tensor in self.tensors.values() for patch in tensor.patches if not patch.decodes
         )
+
+    def once(self, topic: Hashable, compute: Callable[[], T]) -> T:
+        """What `compute` answers of this component, which never changes: computed for the first who asks for
+        the `topic`, and kept as long as the component is."""
+        if topic not in self._computed:
+            self._computed[topic] = compute()
+        return self._computed[topic]
+
+    @functools.cached_property
+    def _computed(self) -> dict[Hashable, Any]:
+        return {}
 
     @property
     def engines(self) -> tuple[str, ...]:

@@ -294,7 +294,7 @@ class Estimate:
                 component.graph.model.graph.node
             )
         loading = _read_bytes(component) / self.hardware.read
-        count = sum(t.count for t in component.tensors.values())
+        count = component.once("count", lambda: sum(t.count for t in component.tensors.values()))
         if placement.precision in QUANTISED and component.formats is None:
             kept, _ = _kept_values(component, placement.precision)
             loading += (count - kept) * QUANTISE_SECONDS[placement.precision]
@@ -351,7 +351,8 @@ class Estimate:
 
 
 def _read_bytes(component: Component) -> int:
-    return read_bytes((*component.tensors.values(), *component.words.values()))
+    tensors = *component.tensors.values(), *component.words.values()
+    return component.once("read", lambda: read_bytes(tensors))
 
 
 def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> int:
@@ -365,12 +366,13 @@ def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Fo
 
 def _kept_values(component: Component, precision: str) -> tuple[int, int]:
     """Of the values that are quantised in `precision`: how many keep the codes of the files, and all."""
-    kept = every = 0
-    for tensor, form in _forms(component, precision):
-        if form:
-            every += tensor.count
-            kept += tensor.count if form == tensor.form else 0
-    return kept, every
+
+    def counted() -> tuple[int, int]:
+        quantised = [(tensor, form) for tensor, form in _forms(component, precision) if form]
+        kept = (tensor.count for tensor, form in quantised if form == tensor.form)
+        return sum(kept), sum(tensor.count for tensor, _ in quantised)
+
+    return component.once(("kept", precision), counted)
 
 
 def _forms(component: Component, precision: str) -> Iterator[tuple[Tensor, str | None]]:
