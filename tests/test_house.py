@@ -55,7 +55,7 @@ FLOORS = (
     ("runtime.run",),
     ("runtime.pipeline", "runtime.upscale"),
     ("runtime.open_models", "runtime.jobs", "runtime.ticket", "runtime.service"),
-    ("runtime.cli", "runtime.server"),
+    ("runtime.cli", "runtime.client", "runtime.server"),
     ("export",),
     ("tightfit",),
     ("benchmarks",),

@@ -23,6 +23,7 @@ from .machine import calibrate, info
 from .models import models
 from .output import say
 from .plan import show_plan
+from .serve import serve
 from .upscale import upscale
 from .words import as_command, usage
 
@@ -68,6 +69,7 @@ def root(
 app.command()(generate)
 app.command()(upscale)
 app.command("plan")(show_plan)
+app.command()(serve)
 app.command()(models)
 app.command()(info)
 app.command()(calibrate)

@@ -9,11 +9,13 @@ from typing import Any
 
 from ..errors import TightfitError
 
-COMMANDS = ("generate", "upscale", "plan", "models", "info", "calibrate", "export", "convert", "bench")
-_NO_SERVER = "this version has no server and no page to click on"
+COMMANDS = (
+    "generate", "upscale", "plan", "serve", "models", "info", "calibrate", "export", "convert", "bench",
+)  # fmt: skip
+_SERVER = "tightfit serve is the server, with a page to click on"
 _KINDS = "--model takes emoji, a checkpoint file, a folder in diffusers' layout or a hub id"
 _ELSEWHERE = {
-    **dict.fromkeys(("serve", "server", "ui", "webui", "gui", "web", "api", "start", "launch"), _NO_SERVER),
+    **dict.fromkeys(("server", "ui", "webui", "gui", "web", "api", "start", "launch"), _SERVER),
     **dict.fromkeys(("download", "pull"), _KINDS),
     **dict.fromkeys(("list", "ls"), "tightfit models lists the models in a folder"),
     **dict.fromkeys(("img2img", "inpaint"), 'tightfit "a red heart" --image FILE does, with --mask FILE'),

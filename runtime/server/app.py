@@ -9,12 +9,12 @@ from fastapi import APIRouter, FastAPI
 
 from ... import __version__
 from ..service import Service
-from . import a1111, metrics, own, page
+from . import a1111, metrics, openai, own, page
 from .catalogued import Catalogue
 from .failures import explain
 from .guard import Door, Guard
 
-ROUTERS: tuple[APIRouter, ...] = (own.router, own.health, metrics.router, a1111.router)
+ROUTERS: tuple[APIRouter, ...] = (own.router, own.health, metrics.router, a1111.router, openai.router)
 """Each API's, in a file of its own."""
 
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import Request as HttpRequest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
@@ -29,6 +29,8 @@ from .served import picture_of
 
 JSON, FORM = "application/json", "multipart/form-data"
 _NOT_TAKEN = ("adapters", "conditions", "control", "models_dirs")  # objects, or paths of the host
+MASK = "mask"  # OpenAI's, which is transparent where to paint
+PICTURES = (*asking.PICTURES, MASK)
 _PICTURE = "A picture: its file in base64, also as a data URL; in a form, the file itself."
 _IN_DIFFUSERS_WORDS = "As diffusers calls it; may be a list."
 _EXAMPLES: dict[str, Any] = {
@@ -47,6 +49,7 @@ _OF_PLANS: dict[str, tuple[Any, str]] = {
     "model": _OF_JOBS["model"],
     "hardware": (str, "A card that is not here."),
 }
+_TEXTS = list[str] | str
 _MOST = 1000  # of priorities and steps of previews
 
 
@@ -78,16 +81,17 @@ class Asked:
 def _known() -> Iterator[tuple[str, Any, About, Any]]:
     """Name, type, what is known of it, and default of every option and wish that a client may give."""
     for group in (Request, *(kind.options for kind in CONDITIONS if kind.options), Wishes):
-        types, abouts = kinds(group), described(group)
+        types, abouts, hints = kinds(group), described(group), get_type_hints(group)
         for field in dataclasses.fields(group):
             about, is_text = abouts[field.name], field.name == "prompt"
             is_known = bool(about.help or about.choices)
             if field.name not in _NOT_TAKEN and (is_known or group is not Wishes):
                 kind = types[field.name] if is_known or is_text else Any
+                kind = kind | float if about.help and hints[field.name] is Any else kind  # bytes, as text too
                 yield field.name, kind, about, None if is_text else field.default
     for adapter in ADAPTERS:
         if adapter.shelf or adapter.metavar != "FILE":  # a name, not a path
-            yield adapter.option, list[str], About(adapter.help, adapter.metavar), None
+            yield adapter.option, _TEXTS, About(adapter.help, adapter.metavar), None
 
 
 def _field(name: str, kind: Any, about: About, default: Any) -> tuple[Any, Any]:
@@ -97,7 +101,7 @@ def _field(name: str, kind: Any, about: About, default: Any) -> tuple[Any, Any]:
         least, most = about.bounds
         told |= {"minimum": RANDOM_SEED if name.endswith("seed") else least, "maximum": most}
     text = about.help or ("" if about.choices else _IN_DIFFUSERS_WORDS)
-    if name in asking.PICTURES:
+    if name in PICTURES:
         kind, text, told = Any, _PICTURE, {"type": "string", "contentEncoding": "base64"}
     if about.choices:
         text = f"{text} One of {', '.join(about.choices)}.".strip()
@@ -110,14 +114,15 @@ def _described(name: str, kind: Any, text: str, told: Mapping[str, Any]) -> tupl
     return (kind if kind is Any else kind | None), field
 
 
-def _model(title: str, others: Mapping[str, tuple[Any, str]]) -> type[BaseModel]:
+def body(title: str, others: Mapping[str, tuple[Any, str]]) -> type[BaseModel]:
+    """The schema of a body that has all options and wishes, and `others`: a type and a help of each."""
     fields = {name: _described(name, kind, text, {}) for name, (kind, text) in others.items()}
     for known in _known():
         fields.setdefault(known[0], _field(*known))
     return create_model(title, __config__=ConfigDict(extra="forbid"), **fields)  # pyright: ignore[reportCallIssue, reportArgumentType]
 
 
-JOB, PLAN = _model("Job", _OF_JOBS), _model("Plan", _OF_PLANS)
+JOB, PLAN = body("Job", _OF_JOBS), body("Plan", _OF_PLANS)
 
 
 def body_of(model: type[BaseModel]) -> dict[str, Any]:
@@ -154,11 +159,12 @@ async def _of_form(request: HttpRequest, model: type[BaseModel]) -> dict[str, An
     """Texts, lists of them where there are several, and the contents of files. What is empty is not given."""
     values: dict[str, Any] = {}
     async with request.form(max_files=50, max_fields=500) as form:
-        for name in form:
-            given = [await one.read() if isinstance(one, UploadFile) else one for one in form.getlist(name)]
-            full = [one for one in given if one or name == "prompt"]
+        for key in form:
+            given = [await one.read() if isinstance(one, UploadFile) else one for one in form.getlist(key)]
+            full = [one for one in given if one or key == "prompt"]
             if not full:
                 continue
+            name = key.removesuffix("[]")  # as OpenAI's client names one of several
             is_list = len(full) > 1 or _takes_list(model, name)
             values[name] = [*map(_plain, full)] if is_list else _plain(full[0], as_text=name in _texts(model))
     return values
@@ -166,7 +172,7 @@ async def _of_form(request: HttpRequest, model: type[BaseModel]) -> dict[str, An
 
 def _takes_list(model: type[BaseModel], name: str) -> bool:
     field = model.model_fields.get(name)
-    return field is not None and field.annotation == list[str] | None
+    return field is not None and field.annotation == _TEXTS | None
 
 
 def _texts(model: type[BaseModel]) -> set[str]:
@@ -188,10 +194,9 @@ def _checked(values: Mapping[str, Any], model: type[BaseModel], default: str) ->
     if unknown := next((name for name in values if name not in model.model_fields), None):
         close = get_close_matches(unknown, model.model_fields, 1)
         meant = f"did you mean {close[0]}?" if close else "/openapi.json lists what there is"
-        raise TightfitError(f"unknown option {shortened(unknown)}: {meant}")
-    pictures = {
-        name: _pictures(values[name], name) for name in asking.PICTURES if values.get(name) is not None
-    }
+        said = f"unknown option {shortened(unknown)}: {meant}"
+        raise RefusedError(said, code="unknown_parameter", param=unknown[:100])
+    pictures = {name: _pictures(values[name], name) for name in PICTURES if values.get(name) is not None}
     try:
         known = model.model_validate({**values, **pictures})
     except ValidationError as error:
@@ -199,8 +204,8 @@ def _checked(values: Mapping[str, Any], model: type[BaseModel], default: str) ->
     given = {name: getattr(known, name) for name in known.model_fields_set}
     given = {name: value for name, value in given.items() if value is not None}
     wishes = {name: given.pop(name) for name in described(Wishes) if name in given}
-    others = {name: given.pop(name) for name in (*_OF_JOBS, *_OF_PLANS) if name in given}
-    return Asked(others.pop("model", None) or default, given, wishes, others)
+    options = {name: given.pop(name) for name in asking.names() if name in given}
+    return Asked(given.pop("model", None) or default, options, wishes, given)
 
 
 def _pictures(value: Any, name: str) -> Any:

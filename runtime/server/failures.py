@@ -15,7 +15,7 @@ from ..errors import TightfitError, out_of_memory
 from ..service import QueueFullError
 
 RETRY_SECONDS = 10
-_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_KINDS = {401: "authentication_error", 403: "permission_error"}
 
 
 class RefusedError(TightfitError):

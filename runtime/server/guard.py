@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from ..units import shown
 from .failures import said
@@ -72,6 +72,16 @@ class Door:
         told = {"access-control-allow-origin": origin} if origin and self._knows(origin) else {}
         return {**told, "vary": "Origin"}
 
+    def signed(self, path: str) -> str:
+        """The path with what opens it, and nothing else, to who has no key."""
+        return f"{path}?signature={self._signature(path)}" if self.api_key else path
+
+    def _signature(self, path: str) -> str:
+        return hmac.new(self.api_key.encode(), path.encode(), "sha256").hexdigest()
+
+    def has_signed(self, path: str, signature: str) -> bool:
+        return hmac.compare_digest(signature.encode(), self._signature(path).encode())
+
     def opens(self, headers: dict[str, str]) -> bool:
         """Whether the key is there: as a bearer's, in X-API-Key, or as the password, or user:password, of
         HTTP Basic."""
@@ -85,6 +95,11 @@ class Door:
             given += _basic(value)
         # All are compared, each in a time that tells nothing of the key.
         return sum(hmac.compare_digest(one, self.api_key.encode()) for one in given) > 0
+
+
+def _is_signed(scope: Any, door: Door) -> bool:
+    given = parse_qs(scope["query_string"].decode("latin-1")).get("signature", [""])[0]
+    return scope["method"] in ("GET", "HEAD") and door.has_signed(scope["path"], given)
 
 
 def _basic(value: str) -> list[bytes]:
@@ -149,7 +164,7 @@ class Guard:
                     403,
                     f"requests from pages of {origin or 'elsewhere'} are not taken: --cors lets them in",
                 )
-        if scope["path"] in _OPEN or is_preflight or door.opens(headers):
+        if scope["path"] in _OPEN or is_preflight or door.opens(headers) or _is_signed(scope, door):
             return None
         return 401, "the API key is missing or wrong: send it as 'Authorization: Bearer KEY'"
 

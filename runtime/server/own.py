@@ -11,7 +11,7 @@ import platform
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
@@ -36,6 +36,7 @@ from .served import Doored, Served, client_of, encoded, moments
 
 router = APIRouter(prefix="/v1/tightfit", tags=["tightfit"])
 
+Format = Literal["png", "jpeg", "webp"]
 _TICK_SECONDS = 2  # from one look at a job's place and rest to the next
 _ALIVE_SECONDS = 15  # a comment is sent after so long without news, so that nobody in between hangs up
 _PLANNED = ("precision", "compute", "residency", "attention", "tiling", "backend")
@@ -129,16 +130,27 @@ def stop(id: str, service: Served) -> Told:  # noqa: A002
 
 
 @router.get("/jobs/{id}/pictures/{number}", responses={200: {"content": {"image/png": {}}}})
-def picture(id: str, number: int, service: Served) -> Response:  # noqa: A002
-    """A PNG, with its settings inside. The first has number 1."""
+def picture(
+    id: str,  # noqa: A002
+    number: int,
+    service: Served,
+    output_format: Annotated[Format, Query()] = "png",
+    quality: Annotated[int, Query(ge=1, le=100)] = 90,
+) -> Response:
+    """The first has number 1. A PNG has its settings inside; quality is of the others."""
     found, headers = _job(service, id), {"cache-control": "private, max-age=31536000, immutable"}
     record = found.record if isinstance(found, Ticket) else found
-    if 1 <= number <= len(record.pictures) and (path := record.pictures[number - 1]).is_file():
-        return FileResponse(path, media_type="image/png", headers=headers)
-    images = found.images if isinstance(found, Ticket) else []
-    if not 1 <= number <= len(images):
+    kept = record.pictures[number - 1] if 1 <= number <= len(record.pictures) else None
+    if kept and kept.is_file():
+        if output_format == "png":
+            return FileResponse(kept, media_type="image/png", headers=headers)
+        images = {number: Image.open(kept, formats=["PNG"])}
+    else:
+        images = dict(enumerate(found.images if isinstance(found, Ticket) else (), 1))
+    if number not in images:
         raise RefusedError(f"job {id[:40]} has no picture {number} now", 404)
-    return Response(encoded(images[number - 1]), media_type="image/png", headers=headers)
+    content = encoded(images[number], output_format.upper(), quality)
+    return Response(content, media_type=f"image/{output_format}", headers=headers)
 
 
 def _job(service: Service, id: str) -> Ticket | Record:  # noqa: A002

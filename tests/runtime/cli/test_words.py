@@ -148,8 +148,8 @@ def test_nothing_is_printed_past_the_one_function():
 @pytest.mark.parametrize(
     ("arguments", "meant"),
     [
-        (["serve"], "no server"),
-        (["ui", "--port", "80"], "no server"),
+        (["webui"], "tightfit serve is"),
+        (["ui", "--port", "80"], "tightfit serve is"),
         (["help"], "tightfit --help"),
         (["download"], "--model takes"),
         (["list"], "tightfit models"),

@@ -1,0 +1,185 @@
+"""`tightfit serve`: the APIs of others' clients, our own, and a page, over HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import interrupts
+from ..errors import TightfitError
+from ..fields import option
+from ..files import state_folder
+from ..planner.wishes import Wishes
+from ..units import parse_bytes
+from .options import MODEL, Device, ModelsDirs, taking
+from .output import say
+
+if TYPE_CHECKING:
+    from ..server.guard import Door
+    from ..service import Service
+
+KEY = "TIGHTFIT_API_KEY"
+_INSTALL = "the server needs packages that are not installed: pip install 'tightfit[serve]'"
+_PANEL, _LIMITS = "Server", "Limits"
+
+
+def _of_server(help: str, metavar: str | None = None, *names: str, **bounds: Any) -> Any:  # noqa: A002
+    return typer.Option(
+        *names, help=help, metavar=metavar, show_default=False, rich_help_panel=_PANEL, **bounds
+    )
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `serve` besides those of Wishes and its limits."""
+
+    host: Annotated[str, _of_server("Address; 127.0.0.1.", "ADDRESS")] = "127.0.0.1"
+    port: Annotated[int, _of_server("7860; 0: a free one.", "N", min=0, max=65535)] = 7860
+    model: Annotated[str, MODEL] = "emoji"
+    models_dirs: ModelsDirs = None
+    device: Device = "auto"
+    state: Annotated[Path | None, _of_server("Where jobs and pictures are kept.", "DIR")] = None
+    api_key: Annotated[str | None, _of_server(f"Else {KEY}.", "KEY")] = None
+    cors: Annotated[list[str] | None, _of_server("Pages of there may ask.", "ORIGIN")] = None
+    allow_host: Annotated[list[str] | None, _of_server("Another name of here.", "NAME")] = None
+    page: Annotated[bool, _of_server("The page, too.", None, "--page/--no-ui")] = True
+    log_json: Annotated[bool, _of_server("One JSON object a line.", None, "--log-json")] = False
+
+
+def _limit(text: str) -> Any:
+    return option(None, text, "N", panel=_LIMITS)
+
+
+# Of service.Limits, which takes long to import, by its fields; and of a request's body.
+Limited = make_dataclass(
+    "Limited",
+    [
+        ("limit_waiting", int | None, _limit("Jobs in the queue; 100.")),
+        ("limit_waiting_each", int | None, _limit("The same of a client; 100.")),
+        ("limit_pixels", int | None, _limit("Of a picture; 16777216.")),
+        ("limit_steps", int | None, _limit("Of a job; 1000.")),
+        ("limit_images", int | None, _limit("Of a job; 100.")),
+        ("limit_seconds", float | None, _limit("Of a job; 3600.")),
+        ("limit_kept", int | None, _limit("Ended jobs; 1000.")),
+        ("limit_body", str | None, option(None, "Of a request; 64MiB.", "BYTES", panel=_LIMITS)),
+    ],
+    namespace={"__doc__": "What the server takes at most."},
+)
+_ORDER = """
+model models_dirs host port api_key cors allow_host state page log_json
+device budget precision compute backend provider residency attention tiling min_psnr ...
+"""
+
+
+@taking(Options, Wishes, Limited, order=_ORDER)
+def serve(options: Options, wished: Mapping[str, Any], limited: Mapping[str, Any]) -> None:
+    """Serve pictures over HTTP: A1111's API, OpenAI's, our own, and a page."""
+    try:
+        from ..server import running
+    except ImportError as error:
+        raise TightfitError(f"{_INSTALL} ({error.name} is missing)") from None
+    door = _door(options, limited)
+    listening = _listening(options, door)
+    with listening:
+        service = _service(options, wished, limited)
+        try:
+            say(_greeting(service, door, listening))
+            running.run(service, door, listening, as_json=options.log_json)
+        finally:
+            service.close()
+
+
+def _door(options: Options, limited: Mapping[str, Any]) -> Door:
+    from ..server.guard import Door
+
+    key = options.api_key if options.api_key is not None else os.environ.get(KEY, "")
+    origins = tuple(origin.rstrip("/").lower() for origin in options.cors or ())
+    if "*" in origins and not key:
+        raise TightfitError(f"--cors '*' lets every page of the web paint here: give --api-key or {KEY} too")
+    most = (
+        {"body_bytes": parse_bytes(limited["limit_body"], "--limit-body")} if "limit_body" in limited else {}
+    )
+    return Door(
+        model=_named(options.model),
+        api_key=key,
+        host=options.host,
+        hosts=tuple(name.lower() for name in options.allow_host or ()),
+        origins=origins,
+        page=options.page,
+        **most,
+    )
+
+
+def _named(model: str) -> str:
+    """What a model is called by clients: a file without its folder and ending, others as they are."""
+    path = Path(model).expanduser()
+    return (path.name if path.is_dir() else path.stem) if path.exists() else model
+
+
+def _listening(options: Options, door: Door) -> socket.socket:
+    """A socket at the address. Raises TightfitError for one that is taken, or that others reach without a
+    key."""
+    host, port = options.host, options.port
+    try:
+        (family, _, _, _, address), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, OverflowError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise TightfitError(
+            f"--host {host} --port {port} is no address here ({said}): name another"
+        ) from None
+    if not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback and not door.api_key:
+        raise TightfitError(f"others can reach {host}: give --api-key or {KEY}, or leave --host out")
+    try:
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise TightfitError(
+            f"{host} port {port} cannot be listened on ({os.strerror(error.errno or 0)}): "
+            "stop what does, or give --port"
+        ) from None
+
+
+def _service(options: Options, wished: Mapping[str, Any], limited: Mapping[str, Any]) -> Service:
+    from ..asking import Shelves
+    from ..models.hub import BUILT_IN, inspect, located
+    from ..models.layouts.library import Kind
+    from ..service import Limits, Service
+
+    folder = options.state or state_folder()
+    if folder is None:
+        raise TightfitError("there is no home to keep jobs in: name a folder by --state")
+    known = {field.name for field in dataclasses.fields(Limits)}
+    limits = {name.removeprefix("limit_"): value for name, value in limited.items()}
+    interrupts.tidily()
+    place = located(options.model, options.models_dirs or ())
+    named = {} if place in BUILT_IN else {_named(options.model): place}
+    shelves = Shelves(options.models_dirs or (), named)
+    inspect(place)  # fetched here, if it is to be: a request fetches nothing
+    shelves.path(_named(options.model), Kind.MODEL)
+    return Service(
+        device=options.device,
+        folder=folder,
+        shelves=shelves,
+        limits=Limits(**{name: value for name, value in limits.items() if name in known}),
+        **wished,
+    )
+
+
+def _greeting(service: Service, door: Door, listening: socket.socket) -> str:
+    """Where, which model, and in what it has to fit."""
+    from ..planner.choose import budget_of
+    from ..units import shown
+
+    host, port = listening.getsockname()[:2]
+    shown_host = f"[{host}]" if ":" in host else host
+    budget = shown(budget_of(service.hardware, service.wishes))
+    key = ", with a key" if door.api_key else ""
+    where = f"http://{shown_host}:{port} on {service.hardware.name}"
+    return f"tightfit serves {door.model} at {where}, in {budget}{key}"
