@@ -27,12 +27,7 @@ from .readme import table
 
 PAGE = Path(__file__).parents[1] / "docs" / "clients.md"
 SMALL = {"width": 64, "height": 64, "steps": 2, "seed": 7}
-_HEAD = """# Clients
-
-Real clients of the APIs of `tightfit serve`: `python -m tightfit.benchmarks.clients` calls each method and
-makes this page, and the tests call each.
-
-"""
+_COLUMNS = "| client | method | outcome |"
 
 
 @dataclass(frozen=True)
@@ -235,12 +230,14 @@ def outcome(row: Row, client: Any) -> str:
 
 
 def page() -> str:
+    """What is written on it, and below that the table."""
     rows = [
         f"| {name} | `{row.method}` | {_SAID.get(row.refused, f'refused: {row.refused}')} |"
         for name, (_, calls) in CLIENTS.items()
         for row in calls
     ]
-    return _HEAD + table("| client | method | outcome |", rows)
+    written = PAGE.read_text(encoding="utf-8").partition(_COLUMNS)[0]
+    return written + table(_COLUMNS, rows)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from ...adapters.vae import Vae
 from ...asking import request_of
 from ...errors import TightfitError
 from ...files import parsed, read_bytes, replacing, shortened
+from ...models.hub import BUILT_IN
 from ...models.layouts.library import Kind
 from .lists import Shelf, without_hash
 
@@ -90,9 +91,13 @@ class Options:
     """The options of one server, kept in `folder` if there is one. Safe to use from threads."""
 
     def __init__(self, shelf: Shelf, model: str, folder: Path | None) -> None:
+        """`model` is the one at first. One that does not ship was asked for, so it comes before what was
+        kept."""
         self._shelf, self._lock = shelf, threading.Lock()
         self._file = folder / _FILE if folder else None
         self._changed = {MODEL: model, **self._kept()}
+        if model not in BUILT_IN:
+            self._changed[MODEL] = model
 
     def all(self) -> dict[str, Any]:
         """By A1111's names, as it shows them."""

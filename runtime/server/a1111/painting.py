@@ -6,12 +6,14 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter, Request
 from PIL import Image
 
 from ...adapters.vae import Vae
+from ...errors import TightfitError
 from ...infotext import stem
 from ...jobs import State
 from ...models.samplers.names import SAMPLERS, split
@@ -56,16 +58,17 @@ def finished(ticket: Ticket) -> Ticket:
 
 
 def _answer(asked: Asked, desk: Desk, ticket: Ticket) -> Answer:
-    images = ticket.images
-    item = desk.shelf.checkpoint(ticket.record.order.model)
+    images, digest = ticket.images, ""
+    with suppress(TightfitError):  # the model was removed meanwhile
+        digest = desk.shelf.checkpoint(ticket.record.order.model).short_digest
     shown = images if asked["send_images"] is not False else []
-    said = json.dumps(info(asked, ticket, images, item))
+    said = json.dumps(info(asked, ticket, images, digest))
     answer = {"images": [*map(base64_of, shown)], "parameters": asked.echo(), "info": said}
     return Answer(answer)  # as FastAPI would write it anew, pictures and all
 
 
-def info(asked: Asked, ticket: Ticket, images: list[Image.Image], item: Item) -> dict[str, Any]:
-    """What A1111 says of pictures (its modules/processing.py, Processed)."""
+def info(asked: Asked, ticket: Ticket, images: list[Image.Image], digest: str) -> dict[str, Any]:
+    """What A1111 says of pictures (its modules/processing.py, Processed). digest: the model's."""
     order = ticket.record.order
     said: Mapping[str, Any] = {**order.options, **ticket.record.summary.get("request", {})}
     count, share = len(images), said.get("subseed_strength") or 0.0
@@ -91,8 +94,8 @@ def info(asked: Asked, ticket: Ticket, images: list[Image.Image], item: Item) ->
         "batch_size": asked["batch_size"] or 1,
         "restore_faces": False,
         "face_restoration_model": None,
-        "sd_model_name": stem(item.bare),
-        "sd_model_hash": item.short_digest,
+        "sd_model_name": stem(order.model),
+        "sd_model_hash": digest,
         "sd_vae_name": said.get(Vae.option),
         "sd_vae_hash": None,
         "seed_resize_from_w": asked["seed_resize_from_w"],

@@ -14,11 +14,12 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
-from ...errors import TightfitError, first_line
+from ...errors import TightfitError
 from ...service import QueueFullError
 
 LOG = logging.getLogger("tightfit.server")
 _RETRY_SECONDS = "5"
+_BROKEN = "something went wrong here: the server's log says what"
 _MOST_DEPTH = 50  # of what a client sent, which is answered
 
 
@@ -68,12 +69,12 @@ class Route(APIRoute):
                 return _failed(error, error.status_code, error.headers, str(error.detail))
             except Exception as error:
                 LOG.exception("%s %s", request.method, request.url.path)
-                return _failed(error, 500)
+                return _failed(error, 500, detail=_BROKEN)
 
         return handled
 
 
 def _failed(error: Exception, status: int, headers: Any = None, detail: str = "") -> Answer:
-    said = detail or (str(error) if isinstance(error, TightfitError) else first_line(error))
+    said = detail or str(error)
     name = "HTTPException" if isinstance(error, TightfitError) else type(error).__name__
     return Answer({"error": name, "detail": said, "body": "", "errors": said}, status, headers)

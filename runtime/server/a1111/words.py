@@ -190,14 +190,15 @@ def order_of(asked: Asked, desk: Desk, client: str) -> Order:
     item = desk.shelf.checkpoint(values[MODEL])
     _check_scripts(asked)
     begins = _begun(asked) if asked.what == "img2img" else {}
+    styles = _styles(asked, desk)
     options = {
         **fields_of(values),
         **_plain(asked),
-        **_texts(asked, desk, item),
+        **_texts(asked, desk, item, styles),
         **_seeds(asked),
         **_sampling(asked, values),
         **begins,
-        **(_hires(asked) if asked.what == "txt2img" else {}),
+        **(_hires(asked, styles) if asked.what == "txt2img" else {}),
         **_controls(asked, begins.get("image")),
     }
     if asked.what == "img2img" and item.edits and asked["image_cfg_scale"] is not None:
@@ -224,34 +225,35 @@ def _plain(asked: Asked) -> dict[str, Any]:
     return given | {"num_images": asked.count}
 
 
-def _texts(asked: Asked, desk: Desk, item: Item) -> dict[str, Any]:
+def _styles(asked: Asked, desk: Desk) -> list[Style]:
+    """Those that are named. Raises TightfitError for one that there is not."""
+    names = asked["styles"] or ()
+    known = desk.shelf.styles() if names else {}
+    if unknown := [name for name in names if name not in known]:
+        there = f"choose {', '.join(known)}" if known else "no folder of models has a styles.csv"
+        raise TightfitError(f"there is no style {shortened(unknown[0])}: {there}")
+    return [known[name] for name in names]
+
+
+def _texts(asked: Asked, desk: Desk, item: Item, styles: Sequence[Style]) -> dict[str, Any]:
     """Both prompts in their styles, the LoRAs that they name, and the embeddings whose words they have."""
-    known = desk.shelf.styles() if asked["styles"] else {}
-    prompt, negative = asked["prompt"] or "", asked["negative_prompt"] or ""
-    for name in asked["styles"] or ():
-        style = known.get(name)
-        if not style:
-            there = f"choose {', '.join(known)}" if known else "no folder of models has a styles.csv"
-            raise TightfitError(f"there is no style {shortened(name)}: {there}")
-        prompt, negative = styled(prompt, negative, style)
-    words = WORD.findall(prompt)
-    known_words = desk.shelf.words(item).items()
-    embeddings = [name for word, name in known_words if _has_word(f"{prompt}\n{negative}", word)]
-    texts: dict[str, Any] = {"prompt": WORD.sub("", prompt).strip() if words else prompt}
+    prompt = _styled(asked["prompt"] or "", [style.prompt for style in styles])
+    negative = _styled(asked["negative_prompt"] or "", [style.negative_prompt for style in styles])
+    loras = [_lora(desk.shelf.lora(name), weights) for name, weights in WORD.findall(prompt)]
+    known = desk.shelf.words(item).items()
+    embeddings = [name for word, name in known if _has_word(f"{prompt}\n{negative}", word)]
+    texts: dict[str, Any] = {"prompt": WORD.sub("", prompt).strip() if loras else prompt}
     texts |= {"negative_prompt": negative} if negative else {}  # for SDXL an empty one is another
-    texts |= {"lora": [_lora(desk.shelf.lora(name), weights) for name, weights in words]} if words else {}
+    texts |= {"lora": loras} if loras else {}
     return texts | ({"embedding": embeddings} if embeddings else {})
 
 
-def styled(prompt: str, negative: str, style: Style) -> tuple[str, str]:
-    """Both prompts as A1111 puts them into a style."""
-    return _merged(prompt, style.prompt), _merged(negative, style.negative_prompt)
-
-
-def _merged(prompt: str, style: str) -> str:
-    if "{prompt}" in style:
-        return style.replace("{prompt}", prompt)
-    return ", ".join(filter(None, (prompt.strip(), style.strip())))
+def _styled(prompt: str, styles: Sequence[str]) -> str:
+    """As A1111 puts a prompt into styles, one after the other."""
+    for style in styles:
+        parts = filter(None, (prompt.strip(), style.strip()))
+        prompt = style.replace("{prompt}", prompt) if "{prompt}" in style else ", ".join(parts)
+    return prompt
 
 
 def _lora(name: str, weights: str) -> str:
@@ -304,13 +306,15 @@ def sampler_of(name: str, schedule: str | None) -> str:
     return of_a1111(name, wanted)
 
 
-def _hires(asked: Asked) -> dict[str, Any]:
+def _hires(asked: Asked, styles: Sequence[Style]) -> dict[str, Any]:
     if not asked["enable_hr"]:
         return {}
     if asked["hr_negative_prompt"] not in (*_NONE, asked["negative_prompt"]):
         raise TightfitError("hr_negative_prompt is not there in tightfit: both passes have one, leave it out")
     options = {"hires_strength": asked["denoising_strength"], "hires_steps": asked["hr_second_pass_steps"]}
-    options |= {"hires_upscaler": asked["hr_upscaler"], "hires_prompt": asked.given("hr_prompt")}
+    options |= {"hires_upscaler": asked["hr_upscaler"]}
+    if prompt := asked.given("hr_prompt"):
+        options["hires_prompt"] = _styled(prompt, [style.prompt for style in styles])
     name, schedule = (
         None if asked[field] in _SAME else asked[field] for field in ("hr_sampler_name", "hr_scheduler")
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 import threading
 import time
 from types import SimpleNamespace
@@ -21,10 +22,11 @@ from tightfit.runtime import infotext
 from tightfit.runtime.asking import Shelves
 from tightfit.runtime.conditions.preprocess import canny
 from tightfit.runtime.jobs import Order
+from tightfit.runtime.models.hub import BESIDE
 from tightfit.runtime.models.samplers.names import SAMPLERS
 from tightfit.runtime.request import Request
 from tightfit.runtime.server.a1111.desk import Desk
-from tightfit.runtime.server.a1111.words import FIELDS
+from tightfit.runtime.server.a1111.words import FIELDS, Asked, TextToImage, order_of
 from tightfit.runtime.service import Limits, Service
 
 WISHES = {"precision": "fp32", "residency": "resident", "tiling": "whole"}
@@ -53,6 +55,8 @@ def folder(tmp_path_factory):
     save_file(rrdbnet(), models / "ESRGAN" / "tiny.safetensors")
     (models / "Stable-diffusion").mkdir()
     (models.parent / "styles.csv").write_text(STYLES, encoding="utf-8")
+    (models.parent / "embeddings").mkdir()
+    shutil.copy(BESIDE["pizza"], models.parent / "embeddings" / "slice.safetensors")
     return models
 
 
@@ -95,6 +99,12 @@ def rrdbnet() -> dict[str, torch.Tensor]:
 
 def same(image: Image.Image, other: Image.Image) -> bool:
     return image.size == other.size and image.convert("RGB").tobytes() == other.convert("RGB").tobytes()
+
+
+def asked_of(server, **fields) -> Order:
+    """The order that a request becomes."""
+    desk = Desk.made(server.service, "emoji")
+    return order_of(Asked.read("txt2img", TextToImage(**fields)), desk, "")
 
 
 def encoded(image: Image.Image) -> str:
@@ -245,14 +255,28 @@ def test_controlnet_is_that_of_python(api, pipe):
     assert np.array_equal(np.asarray(found), canny(np.asarray(clients.picture())))
 
 
-def test_loras_of_prompts_and_styles(api, pipe):
+def test_loras_of_prompts_and_styles(api, pipe, server):
     words = {"seed": 1, **OURS, "guidance_scale": 7, "scheduler": "euler_a_uniform"}
     painted = pipe("a cat, flat", negative_prompt="blurry", lora="flat:0.8", **words)
     styled = api.txt2img(prompt="a cat", styles=["flat"], seed=1, **SMALL)
-    named = api.txt2img(prompt="a cat, flat <lora:flat34:0.8>", negative_prompt="blurry", seed=1, **SMALL)
-    assert same(styled.image, painted) and same(named.image, painted)
+    assert same(styled.image, painted)
+    named = {"prompt": "a cat, flat <lora:flat34:0.8>", "negative_prompt": "blurry"}
+    assert asked_of(server, **named).options == asked_of(server, prompt="a cat", styles=["flat"]).options
+    assert asked_of(server, prompt="<lyco:flat:0.5:0.8>").options["lora"] == ["flat:0.8:0.5"]
     assert styled.info["prompt"] == "a cat, flat <lora:flat:0.8>"
     assert api.get_prompt_styles()[0]["name"] == "flat"
+
+
+def test_a_word_that_an_embedding_teaches_and_a_refiner(api, pipe, folder, server):
+    embeddings = api.get_embeddings()
+    assert embeddings == {"loaded": {"slice": embeddings["loaded"]["slice"]}, "skipped": {}}
+    assert (embeddings["loaded"]["slice"]["vectors"], embeddings["loaded"]["slice"]["shape"]) == (4, 160)
+    file = folder.parent / "embeddings" / "slice.safetensors"
+    asked = {"prompt": "a (Slice:1.2)", "seed": 1, "sampler_name": "DDIM", "refiner_checkpoint": "emoji"}
+    answer = api.custom_post("txt2img", {**asked, **SMALL, "refiner_switch_at": 0.5}, baseurl=True)
+    ours = {"embedding": str(file), "refiner": "emoji", "refiner_start": 0.5, "scheduler": "ddim"}
+    assert same(answer.image, pipe("a (Slice:1.2)", seed=1, **OURS, **ours))
+    assert "embedding" not in asked_of(server, prompt="a slicer").options
 
 
 def test_extras_are_the_upscaler_s(api, folder, server):
@@ -327,6 +351,7 @@ def test_options_are_kept_and_one_request_may_have_others(folder, tmp_path, envi
             with pytest.raises(tightfit.TightfitError, match=said):
                 again.change(bad)
         assert again.all() == desk.options.all()
+        assert Desk.made(service, "named").options.all()["sd_model_checkpoint"] == "named"
         (tmp_path / "a1111.json").write_text("[")
         assert made().options.all()["CLIP_stop_at_last_layers"] == 1
 
@@ -468,6 +493,7 @@ BAD = [
     ("txt2img", {"prompt": "<lora:nothing:1>"}, 422),
     ("txt2img", {"prompt": "<lora:flat:x>"}, 422),
     ("txt2img", {"styles": ["none such"]}, 422),
+    ("txt2img", {"styles": [""]}, 422),
     ("txt2img", {"override_settings": {"sd_model_checkpoint": "../../etc/passwd"}}, 404),
     ("txt2img", {"override_settings": {"sd_model_checkpoint": "/etc/passwd"}}, 404),
     ("txt2img", {"override_settings": {"sd_model_checkpoint": "emoji\0"}}, 404),
@@ -533,6 +559,15 @@ def test_what_is_nested_deep_is_not_answered_whole(http):
         deep = [deep]
     answer = http.post("/sdapi/v1/txt2img", json={"prompt": "a", **SMALL, "comments": {"deep": deep}})
     assert answer.status_code == 200 and answer.json()["parameters"]["comments"]
+
+
+def test_what_is_loaded_is_freed_when_nothing_runs(http, server):
+    assert http.post("/sdapi/v1/txt2img", json={"prompt": "a", **SMALL}).is_success
+    assert server.service.loaded()["emoji"]
+    assert http.post("/sdapi/v1/unload-checkpoint").json() == {}
+    until(lambda: not server.service.loaded()["emoji"])
+    assert http.post("/sdapi/v1/reload-checkpoint").json() == {}
+    assert http.post("/sdapi/v1/txt2img", json={"prompt": "a", **SMALL}).is_success
 
 
 def test_a_full_queue_says_when_to_come_again(environment):
