@@ -2,9 +2,11 @@
 
     python -m tightfit.benchmarks.parity FOLDER…
     python -m tightfit.benchmarks.parity --cases > docs/parity.md
+    python -m tightfit.benchmarks.parity --pictures >> docs/parity.md
 
 Each FOLDER is a diffusers folder, painted by six schedulers; `python -m tightfit.export.random_model sdxl DIR
---tiny` makes a small one. `--cases` makes tiny models of every kind in parity_cases.py and prints a page.
+--tiny` makes a small one. `--cases` makes tiny models of every kind in parity_cases.py and prints a page,
+`--pictures` the chapter of those in parity_pictures.py.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from PIL import Image
 
 from .. import Pipeline, inspect, load
 from ..export import random_model
+from . import parity_pictures
 from .metrics import psnr
-from .parity_cases import SCHEDULERS, Case, cases
+from .parity_cases import AS_DIFFUSERS, PROMPT, SCHEDULERS, SEED, Case, cases
+from .parity_pictures import SAMPLERS, STEPS
 from .record import command, envelope, record
-
-PROMPT, SEED = "a red heart", 7
 
 
 def reference(pipeline: Any, scheduler: str, prompt: str, seed: int, **options: Any) -> Image.Image:
@@ -75,11 +77,18 @@ def main() -> None:
     parse.add_argument(
         "--cases", action="store_true", help="every kind of model and scheduler instead of folders"
     )
+    parse.add_argument(
+        "--pictures",
+        action="store_true",
+        help="pictures in and two passes instead: the page's second chapter",
+    )
     args = parse.parse_args()
-    if args.cases == bool(args.folders):
-        parse.error("name folders, or --cases")
+    if bool(args.folders) + args.cases + args.pictures != 1:
+        parse.error("name folders, or --cases or --pictures")
     if args.cases:
         of_cases()
+    elif args.pictures:
+        of_pictures()
     else:
         of_folders(args.folders, args.steps)
 
@@ -111,7 +120,6 @@ def of_folders(folders: list[Path], steps: int) -> None:
 def of_cases() -> None:
     """A page with a table of every case, and one line of results."""
     setup, rows = envelope(command()), list[dict[str, str]]()
-    facts, versions = setup["hardware"], setup["versions"]
     print("# Pictures beside diffusers' own\n")
     print(
         "Decibels of PSNR in 8 bits between our picture in fp32 and that of diffusers' own pipeline: "
@@ -122,11 +130,7 @@ def of_cases() -> None:
         "Of 64x64 pixels 89 dB"
     )
     print("is one value of one channel that is off by one.\n")
-    print(
-        f"Made by `{setup['command']} > docs/parity.md` on {facts['name']} "
-        f"({facts['device']}, {facts['threads']} threads),"
-    )
-    print(f"{setup['date']}: {', '.join(f'{name} {version}' for name, version in versions.items())}.")
+    print(made_by(setup))
     with Pairs() as pairs:
         for kind, group in groupby(cases(), key=lambda case: case.kind):
             print(
@@ -140,6 +144,50 @@ def of_cases() -> None:
     same = sum(row["dB"] == "identical" for row in rows)
     print(f"\n{same} of {len(rows)} are identical.")
     record("parity_cases", rows, setup)
+
+
+def of_pictures() -> None:
+    """A chapter with a table for each kind of picture in, and one line of results."""
+    setup = envelope(command())
+    print(PICTURES_IN)
+    print(f"\n{made_by(setup)}")
+    rows, lowest = list[dict[str, str]](), math.inf
+    with parity_pictures.Models() as models:
+        for kind, group in groupby(parity_pictures.cases(), key=lambda case: case.kind):
+            head = ["asked", "model", *SAMPLERS, "without it"]
+            print(f"\n### {kind[0].upper()}{kind[1:]}\n\n| {' | '.join(head)} |\n{'|---' * len(head)}|")
+            for case in group:
+                pairs = [parity_pictures.decibels(models, case, sampler) for sampler in SAMPLERS]
+                values, plain = [value for value, _ in pairs], [other for _, other in pairs if other]
+                cells = [*map(shown, values), shown(max(plain)) if plain else ""]
+                print(f"| {case.name} | {case.family} | {' | '.join(cells)} |", flush=True)
+                facts = {"kind": kind, "model": case.family}
+                rows += [
+                    {**facts, "case": f"{case.name}, {sampler}".removeprefix(", "), "dB": shown(value)}
+                    for sampler, value in zip(SAMPLERS, values, strict=True)
+                ]
+                lowest = min(lowest, *values)
+    same = sum(row["dB"] == "identical" for row in rows)
+    print(f"\n{same} of {len(rows)} are identical, the others at least {lowest:.1f} dB.")
+    record("parity_pictures", rows, setup)
+
+
+PICTURES_IN = f"""
+## Pictures in, and two passes
+
+The same of diffusers' pipelines that begin with a picture, follow one or go on from one, by sampler:
+{STEPS} steps, guidance 5. Inpainting is compared under the mask alone, as outside it our pixels are the
+original's. *Without it* is the nearest that our picture without what is asked comes to diffusers' with it."""
+
+
+def made_by(setup: Mapping[str, Any]) -> str:
+    """By which command, where and with what a table is made, on two lines."""
+    facts, versions = setup["hardware"], setup["versions"]
+    threads = f"{facts['threads']} thread{'s' * (facts['threads'] > 1)}"
+    return (
+        f"Made by `{setup['command']}` on {facts['name']} ({facts['device']}, {threads}),\n"
+        f"{setup['date']}: {', '.join(f'{name} {version}' for name, version in versions.items())}."
+    )
 
 
 class Pairs(ExitStack):
@@ -158,7 +206,7 @@ class Pairs(ExitStack):
             write(case, folder)
             pipeline: Any = diffusers.DiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
             ours = self.enter_context(
-                load(str(folder), precision="fp32", device="cpu", residency="resident", **_AS_DIFFUSERS)
+                load(str(folder), precision="fp32", device="cpu", residency="resident", **AS_DIFFUSERS)
             )
             self._loaded[key] = pipeline, ours
         pipeline, ours = self._loaded[key]
@@ -166,10 +214,6 @@ class Pairs(ExitStack):
         generator = torch.Generator("cpu").manual_seed(SEED)
         image = with_scheduler(pipeline, case.theirs)(PROMPT, generator=generator, **case.options).images[0]
         return psnr(ours(PROMPT, seed=SEED, scheduler=case.asked, **case.options), image)
-
-
-# Where choices differ in rounding, diffusers'.
-_AS_DIFFUSERS: dict[str, Any] = {"attention": "sdpa", "tiling": "whole", "cfg": "batched"}
 
 
 def write(case: Case, folder: Path) -> None:

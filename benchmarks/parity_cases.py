@@ -11,6 +11,9 @@ from typing import Any
 from ..runtime.models.families.networks import DECODER, UNET
 
 Config = Mapping[str, Any]
+PROMPT, SEED = "a red heart", 7
+# Where choices differ in rounding, diffusers'.
+AS_DIFFUSERS: dict[str, Any] = {"attention": "sdpa", "tiling": "whole", "cfg": "batched"}
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DPM, UNIPC = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}

@@ -20,7 +20,7 @@ from ..runtime.models.families.networks import UNET
 # Zeros before training, after which they change pictures.
 _ZEROS = ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
 VISION_SIDE = 32
-_WIDTH, _PROJECTED, _INNER, _QUERY = 64, 48, 128, 128
+VISION_WIDTH, _PROJECTED, _INNER, _QUERY = 64, 48, 128, 128
 
 
 def wider(folder: Path, channels: int, made: Path) -> Path:
@@ -60,7 +60,7 @@ def ip_adapter(folder: Path, plus: bool, made: Path) -> Path:
     """A file, beside its image encoder in made/image_encoder."""
     torch.manual_seed(5)
     vision = CLIPVisionConfig(
-        hidden_size=_WIDTH, intermediate_size=96, projection_dim=_PROJECTED, num_hidden_layers=3,
+        hidden_size=VISION_WIDTH, intermediate_size=96, projection_dim=_PROJECTED, num_hidden_layers=3,
         num_attention_heads=2, image_size=VISION_SIDE, patch_size=8,
     )  # fmt: skip
     CLIPVisionModelWithProjection(vision).save_pretrained(made / "image_encoder")
@@ -108,7 +108,7 @@ def _resampler(texts: int) -> nn.Module:
     """As IP-Adapter plus names its parts."""
     module = nn.ModuleDict(
         {
-            "proj_in": nn.Linear(_WIDTH, _INNER),
+            "proj_in": nn.Linear(VISION_WIDTH, _INNER),
             "layers": nn.ModuleList(map(_layer, range(4))),  # so many as diffusers needs
             "proj_out": nn.Linear(_INNER, texts),
             "norm_out": nn.LayerNorm(texts),

@@ -51,11 +51,6 @@ def texts(picture: Path, every: bool = False) -> dict[str, str]:
         raise TightfitError(f"{picture} cannot be read: {error.strerror}") from None
 
 
-def texts_in(content: bytes, source: str) -> dict[str, str]:
-    """As `texts`, of a file's content, which errors call `source`."""
-    return _read(BytesIO(content), source, False)
-
-
 def _read(stream: BinaryIO, source: str, every: bool) -> dict[str, str]:
     try:
         return _texts(stream, every)
@@ -67,13 +62,8 @@ def _read(stream: BinaryIO, source: str, every: bool) -> dict[str, str]:
 
 
 def texts_inside(content: bytes, source: str, every: bool = False) -> dict[str, str]:
-    """As `texts`, of what a picture's file holds."""
-    try:
-        return _texts(BytesIO(content), every)
-    except (ValueError, struct.error, zlib.error) as error:
-        raise TightfitError(
-            f"{source} is not a picture that can be read ({error}): give a PNG, JPEG or WebP"
-        ) from None
+    """As `texts`, of what a picture's file holds; errors call it `source`."""
+    return _read(BytesIO(content), source, every)
 
 
 def _texts(stream: BinaryIO, every: bool) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Pictures in, predicted beside measured: every kind of condition with precisions, residencies and tilings;
 and random ones of them within random budgets.
 
-    python tests/conditions_table.py [--random 300] > docs/conditions.md
+    (python tests/conditions_table.py; python tests/conditions_table.py --random 300) > docs/conditions.md
 
 Models are tiny and random.
 """
@@ -14,8 +14,10 @@ import random
 import runpy
 import statistics
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -163,41 +165,47 @@ def stages(spec: tightfit.ModelSpec, asked: Mapping[str, Any], wishes: Mapping[s
                 yield error
 
 
-def budgeted(made: Models, root: Path, count: int) -> None:
+def budgeted(made: Models, root: Path, most: int, minutes: float) -> None:
     """Random kinds, sizes and precisions, half of them with a LoRA, within random budgets: none over, and
     none refused that would fit."""
-    draw, said = random.Random(0), Counter[str]()
-    machine = tightfit.Hardware.detect("cpu")
-    for _ in range(count):
-        family = draw.choice(FAMILIES)
-        model, asked = draw.choice([*kinds(root, family).values()])
-        sides = (
-            {} if "outpaint" in asked else {side: 16 * draw.randint(4, 12) for side in ("width", "height")}
-        )
-        if draw.random() < 0.5 and not model.endswith("-deep"):
-            asked = {**asked, "lora": lora(root, family)}
-        wish, spec = request(asked, **sides, guidance_scale=draw.choice([1.0, 5.0])), made[model]
-        precision = draw.choice(PRECISIONS)
-        free = pipeline(spec, machine, precision=precision)
-        least, most = needed(free, wish)
-        room = round(draw.uniform(0.8 * least, 1.2 * most))
-        try:
-            with pipeline(spec, machine, precision=precision, budget=machine.context_bytes + room) as pipe:
-                result = pipe.generate(wish)
-                peak_bytes = most_held(pipe, result)
-        except tightfit.TightfitError as error:
-            outcome = "refused, rightly" if least > room else "refused, wrongly"
-            cause = str(error)
-        else:
-            outcome = "within the budget" if peak_bytes <= room else "over"
-            cause = f"{peak_bytes} by {result.plan.summary()}"
-            said["with a step down"] += any("out of memory" in notice for notice in result.notices)
-        if outcome in ("refused, wrongly", "over"):
-            say(f"{model} {wish} in {room} bytes, {least} at least: {cause}", err=True)
-        said[outcome] += 1
-    outcomes = ", ".join(f"{number} {words}" for words, number in sorted(said.items()))
+    draw, said, end = random.Random(0), Counter[str](), time.monotonic() + 60 * minutes
+    machine, count = tightfit.Hardware.detect("cpu"), 0
+    while count < most and time.monotonic() < end:
+        model, wish = drawn(draw, root)
+        free = pipeline(made[model], machine, precision=draw.choice(PRECISIONS))
+        least, largest = needed(free, wish)
+        room = round(draw.uniform(0.8 * least, 1.2 * largest))
+        outcomes = within(free, wish, room, least)
+        if wrong := {"over", "refused, wrongly"} & {*outcomes}:
+            say(f"{model} {wish} in {room} bytes, {least} at least, {free.wishes}: {wrong}", err=True)
+        said.update(outcomes)
+        count += 1
+    outcome = ", ".join(f"{number} {words}" for words, number in sorted(said.items()))
     say("")
-    say(f"{count} random ones within random budgets, half of them with a LoRA: {outcomes}.")
+    say(f"{count} random ones within random budgets, half of them with a LoRA: {outcome}.")
+
+
+def drawn(draw: random.Random, root: Path) -> tuple[str, tightfit.Request]:
+    """A model, and what is asked of it."""
+    family = draw.choice(FAMILIES)
+    model, asked = draw.choice([*kinds(root, family).values()])
+    sides = {} if "outpaint" in asked else {side: 16 * draw.randint(4, 12) for side in ("width", "height")}
+    if draw.random() < 0.5 and not model.endswith("-deep"):
+        asked = {**asked, "lora": lora(root, family)}
+    return model, request(asked, **sides, guidance_scale=draw.choice([1.0, 5.0]))
+
+
+def within(free: tightfit.Pipeline, wish: tightfit.Request, room: int, least: int) -> list[str]:
+    """What becomes of a request where so many bytes are free, and so many are needed at least."""
+    wishes = replace(free.wishes, budget=free.hardware.context_bytes + room)
+    with tightfit.Pipeline(free.spec, free.hardware, wishes) as pipe:
+        try:
+            result = pipe.generate(wish)
+        except tightfit.TightfitError:
+            return ["refused, rightly" if least > room else "refused, wrongly"]
+        outcome = "within the budget" if most_held(pipe, result) <= room else "over"
+    stepped = any("out of memory" in notice for notice in result.notices)
+    return [outcome, *["with a step down"] * stepped]
 
 
 def most_held(pipe: tightfit.Pipeline, result: tightfit.Result) -> int:
@@ -222,18 +230,20 @@ def lines(text: str) -> None:
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__)
-    parse.add_argument("--random", type=int, default=300)
+    parse.add_argument("--random", type=int, metavar="COUNT", help="so many random ones instead of the table")
+    parse.add_argument("--minutes", type=float, default=math.inf, help="to draw random ones for")
     args = parse.parse_args()
-    facts = envelope("")
-    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines(HEAD.format(machine=facts["hardware"]["name"], date=facts["date"], versions=versions))
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         made = models(root)
+        if args.random is not None:
+            budgeted(made, root, args.random, args.minutes)
+            return
+        facts = envelope("")
+        versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        lines(HEAD.format(machine=facts["hardware"]["name"], date=facts["date"], versions=versions))
         measured(made, root)
-        budgeted(made, root, args.random)
-    say("")
-    say(f"The smallest stages, of less than {shown(SLACK_BYTES)}, are left out.")
+        say(f"The smallest stages, of less than {shown(SLACK_BYTES)}, are left out.")
 
 
 HEAD = """# Pictures in: predicted beside measured
@@ -242,8 +252,8 @@ Errors of the predicted peak of each stage in per cent of the measured one, of t
 in fp32, bf16, int8 and int4, staged, resident and streamed, the VAE whole and in strips. Of what stays
 resident the peak is the larger one of two requests: the first loads it, and the second has all of it.
 
-Made by `python tests/conditions_table.py > docs/conditions.md` on {machine} (CPU, one thread),
-{date}: {versions}.
+Made by `python tests/conditions_table.py`, and the last line by the same with `--random`, on {machine}
+(CPU, one thread), {date}: {versions}.
 
 | asked | model | combinations | median, % | worst, % |
 |---|---|---|---|---|"""

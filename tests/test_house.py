@@ -292,6 +292,7 @@ MAY_NAME = (
     ("benchmarks.gpu_probe", "families", _MEASURED),
     ("benchmarks.gpu_sections", "families", _MEASURED),
     ("benchmarks.parity_cases", "families", _MEASURED),
+    ("benchmarks.parity_pictures", "families", _MEASURED),
     ("benchmarks.test_start", "families", _MEASURED),
     ("benchmarks.readme", "families", "a model in the recorded results is called so"),
 )

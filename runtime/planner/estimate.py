@@ -137,7 +137,7 @@ class Estimate:
         if own.residency != "streamed":
             return own
         units = self._footprint(name, own, cfg).units
-        spare = room - self._peak(name, cfg, placements) + 2 * units[0]  # the buffer becomes smaller
+        spare = room - self._most(name, cfg, placements) + 2 * units[0]  # the buffer becomes smaller
         count = bisect_right(list(accumulate(units)), spare)
         if count == len(units) and self._role(name) is Role.DENOISER:
             if self.wishes.residency == "auto":
@@ -145,13 +145,19 @@ class Estimate:
             count -= 1
         while count:
             kept = replace(own, kept_bytes=sum(units[:count]))
-            over = self._peak(name, cfg, {**placements, name: kept}) - room
+            over = self._most(name, cfg, {**placements, name: kept}) - room
             if over <= 0:
                 return kept if count < len(units) else replace(own, residency="staged")
             while count and over > 0:
                 count -= 1
                 over -= units[count]
         return own
+
+    def _most(self, name: str, cfg: str, placements: Mapping[str, Placement]) -> int:
+        """While one component is called, or previews are decoded beside it."""
+        beside = [n for n in placements if self._role(n) is Role.PREVIEW]
+        names = (name, *beside) if self._role(name) in STEPPING else (name,)
+        return max(self._peak(n, cfg, placements) for n in names)
 
     def _once(self, key: Any, compute: Callable[[], T]) -> T:
         """Candidates share most of what they are made of."""

@@ -164,7 +164,7 @@ async def settings(request: Request, service: Served) -> dict[str, Any]:
 def settings_in(content: bytes, shelves: Shelves | None) -> dict[str, Any]:
     """Options, model, precision and notices of a picture's file. No path that it says is opened. Raises
     TightfitError for one that says nothing that is known."""
-    texts = pictures.texts_in(content, _OWN)
+    texts = pictures.texts_inside(content, _OWN)
     named = _named(texts.get(pictures.PARAMETERS, ""))
     # Ours names adapters by their paths, which are not read here: any picture may say any path.
     given = [kind.option for kind in ADAPTERS] if named is not None else []

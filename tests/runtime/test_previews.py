@@ -102,7 +102,7 @@ def test_what_they_cost(emoji):
 
 @pytest.mark.parametrize(
     ("precision", "residency"),
-    [("fp32", "resident"), ("int4", "staged"), ("bf16", "streamed")],
+    [("int4", "resident"), ("bf16", "streamed")],
 )
 def test_what_they_take_is_predicted(precision, residency, tiny_models, taesd):
     """At a size where they take more than the U-Net."""
@@ -151,11 +151,22 @@ def test_without_room_they_are_mapped(tiny_models, taesd, monkeypatch):
     assert PREVIEW not in best.placements
 
 
+def test_in_both_passes(emoji):
+    request = replace(REQUEST, num_inference_steps=2, hires=2.0, hires_steps=2)
+    plain = emoji.generate(request).images[0]
+    images, result = shown(emoji, request, 1)
+    assert [image.size for image in images.values()] == [(64, 64)] * 2 + [(128, 128)] * 2
+    assert result.images[0].tobytes() == plain.tobytes()
+    for one in result.passes:
+        for stage, predicted in one.plan.predicted.stages.items():
+            assert not predicted or abs(one.stages[stage].peak_bytes - predicted) <= 0.05 * predicted, stage
+
+
 def test_they_slow_no_painting(emoji):
     """Whatever the budget: it fits with previews where it fits without, and paints about as fast."""
     wish = replace(REQUEST, preview_every=1, width=256, height=256)
     least, most = (emoji.hardware.context_bytes + count * 2**20 for count in (20, 90))
-    kinds = set()
+    kinds, kept = set(), []
     for budget in range(least, most, 2**21):
         wishes = Wishes(precision="fp32", attention="sdpa", budget=budget)
         plain, best = (
@@ -169,7 +180,12 @@ def test_they_slow_no_painting(emoji):
             without = estimate.plan(best.cfg, painting, budget)
             assert without.predicted.seconds <= 1.1 * plain.predicted.seconds
             kinds.add((best.denoiser.residency, PREVIEW in best.placements))
+            if best.denoiser.kept_bytes and PREVIEW in best.placements:
+                filled = best.predicted.peak_bytes / (budget - best.predicted.context_bytes)
+                kept.append(filled)
     assert {shown for _, shown in kinds} == {True, False}
+    assert kept
+    assert max(kept) > 0.9  # what the decoder leaves is for weights
 
 
 def test_a_saved_plan_knows_nothing_of_them(emoji, painted):

@@ -21,7 +21,6 @@ from ...pictures import PARAMETERS
 from ...service import Ticket
 from ..served import base64_of, client_of, ended
 from .desk import At, Desk
-from .lists import Item
 from .route import Answer, Route
 from .words import Asked, ImageToImage, TextToImage, order_of
 

@@ -8,8 +8,7 @@ async function call(path, options = {}) {
   let answer;
   try {
     answer = await fetch(path, options);
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
+  } catch {
     throw new Error("The server does not answer: see whether tightfit serve still runs.");
   }
   const text = await answer.text();
@@ -20,8 +19,8 @@ async function call(path, options = {}) {
   throw new Error(typeof words === "string" ? words : `The server answers ${answer.status} ${answer.statusText}.`);
 }
 
-const post = (path, body, signal) =>
-  call(path, { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" }, signal });
+const post = (path, body) =>
+  call(path, { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" } });
 
 /** A job as the page has it. */
 function job(told) {
@@ -70,8 +69,8 @@ export const api = {
   models: async () => (await call(`${OURS}/models`)).models.map(model),
 
   /** Each pass with its plans, the one that will be taken first. */
-  async plan(asked, signal) {
-    const answer = await post(`${OURS}/plan`, asked, signal);
+  async plan(asked) {
+    const answer = await post(`${OURS}/plan`, asked);
     if (!answer.passes.length || !answer.passes[0].plans.length) throw new Error(answer.error);
     const flat = (plan) => ({ ...plan, ...plan.predicted, ...plan.wishes });
     return answer.passes.map((pass) => ({ notes: pass.notes, plans: pass.plans.map(flat) })).filter((pass) => pass.plans.length);

@@ -123,24 +123,36 @@ class Page {
 
   // ---------------------------------------------------------------- the plan
 
+  /** Ask for a plan of what is asked now. A server cannot stop planning what nobody waits for any more, so at
+   * most two are asked for at once; the newest change is asked for as soon as one is answered. */
   async planned() {
-    this.asking?.abort();
-    const asking = (this.asking = new AbortController());
+    if (this.asking >= 2) { this.again = true; return; }
+    this.asking = (this.asking ?? 0) + 1;
+    const turn = (this.turn = (this.turn ?? 0) + 1);
+    try {
+      await this.#planned(turn);
+    } finally {
+      this.asking -= 1;
+      if (this.again) { this.again = false; this.planned(); }
+    }
+  }
+
+  async #planned(turn) {
     const pinned = this.pinned;
     const asked = this.asked(true);
+    const { precision, residency, ...free } = asked;
     try {
-      const passes = await api.plan(asked, asking.signal);
+      const passes = await api.plan(asked);
+      if (turn < (this.answered ?? 0)) return; // a newer one is shown
+      this.answered = turn;
       this.controls.content();
-      $("problem").textContent = "";
-      this.plan.show(passes, pinned);
-      if (!pinned) this.plan.list(passes[0].plans, null);
+      this.plan.show(passes, pinned, turn === this.turn && !this.again);
       $("plan").dataset.asked = JSON.stringify({ ...asked, image: undefined, mask_image: undefined, control_image: undefined });
-      if (!pinned) return;
-      const { precision, residency, ...free } = asked;
-      const every = await api.plan(free, asking.signal);
-      this.plan.list(every[0].plans, { precision: passes[0].plans[0].precision, residency: passes[0].plans[0].residency });
+      const every = pinned ? (await api.plan(free))[0].plans : passes[0].plans;
+      if (turn === this.answered) this.plan.list(every, pinned && passes[0].plans[0]);
     } catch (error) {
-      if (error.name === "AbortError" || asking.signal.aborted) return;
+      if (turn < this.turn || this.again) return;
+      this.answered = turn;
       this.controls.complain(error.message);
       this.plan.fail(error.message);
     }
@@ -166,6 +178,8 @@ class Page {
       const job = await api.paint(this.asked());
       this.run.say("Asked for. Painting begins when its turn comes.");
       if (!this.run.id) this.run.watch(job.id);
+      const { top } = $("stage").getBoundingClientRect();
+      if (top < 0 || top > innerHeight / 2) $("stage").scrollIntoView({ block: "start" });
       await this.gallery.refresh();
     } catch (error) {
       if (!this.controls.complain(error.message)) $("problem").textContent = error.message;
@@ -265,14 +279,14 @@ class Page {
 
   async restored() {
     let kept = {};
-    try { kept = JSON.parse(localStorage.getItem(KEPT) ?? "{}"); } catch { /* of another version */ }
+    try { kept = JSON.parse(stored(KEPT) ?? "{}"); } catch { /* of another version */ }
     await this.take(kept.model ?? $("model").value, kept.options ?? {});
   }
 
   #keep() {
     const { model, ...options } = this.asked(true);
     for (const name of ["image", "mask_image", "control_image"]) delete options[name];
-    try { localStorage.setItem(KEPT, JSON.stringify({ model, options })); } catch { /* none is kept */ }
+    store(KEPT, JSON.stringify({ model, options }));
   }
 
   #notices(sentences) {
@@ -459,16 +473,25 @@ class Page {
   }
 }
 
+/** What a browser keeps, if it is let. */
+function stored(key) {
+  try { return localStorage.getItem(key); } catch { return null; }
+}
+
+function store(key, value) {
+  try { localStorage.setItem(key, value); } catch { /* nothing is kept then */ }
+}
+
 function themed() {
   const root = document.documentElement;
-  const kept = localStorage.getItem("tightfit.theme");
+  const kept = stored("tightfit.theme");
   if (kept) root.dataset.theme = kept;
   $("theme").addEventListener("click", () => {
     const isDark = getComputedStyle(root).colorScheme.split(" ").length > 1
       ? matchMedia("(prefers-color-scheme: dark)").matches
       : getComputedStyle(root).colorScheme === "dark";
     root.dataset.theme = isDark ? "light" : "dark";
-    localStorage.setItem("tightfit.theme", root.dataset.theme);
+    store("tightfit.theme", root.dataset.theme);
   });
 }
 

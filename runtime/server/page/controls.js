@@ -11,14 +11,14 @@ const LABELS = {
   control_preprocess: "Preprocess", control_mode: "Mode", control_resize: "Fit", hires: "Enlarge by",
   hires_size: "Or to", hires_strength: "Strength", hires_steps: "Steps", hires_upscaler: "Upscaler",
   hires_prompt: "Prompt", hires_scheduler: "Sampler", refiner: "Refiner", refiner_start: "Refiner's start",
-  zero_snr: "Zero SNR", ensd: "ENSD", cfg: "CFG", min_psnr: "Least dB", tiling: "VAE", eta: "Eta",
+  zero_snr: "Zero SNR", ensd: "ENSD", cfg: "CFG", min_psnr: "Least dB", tiling: "VAE's tiling", eta: "Eta",
 };
 const WORDS = { pixels: "width", prompt_syntax: "prompt_syntax", images: "num_images", steps: "num_inference_steps",
   "strength of a control": "controlnet_conditioning_scale", weight: "controlnet_conditioning_scale", mask: "mask_blur" };
 const MOST_DEFAULT = 4; // a slider goes to so many times the default, where the bound is further away
 
 const label = (name) => {
-  const words = LABELS[name] ?? name.replace(/^(hires|control|mask)_/, (part) => part).replaceAll("_", " ");
+  const words = LABELS[name] ?? name.replaceAll("_", " ");
   return words[0].toUpperCase() + words.slice(1);
 };
 

@@ -14,8 +14,9 @@ export class PlanView {
   /** Until an answer is there, the last one stays, paler. */
   wait() { $("plan").setAttribute("aria-busy", "true"); }
 
-  show(passes, pinned) {
-    $("plan").setAttribute("aria-busy", "false");
+  /** `isLast`: nothing has changed since it was asked for. */
+  show(passes, pinned, isLast) {
+    if (isLast) $("plan").setAttribute("aria-busy", "false");
     const [first] = passes;
     const chosen = passes.map((pass) => pass.plans[0]);
     const worst = chosen.find((plan) => plan.verdict !== "fits") ?? chosen[0];
@@ -25,7 +26,7 @@ export class PlanView {
     this.#verdict(worst.verdict, fits ? "It fits" : `It does not fit: ${worst.verdict}`, manner(chosen[0]));
     this.#figures([
       ["time", fits ? `${seconds(time)}` : "–"],
-      ["peak", bytes(total)],
+      ["memory", bytes(total)],
       ["budget", bytes(worst.budget_bytes)],
     ]);
     this.#bars(chosen, passes);
@@ -71,7 +72,7 @@ export class PlanView {
       ? el("button", { type: "button", class: "plain", "data-plan": `${plan.precision} ${plan.residency}`, "aria-pressed": String(isChosen),
           "aria-label": `Run in ${plan.precision}, ${plan.residency}`, onclick: () => this.pin({ precision: plan.precision, residency: plan.residency }) }, isChosen ? "taken" : "take")
       : el("span", { class: "tag" }, plan.verdict);
-    const cells = [plan.precision, plan.residency, bytes(peak(plan)), fits || plan.verdict === "too large" ? seconds(plan.seconds) : "–", Math.round(plan.psnr)];
+    const cells = [plan.precision, plan.residency, bytes(peak(plan)), fits || plan.verdict === "too large" ? brief(plan.seconds) : "–", Math.round(plan.psnr)];
     return el("tr", { class: fits ? "" : "no", title: sentence(plan.reason), "aria-current": isChosen ? "true" : null },
       cells.map((cell, place) => el("td", { class: place > 1 ? "number" : "" }, cell)), el("td", {}, choose));
   }
@@ -93,7 +94,7 @@ export class PlanView {
     const at = (count) => `${(100 * count) / whole}%`;
     const rows = chosen.flatMap((plan, number) => Object.entries(plan.stages).filter(([, count]) => count > 0)
       .map(([stage, count]) => this.#bar(passes.length > 1 ? `${number + 1}. ${stage}` : stage, stage, count, plan, at, enlarged)));
-    const words = el("span", {}, enlarged ? `Enlarged: the budget is ${Math.floor(budget / most)} times as much as all of it.` : `budget ${bytes(budget)}`);
+    const words = el("span", {}, enlarged ? `Enlarged: the budget is ${Math.floor(budget / most)} times as much.` : `budget ${bytes(budget)}`);
     if (!enlarged) words.style.right = `calc(100% - ${at(budget)})`;
     const scale = el("li", { class: enlarged ? "scale far" : "scale" }, el("span"), el("div", { class: "track" }, words), el("span"));
     $("bars").replaceChildren(el("ul", {}, rows, scale), this.#legend(chosen[0], enlarged));
@@ -144,6 +145,8 @@ export class PlanView {
     $("mini-words").textContent = words;
   }
 }
+
+const brief = (count) => (count < 9.95 || count >= 1000 ? seconds(count) : `${Math.round(count)} s`);
 
 const peak = (plan) => plan.peak_bytes + plan.context_bytes;
 

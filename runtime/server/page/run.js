@@ -27,6 +27,7 @@ export class Run {
     this.close?.();
     this.id = this.close = null;
     $("running").hidden = true;
+    document.title = "tightfit";
     $("frame").classList.remove("partial");
   }
 
@@ -56,7 +57,8 @@ export class Run {
     }
     if (news.steps) {
       $("progress").value = news.done;
-      const left = news.eta === null || news.eta === undefined ? "" : `, ${seconds(news.eta)} left`;
+      document.title = `${Math.round(100 * news.done)} % · tightfit`;
+      const left = (news.eta ?? 0) < 0.1 ? "" : `, ${seconds(news.eta)} left`;
       $("status").textContent = `${news.stage}: step ${news.step} of ${news.steps}${left}`;
     } else if (news.position) {
       $("status").textContent = `Waiting: ${news.position} before it`;

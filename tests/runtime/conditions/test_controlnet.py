@@ -3,6 +3,7 @@ by."""
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -13,6 +14,7 @@ import tightfit
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tightfit.benchmarks import random_parts
 from tightfit.runtime.adapters.header import contents, stamp
 from tightfit.runtime.adapters.ip_adapter import IPAdapter
 from tightfit.runtime.adapters.lora import Lora
@@ -45,18 +47,8 @@ def nets(tiny_models, made_once):
 
     def write(family):
         def written(folder):
-            from diffusers import ControlNetModel, UNet2DConditionModel
-
-            unet = UNet2DConditionModel.from_pretrained(tiny_models[family] / "unet")
             for number in (0, 1):
-                torch.manual_seed(number)
-                net = ControlNetModel.from_unet(unet)
-                for name, parameter in net.named_parameters():
-                    if name.startswith(
-                        ("controlnet_down", "controlnet_mid", "controlnet_cond_embedding.conv_out")
-                    ):
-                        torch.nn.init.normal_(parameter, std=0.1)
-                net.save_pretrained(folder / str(number))
+                random_parts.controlnet(tiny_models[family], number, folder / str(number))
 
         return written
 
@@ -145,16 +137,9 @@ def test_they_are_in_the_plan(precision, residency, count, cfg, tiny_models, net
 
 
 @pytest.fixture(scope="module")
-def t2i(made_once):
+def t2i(deep_models, made_once):
     """A T2I-Adapter of SDXL, which adds to the middle, too."""
-
-    def written(folder):
-        from diffusers import T2IAdapter
-
-        torch.manual_seed(4)
-        T2IAdapter(3, [32, 64, 64, 64], 2, 16, "full_adapter_xl").save_pretrained(folder)
-
-    return made_once("t2i/sdxl", written)
+    return made_once("t2i/sdxl", functools.partial(random_parts.t2i_adapter, deep_models["sdxl"]))
 
 
 def test_t2i_adapters_are_diffusers(deep_models, t2i):

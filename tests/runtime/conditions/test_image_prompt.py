@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -11,6 +12,7 @@ import tightfit
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tightfit.benchmarks import random_parts
 from tightfit.runtime.adapters import ip_adapter, written
 from tightfit.runtime.conditions import asked
 from tightfit.runtime.errors import TightfitError
@@ -22,66 +24,15 @@ PICTURE = Image.fromarray(np.random.default_rng(7).integers(0, 256, (9, 12, 3), 
     (96, 72), 3
 )
 WISH = {"num_inference_steps": 3, "guidance_scale": 5.0, "width": 64, "height": 64}
-_WIDTH, _PROJECTED, _INNER = 64, 48, 128
-
-
-def _attention(folder) -> dict[str, torch.Tensor]:
-    """By numbers, as diffusers orders the layers."""
-    unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet")
-    layers = [name.removesuffix(".processor") for name in unet.attn_processors]
-    return {
-        f"ip_adapter.{number}.{part}.weight": 0.3 * torch.randn(unet.get_submodule(path).to_k.weight.shape)
-        for number, path in enumerate(layers)
-        if path.endswith("attn2")
-        for part in ("to_k_ip", "to_v_ip")
-    }
-
-
-def _projection(plus: bool, texts: int) -> dict[str, torch.Tensor]:
-    sides: dict[str, tuple[int, ...]] = {
-        "proj.weight": (4 * texts, _PROJECTED), "proj.bias": (4 * texts,),
-        "norm.weight": (texts,), "norm.bias": (texts,),
-    }  # fmt: skip
-    if plus:
-        sides = {
-            "latents": (1, 16, _INNER), "proj_in.weight": (_INNER, _WIDTH), "proj_in.bias": (_INNER,),
-            "proj_out.weight": (texts, _INNER), "proj_out.bias": (texts,),
-            "norm_out.weight": (texts,), "norm_out.bias": (texts,),
-        }  # fmt: skip
-        for layer in range(4):  # which diffusers needs
-            norms = [
-                f"{norm}.{kind}" for norm in ("0.norm1", "0.norm2", "1.0") for kind in ("weight", "bias")
-            ]
-            sides |= {f"layers.{layer}.{name}": (_INNER,) for name in norms} | {
-                f"layers.{layer}.0.to_q.weight": (128, _INNER),
-                f"layers.{layer}.0.to_kv.weight": (256, _INNER),
-                f"layers.{layer}.0.to_out.weight": (_INNER, 128), f"layers.{layer}.1.1.weight": (512, _INNER),
-                f"layers.{layer}.1.3.weight": (_INNER, 512),
-            }  # fmt: skip
-    return {f"image_proj.{name}": 0.2 * torch.randn(shape) for name, shape in sides.items()}
 
 
 @pytest.fixture(scope="module")
 def files(tiny_models, made_once):
     """A plain one of SD 1, and one that is plus of SDXL, each beside an image encoder."""
-
-    def write(family, plus):
-        def written(folder):
-            torch.manual_seed(5)
-            vision = CLIPVisionConfig(
-                hidden_size=_WIDTH, intermediate_size=96, projection_dim=_PROJECTED, num_hidden_layers=3,
-                num_attention_heads=2, image_size=32, patch_size=8,
-            )  # fmt: skip
-            CLIPVisionModelWithProjection(vision).save_pretrained(folder / "image_encoder")
-            attention = _attention(tiny_models[family])
-            texts = attention["ip_adapter.1.to_k_ip.weight"].shape[1]
-            save_file(attention | _projection(plus, texts), folder / "ip.safetensors")
-
-        return written
-
     kinds = {"sd1": False, "sdxl": True}
     return {
-        family: made_once(f"ip/{family}", write(family, plus)) / "ip.safetensors"
+        family: made_once(f"ip/{family}", partial(random_parts.ip_adapter, tiny_models[family], plus))
+        / "ip.safetensors"
         for family, plus in kinds.items()
     }
 
@@ -140,8 +91,8 @@ def test_in_folders_of_models(tiny_models, files, tmp_path, monkeypatch):
         (models / f"{name}.safetensors").symlink_to(files["sd1"])
         is_file = encoder.endswith(".safetensors")
         (models / encoder).symlink_to(beside / "model.safetensors" if is_file else beside)
-        monkeypatch.setitem(ip_adapter._HEADS, _WIDTH, 2)
-        monkeypatch.setattr(ip_adapter, "_OPENAIS", (_WIDTH,))
+        monkeypatch.setitem(ip_adapter._HEADS, random_parts.VISION_WIDTH, 2)
+        monkeypatch.setattr(ip_adapter, "_OPENAIS", (random_parts.VISION_WIDTH,))
         (adapter,) = written({"ip_adapter": ["ip:0.6"]}, [models, files["sd1"].parent])
         found, known = (one.apply(spec) for one in (adapter, *written({"ip_adapter": [str(files["sd1"])]})))
         there, wanted = (one.components["image_encoder"] for one in (found, known))

@@ -22,6 +22,7 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
+PLAIN = {"device": "cpu", "precision": "fp32", "residency": "resident"}
 SIDE = 64
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 READY_MS = 20_000
@@ -126,7 +127,7 @@ def test_a_picture_goes_from_prompt_to_gallery(page, server):
     page.click("#paint")
     until(lambda: any(job["options"].get("prompt") == "a red heart" for job in jobs(server)))
     job, image = painted(page, server)
-    with tightfit.load("emoji", device="cpu", precision="fp32") as alone:
+    with tightfit.load("emoji", **PLAIN) as alone:
         assert image.convert("RGB").tobytes() == alone("a red heart", seed=7, **SMALL).tobytes()
     facts = page.inner_text("#caption-facts")
     assert "seed 7" in facts and "64×64" in facts and shown(job["summary"]["peak_bytes"]) in facts
@@ -201,6 +202,10 @@ def test_what_is_not_masked_stays(page, server):
     away = np.hypot(rows - 20, columns - np.clip(columns, 20, 44))
     assert (before == after)[away > 7].all()  # the brush reaches 4.3
     assert (np.abs(before - after)[away < 1] > 8).mean() > 0.5
+    page.press("#mask", "Control+z")
+    assert page.text_content("[data-state=image]") == "on"
+    page.press("#mask", "Space")
+    assert page.text_content("[data-state=image]") == "on, with a mask"
 
 
 def test_a_job_is_cancelled(page, server):
@@ -226,7 +231,7 @@ def test_a_reload_finds_the_job_again(page, server):
 
 
 def test_a_dropped_picture_restores_its_settings(page, server, tmp_path):
-    with tightfit.load("emoji", device="cpu", precision="fp32") as alone:
+    with tightfit.load("emoji", **PLAIN) as alone:
         image = alone("a cake", seed=11, guidance_scale=4, scheduler="dpmpp_2m_karras", **SMALL)
     content = tightfit.save(image, tmp_path / "cake.png").read_bytes()
     page.evaluate(
