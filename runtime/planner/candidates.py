@@ -31,7 +31,7 @@ class _Choice:
 
 def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, dict[str, Placement]]]:
     """Every candidate once: its kind of guidance, and the placement of each component. Each that decodes
-    previews comes without that, too."""
+    previews, which torch does beside torch alone, comes without that, too."""
     spec, modes = job.spec, _options(wishes.cfg, CFG) if job.branches > 1 else ("batched",)
     seen = set()
     for engines in _engines(spec, wishes):
@@ -42,7 +42,9 @@ def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, di
                 else replace(_on_torch(hardware, spec, name, choice), backend=engine)
                 for name, engine in engines.items()
             }
-            for way in (placements, without_previews(spec, placements)):
+            mapped = without_previews(spec, placements)
+            # ONNX Runtime's bytes are the process's growth, in which torch's are another's: 104 MiB of 68.
+            for way in (mapped,) if engines[spec.denoiser.name] == "onnx" else (placements, mapped):
                 key = (cfg, *way.values())
                 if key not in seen:
                     seen.add(key)
@@ -63,6 +65,8 @@ def with_previews(
 ) -> dict[str, Placement]:
     """The same with the decoder of previews, if the model has one, as the denoiser's placement decides."""
     unet = placements[spec.denoiser.name]
+    if unet.backend == "onnx":
+        return dict(placements)
     choice = _Choice(unet.precision, unet.compute, unet.residency, unet.attention, "whole")
     decoders = [part.name for part in spec.of_role(Role.PREVIEW)]
     return {**placements, **{name: _on_torch(hardware, spec, name, choice) for name in decoders}}

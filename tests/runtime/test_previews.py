@@ -38,7 +38,8 @@ class Full:
 
 @pytest.fixture(scope="module")
 def emoji():
-    with tightfit.load("emoji", precision="fp32", residency="staged", device="cpu") as pipe:
+    wishes = {"precision": "fp32", "residency": "staged", "attention": "sdpa", "tiling": "whole"}
+    with tightfit.load("emoji", device="cpu", cfg="batched", **wishes) as pipe:
         yield pipe
 
 
@@ -108,7 +109,7 @@ def test_what_they_take_is_predicted(precision, residency, tiny_models, taesd):
     """At a size where they take more than the U-Net."""
     request = tightfit.Request("a", seed=1, num_inference_steps=2, width=192, height=128)
     wishes = {"precision": precision, "residency": residency, "attention": "sdpa", "tiling": "whole"}
-    with tightfit.load(str(tiny_models["sd1"]), device="cpu", **wishes) as pipe:
+    with tightfit.load(str(tiny_models["sd1"]), device="cpu", cfg="batched", **wishes) as pipe:
         plain, (images, result), (_, again) = (
             pipe.generate(request),
             shown(pipe, request, 1),
