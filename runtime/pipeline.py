@@ -25,11 +25,13 @@ from .passes import passes, wishes_after
 from .planner import choose as planner
 from .planner.plan import Plan
 from .planner.wishes import Wishes
+from .recent import Recent
 from .request import Job, Request
 from .run import OnStage, Passes, Run, Ways
 
 # Requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them.
 MANY = 100
+_MOST_PLANNED = 8  # jobs of other sizes, whose plans stay known
 
 
 def load(
@@ -97,6 +99,8 @@ class Pipeline:
         self._saved, self._on_stage = plan, on_stage
         self._planned: tuple[tuple[Any, ...], list[Plan]] = (spec,), []  # of what, which plans
         self._planned_next: tuple[tuple[Any, ...], list[Plan]] = (spec,), []  # the same of a second pass
+        self._is_wanted: Callable[[], bool] = lambda: True  # what is planned now
+        self._planned_before: Recent[list[Plan]] = Recent(_MOST_PLANNED)
         # Held while something of this pipeline is read or changed, not between two events.
         self._using = threading.RLock()
         self._current: tuple[Passes, Turn] | None = None
@@ -107,15 +111,19 @@ class Pipeline:
         first, *_ = passes(self._job(request))
         return self._plans(first)
 
-    def planned(self, request: Request) -> list[Planned]:
+    def planned(self, request: Request, is_wanted: Callable[[], bool] = lambda: True) -> list[Planned]:
         """Each pass of `request` with every way to run it here, the one that will be taken first. The last
-        is the first that does not fit."""
+        is the first that does not fit. Raises planner.UnwantedError soon after `is_wanted` says no."""
         planned: list[Planned] = []
-        for job in passes(self._job(request)):
+        with self._using:
+            self._is_wanted = is_wanted
             try:
-                planned.append(Planned(job, self._plans_of_pass(job, planned)))
+                for job in passes(self._job(request)):
+                    planned.append(Planned(job, self._plans_of_pass(job, planned)))
             except planner.NoneFitsError as refusal:
-                return [*planned, Planned(job, [*refusal.plans], refusal)]
+                planned.append(Planned(job, [*refusal.plans], refusal))
+            finally:
+                self._is_wanted = lambda: True
         return planned
 
     def _plans_of_pass(self, job: Job, before: Sequence[Planned]) -> list[Plan]:
@@ -129,7 +137,8 @@ class Pipeline:
         with self._using:
             (spec, *known), _ = self._planned
             if spec is not job.spec or (*known,) != key:
-                self._planned = (job.spec, *key), self._planned_anew(job)
+                plans = self._planned_before.get(key, partial(self._planned_anew, job), job.spec)
+                self._planned = (job.spec, *key), plans
             return list(self._planned[1])
 
     def _plans_after(self, first: Run, job: Job) -> list[Plan]:
@@ -158,13 +167,15 @@ class Pipeline:
 
     def _planned_by(self, job: Job, wishes: Wishes) -> list[Plan]:
         planner.refuse_hopeless(self.hardware, job, wishes)
-        plans = planner.plan(self.hardware, job.model, job, wishes)
+        plans = planner.plan(self.hardware, job.model, job, wishes, self._is_wanted)
         if not plans[0].fits:
             raise planner.none_fits(plans, self.hardware, job, wishes)
         return plans
 
     def _job(self, request: Request, preview_every: int = 0) -> Job:
         """For this pipeline's model, with its adapters before the request's own, also of another's job."""
+        if isinstance(request, Job) and request.model is self.spec and not self._adapters:
+            return request
         asked = request.request if isinstance(request, Job) else request
         asked = replace(asked, preview_every=preview_every or asked.preview_every)
         return replace(asked, adapters=(*self._adapters, *asked.adapters)).resolve(self.spec)

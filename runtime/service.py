@@ -181,15 +181,16 @@ class Service:
         model: str,
         asked: Request | Mapping[str, Any],
         hardware: Hardware | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
         **wishes: Any,
     ) -> list[Planned]:
         """Each pass with every way to run it, here or on other hardware, also where none fits. Raises
-        TightfitError for what cannot be asked."""
+        TightfitError for what cannot be asked, and soon after `is_wanted` says no."""
         request = asked if isinstance(asked, Request) else request_of(asked, self.shelves)
         self.limits.check(request)
         pipeline = self.models.planning(model, self.models.wished(wishes), hardware)
         self.limits.check(job := request.resolve(pipeline.spec))
-        return pipeline.planned(job)
+        return pipeline.planned(job, is_wanted)
 
     @property
     def wishes(self) -> Wishes:

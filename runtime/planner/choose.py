@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import gc
 import math
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -24,6 +25,7 @@ from .saved import continued as continued
 from .wishes import Wishes
 
 SLOWER = 1.1  # times the seconds that painting may take to have room for the decoder of previews
+_LONG_SECONDS, _YIELD_SECONDS = 0.01, 0.001
 SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
 
 
@@ -35,17 +37,30 @@ class NoneFitsError(TightfitError):
         self.plans = tuple(plans)
 
 
+class UnwantedError(TightfitError):
+    """Nobody waits for the plans any more."""
+
+
+def _always() -> bool:
+    return True
+
+
 def plan(
-    hardware: Hardware, spec: ModelSpec, request: Request | None = None, wishes: Wishes | None = None
+    hardware: Hardware,
+    spec: ModelSpec,
+    request: Request | None = None,
+    wishes: Wishes | None = None,
+    is_wanted: Callable[[], bool] = _always,
 ) -> list[Plan]:
     """Every way to run `request` (the model's native size by default) on `hardware`, best first: those that
-    fit, fastest first, then the others by what they lack. The first is marked as chosen, if any fits."""
+    fit, fastest first, then the others by what they lack. The first is marked as chosen, if any fits.
+
+    Raises UnwantedError once `is_wanted` says no, which is asked before each way is costed.
+    """
     wishes = wishes or Wishes()
     job = (request or Request("a")).resolve(spec)
     estimate = ESTIMATOR.estimate(hardware, job, wishes)
-    budget = budget_of(hardware, wishes)
-    with BUILDING, _cycles_left():
-        found = [each for way in ways(hardware, job, wishes) for each in estimate.plans(*way, budget)]
+    found = _costed(estimate, is_wanted)
     if not found:
         raise TightfitError(
             f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
@@ -63,6 +78,23 @@ def plan(
         rest = [beaten(p, best) for p in fitting if p is not best]
         fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
     return fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+
+
+def _costed(estimate: Estimate, is_wanted: Callable[[], bool]) -> list[Plan]:
+    """Every way. Other threads may plan, or load, between two of them."""
+    budget = budget_of(estimate.hardware, estimate.wishes)
+    found, every = [], ways(estimate.hardware, estimate.job, estimate.wishes)
+    with _cycles_left():
+        while True:
+            if not is_wanted():
+                raise UnwantedError("nobody waits for these plans any more")
+            start = time.perf_counter()
+            with BUILDING:
+                if (way := next(every, None)) is None:
+                    return found
+                found += estimate.plans(*way, budget)
+            if time.perf_counter() - start > _LONG_SECONDS:
+                time.sleep(_YIELD_SECONDS)  # who takes a lock again at once takes it from all who wait
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import base64
 import platform
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
 
@@ -32,7 +33,7 @@ from ..request import Request as Wish
 from ..service import Service, Ticket
 from .asked import JOB, PLAN, asked, body_of
 from .failures import RefusedError
-from .served import Doored, Served, client_of, encoded, moments
+from .served import Doored, Served, attended, client_of, encoded, moments
 
 router = APIRouter(prefix="/v1/tightfit", tags=["tightfit"])
 
@@ -255,13 +256,14 @@ async def plan(request: Request, service: Served, door: Doored) -> dict[str, Any
     """Every way to run a request, here or on a card of profiles/: each pass with its table, the way that will
     be taken first. Nothing is loaded."""
     given = await asked(request, PLAN, door.model)
-    return await run_in_threadpool(_planned, service, given)
+    return await attended(request, partial(_planned, service, given))
 
 
-def _planned(service: Service, given: Any) -> dict[str, Any]:
+def _planned(service: Service, given: Any, is_wanted: Callable[[], bool]) -> dict[str, Any]:
     name = given.others.get("hardware")
     hardware = profile(name) if name else service.hardware
-    passes = service.planned(given.model, {"prompt": "", **given.options}, hardware, **given.wishes)
+    options = {"prompt": "", **given.options}
+    passes = service.planned(given.model, options, hardware, is_wanted, **given.wishes)
     tables = [_table(one) for one in passes]
     chosen = [one.plans[0].predicted for one in passes if one.plans]
     return {

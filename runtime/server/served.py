@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from io import BytesIO
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
 from PIL import Image
+from starlette.concurrency import run_in_threadpool
 
 from ..conditions.input_pictures import decoded
 from ..errors import TightfitError
@@ -19,6 +21,9 @@ from ..events import Event
 from ..pictures import PARAMETERS
 from ..service import Service, Ticket
 from .guard import Door
+
+T = TypeVar("T")
+_LOOK_SECONDS = 0.1  # from one look at whether a client is there to the next
 
 
 def _service(request: Request) -> Service:
@@ -94,6 +99,21 @@ async def ended(ticket: Ticket, request: Request | None = None) -> Ticket:
     finally:
         waiting.cancel()
     return ticket
+
+
+async def attended(request: Request, work: Callable[[Callable[[], bool]], T]) -> T:
+    """What `work` answers, which is done in a thread and told how to find out whether the client of `request`
+    still waits."""
+    has_gone = threading.Event()
+    working = asyncio.ensure_future(run_in_threadpool(work, lambda: not has_gone.is_set()))
+    try:
+        while not working.done():
+            await asyncio.wait([working], timeout=_LOOK_SECONDS)
+            if not working.done() and await request.is_disconnected():
+                has_gone.set()
+    finally:
+        has_gone.set()
+    return await working
 
 
 def picture_of(text: Any, name: str) -> Image.Image:

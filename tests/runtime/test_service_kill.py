@@ -28,7 +28,7 @@ ONE_WAY: dict[str, Any] = {
 }  # fmt: skip
 SERVED = "served"  # what this file is called in a process that serves
 JOBS = 4  # of each start
-SECONDS = 120.0  # for all that is left
+SECONDS = 900.0  # for all that is left
 
 
 def options(seed: int) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("--kills", type=int, default=50)
     parse.add_argument("--seed", type=int, default=0)
-    parse.add_argument("--longest", type=float, default=4.0, help="seconds from a start to its kill")
+    parse.add_argument("--longest", type=float, default=10.0, help="seconds from a start to its kill")
     args = parse.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         one = trial(Path(folder) / "state", args.kills, random.Random(args.seed), args.longest)

@@ -23,6 +23,7 @@ from tightfit.runtime.asking import Shelves, request_of
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.jobs import Jobs, Order, Record, State, UnkeptError
 from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.planner.choose import UnwantedError
 from tightfit.runtime.run import Run
 from tightfit.runtime.service import Limits, QueueFullError, Service, Ticket
 
@@ -460,3 +461,20 @@ def test_two_models_stay_loaded_where_both_fit(tiny_models, monkeypatch, is_room
         with tightfit.load(name, **ONE_WAY) as pipeline:
             alone = pipeline.generate(request_of(SMALL | TINY | {"seed": 1}))
         assert result.images[0].tobytes() == alone.images[0].tobytes()
+
+
+def test_what_nobody_waits_for_is_planned_no_further(service):
+    """A page asks anew at each move of a slider: what was asked before is given up between two ways."""
+    asked, planned = [], service.models.planning("emoji", service.models.wished({}))
+
+    def is_wanted() -> bool:
+        asked.append(1)
+        return len(asked) < 2
+
+    wishes = {"precision": "fp32", "residency": "auto", "cfg": "auto"}
+    sizes = SMALL | {"width": 32}
+    with pytest.raises(UnwantedError):
+        service.planned("emoji", sizes, None, is_wanted, **wishes)
+    assert len(asked) == 2
+    assert len(service.plans("emoji", sizes, **wishes)) > 2
+    assert service.models.planning("emoji", service.models.wished({})) is planned
