@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..runtime.asking import Shelves
@@ -206,7 +207,108 @@ _WEBUIAPI = (
     Row("RemBGInterface.rembg", _of("RemBGInterface.rembg", picture()), _NO_ENDPOINT),
     Row("ModelKeywordInterface", lambda c: c.custom_get("model_keyword/get_keywords"), _NO_ENDPOINT),
 )
-CLIENTS: Mapping[str, tuple[Callable[[str], Any], tuple[Row, ...]]] = {"webuiapi": (webuiapi, _WEBUIAPI)}
+
+
+def openai(url: str) -> Any:
+    import openai
+
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+
+_SOME: dict[str, Any] = {"prompt": "a red heart", "size": "64x64"}
+_TWO_STEPS: dict[str, Any] = {"extra_body": {"num_inference_steps": 2}}
+
+
+def _generated(client: Any, **others: Any) -> Any:
+    return client.images.generate(**_SOME, **_TWO_STEPS, **others)
+
+
+def _edited(client: Any, **others: Any) -> Any:
+    return client.images.edit(image=_file(picture()), **_SOME, **_TWO_STEPS, **others)
+
+
+def _hole() -> Any:
+    """A mask as OpenAI has it: transparent where to paint."""
+    image = picture().convert("RGBA")
+    image.putalpha(mask().point(lambda value: 255 - value))
+    return image
+
+
+def _file(image: Any) -> bytes:
+    from ..runtime.server.served import encoded
+
+    return encoded(image)
+
+
+_OPENAI = (
+    Row("images.generate", lambda c: _generated(c).data[0].b64_json),
+    Row(
+        "images.generate(n, quality)",
+        lambda c: c.images.generate(**_SOME, n=2, quality="low").data[1].b64_json,
+    ),
+    Row("images.generate(response_format=url)", lambda c: _generated(c, response_format="url").data[0].url),
+    Row(
+        "images.generate(output_format, output_compression)",
+        lambda c: _generated(c, output_format="webp", output_compression=50).data[0].b64_json,
+    ),
+    Row(
+        "images.generate(stream, partial_images)",
+        lambda c: [*_generated(c, stream=True, partial_images=1)][-1],
+    ),
+    Row(
+        "images.generate(model=gpt-image-1)", lambda c: _generated(c, model="gpt-image-1").usage.total_tokens
+    ),
+    Row("images.edit", lambda c: _edited(c).data[0].b64_json),
+    Row("images.edit(mask)", lambda c: _edited(c, mask=_file(_hole())).data[0].b64_json),
+    Row("images.edit(stream)", lambda c: [*_edited(c, stream=True)][-1].usage),
+    Row(
+        "images.create_variation",
+        lambda c: c.images.create_variation(image=_file(picture()), size="64x64", **_TWO_STEPS).data[0],
+    ),
+    Row("models.list", lambda c: next(iter(c.models.list())).id),
+    Row("models.retrieve", lambda c: c.models.retrieve("emoji").id),
+    Row("images.generate(model=nothing)", lambda c: _generated(c, model="nothing"), "does not exist"),
+    Row(
+        "images.generate(background=transparent)",
+        lambda c: _generated(c, background="transparent"),
+        "background",
+    ),
+    Row("images.generate(output_format=svg)", lambda c: _generated(c, output_format="svg"), "output_format"),
+    Row(
+        "images.edit(several images)",
+        lambda c: c.images.edit(image=[_file(picture())] * 2, **_SOME),
+        "one picture is edited here",
+    ),
+    Row("models.delete", lambda c: c.models.delete("emoji"), "Method Not Allowed"),
+    Row(
+        "chat.completions.create",
+        lambda c: c.chat.completions.create(model="emoji", messages=[]),
+        _NO_ENDPOINT,
+    ),
+)
+
+
+def connected(url: str) -> Any:
+    from ..runtime.client import connect
+
+    return connect(url)
+
+
+_REMOTE = (
+    Row(
+        "connect(url)(prompt, …)", lambda c: c("a red heart", num_inference_steps=2, width=64, height=64).size
+    ),
+    Row("generate", lambda c: c.generate("a", num_inference_steps=2, width=64, height=64).summary["seconds"]),
+    Row("run", lambda c: [*c.run("a", 1, num_inference_steps=2, width=64, height=64)][-1].stage),
+    Row("plans", lambda c: c.plans("a", hardware="rtx-2060")[0].summary()),
+    Row("models", lambda c: c.models()[0]["name"]),
+    Row("info", lambda c: c.info()["machine"]),
+)
+CLIENTS: Mapping[str, tuple[Callable[[str], Any], tuple[Row, ...]]] = {
+    "webuiapi": (webuiapi, _WEBUIAPI),
+    "openai": (openai, _OPENAI),
+    "tightfit": (connected, _REMOTE),
+}
 """Of each client what makes it of a server's address, and its calls."""
 
 
@@ -245,7 +347,11 @@ def main() -> None:
     parse.add_argument("--check", action="store_true")
     if parse.parse_args().check:
         sys.exit(0 if PAGE.read_text(encoding="utf-8") == page() else f"{PAGE} is stale: make it again")
-    with Service(device="cpu", shelves=Shelves([]), precision="fp32") as service, serving(service) as url:
+    with (
+        TemporaryDirectory() as folder,
+        Service(device="cpu", folder=folder, shelves=Shelves([]), precision="fp32") as service,
+        serving(service) as url,
+    ):
         wrong = [
             f"{name}.{row.method}: {said or 'works'}"
             for name, (make, calls) in CLIENTS.items()

@@ -119,9 +119,11 @@ class Pipeline:
             self._is_wanted = is_wanted
             try:
                 for job in passes(self._job(request)):
-                    planned.append(Planned(job, self._plans_of_pass(job, planned)))
-            except planner.NoneFitsError as refusal:
-                planned.append(Planned(job, [*refusal.plans], refusal))
+                    try:
+                        planned.append(Planned(job, self._plans_of_pass(job, planned)))
+                    except planner.NoneFitsError as refusal:
+                        planned.append(Planned(job, [*refusal.plans], refusal))
+                        break
             finally:
                 self._is_wanted = lambda: True
         return planned

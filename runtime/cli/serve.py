@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from ..server.guard import Door
     from ..service import Service
 
-KEY = "TIGHTFIT_API_KEY"
+KEY, HOSTS = "TIGHTFIT_API_KEY", "TIGHTFIT_ALLOW_HOST"
 _INSTALL = "the server needs packages that are not installed: pip install 'tightfit[serve]'"
 _PANEL, _LIMITS = "Server", "Limits"
 
@@ -49,7 +49,7 @@ class Options:
     state: Annotated[Path | None, _of_server("Where jobs and pictures are kept.", "DIR")] = None
     api_key: Annotated[str | None, _of_server(f"Else {KEY}.", "KEY")] = None
     cors: Annotated[list[str] | None, _of_server("Pages of there may ask.", "ORIGIN")] = None
-    allow_host: Annotated[list[str] | None, _of_server("Another name of here.", "NAME")] = None
+    allow_host: Annotated[list[str] | None, _of_server("Another name of here.", "NAME", envvar=HOSTS)] = None
     page: Annotated[bool, _of_server("The page, too.", None, "--page/--no-ui")] = True
     log_json: Annotated[bool, _of_server("One JSON object a line.", None, "--log-json")] = False
 
@@ -104,9 +104,7 @@ def _door(options: Options, limited: Mapping[str, Any]) -> Door:
     origins = tuple(origin.rstrip("/").lower() for origin in options.cors or ())
     if "*" in origins and not key:
         raise TightfitError(f"--cors '*' lets every page of the web paint here: give --api-key or {KEY} too")
-    most = (
-        {"body_bytes": parse_bytes(limited["limit_body"], "--limit-body")} if "limit_body" in limited else {}
-    )
+    body = limited.get("limit_body")
     return Door(
         model=_named(options.model),
         api_key=key,
@@ -114,7 +112,7 @@ def _door(options: Options, limited: Mapping[str, Any]) -> Door:
         hosts=tuple(name.lower() for name in options.allow_host or ()),
         origins=origins,
         page=options.page,
-        **most,
+        body_bytes=Door.body_bytes if body is None else parse_bytes(body, "--limit-body"),
     )
 
 

@@ -203,7 +203,7 @@ class Options:
 
 
 # diffusers' words, and ours for what it has not, by the fields that they are.
-_WORDS = {
+WORDS = {
     "controlnet": "model", "controlnet_conditioning_scale": "weight", "control_guidance_start": "start",
     "control_guidance_end": "end", "control_mode": "mode", "control_preprocess": "preprocess",
     "control_resize": "resize",
@@ -225,7 +225,7 @@ class ControlNets(Condition):
 
     @classmethod
     def asked(cls, given: Mapping[str, Any]) -> ControlNets | None:
-        named = {name: given[name] for name in _WORDS if given.get(name) is not None}
+        named = {name: given[name] for name in WORDS if given.get(name) is not None}
         controls = [*map(typed, given.get(CONTROL) or ()), *_in_python(given, named)]
         if not controls:
             return None
@@ -327,7 +327,7 @@ def _in_python(given: Mapping[str, Any], named: Mapping[str, Any]) -> list[Contr
         raise TightfitError(f"{asked[0]} is of a picture to follow: give it by control_image")
     if guesses and "control_mode" in named:
         raise TightfitError("guess_mode and control_mode both say what the answers weigh: give one of them")
-    values = {_WORDS[name]: _for_each(name, value, len(pictures)) for name, value in named.items()}
+    values = {WORDS[name]: _for_each(name, value, len(pictures)) for name, value in named.items()}
     if guesses:
         values["mode"] = ["guess"] * len(pictures)
     return [

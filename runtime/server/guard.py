@@ -10,7 +10,8 @@ import ipaddress
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from secrets import token_hex
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -38,7 +39,7 @@ class Door:
     model: what is meant where none is named. api_key: what every request must have, if any. host: the address
     that is listened on; hosts: others that it is called by, "*" for any. origins: of pages elsewhere whose
     requests are taken, "*" for all. body_bytes: of a request at most. silence_seconds: that a request may
-    pause while it is sent. page: whether there is one.
+    pause while it is sent. page: whether there is one. secret: by which addresses are signed, until it ends.
     """
 
     model: str = "emoji"
@@ -49,6 +50,9 @@ class Door:
     body_bytes: int = 64 * 2**20
     silence_seconds: float = 30
     page: bool = True
+    secret: str = field(
+        default_factory=lambda: token_hex(32), repr=False
+    )  # of signatures: none tells of the key
 
     def serves(self, host: str) -> bool:
         """Whether a Host header is of here. A page elsewhere whose name is made to lead here has that name in
@@ -77,7 +81,7 @@ class Door:
         return f"{path}?signature={self._signature(path)}" if self.api_key else path
 
     def _signature(self, path: str) -> str:
-        return hmac.new(self.api_key.encode(), path.encode(), "sha256").hexdigest()
+        return hmac.new(self.secret.encode(), path.encode(), "sha256").hexdigest()
 
     def has_signed(self, path: str, signature: str) -> bool:
         return hmac.compare_digest(signature.encode(), self._signature(path).encode())

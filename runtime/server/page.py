@@ -20,8 +20,10 @@ from .. import request as asking
 from ..adapters import ADAPTERS, by_option
 from ..asking import Shelves
 from ..conditions import CONDITIONS
+from ..conditions.controlnet import WORDS, Control
 from ..conditions.handed import WAYS, way_of
-from ..conditions.image import edits
+from ..conditions.image import ImageToImage, edits
+from ..conditions.mask import Inpainting
 from ..errors import TightfitError
 from ..fields import About, described, kinds
 from ..models import schedulers
@@ -92,17 +94,28 @@ def controls() -> dict[str, Any]:
         "samplers": [{"name": s.name, "label": s.a1111, "schedules": s.schedules} for s in SAMPLERS.values()],
         "schedules": [{"name": s.name, "label": s.a1111} for s in SCHEDULES.values()],
         "upscalers": [{"name": name, "label": way.a1111} for name, way in WAYS.items()],
+        "masked": {"strength": Inpainting.strength},  # the default then
     }
 
 
 def _controls(group: type) -> list[dict[str, Any]]:
     types = kinds(group)
     defaults = {field.name: field.default for field in dataclasses.fields(group)}
+    defaults |= {name: value for name, value in _of_conditions().items() if defaults.get(name, "") is None}
     return [
         _control(name, about, types[name], defaults[name])
         for name, about in described(group).items()
         if about != About()
     ]
+
+
+@cache
+def _of_conditions() -> dict[str, Any]:
+    """What stands for options of conditions that are not given."""
+    of = {kind: {f.name: f.default for f in dataclasses.fields(kind)} for kind in (Inpainting, Control)}
+    painting = {"strength": ImageToImage.strength, "resize": ImageToImage.resize}
+    masks = {f"mask_{name}": of[Inpainting][name] for name in ("blur", "content")}
+    return painting | masks | {word: of[Control][name] for word, name in WORDS.items()}
 
 
 def _control(name: str, about: About, kind: type, default: Any) -> dict[str, Any]:

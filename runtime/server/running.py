@@ -87,16 +87,21 @@ def run(service: Service, door: Door, listening: socket.socket, *, as_json: bool
     """Serve until a signal."""
     _log(as_json)
     journal(service)
-    config = uvicorn.Config(
+    Server(configured(service, door), service).run(sockets=[listening])
+
+
+def configured(service: Service, door: Door, **others: Any) -> uvicorn.Config:
+    """The application, and how it is listened for."""
+    return uvicorn.Config(
         create(service, door),
-        http=type("Door", (Punctual,), {"silence_seconds": door.silence_seconds}),
+        http=type("Patient", (Punctual,), {"silence_seconds": door.silence_seconds}),
         log_config=None,
         access_log=False,
         server_header=False,
         lifespan="on",
         timeout_graceful_shutdown=_LEAVE_SECONDS,
+        **others,
     )
-    Server(config, service).run(sockets=[listening])
 
 
 def _log(as_json: bool) -> None:
@@ -106,3 +111,4 @@ def _log(as_json: bool) -> None:
         logger: Any = logging.getLogger(name)
         logger.handlers, logger.propagate = [handler], False
         logger.setLevel(level)
+    logging.getLogger("tightfit.service").setLevel(logging.WARNING)  # each change is in the journal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Body
@@ -50,47 +49,25 @@ _UNKNOWN = ("mask", "advanced_weighting", "effective_region_mask", "ipadapter_in
 _UNHEARD = {"processor_res": -1, "threshold_a": -1, "threshold_b": -1}
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One control, in the words of our options."""
-
-    image: Image.Image
-    model: str | None
-    weight: float
-    start: float
-    end: float
-    mode: str
-    preprocess: str
-    resize: str
-
-
 def controls(units: Any, begins_with: Image.Image | None, is_hires: bool) -> dict[str, Any]:
     """Our options for a list of units. `begins_with`: the picture of a unit without one. Raises
     TightfitError."""
     if not isinstance(units, list):
         raise TightfitError("alwayson_scripts.controlnet.args must be a list of units")
     asked = [unit for one in units if (unit := _unit(one, begins_with, is_hires))]
-    if not asked:
-        return {}
-    return {
-        "control_image": [unit.image for unit in asked],
-        **({"controlnet": [unit.model for unit in asked]} if any(unit.model for unit in asked) else {}),
-        "controlnet_conditioning_scale": [unit.weight for unit in asked],
-        "control_guidance_start": [unit.start for unit in asked],
-        "control_guidance_end": [unit.end for unit in asked],
-        "control_mode": [unit.mode for unit in asked],
-        "control_preprocess": [unit.preprocess for unit in asked],
-        "control_resize": [unit.resize for unit in asked],
-    }
+    options = {name: [unit[name] for unit in asked] for name in (asked[0] if asked else ())}
+    return {name: values for name, values in options.items() if any(value is not None for value in values)}
 
 
-def _unit(given: Any, begins_with: Image.Image | None, is_hires: bool) -> Unit | None:
-    """None for one that is off, or says nothing."""
+def _unit(given: Any, begins_with: Image.Image | None, is_hires: bool) -> dict[str, Any]:
+    """Our options for one, nothing for one that is off."""
     if not isinstance(given, Mapping):
         raise TightfitError(f"a unit of ControlNet is an object, not {shortened(given)}")
-    unit: dict[Any, Any] = {_ALSO.get(name, name): value for name, value in given.items()}
+    unit: dict[Any, Any] = {
+        _ALSO.get(name, name): value for name, value in given.items() if value is not None
+    }
     if not unit.get("enabled", bool(unit.get("image"))):
-        return None
+        return {}
     image, mask = _picture(unit.get("image"))
     for name in _UNKNOWN:
         if mask or unit.get(name):
@@ -101,26 +78,27 @@ def _unit(given: Any, begins_with: Image.Image | None, is_hires: bool) -> Unit |
         LOG.info("not honoured of a unit of ControlNet: %s", ", ".join(unheard))
     if image is None and begins_with is None:
         raise TightfitError("a unit of ControlNet has no image: give one in base64, or turn the unit off")
-    return Unit(
-        begins_with if image is None else picture_of(image, "image of a unit"),  # pyright: ignore[reportArgumentType]
-        _model(unit.get("model")),
-        unit.get("weight", 1.0),
-        unit.get("guidance_start", 0.0),
-        unit.get("guidance_end", 1.0),
-        _mode(unit),
-        preprocessor(unit.get("module")),
-        _word("resize_mode", unit.get("resize_mode", "Crop and Resize"), _FITS),
-    )
+    guesses = unit.get("guessmode", unit.get("guess_mode"))
+    return {
+        "control_image": begins_with if image is None else picture_of(image, "image of a unit"),
+        "controlnet": _model(unit.get("model")),
+        "controlnet_conditioning_scale": unit.get("weight", 1.0),
+        "control_guidance_start": unit.get("guidance_start", 0.0),
+        "control_guidance_end": unit.get("guidance_end", 1.0),
+        "control_mode": _word("control_mode", unit.get("control_mode", 2 if guesses else 0), _MODES),
+        "control_preprocess": preprocessor(unit.get("module")),
+        "control_resize": _word("resize_mode", unit.get("resize_mode", 1), _FITS),
+    }
 
 
 def _picture(image: Any) -> tuple[Any, Any]:
     """Base64 of a unit's picture and mask: alone, as a pair, or as an object of both."""
+    if isinstance(image, list) and len(image) == 2 and not isinstance(image[0], Mapping):
+        return image[0], image[1]
     if isinstance(image, list) and image:
-        if len(image) == 1:
-            return _picture(image[0])
-        if len(image) == 2 and not isinstance(image[0], Mapping):
-            return image[0], image[1]
-        raise TightfitError("a unit of ControlNet takes one image: give a unit for each")
+        if len(image) > 1:
+            raise TightfitError("a unit of ControlNet takes one image: give a unit for each")
+        image = image[0]
     if isinstance(image, Mapping):
         return image.get("image") or None, image.get("mask")
     return image or None, None
@@ -130,15 +108,6 @@ def _model(name: Any) -> str | None:
     if not isinstance(name, str | None):
         raise TightfitError(f"model of a unit of ControlNet is a name, not {shortened(name)}")
     return None if name in _NO_MODEL else without_hash(name or "")
-
-
-def _mode(unit: Mapping[Any, Any]) -> str:
-    guesses = unit.get("guessmode", unit.get("guess_mode"))
-    return _word("control_mode", unit.get("control_mode", "control" if guesses else 0), _MODES | _own(MODES))
-
-
-def _own(names: Any) -> dict[str, str]:
-    return {name: name for name in names}
 
 
 def _word(name: str, value: Any, known: Mapping[str, str]) -> str:

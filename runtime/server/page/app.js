@@ -385,6 +385,9 @@ class Page {
   }
 
   #states() {
+    const { schema, fields } = this.controls;
+    const isMasked = Boolean(this.image.data) && !this.image.mask.isEmpty;
+    for (const [name, value] of Object.entries(schema.masked)) fields.get(name)?.assume(isMasked ? value : fields.get(name).about.default);
     const say = (name, words) => { document.querySelector(`[data-state="${name}"]`).textContent = words; };
     say("image", this.image.data ? (this.image.mask.isEmpty ? "on" : "on, with a mask") : "");
     say("control", this.control.data ? "on" : "");

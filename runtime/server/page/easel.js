@@ -205,7 +205,7 @@ class Mask {
     pen.lineWidth = stroke.radius * 2;
     pen.lineCap = pen.lineJoin = "round";
     pen.beginPath();
-    pen.moveTo(...places[0]);
+    pen.moveTo(places[0][0], places[0][1] + 0.01); // a line without a length is not drawn
     for (const place of places) pen.lineTo(...place);
     pen.stroke();
   }

@@ -80,5 +80,5 @@ def test_a_signal_ends_it_and_what_waits_is_kept(tmp_path):
         process.kill()
     assert process.returncode == 0, said
     lines = [json.loads(line) for line in said.splitlines()]
-    assert {line["job"] for line in lines} == {*ids} and lines[0]["model"] == "emoji", said
-    assert [record.id for record in Jobs(tmp_path / "state").unfinished()] == ids, said
+    assert {line.get("job") for line in lines} == {*ids} and lines[0]["model"] == "emoji", said
+    assert [record.id for record, _ in Jobs(tmp_path / "state").unfinished()] == ids, said

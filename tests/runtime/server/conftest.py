@@ -25,13 +25,13 @@ class Running:
 def _serving(folder: Path, door: Any = None, **about: Any) -> Iterator[Running]:
     import uvicorn
     from tightfit.runtime.asking import Shelves
-    from tightfit.runtime.server.app import create
+    from tightfit.runtime.server.guard import Door
+    from tightfit.runtime.server.running import configured
     from tightfit.runtime.service import Service
 
     about = {"shelves": Shelves([]), "precision": "fp32", "residency": "resident", **about}
     service = Service(device="cpu", folder=folder, **about)
-    config = uvicorn.Config(create(service, door), "127.0.0.1", 0, log_level="warning", lifespan="on")
-    running = uvicorn.Server(config)
+    running = uvicorn.Server(configured(service, door or Door(), host="127.0.0.1", port=0))
     thread = threading.Thread(target=running.run)
     thread.start()
     try:

@@ -511,6 +511,17 @@ BAD = [
     ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": "x", "module": "depth"}]}}}, 422),
     ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": "a" * 99}]}}}, 422),
     ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"enabled": True}]}}}, 422),
+    ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": [[["a"]]]}]}}}, 422),
+    (
+        "txt2img",
+        {"alwayson_scripts": {"controlnet": {"args": [{"image": "PICTURE", "weight": "heavy"}]}}},
+        422,
+    ),
+    (
+        "txt2img",
+        {"alwayson_scripts": {"controlnet": {"args": [{"image": "PICTURE", "control_mode": 9}]}}},
+        422,
+    ),
     ("txt2img", {"alwayson_scripts": {"ADetailer": {"args": [True]}}}, 422),
     ("txt2img", {"alwayson_scripts": {"controlnet": {"args": [{"image": {"image": None}}]}}}, 422),
     ("img2img", {}, 404),
@@ -568,6 +579,16 @@ def test_what_is_loaded_is_freed_when_nothing_runs(http, server):
     until(lambda: not server.service.loaded()["emoji"])
     assert http.post("/sdapi/v1/reload-checkpoint").json() == {}
     assert http.post("/sdapi/v1/txt2img", json={"prompt": "a", **SMALL}).is_success
+
+
+def test_what_breaks_here_is_told_to_the_log_alone(server, http, monkeypatch, caplog):
+    def broken(order):
+        raise RuntimeError("a secret")
+
+    monkeypatch.setattr(server.service, "queue", broken)
+    answer = http.post("/sdapi/v1/txt2img", json={"prompt": "a"})
+    assert answer.status_code == 500 and answer.json()["error"] == "RuntimeError"
+    assert "secret" not in answer.text and "a secret" in caplog.text
 
 
 def test_a_full_queue_says_when_to_come_again(environment):

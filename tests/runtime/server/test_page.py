@@ -22,7 +22,8 @@ pytest.importorskip("fastapi", reason="the extra serve is not installed")
 pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
-PLAIN = {"device": "cpu", "precision": "fp32", "residency": "resident"}
+WISHES = {"attention": "sdpa", "tiling": "whole", "cfg": "batched"}  # so few ways to run are costed
+PLAIN = {"device": "cpu", "precision": "fp32", "residency": "resident", **WISHES}
 SIDE = 64
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 READY_MS = 20_000
@@ -35,7 +36,7 @@ def server(serving, tmp_path_factory):
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
         patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
         patch.delenv("TIGHTFIT_MODELS", raising=False)
-        with serving(tmp_path_factory.mktemp("page"), residency="auto") as running:
+        with serving(tmp_path_factory.mktemp("page"), residency="auto", **WISHES) as running:
             yield running
 
 
@@ -203,9 +204,21 @@ def test_what_is_not_masked_stays(page, server):
     assert (before == after)[away > 7].all()  # the brush reaches 4.3
     assert (np.abs(before - after)[away < 1] > 8).mean() > 0.5
     page.press("#mask", "Control+z")
-    assert page.text_content("[data-state=image]") == "on"
+    assert page.text_content("[data-state=image]") == "on" and not covered(page)
     page.press("#mask", "Space")
-    assert page.text_content("[data-state=image]") == "on, with a mask"
+    assert page.text_content("[data-state=image]") == "on, with a mask" and covered(page)
+    page.click("text=Erase")
+    page.press("#mask", "Space")
+    assert not covered(page)
+
+
+def covered(page) -> int:
+    """Pixels under the mask."""
+    return page.evaluate("""() => {
+        const canvas = document.querySelector("#mask");
+        const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+        return data.filter((value, place) => place % 4 === 3 && value > 127).length;
+    }""")
 
 
 def test_a_job_is_cancelled(page, server):
@@ -270,7 +283,7 @@ def test_a_phone_has_all_of_it(browser, server, scheme):
     place = page.locator("#mask")
     place.scroll_into_view_if_needed()
     place.tap()
-    assert page.text_content("[data-state=image]") == "on, with a mask"
+    assert page.text_content("[data-state=image]") == "on, with a mask" and covered(page)
     context.close()
 
 
