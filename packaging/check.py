@@ -17,6 +17,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ HERE = Path(__file__).parent
 KEY = "a key for this check"
 PLACES = ("/src", "/state", "/models", "/var/lib/tightfit", "/var/cache/tightfit", "/opt/tightfit")
 SECONDS = 120
+SERVED = "7860"  # the port in the image; another here, where something may be served already
 
 
 def main() -> None:
@@ -46,8 +48,18 @@ def steps() -> list[tuple[str, str]]:
     return re.findall(r"^([A-Z]+) (.*)$", text, re.MULTILINE)
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+PORT = free_port()
+
+
 def placed(text: str, root: Path) -> str:
-    """A command with the image's folders below `root`."""
+    """A command with the image's folders below `root`, and its port here."""
+    text = text.replace(SERVED, PORT)
     for place in PLACES:
         text = re.sub(rf"(?<![\w/.]){place}(?![\w-])", str(root / place.lstrip("/")), text)
     return text
@@ -106,13 +118,13 @@ def unit(root: Path) -> list[str]:
     except FileNotFoundError:
         print("systemd-analyze is not here: the unit's words are not checked", flush=True)
     (command,) = re.findall(r"^ExecStart=(.*)$", text, re.MULTILINE)
-    return shlex.split(command)
+    return [*shlex.split(command), "--port", PORT]
 
 
 def serve(command: list[str], root: Path, environment: dict[str, str]) -> None:
     """Start the server, wait until it is ready, have it paint, and end it."""
     (health,) = (text for instruction, text in steps() if instruction == "HEALTHCHECK")
-    asking = json.loads(health[health.index("[") :])
+    asking = json.loads(placed(health[health.index("[") :], root))
     told = environment | {"TIGHTFIT_API_KEY": KEY}
     process = subprocess.Popen(command, cwd=root / "state", env=told)
     try:
@@ -131,7 +143,7 @@ def serve(command: list[str], root: Path, environment: dict[str, str]) -> None:
 
 def paint() -> None:
     asked = json.dumps({"prompt": "a red heart", "size": "64x64", "quality": "low"}).encode()
-    address = "http://127.0.0.1:7860/v1/images/generations"
+    address = f"http://127.0.0.1:{PORT}/v1/images/generations"
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}"}
     with urllib.request.urlopen(urllib.request.Request(address, asked, headers), timeout=SECONDS) as answer:
         content = base64.b64decode(json.load(answer)["data"][0]["b64_json"])
