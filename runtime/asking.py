@@ -111,7 +111,7 @@ def request_of(options: Mapping[str, Any], shelves: Shelves | None = None) -> Re
     if isinstance(prompt, str):
         prompt, named = from_words(prompt, roots)
     adapters = *given.pop("adapters", ()), *written(adapting, roots), *named
-    asked = conditions.asked({**asking, "models_dirs": roots} if asking else {})
+    asked = conditions.asked({**asking, "models_dirs": roots} if asking and shelves else asking)
     every = (*given.pop("conditions", ()), *asked)
     return Request(prompt, adapters=adapters, conditions=every, **given).checked()  # pyright: ignore[reportArgumentType]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -207,7 +207,7 @@ class Service:
         with self._news:
             self._watchers.append(watcher)
             for ticket in self.active:
-                watcher(ticket)
+                self._show(ticket, [watcher])
 
     def loaded(self) -> dict[str, int]:
         """Bytes that each model holds on the device now."""
@@ -245,10 +245,17 @@ class Service:
                 raise QueueFullError(str(error)) from error
             with self._news:
                 self._waiting.append(ticket)
-                for watcher in self._watchers:
-                    watcher(ticket)
                 self._news.notify_all()
+                self._show(ticket, self._watchers)
         return ticket
+
+    @staticmethod
+    def _show(ticket: Ticket, watchers: Sequence[Callable[[Ticket], object]]) -> None:
+        for watcher in watchers:
+            try:
+                watcher(ticket)
+            except Exception:  # no reason to refuse the job, which is queued
+                _log.exception("a watcher failed", extra={"job": ticket.id})
 
     @contextmanager
     def _place_for(self, client: str) -> Iterator[None]:

@@ -129,7 +129,7 @@ def quantised(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case
             Case(out, partial(of_folder, folder, exported(out, folder)), stored=kind),
         )
     for kind in ("fp32", "int8", "int4"):
-        compute = {} if kind == "fp32" else {"compute": "fp32"}
+        compute: dict[str, Any] = {} if kind == "fp32" else {"compute": "fp32"}
         out = tightfit.export_model(folder, root / f"onnx-{kind}", kind, to="onnx", **compute)
         values = exported(root / f"ours-{kind}", folder) if kind != "fp32" else None
         yield f"ONNX, {kind}", Case(out, partial(of_folder, folder, values), stored=kind, onnx=True)
@@ -202,7 +202,9 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     facts = envelope("")
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    lines(HEAD.format(machine=facts["hardware"]["name"], date=facts["date"], versions=versions))
+    command = " ".join(["python tests/layouts_table.py", *sys.argv[1:]])
+    machine, date = facts["hardware"]["name"], facts["date"]
+    lines(HEAD.format(command=command, machine=machine, date=date, versions=versions))
     with tempfile.TemporaryDirectory() as made, pytest.MonkeyPatch.context() as patch:
         for family in families:
             patch.setitem(random_model.TINY, family, NARROW["narrow"](family))
@@ -221,7 +223,8 @@ models with the same values; and for each precision the predicted peak of denois
 in per cent of the measured one. 64x64 pixels, three steps. ONNX Runtime's peak is the growth of the
 process, in which models as small as these are tens of MiB off (docs/export.md).
 
-Made by `python tests/layouts_table.py > docs/layouts.md` on {machine} (CPU, one thread), {date}: {versions}.
+Made by `{command}` on {machine} (CPU, one thread),
+{date}: {versions}.
 
 | layout | family | dB | fp32 | bf16 | int8 | int4 |
 |---|---|---|---|---|---|---|"""

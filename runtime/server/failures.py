@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from ..errors import TightfitError, out_of_memory
+from ..jobs import UnkeptError
 from ..service import QueueFullError
 
 RETRY_SECONDS = 10
@@ -48,7 +49,7 @@ def failure(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
     text = str(error)
     if isinstance(error, RefusedError):
         status, about = error.status, {"code": error.code, "param": error.param}
-    elif isinstance(error, QueueFullError):
+    elif isinstance(error, QueueFullError | UnkeptError):  # or the disk is, for now
         status = 503
     elif isinstance(error, RequestValidationError):
         status, text = 422, in_one_line(error.errors())

@@ -26,6 +26,7 @@ from . import networks, streaming
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .meter import LiveBytes, tensors_in
 from .quantised import CONV2D_INT8, DEQUANTISE, LINEAR_INT8, LINEAR_NF4, quantised_layers, workspace
+from .repeated import alike, followed_once, like, signature, whole
 
 T = TypeVar("T")
 # At one size a model of three components has 20 to 30 candidate calls, and 12 modules on `meta`.
@@ -49,7 +50,7 @@ class Recorder(LiveBytes):
         self.events: list[tuple[int, int]] = []
         self.attentions: list[Shape] = []
         self.operations: list[Operation] = []
-        self._names: dict[int, int] = {}
+        self.names: dict[int, int] = {}
         self._channels_last = channels_last
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -62,11 +63,11 @@ class Recorder(LiveBytes):
             batch, heads, n, d = args[0].shape
             return args[0].new_empty(batch, n, heads, d).transpose(1, 2)
         new = not (func.is_view or func._schema.is_mutable)
-        key = (func, self._channels_last, *_signature((*args, *kwargs.items()))) if new else None
+        key = (func, self._channels_last, *signature((*args, *kwargs.items()))) if new else None
         if key in _answers:
             outs, operation = _answers[key]
             self.operations.append(operation)
-            return tuple(map(_like, outs)) if isinstance(outs, list) else _like(outs)
+            return tuple(map(like, outs)) if isinstance(outs, list) else like(outs)
         # torch's meta kernels of what changes its first argument in place are Python too
         out = args[0] if func._schema.name.endswith("_") else func(*args, **kwargs)
         # The CPU's kernels keep this layout, or take that of the weight; meta's do not.
@@ -80,7 +81,7 @@ class Recorder(LiveBytes):
             moved = sum(tensor.nbytes for tensor in (*tensors_in(args), *made))
             flops = _flops(func, args, out)
             self.operations.append(Operation(flops, moved, _KINDS.get(func, "product" if flops else "")))
-            if key and all(map(_whole, made)):
+            if key and all(map(whole, made)):
                 self._learn(key, out, made)
         return out
 
@@ -102,41 +103,20 @@ class Recorder(LiveBytes):
 
     def _made(self, key: int, count: int, tensor: torch.Tensor) -> None:
         if count:
-            self._names[key] = len(self._names) + len(self.events) + 1
-            self.events.append((self._names[key], count))
+            self.names[key] = len(self.names) + len(self.events) + 1
+            self.events.append((self.names[key], count))
         super()._made(key, count, tensor)
 
+    def adopt(self, tensor: torch.Tensor, name: int) -> None:
+        """Count a storage whose allocation is among the events already."""
+        storage = tensor.untyped_storage()
+        super()._made(storage._cdata, storage.nbytes(), tensor)
+        self.names[storage._cdata] = name
+
     def _freed(self, key: int) -> None:
-        if key in self._names:
-            self.events.append((self._names.pop(key), END))
+        if key in self.names:
+            self.events.append((self.names.pop(key), END))
         super()._freed(key)
-
-
-def _signature(values: Any) -> tuple[Any, ...]:
-    """Everything that decides what an operator makes on `meta`. Types too, since 1 == 1.0 == True."""
-    return tuple(
-        (value.shape, value.stride(), value.dtype, value.device.type)
-        if isinstance(value, torch.Tensor)
-        else _signature(value)
-        if isinstance(value, list | tuple)
-        else (type(value), value)
-        for value in values
-    )
-
-
-def _like(layout: tuple[Any, ...]) -> torch.Tensor:
-    shape, stride, dtype = layout
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-
-
-def _whole(out: torch.Tensor) -> bool:
-    """Whether the tensor covers its storage, so that shape and strides alone can recreate it."""
-    reach = (
-        sum((side - 1) * step for side, step in zip(out.shape, out.stride(), strict=True)) + 1
-        if out.numel()
-        else 0
-    )
-    return out.is_meta and out.untyped_storage().nbytes() == reach * out.element_size()
 
 
 _KINDS = {CONV2D_INT8: "int8", LINEAR_INT8: "int8"}
@@ -299,6 +279,7 @@ def _trace(
     def note(path: str) -> None:
         calls.append((path, len(recorder.operations), len(recorder.attentions)))
 
+    blocks = _kept(module, dtype, torch.device(device), "blocks", lambda: alike(module))
     hooks = [
         part.register_forward_pre_hook(lambda *_, path=path: note(path))
         for path, part in module.named_modules()
@@ -306,6 +287,7 @@ def _trace(
     with (
         torch.inference_mode(),
         Recorder(device, device == "cpu" and bool(workspace(module).layers)) as recorder,
+        followed_once(module, blocks, recorder, calls),
     ):
         # Alive all the time, which what the host sends is not.
         tensors |= {name: torch.empty(inputs[name], dtype=dtype, device="meta") for name in residuals}

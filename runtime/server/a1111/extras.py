@@ -15,6 +15,7 @@ from ...errors import TightfitError
 from ...infotext import is_json, said_in
 from ...jobs import Order
 from ...models.layouts.library import Kind
+from ...models.upscalers import file_of
 from ...pictures import KEPT, PARAMETERS, texts_inside
 from ...programs import Said
 from ...programs import read as read_others
@@ -135,9 +136,10 @@ def _with_text(text: str, name: str) -> Image.Image:
 
 
 def _order(image: Image.Image, scale: float, upscaler: str, desk: Desk, client: str) -> Order:
-    named = next((item for item in desk.shelf.items(Kind.UPSCALER) if item.is_called(upscaler)), None)
+    file = file_of(upscaler)
+    named = next((item for item in desk.shelf.items(Kind.UPSCALER) if item.is_called(file)), None)
     options, note = {"image": image, "scale": scale}, {"job": "extras"}
-    return Order(named.name if named else upscaler, options, does="upscale", client=client, note=note)
+    return Order(named.name if named else file, options, does="upscale", client=client, note=note)
 
 
 def _resized(image: Image.Image, scale: float, way: str) -> Image.Image:

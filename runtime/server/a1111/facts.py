@@ -16,7 +16,7 @@ from ...machine.process import cpu_memory, resident
 from ...models.hub import BESIDE
 from ...models.layouts.library import Kind
 from ...models.samplers.names import AUTOMATIC, SAMPLERS, SCHEDULES
-from ...models.upscalers import read_upscaler
+from ...models.upscalers import a1111_name, read_upscaler
 from ..served import Served
 from .control import SCRIPT
 from .desk import At, Desk
@@ -88,7 +88,7 @@ def schedulers() -> list[dict[str, Any]]:
 @router.get("/upscalers")
 def upscalers(at: At) -> list[dict[str, Any]]:
     plain = [("None", 4.0), *((way.a1111, 4.0) for way in PIXELS.values())]
-    known = [*plain, *((item.bare, _scale(item)) for item in at.shelf.items(Kind.UPSCALER))]
+    known = [*plain, *((a1111_name(item.bare), _scale(item)) for item in at.shelf.items(Kind.UPSCALER))]
     nothing = {"model_name": None, "model_path": None, "model_url": None}
     return [{"name": name, **nothing, "scale": scale} for name, scale in known]
 
@@ -96,7 +96,7 @@ def upscalers(at: At) -> list[dict[str, Any]]:
 @router.get("/realesrgan-models")
 def realesrgan_models(at: At) -> list[dict[str, Any]]:
     items = at.shelf.items(Kind.UPSCALER)
-    return [{"name": item.bare, "path": item.name, "scale": int(_scale(item))} for item in items]
+    return [{"name": a1111_name(item.bare), "path": item.name, "scale": int(_scale(item))} for item in items]
 
 
 def _scale(item: Item) -> float:

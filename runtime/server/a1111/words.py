@@ -15,6 +15,7 @@ from ...errors import TightfitError
 from ...files import shortened
 from ...jobs import Order
 from ...models.samplers.names import AUTOMATIC, SAMPLERS, of_a1111, schedule_of, split
+from ...models.upscalers import file_of
 from ...request import RANDOM_SEED, drawn
 from ...settings import idle
 from ..served import picture_of
@@ -312,7 +313,7 @@ def _hires(asked: Asked, styles: Sequence[Style]) -> dict[str, Any]:
     if asked["hr_negative_prompt"] not in (*_NONE, asked["negative_prompt"]):
         raise TightfitError("hr_negative_prompt is not there in tightfit: both passes have one, leave it out")
     options = {"hires_strength": asked["denoising_strength"], "hires_steps": asked["hr_second_pass_steps"]}
-    options |= {"hires_upscaler": asked["hr_upscaler"]}
+    options |= {"hires_upscaler": asked["hr_upscaler"] and file_of(asked["hr_upscaler"])}
     if prompt := asked.given("hr_prompt"):
         options["hires_prompt"] = _styled(prompt, [style.prompt for style in styles])
     name, schedule = (

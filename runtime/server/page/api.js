@@ -3,6 +3,7 @@
 import { bytes, seconds } from "./dom.js";
 
 const OURS = "v1/tightfit";
+const PREVIEWS = { preview_every: 2 }; // steps: which decodes them, and how often, is in the plan
 
 async function call(path, options = {}) {
   let answer;
@@ -19,8 +20,8 @@ async function call(path, options = {}) {
   throw new Error(typeof words === "string" ? words : `The server answers ${answer.status} ${answer.statusText}.`);
 }
 
-const post = (path, body) =>
-  call(path, { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" } });
+const post = (path, body, signal) =>
+  call(path, { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" }, signal });
 
 /** A job as the page has it. */
 function job(told) {
@@ -69,14 +70,14 @@ export const api = {
   models: async () => (await call(`${OURS}/models`)).models.map(model),
 
   /** Each pass with its plans, the one that will be taken first. */
-  async plan(asked) {
-    const answer = await post(`${OURS}/plan`, asked);
+  async plan(asked, signal) {
+    const answer = await post(`${OURS}/plan`, { ...asked, ...PREVIEWS }, signal);
     if (!answer.passes.length || !answer.passes[0].plans.length) throw new Error(answer.error);
     const flat = (plan) => ({ ...plan, ...plan.predicted, ...plan.wishes });
     return answer.passes.map((pass) => ({ notes: pass.notes, plans: pass.plans.map(flat) })).filter((pass) => pass.plans.length);
   },
 
-  paint: async (asked) => job(await post(`${OURS}/jobs`, { ...asked, preview_every: 1 })),
+  paint: async (asked) => job(await post(`${OURS}/jobs`, { ...asked, ...PREVIEWS })),
   jobs: async (limit, before = "") => (await call(`${OURS}/jobs?limit=${limit}&before=${before}`)).jobs.map(job),
   job: async (id) => job(await call(`${OURS}/jobs/${id}`)),
   cancel: (id) => call(`${OURS}/jobs/${id}`, { method: "DELETE" }),

@@ -2,13 +2,13 @@
 
 import { api } from "./api.js";
 import { Controls } from "./controls.js";
-import { $, choices, debounced, el, icon } from "./dom.js";
+import { $, choices, el, icon, pause } from "./dom.js";
 import { Easel } from "./easel.js";
 import { Gallery, facts } from "./gallery.js";
 import { PlanView } from "./plan.js";
 import { Run } from "./run.js";
 
-const QUIET = 60; // milliseconds without a change before a plan is asked for
+const QUIET = 60; // milliseconds without a change before all ways are planned
 const KEPT = "tightfit.asked";
 const RATIOS = [[1, 1], [4, 3], [3, 4], [3, 2], [2, 3], [16, 9], [9, 16]];
 const STAND_IN = 64; // pixels of a picture that stands for one whose bytes no plan depends on
@@ -25,13 +25,11 @@ class Page {
     this.run = new Run((id, news) => this.ended(id, news));
     this.image = new Easel($("image-easel"), "image", "A picture to begin with", () => this.changed(), true);
     this.control = new Easel($("control-easel"), "control_image", "A picture to follow", () => this.changed());
-    this.replan = debounced(() => this.planned(), QUIET);
     $("machine").textContent = info.machine;
     this.#shelves();
     this.#wire();
     await this.restored();
-    this.plan.wait();
-    this.planned();
+    this.changed();
     const jobs = await this.gallery.refresh();
     const active = jobs.filter((job) => job.isActive);
     const current = active.find((job) => job.state === "running") ?? active.at(-1);
@@ -118,45 +116,55 @@ class Page {
     this.#states();
     this.#keep();
     this.plan.wait();
-    this.replan();
+    this.isStale = true;
+    this.asking?.abort();
+    this.planned();
   }
 
   // ---------------------------------------------------------------- the plan
 
-  /** Ask for a plan of what is asked now. A server cannot stop planning what nobody waits for any more, so at
-   * most two are asked for at once; the newest change is asked for as soon as one is answered. */
+  /** Plan until nothing has changed meanwhile: first the way that ran best before, which takes milliseconds, so
+   * that the bar follows; once it is quiet all ways, which take seconds for a size that was never planned. */
   async planned() {
-    if (this.asking >= 2) { this.again = true; return; }
-    this.asking = (this.asking ?? 0) + 1;
-    const turn = (this.turn = (this.turn ?? 0) + 1);
+    if (this.planning) return;
+    this.planning = true;
+    while (this.isStale) {
+      this.isStale = false;
+      const asked = this.asked(true);
+      await this.#glance(asked);
+      await pause(QUIET);
+      if (!this.isStale) await this.#planned(asked);
+    }
+    this.planning = false;
+  }
+
+  /** The same way as before. What cannot be done so is left to a look at all ways. */
+  async #glance(asked) {
+    if (this.best?.model !== asked.model || this.best.wished !== this.#wished()) return;
+    const passes = await api.plan({ ...this.best.wishes, ...asked }).catch(() => null);
+    if (passes) this.plan.glance(passes, this.pinned);
+  }
+
+  async #planned(asked) {
+    const { pinned } = this;
+    const { signal } = (this.asking = new AbortController());
+    const { precision, residency, ...free } = asked;
     try {
-      await this.#planned(turn);
-    } finally {
-      this.asking -= 1;
-      if (this.again) { this.again = false; this.planned(); }
+      const passes = await api.plan(asked, signal);
+      this.controls.content();
+      this.best = { model: asked.model, wished: this.#wished(), wishes: passes[0].plans[0].wishes };
+      this.plan.show(passes, pinned);
+      $("plan").dataset.asked = JSON.stringify({ ...asked, image: undefined, mask_image: undefined, control_image: undefined });
+      const every = pinned ? (await api.plan(free, signal))[0].plans : passes[0].plans;
+      this.plan.list(every, pinned && passes[0].plans[0]);
+    } catch (error) {
+      if (signal.aborted) return;
+      this.controls.complain(error.message);
+      this.plan.fail(this.controls.worded(error.message));
     }
   }
 
-  async #planned(turn) {
-    const pinned = this.pinned;
-    const asked = this.asked(true);
-    const { precision, residency, ...free } = asked;
-    try {
-      const passes = await api.plan(asked);
-      if (turn < (this.answered ?? 0)) return; // a newer one is shown
-      this.answered = turn;
-      this.controls.content();
-      this.plan.show(passes, pinned, turn === this.turn && !this.again);
-      $("plan").dataset.asked = JSON.stringify({ ...asked, image: undefined, mask_image: undefined, control_image: undefined });
-      const every = pinned ? (await api.plan(free))[0].plans : passes[0].plans;
-      if (turn === this.answered) this.plan.list(every, pinned && passes[0].plans[0]);
-    } catch (error) {
-      if (turn < this.turn || this.again) return;
-      this.answered = turn;
-      this.controls.complain(error.message);
-      this.plan.fail(error.message);
-    }
-  }
+  #wished() { return JSON.stringify(this.controls.given((name) => this.controls.wished.has(name))); }
 
   get pinned() {
     const [precision, residency] = [this.controls.get("precision"), this.controls.get("residency")];
@@ -182,7 +190,7 @@ class Page {
       if (top < 0 || top > innerHeight / 2) $("stage").scrollIntoView({ block: "start" });
       await this.gallery.refresh();
     } catch (error) {
-      if (!this.controls.complain(error.message)) $("problem").textContent = error.message;
+      if (!this.controls.complain(error.message)) $("problem").textContent = this.controls.worded(error.message);
       else this.#open(document.querySelector("[aria-invalid]"));
       this.run.say(error.message);
     }
@@ -202,7 +210,7 @@ class Page {
     if (job?.pictures.length) this.look(job, job.pictures.length - 1);
     else if (this.seen) this.look(...this.seen);
     else this.#blank();
-    if (news.state === "failed" && job && !this.controls.complain(job.error)) $("problem").textContent = job.error;
+    if (news.state === "failed" && job && !this.controls.complain(job.error)) $("problem").textContent = this.controls.worded(job.error);
     const next = jobs.find((one) => one.state === "running") ?? jobs.filter((one) => one.isActive).at(-1);
     if (next) this.run.watch(next.id);
   }

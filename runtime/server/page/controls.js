@@ -22,6 +22,9 @@ const label = (name) => {
   return words[0].toUpperCase() + words.slice(1);
 };
 
+/** A name as sentences have it: of a field, or of an option of the command line. */
+const spelled = (name) => new RegExp(`(?<![\\w-])(--)?${name.replace(/[_ ]/g, "[-_ ]")}(?![\\w-])`, "i");
+
 class Field {
   /** One option: its label, input, slider if it has bounds, help and error. */
   constructor(about, changed) {
@@ -169,9 +172,16 @@ export class Controls {
     const name = this.#meant(sentence);
     const place = document.getElementById(`${name}-error`);
     if (!place) return false;
-    place.textContent = sentence;
+    place.textContent = this.worded(sentence);
     document.getElementById(name)?.setAttribute("aria-invalid", "true");
     return true;
+  }
+
+  /** The sentence with an option's name as the page has it. */
+  worded(sentence) {
+    const name = this.#meant(sentence);
+    const words = this.fields.has(name) ? sentence.replace(spelled(name), label(name)) : sentence;
+    return words[0].toUpperCase() + words.slice(1) + (/[.!?]$/.test(words) ? "" : ".");
   }
 
   content() {
@@ -182,10 +192,9 @@ export class Controls {
   /** The control that a sentence names first, the longest of those that begin there. */
   #meant(sentence) {
     const known = ["prompt", "model", "lora", "vae", "controlnet", ...this.fields.keys()];
-    const spelled = [...known.map((name) => [name, name]), ...Object.entries(WORDS)];
     let best = [Infinity, 0, ""];
-    for (const [words, name] of spelled) {
-      const at = sentence.search(new RegExp(`(?<![\\w-])(--)?${words.replace(/[_ ]/g, "[-_ ]")}(?![\\w-])`, "i"));
+    for (const [words, name] of [...known.map((name) => [name, name]), ...Object.entries(WORDS)]) {
+      const at = sentence.search(spelled(words));
       if (at >= 0 && (at < best[0] || (at === best[0] && words.length > best[1]))) best = [at, words.length, name];
     }
     return best[2];

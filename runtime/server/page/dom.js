@@ -43,14 +43,7 @@ export function seconds(count) {
   return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-/** Call `act` once nothing has asked for it for `wait` milliseconds. */
-export function debounced(act, wait) {
-  let timer = 0;
-  return (...values) => {
-    clearTimeout(timer);
-    timer = setTimeout(() => act(...values), wait);
-  };
-}
+export const pause = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
 
 /** A select's options: [value, label] pairs, or {label, options} groups. */
 export function choices(select, entries, chosen) {

@@ -12,11 +12,27 @@ export class PlanView {
   }
 
   /** Until an answer is there, the last one stays, paler. */
-  wait() { $("plan").setAttribute("aria-busy", "true"); }
+  wait() {
+    $("plan").setAttribute("aria-busy", "true");
+    $("plan").dataset.shows = "before";
+  }
 
-  /** `isLast`: nothing has changed since it was asked for. */
-  show(passes, pinned, isLast) {
-    if (isLast) $("plan").setAttribute("aria-busy", "false");
+  /** One way, while others are not looked at yet. */
+  glance(passes, pinned) {
+    this.#all(passes, pinned);
+    $("plan").dataset.shows = "one way";
+    $("reason").textContent = "This way was the best before; all others are looked at now.";
+    if (passes.every((pass) => pass.plans[0].verdict === "fits")) return;
+    this.#verdict("", "Looking for a way that fits …", `Not as before: ${manner(passes[0].plans[0])}`);
+  }
+
+  show(passes, pinned) {
+    $("plan").setAttribute("aria-busy", "false");
+    $("plan").dataset.shows = "all";
+    this.#all(passes, pinned);
+  }
+
+  #all(passes, pinned) {
     const [first] = passes;
     const chosen = passes.map((pass) => pass.plans[0]);
     const worst = chosen.find((plan) => plan.verdict !== "fits") ?? chosen[0];
@@ -57,6 +73,7 @@ export class PlanView {
   /** Why there is no plan at all. */
   fail(message) {
     $("plan").setAttribute("aria-busy", "false");
+    $("plan").dataset.shows = "all";
     this.#verdict("refused", "No plan", message);
     $("figures").replaceChildren();
     $("bars").replaceChildren();
@@ -78,8 +95,8 @@ export class PlanView {
   }
 
   #verdict(verdict, words, more) {
-    $("verdict").className = verdict === "fits" ? "good" : "bad";
-    $("verdict").replaceChildren(icon(verdict === "fits" ? "check" : "cross"), el("p", {}, el("strong", {}, words), el("span", {}, more)));
+    $("verdict").className = { fits: "good", "": "" }[verdict] ?? "bad";
+    $("verdict").replaceChildren(icon({ fits: "check", "": "wait" }[verdict] ?? "cross"), el("p", {}, el("strong", {}, words), el("span", {}, more)));
   }
 
   #figures(pairs) {

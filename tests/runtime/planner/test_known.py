@@ -14,7 +14,6 @@ GPU = Hardware("cuda", "a card", 8 * GIB, 6 * GIB, ("fp16", "fp32"), providers=(
 REQUESTS = (
     Request("a", width=64, height=64),
     Request("b", width=64, height=64, num_inference_steps=9, scheduler="Heun"),
-    Request("a", width=64, height=64, guidance_scale=1.0),
     Request("a", width=96, height=64, num_images=3),
 )
 

@@ -9,6 +9,7 @@ import json
 import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -52,7 +53,7 @@ def folder(tmp_path_factory):
     """A1111's: an upscaler of random weights, and styles."""
     models = tmp_path_factory.mktemp("webui") / "models"
     (models / "ESRGAN").mkdir(parents=True)
-    save_file(rrdbnet(), models / "ESRGAN" / "tiny.safetensors")
+    save_file(rrdbnet(), models / "ESRGAN" / "RealESRGAN_x2plus.safetensors")
     (models / "Stable-diffusion").mkdir()
     (models.parent / "styles.csv").write_text(STYLES, encoding="utf-8")
     (models.parent / "embeddings").mkdir()
@@ -284,18 +285,26 @@ def test_extras_are_the_upscaler_s(api, folder, server):
 
     assert isinstance(api, WebUIApi)
     names = [upscaler["name"] for upscaler in api.get_upscalers()]
-    assert names == ["None", "Lanczos", "Nearest", "tiny"]
-    assert api.get_realesrgan_models() == [{"name": "tiny", "path": "tiny.safetensors", "scale": 2}]
-    file, picture = folder / "ESRGAN" / "tiny.safetensors", clients.picture(32, 24)
+    assert names == ["None", "Lanczos", "Nearest", "R-ESRGAN 2x+"]
+    assert api.get_realesrgan_models() == [
+        {"name": "R-ESRGAN 2x+", "path": "RealESRGAN_x2plus.safetensors", "scale": 2}
+    ]
+    file, picture = folder / "ESRGAN" / "RealESRGAN_x2plus.safetensors", clients.picture(32, 24)
     larger = tightfit.upscale(picture, file, 3, device="cpu", precision="fp32")
-    assert same(api.extra_single_image(picture, upscaler_1="tiny", upscaling_resize=3).image, larger)
+    assert same(api.extra_single_image(picture, upscaler_1="R-ESRGAN 2x+", upscaling_resize=3).image, larger)
     answer = api.extra_batch_images(
-        [picture, picture], resize_mode=1, upscaling_resize_w=48, upscaling_resize_h=48, upscaler_1="tiny"
+        [picture, picture],
+        resize_mode=1,
+        upscaling_resize_w=48,
+        upscaling_resize_h=48,
+        upscaler_1="RealESRGAN_x2plus",
     )
     twice = tightfit.upscale(picture, file, 2, device="cpu", precision="fp32")
     assert len(answer.images) == 2
     assert all(same(image, twice.crop((8, 0, 56, 48))) for image in answer.images)
     assert "Postprocess upscale to: 48x48" in answer.info
+    larger = {"enable_hr": True, "hr_upscaler": "R-ESRGAN 2x+"}
+    assert asked_of(server, **larger).options["hires_upscaler"] == "RealESRGAN_x2plus"
 
 
 def test_what_a_picture_says(api):
@@ -442,7 +451,7 @@ def test_a_job_is_followed_and_interrupted(server, http, api):
     thread = long_job(server, answers)
     followed = until(lambda: (said := http.get("/sdapi/v1/progress").json())["current_image"] and said)
     state = followed["state"]
-    assert 0 < followed["progress"] < 1 and followed["eta_relative"] > 0
+    assert 0 < followed["progress"] < 1 and followed["eta_relative"] >= 0
     assert (state["job"], state["job_count"], state["sampling_steps"]) == ("scripts_txt2img", 20, 16)
     assert opened(followed["current_image"]).size == (64, 64)
     brief = http.get("/sdapi/v1/progress", params={"skip_current_image": True}).json()
@@ -466,11 +475,29 @@ def test_another_client_s_job_is_not_interrupted(server, http):
 
 
 def test_a_client_that_goes_away_has_its_job_cancelled(server):
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/sdapi/v1/txt2img", json={"steps": 900, **SIZE}, timeout=0.5)
-    ticket = server.service.running
-    until(lambda: server.service.running is None)
-    assert ticket is None or ticket.state.value == "cancelled"
+    def ask() -> None:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/sdapi/v1/txt2img", json={"steps": 900, "seed": 77, **SIZE}, timeout=2)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+
+    def ours() -> list:
+        return [one for one in server.service.active if one.record.order.options["seed"] == 77]
+
+    (ticket,) = until(ours)
+    thread.join()
+    assert ticket.wait(30).value == "cancelled"
+
+
+def test_requests_at_once_wait_for_one_another(server):
+    def seed(number: int) -> int:
+        body = {"prompt": "a cat", "seed": number, **SMALL}
+        answer = httpx.post(f"{server.url}/sdapi/v1/txt2img", json=body, timeout=60).json()
+        return json.loads(answer["info"])["seed"]
+
+    with ThreadPoolExecutor(6) as pool:
+        assert [*pool.map(seed, range(6))] == [*range(6)]
 
 
 # ------------------------------------------------------------------------------------------------ bad input
@@ -532,7 +559,7 @@ BAD = [
     ("img2img", {"init_images": ["PICTURE"], "denoising_strength": 0}, 422),
     ("img2img", {"init_images": ["PICTURE"], "resize_mode": 3}, 422),
     ("extra-single-image", {"image": "PICTURE", "upscaler_1": "../tiny"}, 422),
-    ("extra-single-image", {"image": "PICTURE", "upscaler_1": "tiny", "upscaling_resize": 1e9}, 422),
+    ("extra-single-image", {"image": "PICTURE", "upscaler_1": "R-ESRGAN 2x+", "upscaling_resize": 1e9}, 422),
     ("extra-single-image", {"image": "PICTURE", "gfpgan_visibility": 1}, 422),
     ("extra-single-image", {"image": "PICTURE", "resize_mode": 2}, 422),
     ("extra-batch-images", {"imageList": "x"}, 422),

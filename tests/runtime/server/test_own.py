@@ -173,3 +173,15 @@ def test_other_kinds_of_bodies_and_places_are_refused(own):
     assert own.get("jobs/../../etc/passwd").status_code == 404
     assert own.get("jobs/nothing/events").status_code == 404
     assert own.get("jobs", params={"limit": 0}).status_code == 422
+
+
+def test_a_disk_that_is_full_is_no_fault_of_the_client(own, server, monkeypatch):
+    from tightfit.runtime.jobs import Jobs, UnkeptError
+
+    def full(*_: object) -> None:
+        raise UnkeptError(f"{server.folder} cannot keep jobs: the disk is full: make room")
+
+    monkeypatch.setattr(Jobs, "add", full)
+    answer = own.post("jobs", json=HEART)
+    assert answer.status_code == 503 and answer.headers["retry-after"]
+    assert "the disk is full" in answer.json()["error"]["message"]

@@ -24,6 +24,7 @@ pytest.importorskip("uvicorn", reason="the extra serve is not installed")
 SMALL = {"width": 64, "height": 64, "num_inference_steps": 2}
 WISHES = {"attention": "sdpa", "tiling": "whole", "cfg": "batched"}  # so few ways to run are costed
 PLAIN = {"device": "cpu", "precision": "fp32", "residency": "resident", **WISHES}
+PREVIEWS = {"preview_every": 2}  # the page's
 SIDE = 64
 NAMES = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 READY_MS = 20_000
@@ -86,6 +87,12 @@ def planned(page) -> dict:
     return json.loads(page.get_attribute("#plan", "data-asked"))
 
 
+def stages(page) -> dict[str, int]:
+    """The bar's bytes by stage."""
+    script = "rows => rows.map(row => [row.dataset.stage, Number(row.dataset.bytes)])"
+    return dict(page.eval_on_selector_all("#bars li[data-stage]", script))
+
+
 def jobs(server) -> list[dict]:
     return httpx.get(f"{server.url}/v1/tightfit/jobs").json()["jobs"]
 
@@ -125,9 +132,12 @@ def noise(seed: int = 0) -> Image.Image:
 
 def test_a_picture_goes_from_prompt_to_gallery(page, server):
     ask(page, "a red heart", seed=7, **SMALL)
+    planned(page)
+    peak_bytes = max(stages(page).values())
     page.click("#paint")
     until(lambda: any(job["options"].get("prompt") == "a red heart" for job in jobs(server)))
     job, image = painted(page, server)
+    assert job["summary"]["predicted_bytes"] == peak_bytes
     with tightfit.load("emoji", **PLAIN) as alone:
         assert image.convert("RGB").tobytes() == alone("a red heart", seed=7, **SMALL).tobytes()
     facts = page.inner_text("#caption-facts")
@@ -143,25 +153,61 @@ def test_the_bar_has_the_plans_numbers(page, server):
         page.fill("#width", str(side))
         asked = planned(page)
         assert (asked["width"], asked["guidance_scale"]) == (side, 5)
-        answer = httpx.post(f"{server.url}/v1/tightfit/plan", json=asked).json()
+        answer = httpx.post(f"{server.url}/v1/tightfit/plan", json={**asked, **PREVIEWS}).json()
         best = answer["passes"][0]["plans"][0]
-        rows = page.eval_on_selector_all(
-            "#bars li[data-stage]",
-            "rows => rows.map(row => [row.dataset.stage, Number(row.dataset.bytes), row.innerText])",
-        )
-        assert {stage: count for stage, count, _ in rows} == best["predicted"]["stages"]
-        assert all(shown(count) in words for _, count, words in rows)
+        words = page.inner_text("#bars")
+        assert stages(page) == best["predicted"]["stages"]
+        assert all(shown(count) in words for count in stages(page).values())
         assert shown(best["budget_bytes"]) in page.inner_text("#figures")
         assert page.inner_text("#reason").lower().startswith(best["reason"].lower())
-        bars.append(rows)
+        bars.append(stages(page))
     assert bars[0] != bars[1]
+
+
+def test_the_bar_follows_before_all_ways_are_looked_at(page, server):
+    """By the way that was best before, whose names the request has."""
+    planned(page)
+    held = []
+
+    def taken(route):
+        if "cfg" in route.request.post_data_json:
+            route.continue_()
+        else:
+            held.append(route)
+
+    page.route("**/v1/tightfit/plan", taken)
+    page.fill("#width", "192")
+    until(lambda: page.get_attribute("#plan", "data-shows") == "one way")
+    asked = {"model": "emoji", "prompt": "", "width": 192}
+    best = httpx.post(f"{server.url}/v1/tightfit/plan", json={**asked, **PREVIEWS}).json()["passes"][0][
+        "plans"
+    ][0]
+    assert stages(page) == best["predicted"]["stages"] and page.get_attribute("#plan", "aria-busy") == "true"
+    until(lambda: page.wait_for_timeout(10) or held)
+    for route in held:
+        route.continue_()
+    page.unroute("**/v1/tightfit/plan")
+    assert planned(page)["width"] == 192
+
+
+@pytest.mark.parametrize("size", [(300, 200), (50, 90)])
+def test_a_picture_is_fitted_as_the_server_fits_it(page, size):
+    from tightfit.runtime.conditions.image import size_of
+    from tightfit.runtime.conditions.input_pictures import open_picture
+    from tightfit.runtime.models.hub import inspect
+
+    picture = Image.new("RGB", size, "teal")
+    page.set_input_files("#image", {"name": "a.png", "mimeType": "image/png", "buffer": png(picture)})
+    until(lambda: page.text_content("[data-state=image]"))
+    asked = planned(page)
+    assert (asked["height"], asked["width"]) == size_of(open_picture(picture), inspect("emoji"))
 
 
 def test_another_way_is_a_click_away(page, server):
     planned(page)
     page.click("#others tbody button[aria-pressed=false] >> nth=0")
     asked = planned(page)
-    answer = httpx.post(f"{server.url}/v1/tightfit/plan", json=asked).json()
+    answer = httpx.post(f"{server.url}/v1/tightfit/plan", json={**asked, **PREVIEWS}).json()
     assert asked["residency"] == answer["passes"][0]["plans"][0]["wishes"]["residency"]
     assert asked["residency"] in page.inner_text("#verdict") and page.is_visible("#pinned")
     page.click("#unpin")
