@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import os
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
 
@@ -71,11 +73,15 @@ class Shelves:
             self.refresh()
             if place := self._place(name, kind):
                 return place
-        if not self.roots:
-            raise TightfitError(
-                f"no {kind.value} is called {shortened(name)}: there are no folders of models"
-            )
-        raise library.missing(name, kind, self.roots, self.library)
+        raise library.missing_here(name, kind, self.library)
+
+    def bare(self, text: str) -> str:
+        """The text with names in place of paths, which are the host's own affair."""
+        names = {str(entry.path): name for name, entry in self.named()}
+        names |= {f"{root}{os.sep}": "" for root in self.roots}
+        for place in sorted(names, key=len, reverse=True):
+            text = text.replace(place, names[place])
+        return text
 
     def _place(self, name: str, kind: Kind) -> str | None:
         """By its name, which is looked up among all files once."""
@@ -109,7 +115,8 @@ def request_of(options: Mapping[str, Any], shelves: Shelves | None = None) -> Re
     prompt = given.pop("prompt", None)
     named = ()
     if isinstance(prompt, str):
-        prompt, named = from_words(prompt, roots)
+        find = partial(shelves.path, kind=Kind.LORA) if shelves else None
+        prompt, named = from_words(prompt, roots, find)
     adapters = *given.pop("adapters", ()), *written(adapting, roots), *named
     asked = conditions.asked({**asking, "models_dirs": roots} if asking and shelves else asking)
     every = (*given.pop("conditions", ()), *asked)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -23,7 +24,7 @@ from .machine.hardware import Hardware
 from .models.layouts.library import Kind
 from .open_models import ASKABLE, OpenModels
 from .passes import passes
-from .pictures import save
+from .pictures import PARAMETERS, save
 from .pipeline import MANY, Planned
 from .planner.plan import Plan
 from .planner.wishes import Wishes
@@ -33,6 +34,7 @@ from .ticket import Ticket as Ticket
 TRIES = 3
 """How often a job is begun that ends its process."""
 _AGAIN_SECONDS = 5.0  # until what could not be written is tried again
+T = TypeVar("T")
 _log = logging.getLogger("tightfit.service")
 
 
@@ -71,6 +73,20 @@ class Limits:
 
 class QueueFullError(TightfitError):
     """The queue takes nothing now. It may later."""
+
+
+def _privately(method: Callable[..., T]) -> Callable[..., T]:
+    """What it raises says no path, where clients may give names alone."""
+
+    @wraps(method)
+    def called(self: Service, *given: Any, **named: Any) -> T:
+        try:
+            return method(self, *given, **named)
+        except TightfitError as error:
+            error.args = (self.bare(str(error)),)
+            raise
+
+    return called
 
 
 class Service:
@@ -134,6 +150,7 @@ class Service:
         self.models.wished(order.wishes)
         return self._queued(Record(order), asked.checked())
 
+    @_privately
     def queue(self, order: Order) -> Ticket:
         """Queue what a client asks; see `submit`."""
         order.check()
@@ -167,6 +184,7 @@ class Service:
         running = self._running
         return None if running and running.state.is_end else running
 
+    @_privately
     def plans(self, model: str, asked: Request | Mapping[str, Any], **wishes: Any) -> list[Plan]:
         """Every way to run it here, the one that will be taken first, also while another job runs. Raises
         TightfitError if none fits."""
@@ -176,6 +194,7 @@ class Service:
         self.limits.check(job := request.resolve(pipeline.spec))
         return pipeline.plans(job)
 
+    @_privately
     def planned(
         self,
         model: str,
@@ -474,8 +493,14 @@ class Service:
         measured = asdict(enlarged.measured)
         self._end(ticket, State.DONE, summary={"stages": [{"upscale": measured}]})
 
+    def bare(self, text: str) -> str:
+        """The text with names in place of paths, if clients may give names alone."""
+        return self.shelves.bare(text) if self.shelves else text
+
     def _tell(self, ticket: Ticket, event: Event) -> None:
         """Also what is painted is kept."""
+        if event.picture and (parameters := event.picture.info.get(PARAMETERS)):
+            event.picture.info[PARAMETERS] = self.bare(parameters)
         if event.picture and isinstance(self.jobs, Jobs) and not ticket.ending:
             name = f"{ticket.id}-{len(ticket.record.pictures) + 1}.png"
             ticket.add(save(event.picture, self.jobs.pictures / name))
@@ -508,13 +533,18 @@ class Service:
         with self._news:  # so that nothing is written after the folder is closed
             if not ticket.ends():
                 return None
-            record, said = ticket.record, str(failure) if isinstance(failure, TightfitError) else ""
+            record = ticket.record
+            if isinstance(failure, TightfitError):
+                failure.args = (said := self.bare(str(failure)),)
+            else:
+                said = first_line(failure) if failure else ""
+            known = json.dumps({**(summary or record.summary), "notices": ticket.notices})
             ended = replace(
                 record,
                 state=state,
                 ended=time.time(),
-                error=said or (first_line(failure) if failure else ""),
-                summary={**(summary or record.summary), "notices": ticket.notices},
+                error=said,
+                summary=json.loads(self.bare(known)),
             )
             if later:
                 tries = record.tries - (record.state is State.RUNNING)

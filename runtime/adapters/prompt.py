@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..errors import TightfitError
@@ -16,17 +16,20 @@ FOLDER = "TIGHTFIT_LORAS"  # of the environment: one folder beside those of mode
 WORD = re.compile(r"\s*<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
 
 
-def from_words(prompt: str, models_dirs: Sequence[str | Path] = ()) -> tuple[str, tuple[Adapter, ...]]:
-    """A prompt without these words, and what they name in folders of models. Without such folders they stay
-    words.
+def from_words(
+    prompt: str, models_dirs: Sequence[str | Path] = (), find: Callable[[str], str] | None = None
+) -> tuple[str, tuple[Adapter, ...]]:
+    """A prompt without these words, and what they name in folders of models, or as `find` says. Without such
+    folders they stay words.
 
     Raises TightfitError for a name that no file has, or two have, and for a weight that is no number.
     """
     words = WORD.findall(prompt)
-    roots = places(models_dirs) if words else ()
-    if not roots:
+    roots = places(models_dirs) if words and not find else ()
+    if not words or not (roots or find):
         return prompt, ()
-    return WORD.sub("", prompt).strip(), tuple(_adapter(roots, name, weights) for name, weights in words)
+    located = find or (lambda name: _located(roots, name))
+    return WORD.sub("", prompt).strip(), tuple(_adapter(located(name), name, text) for name, text in words)
 
 
 def places(models_dirs: Sequence[str | Path] = ()) -> tuple[Path, ...]:
@@ -34,10 +37,13 @@ def places(models_dirs: Sequence[str | Path] = ()) -> tuple[Path, ...]:
     return library.folders((*models_dirs, *filter(None, [os.environ.get(FOLDER)])))
 
 
-def _adapter(roots: Sequence[Path], name: str, weights: str) -> Adapter:
-    file = library.find(name, library.Kind.LORA, roots)
-    if file is None:
-        raise library.missing(name, library.Kind.LORA, roots)
+def _located(roots: Sequence[Path], name: str) -> Path:
+    if file := library.find(name, library.Kind.LORA, roots):
+        return file
+    raise library.missing(name, library.Kind.LORA, roots)
+
+
+def _adapter(file: str | Path, name: str, weights: str) -> Adapter:
     try:
         numbers = [float(weight) for weight in weights.split(":")[1:]]
     except ValueError:

@@ -321,8 +321,21 @@ def missing(name: str, kind: Kind, roots: Sequence[Path], library: Library | Non
         kind_there = other.shelf.value if other.shelf else "other"
         cure = f"{_asked_by(other.shelf)}, or as its path" if other.shelf else "as its path"
         return TightfitError(f"{said}: {other.path} is, in a folder for {kind_there} files; give it {cure}")
+    return TightfitError(f"{said}{_meant(name, kind, library)}: tightfit models lists what is there")
+
+
+def missing_here(name: str, kind: Kind, library: Library) -> TightfitError:
+    """The same for a client of a server, who is told no path."""
+    said = f"no {kind.value} here is called {shortened(name)}{_meant(name, kind, library)}"
+    if other := next((entry for entry in library.entries if entry.is_called(name)), None):
+        return TightfitError(
+            f"{said}: one is in a folder for {other.shelf.value if other.shelf else 'other'} files"
+        )
+    return TightfitError(f"{said}: choose one of the list of models")
+
+
+def _meant(name: str, kind: Kind, library: Library) -> str:
     names = [entry.name for entry in _of_kind(library, kind)]
     bare = name[: -len(PurePath(name).suffix)] if PurePath(name).suffix.lower() in _ENDINGS else name
     close = get_close_matches(bare, names, 1)
-    meant = f" (did you mean {close[0]}?)" if close else ""
-    return TightfitError(f"{said}{meant}: tightfit models lists what is there")
+    return f" (did you mean {close[0]}?)" if close else ""
