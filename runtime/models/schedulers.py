@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any
 
+from ..budget import BUILDING
 from ..errors import TightfitError, explained
 from .samplers.names import (
     AUTOMATIC,
@@ -258,12 +260,13 @@ def make(name: str, spec: ModelSpec, steps: int, seed: int = 0, tuning: Tuning =
     return scheduler
 
 
+@functools.cache
 def _class(kind: str) -> Any:
-    import diffusers
+    with BUILDING:  # while one thread imports parts of diffusers, another finds packages missing
+        import diffusers
 
-    if kind == _STOCHASTIC:
-        return scheduler_class()
-    if (made := getattr(diffusers, kind, None)) is None:
+        made = scheduler_class() if kind == _STOCHASTIC else getattr(diffusers, kind, None)
+    if made is None:
         raise TightfitError(
             f"diffusers {diffusers.__version__} has no {kind}: "
             "pip install -U diffusers, or choose another --scheduler"

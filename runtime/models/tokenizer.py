@@ -9,6 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from ..budget import BUILDING
 from ..errors import TightfitError, explained
 from ..files import JSON_BYTES, open_regular, plain_name, read_json, readable
 from . import vocabulary
@@ -54,7 +55,8 @@ def read_tokenizer(folder: Path) -> Any:
         ):
             raise TightfitError(f"{folder} lacks vocab.json and merges.txt: copy or download the model again")
         files = _own_files(folder)
-    from transformers import CLIPTokenizer
+    with BUILDING:  # as nothing else of the libraries is imported meanwhile
+        from transformers import CLIPTokenizer
 
     with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **files)
