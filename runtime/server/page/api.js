@@ -72,9 +72,10 @@ export const api = {
   /** Each pass with its plans, the one that will be taken first. */
   async plan(asked, signal) {
     const answer = await post(`${OURS}/plan`, { ...asked, ...PREVIEWS }, signal);
-    if (!answer.passes.length || !answer.passes[0].plans.length) throw new Error(answer.error);
+    // A later pass without plans, or none at all, is refused whatever the first would take.
+    if (!answer.passes.length || answer.passes.some((pass) => !pass.plans.length)) throw new Error(answer.error);
     const flat = (plan) => ({ ...plan, ...plan.predicted, ...plan.wishes });
-    return answer.passes.map((pass) => ({ notes: pass.notes, plans: pass.plans.map(flat) })).filter((pass) => pass.plans.length);
+    return answer.passes.map((pass) => ({ notes: pass.notes, plans: pass.plans.map(flat) }));
   },
 
   paint: async (asked) => job(await post(`${OURS}/jobs`, { ...asked, ...PREVIEWS })),

@@ -185,6 +185,7 @@ class Page {
     try {
       const job = await api.paint(this.asked());
       this.run.say("Asked for. Painting begins when its turn comes.");
+      this.run.own(job.id);
       if (!this.run.id) this.run.watch(job.id);
       const { top } = $("stage").getBoundingClientRect();
       if (top < 0 || top > innerHeight / 2) $("stage").scrollIntoView({ block: "start" });

@@ -3,20 +3,33 @@
 import { api } from "./api.js";
 import { $, seconds } from "./dom.js";
 
+const MINE = "tightfit.mine", MOST = 100;
+
 export class Run {
   /** `ended` is called with the id of a job that has, and its state. */
   constructor(ended) {
     this.ended = ended;
     this.id = null;
+    this.mine = JSON.parse(sessionStorage.getItem(MINE) ?? "[]");
     $("cancel").addEventListener("click", () => this.cancel());
     $("stop").addEventListener("click", () => this.stop());
   }
 
-  /** Follow a job to its end. */
+  /** A job that this page has asked for: it alone is ended from here, also after a reload. */
+  own(id) {
+    this.mine = [...this.mine, id].slice(-MOST);
+    sessionStorage.setItem(MINE, JSON.stringify(this.mine));
+    this.#offer();
+  }
+
+  #offer() { $("cancel").hidden = $("stop").hidden = !this.mine.includes(this.id); }
+
+  /** Follow a job to its end, whoever asked for it. */
   watch(id) {
     if (this.id === id) return;
     this.leave();
     this.id = id;
+    this.#offer();
     $("running").hidden = false;
     $("progress").removeAttribute("value");
     $("status").textContent = "Waiting …";
@@ -32,13 +45,13 @@ export class Run {
   }
 
   async cancel() {
-    if (!this.id) return;
+    if (!this.mine.includes(this.id)) return;
     $("status").textContent = "Cancelling after this step …";
     await api.cancel(this.id).catch((error) => this.say(error.message));
   }
 
   async stop() {
-    if (!this.id) return;
+    if (!this.mine.includes(this.id)) return;
     $("status").textContent = "Stopping after this step …";
     await api.stop(this.id).catch((error) => this.say(error.message));
   }

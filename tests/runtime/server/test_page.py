@@ -267,6 +267,32 @@ def covered(page) -> int:
     }""")
 
 
+def test_what_somebody_else_asked_for_is_not_ended_from_here(page, server):
+    """It is shown, as it is what one waits for."""
+    options = {"prompt": "a fox", "num_inference_steps": 900, "width": SIDE, "height": SIDE}
+    theirs = server.service.submit("emoji", options)
+    opened(page, page.url)
+    page.wait_for_selector("#running:visible")
+    page.keyboard.press("Escape")
+    assert not page.is_visible("#cancel") and not page.is_visible("#stop")
+    assert theirs.wanted is None
+    theirs.cancel()
+    page.wait_for_selector("#running", state="hidden")
+
+
+def test_a_second_pass_that_does_not_fit_is_said(page):
+    refused = {
+        "model": "emoji",
+        "fits": False,
+        "error": "the second pass does not fit",
+        "passes": [{"notes": [], "plans": [{}]}, {"notes": [], "plans": []}],
+    }
+    page.route("**/v1/tightfit/plan", lambda route: route.fulfill(json=refused))
+    page.fill("#width", "72")
+    page.wait_for_function("document.querySelector('#verdict').innerText.includes('No plan')")
+    page.unroute_all()
+
+
 def test_a_job_is_cancelled(page, server):
     ask(page, "a slow cat", num_inference_steps=900)
     page.press("#prompt", "Enter")
