@@ -1,6 +1,6 @@
 // What the page asks of the server: tightfit's own API, and a few answers made for the page alone.
 
-import { bytes, seconds } from "./dom.js";
+import { bytes, peak, seconds } from "./dom.js";
 
 const OURS = "v1/tightfit";
 const PREVIEWS = { preview_every: 2 }; // steps: which decodes them, and how often, is in the plan
@@ -50,10 +50,11 @@ function model(row) {
   const plan = row.plan;
   const main = plan?.placements.unet ?? Object.values(plan?.placements ?? {}).at(-1);
   const words = plan
-    ? `fits: ${main.precision}, ${main.residency}, ${seconds(plan.predicted.seconds)}, ${bytes(plan.predicted.peak_bytes)}`
+    ? `fits: ${main.precision}, ${main.residency}, ${seconds(plan.predicted.seconds)}, ${bytes(peak(plan.predicted))}`
     : row.problem ?? "";
   const kind = KINDS[row.kind] ?? row.kind;
   return { name: row.name, kind, family: row.family, triggers: row.triggers ?? [], fits: Boolean(row.fits), words,
+    state: row.fits ? "fits" : row.problem ?? "does not fit",
     broken: kind !== "model" && Boolean(row.problem) };
 }
 

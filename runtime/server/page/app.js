@@ -18,13 +18,14 @@ class Page {
     this.loras = [];
     this.seen = null; // the job and picture that are looked at
     const [schema, info] = await Promise.all([api.controls(), api.info()]);
-    this.models = [{ name: info.model, kind: "model", fits: true, words: "" }]; // until all are looked at
+    this.models = [{ name: info.model, kind: "model", fits: true, state: "fits", words: "" }]; // until all are looked at
     this.controls = new Controls(schema, (name) => this.changed(name));
     this.plan = new PlanView((wishes) => this.pin(wishes));
     this.gallery = new Gallery((job, number) => this.look(job, number));
     this.run = new Run((id, news) => this.ended(id, news));
-    this.image = new Easel($("image-easel"), "image", "A picture to begin with", () => this.changed(), true);
-    this.control = new Easel($("control-easel"), "control_image", "A picture to follow", () => this.changed());
+    const given = () => { $("problem").textContent = ""; this.changed(); };
+    this.image = new Easel($("image-easel"), "image", "A picture to begin with", given, true);
+    this.control = new Easel($("control-easel"), "control_image", "A picture to follow", given);
     $("machine").textContent = info.machine;
     this.#shelves();
     this.#wire();
@@ -142,7 +143,7 @@ class Page {
   async #glance(asked) {
     if (this.best?.model !== asked.model || this.best.wished !== this.#wished()) return;
     const passes = await api.plan({ ...this.best.wishes, ...asked }).catch(() => null);
-    if (passes) this.plan.glance(passes, this.pinned);
+    if (passes) this.plan.glance(passes, this.pinned, !this.isStale);
   }
 
   async #planned(asked) {
@@ -182,6 +183,13 @@ class Page {
   async paint() {
     $("problem").textContent = "";
     this.controls.content();
+    const easels = [this.image, this.control];
+    await Promise.all(easels.map((easel) => easel.taking));
+    const refused = easels.find((easel) => easel.problem);
+    if (refused) {
+      $("problem").textContent = refused.problem;
+      return this.#open(refused.file);
+    }
     try {
       const job = await api.paint(this.asked());
       this.run.say("Asked for. Painting begins when its turn comes.");
@@ -206,7 +214,8 @@ class Page {
   async ended(id, news) {
     const jobs = await this.gallery.refresh().catch(() => []);
     const job = jobs.find((one) => one.id === id) ?? (await api.job(id).catch(() => null));
-    const words = { done: "Done.", stopped: "Stopped; what is painted is kept.", cancelled: "Cancelled." };
+    const stopped = job?.pictures.length ? "Stopped; what there is so far is kept." : "Stopped before there was anything to keep.";
+    const words = { done: "Done.", stopped, cancelled: "Cancelled." };
     this.run.say(words[news.state] ?? job?.error ?? "It failed.");
     if (job?.pictures.length) this.look(job, job.pictures.length - 1);
     else if (this.seen) this.look(...this.seen);
@@ -308,10 +317,10 @@ class Page {
 
   #shelves() {
     const models = this.#of("model");
-    const entry = (model) => [model.name, `${model.name} · ${model.fits ? "fits" : "does not fit"}`];
+    const entry = (model) => [model.name, `${model.name} · ${model.state}`];
     const fit = models.filter((model) => model.fits);
     const not = models.filter((model) => !model.fits);
-    choices($("model"), [...(fit.length ? [{ label: "Fits", options: fit.map(entry) }] : []), ...(not.length ? [{ label: "Does not fit", options: not.map(entry) }] : [])],
+    choices($("model"), [...(fit.length ? [{ label: "Fits", options: fit.map(entry) }] : []), ...(not.length ? [{ label: "Cannot be used here", options: not.map(entry) }] : [])],
       $("model").value || models[0]?.name);
     const named = (kind, none) => [["", none], ...this.#of(kind).map((one) => [one.name, one.name])];
     choices($("controlnet"), named("ControlNet", "the model's own, or the only one"), "");
@@ -416,7 +425,7 @@ class Page {
       if (event.key === "Escape" && this.run.id) { event.preventDefault(); this.run.cancel(); }
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target !== $("prompt")) this.paint();
     });
-    $("model").addEventListener("input", async () => { this.wanted = {}; await this.#described(); this.#showSchedules(); this.changed("model"); });
+    $("model").addEventListener("input", async () => { this.wanted = {}; this.plan.wait(); await this.#described(); this.#showSchedules(); this.changed("model"); });
     for (const name of ["vae", "controlnet"]) $(name).addEventListener("input", () => this.changed(name));
     $("lora-add").addEventListener("input", () => {
       this.loras.push({ name: $("lora-add").value, weight: "1" });
@@ -476,9 +485,10 @@ class Page {
     document.addEventListener("drop", () => { inside = 0; $("drop-hint").hidden = true; }, true);
     document.addEventListener("paste", (event) => {
       const [file] = event.clipboardData?.files ?? [];
-      if (!file?.type.startsWith("image/")) return;
+      const place = document.activeElement?.closest("#image-details, #control-details");
+      if (!file || !(place || file.type.startsWith("image/"))) return;
       event.preventDefault();
-      const isControl = document.activeElement?.closest("#control-details");
+      const isControl = place?.id === "control-details";
       $(isControl ? "control-details" : "image-details").open = true;
       (isControl ? this.control : this.image).take(file);
     });

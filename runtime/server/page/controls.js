@@ -185,7 +185,8 @@ export class Controls {
   }
 
   content() {
-    for (const place of document.querySelectorAll("#controls .field .error")) place.textContent = "";
+    const ours = "#controls .field:not(.easel) .error"; // an easel's is of its file, and stays with that
+    for (const place of document.querySelectorAll(ours)) place.textContent = "";
     for (const input of document.querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
   }
 

@@ -33,6 +33,9 @@ export function bytes(count) {
   return mib < 1000 ? `${Math.round(mib)} MiB` : `${(mib / 1024).toFixed(2)} GiB`;
 }
 
+/** Bytes that a plan needs in all: what it holds, and the process or the device's context besides. */
+export const peak = (predicted) => predicted.peak_bytes + predicted.context_bytes;
+
 /** Seconds for people: "0.3 s", "12 s", "4 min 10 s". */
 export function seconds(count) {
   if (count < 9.95) return `${count.toFixed(1)} s`;

@@ -17,12 +17,13 @@ export class Easel {
   constructor(place, name, words, changed, masked = false) {
     this.changed = changed;
     this.data = null; // a data URL
+    this.taking = null; // a promise, while a file is read
     this.image = el("img", { alt: words, ".draggable": false });
     this.file = el("input", { type: "file", accept: "image/*", id: name, "aria-describedby": `${name}-error` });
     this.file.addEventListener("change", () => this.file.files[0] && this.take(this.file.files[0]));
     this.error = el("p", { class: "error", id: `${name}-error` });
     this.view = el("div", { class: "view", hidden: true }, this.image);
-    this.remove = el("button", { type: "button", class: "plain", hidden: true, onclick: () => this.clear() }, "Remove the picture");
+    this.remove = el("button", { type: "button", class: "plain", hidden: true, onclick: () => this.clear() });
     const choose = el("label", { class: "choose", for: name }, `Choose, drop or paste ${words.toLowerCase()}`);
     this.box = el("div", { class: "drop" }, choose, this.file, this.view);
     place.classList.add("field");
@@ -41,19 +42,31 @@ export class Easel {
   get width() { return this.data ? this.image.naturalWidth : 0; }
   get height() { return this.data ? this.image.naturalHeight : 0; }
 
-  /** Show a picture's file. */
-  async take(blob) {
-    this.error.textContent = "";
-    const data = await encoded(blob);
-    this.image.src = data;
+  /** Why the file that was given last is not used; "" where it is, or none was given. */
+  get problem() { return this.error.textContent; }
+
+  /** Show a picture's file, or say that it is none. */
+  take(blob) {
+    this.taking = this.#taken(blob);
+    return this.taking;
+  }
+
+  async #taken(blob) {
+    let data;
     try {
+      data = await encoded(blob);
+      this.image.src = data;
       await this.image.decode();
     } catch {
       this.clear();
       this.error.textContent = `${blob.name ?? "This"} is no picture that your browser can show: choose a PNG, JPEG or WebP.`;
+      this.remove.textContent = "Go on without it";
+      this.remove.hidden = false;
       return;
     }
+    this.error.textContent = "";
     this.data = data;
+    this.remove.textContent = "Remove the picture";
     this.view.hidden = this.remove.hidden = false;
     this.box.classList.add("full");
     this.mask?.begin(this.image.naturalWidth, this.image.naturalHeight);
@@ -61,6 +74,7 @@ export class Easel {
   }
 
   clear() {
+    this.error.textContent = "";
     this.data = null;
     this.file.value = "";
     this.image.removeAttribute("src");

@@ -1,7 +1,8 @@
 // The plan: a bar of predicted bytes by stage against the budget, seconds, why, and the other ways.
 
-import { $, bytes, el, icon, seconds } from "./dom.js";
+import { $, bytes, el, icon, peak, seconds } from "./dom.js";
 
+const PATIENCE = 200; // milliseconds after which an answer to what was asked before is called one no longer
 const FEW = 12; // below this share of the budget the bars are drawn enlarged
 
 /** `pin` is called with the precision and residency of a plan that is chosen by hand, or null. */
@@ -11,25 +12,48 @@ export class PlanView {
     $("unpin").addEventListener("click", () => pin(null));
   }
 
-  /** Until an answer is there, the last one stays, paler. */
+  /** The last answer stands for a moment; one that there was no plan does not. */
   wait() {
+    const { shows } = $("plan").dataset;
     $("plan").setAttribute("aria-busy", "true");
     $("plan").dataset.shows = "before";
+    if (shows === "none") this.#late();
+    else this.timer ??= setTimeout(() => this.#late(), PATIENCE);
   }
 
-  /** One way, while others are not looked at yet. */
-  glance(passes, pinned) {
+  /** One way, while others are not looked at yet. `isCurrent` says that nothing was changed meanwhile. */
+  glance(passes, pinned, isCurrent) {
     this.#all(passes, pinned);
     $("plan").dataset.shows = "one way";
     $("reason").textContent = "This way was the best before; all others are looked at now.";
-    if (passes.every((pass) => pass.plans[0].verdict === "fits")) return;
-    this.#verdict("", "Looking for a way that fits …", `Not as before: ${manner(passes[0].plans[0])}`);
+    const fits = passes.every((pass) => pass.plans[0].verdict === "fits");
+    if (!fits || this.isLate) return this.#late(`${fits ? "So far" : "Not as before"}: ${manner(passes[0].plans[0])}`);
+    if (!isCurrent) return;
+    clearTimeout(this.timer);
+    this.timer = setTimeout(() => this.#late(), PATIENCE);
   }
 
   show(passes, pinned) {
-    $("plan").setAttribute("aria-busy", "false");
-    $("plan").dataset.shows = "all";
+    this.#answered(pinned ? "one way" : "all"); // the others are asked for then
     this.#all(passes, pinned);
+  }
+
+  /** What is shown is no answer to what is asked: it stays, paler. */
+  #late(words = "") {
+    $("plan").dataset.late = $("mini").parentElement.dataset.late = "";
+    this.#verdict("", "Planning …", words);
+    $("mini-words").textContent = "Planning …";
+  }
+
+  get isLate() { return "late" in $("plan").dataset; }
+
+  #answered(shows) {
+    clearTimeout(this.timer);
+    this.timer = null;
+    $("plan").setAttribute("aria-busy", "false");
+    $("plan").dataset.shows = shows;
+    for (const place of [$("plan"), $("mini").parentElement]) delete place.dataset.late;
+    $("others").hidden = shows === "none";
   }
 
   #all(passes, pinned) {
@@ -55,6 +79,7 @@ export class PlanView {
 
   /** All ways, the best of each precision and residency. */
   list(plans, pinned) {
+    $("plan").dataset.shows = "all";
     const best = new Map();
     for (const plan of plans) {
       const key = `${plan.precision} ${plan.residency}`;
@@ -72,8 +97,7 @@ export class PlanView {
 
   /** Why there is no plan at all. */
   fail(message) {
-    $("plan").setAttribute("aria-busy", "false");
-    $("plan").dataset.shows = "all";
+    this.#answered("none");
     this.#verdict("refused", "No plan", message);
     $("figures").replaceChildren();
     $("bars").replaceChildren();
@@ -112,7 +136,9 @@ export class PlanView {
     const rows = chosen.flatMap((plan, number) => Object.entries(plan.stages).filter(([, count]) => count > 0)
       .map(([stage, count]) => this.#bar(passes.length > 1 ? `${number + 1}. ${stage}` : stage, stage, count, plan, at, enlarged)));
     const words = el("span", {}, enlarged ? `Enlarged: the budget is ${Math.floor(budget / most)} times as much.` : `budget ${bytes(budget)}`);
-    if (!enlarged) words.style.right = `calc(100% - ${at(budget)})`;
+    // On the side of the line that has room for it.
+    if (!enlarged && 2 * budget < whole) words.style.left = at(budget);
+    else if (!enlarged) words.style.right = `calc(100% - ${at(budget)})`;
     const scale = el("li", { class: enlarged ? "scale far" : "scale" }, el("span"), el("div", { class: "track" }, words), el("span"));
     $("bars").replaceChildren(el("ul", {}, rows, scale), this.#legend(chosen[0], enlarged));
   }
@@ -164,8 +190,6 @@ export class PlanView {
 }
 
 const brief = (count) => (count < 9.95 || count >= 1000 ? seconds(count) : `${Math.round(count)} s`);
-
-const peak = (plan) => plan.peak_bytes + plan.context_bytes;
 
 /** "int8-dynamic, staged" */
 const manner = (plan) => `${plan.precision}, ${plan.residency}`;

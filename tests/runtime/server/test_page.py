@@ -9,6 +9,8 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,28 @@ def planned(page) -> dict:
     page.wait_for_timeout(80)  # longer than it waits for the next change
     page.wait_for_selector("#plan[aria-busy=false]")
     return json.loads(page.get_attribute("#plan", "data-asked"))
+
+
+@contextmanager
+def held(page) -> Iterator[None]:
+    """No plan is answered meanwhile, also no glance at the way that was best."""
+    routes = []
+    page.route("**/v1/tightfit/plan", lambda route: routes.append(route))
+    yield
+    until(lambda: page.wait_for_timeout(10) or routes)
+    for route in routes:
+        route.continue_()
+    page.unroute("**/v1/tightfit/plan")
+
+
+def pale(page, names: list[str]) -> list[str]:
+    """Those of the elements that are dimmed, or are becoming so."""
+    script = """names => names.filter(name => {
+        const node = document.querySelector(name);
+        node.getAnimations().forEach(one => one.finish());
+        return getComputedStyle(node).opacity < 1;
+    })"""
+    return page.evaluate(script, names)
 
 
 def stages(page) -> dict[str, int]:
@@ -165,15 +189,24 @@ def test_the_bar_has_the_plans_numbers(page, server):
 
 
 def test_the_bar_follows_before_all_ways_are_looked_at(page, server):
-    """By the way that was best before, whose names the request has."""
+    """By the way that was best before, whose names the request has. An older answer does not stand."""
     planned(page)
-    held = []
+    words = "#verdict", "#mini-words"
+    places = [*words, "#figures", "#bars", "#reason", "#others", "#mini"]
+    with held(page):
+        page.fill("#width", "64")
+        page.wait_for_selector("#plan[data-late]")
+        assert all(page.inner_text(name).startswith("Planning") for name in words)
+        assert pale(page, places) == places
+    planned(page)
+    assert page.inner_text("#verdict").startswith("It fits") and pale(page, places) == []
+    waiting = []
 
     def taken(route):
         if "cfg" in route.request.post_data_json:
             route.continue_()
         else:
-            held.append(route)
+            waiting.append(route)
 
     page.route("**/v1/tightfit/plan", taken)
     page.fill("#width", "192")
@@ -183,11 +216,14 @@ def test_the_bar_follows_before_all_ways_are_looked_at(page, server):
         "plans"
     ][0]
     assert stages(page) == best["predicted"]["stages"] and page.get_attribute("#plan", "aria-busy") == "true"
-    until(lambda: page.wait_for_timeout(10) or held)
-    for route in held:
+    until(lambda: page.wait_for_timeout(10) or waiting)
+    page.wait_for_selector("#plan[data-late]")
+    assert all(page.inner_text(name).startswith("Planning") for name in words)
+    for route in waiting:
         route.continue_()
     page.unroute("**/v1/tightfit/plan")
     assert planned(page)["width"] == 192
+    assert page.inner_text("#mini-words").startswith("Fits") and pale(page, places) == []
 
 
 @pytest.mark.parametrize("size", [(300, 200), (50, 90)])
@@ -219,8 +255,78 @@ def test_a_refusal_stands_beside_its_control(page):
     planned_not = page.wait_for_selector("#width-error:not(:empty)")
     assert "multiple" in planned_not.inner_text()
     assert page.get_attribute("#width", "aria-invalid") == "true" and "No plan" in page.inner_text("#verdict")
-    page.fill("#width", "64")
+    assert not page.is_visible("#others")  # the table was of what was asked before
+    with held(page):
+        page.fill("#width", "64")
+        assert "Planning" in page.inner_text("#verdict")  # at once
     page.wait_for_selector("#width-error:empty", state="attached")
+    page.wait_for_selector("#others")
+
+
+def test_a_model_that_cannot_be_used_says_why(page, server):
+    rows = httpx.get(f"{server.url}/v1/tightfit/models").json()["models"]
+    like = next(row for row in rows if row["name"] == "emoji")
+    problems = {"old": "is a pickle", "torn": "cannot be read", "huge": "does not fit 600 MiB"}
+    broken = [
+        {**like, "name": name, "kind": "model", "plan": None, "fits": False, "problem": problem}
+        for name, problem in problems.items()
+    ]
+    page.route("**/v1/tightfit/models", lambda route: route.fulfill(json={"models": [*rows, *broken]}))
+    opened(page, page.url)
+    until(lambda: page.locator("#model option[value=old]").count())
+    words = page.eval_on_selector_all("#model option", "all => all.map(one => [one.value, one.text])")
+    told = dict(words)
+    assert {name: told[name] for name in problems} == {
+        name: f"{name} · {problems[name]}" for name in problems
+    }
+    assert told["emoji"] == "emoji · fits"
+    predicted = like["plan"]["predicted"]
+    needed = shown(predicted["peak_bytes"] + predicted["context_bytes"])
+    assert needed in page.inner_text("#model-fits")
+
+
+def dropped(page, place: str, name: str, content: bytes, kind: str, event: str = "drop") -> None:
+    """A file, dropped or pasted there."""
+    page.eval_on_selector(
+        place,
+        """(node, [text, name, type, kind]) => {
+            const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
+            const data = new DataTransfer();
+            data.items.add(new File([bytes], name, { type }));
+            const about = { bubbles: true, cancelable: true };
+            node.dispatchEvent(kind === "drop" ? new DragEvent(kind, { dataTransfer: data, ...about })
+                : new ClipboardEvent(kind, { clipboardData: data, ...about }));
+        }""",
+        [base64.b64encode(content).decode(), name, kind, event],
+    )
+
+
+def test_what_is_no_picture_is_not_left_out(page, server):
+    """In silence: it is said beside its control, and nothing is painted without it."""
+    count = len(jobs(server))
+    for place in ("image", "control"):
+        page.click(f"#{place}-details > summary")
+    text = {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+    given = b"no picture", "text/plain"
+    ways = (
+        ("image", lambda: page.set_input_files("#image", text)),
+        ("control_image", lambda: dropped(page, "#control-details .drop", "notes.txt", *given)),
+        ("control_image", lambda: dropped(page, "#control_image", "notes.txt", *given, "paste")),
+    )
+    for name, give in ways:
+        page.focus(f"#{name}")
+        give()
+        page.wait_for_selector(f"#{name}-error:has-text('notes.txt is no picture')")
+        planned(page)  # which clears the errors of other controls
+        assert "notes.txt is no picture" in page.inner_text(f"#{name}-error")
+        page.click("#paint")
+        page.wait_for_selector("#problem:has-text('notes.txt is no picture')")
+        page.click("button:text('Go on without it'):visible")
+        assert not page.text_content(f"#{name}-error") and not page.text_content("#problem")
+    assert len(jobs(server)) == count
+    dropped(page, "#control-details .drop", "a.png", png(noise()), "image/png")
+    until(lambda: page.text_content("[data-state=control]") == "on")
+    assert not page.text_content("#control_image-error")
 
 
 def test_what_is_not_masked_stays(page, server):
@@ -319,16 +425,7 @@ def test_a_dropped_picture_restores_its_settings(page, server, tmp_path):
     with tightfit.load("emoji", **PLAIN) as alone:
         image = alone("a cake", seed=11, guidance_scale=4, scheduler="dpmpp_2m_karras", **SMALL)
     content = tightfit.save(image, tmp_path / "cake.png").read_bytes()
-    page.evaluate(
-        """text => {
-            const bytes = Uint8Array.from(atob(text), letter => letter.charCodeAt(0));
-            const dataTransfer = new DataTransfer();
-            dataTransfer.items.add(new File([bytes], "cake.png", { type: "image/png" }));
-            const dropped = new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true });
-            document.body.dispatchEvent(dropped);
-        }""",
-        base64.b64encode(content).decode(),
-    )
+    dropped(page, "body", "cake.png", content, "image/png")
     until(lambda: page.input_value("#prompt") == "a cake")
     asked = planned(page)
     assert asked["guidance_scale"] == 4 and asked["num_inference_steps"] == 2
