@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import httpx
 
 _API = "/v1/tightfit"
-_ENDS = ("done", "failed", "cancelled", "stopped")
+_ENDS = ("done", "failed", "cancelled", "stopped", "postponed")
 _TRIES = 3  # of a stream of events that breaks
 _MOST_BYTES = 2**30
 _SECONDS = 60.0  # without an answer; a job may take longer, as its events come all the while

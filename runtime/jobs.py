@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from .errors import TightfitError
 from .files import shortened
@@ -45,7 +45,7 @@ class UnkeptError(TightfitError):
 
 
 class State(StrEnum):
-    """Of a job. The last four are ends."""
+    """Of a job. The last five are ends."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -53,6 +53,7 @@ class State(StrEnum):
     FAILED = "failed"
     CANCELLED = "cancelled"
     STOPPED = "stopped"  # after the pictures that it has
+    POSTPONED = "postponed"  # until the next start: an end in this process, while it waits in its folder
 
     @property
     def is_end(self) -> bool:
@@ -65,8 +66,9 @@ class Order:
 
     options: as `tightfit.runtime.asking` reads them; of `upscale`, image and scale; pictures are PIL images.
     wishes: fields of Wishes beside the service's own. does: paint or upscale; `model` is an upscaler then.
-    client: who asks, for fairness. priority: what has more goes first. preview_every: steps from one preview
-    to the next, 0 for none. note: JSON of the door that takes the order, given back as it is.
+    client: who asks, for fairness. priority: of one client's jobs what has more goes first. preview_every:
+    steps from one preview to the next, 0 for none. note: JSON of the door that takes the order, given back
+    as it is.
     """
 
     model: str
@@ -100,6 +102,14 @@ class Order:
         return replace(self, options=options)
 
     @property
+    def pixels(self) -> int:
+        """Of all its pictures."""
+        sizes: list[tuple[int, int]] = []
+        for value in self.options.values():
+            _packed(value, lambda one: sizes.append(one.size) if isinstance(one, Image.Image) else None)
+        return sum(width * height for width, height in sizes)
+
+    @property
     def characters(self) -> int:
         """Of all its texts, as JSON."""
         try:
@@ -119,7 +129,7 @@ class Order:
             folder.mkdir(parents=True, exist_ok=True)
             name, count = f"{count}.png", count + 1
             try:
-                save(value, folder / name)
+                save(ImageOps.exif_transpose(value), folder / name)  # no EXIF is written
             except TightfitError as error:
                 raise UnkeptError(str(error)) from error
             return {PICTURE: name}
@@ -198,8 +208,8 @@ class Remembered:
     def get(self, id: str) -> Record | None:  # noqa: A002
         return self._records.get(id)
 
-    def unfinished(self) -> list[tuple[Record, str]]:
-        return []
+    def unfinished(self) -> Iterator[tuple[Record, str]]:
+        return iter(())
 
     def latest(self, count: int = 100, before: str = "") -> list[Record]:
         with self._lock:
@@ -289,10 +299,10 @@ class Jobs:
     def get(self, id: str) -> Record | None:  # noqa: A002
         return next(iter(self._read("where id = ?", (_text(id),))), None)
 
-    def unfinished(self) -> list[tuple[Record, str]]:
+    def unfinished(self) -> Iterator[tuple[Record, str]]:
         """Those that wait, and those that ran when the process ended, in their order, with their pictures;
         and of each what is in the way of that, '' where nothing is."""
-        return [*map(self._complete, self._read(f"where {_OPEN} order by number"))]
+        return map(self.complete, self._read(f"where {_OPEN} order by number"))
 
     def latest(self, count: int = 100, before: str = "") -> list[Record]:
         """The newest first, or those older than the job `before`."""
@@ -324,7 +334,8 @@ class Jobs:
             for id_, state, asked, created, started, ended, tries, error, summary, pictures in rows
         ]  # fmt: skip
 
-    def _complete(self, record: Record) -> tuple[Record, str]:
+    def complete(self, record: Record) -> tuple[Record, str]:
+        """With the pictures that it was given, and what is in the way of that."""
         try:
             with self._explained(), self._lock:
                 rows = self._file.execute("select asked from jobs where id = ?", (record.id,)).fetchall()

@@ -25,7 +25,7 @@ from .models.layouts.library import Kind
 from .open_models import ASKABLE, OpenModels
 from .passes import passes
 from .pictures import PARAMETERS, save
-from .pipeline import MANY, Planned
+from .pipeline import MANY, Pipeline, Planned
 from .planner.plan import Plan
 from .planner.wishes import Wishes
 from .request import Job, Request
@@ -41,8 +41,8 @@ _log = logging.getLogger("tightfit.service")
 @dataclass(frozen=True)
 class Limits:
     """What one service takes. waiting: jobs in the queue, waiting_each: of one client. pixels: of a picture,
-    in its last pass. steps, images: of a job. characters: of all texts of an order. seconds: a job may run.
-    kept: ended jobs that stay known."""
+    in its last pass; and of all pictures together that an order gives. steps, images: of a job. characters:
+    of all texts of an order. seconds: a job may run. kept: ended jobs that stay known."""
 
     waiting: int = 100
     waiting_each: int = 100
@@ -61,6 +61,10 @@ class Limits:
         steps = max(request.num_inference_steps or 0, request.hires_steps)
         pixels = max(width * height for width, height in sizes)
         self.check_counts(pixels=pixels, steps=steps, images=request.num_images)
+
+    def check_order(self, order: Order) -> None:
+        """The same of what an order gives, before anything is made of it."""
+        self.check_counts(characters=order.characters, pixels=order.pixels)
 
     def check_counts(self, **counts: float) -> None:
         """The same of counts by their names here."""
@@ -92,9 +96,9 @@ def _privately(method: Callable[..., T]) -> Callable[..., T]:
 class Service:
     """Runs jobs for any model one after another, in a thread of its own.
 
-    What has more priority goes first, then whoever has waited longest since a job of theirs ran. Models stay
-    open; on a device that has no room for the next, what the longest idle one has loaded is freed. Use as a
-    context manager, or `close` it.
+    Whoever has waited longest since a job of theirs ran is next; of their jobs, what has more priority.
+    Models stay open; on a device that has no room for the next, what the longest idle one has loaded is
+    freed. Use as a context manager, or `close` it.
     """
 
     def __init__(
@@ -127,7 +131,8 @@ class Service:
         self._running: Ticket | None = None
         self._watchers: list[Callable[[Ticket], object]] = []
         self._closed = self._unloading = False
-        self._news = threading.Condition()
+        self._news = threading.Condition()  # never held while a file is written, or a model is freed
+        self._writing = threading.RLock()  # of the folder; with `_news` never both
         self._worker = threading.Thread(target=self._work, name="tightfit-service", daemon=True)
         try:
             self._resume()
@@ -154,7 +159,7 @@ class Service:
     def queue(self, order: Order) -> Ticket:
         """Queue what a client asks; see `submit`."""
         order.check()
-        self.limits.check_counts(characters=order.characters)
+        self.limits.check_order(order)
         if order.does == "paint":
             order = replace(order, options=seeded(order.options))
         return self._queued(Record(order), self._request(order))
@@ -174,10 +179,10 @@ class Service:
 
     @property
     def active(self) -> list[Ticket]:
-        """The job that runs, then those that wait, in the order they came."""
-        with self._news:
-            running = self.running
-            return [*([running] if running else []), *self._waiting]
+        """The job that runs, then those that wait, in the order they came. Waits for no lock."""
+        waiting, running = [*self._waiting], self.running  # in this order: a job is in one of them, or both
+        others = [ticket for ticket in waiting if ticket is not running and not ticket.state.is_end]
+        return [*([running] if running else []), *others]
 
     @property
     def running(self) -> Ticket | None:
@@ -188,10 +193,7 @@ class Service:
     def plans(self, model: str, asked: Request | Mapping[str, Any], **wishes: Any) -> list[Plan]:
         """Every way to run it here, the one that will be taken first, also while another job runs. Raises
         TightfitError if none fits."""
-        request = asked if isinstance(asked, Request) else request_of(asked, self.shelves)
-        self.limits.check(request)
-        pipeline = self.models.planning(model, self.models.wished(wishes))
-        self.limits.check(job := request.resolve(pipeline.spec))
+        pipeline, job = self._planning(model, asked, wishes)
         return pipeline.plans(job)
 
     @_privately
@@ -205,11 +207,25 @@ class Service:
     ) -> list[Planned]:
         """Each pass with every way to run it, here or on other hardware, also where none fits. Raises
         TightfitError for what cannot be asked, and soon after `is_wanted` says no."""
-        request = asked if isinstance(asked, Request) else request_of(asked, self.shelves)
-        self.limits.check(request)
-        pipeline = self.models.planning(model, self.models.wished(wishes), hardware)
-        self.limits.check(job := request.resolve(pipeline.spec))
+        pipeline, job = self._planning(model, asked, wishes, hardware)
         return pipeline.planned(job, is_wanted)
+
+    def _planning(
+        self,
+        model: str,
+        asked: Request | Mapping[str, Any],
+        wishes: Mapping[str, Any],
+        hardware: Hardware | None = None,
+    ) -> tuple[Pipeline, Job]:
+        """What plans it, and what is asked, within the limits."""
+        if not isinstance(asked, Request):
+            self.limits.check_order(Order(model, asked, wishes))
+            asked = request_of(asked, self.shelves)
+        self.limits.check(asked)
+        pipeline = self.models.planning(model, self.models.wished(wishes), hardware)
+        job = asked.resolve(pipeline.spec)
+        self.limits.check(job)
+        return pipeline, job
 
     @property
     def wishes(self) -> Wishes:
@@ -239,8 +255,8 @@ class Service:
             self._news.notify_all()
 
     def close(self) -> None:
-        """Take no more jobs, and free everything. What waits or runs is cancelled, or, in a folder, done
-        after the next start."""
+        """Take no more jobs, and free everything. What waits or runs is cancelled, or, in a folder,
+        postponed: done after the next start."""
         with self._news:
             self._closed = True
             self._news.notify_all()
@@ -262,11 +278,26 @@ class Service:
                 self.jobs.add(record)  # its pictures too, which takes a while
             except UnkeptError as error:
                 raise QueueFullError(str(error)) from error
+            self._shelve(ticket)
             with self._news:
                 self._waiting.append(ticket)
                 self._news.notify_all()
                 self._show(ticket, self._watchers)
         return ticket
+
+    def _shelve(self, ticket: Ticket) -> None:
+        """Its pictures wait as files, where there is a folder: many would take all memory."""
+        if self.folder and ticket.record.order.pixels:
+            ticket.record, ticket.request = replace(ticket.record, order=ticket.record.order.bare), None
+
+    def _asked(self, ticket: Ticket) -> tuple[Order, Request | None]:
+        """What it asks, with its pictures, wherever they wait."""
+        if ticket.request or not isinstance(self.jobs, Jobs):
+            return ticket.record.order, ticket.request
+        record, problem = self.jobs.complete(ticket.record)
+        if problem:
+            raise TightfitError(problem)
+        return record.order, self._request(record.order)
 
     @staticmethod
     def _show(ticket: Ticket, watchers: Sequence[Callable[[Ticket], object]]) -> None:
@@ -336,50 +367,67 @@ class Service:
             ) as error:  # such as an order of another version; the others are done all the same
                 self._end(ticket, State.FAILED, error)
             else:
+                self._shelve(ticket)
                 self._waiting.append(ticket)
 
     def _next(self) -> Ticket | None:
         """The job to run now; None when closed. Waits for one."""
-        with self._news:
-            while self._unloading or not (self._waiting or self._closed):
+        while True:
+            with self._news:
                 woken = lambda: self._waiting or self._closed or self._unloading  # noqa: E731
                 self._news.wait_for(woken, _AGAIN_SECONDS)
-                if self._unloading:
-                    self._unloading = False
-                    self.models.free()
-                else:
-                    self._write_again()
-            if self._closed:
-                return None
-            ticket = min(self._waiting, key=self._order)  # the first of those that are equal
-            self._waiting.remove(ticket)
-            client = ticket.record.order.client
-            self._served[client] = max(self._served.values(), default=0) + 1
-            still = {waiting.record.order.client for waiting in self._waiting} | {client}
-            self._served = {name: turn for name, turn in self._served.items() if name in still}
-            self._running = ticket
-            return ticket
+                unloading, self._unloading = self._unloading, False
+                if not unloading and self._closed:
+                    return None
+                if not unloading and self._waiting:
+                    return self._taken()
+            if unloading:
+                self.models.free()
+            else:
+                self._write_again()
 
-    def _order(self, ticket: Ticket) -> tuple[int, int]:
-        order = ticket.record.order
-        return -order.priority, self._served.get(order.client, 0)
+    def _taken(self) -> Ticket:
+        """The job whose turn it is, out of the queue."""
+        turns = {waiting.record.order.client: 0 for waiting in self._waiting} | self._served
+        orders = [waiting.record.order for waiting in self._waiting]
+        client = min((order.client for order in orders), key=lambda name: turns[name])  # the first of equals
+        theirs = (waiting for waiting in self._waiting if waiting.record.order.client == client)
+        ticket = max(theirs, key=lambda waiting: waiting.record.order.priority)
+        still = {order.client for order in orders}
+        latest = max(self._served.values(), default=0)
+        self._served = {name: turn for name, turn in self._served.items() if name in still}
+        self._served[client] = latest + 1
+        self._running = ticket  # before it waits no more: see `active`
+        self._waiting.remove(ticket)
+        return ticket
 
     def _withdraw(self, ticket: Ticket) -> None:
         """End a job that waits. One that runs is ended by the worker, after the step it is at."""
+        if ticket in self._waiting:  # if its turn has come meanwhile, the worker finds it ended
+            self._end(ticket, State.CANCELLED, _cancelled())
         with self._news:
-            if ticket not in self._waiting:
-                return
-            self._waiting.remove(ticket)
-            ended = self._ended(ticket, State.CANCELLED, _cancelled())
-        self._tell_end(ticket, ended, _cancelled())
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
+            self._news.notify_all()
+
+    def _pause(self, ticket: Ticket, error: TightfitError) -> None:
+        """Until what could not be written for it is tried again, or there is no more need."""
+        self.problem = self.bare(str(error))
+        _log.warning("%s", self.problem, extra={"job": ticket.id})
+        with self._news:
+            over = lambda: self._closed or ticket.cancelled or ticket.ending  # noqa: E731
+            self._news.wait_for(over, _AGAIN_SECONDS)
+        self._write_again()  # which says whether the folder can be written now
 
     # ---------------------------------------------------------------------------------------- the worker
 
     def _work(self) -> None:
         try:
             while ticket := self._next():
-                with self._limited(ticket):
-                    self._run(ticket)
+                with self._told(ticket):
+                    self._begin(ticket)
+                    with self._limited(ticket):
+                        self._run(ticket)
         finally:
             self._shut()
 
@@ -394,19 +442,30 @@ class Service:
                 self._give_up(ticket)
             self.models.close()
         finally:
-            with self._news:
+            with self._writing:
                 self._write_again()
                 self.jobs.close()
 
     @contextmanager
     def _limited(self, ticket: Ticket) -> Iterator[None]:
-        """One job: whatever it raises is its own, and it is over in time, though the step it is at may not
-        be."""
-        said = f"it ran for more than {self.limits.seconds:g} seconds, which are allowed here: ask for less"
-        seconds = min(self.limits.seconds, threading.TIMEOUT_MAX)
-        watch = threading.Timer(seconds, self._end, (ticket, State.FAILED, TightfitError(said)))
+        """It is over in time, though the step it is at may not be."""
+        watch = threading.Timer(min(self.limits.seconds, threading.TIMEOUT_MAX), self._late, (ticket,))
         watch.daemon = True
         watch.start()
+        try:
+            yield
+        finally:
+            watch.cancel()
+
+    def _late(self, ticket: Ticket) -> None:
+        said = f"it ran for more than {self.limits.seconds:g} seconds, which are allowed here: "
+        self._end(ticket, State.FAILED, TightfitError(said + (self.problem or "ask for less")))
+        with self._news:
+            self._news.notify_all()
+
+    @contextmanager
+    def _told(self, ticket: Ticket) -> Iterator[None]:
+        """One job: whatever it raises is its own."""
         try:
             yield
         except _OverError:
@@ -416,22 +475,29 @@ class Service:
                 _log.exception("the job failed", extra={"job": ticket.id})
             self._end(ticket, State.CANCELLED if ticket.cancelled else State.FAILED, error)
         finally:
-            watch.cancel()
             self._running = None
 
+    def _begin(self, ticket: Ticket) -> None:
+        """Write that it runs; where that cannot be done now, it waits, and all others behind it."""
+        begun = replace(ticket.record, state=State.RUNNING, tries=ticket.record.tries + 1, pictures=())
+        while ticket.state is not State.RUNNING:
+            self._go_on(ticket)
+            begun = replace(begun, started=time.time())
+            try:
+                with self._writing:
+                    if ticket.ending:
+                        raise _OverError
+                    self.jobs.change(begun)
+                ticket.become(begun)
+            except UnkeptError as error:
+                self._pause(ticket, error)
+
     def _run(self, ticket: Ticket) -> None:
-        self._go_on(ticket)
-        record = ticket.record
-        begun = replace(record, state=State.RUNNING, started=time.time(), tries=record.tries + 1, pictures=())
-        with self._news:
-            if ticket.ending:
-                raise _OverError
-            self.jobs.change(begun)
-        ticket.become(begun)
-        if record.order.does == "upscale":
-            self._enlarge(ticket)
+        order, request = self._asked(ticket)
+        if request:
+            self._paint(ticket, request)
         else:
-            self._paint(ticket)
+            self._enlarge(ticket, order)
 
     def _go_on(self, ticket: Ticket) -> None:
         """Raises _OverError where the job has ended, or is to."""
@@ -442,12 +508,13 @@ class Service:
 
     def _give_up(self, ticket: Ticket) -> None:
         """End it: in a folder, if nobody asked for that, it is done after the next start."""
-        later = bool(self.folder) and not ticket.wanted
-        self._end(ticket, State.CANCELLED, _postponed() if later else _cancelled(), later=later)
+        if self.folder and not ticket.wanted:
+            self._end(ticket, State.POSTPONED, _postponed())
+        else:
+            self._end(ticket, State.CANCELLED, _cancelled())
 
-    def _paint(self, ticket: Ticket) -> None:
-        order, request = ticket.record.order, ticket.request
-        assert request
+    def _paint(self, ticket: Ticket, request: Request) -> None:
+        order = ticket.record.order
         pipeline = self.models.pipeline(order.model, self.models.wished(order.wishes))
         job = request.resolve(pipeline.spec)
         self.limits.check(job)
@@ -477,8 +544,7 @@ class Service:
             self._tell(ticket, Event("decode", 1, 1, picture=ticket.preview, notices=notices))
         self._end(ticket, State.STOPPED)
 
-    def _enlarge(self, ticket: Ticket) -> None:
-        order = ticket.record.order
+    def _enlarge(self, ticket: Ticket, order: Order) -> None:
         upscaler = self.models.upscaler(order.model, self.models.wished(order.wishes))
         image, scale = order.options["image"], order.options.get("scale")
         picture = open_picture(image)
@@ -501,10 +567,22 @@ class Service:
         """Also what is painted is kept."""
         if event.picture and (parameters := event.picture.info.get(PARAMETERS)):
             event.picture.info[PARAMETERS] = self.bare(parameters)
-        if event.picture and isinstance(self.jobs, Jobs) and not ticket.ending:
-            name = f"{ticket.id}-{len(ticket.record.pictures) + 1}.png"
-            ticket.add(save(event.picture, self.jobs.pictures / name))
+        if event.picture and isinstance(self.jobs, Jobs):
+            self._keep(ticket, event.picture, self.jobs.pictures)
         ticket.tell(event)
+
+    def _keep(self, ticket: Ticket, picture: Image.Image, folder: Path) -> None:
+        """As a file; where that cannot be done now, again and again, until the job is over."""
+        file = folder / f"{ticket.id}-{len(ticket.record.pictures) + 1}.png"
+        while not ticket.ending:
+            try:
+                save(picture, file)
+                break
+            except TightfitError as error:
+                self._pause(ticket, error)
+                self._go_on(ticket)
+        if not ticket.add(file):  # it ended meanwhile
+            file.unlink(missing_ok=True)
 
     def _end(
         self,
@@ -512,25 +590,22 @@ class Service:
         state: State,
         failure: BaseException | None = None,
         *,
-        later: bool = False,
         summary: Mapping[str, Any] | None = None,
     ) -> None:
-        """Once: whoever comes later changes nothing. `later`: it waits in the folder, as if it had not been
-        begun."""
-        ended = self._ended(ticket, state, failure, later=later, summary=summary)
+        """Once: whoever comes later changes nothing. What is postponed waits in the folder, as if it had not
+        been begun."""
+        ended = self._ended(ticket, state, failure, summary)
         self._tell_end(ticket, ended, failure)
 
     def _ended(
         self,
         ticket: Ticket,
         state: State,
-        failure: BaseException | None = None,
-        *,
-        later: bool = False,
-        summary: Mapping[str, Any] | None = None,
+        failure: BaseException | None,
+        summary: Mapping[str, Any] | None,
     ) -> Record | None:
-        """As it is written; None if it has ended before."""
-        with self._news:  # so that nothing is written after the folder is closed
+        """What is told; None if it has ended before."""
+        with self._writing:  # so that nothing is written after the folder is closed
             if not ticket.ends():
                 return None
             record = ticket.record
@@ -546,7 +621,7 @@ class Service:
                 error=said,
                 summary=json.loads(self.bare(known)),
             )
-            if later:
+            if state is State.POSTPONED:
                 tries = record.tries - (record.state is State.RUNNING)
                 self._write(replace(record, state=State.WAITING, started=None, tries=tries, pictures=()))
             else:
@@ -568,11 +643,12 @@ class Service:
 
     def _write_again(self) -> None:
         try:
-            for record in [*self._unwritten.values()]:
-                self.jobs.change(record)
-                del self._unwritten[record.id]
-                self.jobs.forget(self.limits.kept)
-            self.problem = ""
+            with self._writing:
+                for record in [*self._unwritten.values()]:
+                    self.jobs.change(record)
+                    del self._unwritten[record.id]
+                    self.jobs.forget(self.limits.kept)
+                self.problem = ""
         except Exception as error:  # whatever it is, the queue goes on
             _log.exception("a job cannot be recorded")
             self.problem = first_line(error)
@@ -586,8 +662,8 @@ def _cancelled() -> TightfitError:
     return TightfitError("the request was cancelled")
 
 
-def _postponed() -> TightfitError:
-    return TightfitError("the service is closed: the request is done after its next start")
+def _postponed() -> QueueFullError:
+    return QueueFullError("the service is closed: the job is done after its next start")
 
 
 def summary_of(result: Result) -> dict[str, Any]:

@@ -159,11 +159,12 @@ class Ticket:
             self._events.append(event)
         self._changed()
 
-    def add(self, picture: Path) -> None:
-        """It was written as this file."""
+    def add(self, picture: Path) -> bool:
+        """It was written as this file. Not after the end, whose record has no more pictures."""
         with self._news:
-            if not self.state.is_end:
+            if not self._ending:
                 self.record = replace(self.record, pictures=(*self.record.pictures, picture))
+            return not self._ending
 
     def ends(self) -> bool:
         """Whether it may be ended now: once, by whoever asks first."""

@@ -13,7 +13,8 @@ from ..models.layouts import library
 from . import Adapter, read_adapter
 
 FOLDER = "TIGHTFIT_LORAS"  # of the environment: one folder beside those of models
-WORD = re.compile(r"\s*<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
+# With the spaces before it, from the first of them: tried at each, a long row would take its square.
+WORD = re.compile(r"(?<!\s)\s*+<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
 
 
 def from_words(

@@ -294,7 +294,7 @@ def _answering(others: Mapping[str, Any], model: str, answering: Answering) -> A
 
 
 def _answer(ticket: Ticket, answering: Answering) -> dict[str, Any]:
-    if ticket.state in (State.FAILED, State.CANCELLED):
+    if ticket.state in (State.FAILED, State.CANCELLED, State.POSTPONED):
         ticket.result()  # raises why
     images = ticket.images
     if answering.as_url:
@@ -332,7 +332,7 @@ async def _streamed(ticket: Ticket, answering: Answering, path: str) -> AsyncIte
                 sent, index = sent + 1, 0
                 usage = answering.usage([image])
                 yield await run_in_threadpool(_event, "completed", ticket, answering, image, {"usage": usage})
-        if ticket.state in (State.FAILED, State.CANCELLED):
+        if ticket.state in (State.FAILED, State.CANCELLED, State.POSTPONED):
             yield await run_in_threadpool(_failed, ticket, path)
     finally:
         if not ticket.state.is_end:

@@ -42,6 +42,11 @@ def service():
         yield service
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr(module, "_AGAIN_SECONDS", 0.05)
+
+
 def kept(folder: Path, **others) -> Service:
     return Service(**ONE_WAY | others, folder=folder)
 
@@ -145,13 +150,13 @@ def test_a_listener_that_fails_ends_no_job(service):
 
 
 def test_who_has_waited_longest_is_next(service):
-    """Three of one client, then one of another, who comes second; and what has priority before both."""
+    """Three of one client, then one of another, who comes second; and what has priority among its own."""
     running, order = busy(service), []
     about = [
         {"client": "a"},
         {"client": "a"},
         {"client": "a"},
-        {"client": "b"},
+        {"client": "b", "priority": 5},  # which is among b's own
         {"client": "a", "priority": 1},
     ]
     tickets = [paint(service, seed, **one) for seed, one in enumerate(about)]
@@ -188,6 +193,10 @@ def test_who_has_waited_longest_is_next(service):
             {"options": {"prompt": "a", "width": 8192, "height": 8192}},
             "67108864 pixels are asked for, and 4096",
         ),
+        (
+            {"options": {"prompt": "a", "image": [Image.new("RGB", (64, 64)), Image.new("L", (1, 1))]}},
+            "4097 pixels are asked for",
+        ),
         ({"does": "upscale", "options": {}}, "image must be a picture"),
         ({"does": "upscale", "options": {"image": Image.new("RGB", (80, 80))}}, "6400 pixels are asked for"),
         ({"does": "upscale", "options": {"size": 2}}, "unknown option 'size'"),
@@ -197,6 +206,15 @@ def test_what_no_queue_takes_is_one_line(service, order, said):
     with pytest.raises(TightfitError, match=said):
         service.queue(Order(**{"model": "emoji", "options": {"prompt": "a"}} | order))
     assert not service.active
+
+
+@pytest.mark.parametrize("method", ["plans", "planned"])
+@pytest.mark.parametrize("more", [{"negative_prompt": "b" * 300_000}, {"image": Image.new("L", (80, 80))}])
+def test_a_plan_is_asked_within_the_same_limits(service, monkeypatch, method, more):
+    """Before anything is made of it, which may take long."""
+    monkeypatch.setattr(module, "request_of", None)
+    with pytest.raises(TightfitError, match=r"(characters|pixels) are asked for"):
+        getattr(service, method)("emoji", {"prompt": "a", **more})
 
 
 def test_a_client_has_no_more_memory_than_the_service():
@@ -238,43 +256,123 @@ def test_ended_jobs_stay_known_without_a_folder():
         assert not isinstance(service.jobs.latest()[0].order.options["image"], Image.Image)
 
 
-def test_a_job_that_cannot_be_written_fails_and_the_next_goes_on(tmp_path, monkeypatch):
-    """The folder takes nothing for a while: what has become of the jobs is written after that."""
+def full(*_):
+    raise UnkeptError("the disk is full: make room")
+
+
+def test_jobs_wait_while_nothing_can_be_written(tmp_path, monkeypatch):
+    """Those that cannot be begun, and those that have ended: what became of them is written after that."""
     with kept(tmp_path) as service:
-        write = service.jobs.change
-        blocked, fine = busy(service), paint(service)
-
-        def failing(record):
-            raise UnkeptError("the disk is full: make room")
-
-        monkeypatch.setattr(service.jobs, "change", failing)
-        blocked.cancel()
-        assert fine.wait(60) is State.FAILED
-        assert fine.record.error == service.problem == "the disk is full: make room"
-        assert known(service, blocked).state is State.CANCELLED  # though the file says that it runs
-        monkeypatch.setattr(service.jobs, "change", write)
-        assert paint(service).wait(60) is State.DONE
-        assert not service.problem
+        blocked, fine, withdrawn = busy(service), paint(service), paint(service)
+        with monkeypatch.context() as patch:
+            patch.setattr(service.jobs, "change", full)
+            blocked.cancel()
+            assert blocked.wait(60) is State.CANCELLED
+            assert known(service, blocked).state is State.CANCELLED  # though the file says that it runs
+            assert fine.wait(0.5) is State.WAITING
+            assert service.active == [fine, withdrawn]
+            assert service.problem == "the disk is full: make room"
+            withdrawn.cancel()
+            assert withdrawn.state is State.CANCELLED
+        assert fine.wait(60) is State.DONE
+        assert (service.problem, fine.record.tries) == ("", 1)
+        with monkeypatch.context() as patch:
+            patch.setattr(service.jobs, "change", full)
+            left = paint(service)
+            assert left.wait(0.2) is State.WAITING
+            left.cancel()  # which waits for no disk
+            assert left.wait(60) is State.CANCELLED
     with closing(Jobs(tmp_path)) as jobs:
         states = [record.state for record in jobs.latest()]
-        assert states == [State.DONE, State.FAILED, State.CANCELLED]
+        assert states == [State.CANCELLED, State.CANCELLED, State.DONE, State.CANCELLED]
 
 
-def test_a_picture_that_cannot_be_written_fails_its_job_alone(tmp_path, monkeypatch):
-    def full(*_):
-        raise TightfitError("the picture cannot be written: No space left on device")
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_picture_that_cannot_be_written_waits_for_room(tmp_path, monkeypatch, is_late):
+    """Until its job's time is over."""
+    with kept(tmp_path) as service:
+        tried = threading.Event()
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "save", lambda *_: (tried.set(), full()))
+            ticket = paint(service)
+            assert tried.wait(60)
+            assert ticket.wait(0.2) is State.RUNNING
+            if is_late:
+                service._late(ticket)  # as its timer does
+                assert ticket.record.error.endswith("are allowed here: the disk is full: make room")
+                return
+        assert ticket.wait(60) is State.DONE
+        (file,) = known(service, ticket).pictures
+        with Image.open(file) as picture:
+            assert picture.tobytes() == ticket.images[0].tobytes()
+
+
+def test_a_job_that_ends_while_its_picture_is_saved_leaves_no_file(tmp_path, monkeypatch):
+    saved, release, real = threading.Event(), threading.Event(), module.save
+
+    def slow(*of):
+        real(*of)
+        saved.set()
+        assert release.wait(60)
 
     with kept(tmp_path) as service:
+        monkeypatch.setattr(module, "save", slow)
+        ticket = paint(service)
+        assert saved.wait(60)
+        service._late(ticket)  # as its timer does
+        assert ticket.state is State.FAILED
+        release.set()
+        service.close()
+        assert ticket.record.pictures == ()
+        assert not [*service.jobs.pictures.iterdir()]
+
+
+@pytest.mark.parametrize("slow", ["change", "forget", "free"])
+def test_what_there_is_is_told_while_a_file_is_written(tmp_path, monkeypatch, slow):
+    """A door's loop asks; a disk may take seconds, and so may what a model holds."""
+    begun, release = threading.Event(), threading.Event()
+
+    def waits(*_):
+        begun.set()
+        assert release.wait(60)
+
+    with kept(tmp_path) as service:
+        running = busy(service)
+        waiting = paint(service)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "save", full)
-            failed = paint(service)
-            assert failed.wait(60) is State.FAILED
-        assert "No space left" in failed.record.error
-        done = paint(service)
-        assert done.wait(60) is State.DONE
-        (file,) = known(service, done).pictures
-        with Image.open(file) as picture:
-            assert picture.tobytes() == done.images[0].tobytes()
+            patch.setattr(service.models if slow == "free" else service.jobs, slow, waits)
+            service.unload()
+            running.cancel()
+            assert begun.wait(60)
+            asked = threading.Thread(
+                target=lambda: (service.active, service.running, service.ticket("a"), service.unload()),
+                daemon=True,
+            )
+            asked.start()
+            asked.join(10)
+            release.set()
+            assert not asked.is_alive()
+        assert waiting.wait(60) is State.DONE
+
+
+def test_pictures_wait_as_files(tmp_path):
+    """Not in memory, before a restart and after. Painted is the same, also of a photo on its side."""
+    image = Image.effect_noise((64, 48), 80).convert("RGB")
+    image.getexif()[274] = 6
+    options = {"image": image, "mask_image": Image.new("L", (48, 64), 255), "strength": 1.0}
+    with Service(**ONE_WAY) as service:
+        alone = paint(service, **options).result().images[0]
+    with kept(tmp_path) as service:
+        waiting = [busy(service), paint(service, **options)][1]
+        assert (waiting.request, waiting.record.order.pixels) == (None, 0)
+    assert waiting.state is State.POSTPONED
+    with pytest.raises(QueueFullError, match="after its next start"):
+        waiting.result()
+    with kept(tmp_path) as service:
+        first, waiting = service.active
+        assert (waiting.request, waiting.record.order.pixels) == (None, 0)
+        first.cancel()
+        assert waiting.result().images[0].tobytes() == alone.tobytes()
 
 
 def test_a_queue_that_cannot_be_written_is_full(tmp_path, monkeypatch):

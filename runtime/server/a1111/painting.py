@@ -51,7 +51,7 @@ async def _painted(asked: Asked, desk: Desk, request: Request) -> Answer:
 
 def finished(ticket: Ticket) -> Ticket:
     """A job that has ended, with what it has painted. Raises why it has not."""
-    if ticket.state in (State.FAILED, State.CANCELLED):
+    if ticket.state in (State.FAILED, State.CANCELLED, State.POSTPONED):
         ticket.result()
     return ticket
 

@@ -628,6 +628,8 @@ def test_words_of_a_prompt(tmp_path, monkeypatch, spec):
     assert from_words(text) == (text, ())
     monkeypatch.setenv("TIGHTFIT_LORAS", str(tmp_path))
     assert from_words("a <lora> cat") == ("a <lora> cat", ())
+    spaces = " " * 10**6  # which would take hours, if each were a beginning
+    assert from_words(f"a{spaces}cat") == (f"a{spaces}cat", ())
     assert from_words("<lyco:blue:0.5>") == from_words("<lora:blue:0.5>")
     job = Request("a cat <lora:blue:0.5>", "<lora:red ink:1>").resolve(spec)  # from Python too
     assert (job.prompt, job.adapters, job.negative_prompt) == (
