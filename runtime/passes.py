@@ -95,10 +95,16 @@ def _size(job: Job) -> tuple[int, int]:
     step, most = job.spec.downsampling, _MOST["width"]
     if sides := sides_of("hires_size", job.hires_size):
         check_sides({"hires_size's width": sides[0], "hires_size's height": sides[1]}, step)
-        if sides[0] < job.width or sides[1] < job.height:
+        if sides[0] < job.width and sides[1] < job.height:  # else it is cut of what covers it, as A1111 does
             raise TightfitError(
                 f"hires_size {sides[0]}x{sides[1]} is smaller than the first pass's "
-                f"{job.width}x{job.height}: give one that is as large on both sides"
+                f"{job.width}x{job.height}: give one that is as large on a side"
+            )
+        factor = max(sides[0] / job.width, sides[1] / job.height)
+        if (covering := int(max(job.width, job.height) * factor)) > most:
+            raise TightfitError(
+                f"hires_size {sides[0]}x{sides[1]} is cut of {covering} pixels a side, and {most} are the "
+                f"most: give one more like {job.width}x{job.height}"
             )
         return sides[1], sides[0]
     factor = job.hires or 1.0

@@ -14,10 +14,10 @@ from ...errors import TightfitError
 from ...files import shortened
 from ...models.families.controlnet import MOST
 from ...models.layouts.library import Kind
-from ..served import Served, base64_of, picture_of
-from .desk import At
+from ..served import base64_of
+from .desk import At, Desk
 from .lists import Shelf, without_hash
-from .route import LOG, Answer, Route
+from .route import LOG, Answer, Route, Texts
 
 router = APIRouter(prefix="/controlnet", tags=["A1111"], route_class=Route, default_response_class=Answer)
 SCRIPT = "controlnet"
@@ -49,25 +49,31 @@ _UNKNOWN = ("mask", "advanced_weighting", "effective_region_mask", "ipadapter_in
 _UNHEARD = {"processor_res": -1, "threshold_a": -1, "threshold_b": -1}
 
 
-def controls(units: Any, begins_with: Image.Image | None, is_hires: bool) -> dict[str, Any]:
+def controls(units: Any, begins_with: Image.Image | None, is_hires: bool, desk: Desk) -> dict[str, Any]:
     """Our options for a list of units. `begins_with`: the picture of a unit without one. Raises
     TightfitError."""
     if not isinstance(units, list):
         raise TightfitError("alwayson_scripts.controlnet.args must be a list of units")
-    asked = [unit for one in units if (unit := _unit(one, begins_with, is_hires))]
+    on = [unit for one in units if (unit := _on(one))]
+    if len(on) > MOST:
+        raise TightfitError(f"{len(on)} units of ControlNet are on, and {MOST} are taken: turn some off")
+    asked = [_asked(unit, begins_with, is_hires, desk) for unit in on]
     options = {name: [unit[name] for unit in asked] for name in (asked[0] if asked else ())}
     return {name: values for name, values in options.items() if any(value is not None for value in values)}
 
 
-def _unit(given: Any, begins_with: Image.Image | None, is_hires: bool) -> dict[str, Any]:
-    """Our options for one, nothing for one that is off."""
+def _on(given: Any) -> dict[Any, Any]:
+    """A unit by the names of its fields today, nothing of one that is off."""
     if not isinstance(given, Mapping):
         raise TightfitError(f"a unit of ControlNet is an object, not {shortened(given)}")
-    unit: dict[Any, Any] = {
-        _ALSO.get(name, name): value for name, value in given.items() if value is not None
-    }
-    if not unit.get("enabled", bool(unit.get("image"))):
-        return {}
+    unit = {_ALSO.get(name, name): value for name, value in given.items() if value is not None}
+    return unit if unit.get("enabled", bool(unit.get("image"))) else {}
+
+
+def _asked(
+    unit: Mapping[Any, Any], begins_with: Image.Image | None, is_hires: bool, desk: Desk
+) -> dict[str, Any]:
+    """Our options for one that is on."""
     image, mask = _picture(unit.get("image"))
     for name in _UNKNOWN:
         if mask or unit.get(name):
@@ -80,7 +86,7 @@ def _unit(given: Any, begins_with: Image.Image | None, is_hires: bool) -> dict[s
         raise TightfitError("a unit of ControlNet has no image: give one in base64, or turn the unit off")
     guesses = unit.get("guessmode", unit.get("guess_mode"))
     return {
-        "control_image": begins_with if image is None else picture_of(image, "image of a unit"),
+        "control_image": begins_with if image is None else desk.picture(image, "image of a unit"),
         "controlnet": _model(unit.get("model")),
         "controlnet_conditioning_scale": unit.get("weight", 1.0),
         "control_guidance_start": unit.get("guidance_start", 0.0),
@@ -193,10 +199,10 @@ def settings() -> dict[str, int]:
 
 @router.post("/detect")
 def detect(
-    service: Served,
+    at: At,
     controlnet_module: Annotated[str, Body()] = "none",
-    controlnet_input_images: Annotated[list[str] | None, Body()] = None,
-    controlnet_images: Annotated[list[str] | None, Body()] = None,
+    controlnet_input_images: Annotated[Texts | None, Body()] = None,
+    controlnet_images: Annotated[Texts | None, Body()] = None,
 ) -> dict[str, Any]:
     """`controlnet_images` is what webuiapi calls the pictures. Thresholds and the resolution are not
     honoured: maps are of the picture's size."""
@@ -204,13 +210,12 @@ def detect(
     given = controlnet_input_images or controlnet_images
     if not given:
         raise TightfitError("No image selected: give controlnet_input_images, a list of pictures in base64")
-    service.limits.check_counts(images=len(given))
-    return {"images": [_detected(text, ours, service) for text in given], "info": "Success"}
+    at.service.limits.check_counts(images=len(given))
+    return {"images": [_detected(text, ours, at) for text in given], "info": "Success"}
 
 
-def _detected(text: str, ours: str, service: Any) -> str:
+def _detected(text: str, ours: str, desk: Desk) -> str:
     import numpy as np
 
-    image = picture_of(text, "controlnet_input_images").convert("RGB")
-    service.limits.check_counts(pixels=image.width * image.height)
+    image = desk.picture(text, "controlnet_input_images").convert("RGB")
     return base64_of(Image.fromarray(np.ascontiguousarray(PREPROCESSORS[ours](np.asarray(image)))))

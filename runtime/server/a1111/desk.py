@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from typing import Annotated
+from io import BytesIO
+from typing import Annotated, Any
 
 from fastapi import Depends, Request
+from PIL import Image
 
+from ...conditions import input_pictures
 from ...service import Service
+from ..served import content_of
 from .lists import Shelf
 from .options import Options
 
@@ -29,6 +33,15 @@ class Desk:
         shelf = Shelf(service.shelves)
         folder = service.folder
         return cls(service, shelf, Options(shelf, model, folder))
+
+    def picture(self, text: Any, name: str) -> Image.Image:
+        """The picture in base64. Raises TightfitError; for one that is too large before its pixels are
+        decoded."""
+        content = content_of(text, name)
+        with input_pictures._opened(BytesIO(content), name) as image:
+            width, height = image.size
+        self.service.limits.check_counts(pixels=width * height)
+        return input_pictures.decoded(content, name)
 
 
 def _desk(request: Request) -> Desk:

@@ -14,18 +14,19 @@ from ...conditions.handed import PIXELS, way_of
 from ...errors import TightfitError
 from ...infotext import is_json, said_in
 from ...jobs import Order
-from ...models.layouts.library import Kind
-from ...models.upscalers import file_of
 from ...pictures import KEPT, PARAMETERS, texts_inside
 from ...programs import Said
 from ...programs import read as read_others
-from ..served import base64_of, client_of, content_of, ended, picture_of
+from ...service import Ticket
+from ..served import base64_of, client_of, content_of, ended
 from .desk import At, Desk
 from .painting import finished
-from .route import Answer, NotFoundError, Route
+from .route import Answer, AtMost, NotFoundError, Route
 
 router = APIRouter(tags=["A1111"], route_class=Route, default_response_class=Answer)
 _Share = Annotated[float, Field(ge=0, le=1)]
+_Side = Annotated[int, Field(ge=1, le=2**15)]
+_MOST_SCALE = 8  # where A1111's slider ends
 _OURS = "tightfit"  # our exact JSON among the settings
 
 
@@ -39,9 +40,9 @@ class Extras(BaseModel):
     gfpgan_visibility: _Share = 0
     codeformer_visibility: _Share = 0
     codeformer_weight: _Share = 0
-    upscaling_resize: Annotated[float, Field(gt=0)] = 2
-    upscaling_resize_w: Annotated[int, Field(ge=1)] = 512
-    upscaling_resize_h: Annotated[int, Field(ge=1)] = 512
+    upscaling_resize: Annotated[float, Field(gt=0, le=_MOST_SCALE)] = 2
+    upscaling_resize_w: _Side = 512
+    upscaling_resize_h: _Side = 512
     upscaling_crop: bool = True
     upscaler_1: str = "None"
     upscaler_2: str = "None"
@@ -90,7 +91,7 @@ class File(BaseModel):
 
 
 class ExtrasOfMany(Extras):
-    imageList: list[File]  # noqa: N815  # A1111's name
+    imageList: Annotated[list[File], AtMost]  # noqa: N815  # A1111's name
 
 
 @router.post("/extra-single-image")
@@ -109,23 +110,22 @@ async def extra_batch_images(body: ExtrasOfMany, at: At, request: Request) -> di
 async def _enlarged(text: str, name: str, body: Extras, desk: Desk, request: Request) -> tuple[str, str]:
     """The picture in base64, and what A1111 says of it."""
     body.check()
-    image = await asyncio.to_thread(_with_text, text, name)
+    image = await asyncio.to_thread(_with_text, text, name, desk)
+    if body.upscaler_1 == "None":
+        return await asyncio.to_thread(base64_of, image), "<p></p>"
     scale = body.scale(image)
     desk.service.limits.check_counts(pixels=round(image.width * scale) * round(image.height * scale))
-    if body.upscaler_1 == "None":
-        larger = image
-    elif (way := way_of(body.upscaler_1)) or scale < 1:
+    if (way := way_of(body.upscaler_1)) or scale < 1:
         larger = await asyncio.to_thread(_resized, image, scale, way or "lanczos")
     else:
-        order = _order(image, scale, body.upscaler_1, desk, client_of(request))
-        ticket = await asyncio.to_thread(desk.service.queue, order)
+        ticket = await asyncio.to_thread(_queued, image, scale, body.upscaler_1, desk, client_of(request))
         (larger,) = finished(await ended(ticket, request)).images
     return await asyncio.to_thread(lambda: base64_of(body.cropped(larger))), body.said(scale)
 
 
-def _with_text(text: str, name: str) -> Image.Image:
+def _with_text(text: str, name: str, desk: Desk) -> Image.Image:
     """The picture, with what it says of how it was made, which it keeps."""
-    image = picture_of(text, name)
+    image = desk.picture(text, name)
     try:
         said = texts_inside(content_of(text, name), name).get(PARAMETERS)
     except TightfitError:  # of a format that holds none
@@ -135,11 +135,10 @@ def _with_text(text: str, name: str) -> Image.Image:
     return image
 
 
-def _order(image: Image.Image, scale: float, upscaler: str, desk: Desk, client: str) -> Order:
-    file = file_of(upscaler)
-    named = next((item for item in desk.shelf.items(Kind.UPSCALER) if item.is_called(file)), None)
+def _queued(image: Image.Image, scale: float, upscaler: str, desk: Desk, client: str) -> Ticket:
     options, note = {"image": image, "scale": scale}, {"job": "extras"}
-    return Order(named.name if named else file, options, does="upscale", client=client, note=note)
+    order = Order(desk.shelf.upscaler(upscaler), options, does="upscale", client=client, note=note)
+    return desk.service.queue(order)
 
 
 def _resized(image: Image.Image, scale: float, way: str) -> Image.Image:

@@ -6,6 +6,7 @@ import csv
 import io
 import re
 import threading
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from ...errors import TightfitError
 from ...files import read_bytes
 from ...models.hub import BESIDE
 from ...models.layouts.library import Entry, Kind
+from ...models.upscalers import a1111_name, file_of
 from ...settings import DIGITS, file_hash
 from .route import NotFoundError
 
@@ -107,7 +109,7 @@ class Shelf:
 
     def _read(self, name: str, entry: Entry) -> Item:
         """What is inside. A file is read again once it has changed."""
-        with suppress(OSError):
+        with suppress(OSError, TightfitError):  # of one that is being changed
             status = entry.path.stat()
             key = entry.path, (status.st_size, status.st_mtime_ns)
             with self._lock:
@@ -120,6 +122,23 @@ class Shelf:
         """The name of the LoRA that a prompt calls so: it, or what its trainer called it."""
         items = self.items(Kind.LORA)
         return next((item.name for item in items if item.is_called(said)), said)
+
+    def upscaler(self, said: str) -> str:
+        """The name of the upscaler that is called so, also by A1111: "R-ESRGAN 4x+". Raises TightfitError for
+        one that there is not."""
+        file = file_of(said)
+        if item := next((item for item in self.items(Kind.UPSCALER) if item.is_called(file)), None):
+            return item.bare
+        try:
+            self.shelves.path(file, Kind.UPSCALER)
+        except TightfitError:
+            if file == said:
+                raise
+            raise TightfitError(
+                f"{a1111_name(file)} is {file}.safetensors, which is in no folder of models: put it there "
+                "(tightfit convert makes it of the .pth)"
+            ) from None
+        return file
 
     def words(self, model: Item) -> dict[str, str]:
         """What embeddings for that model teach, and the name of each."""
@@ -144,12 +163,22 @@ class Shelf:
             return item
         raise NotFoundError(f"{_HASH.sub('', said)} is no model that can be painted with: choose another")
 
-    def styles(self) -> dict[str, Style]:
-        """Of the styles.csv in each folder of models, or beside one that is called models, as A1111's is."""
+    def styles(self, named: Collection[str] = ()) -> dict[str, Style]:
+        """Of the styles.csv in each folder of models, or beside one that is called models, as A1111's is.
+        Raises TightfitError for a broken one, if a style is named that no other has."""
         folders = [
             place for root in self.shelves.roots for place in (root, root.parent)[: 1 + _is_models(root)]
         ]
-        return {style.name: style for folder in folders for style in _styles(folder / _STYLES)}
+        known: dict[str, Style] = {}
+        broken = None
+        for folder in folders:
+            try:
+                known |= {style.name: style for style in _styles(folder / _STYLES)}
+            except TightfitError as error:
+                broken = error
+        if broken and not known.keys() >= {*named}:
+            raise broken
+        return known
 
 
 def without_hash(name: str) -> str:
@@ -163,6 +192,8 @@ def _item(name: str, entry: Entry) -> Item:
         can_edit = spec is not None and edits(spec)
     except (TightfitError, KeyError):
         can_edit = False
+    if model.problem:  # in no list, so that only who names it is told
+        return Item(name, entry.path, "")
     alias = _alias(entry.path) if model.kind == Kind.LORA.value else ""
     return Item(name, entry.path, model.kind, model.family, spec is not None, can_edit, alias)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from PIL import Image
+from pydantic import BaseModel
 
 from ...adapters.vae import Vae
 from ...errors import TightfitError
@@ -18,6 +19,7 @@ from ...infotext import stem
 from ...jobs import State
 from ...models.samplers.names import SAMPLERS, split
 from ...pictures import PARAMETERS
+from ...request import RANDOM_SEED, drawn
 from ...service import Ticket
 from ..served import base64_of, client_of, ended
 from .desk import At, Desk
@@ -29,15 +31,17 @@ router = APIRouter(tags=["A1111"], route_class=Route, default_response_class=Ans
 
 @router.post("/txt2img")
 async def txt2img(body: TextToImage, at: At, request: Request) -> Answer:
-    return await _painted(Asked.read("txt2img", body), at, request)
+    return await _painted("txt2img", body, at, request)
 
 
 @router.post("/img2img")
 async def img2img(body: ImageToImage, at: At, request: Request) -> Answer:
-    return await _painted(Asked.read("img2img", body), at, request)
+    return await _painted("img2img", body, at, request)
 
 
-async def _painted(asked: Asked, desk: Desk, request: Request) -> Answer:
+async def _painted(what: str, body: BaseModel, desk: Desk, request: Request) -> Answer:
+    asked = await asyncio.to_thread(Asked.read, what, body)
+
     def queued() -> Ticket:
         return desk.service.queue(order_of(asked, desk, client_of(request)))
 
@@ -71,9 +75,10 @@ def info(asked: Asked, ticket: Ticket, images: list[Image.Image], digest: str) -
     order = ticket.record.order
     said: Mapping[str, Any] = {**order.options, **ticket.record.summary.get("request", {})}
     count, share = len(images), said.get("subseed_strength") or 0.0
-    seed, subseed = said["seed"], said.get("subseed", -1)
+    seed, subseed = said["seed"], said.get("subseed", asked["subseed"])
+    subseed = drawn(None if subseed in (None, RANDOM_SEED) else subseed)  # told also where it does nothing
     seeds = [seed + (0 if share else place) for place in range(count)]
-    subseeds = [subseed + (place if share else 0) for place in range(count)]
+    subseeds = [subseed + place for place in range(count)]
     prompt, negative = " ".join([said["prompt"], *_words(order.options)]), said.get("negative_prompt") or ""
     return {
         "prompt": prompt,

@@ -6,12 +6,13 @@ import json
 import logging
 import math
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from ...errors import TightfitError
@@ -21,6 +22,10 @@ LOG = logging.getLogger("tightfit.server")
 _RETRY_SECONDS = "5"
 _BROKEN = "something went wrong here: the server's log says what"
 _MOST_DEPTH = 50  # of what a client sent, which is answered
+_MOST_ERRORS = 10  # that are told
+AtMost = Field(max_length=1000)
+"""What every list of a body says of itself: a longer one is refused before each item is looked at."""
+Texts = Annotated[list[str], AtMost]
 
 
 class NotFoundError(TightfitError):
@@ -57,7 +62,8 @@ class Route(APIRoute):
             try:
                 return await handle(request)
             except RequestValidationError as error:
-                said = [{name: one[name] for name in ("loc", "msg", "type")} for one in error.errors()]
+                errors = error.errors()[:_MOST_ERRORS]
+                said = [{name: one[name] for name in ("loc", "msg", "type")} for one in errors]
                 return Answer({"detail": said}, 422)
             except QueueFullError as error:
                 return _failed(error, 503, {"Retry-After": _RETRY_SECONDS})

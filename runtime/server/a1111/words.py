@@ -5,28 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, create_model
 
 from ...adapters.prompt import WORD
+from ...conditions.handed import way_of
 from ...errors import TightfitError
 from ...files import shortened
 from ...jobs import Order
 from ...models.samplers.names import AUTOMATIC, SAMPLERS, of_a1111, schedule_of, split
-from ...models.upscalers import file_of
 from ...request import RANDOM_SEED, drawn
+from ...service import Limits
 from ...settings import idle
-from ..served import picture_of
 from .control import SCRIPT, controls
 from .desk import Desk
 from .lists import Item, Style
 from .options import ETA, ETA_DDIM, MODEL, PREVIEW_EVERY, PREVIEWS, fields_of
-from .route import LOG, NotFoundError
+from .route import LOG, AtMost, NotFoundError, Texts
 
 _OFF = (None, False)
 _NONE = (None, "", "None")
+_MOST_LORAS = 100
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Field:
 _COMMON = {
     "prompt": Field(str, ""),
     "negative_prompt": Field(str, ""),
-    "styles": Field(list[str]),
+    "styles": Field(Texts),
     "seed": Field(int, RANDOM_SEED, "seed"),
     "subseed": Field(int, RANDOM_SEED),
     "subseed_strength": Field(float, 0.0),
@@ -78,7 +79,7 @@ _COMMON = {
     "disable_extra_networks": Field(bool, False, only=_OFF),
     "comments": Field(dict[str, Any]),
     "script_name": Field(str),
-    "script_args": Field(list[Any], ()),
+    "script_args": Field(Annotated[list[Any], AtMost], ()),
     "send_images": Field(bool, True),
     "save_images": Field(bool, False),
     "alwayson_scripts": Field(dict[str, Any]),
@@ -101,7 +102,7 @@ _HIRES = {
     "hr_negative_prompt": Field(str, ""),
 }
 _BEGUN = {
-    "init_images": Field(list[str]),
+    "init_images": Field(Texts),
     "resize_mode": Field(int, 0),
     "image_cfg_scale": Field(float),
     "mask": Field(str),
@@ -166,6 +167,16 @@ class Asked:
         """Pictures in all: batches follow one another."""
         return _number(self, "batch_size") * _number(self, "n_iter")
 
+    @property
+    def characters(self) -> int:
+        """Of all its texts but pictures."""
+        known = FIELDS[self.what].items()
+        return sum(len(self[name] or "") for name, field in known if field.kind is str and name != "mask")
+
+    @property
+    def is_hires(self) -> bool:
+        return self.what == "txt2img" and bool(self["enable_hr"])
+
     def given(self, *names: str) -> Any:
         """The first of these fields that has a value, or None."""
         return next((self[name] for name in names if self[name] not in _NONE), None)
@@ -187,20 +198,20 @@ def _number(asked: Asked, name: str) -> int:
 
 def order_of(asked: Asked, desk: Desk, client: str) -> Order:
     """The order for a request. Raises TightfitError."""
+    desk.service.limits.check_counts(characters=asked.characters)
     values = desk.options.values(asked["override_settings"] or {})
     item = desk.shelf.checkpoint(values[MODEL])
     _check_scripts(asked)
-    begins = _begun(asked) if asked.what == "img2img" else {}
-    styles = _styles(asked, desk)
+    begins = _begun(asked, desk) if asked.what == "img2img" else {}
     options = {
         **fields_of(values),
         **_plain(asked),
-        **_texts(asked, desk, item, styles),
+        **_texts(asked, desk, item),
         **_seeds(asked),
         **_sampling(asked, values),
         **begins,
-        **(_hires(asked, styles) if asked.what == "txt2img" else {}),
-        **_controls(asked, begins.get("image")),
+        **(_hires(asked, desk) if asked.is_hires else {}),
+        **_controls(asked, begins.get("image"), desk),
     }
     if asked.what == "img2img" and item.edits and asked["image_cfg_scale"] is not None:
         options["image_guidance_scale"] = asked["image_cfg_scale"]
@@ -229,29 +240,53 @@ def _plain(asked: Asked) -> dict[str, Any]:
 def _styles(asked: Asked, desk: Desk) -> list[Style]:
     """Those that are named. Raises TightfitError for one that there is not."""
     names = asked["styles"] or ()
-    known = desk.shelf.styles() if names else {}
+    known = desk.shelf.styles(names) if names else {}
     if unknown := [name for name in names if name not in known]:
         there = f"choose {', '.join(known)}" if known else "no folder of models has a styles.csv"
         raise TightfitError(f"there is no style {shortened(unknown[0])}: {there}")
     return [known[name] for name in names]
 
 
-def _texts(asked: Asked, desk: Desk, item: Item, styles: Sequence[Style]) -> dict[str, Any]:
-    """Both prompts in their styles, the LoRAs that they name, and the embeddings whose words they have."""
-    prompt = _styled(asked["prompt"] or "", [style.prompt for style in styles])
-    negative = _styled(asked["negative_prompt"] or "", [style.negative_prompt for style in styles])
-    loras = [_lora(desk.shelf.lora(name), weights) for name, weights in WORD.findall(prompt)]
-    known = desk.shelf.words(item).items()
-    embeddings = [name for word, name in known if _has_word(f"{prompt}\n{negative}", word)]
-    texts: dict[str, Any] = {"prompt": WORD.sub("", prompt).strip() if loras else prompt}
+def _texts(asked: Asked, desk: Desk, item: Item) -> dict[str, Any]:
+    """The prompts in their styles, the LoRAs that they name, and the embeddings whose words they have."""
+    styles, limits = _styles(asked, desk), desk.service.limits
+    negative = _styled(asked["negative_prompt"], [style.negative_prompt for style in styles], limits)
+    ours = {"prompt": "prompt"} | ({"hr_prompt": "hires_prompt"} if asked.is_hires else {})
+    named = {
+        option: _styled(text, [style.prompt for style in styles], limits)
+        for name, option in ours.items()
+        if (text := asked.given(name)) or option == "prompt"
+    }
+    parted = {option: _parted(text, desk) for option, text in named.items()}
+    (_, loras), *later = parted.values()
+    if unknown := [lora for _, others in later for lora in others if lora not in loras]:
+        raise TightfitError(
+            f"hr_prompt names the LoRA {shortened(unknown[0])}, and prompt does not: both passes have the "
+            "same, so name it in both, or in prompt alone"
+        )
+    texts: dict[str, Any] = {option: text for option, (text, _) in parted.items()}
+    known, every = desk.shelf.words(item).items(), "\n".join((*texts.values(), negative))
+    embeddings = [name for word, name in known if _has_word(every, word)]
     texts |= {"negative_prompt": negative} if negative else {}  # for SDXL an empty one is another
     texts |= {"lora": loras} if loras else {}
     return texts | ({"embedding": embeddings} if embeddings else {})
 
 
-def _styled(prompt: str, styles: Sequence[str]) -> str:
-    """As A1111 puts a prompt into styles, one after the other."""
+def _parted(prompt: str, desk: Desk) -> tuple[str, list[str]]:
+    """A prompt without the words of LoRAs, and these."""
+    words = WORD.findall(prompt)
+    if len(words) > _MOST_LORAS:  # each of which is looked for
+        raise TightfitError(f"a prompt names {len(words)} LoRAs, and {_MOST_LORAS} are taken: name fewer")
+    loras = [_lora(desk.shelf.lora(name), weights) for name, weights in words]
+    return (WORD.sub("", prompt).strip() if loras else prompt), loras
+
+
+def _styled(prompt: str | None, styles: Sequence[str], limits: Limits) -> str:
+    """As A1111 puts a prompt into styles, one after the other. Raises TightfitError where that would be too
+    long: a style may hold {prompt} many times."""
+    prompt = prompt or ""
     for style in styles:
+        limits.check_counts(characters=len(style) + len(prompt) * max(1, style.count("{prompt}")))
         parts = filter(None, (prompt.strip(), style.strip()))
         prompt = style.replace("{prompt}", prompt) if "{prompt}" in style else ", ".join(parts)
     return prompt
@@ -307,15 +342,12 @@ def sampler_of(name: str, schedule: str | None) -> str:
     return of_a1111(name, wanted)
 
 
-def _hires(asked: Asked, styles: Sequence[Style]) -> dict[str, Any]:
-    if not asked["enable_hr"]:
-        return {}
+def _hires(asked: Asked, desk: Desk) -> dict[str, Any]:
     if asked["hr_negative_prompt"] not in (*_NONE, asked["negative_prompt"]):
         raise TightfitError("hr_negative_prompt is not there in tightfit: both passes have one, leave it out")
     options = {"hires_strength": asked["denoising_strength"], "hires_steps": asked["hr_second_pass_steps"]}
-    options |= {"hires_upscaler": asked["hr_upscaler"] and file_of(asked["hr_upscaler"])}
-    if prompt := asked.given("hr_prompt"):
-        options["hires_prompt"] = _styled(prompt, [style.prompt for style in styles])
+    if name := asked["hr_upscaler"]:
+        options["hires_upscaler"] = name if way_of(name) else desk.shelf.upscaler(name)
     name, schedule = (
         None if asked[field] in _SAME else asked[field] for field in ("hr_sampler_name", "hr_scheduler")
     )
@@ -341,7 +373,7 @@ def _larger(asked: Asked) -> dict[str, Any]:
     return {"hires_size": f"{wide // 8 * 8}x{tall // 8 * 8}"}
 
 
-def _begun(asked: Asked) -> dict[str, Any]:
+def _begun(asked: Asked, desk: Desk) -> dict[str, Any]:
     """What image to image begins with."""
     images = asked["init_images"]
     if not images:
@@ -350,13 +382,13 @@ def _begun(asked: Asked) -> dict[str, Any]:
         raise TightfitError(f"{len(images)} init_images are given, and one is taken: ask for each alone")
     if not 0 <= (asked["resize_mode"] or 0) < len(_RESIZES):
         raise TightfitError(f"resize_mode {asked['resize_mode']} is not there in tightfit: give 0, 1 or 2")
-    options = {"image": picture_of(images[0], "init_images"), "resize": _RESIZES[asked["resize_mode"] or 0]}
+    options = {"image": desk.picture(images[0], "init_images"), "resize": _RESIZES[asked["resize_mode"] or 0]}
     if asked["denoising_strength"] is not None:
         options["strength"] = asked["denoising_strength"]
-    return options | _masked(asked) if asked["mask"] else options
+    return options | _masked(asked, desk) if asked["mask"] else options
 
 
-def _masked(asked: Asked) -> dict[str, Any]:
+def _masked(asked: Asked, desk: Desk) -> dict[str, Any]:
     blur = asked["mask_blur"]
     if blur is None:
         blur = asked["mask_blur_x"]
@@ -365,7 +397,7 @@ def _masked(asked: Asked) -> dict[str, Any]:
     fill = asked["inpainting_fill"] or 0
     if not 0 <= fill < len(_FILLS):
         raise TightfitError(f"inpainting_fill must be 0, 1, 2 or 3, not {fill}")
-    options = {"mask_image": _mask(picture_of(asked["mask"], "mask")), "mask_content": _FILLS[fill]}
+    options = {"mask_image": _mask(desk.picture(asked["mask"], "mask")), "mask_content": _FILLS[fill]}
     options |= {} if blur is None else {"mask_blur": blur}
     if asked["inpaint_full_res"]:
         options["mask_padding"] = asked["inpaint_full_res_padding"] or 0
@@ -393,12 +425,11 @@ def _is_off(script: Any) -> bool:
     return not args or (isinstance(args, Sequence) and args[0] in (False, {}))
 
 
-def _controls(asked: Asked, begins_with: Image.Image | None) -> dict[str, Any]:
+def _controls(asked: Asked, begins_with: Image.Image | None, desk: Desk) -> dict[str, Any]:
     scripts = (asked["alwayson_scripts"] or {}).items()
     script = next((script for name, script in scripts if name.lower() == SCRIPT), None)
     if script is None:
         return {}
     if not isinstance(script, Mapping):
         raise TightfitError("alwayson_scripts.controlnet must be an object with args, a list of units")
-    is_hires = asked.what == "txt2img" and bool(asked["enable_hr"])
-    return controls(script.get("args") or [], begins_with, is_hires)
+    return controls(script.get("args") or [], begins_with, asked.is_hires, desk)

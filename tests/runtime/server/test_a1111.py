@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
+import numpy as np
 import pytest
 import tightfit
 import torch
@@ -21,11 +22,13 @@ from safetensors.torch import save_file
 from tightfit.benchmarks import clients
 from tightfit.runtime import infotext
 from tightfit.runtime.asking import Shelves
+from tightfit.runtime.conditions.handed import interpolated
 from tightfit.runtime.conditions.preprocess import canny
 from tightfit.runtime.jobs import Order
 from tightfit.runtime.models.hub import BESIDE
 from tightfit.runtime.models.samplers.names import SAMPLERS
 from tightfit.runtime.request import Request
+from tightfit.runtime.server.a1111 import control, facts
 from tightfit.runtime.server.a1111.desk import Desk
 from tightfit.runtime.server.a1111.words import FIELDS, Asked, TextToImage, order_of
 from tightfit.runtime.service import Limits, Service
@@ -34,7 +37,9 @@ WISHES = {"precision": "fp32", "residency": "resident", "tiling": "whole"}
 SIZE = {"width": 64, "height": 64}
 SMALL = {**SIZE, "steps": 2}
 OURS = {**SIZE, "num_inference_steps": 2}
-STYLES = 'name,prompt,negative_prompt\nflat,"{prompt}, flat <lora:flat:0.8>",blurry\n'
+STYLES = (
+    'name,prompt,negative_prompt\nflat,"{prompt}, flat <lora:flat:0.8>",blurry\ntwice,{prompt}{prompt},\n'
+)
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +193,17 @@ def test_hires_and_a_second_seed_are_those_of_python(api, pipe):
     assert (answer.info["all_subseeds"], answer.info["denoising_strength"]) == ([5], 0.6)
     sized = api.txt2img(prompt="a cat", seed=3, **SMALL, enable_hr=True, hr_resize_x=80, hr_upscaler="None")
     assert sized.image.size == (80, 80)
+    cut = {"enable_hr": True, "hr_resize_x": 128, "hr_resize_y": 64, "hr_upscaler": "Latent (nearest)"}
+    answer = api.txt2img(prompt="a cat", width=64, height=96, steps=1, n_iter=2, **cut)
+    assert [image.size for image in answer.images] == [(128, 64)] * 2
+    with pytest.raises(tightfit.TightfitError, match="is cut of 131072 pixels a side"):
+        pipe("a cat", width=64, height=1024, num_inference_steps=1, hires_size="8192x64")
+    first, second = answer.info["all_subseeds"]
+    assert (answer.info["subseed"], second) == (first, first + 1) and first >= 0
+    assert api.txt2img(steps=1, **SIZE, subseed=5, batch_size=2).info["all_subseeds"] == [5, 6]
+    latents = np.arange(12 * 8, dtype=np.float32).reshape(1, 1, 12, 8)
+    covering = latents.repeat(2, axis=2).repeat(2, axis=3)
+    assert np.array_equal(interpolated(latents, (8, 16), "latent-nearest"), covering[..., 8:16, :])
 
 
 def test_pictures_from_pictures_are_those_of_python(api, pipe):
@@ -251,8 +267,6 @@ def test_controlnet_is_that_of_python(api, pipe):
     )
     assert same(older.image, painted)
     found = api.controlnet_detect([clients.picture()], module="canny").image
-    import numpy as np
-
     assert np.array_equal(np.asarray(found), canny(np.asarray(clients.picture())))
 
 
@@ -263,9 +277,19 @@ def test_loras_of_prompts_and_styles(api, pipe, server):
     assert same(styled.image, painted)
     named = {"prompt": "a cat, flat <lora:flat34:0.8>", "negative_prompt": "blurry"}
     assert asked_of(server, **named).options == asked_of(server, prompt="a cat", styles=["flat"]).options
+    with pytest.raises(tightfit.TightfitError, match="101 LoRAs"):
+        asked_of(server, prompt="<lora:flat:0.1>" * 101)
+    with pytest.raises(tightfit.TightfitError, match="characters"):
+        asked_of(server, prompt="a", styles=["twice"] * 20)
     assert asked_of(server, prompt="<lyco:flat:0.5:0.8>").options["lora"] == ["flat:0.8:0.5"]
     assert styled.info["prompt"] == "a cat, flat <lora:flat:0.8>"
     assert api.get_prompt_styles()[0]["name"] == "flat"
+    larger = {"prompt": "a <lora:flat:0.8>", "enable_hr": True}
+    again = asked_of(server, **larger, hr_prompt="a (dog) <lora:flat34:0.8>, slice").options
+    assert (again["prompt"], again["hires_prompt"]) == ("a", "a (dog), slice")
+    assert again["lora"] == ["flat:0.8"] and again["embedding"]
+    with pytest.raises(tightfit.TightfitError, match="hr_prompt names the LoRA 'flat:1'"):
+        asked_of(server, **larger, hr_prompt="a <lora:flat:1>")
 
 
 def test_a_word_that_an_embedding_teaches_and_a_refiner(api, pipe, folder, server):
@@ -292,6 +316,8 @@ def test_extras_are_the_upscaler_s(api, folder, server):
     file, picture = folder / "ESRGAN" / "RealESRGAN_x2plus.safetensors", clients.picture(32, 24)
     larger = tightfit.upscale(picture, file, 3, device="cpu", precision="fp32")
     assert same(api.extra_single_image(picture, upscaler_1="R-ESRGAN 2x+", upscaling_resize=3).image, larger)
+    untouched = api.extra_single_image(picture, upscaler_1="None", resize_mode=1, upscaling_resize_w=48)
+    assert same(untouched.image, picture)
     answer = api.extra_batch_images(
         [picture, picture],
         resize_mode=1,
@@ -305,6 +331,11 @@ def test_extras_are_the_upscaler_s(api, folder, server):
     assert "Postprocess upscale to: 48x48" in answer.info
     larger = {"enable_hr": True, "hr_upscaler": "R-ESRGAN 2x+"}
     assert asked_of(server, **larger).options["hires_upscaler"] == "RealESRGAN_x2plus"
+    said = r"R-ESRGAN 4x\+ is RealESRGAN_x4plus.safetensors, which is in no folder"
+    with pytest.raises(tightfit.TightfitError, match=said):
+        asked_of(server, enable_hr=True, hr_upscaler="R-ESRGAN  4x+")
+    with pytest.raises(RuntimeError, match=said):
+        api.extra_single_image(picture, upscaler_1="R-ESRGAN 4x+")
 
 
 def test_what_a_picture_says(api):
@@ -423,6 +454,42 @@ def test_sillytavern(http):
     assert http.post("/sdapi/v1/interrupt").json() == {}
 
 
+# ---------------------------------------------------------------------------------------- files of all kinds
+
+
+@pytest.fixture
+def desk(environment, tmp_path):
+    """Of models among which nothing can be read, as downloads leave them."""
+    models = tmp_path / "models"
+    for number, place in enumerate(("Lora", "ControlNet", "VAE", "ESRGAN", "embeddings", "Stable-diffusion")):
+        (models / place).mkdir(parents=True)
+        (models / place / "broken.safetensors").write_bytes((b"<html>404</html>", b"")[number % 2])
+        (models / place / "cut.safetensors").write_bytes((2**20).to_bytes(8, "little") + b"{")
+    (models / "styles.csv").write_bytes(b"name,prompt\n\xff\xfe")
+    with Service(
+        device="cpu", shelves=Shelves([models]), limits=Limits(characters=10_000), **WISHES
+    ) as service:
+        yield Desk.made(service, "emoji")
+
+
+def test_a_file_that_cannot_be_read_is_in_no_list_and_refused_where_it_is_named(desk):
+    def ordered(**fields) -> Order:
+        return order_of(Asked.read("txt2img", TextToImage(**fields)), desk, "")
+
+    assert ordered(prompt="a <lora:flat:1>").options["lora"] == ["flat:1"]
+    assert [lora["name"] for lora in facts.loras(desk)] == ["flat"]
+    assert facts.prompt_styles(desk) == facts.realesrgan_models(desk) == facts.sd_vae(desk)[1:] == []
+    assert len(control.model_list(desk)["model_list"]) == 1 and set(control.control_types(desk))
+    assert [model["title"] for model in facts.sd_models(desk)] == ["emoji"]
+    assert facts.embeddings(desk)["loaded"] == {}
+    with pytest.raises(tightfit.TightfitError, match=r"broken\.safetensors"):
+        desk.service.queue(ordered(prompt="a <lora:broken:1>"))
+    with pytest.raises(tightfit.TightfitError, match=r"styles.csv cannot be read"):
+        ordered(styles=["flat"])
+    with pytest.raises(tightfit.TightfitError, match="12000 characters"):  # before anything is read
+        ordered(prompt="a" * 6000, negative_prompt="b" * 6000, override_settings={"nothing": 1})
+
+
 # ------------------------------------------------------------------------------------------- while it runs
 
 
@@ -503,6 +570,7 @@ def test_requests_at_once_wait_for_one_another(server):
 # ------------------------------------------------------------------------------------------------ bad input
 
 
+HUGE = {"resize_mode": 1, "upscaling_resize_w": 10**400}
 BAD = [
     ("txt2img", {"sampler_name": "No Such"}, 404),
     ("txt2img", {"scheduler": "No Such", "sampler_name": "Euler"}, 422),
@@ -531,6 +599,7 @@ BAD = [
     ("txt2img", {"enable_hr": True, "hr_upscaler": "../x"}, 422),
     ("txt2img", {"enable_hr": True, "hr_scale": 1e9}, 422),
     ("txt2img", {"enable_hr": True, "hr_resize_x": -8}, 422),
+    ("txt2img", {"enable_hr": True, "height": 512, "hr_resize_x": 4096, "hr_resize_y": 64}, 422),
     ("txt2img", {"enable_hr": True, "hr_negative_prompt": "other"}, 422),
     ("txt2img", {"restore_faces": True}, 422),
     ("txt2img", {"alwayson_scripts": {"controlnet": 3}}, 422),
@@ -560,6 +629,8 @@ BAD = [
     ("img2img", {"init_images": ["PICTURE"], "resize_mode": 3}, 422),
     ("extra-single-image", {"image": "PICTURE", "upscaler_1": "../tiny"}, 422),
     ("extra-single-image", {"image": "PICTURE", "upscaler_1": "R-ESRGAN 2x+", "upscaling_resize": 1e9}, 422),
+    ("extra-single-image", {"image": "PICTURE", "upscaler_1": "Lanczos", "upscaling_resize": 1e308}, 422),
+    ("extra-single-image", {"image": "PICTURE", "upscaler_1": "Lanczos", **HUGE}, 422),
     ("extra-single-image", {"image": "PICTURE", "gfpgan_visibility": 1}, 422),
     ("extra-single-image", {"image": "PICTURE", "resize_mode": 2}, 422),
     ("extra-batch-images", {"imageList": "x"}, 422),
@@ -583,6 +654,50 @@ def test_bad_input_is_one_line(place, body, status, http):
     else:
         assert detail and "\n" not in detail and answer.json()["errors"] == detail
         assert set(answer.json()) == {"error", "detail", "body", "errors"}
+
+
+def _units(count: int, picture: str) -> dict:
+    return {"alwayson_scripts": {"controlnet": {"args": [{"image": picture}] * count}}}
+
+
+def test_pictures_are_counted_and_measured_before_they_are_decoded(http, monkeypatch):
+    def refused(path: str, **body) -> str:
+        answer = http.post(path, json=body)
+        assert answer.status_code == 422, answer.text
+        return answer.json()["detail"]
+
+    small, large = encoded(Image.new("L", (8, 8))), encoded(Image.new("L", (513, 512)))
+    monkeypatch.delattr("tightfit.runtime.conditions.input_pictures._upright")  # which decodes
+    assert "9 units" in refused("/sdapi/v1/txt2img", **_units(9, small))
+    for path, body in (
+        ("/sdapi/v1/txt2img", _units(1, large)),
+        ("/sdapi/v1/img2img", {"init_images": [large]}),
+        ("/sdapi/v1/extra-single-image", {"image": large}),
+        ("/sdapi/v1/extra-batch-images", {"imageList": [{"data": large, "name": "a"}]}),
+        ("/controlnet/detect", {"controlnet_input_images": [large]}),
+    ):
+        assert "262656 pixels" in refused(path, **body), path
+
+
+LISTS = [
+    ("/sdapi/v1/txt2img", "styles"),
+    ("/sdapi/v1/txt2img", "script_args"),
+    ("/sdapi/v1/img2img", "init_images"),
+    ("/sdapi/v1/extra-batch-images", "imageList"),
+    ("/controlnet/detect", "controlnet_input_images"),
+    ("/controlnet/detect", "controlnet_images"),
+]
+
+
+@pytest.mark.parametrize(("path", "name"), LISTS)
+def test_a_long_list_is_refused_at_once_and_its_items_are_not_told(path, name, http):
+    answers = [
+        http.post(path, json={"script_name": "x", name: [number] * count})
+        for number, count in ((1, 100), ([], 20_000))
+    ]
+    assert all(answer.status_code == 422 and len(answer.content) < 5000 for answer in answers)
+    (detail,) = answers[1].json()["detail"]
+    assert detail["type"] == "too_long" and detail["loc"] == ["body", name]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[" * 10**5, '{"steps": NaN}', '{"steps": 1' + "0" * 5000 + "}"])
