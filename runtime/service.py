@@ -33,6 +33,7 @@ from .ticket import Ticket as Ticket
 
 TRIES = 3
 """How often a job is begun that ends its process."""
+_GIVEN = 4  # pictures of the largest size that an order may bring: one, its mask, and two to follow
 _AGAIN_SECONDS = 5.0  # until what could not be written is tried again
 T = TypeVar("T")
 _log = logging.getLogger("tightfit.service")
@@ -64,7 +65,11 @@ class Limits:
 
     def check_order(self, order: Order) -> None:
         """The same of what an order gives, before anything is made of it."""
-        self.check_counts(characters=order.characters, pixels=order.pixels)
+        self.check_counts(characters=order.characters)
+        if order.pixels > (most := _GIVEN * self.pixels):
+            raise TightfitError(
+                f"pictures of {order.pixels} pixels are given, and {most} are taken here: make them smaller"
+            )
 
     def check_counts(self, **counts: float) -> None:
         """The same of counts by their names here."""

@@ -336,7 +336,7 @@ def test_both_passes_in_one_precision(tiny_models, monkeypatch, opened):
     with tightfit.Pipeline(pipe.spec, pipe.hardware, replace(pipe.wishes, budget=small)) as tight:
         result = tight.generate(request)
     first, second = (one.plan for one in result.passes)
-    (notice,) = result.notices
+    (notice,) = (one for one in result.notices if "pass" in one)  # the process of all tests may be above it
     assert first.denoiser.arithmetic == fastest != second.denoiser.arithmetic
     assert notice.startswith(f"the first pass is in {fastest}, the second in {second.denoiser.arithmetic}, ")
     assert notice.endswith(f"--precision {second.precision} is for both")

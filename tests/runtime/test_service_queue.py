@@ -194,8 +194,8 @@ def test_who_has_waited_longest_is_next(service):
             "67108864 pixels are asked for, and 4096",
         ),
         (
-            {"options": {"prompt": "a", "image": [Image.new("RGB", (64, 64)), Image.new("L", (1, 1))]}},
-            "4097 pixels are asked for",
+            {"options": {"prompt": "a", "image": [Image.new("RGB", (128, 128)), Image.new("L", (1, 1))]}},
+            "pictures of 16385 pixels are given, and 16384 are taken",
         ),
         ({"does": "upscale", "options": {}}, "image must be a picture"),
         ({"does": "upscale", "options": {"image": Image.new("RGB", (80, 80))}}, "6400 pixels are asked for"),
@@ -209,11 +209,11 @@ def test_what_no_queue_takes_is_one_line(service, order, said):
 
 
 @pytest.mark.parametrize("method", ["plans", "planned"])
-@pytest.mark.parametrize("more", [{"negative_prompt": "b" * 300_000}, {"image": Image.new("L", (80, 80))}])
+@pytest.mark.parametrize("more", [{"negative_prompt": "b" * 300_000}, {"image": Image.new("L", (160, 160))}])
 def test_a_plan_is_asked_within_the_same_limits(service, monkeypatch, method, more):
     """Before anything is made of it, which may take long."""
     monkeypatch.setattr(module, "request_of", None)
-    with pytest.raises(TightfitError, match=r"(characters|pixels) are asked for"):
+    with pytest.raises(TightfitError, match=r"characters are asked for|pixels are given"):
         getattr(service, method)("emoji", {"prompt": "a", **more})
 
 
