@@ -70,7 +70,8 @@ class Remote:
             raise TightfitError(
                 "httpx is not installed, which calls the server: pip install 'tightfit[serve]'"
             ) from None
-        self.url, self._always = url.rstrip("/"), dict(always)
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self._always = dict(always)
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         try:
             self._http = httpx.Client(base_url=self.url, headers=headers, timeout=_SECONDS)

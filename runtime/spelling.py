@@ -68,10 +68,18 @@ OF_MODELS = _by_name(
 )
 
 
+_LONG = 100  # names are shorter, and to compare longer ones takes long
+
+
 def unknown(name: str, known: Collection[str], theirs: Mapping[str, str]) -> TightfitError:
     """The error for an option that none of `known` is called; `theirs` says what others' names mean here."""
+    said = meant(name, known, theirs) or f"choose {', '.join(known)}"
+    return TightfitError(f"unknown option '{name}': {said}")
+
+
+def meant(name: str, known: Collection[str], theirs: Mapping[str, str]) -> str | None:
+    """What is said of the name beside "unknown option", if anything is near."""
     if name in theirs:
-        return TightfitError(f"unknown option '{name}': {theirs[name]}")
-    if close := get_close_matches(name, known, 1):
-        return TightfitError(f"unknown option '{name}': did you mean {close[0]}?")
-    return TightfitError(f"unknown option '{name}': choose {', '.join(known)}")
+        return theirs[name]
+    close = get_close_matches(name, known, 1) if len(name) < _LONG else ()
+    return f"did you mean {close[0]}?" if close else None

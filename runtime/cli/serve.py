@@ -23,6 +23,7 @@ from .options import MODEL, Device, ModelsDirs, taking
 from .output import say
 
 if TYPE_CHECKING:
+    from ..machine.hardware import Hardware
     from ..server.guard import Door
     from ..service import Service
 
@@ -102,8 +103,9 @@ def _door(options: Options, limited: Mapping[str, Any]) -> Door:
 
     key = options.api_key if options.api_key is not None else os.environ.get(KEY, "")
     origins = tuple(origin.rstrip("/").lower() for origin in options.cors or ())
-    if "*" in origins and not key:
-        raise TightfitError(f"--cors '*' lets every page of the web paint here: give --api-key or {KEY} too")
+    open_to = {"--cors": origins, "--allow-host": options.allow_host or ()}
+    if not key and (name := next((name for name, named in open_to.items() if "*" in named), None)):
+        raise TightfitError(f"{name} '*' lets every page of the web paint here: give --api-key or {KEY} too")
     body = limited.get("limit_body")
     return Door(
         model=_named(options.model),
@@ -146,6 +148,7 @@ def _listening(options: Options, door: Door) -> socket.socket:
 
 def _service(options: Options, wished: Mapping[str, Any], limited: Mapping[str, Any]) -> Service:
     from ..asking import Shelves
+    from ..machine.hardware import Hardware
     from ..models.hub import BUILT_IN, inspect, located
     from ..models.layouts.library import Kind
     from ..service import Limits, Service
@@ -161,6 +164,7 @@ def _service(options: Options, wished: Mapping[str, Any], limited: Mapping[str, 
     shelves = Shelves(options.models_dirs or (), named)
     inspect(place)  # fetched here, if it is to be: a request fetches nothing
     shelves.path(_named(options.model), Kind.MODEL)
+    _check_room(Hardware.detect(options.device), Wishes(**wished))
     return Service(
         device=options.device,
         folder=folder,
@@ -168,6 +172,19 @@ def _service(options: Options, wished: Mapping[str, Any], limited: Mapping[str, 
         limits=Limits(**{name: value for name, value in limits.items() if name in known}),
         **wished,
     )
+
+
+def _check_room(hardware: Hardware, wishes: Wishes) -> None:
+    """Raise TightfitError for a budget in which no job of any model would run."""
+    from ..planner.estimate import holder
+    from ..units import shown
+
+    budget_bytes, context_bytes = wishes.budget, hardware.context_bytes
+    if budget_bytes is not None and budget_bytes <= context_bytes:
+        raise TightfitError(
+            f"{holder(hardware)} alone takes {shown(context_bytes)}, and {shown(budget_bytes)} are given: "
+            "give more"
+        )
 
 
 def _greeting(service: Service, door: Door, listening: socket.socket) -> str:

@@ -48,6 +48,9 @@ _OPTIONS = {
     ),
     **dict.fromkeys(("init-image", "init-img"), "it is --image"),
     **dict.fromkeys(("denoise", "denoising-strength"), "it is --strength"),
+    **dict.fromkeys(("listen", "server-name"), "it is tightfit serve --host 0.0.0.0, with --api-key"),
+    **dict.fromkeys(("api-auth", "gradio-auth"), "it is --api-key of tightfit serve"),
+    "api": "tightfit serve has the API in any case",
 }
 
 

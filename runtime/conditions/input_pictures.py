@@ -99,13 +99,13 @@ def _drawn_out(image: Image.Image, place: tuple[int, int], size: tuple[int, int]
     return Image.fromarray(np.pad(np.asarray(image), sides, mode="edge"))
 
 
-def decoded(content: bytes, source: str) -> Image.Image:
+def decoded(content: bytes, source: str, most_pixels: int = _MOST_PIXELS) -> Image.Image:
     """The picture in a file's content, RGB or RGBA, turned as its EXIF says. Raises TightfitError as
-    `open_picture` does."""
+    `open_picture` does; of more than `most_pixels` before they are decoded."""
     from io import BytesIO
 
     with _opened(BytesIO(content), source) as image:
-        return _upright(image, source)
+        return _upright(image, source, most_pixels)
 
 
 def open_picture(given: Any) -> Picture:
@@ -171,14 +171,14 @@ def _of_array(given: Any) -> Picture:
     return _picture(Image.fromarray(array), "the picture")
 
 
-def _upright(image: Image.Image, source: str) -> Image.Image:
+def _upright(image: Image.Image, source: str, most_pixels: int = _MOST_PIXELS) -> Image.Image:
     """RGB or RGBA. Raises TightfitError for what moves, or is too large to be read."""
     from PIL import ImageOps
 
-    width, height = image.size
-    if not width or not height or max(width, height) > _MOST_SIDE or width * height > _MOST_PIXELS:
+    (width, height), most = image.size, min(most_pixels, _MOST_PIXELS)
+    if not width or not height or max(width, height) > _MOST_SIDE or width * height > most:
         raise TightfitError(
-            f"{source} has {width}x{height} pixels, where 1 to {_MOST_SIDE} a side and {_MOST_PIXELS} in all "
+            f"{source} has {width}x{height} pixels, where 1 to {_MOST_SIDE} a side and {most} in all "
             "are read: make it smaller"
         )
     if getattr(image, "n_frames", 1) > 1 and image.format in ("GIF", "WEBP", "PNG", "AVIF"):

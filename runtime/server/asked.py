@@ -6,15 +6,16 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
+from annotated_types import Len
 from fastapi import Request as HttpRequest
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from .. import asking
+from .. import asking, spelling
 from ..adapters import ADAPTERS
 from ..conditions import CONDITIONS
 from ..conditions.input_pictures import decoded
@@ -25,6 +26,7 @@ from ..jobs import Order
 from ..planner.wishes import Wishes
 from ..request import RANDOM_SEED, Request
 from .failures import RefusedError, in_one_line
+from .guard import release
 from .served import picture_of
 
 JSON, FORM = "application/json", "multipart/form-data"
@@ -49,8 +51,14 @@ _OF_PLANS: dict[str, tuple[Any, str]] = {
     "model": _OF_JOBS["model"],
     "hardware": (str, "A card that is not here."),
 }
-_TEXTS = list[str] | str
 _MOST = 1000  # of priorities and steps of previews
+_MOST_PICTURES, _MOST_ITEMS = 8, 100  # of a field
+_TEXTS = Annotated[list[str], Len(max_length=_MOST_ITEMS)] | str
+_THEIRS = {
+    name: said
+    for name, said in {**spelling.OF_MODELS, **spelling.OF_REQUESTS}.items()
+    if said.startswith("it is ")
+}
 
 
 @dataclass(frozen=True)
@@ -136,13 +144,17 @@ def body_of(model: type[BaseModel]) -> dict[str, Any]:
 async def asked(request: HttpRequest, model: type[BaseModel], default: str) -> Asked:
     """What is in the request's body. Raises TightfitError in one line."""
     kind = request.headers.get("content-type", JSON).partition(";")[0].strip().lower()
+    most_pixels = request.app.state.service.limits.pixels
     if kind == FORM:
-        values = await _of_form(request, model)
-    elif kind == JSON:
-        values = _of_json(await request.body())
+        form = await _of_form(request, model)
+        given = await run_in_threadpool(_checked, form, model, default, most_pixels)
+    elif kind == JSON:  # by its stream, as the request keeps what body() reads for as long as it waits
+        content = b"".join([part async for part in request.stream()])
+        given = await run_in_threadpool(lambda: _checked(_of_json(content), model, default, most_pixels))
     else:
         raise RefusedError(f"a body is {JSON} or {FORM}, not {shortened(kind)}", 415)
-    return await run_in_threadpool(_checked, values, model, default)
+    release(request.scope)
+    return given
 
 
 def _of_json(content: bytes) -> dict[str, Any]:
@@ -190,25 +202,37 @@ def _plain(value: Any, as_text: bool = False) -> Any:
     return value
 
 
-def _checked(values: Mapping[str, Any], model: type[BaseModel], default: str) -> Asked:
-    if unknown := next((name for name in values if name not in model.model_fields), None):
-        close = get_close_matches(unknown, model.model_fields, 1)
-        meant = f"did you mean {close[0]}?" if close else "/openapi.json lists what there is"
+def _checked(values: Mapping[str, Any], model: type[BaseModel], default: str, most_pixels: int) -> Asked:
+    known = model.model_fields
+    if unknown := next((name for name in values if name not in known), None):
+        theirs = {name: said for name, said in _THEIRS.items() if said.split()[2].strip(",:") in known}
+        meant = spelling.meant(unknown, known, theirs) or "/openapi.json lists what there is"
         said = f"unknown option {shortened(unknown)}: {meant}"
         raise RefusedError(said, code="unknown_parameter", param=unknown[:100])
-    pictures = {name: _pictures(values[name], name) for name in PICTURES if values.get(name) is not None}
+    for name, value in values.items():  # before any of them is decoded
+        most = _MOST_PICTURES if name in PICTURES else _MOST_ITEMS
+        if isinstance(value, list) and len(value) > most:
+            raise RefusedError(
+                f"{name} has {len(value)} items, where {most} are taken: give fewer", param=name
+            )
+    pictures = {
+        name: _pictures(values[name], name, most_pixels) for name in PICTURES if values.get(name) is not None
+    }
     try:
-        known = model.model_validate({**values, **pictures})
+        read = model.model_validate({**values, **pictures})
     except ValidationError as error:
-        raise TightfitError(in_one_line(error.errors())) from None
-    given = {name: getattr(known, name) for name in known.model_fields_set}
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        raise TightfitError(in_one_line(errors)) from None
+    given = {name: getattr(read, name) for name in read.model_fields_set}
     given = {name: value for name, value in given.items() if value is not None}
     wishes = {name: given.pop(name) for name in described(Wishes) if name in given}
     options = {name: given.pop(name) for name in asking.names() if name in given}
     return Asked(given.pop("model", None) or default, options, wishes, given)
 
 
-def _pictures(value: Any, name: str) -> Any:
-    if isinstance(value, list):
-        return [_pictures(one, name) for one in value[:_MOST]]
-    return decoded(value, name) if isinstance(value, bytes) else picture_of(value, name)
+def _pictures(value: Any, name: str, most_pixels: int) -> Any:
+    def picture(one: Any) -> Image.Image:
+        read = decoded if isinstance(one, bytes) else picture_of
+        return read(one, name, most_pixels)
+
+    return [*map(picture, value)] if isinstance(value, list) else picture(value)

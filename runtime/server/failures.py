@@ -69,7 +69,7 @@ def in_one_line(errors: Any) -> str:
     first, *others = errors
     place = ".".join(str(part) for part in first.get("loc", ()) if part != "body")
     more = f" (and {len(others)} more)" if others else ""
-    return f"{place or 'the request'}: {first.get('msg', 'is not valid')}{more}"
+    return f"{place[:100] or 'the request'}: {first.get('msg', 'is not valid')}{more}"
 
 
 def explain(app: FastAPI) -> None:

@@ -8,21 +8,24 @@ import binascii
 import hmac
 import ipaddress
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from ..units import shown
-from .failures import said
+from .failures import RETRY_SECONDS, said
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _SAFE = ("GET", "HEAD", "OPTIONS")
 _OPEN = ("/healthz", "/readyz")  # probes have no key
 _BODIES = 8  # of the largest size that are in memory at once
 _BODY_SECONDS = 600  # for one that keeps coming
+_REST_BYTES, _REST_SECONDS = 2**25, 1  # of a refused one, which are taken so that its client reads why
+_MOST_VALUES = 2**17  # in a body of JSON, whose parser answers nobody else meanwhile
+_RELEASE = "tightfit.release"  # in a request's scope
 _HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' data: blob:; object-src 'none'; "
     "base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
@@ -135,7 +138,7 @@ class Guard:
 
     def __init__(self, app: Any, door: Door, refused: Callable[[int], object] = lambda _: None) -> None:
         self._app, self._door, self._refused = app, door, refused
-        self._held_bytes = 0
+        self._held = _Held()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -176,41 +179,28 @@ class Guard:
         """Read the body whole, within the limits, then let the request in."""
         most, length = self._door.body_bytes, headers.get("content-length", "0")
         if not length.isdigit() or len(length) > 18 or int(length) > most:
-            await answering.refuse(413, f"a request has at most {shown(most)} here")
+            await answering.refuse(413, f"a request has at most {shown(most)} here", receive)
             return
-        with self._holding() as hold:
-            try:
-                body = await self._body(receive, hold)
-            except _TooLargeError:
-                await answering.refuse(413, f"a request has at most {shown(most)} here")
-            except _BusyError:
-                await answering.refuse(503, "too many large requests at once: try again later")
-            except TimeoutError:
-                await answering.refuse(408, "the request did not come to its end: send it without pauses")
-            else:
-                if body is not None:
-                    await self._app(scope, _replayed(body, receive), answering.send)
-
-    @contextmanager
-    def _holding(self) -> Iterator[Any]:
-        """Yields what counts bytes as held in memory, until the request is done."""
-        total_bytes = 0
-
-        def hold(count: int) -> int:
-            nonlocal total_bytes
-            if self._held_bytes + count > _BODIES * self._door.body_bytes:
-                raise _BusyError
-            total_bytes += count
-            self._held_bytes += count
-            return total_bytes
-
+        hold = _Hold(self._held)
         try:
-            yield hold
+            rest = await self._body(receive, hold)
+            if rest and not headers.get("content-type", "").startswith("multipart/"):
+                _check_values(rest[0])
+        except _TooLargeError as error:
+            await answering.refuse(413, str(error) or f"a request has at most {shown(most)} here", receive)
+        except _BusyError:
+            await answering.refuse(503, "too many large requests at once: try again later", receive)
+        except TimeoutError:
+            await answering.refuse(408, "the request did not come to its end: send it without pauses")
+        else:
+            if rest is not None:
+                scope = {**scope, _RELEASE: hold.release}
+                await self._app(scope, _replayed(rest, receive), answering.send)
         finally:
-            self._held_bytes -= total_bytes
+            hold.release()
 
-    async def _body(self, receive: Any, hold: Any) -> bytes | None:
-        """The whole body; None where the client went away before its end."""
+    async def _body(self, receive: Any, hold: _Hold) -> list[bytes] | None:
+        """The whole body, alone in a list; None where the client went away before its end."""
         parts: list[bytes] = []
         async with asyncio.timeout(_BODY_SECONDS):
             while True:
@@ -219,10 +209,11 @@ class Guard:
                 if message["type"] != "http.request":
                     return None
                 parts.append(message.get("body", b""))
-                if hold(len(parts[-1])) > self._door.body_bytes:
+                hold.take(len(parts[-1]), _BODIES * self._door.body_bytes)
+                if hold.count_bytes > self._door.body_bytes:
                     raise _TooLargeError
                 if not message.get("more_body"):
-                    return b"".join(parts)
+                    return [b"".join(parts)]
 
 
 class _TooLargeError(Exception):
@@ -233,9 +224,43 @@ class _BusyError(Exception):
     pass
 
 
-def _replayed(body: bytes, receive: Any) -> Any:
+@dataclass
+class _Held:
+    """Bytes of all bodies that are in memory."""
+
+    total_bytes: int = 0
+
+
+@dataclass
+class _Hold:
+    """Those of one body, until it is read."""
+
+    held: _Held
+    count_bytes: int = 0
+
+    def take(self, count: int, most_bytes: int) -> None:
+        if self.held.total_bytes + count > most_bytes:
+            raise _BusyError
+        self.count_bytes += count
+        self.held.total_bytes += count
+
+    def release(self) -> None:
+        self.held.total_bytes -= self.count_bytes
+        self.count_bytes = 0
+
+
+def release(scope: Mapping[str, Any]) -> None:
+    """A handler has read the body of this request: it counts no longer as one that is in memory."""
+    scope.get(_RELEASE, lambda: None)()
+
+
+def _check_values(body: bytes) -> None:
+    if sum(map(body.count, (b"[", b"{", b","))) > _MOST_VALUES:
+        raise _TooLargeError(f"a request has at most {_MOST_VALUES} values here: ask for fewer")
+
+
+def _replayed(rest: list[bytes], receive: Any) -> Any:
     """What hands the body over once, then what comes after it: that the client has gone."""
-    rest = [body]
 
     async def again() -> Any:
         return {"type": "http.request", "body": rest.pop(), "more_body": False} if rest else await receive()
@@ -261,14 +286,15 @@ class _Answer:
             message = {**message, "headers": [*message.get("headers", ()), *added]}
         await self._send(message)
 
-    async def refuse(self, status: int, text: str) -> None:
-        more = {401: {"www-authenticate": 'Basic realm="tightfit"'}, 503: {"retry-after": "10"}}.get(
-            status, {}
-        )
-        # What is left of a body is not waited for.
+    async def refuse(self, status: int, text: str, receive: Any = None) -> None:
+        """`receive`: of what is left of the body, which is read a little."""
+        more = {
+            401: {"www-authenticate": 'Basic realm="tightfit"'},
+            503: {"retry-after": str(RETRY_SECONDS)},
+        }.get(status, {})
         more |= {"connection": "close"} if status in (408, 413, 503) else {}
         content = json.dumps(said(self._path, status, text)).encode()
-        await self._whole(status, {"content-type": "application/json", **more}, content)
+        await self._whole(status, {"content-type": "application/json", **more}, content, receive)
 
     async def preflight(self, headers: dict[str, str]) -> None:
         """What a browser asks before it sends another page's request."""
@@ -279,8 +305,22 @@ class _Answer:
         }
         await self._whole(204, allowed, b"")
 
-    async def _whole(self, status: int, headers: dict[str, str], content: bytes) -> None:
+    async def _whole(self, status: int, headers: dict[str, str], content: bytes, receive: Any = None) -> None:
         named = {**headers, "content-length": str(len(content))} if content else headers
         pairs = [(name.encode(), value.encode("latin-1")) for name, value in named.items()]
         await self.send({"type": "http.response.start", "status": status, "headers": pairs})
-        await self.send({"type": "http.response.body", "body": content})
+        await self.send({"type": "http.response.body", "body": content, "more_body": True})
+        if receive:  # a connection that is closed on unread bytes is reset, and the answer may be lost
+            await _drain(receive)
+        await self.send({"type": "http.response.body", "body": b""})
+
+
+async def _drain(receive: Any) -> None:
+    """Let go of what comes, to the body's end or within bounds."""
+    count_bytes, has_more = 0, True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_REST_SECONDS):
+            while has_more and count_bytes < _REST_BYTES:
+                message = await receive()
+                count_bytes += len(message.get("body", b""))
+                has_more = message.get("more_body", False)

@@ -42,12 +42,12 @@ _QUALITIES = {  # what is said of it, and the share of steps
 }  # fmt: skip
 _FORMATS = ("png", "jpeg", "webp")
 _STRENGTHS = {"high": 0.5, "low": 0.8}  # by input_fidelity
-_MOST_PARTIAL = 3
+_MOST_PARTIAL, _MOST_PICTURES = 3, 10
 _TICK_SECONDS = 5
 _TEXT = (str, "OpenAI's; changes nothing here.")
 _FIELDS: dict[str, tuple[Any, str]] = {
     "model": (str, "Its name; OpenAI's own are the one that is served."),
-    "n": (int, "Pictures."),
+    "n": (int, f"Pictures, to {_MOST_PICTURES}."),
     "size": (str, "auto, or WIDTHxHEIGHT; rounded to what the model can do."),
     "quality": (str, f"{', '.join(_QUALITIES)}: steps."),
     "response_format": (str, "b64_json or url."),
@@ -196,9 +196,7 @@ def _order(
     quality, share = _choice(others, "quality", _QUALITIES, "auto")
     if share != 1:
         options.setdefault("num_inference_steps", max(1, round(spec.default_steps * share)))
-    options |= _size(others.get("size"), spec) | {
-        "num_images": others.get("n") or options.get("num_images") or 1
-    }
+    options |= _size(others.get("size"), spec) | {"num_images": _count(others, options)}
     options |= _begun(options, others)
     partial = others.get("partial_images") or 0
     if not 0 <= partial <= _MOST_PARTIAL:
@@ -239,6 +237,15 @@ def _choice(others: Mapping[str, Any], name: str, known: Mapping[str, Any], defa
         said = f"{name} must be one of {', '.join(known)}, not {shortened(word)}"
         raise RefusedError(said, code="invalid_value", param=name)
     return known[word]
+
+
+def _count(others: Mapping[str, Any], options: Mapping[str, Any]) -> int:
+    count = others.get("n")
+    if count is None:
+        return options.get("num_images") or 1
+    if not 1 <= count <= _MOST_PICTURES:
+        raise RefusedError(f"{count} images are asked for: n must be from 1 to {_MOST_PICTURES}", param="n")
+    return count
 
 
 def _size(text: str | None, spec: ModelSpec) -> dict[str, int]:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import socket
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -76,6 +77,8 @@ class Server(uvicorn.Server):
         if self.should_exit:
             os._exit(128 + sig)
         self.should_exit = True
+        with suppress(OSError):  # nobody reads any more
+            os.write(1, b"stopping after this step; again to end at once\n")
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         # Requests that wait for their job are answered then, and uvicorn waits for those.
@@ -98,6 +101,7 @@ def configured(service: Service, door: Door, **others: Any) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # any program here could name itself another client
         lifespan="on",
         timeout_graceful_shutdown=_LEAVE_SECONDS,
         **others,

@@ -5,24 +5,27 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from io import BytesIO
 from typing import Annotated, Any, TypeVar
 
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Request
 from PIL import Image
-from starlette.concurrency import run_in_threadpool
 
 from ..conditions.input_pictures import decoded
 from ..errors import TightfitError
-from ..events import Event
 from ..pictures import PARAMETERS
+from ..planner.choose import UnwantedError
 from ..service import Service, Ticket
-from .guard import Door
+from .failures import RefusedError
+from .guard import Door, release
 
 T = TypeVar("T")
+AT_ONCE, MOST_WAITING = 4, 16  # plans that are made, and that wait for it
 _LOOK_SECONDS = 0.1  # from one look at whether a client is there to the next
 
 
@@ -45,28 +48,9 @@ def client_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
-async def changes(ticket: Ticket) -> AsyncIterator[list[Event]]:
-    """The new events of a job, each time there are some, until it has ended. Nothing blocks meanwhile."""
-    loop, news = asyncio.get_running_loop(), asyncio.Event()
-    end = ticket.listen(lambda: loop.call_soon_threadsafe(news.set))
-    place = 0
-    try:
-        while True:
-            news.clear()
-            is_end, events = ticket.state.is_end, ticket.seen(place)
-            place += len(events)
-            if events:
-                yield events
-            if is_end:
-                return
-            await news.wait()
-    finally:
-        end()
-
-
-async def moments(ticket: Ticket, tick_seconds: float) -> AsyncIterator[None]:
+async def moments(ticket: Ticket, tick_seconds: float | None = None) -> AsyncIterator[None]:
     """Each time something of a job may have changed, and after so many seconds without, until it has ended;
-    also at once, and at the end."""
+    also at once, and at the end. Nothing blocks meanwhile."""
     loop, news = asyncio.get_running_loop(), asyncio.Event()
     end = ticket.listen(lambda: loop.call_soon_threadsafe(news.set))
     try:
@@ -83,10 +67,13 @@ async def moments(ticket: Ticket, tick_seconds: float) -> AsyncIterator[None]:
 
 
 async def ended(ticket: Ticket, request: Request | None = None) -> Ticket:
-    """The job once it has ended; cancelled where the client of `request` goes away before."""
+    """The job once it has ended; cancelled where the client of `request` goes away before. What `request`
+    sent is taken as read."""
+    if request is not None:
+        release(request.scope)
 
     async def wait() -> None:
-        async for _ in changes(ticket):
+        async for _ in moments(ticket):
             pass
 
     waiting = asyncio.ensure_future(wait())
@@ -101,11 +88,20 @@ async def ended(ticket: Ticket, request: Request | None = None) -> Ticket:
     return ticket
 
 
-async def attended(request: Request, work: Callable[[Callable[[], bool]], T]) -> T:
-    """What `work` answers, which is done in a thread and told how to find out whether the client of `request`
-    still waits."""
+async def attended(request: Request, work: Callable[[Callable[[], bool]], T], desk: CapacityLimiter) -> T:
+    """What `work` answers, which is done in a thread of `desk` and told how to find out whether the client
+    of `request` still waits. Raises RefusedError where too many wait, and UnwantedError for one that has gone
+    before its turn."""
+    if desk.statistics().tasks_waiting >= MOST_WAITING:
+        raise RefusedError("too many plans are asked for at once: try again later", 503)
     has_gone = threading.Event()
-    working = asyncio.ensure_future(run_in_threadpool(work, lambda: not has_gone.is_set()))
+
+    def begun() -> T:
+        if has_gone.is_set():
+            raise UnwantedError("nobody waits for these plans any more")
+        return work(lambda: not has_gone.is_set())
+
+    working = asyncio.ensure_future(to_thread.run_sync(begun, limiter=desk))
     try:
         while not working.done():
             await asyncio.wait([working], timeout=_LOOK_SECONDS)
@@ -116,9 +112,10 @@ async def attended(request: Request, work: Callable[[Callable[[], bool]], T]) ->
     return await working
 
 
-def picture_of(text: Any, name: str) -> Image.Image:
-    """The picture in base64, also in a data URL. Raises TightfitError; an address is never fetched."""
-    return decoded(content_of(text, name), name)
+def picture_of(text: Any, name: str, most_pixels: int = sys.maxsize) -> Image.Image:
+    """The picture in base64, also in a data URL. Raises TightfitError, for one of more pixels before they are
+    decoded; an address is never fetched."""
+    return decoded(content_of(text, name), name, most_pixels)
 
 
 def content_of(text: Any, name: str) -> bytes:

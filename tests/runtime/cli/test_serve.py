@@ -40,6 +40,8 @@ def test_what_others_reach_needs_a_key(refused):
     assert "others can reach 0.0.0.0: give --api-key" in refused("--host", "0.0.0.0", "--port", "0")
     assert "others can reach ::" in refused("--host", "::", "--port", "0")
     assert "every page of the web" in refused("--cors", "*")
+    assert "every page of the web" in refused("--allow-host", "*")
+    assert "--host 0.0.0.0, with --api-key" in refused("--listen", "--api")
 
 
 def test_what_cannot_be_listened_on(refused):
@@ -55,6 +57,7 @@ def test_wishes_and_models_that_are_not(refused, tmp_path):
     assert "does not exist" in refused(*state, "--model", "nothing")
     assert "unknown precision" in refused(*state, "--precision", "fp1")
     assert "an amount such as" in refused(*state, "--limit-body", "much")
+    assert "alone takes" in refused(*state, "--ram", "1MiB")
 
 
 def test_a_signal_ends_it_and_what_waits_is_kept(tmp_path):
@@ -75,10 +78,11 @@ def test_a_signal_ends_it_and_what_waits_is_kept(tmp_path):
         with httpx.stream("GET", f"{jobs}/{ids[1]}/events", timeout=60) as waiting:
             process.send_signal(signal.SIGTERM)
             assert '"state":"cancelled"' in waiting.read().decode().splitlines()[-2]
-        _, said = process.communicate(timeout=30)
+        greeted, said = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 0, said
+    assert greeted == "stopping after this step; again to end at once\n"
     lines = [json.loads(line) for line in said.splitlines()]
     assert {line.get("job") for line in lines} == {*ids} and lines[0]["model"] == "emoji", said
     assert [record.id for record, _ in Jobs(tmp_path / "state").unfinished()] == ids, said

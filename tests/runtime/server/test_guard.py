@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import socket
+from contextlib import ExitStack
 from urllib.parse import urlsplit
 
 import httpx
@@ -139,6 +140,27 @@ def test_a_body_that_does_not_end_is_given_up(guarded):
         head = f"POST /v1/tightfit/plan HTTP/1.1\r\nHost: {url.netloc}\r\nX-API-Key: ".encode() + KEY.encode()
         client.sendall(head + b"\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{")
         assert b" 408 " in client.recv(4096).split(b"\r\n")[0]
+
+
+def test_why_a_body_is_refused_reaches_who_sends_all_of_it(guarded):
+    url, content = urlsplit(guarded.url), b"a" * 2**22
+    with socket.create_connection((url.hostname, url.port), timeout=10) as client:
+        head = f"POST /v1/tightfit/plan HTTP/1.1\r\nHost: {url.netloc}\r\nX-API-Key: ".encode() + KEY.encode()
+        client.sendall(head + f"\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content)
+        answered = b"".join(iter(lambda: client.recv(4096), b""))  # a reset is raised
+    assert answered.startswith(b"HTTP/1.1 413 ") and b"a request has at most" in answered
+
+
+def test_jobs_that_wait_hold_no_bodies(guarded):
+    """Twice as many as are read at once."""
+    about = {"num_inference_steps": 900, "width": 64, "height": 64}
+    body = {"prompt": "a", "user": "a" * 9000, **about}
+    with httpx.Client(base_url=guarded.url, headers=GOOD, timeout=30) as client, ExitStack() as waiting:
+        for _ in range(16):
+            asking = client.stream("POST", "/v1/images/generations", json={**body, "stream": True})
+            assert waiting.enter_context(asking).status_code == 200
+        for ticket in guarded.service.active:
+            ticket.cancel()
 
 
 @pytest.mark.parametrize("begun", [b"", b"GET /healthz HTTP/1.1\r\nHost: loc"])

@@ -161,6 +161,7 @@ def test_each_row_of_the_page_is_so(server, name, row):
         ({"output_format": "svg"}, "output_format must be one of", "invalid_value"),
         ({"quality": "best"}, "quality must be one of", "invalid_value"),
         ({"n": 5000}, "images are asked for", None),
+        ({"n": 0}, "from 1 to 10", None),
         ({"partial_images": 9, "stream": True}, "from 0 to 3", None),
         ({"output_compression": 500}, "from 0 to 100", None),
         ({"extra_body": {"sed": 7}}, "did you mean seed", "unknown_parameter"),

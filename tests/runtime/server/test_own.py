@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
+import threading
 import time
 from io import BytesIO
 
@@ -139,6 +141,9 @@ def test_what_there_is(own, server):
     [
         ({}, "no prompt was given"),
         ({"promt": "x"}, "did you mean prompt"),
+        ({"prompt": "a", "steps": 3}, "it is num_inference_steps"),
+        ({"prompt": "a", "lora": ["flat:1"] * 101}, "lora has 101 items, where 100 are taken"),
+        ({"prompt": "a", "control_image": ["QUFB"] * 9}, "control_image has 9 items, where 8"),
         ({"prompt": 5}, "prompt: Input should be a valid string"),
         ({"prompt": "a", "model": "../emoji"}, "is called"),
         ({"prompt": "a", "model": "/etc/passwd"}, "is called"),
@@ -163,6 +168,75 @@ def test_what_cannot_be_is_refused_in_one_line(own, asked, said):
     assert answer.status_code == 400 and re.search(said, text) and "\n" not in text, text
 
 
+def test_a_picture_beyond_the_limit_is_refused_by_its_header(own):
+    header = file_of(Image.new("1", (4097, 4096)))[:50]  # and nothing of its pixels
+    answer = own.post("plan", json={"image": base64.b64encode(header).decode()})
+    assert "image has 4097x4096 pixels" in answer.json()["detail"] and "16777216" in answer.json()["detail"]
+
+
+def test_values_without_number_are_not_parsed(own):
+    answer = own.post("plan", content=b'{"nope": [' + b"[]," * 2**17 + b"[]]}")
+    assert answer.status_code == 413 and "values" in answer.json()["detail"]
+
+
+def test_bodies_and_records_are_read_beside_the_loop(own, monkeypatch):
+    from tightfit.runtime.server import asked as reading
+    from tightfit.runtime.server import own as answering
+
+    loops = []
+
+    def beside(module, name):
+        real = getattr(module, name)
+
+        def called(*given):
+            loops.append(asyncio._get_running_loop())
+            return real(*given)
+
+        monkeypatch.setattr(module, name, called)
+
+    beside(reading, "parsed")
+    beside(answering, "told")
+    events(own, submitted(own, **HEART))
+    assert len(loops) > 1 and not any(loops)
+
+
+def test_a_client_is_who_is_connected(own, server):
+    answer = own.post("jobs", json=LONG, headers={"X-Forwarded-For": "10.0.0.5"})
+    assert server.service.ticket(answer.json()["id"]).record.order.client == "127.0.0.1"
+    own.delete(f"jobs/{answer.json()['id']}")
+
+
+def test_plans_leave_threads_to_others_and_are_not_made_for_nobody():
+    """One is made, those that may wait do, and the next is refused."""
+    from anyio import CapacityLimiter
+    from tightfit.runtime.planner.choose import UnwantedError
+    from tightfit.runtime.server.failures import RefusedError
+    from tightfit.runtime.server.served import MOST_WAITING, attended
+
+    made, go = [], threading.Event()
+
+    class Client:
+        async def is_disconnected(self) -> bool:
+            return True
+
+    def work(_is_wanted):
+        go.wait(30)
+        made.append(1)
+
+    async def all_at_once():
+        desk = CapacityLimiter(1)
+        asking = [asyncio.ensure_future(attended(Client(), work, desk)) for _ in range(1 + MOST_WAITING)]
+        await asyncio.sleep(0.3)  # until each is seen to have gone
+        with pytest.raises(RefusedError, match="too many plans") as refused:
+            await attended(Client(), work, desk)
+        go.set()
+        return refused.value.status, await asyncio.gather(*asking, return_exceptions=True)
+
+    status, ends = asyncio.run(all_at_once())
+    assert status == 503 and made == [1]
+    assert sum(isinstance(end, UnwantedError) for end in ends) == MOST_WAITING
+
+
 @pytest.mark.parametrize("content", [b"", b"[", b"[]", b"\xff", b"[" * 100_000, b'{"prompt": NaN}'])
 def test_what_is_no_json_is_refused(own, content):
     assert own.post("jobs", content=content).status_code == 400
@@ -185,3 +259,6 @@ def test_a_disk_that_is_full_is_no_fault_of_the_client(own, server, monkeypatch)
     answer = own.post("jobs", json=HEART)
     assert answer.status_code == 503 and answer.headers["retry-after"]
     assert "the disk is full" in answer.json()["error"]["message"]
+    monkeypatch.setattr(Jobs, "latest", full)
+    answer = own.get("jobs")
+    assert answer.status_code == 503 and answer.headers["retry-after"]
