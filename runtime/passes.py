@@ -34,6 +34,7 @@ _ONE_PASS: dict[str, Any] = {
     if field.name.startswith(("hires", "refiner"))
 }
 _MOST = {name: about.bounds[1] for name, about in described(Request).items() if about.bounds}
+_MOST_COVERING = 2**26  # pixels, as of a picture that is given
 _MOST_SHARE = 0.999  # as A1111 has it
 
 
@@ -101,9 +102,9 @@ def _size(job: Job) -> tuple[int, int]:
                 f"{job.width}x{job.height}: give one that is as large on a side"
             )
         factor = max(sides[0] / job.width, sides[1] / job.height)
-        if (covering := int(max(job.width, job.height) * factor)) > most:
+        if (covering := int(job.width * job.height * factor**2)) > _MOST_COVERING:
             raise TightfitError(
-                f"hires_size {sides[0]}x{sides[1]} is cut of {covering} pixels a side, and {most} are the "
+                f"hires_size {sides[0]}x{sides[1]} is cut of {covering} pixels, and {_MOST_COVERING} are the "
                 f"most: give one more like {job.width}x{job.height}"
             )
         return sides[1], sides[0]

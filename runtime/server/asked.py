@@ -44,7 +44,7 @@ _OF_JOBS: dict[str, tuple[Any, str]] = {
     "model": (str, "Its name; default: the one that is served."),
     "does": (str, "paint, or upscale: the model is an upscaler then, and image and scale are its options."),
     "scale": (float, "Of upscale: how many times as large."),
-    "priority": (int, "What has more goes first."),
+    "priority": (int, "Of your own jobs what has more goes first."),
     "preview_every": (int, "Steps from one preview to the next; 0: none."),
 }
 _OF_PLANS: dict[str, tuple[Any, str]] = {

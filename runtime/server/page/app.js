@@ -215,7 +215,7 @@ class Page {
     const jobs = await this.gallery.refresh().catch(() => []);
     const job = jobs.find((one) => one.id === id) ?? (await api.job(id).catch(() => null));
     const stopped = job?.pictures.length ? "Stopped; what there is so far is kept." : "Stopped before there was anything to keep.";
-    const words = { done: "Done.", stopped, cancelled: "Cancelled." };
+    const words = { done: "Done.", stopped, cancelled: "Cancelled.", postponed: "The server is closed: it is painted after its next start." };
     this.run.say(words[news.state] ?? job?.error ?? "It failed.");
     if (job?.pictures.length) this.look(job, job.pictures.length - 1);
     else if (this.seen) this.look(...this.seen);

@@ -77,7 +77,7 @@ def test_a_signal_ends_it_and_what_waits_is_kept(tmp_path):
         ids = [httpx.post(jobs, json=options, timeout=30).json()["id"] for _ in range(2)]
         with httpx.stream("GET", f"{jobs}/{ids[1]}/events", timeout=60) as waiting:
             process.send_signal(signal.SIGTERM)
-            assert '"state":"cancelled"' in waiting.read().decode().splitlines()[-2]
+            assert '"state":"postponed"' in waiting.read().decode().splitlines()[-2]
         greeted, said = process.communicate(timeout=30)
     finally:
         process.kill()

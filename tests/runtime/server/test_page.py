@@ -395,7 +395,7 @@ def test_a_second_pass_that_does_not_fit_is_said(page):
     }
     page.route("**/v1/tightfit/plan", lambda route: route.fulfill(json=refused))
     page.fill("#width", "72")
-    page.wait_for_function("document.querySelector('#verdict').innerText.includes('No plan')")
+    page.wait_for_selector("#verdict:has-text('No plan')")
     page.unroute_all()
 
 
