@@ -3,6 +3,7 @@
     python -m tightfit.benchmarks.service --minutes 2 --models emoji tiny-sdxl
     python -m tightfit.benchmarks.service --minutes 10 --url http://127.0.0.1:7860 --pid PID
 
+A server that is measured for long has to know its ended jobs: `tightfit serve --limit-kept 100000`.
 Clients ask one after another for pictures of several sizes, steps and models. Some cancel, some go away.
 `queue` is, of a job that waited while another ran, the time from that one's end to its own, without texts,
 steps and decoding; `pipeline` the same of calls in Python, one after another in this process.
