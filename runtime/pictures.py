@@ -128,7 +128,7 @@ def save(
     texts = {PARAMETERS: kept(image.info.get(PARAMETERS), metadata, ending)}
     if metadata == "full":
         texts |= {name: image.info.get(name) for name in KEPT[1:]}
-    options = _options(texts, FORMATS[ending], quality)
+    options = written_as(texts, FORMATS[ending], quality)
     try:
         if overwrite:
             with replacing(path) as partial:
@@ -148,8 +148,8 @@ def check_quality(quality: int) -> None:
         raise TightfitError(f"quality must be a whole number from 1 to 100, not {quality!r}")
 
 
-def _options(texts: Mapping[str, str | None], name: str, quality: int) -> dict[str, Any]:
-    """What Pillow is told to write a picture."""
+def written_as(texts: Mapping[str, str | None], name: str, quality: int = QUALITY) -> dict[str, Any]:
+    """What Pillow is told to write a picture in the format of that name, with these texts inside."""
     if name == "PNG":
         from PIL.PngImagePlugin import PngInfo
 

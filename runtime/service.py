@@ -42,8 +42,8 @@ _log = logging.getLogger("tightfit.service")
 @dataclass(frozen=True)
 class Limits:
     """What one service takes. waiting: jobs in the queue, waiting_each: of one client. pixels: of a picture,
-    in its last pass; and of all pictures together that an order gives. steps, images: of a job. characters:
-    of all texts of an order. seconds: a job may run. kept: ended jobs that stay known."""
+    in its last pass; all that an order gives may have four times as many. steps, images: of a job.
+    characters: of all texts of an order. seconds: a job may run. kept: ended jobs that stay known."""
 
     waiting: int = 100
     waiting_each: int = 100

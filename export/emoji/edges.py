@@ -18,6 +18,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from PIL import Image
 
 from ...runtime.conditions.preprocess import canny
+from ..folder import appearing
 from . import built_in, caption, data, diffusion, optim
 from .run import Run, options
 
@@ -67,11 +68,9 @@ class Following(torch.nn.Module):
 
 def write(control: Any, folder: Path) -> None:
     """In fp16, as diffusers writes it; replaces `folder`."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    control.half().save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with appearing(folder) as partial:
+        control.half().save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

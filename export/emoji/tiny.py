@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderTiny
 from safetensors.torch import save_file
 
+from ..folder import appearing
 from . import built_in, data, flat, optim
 from .run import Run, options
 
@@ -47,15 +48,13 @@ def psnr(decoder: Any, latents: torch.Tensor, pictures: torch.Tensor) -> float:
 
 def write(whole: Any, folder: Path) -> None:
     """The config and the decoder in fp16, as diffusers names them; replaces `folder`."""
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    whole.save_config(partial)
     weights = {
         f"decoder.{name}": weight.half().contiguous() for name, weight in whole.decoder.state_dict().items()
     }
-    save_file(weights, partial / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    with appearing(folder) as partial:
+        whole.save_config(partial)
+        save_file(weights, partial / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def main() -> None:

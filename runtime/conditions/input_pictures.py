@@ -105,7 +105,8 @@ def decoded(content: bytes, source: str, most_pixels: int = _MOST_PIXELS) -> Ima
     from io import BytesIO
 
     with _opened(BytesIO(content), source) as image:
-        return _upright(image, source, most_pixels)
+        _check_size(image, source, most_pixels)
+        return _upright(image, source)
 
 
 def open_picture(given: Any) -> Picture:
@@ -171,16 +172,20 @@ def _of_array(given: Any) -> Picture:
     return _picture(Image.fromarray(array), "the picture")
 
 
-def _upright(image: Image.Image, source: str, most_pixels: int = _MOST_PIXELS) -> Image.Image:
-    """RGB or RGBA. Raises TightfitError for what moves, or is too large to be read."""
-    from PIL import ImageOps
-
+def _check_size(image: Image.Image, source: str, most_pixels: int = _MOST_PIXELS) -> None:
+    """Raise TightfitError for one that is too large to be read. No pixel is decoded."""
     (width, height), most = image.size, min(most_pixels, _MOST_PIXELS)
     if not width or not height or max(width, height) > _MOST_SIDE or width * height > most:
         raise TightfitError(
-            f"{source} has {width}x{height} pixels, where 1 to {_MOST_SIDE} a side and {most} in all "
-            "are read: make it smaller"
+            f"{source} has {width}x{height} pixels, {width * height} pixels in all, "
+            f"where 1 to {_MOST_SIDE} a side and {most} in all are read: make it smaller"
         )
+
+
+def _upright(image: Image.Image, source: str) -> Image.Image:
+    """RGB or RGBA. Raises TightfitError for what moves."""
+    from PIL import ImageOps
+
     if getattr(image, "n_frames", 1) > 1 and image.format in ("GIF", "WEBP", "PNG", "AVIF"):
         raise TightfitError(f"{source} is animated: save one of its pictures as a PNG")
     return _in_colour(ImageOps.exif_transpose(image), source)
@@ -189,6 +194,7 @@ def _upright(image: Image.Image, source: str, most_pixels: int = _MOST_PIXELS) -
 def _picture(image: Image.Image, source: str) -> Picture:
     import numpy as np
 
+    _check_size(image, source)
     image = _upright(image, source)
     pixels = np.asarray(image.convert("RGB"))
     alpha = np.asarray(image.getchannel("A")) if "A" in image.getbands() else None

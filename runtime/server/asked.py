@@ -22,7 +22,7 @@ from ..conditions.input_pictures import decoded
 from ..errors import TightfitError
 from ..fields import About, described, kinds
 from ..files import parsed, shortened
-from ..jobs import Order
+from ..jobs import DOES, Order
 from ..planner.wishes import Wishes
 from ..request import RANDOM_SEED, Request
 from .failures import RefusedError, in_one_line
@@ -77,8 +77,8 @@ class Asked:
             if not least <= numbers[name] <= _MOST:
                 raise TightfitError(f"{name} must be from {least} to {_MOST}, not {numbers[name]}")
         does = self.others.get("does") or "paint"
-        if does not in ("paint", "upscale"):
-            raise TightfitError(f"does must be paint or upscale, not {shortened(does)}")
+        if does not in DOES:
+            raise TightfitError(f"does must be {' or '.join(DOES)}, not {shortened(does)}")
         options = self.options
         if does == "upscale":
             options = {"image": options.get("image"), "scale": self.others.get("scale")}

@@ -16,6 +16,7 @@ from ..jobs import UnkeptError
 from ..service import QueueFullError
 
 RETRY_SECONDS = 10
+BROKEN = "something went wrong here: the server's log says what"
 _KINDS = {401: "authentication_error", 403: "permission_error"}
 
 
@@ -32,15 +33,15 @@ class RefusedError(TightfitError):
 def said(path: str, status: int, text: str, **about: Any) -> dict[str, Any]:
     """The body of an error's answer, in the shape of the API that `path` is of."""
     if path.startswith(("/sdapi/", "/controlnet/")):
-        return {
-            "error": HTTPStatus(status).phrase.replace(" ", ""),
-            "detail": text,
-            "body": "",
-            "errors": text,
-        }
+        return as_a1111(HTTPStatus(status).phrase.replace(" ", ""), text)
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     error = {"message": text, "type": kind, "param": None, "code": None}
     return {"error": {**error, **about}, "detail": text}
+
+
+def as_a1111(name: str, text: str) -> dict[str, str]:
+    """The same in A1111's shape: its `detail` is what clients show."""
+    return {"error": name, "detail": text, "body": "", "errors": text}
 
 
 def failure(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
@@ -60,7 +61,7 @@ def failure(path: str, error: Exception) -> tuple[int, dict[str, Any]]:
     elif out_of_memory(error):
         status, text = 500, "memory ran out: ask for a smaller picture, or close what else uses it"
     else:
-        status, text = 500, "something went wrong here: the server's log says what"
+        status, text = 500, BROKEN
     return status, said(path, status, text, **about)
 
 

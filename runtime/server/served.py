@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..conditions.input_pictures import decoded
 from ..errors import TightfitError
-from ..pictures import PARAMETERS
+from ..pictures import PARAMETERS, written_as
 from ..planner.choose import UnwantedError
 from ..service import Service, Ticket
 from .failures import RefusedError
@@ -138,14 +138,9 @@ def base64_of(image: Image.Image) -> str:
 
 def encoded(image: Image.Image, kind: str = "PNG", quality: int = 90) -> bytes:
     """A picture's file, with its text inside where that is PNG."""
-    from PIL.PngImagePlugin import PngInfo
-
     stream = BytesIO()
     if kind == "PNG":
-        info = PngInfo()
-        if text := image.info.get(PARAMETERS):
-            info.add_text(PARAMETERS, text)
-        image.save(stream, "PNG", pnginfo=info)
+        image.save(stream, **written_as({PARAMETERS: image.info.get(PARAMETERS)}, kind))
     else:
         image.save(stream, kind, quality=quality)
     return stream.getvalue()

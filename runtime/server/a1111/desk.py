@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Annotated, Any
 
 from fastapi import Depends, Request
 from PIL import Image
 
-from ...conditions import input_pictures
 from ...service import Service
-from ..served import content_of
+from ..served import picture_of
 from .lists import Shelf
 from .options import Options
 
@@ -37,11 +35,7 @@ class Desk:
     def picture(self, text: Any, name: str) -> Image.Image:
         """The picture in base64. Raises TightfitError; for one that is too large before its pixels are
         decoded."""
-        content = content_of(text, name)
-        with input_pictures._opened(BytesIO(content), name) as image:
-            width, height = image.size
-        self.service.limits.check_counts(pixels=width * height)
-        return input_pictures.decoded(content, name)
+        return picture_of(text, name, self.service.limits.pixels)
 
 
 def _desk(request: Request) -> Desk:

@@ -17,10 +17,10 @@ from starlette.exceptions import HTTPException
 
 from ...errors import TightfitError
 from ...service import QueueFullError
+from ..failures import BROKEN, as_a1111
 
 LOG = logging.getLogger("tightfit.server")
 _RETRY_SECONDS = "5"
-_BROKEN = "something went wrong here: the server's log says what"
 _MOST_DEPTH = 50  # of what a client sent, which is answered
 _MOST_ERRORS = 10  # that are told
 AtMost = Field(max_length=1000)
@@ -75,12 +75,11 @@ class Route(APIRoute):
                 return _failed(error, error.status_code, error.headers, str(error.detail))
             except Exception as error:
                 LOG.exception("%s %s", request.method, request.url.path)
-                return _failed(error, 500, detail=_BROKEN)
+                return _failed(error, 500, detail=BROKEN)
 
         return handled
 
 
 def _failed(error: Exception, status: int, headers: Any = None, detail: str = "") -> Answer:
-    said = detail or str(error)
     name = "HTTPException" if isinstance(error, TightfitError) else type(error).__name__
-    return Answer({"error": name, "detail": said, "body": "", "errors": said}, status, headers)
+    return Answer(as_a1111(name, detail or str(error)), status, headers)
