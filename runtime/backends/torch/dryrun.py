@@ -6,13 +6,14 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import astuple, replace
 from typing import Any, TypeVar
 
 import torch
 
 from ....kernels import attention
 from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
+from ...costs.known import KNOWN
 from ...costs.latency import patching_seconds, read_bytes
 from ...errors import explained
 from ...machine.hardware import Hardware
@@ -145,8 +146,33 @@ def footprint(
 ) -> Footprint:
     """Memory of the component called at `extent`: batch, and the picture's height and width in pixels.
 
-    Weights come from the files' headers, the call from a dry run on `meta`, which is cached.
+    Weights come from the files' headers, the call from a dry run on `meta`, which is cached, by commands also
+    for the next process.
     """
+    environment = (
+        spec.family, hardware.device, hardware.name, hardware.capability, hardware.fused_attention,
+        torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
+        extent.height, extent.width,
+    )  # fmt: skip
+    way = (astuple(placement), *spec.inputs(component, *extent).items())
+    known = KNOWN.get(
+        component, environment, way, lambda: _followed(spec, component, placement, hardware, extent)
+    )
+    _orders.get(
+        _of_module(placement, hardware.device),
+        lambda: tuple(path for path, *_ in known.trace.calls),
+        component,
+    )
+    return known
+
+
+def _followed(
+    spec: ModelSpec,
+    component: Component,
+    placement: Placement,
+    hardware: Hardware,
+    extent: Extent,
+) -> Footprint:
     dtype, device = weights.DTYPES[placement.compute], torch.device(hardware.device)
     shapes = spec.inputs(component, *extent)
     module, stored, identity = _module(component, placement, device.type)
@@ -163,7 +189,6 @@ def footprint(
             return _trace(module, call, shapes, dtype, device.type, stays)
 
     trace = _traces.get(key, traced)
-    _orders.get((component.name, identity), lambda: tuple(path for path, *_ in trace.calls))
     kind, fused = placement.attention, hardware.fused_attention
     flash = (hardware.capability or (0, 0)) >= (8, 0)
     scratch = tuple(
@@ -186,7 +211,7 @@ def footprint(
 def call_order(component: Component, placement: Placement, device: str) -> tuple[str, ...]:
     """Paths of the component's parts in call order, from the dry run at any size; empty if it was never
     planned."""
-    return _orders.get((component.name, _module(component, placement, device)[2]), tuple)
+    return _orders.get(_of_module(placement, device), tuple, component)
 
 
 def _streamed(
@@ -241,7 +266,6 @@ def _module(
 ) -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
     """The component's module on `meta`, its checked tensors in the files, and its identity as a string.
     Cached, because every candidate asks for it."""
-    precision = placement.precision if placement.precision in QUANTISED else ""
 
     def built() -> tuple[torch.nn.Module, Mapping[str, Tensor], str]:
         # SDPA, because a Recorder notes it instead of running it.
@@ -257,7 +281,12 @@ def _module(
             json.dumps([dict(component.config), layers, words], sort_keys=True, default=str),
         )
 
-    return _modules.get((placement.backend, precision, device), built, component)
+    return _modules.get(_of_module(placement, device), built, component)
+
+
+def _of_module(placement: Placement, device: str) -> tuple[str, str, str]:
+    """What a component's module depends on."""
+    return placement.backend, placement.precision if placement.precision in QUANTISED else "", device
 
 
 def _trace(
