@@ -26,7 +26,13 @@ def main() -> None:
     """Run the command. Ctrl-C before there is anything to tidy up ends it at once, with the usual line and
     exit code."""
     interrupts.at_once()
+    # Plans or paints, and ends. Commands of rooms above trace and compile, and a server imports once.
+    is_short = not {*COMMANDS, "serve"} & {*sys.argv[1:2]}
     try:
+        if is_short:
+            from .runtime import lean
+
+            lean.begin()
         from .runtime.cli.app import main as run
     except (ImportError, MemoryError, OSError, RuntimeError) as error:
         from .runtime.errors import first_line, out_of_memory
@@ -42,8 +48,19 @@ def main() -> None:
         )
         sys.exit(2)
     app()
+    if is_short:
+        from .runtime.costs.known import KNOWN
+
+        KNOWN.keep()
     try:
         run()
+    except SystemExit as end:
+        interrupts.at_once()
+        if isinstance(end.code, int):
+            from .runtime.leaving import leave
+
+            leave(end.code)
+        raise
     finally:
         interrupts.at_once()
 

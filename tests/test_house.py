@@ -20,6 +20,8 @@ LEAVES = (
     "files",
     "interrupts",
     "kept",
+    "lean",
+    "leaving",
     "noise",
     "pictures",
     "placement",

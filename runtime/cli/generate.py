@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import interrupts
+from .. import interrupts, lean
 from ..adapters import written
 from ..adapters.prompt import WORD, from_words
 from ..conditions import asked as conditions_of
@@ -238,6 +238,7 @@ def _run(
         while result is None:
             try:
                 event = advance()
+                lean.settle()  # all is imported, or nearly
                 unsaved = event if event.picture else None
                 for notice in event.notices:
                     bar.console.print(printable(f"note: {notice}"), markup=False, emoji=False, soft_wrap=True)

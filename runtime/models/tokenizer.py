@@ -56,7 +56,7 @@ def read_tokenizer(folder: Path) -> Any:
             raise TightfitError(f"{folder} lacks vocab.json and merges.txt: copy or download the model again")
         files = _own_files(folder)
     with BUILDING:  # as nothing else of the libraries is imported meanwhile
-        from transformers import CLIPTokenizer
+        from transformers.models.clip.tokenization_clip import CLIPTokenizer
 
     with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
         return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **files)

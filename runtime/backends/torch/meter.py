@@ -36,6 +36,11 @@ class LiveBytes(TorchDispatchMode):
         self.device, self.limit = device, limit
         self._alive: dict[int, tuple[int, weakref.ref]] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Not wrapped so that torch's compiler passes over it, for which torch would import the compiler."""
+        return False
+
     def __exit__(self, *of: Any) -> None:
         super().__exit__(*of)
         self._alive.clear()  # else the weights' weakref callbacks would keep this object alive

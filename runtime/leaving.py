@@ -1,0 +1,27 @@
+"""The end of a command: what Python does in a second, once nothing of it is needed."""
+
+import atexit
+import os
+import sys
+import threading
+
+
+def leave(code: int) -> None:
+    """End the process, once all has been written and told. Returns where Python has to end it: for threads
+    that are still at work, and where an output cannot be written, which Python then says.
+
+    Python searches torch, diffusers and transformers for cycles, and takes them apart module by module, which
+    took 1.1 s of a command of five.
+    """
+    tell = getattr(atexit, "_run_exitfuncs", None)
+    alive = [one for one in threading.enumerate() if not one.daemon and one is not threading.current_thread()]
+    if alive or tell is None:
+        return
+    tell()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    except (OSError, ValueError):
+        return
+    os._exit(code)

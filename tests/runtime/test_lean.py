@@ -1,0 +1,48 @@
+"""What commands do not import, and that it is there all the same when something looks for it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+BEGIN = "from tightfit.runtime import lean; lean.begin(); import sys\n"
+
+
+def ran(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_painting_imports_no_compiler_and_nothing_distributed(tmp_path):
+    code = (
+        "import atexit, sys\n"
+        "def tell(): print(sorted({'sympy', 'torch._dynamo.eval_frame', 'torch.distributed.tensor', "
+        "'scipy.stats._stats_py', 'diffusers.models.transformers.transformer_flux'} & sys.modules.keys()))\n"
+        "atexit.register(tell)\n"
+        "sys.argv[1:] = ['a', '--steps', '1', '--width', '64', '--height', '64', '-o', "
+        f"{str(tmp_path / 'a.png')!r}]\n"
+        "from tightfit.__main__ import main; main()"
+    )
+    assert ran(code).splitlines()[-1] == "[]"
+    assert (tmp_path / "a.png").stat().st_size
+
+
+def test_what_was_put_off_comes_when_it_is_looked_for():
+    """In one process, as each imports torch anew."""
+    ran(
+        BEGIN + "import scipy.stats; assert abs(scipy.stats.norm.cdf(0) - 0.5) < 1e-9\n"
+        "from scipy import integrate; assert abs(integrate.quad(lambda x: x, 0, 1)[0] - 0.5) < 1e-9\n"
+        "from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel as a\n"
+        "from transformers.models.clip.modeling_clip import CLIPTextModel as b\n"
+        "assert 'torch._dynamo.eval_frame' not in sys.modules\n"
+        "assert 'diffusers.models.unets.unet_1d' not in sys.modules\n"
+        "from diffusers.models.unets import UNet2DConditionModel, UNet1DModel\n"
+        "assert a is UNet2DConditionModel\n"
+        "from transformers import CLIPTextModel, CLIPTextConfig; assert b is CLIPTextModel\n"
+        "import diffusers, transformers, torch; assert diffusers.StableDiffusionPipeline\n"
+        "assert transformers.__version__\n"
+        "assert not hasattr(sys.modules['diffusers.models.unets'], 'NoSuchNet')\n"
+        "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item() == 2\n"
+        "assert torch._dynamo.allow_in_graph(len) is not None and 'torch._dynamo.eval_frame' in sys.modules"
+    )
