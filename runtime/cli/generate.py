@@ -58,6 +58,7 @@ _PlanFile = typer.Option(
 _Wildcards = typer.Option(
     help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
 )
+_Connect = typer.Option(help="Paint at a tightfit serve.", metavar="URL", rich_help_panel="Machine")
 _PANEL = "Output"
 _Output = typer.Option(
     "-o",
@@ -86,6 +87,7 @@ class Options:
     models_dirs: ModelsDirs = None
     device: Device = "auto"
     plan_file: Annotated[Path | None, _PlanFile] = None
+    connect: Annotated[str | None, _Connect] = None
     output: Annotated[Path | None, _Output] = None
     wildcards: Annotated[Path | None, _Wildcards] = None
     overwrite: Annotated[bool, _Overwrite] = False
@@ -109,7 +111,7 @@ negative_prompt num_inference_steps guidance_scale width height seed scheduler n
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
 precision compute backend provider device budget residency attention tiling min_psnr ...
-plan_file output overwrite format quality metadata grid as_json
+plan_file connect output overwrite format quality metadata grid as_json
 """
 
 
@@ -122,6 +124,9 @@ def generate(
     wished: Mapping[str, Any],
 ) -> None:
     """Paint a picture from a prompt."""
+    if options.connect is not None:
+        _paint_there(options, {**adapting, **asking, **asked}, wished)
+        return
     check_address_space()  # numpy's library ends the process where it has no room
     from ..pipeline import load
 
@@ -167,6 +172,39 @@ def generate(
         say_json(_report(result, saver))
     else:
         say(_closing_line(result, saver))
+
+
+# Options that are of this machine, or of its files.
+_HERE = {"source": "--from", "plan_file": "--plan", "models_dirs": "--models-dir", "wildcards": "--wildcards"}
+
+
+def _paint_there(options: Options, asked: Mapping[str, Any], wished: Mapping[str, Any]) -> None:
+    """Paint at the server that --connect names: models, adapters and upscalers are named as there."""
+    from .remote import paint
+
+    given = [option for name, option in _HERE.items() if getattr(options, name)]
+    given += ["--device"] * (options.device != "auto") + ["--control"] * (CONTROL in asked)
+    if given:
+        raise TightfitError(
+            f"{given[0]} is of this machine, and --connect paints at another: leave one of them out"
+        )
+    if (prompt := read_prompt(options.prompt, options.prompt_file)) is None:
+        raise TightfitError('there is no prompt: tightfit "a red heart"')
+    count, writing = asked.get("num_images", 1), options.writing
+    saver = Saver(target(options.output, WORD.sub("", prompt), count, writing.form), count, writing)
+    painted = paint(
+        options.connect or "", {"prompt": prompt, **asked}, {**wished, "model": options.model}, saver
+    )
+    saver.sheet(painted.images)
+    files = [str(path) for path in saver.paths]
+    if options.as_json:
+        grid: dict[str, Any] = {"grid": str(saver.grid)} if saver.grid else {}
+        notices = list(painted.notices)
+        say_json({**painted.summary, "notices": notices, "image": files[0], "images": files, **grid})
+    else:
+        plans = "; then ".join(painted.summary.get("plan", ()))
+        seconds = painted.summary.get("seconds", 0.0)
+        say(f"{', '.join(files)} · at {options.connect} · {plans}, {seconds:.1f} s")
 
 
 def _check_schedules(asked: Mapping[str, Any]) -> None:

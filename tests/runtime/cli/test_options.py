@@ -92,7 +92,7 @@ def test_names_of_options_stay():
         --control --hires --hires-size --hires-strength --hires-steps --hires-upscaler --hires-prompt
         --hires-scheduler --refiner --refiner-start"""
     of_generate = """\
-prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan -o --output
+prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan --connect -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise
         --zero-snr --guidance-rescale --guidance-start --guidance-end --noise-source --subseed
         --subseed-strength --seed-resize --ensd --format --quality --metadata --grid"""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import tightfit
+from PIL import Image
 from tightfit.runtime.models.hub import BESIDE
 
 SMALL = {"num_inference_steps": 2, "width": 64, "height": 64}
@@ -100,3 +103,66 @@ def test_nothing_that_answers_is_said_in_one_line(serving, tmp_path):
     for url in (closed.url, "nowhere", "http://["):
         with pytest.raises(tightfit.TightfitError, match=r"does not answer|no address"):
             tightfit.connect(url)
+
+
+@pytest.fixture
+def call(monkeypatch, capsys, tmp_path):
+    """Run the command in an empty folder; answers (exit code, standard output, standard error)."""
+    from tightfit.runtime.cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str):
+        monkeypatch.setattr("sys.argv", ["tightfit", *arguments])
+        with pytest.raises(SystemExit) as done:
+            main()
+        return done.value.code, *capsys.readouterr()
+
+    return run
+
+
+AT_64 = ("--steps", "2", "--width", "64", "--height", "64", "--seed", "7")
+
+
+def test_the_command_paints_there(pipes, call, server, tmp_path):
+    """And saves what the server sends, in files named as those that are painted here."""
+    code, out, err = call(
+        "a red heart", "--connect", server.url, *AT_64, "--num-images", "2", "--lora", "flat:0.5"
+    )
+    assert (code, err) == (0, "")
+    assert f"at {server.url}" in out
+    here = pipes[0]("a red heart", seed=7, num_images=2, lora="flat:0.5", **SMALL)
+    files = sorted(tmp_path.glob("*.png"))
+    assert [Image.open(file).convert("RGB").tobytes() for file in files] == [one.tobytes() for one in here]
+    assert [Image.open(file).info["parameters"] for file in files] == [
+        one.info["parameters"].replace(str(BESIDE["flat"]), "flat") for one in here
+    ]
+
+
+def test_a_picture_is_sent_by_the_command(pipes, call, server, tmp_path):
+    pipes[0]("a pizza", seed=1, **SMALL).save(tmp_path / "a.png")
+    code, out, _ = call("a red heart", "--connect", server.url, *AT_64, "--image", "a.png", "--json")
+    assert code == 0
+    here = pipes[0]("a red heart", seed=7, image=str(tmp_path / "a.png"), **SMALL)
+    assert Image.open(json.loads(out)["image"]).convert("RGB").tobytes() == here.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--plan", "plan.json"), "--plan is of this machine"),
+        (("--device", "cpu"), "--device is of this machine"),
+        (("--model", "nosuch"), "nosuch"),
+        (("--num-images", "0"), "num_images"),
+    ],
+)
+def test_what_cannot_be_painted_there_is_one_line(call, server, options, said):
+    code, out, err = call("a red heart", "--connect", server.url, *AT_64, *options)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.count("\n") == 1
+
+
+def test_nothing_answers(call):
+    code, _, err = call("a red heart", "--connect", "http://127.0.0.1:9")
+    assert code == 2 and "start tightfit serve there" in err
