@@ -31,6 +31,8 @@ def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
     return _as_it_is if function is None else function
 
 
+_COMPILER = "torch._dynamo"
+_ALONE = f"{_COMPILER}._trace_wrapped_higher_order_op"  # transformers', which imports nothing of the compiler
 _MARKS = "allow_in_graph", "assume_constant_result", "disable", "forbid_in_graph"
 # Packages of which one or two modules are needed, but whose __init__ looks for or imports all of them. In
 # seconds of a core, beside 1.3 for torch: torch's compiler (1.1), diffusers' networks (0.5), the list of
@@ -43,7 +45,7 @@ FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
     "diffusers.models.unets": dict,
     "scipy.integrate": dict,
     "scipy.stats": dict,
-    "torch._dynamo": lambda: dict.fromkeys(_MARKS, _as_it_is),
+    _COMPILER: lambda: dict.fromkeys(_MARKS, _as_it_is),
     "transformers": lambda: {"__version__": _version("transformers")},
     "transformers.models": dict,
 }
@@ -72,6 +74,10 @@ class _Finder(MetaPathFinder):
     ) -> ModuleSpec | None:
         if fullname == "transformers":
             _stay_alone()
+        if fullname.startswith(f"{_COMPILER}.") and fullname != _ALONE:
+            face = sys.modules.get(_COMPILER)
+            if isinstance(face, _Face):
+                face.read()  # its files import one another, in the order that its __init__ has
         if fullname not in FACES:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -100,14 +106,20 @@ class _Later(Loader):
 
 
 class _Face(ModuleType):
+    def read(self) -> None:
+        """Run the package's __init__, once."""
+        if loader := self.__dict__.pop("_unread", None):
+            loader.exec_module(self)
+            # Some put another module in their place.
+            self.__dict__["_read"] = sys.modules.get(self.__name__, self)
+
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
         if "_unread" in own and not _is_of_python(name):
-            with suppress(ModuleNotFoundError):
-                return import_module(f"{self.__name__}.{name}")
-            own.pop("_unread").exec_module(self)
-            # Some put another module in their place.
-            own["_read"] = sys.modules.get(self.__name__, self)
+            if self.__name__ != _COMPILER:
+                with suppress(ModuleNotFoundError):
+                    return import_module(f"{self.__name__}.{name}")
+            self.read()
             return getattr(own["_read"], name)
         if own.get("_read", self) is not self:
             return getattr(own["_read"], name)
