@@ -60,6 +60,30 @@ class Conditioning:
         return Conditioning(job, known)
 
 
+class Together:
+    """The inputs of several pictures in one call: the same arrays as long as theirs stay the same."""
+
+    def __init__(self) -> None:
+        self._known: dict[
+            tuple[int, ...], tuple[Sequence[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
+        ] = {}
+
+    def of(self, parts: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+        """One picture's rows after another's."""
+        if len(parts) == 1:
+            return parts[0]
+        key = tuple(map(id, parts))  # of objects that are kept beside
+        if key not in self._known:
+            while len(self._known) >= _MOST_TOGETHER:
+                del self._known[next(iter(self._known))]
+            rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            self._known[key] = parts, rows
+        return self._known[key][1]
+
+
+_MOST_TOGETHER = 8  # parts of a call, one for each branch
+
+
 def _parts(arrays: Mapping[str, np.ndarray]) -> dict[str, Sequence[Mapping[str, np.ndarray]]]:
     rows = range(max((len(array) for array in arrays.values()), default=0))
     sequential = [{name: array[i : i + 1] for name, array in arrays.items()} for i in rows]

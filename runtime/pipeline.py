@@ -307,7 +307,7 @@ def _before(saved: list[Plan], plans: list[Plan]) -> list[Plan]:
 def _costs_of(job: Job) -> tuple[Any, ...]:
     """What the plans of a job depend on, besides its model."""
     words, share = job.prompting, job.share
-    encodings = (words.encodings, *(job.encodings(name) for name in job.spec.components))
+    encodings = (job.text_encodings, *(job.encodings(name) for name in job.spec.components))
     calls = [job.calls_with(name) for name in job.spec.components]
     previews = job.previews if job.spec.of_role(Role.PREVIEW) else 0
     counts = (*calls, len(job.prompted), words.chunks, *encodings, previews)

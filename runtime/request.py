@@ -263,6 +263,8 @@ class Job(Request):
     spec: ModelSpec = dataclasses.field(compare=False, repr=False)
     prompting: Prompting = dataclasses.field(compare=False, repr=False)
     share: Share = dataclasses.field(default_factory=Share, compare=False, repr=False)
+    pictures: tuple[Job, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    """The job of each picture, where these differ in their prompts: see `together`."""
 
     @property
     def whole(self) -> Job:
@@ -273,6 +275,22 @@ class Job(Request):
     def request(self) -> Request:
         """What would be asked to have just this again, of the same model."""
         return Request(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Request)})
+
+    @property
+    def prompted_pictures(self) -> tuple[Job, ...]:
+        """A job for each picture, with its words."""
+        return self.pictures or (self,) * self.num_images
+
+    @property
+    def words(self) -> tuple[Any, ...]:
+        """The same for jobs that are guided alike by their texts."""
+        return self.negative_prompt is None, self.prompting.said
+
+    @property
+    def text_encodings(self) -> int:
+        """Calls of each text encoder: what pictures have in common is encoded once."""
+        words = {job.words: job.prompting.encodings for job in self.pictures or (self,)}
+        return sum(words.values())
 
     @property
     def branches(self) -> int:
@@ -411,10 +429,28 @@ class Job(Request):
 
     def alone(self, index: int) -> Job:
         """Picture `index` alone. Each has the next seed, or, as A1111 has it, the next of a second noise."""
+        if self.pictures:
+            return self.pictures[index]
         return dataclasses.replace(self, num_images=1, **numbers_of(self, index))
 
     def resolve(self, spec: ModelSpec, share: Share | None = None) -> Job:
         return self if spec is self.model and share is None else super().resolve(spec, share)
+
+
+def together(jobs: Sequence[Job]) -> Job:
+    """One job of pictures that have all in common that a plan depends on, each with its own prompt and seed.
+    Raises ValueError for others."""
+    first, *others = jobs
+    if not all(in_common(job) == in_common(first) and job.spec is first.spec for job in others):
+        raise ValueError("these pictures are of several plans")
+    return first if not others else dataclasses.replace(first, num_images=len(jobs), pictures=tuple(jobs))
+
+
+def in_common(job: Job) -> tuple[Any, ...]:
+    """What pictures of one run have in common, besides the model."""
+    own = ("prompt", "seed", "subseed", "negative_prompt")
+    fields = tuple(getattr(job, field.name) for field in dataclasses.fields(Request) if field.name not in own)
+    return (*fields, job.branches, job.prompting.chunks, len(job.prompted), job.prompting.plain)
 
 
 def numbers_of(request: Request, index: int) -> dict[str, int]:

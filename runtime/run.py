@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from typing import Any, TypeVar, cast
 
@@ -16,7 +15,7 @@ from PIL import Image
 
 from . import infotext, previews, sampling
 from .backends.protocol import Session
-from .conditioning import Conditioning, encoded
+from .conditioning import Conditioning, Together, encoded
 from .conditions import Painted, Steering, Steerings
 from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from .events import Event, Measured, Pass, Result
@@ -74,7 +73,8 @@ class Run:
         self._process = ProcessPeak()
         self._load_seconds, self._announced = 0.0, 0
         self._finished: list[sampling.Step] = []
-        self._conditioning: Conditioning | None = None
+        self._conditionings: list[Conditioning] = []  # of each picture
+        self._together = Together()
         self._steering = Steerings(())
 
     @property
@@ -116,7 +116,7 @@ class Run:
                 self._plan_all()
                 self._take(self.plan)
         with self._measured("encode") if self.plan.predicted.stages["encode"] else nullcontext():
-            self._conditioning = conditioning = self._encode()
+            self._conditionings = self._encode()
             self._steering = self._steer()
         yield Event("encode", 1, 1, notices=self._news())
         job, images = self.job, self.images
@@ -124,7 +124,7 @@ class Run:
             stopped = None
             try:
                 with self._measured("denoise"):
-                    yield from self._denoise(conditioning)
+                    yield from self._denoise()
             except KeyboardInterrupt as interrupt:
                 if self._after or len(images) == len(self._finished):
                     raise
@@ -159,19 +159,33 @@ class Run:
         job = self.job
         schedulers.rehearse(job.scheduler, self.spec, job.num_inference_steps, job.tuning)
         of_adapters = job.spec.notes[len(job.model.notes) :]
-        self._note(*dict.fromkeys((*of_adapters, *job.prompting.notices())))
-        job.prompting.read  # noqa: B018  every word is one that the text encoders know
+        pictures = job.pictures or (job,)
+        of_words = (notice for picture in pictures for notice in picture.prompting.notices())
+        self._note(*dict.fromkeys((*of_adapters, *of_words)))
+        for picture in pictures:
+            picture.prompting.read  # noqa: B018  every word is one that the text encoders know
 
-    def _encode(self) -> Conditioning:
-        """The U-Net's inputs that depend on texts."""
-        if self._before and self._before._conditioning and not self.job.share.encodes:
-            return self._before._conditioning.again(self.job)
-        answers = []
-        for name, chunks in self.job.prompting.read.items():
-            answers.append(encoded(self.job, chunks, partial(self._encoded, name)))
+    def _encode(self) -> list[Conditioning]:
+        """The U-Net's inputs that depend on texts, of each picture: the same object for the same words."""
+        pictures = self.job.prompted_pictures
+        if self._before and self._before._conditionings and not self.job.share.encodes:
+            return [self._before._conditionings[0].again(self.job)] * len(pictures)
+        jobs = {job.words: job for job in pictures}
+        answers: dict[Any, list[Any]] = {words: [] for words in jobs}
+        for name in self.job.prompting.read:
+            known: dict[bytes, tuple[np.ndarray, ...]] = {}
+
+            def encode(ids: np.ndarray, name: str = name, known: Any = known) -> tuple[np.ndarray, ...]:
+                if (key := ids.tobytes()) not in known:
+                    known[key] = self._encoded(name, ids)
+                return known[key]
+
+            for words, job in jobs.items():
+                answers[words].append(encoded(job, job.prompting.read[name], encode))
             if self.plan.placements[name].residency != "resident":
                 self.loaded.drop(name)
-        return Conditioning(self.job, answers)
+        made = {words: Conditioning(job, answers[words]) for words, job in jobs.items()}
+        return [made[job.words] for job in pictures]
 
     def _steer(self) -> Steering:
         """What the conditions do to the steps."""
@@ -197,58 +211,83 @@ class Run:
     def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
         return self._called(name, tokens=ids[None])
 
-    def _denoise(self, conditioning: Conditioning) -> Iterator[Event]:
-        """The next picture's latents; all that are left, unless U-Net and VAE stay loaded together anyway."""
-        preview_every = self.job.preview_every
-        for index in range(len(self._finished), self.job.num_images):
-            step = None
-            for event, step in self._steps(conditioning, index):
+    def _denoise(self) -> Iterator[Event]:
+        """The latents of the pictures of the next call; all that are left, unless U-Net and VAE stay loaded
+        together anyway."""
+        preview_every, count = self.job.preview_every, self.job.num_images
+        while (first := len(self._finished)) < count:
+            last: dict[int, sampling.Step] = {}
+            for event, step in self._steps(range(first, min(first + self.plan.images_per_call, count))):
                 if preview_every and step.number % preview_every == 0:
-                    event = replace(event, preview=self._preview(step.latents, index))
+                    event = replace(event, preview=self._preview(step.latents, event.image))
+                last[event.image] = step
                 yield event
-            assert step
-            self._finished.append(step)
+            self._finished += last.values()
             if (
                 self.job.share.decodes
                 and self.plan.denoiser.residency == self.plan.decoder.residency == "resident"
             ):
                 return
 
-    def _steps(self, conditioning: Conditioning, index: int) -> Iterator[tuple[Event, sampling.Step]]:
-        """The steps of picture `index`."""
-        job, steps = self.job.alone(index), self.job.num_inference_steps
-        scheduler = schedulers.make(job.scheduler, self.spec, steps, job.seed, job.tuning)
-
+    def _steps(self, indices: range) -> Iterator[tuple[Event, sampling.Step]]:
+        """The steps of these pictures, which go in step with one another."""
+        job = self.job
         calls, guided, is_guided = count(job.first_call), job.guided, job.branches > 1
 
-        def predict(sample: np.ndarray, timestep: float, step: int) -> np.ndarray:
+        def predict(samples: Sequence[np.ndarray], timestep: float, step: int) -> list[np.ndarray]:
             call, alone = next(calls), is_guided and step not in guided
-            return self._surviving(lambda: self._predict(sample, timestep, conditioning, call, alone))
+            return self._predict_all(samples, timestep, indices, (call, alone))
 
+        pictures = [self._sampled(job.alone(index)) for index in indices]
+        total, done = sum(map(self._steps_of, (self._before, self, self._after))), None
+        for steps in sampling.denoise(pictures, predict):
+            done = self._steps_of(self._before) + indices[0] * steps[0].count if done is None else done
+            for index, step in zip(indices, steps, strict=True):
+                done += 1
+                yield Event("denoise", done, total, index, notices=self._news()), step
+
+    def _sampled(self, job: Job) -> sampling.Picture:
+        """One picture, with a scheduler of its own."""
+        steps = job.num_inference_steps
+        scheduler = schedulers.make(job.scheduler, self.spec, steps, job.seed, job.tuning)
         sampler = sampling.Sampling(scheduler, steps, job.tuning, job.skipped, job.share.end)
-        for step in sampling.denoise(sampler, job.noise, predict, self._steering):
-            done = self._steps_of(self._before) + index * step.count + step.number
-            total = sum(map(self._steps_of, (self._before, self, self._after)))
-            yield Event("denoise", done, total, index, notices=self._news()), step
+        return sampling.picture(sampler, job.noise, self._steering)
 
     @staticmethod
     def _steps_of(run: Run | None) -> int:
         """Of all pictures, in one pass."""
         return run.job.num_images * run.job.steps_taken if run else 0
 
+    def _predict_all(
+        self, samples: Sequence[np.ndarray], timestep: float, indices: range, how: tuple[int, bool]
+    ) -> list[np.ndarray]:
+        """The U-Net's prediction for each picture, as many a call as the plan has that then runs."""
+        done: list[np.ndarray] = []
+        while (first := len(done)) < len(samples):
+
+            def some(first: int = first) -> list[np.ndarray]:
+                part = slice(first, first + self.plan.images_per_call)
+                return self._predict(samples[part], timestep, indices[part], how)
+
+            done += self._surviving(some)
+        return done
+
     def _predict(
-        self, sample: np.ndarray, timestep: float, conditioning: Conditioning, call: int, alone: bool
-    ) -> np.ndarray:
-        """The U-Net's prediction for one picture, guided if asked, in one batched call or one call for each
-        branch; of the conditioned branches `alone` in steps without guidance."""
+        self, pictures: Sequence[np.ndarray], timestep: float, indices: range, how: tuple[int, bool]
+    ) -> list[np.ndarray]:
+        """The U-Net's prediction for some pictures, guided if asked, in one batched call or one call for each
+        branch. how: which call of the schedule it is, and whether it is of the conditioned branches alone, in
+        steps without guidance."""
         for component in self.spec.components.values():
             # All before one answers, as answers would be alive meanwhile.
             if component.role in STEPPING and component.name in self.plan.placements:
                 self._session(component.name)
-        parts = conditioning.given(call) if alone else conditioning.of(self.plan.cfg, call)
+        (call, alone), given = how, [self._conditionings[index] for index in indices]
+        every = [one.given(call) if alone else one.of(self.plan.cfg, call) for one in given]
+        parts = [self._together.of(part) for part in zip(*every, strict=True)]
         time_step = np.array(timestep, np.float32)
         count = 1 if alone else self.job.branches // len(parts)
-        samples = np.concatenate([sample] * count)
+        samples = np.concatenate([picture for picture in pictures for _ in range(count)])
 
         def denoised(part: Mapping[str, np.ndarray], row: int) -> np.ndarray:
             arrays = {"sample": samples, "timestep": time_step, **part}
@@ -257,10 +296,16 @@ class Run:
             return self._session(self.spec.denoiser.name)(**self._steering.inputs(arrays, rows), **beside)[0]
 
         first = self.job.prompted if alone else range(0, self.job.branches, count)
-        predicted = np.concatenate([denoised(part, row) for part, row in zip(parts, first, strict=True)])
+        answers = [denoised(part, row) for part, row in zip(parts, first, strict=True)]
+        rows = [slice(place * count, (place + 1) * count) for place in range(len(pictures))]
+        whole = [np.concatenate([answer[own] for answer in answers]) for own in rows]
+        return [self._combined(one, index, alone) for one, index in zip(whole, indices, strict=True)]
+
+    def _combined(self, predicted: np.ndarray, index: int, alone: bool) -> np.ndarray:
+        """One picture's prediction, of those of its branches."""
         if self.job.branches == 1:
             return predicted
-        weights = [line.weight for line in self.job.prompting.lines[1:]]
+        weights = [line.weight for line in self.job.prompted_pictures[index].prompting.lines[1:]]
         return averaged(predicted, weights) if alone else self._guided(predicted, weights)
 
     def _guided(self, predicted: np.ndarray, weights: Sequence[float]) -> np.ndarray:

@@ -1,9 +1,9 @@
 """The denoising loop. It knows no family and no engine: one function predicts the noise, another's scheduler
-takes it out."""
+takes it out. Several pictures may go in step with one another, so that one call predicts for all."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +13,8 @@ from .conditions import Steering
 from .models import schedulers
 from .noise import Noise
 
-Predict = Callable[[np.ndarray, float, int], np.ndarray]
-"""(sample, timestep, number of the step from 1) → the prediction, of the sample's shape."""
+Predict = Callable[[Sequence[np.ndarray], float, int], Sequence[np.ndarray]]
+"""(a sample of each picture, timestep, number of the step from 1) → a prediction of each sample's shape."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,19 @@ class Step:
     count: int
     latents: np.ndarray
     generator: Any
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is to be predicted in step `number`."""
+
+    sample: np.ndarray
+    timestep: float
+    number: int
+
+
+Picture = Generator[Asked | Step, np.ndarray | None, None]
+"""One picture on its way: asks for predictions, which it is sent, and tells its steps."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +62,31 @@ class Sampling:
         return len(self.scheduler.timesteps) if self.until is None else self.until * self.scheduler.order
 
 
-def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steering) -> Iterator[Step]:
-    """The steps of one picture. Noise and scheduler stay on the CPU in fp32, so one seed is the same noise on
-    every device.
+def denoise(pictures: Sequence[Picture], predict: Predict) -> Iterator[tuple[Step, ...]]:
+    """The steps of pictures that have the same schedule, each of all.
 
     A step is done after one call of `predict`, or two, as its scheduler has it.
     """
+    told = [next(picture) for picture in pictures]
+    while True:
+        asked = [one for one in told if isinstance(one, Asked)]
+        try:
+            if asked:
+                predictions = predict([one.sample for one in asked], asked[0].timestep, asked[0].number)
+                told = [
+                    picture.send(prediction)
+                    for picture, prediction in zip(pictures, predictions, strict=True)
+                ]
+            else:
+                yield tuple(one for one in told if isinstance(one, Step))
+                told = [next(picture) for picture in pictures]
+        except StopIteration:
+            return
+
+
+def picture(sampling: Sampling, noise: Noise, steering: Steering) -> Picture:
+    """One picture. Noise and scheduler stay on the CPU in fp32, so one seed is the same noise on every
+    device."""
     import torch
 
     scheduler, begin = sampling.scheduler, sampling.begin
@@ -69,7 +101,9 @@ def denoise(sampling: Sampling, noise: Noise, predict: Predict, steering: Steeri
     number = 1
     for call, timestep in enumerate(scheduler.timesteps[begin : sampling.end], begin):
         sample = schedulers.scaled(scheduler, latents, timestep).numpy()
-        prediction = torch.from_numpy(predict(sample, float(timestep), number))
+        predicted = yield Asked(sample, float(timestep), number)
+        assert predicted is not None
+        prediction = torch.from_numpy(predicted)
         with generator.drawing():
             latents = scheduler.step(prediction, timestep, latents, **options).prev_sample
         latents = torch.from_numpy(steering.after(latents.numpy(), call))

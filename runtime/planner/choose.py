@@ -19,13 +19,14 @@ from ..request import Job, Request
 from ..units import shown
 from .candidates import ways
 from .estimate import ESTIMATOR, Estimate, holder
-from .plan import Plan, Verdict
+from .plan import MOST_PER_CALL, Plan, Verdict
 from .saved import checked as checked  # a plan from a file is a choice as well
 from .saved import continued as continued
 from .wishes import Wishes
 
 SLOWER = 1.1  # times the seconds that painting may take to have room for the decoder of previews
 _LONG_SECONDS, _YIELD_SECONDS = 0.01, 0.001
+WIDER = 1.02  # times as fast, twice as many pictures a call have to be
 SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
 
 
@@ -65,6 +66,7 @@ def plan(
         raise TightfitError(
             f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
         )
+    found += [wider for p in _of_each_residency(found) for wider in _wider(p, estimate)]
     fitting = sorted(
         (p for p in found if p.fits),
         key=lambda p: (estimate.painting_seconds(p), -len(p.placements), p.predicted.peak_bytes),
@@ -78,6 +80,30 @@ def plan(
         rest = [beaten(p, best) for p in fitting if p is not best]
         fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
     return fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+
+
+def _of_each_residency(plans: Sequence[Plan]) -> list[Plan]:
+    """The fastest that fits with weights that stay, are staged, or stream."""
+    fastest: dict[str, Plan] = {}
+    for one in sorted(filter(lambda p: p.fits, plans), key=lambda p: p.predicted.seconds):
+        fastest.setdefault(one.denoiser.residency, one)
+    return list(fastest.values())
+
+
+def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
+    """The same with more pictures a call, twice as many as long as that is faster and fits."""
+    job, before, count = estimate.job, narrow, 2
+    most = min(estimate.wishes.images_per_call, job.num_images, MOST_PER_CALL)
+    if job.conditions or job.whole is not job or narrow.denoiser.backend == "onnx":
+        return  # what conditions do to a step is of one picture
+    while count <= most:
+        wide = replace(estimate, images_per_call=count).plan(
+            narrow.cfg, narrow.placements, narrow.budget_bytes
+        )
+        if not wide.fits or wide.predicted.seconds * WIDER > before.predicted.seconds:
+            return
+        yield wide
+        before, count = wide, 2 * count
 
 
 def _costed(estimate: Estimate, is_wanted: Callable[[], bool]) -> list[Plan]:

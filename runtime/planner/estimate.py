@@ -74,6 +74,7 @@ class Estimate:
     job: Job
     wishes: Wishes
     _known: dict[Any, Any]
+    images_per_call: int = 1
 
     @property
     def spec(self) -> ModelSpec:
@@ -94,6 +95,7 @@ class Estimate:
             verdict=verdict,
             chosen=False,
             reason=reason,
+            images_per_call=self.images_per_call,
         )
 
     def plans(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> list[Plan]:
@@ -177,10 +179,11 @@ class Estimate:
 
     def _extent(self, name: str, cfg: str) -> Extent:
         """What a component is called for."""
-        batched = self._role(name) in STEPPING and cfg == "batched"
-        job = self.job
+        role, job = self._role(name), self.job
+        rows = job.branches if role in STEPPING and cfg == "batched" else 1
+        pictures = self.images_per_call if role in (Role.DENOISER, Role.CONTROL) else 1
         height, width = job.sides.get(name, (job.height, job.width))
-        return Extent(job.branches if batched else 1, height, width, job.prompting.chunks)
+        return Extent(rows * pictures, height, width, job.prompting.chunks)
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
@@ -224,7 +227,7 @@ class Estimate:
             for n in others
             for p in [placements[n]]
         )
-        return self._once(("peak", name, own, beside, cfg, is_new), compute)
+        return self._once(("peak", name, own, beside, cfg, is_new, self.images_per_call), compute)
 
     def _seconds(
         self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
@@ -233,7 +236,7 @@ class Estimate:
         for name in self._called(placements):
             placement = placements[name]
             for mode, calls in self._calls(name, cfg).items():
-                one = ("seconds", name, placement, mode)
+                one = ("seconds", name, placement, mode, self.images_per_call)
                 total += calls * self._once(
                     one,
                     lambda p=placement, n=name, m=mode: call_seconds(
@@ -265,22 +268,23 @@ class Estimate:
     def _called(self, placements: Mapping[str, Placement]) -> list[str]:
         return list(filter(self._is_called, placements))
 
-    def _calls(self, name: str, cfg: str) -> dict[str, int]:
-        """How often a network is called, by how: "sequential" is one row of a batch."""
+    def _calls(self, name: str, cfg: str) -> dict[str, float]:
+        """How often a network is called, by how: "sequential" is one row of a batch. A last call for fewer
+        pictures is a part of one."""
         job, branches, role = self.job, self.job.branches, self._role(name)
         if role is Role.PREVIEW:
             return {cfg: job.previews}
         if role not in STEPPING:
-            texts = job.prompting.encodings if job.share.encodes else 0  # one by one
+            texts = job.text_encodings if job.share.encodes else 0  # one by one
             pictures = job.num_images if job.share.decodes else 0
             return {cfg: {Role.TEXT: texts, Role.ENCODER: job.encodings(name), Role.DECODER: pictures}[role]}
         calls, guided = job.calls_with(name)
         if branches == 1:
             guided = calls
-        alone = (calls - guided) * len(job.prompted)
+        alone, times = (calls - guided) * len(job.prompted), job.num_images / self.images_per_call
         if cfg == "sequential" or not alone:
-            return {cfg: (guided * (branches if cfg == "sequential" else 1) + alone) * job.num_images}
-        return {cfg: guided * job.num_images, "sequential": alone * job.num_images}
+            return {cfg: (guided * (branches if cfg == "sequential" else 1) + alone) * times}
+        return {cfg: guided * times, "sequential": alone * times}
 
     def _loading_seconds(self, component: Component, placement: Placement, footprint: Footprint) -> float:
         """For one request. What stays loaded, or pinned, is read once for all of them."""

@@ -20,6 +20,8 @@ from ..placement import CFG, CHOICES, QUANTISED, Placement
 from ..units import shown
 
 VERSION = 5
+MOST_PER_CALL = 16
+"""Pictures that go through the U-Net at once."""
 _REFUSED = "is refused: "  # how the reason of a refused plan begins
 
 
@@ -54,6 +56,7 @@ class Plan:
 
     `cfg` is batched or sequential. `budget_bytes` is what it had to fit in, context included. `verdict` says
     whether it can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
+    `images_per_call` is how many pictures of a request go through the U-Net at once.
     """
 
     model: str
@@ -67,6 +70,7 @@ class Plan:
     chosen: bool
     reason: str
     version: int = VERSION
+    images_per_call: int = 1
 
     @property
     def fits(self) -> bool:
@@ -99,7 +103,8 @@ class Plan:
         run_by = f"{unet.backend} {unet.arithmetic} on {self.device}"
         how = f"{run_by}, {self.residency}, {self.cfg} CFG, {unet.attention}"
         vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
-        return f"{how}, VAE {vaes}{self.elsewhere}"
+        at_once = f", {self.images_per_call} pictures a call" if self.images_per_call > 1 else ""
+        return f"{how}, VAE {vaes}{self.elsewhere}{at_once}"
 
     @property
     def residency(self) -> str:
@@ -210,6 +215,8 @@ def _problem(plan: Plan) -> str | None:
             return f"it keeps {kept!r} bytes of a component that is {placement.residency}"
         if bool(placement.provider) != (placement.backend == "onnx"):
             return f"it has the provider {placement.provider!r} for {placement.backend}"
+    if type(plan.images_per_call) is not int or not 1 <= plan.images_per_call <= MOST_PER_CALL:
+        return f"it has {plan.images_per_call!r} pictures a call"
     numbers = (
         plan.budget_bytes,
         plan.predicted.peak_bytes,

@@ -145,6 +145,8 @@ def checked(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> Plan:
     if problem := _problem(_Saved(plan, hardware, job.spec, wishes)):
         raise TightfitError(problem)
     estimate, budget_bytes = ESTIMATOR.estimate(hardware, job, wishes), _budget(plan, hardware, wishes)
+    if not job.conditions and job.whole is job:
+        estimate = replace(estimate, images_per_call=min(plan.images_per_call, job.num_images))
     painting = _painting(plan.placements)
     new = estimate.plan(plan.cfg, with_previews(hardware, job.spec, painting), budget_bytes)
     if not new.fits:

@@ -24,8 +24,9 @@ class Wishes:
     `backend` is of every component that is there for it, `provider` ONNX Runtime's, by its name or a part of
     that such as cuda. `budget` is bytes or text such as "4GiB", context included; `min_psnr` decibels against
     fp32. `requests` says how many will run with the components that stay loaded, which share the time of
-    loading them; `loaded` how those are placed that a pass before leaves loaded, by name; `after` how the
-    U-Net ran in that pass, in whose precision this one runs if it fits.
+    loading them; `images_per_call` how many pictures may go through the U-Net at once; `loaded` how those
+    are placed that a pass before leaves loaded, by name; `after` how the U-Net ran in that pass, in whose
+    precision this one runs if it fits.
     """
 
     backend: str = _word(f"auto, {', '.join(BACKENDS)}.", BACKENDS)
@@ -41,6 +42,7 @@ class Wishes:
     )
     min_psnr: float | None = option(None, "Least dB against fp32.", "DB", bounds=(0, 99), panel=_PANEL)
     requests: int = 1
+    images_per_call: int = 1
     loaded: tuple[tuple[str, Placement], ...] = ()
     after: Placement | None = None
 

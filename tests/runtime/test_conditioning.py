@@ -183,7 +183,7 @@ def conditioned(pipe, request, call=0):
     job = pipe._job(request)
     run = Run(job, pipe.loaded, Ways(pipe._first, pipe._plans))
     run._take(pipe._first(job))
-    return run._encode().of("batched", call)[0]
+    return run._encode()[0].of("batched", call)[0]
 
 
 def test_a_mean_that_is_gone_stays_gone():
@@ -245,8 +245,9 @@ def test_alternation_by_hand(pipes, monkeypatch):
     monkeypatch.setattr(
         Run,
         "_predict",
-        lambda run, sample, time, words, call, alone: (
-            seen.append(words.of(run.plan.cfg, call)) or predict(run, sample, time, words, call, alone)
+        lambda run, samples, time, indices, how: (
+            seen.append(run._conditionings[0].of(run.plan.cfg, how[0]))
+            or predict(run, samples, time, indices, how)
         ),
     )
     encodings = []

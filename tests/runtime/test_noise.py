@@ -108,11 +108,12 @@ def test_steps_draw_from_the_source_too(sd1, name):
     case, made = table.Case(sampler.name, schedule, "epsilon"), schedulers.make(name, spec, table.STEPS)
     noise = Noise(table.SHAPE, 7, "nv")
 
-    def predict(sample, timestep, step):
-        return table.predicted(made, sample.astype(np.float64), timestep).astype(np.float32)
+    def predict(samples, timestep, step):
+        return [table.predicted(made, samples[0].astype(np.float64), timestep).astype(np.float32)]
 
-    steps = sampling.denoise(sampling.Sampling(made, table.STEPS), noise, predict, Steering())
-    *_, last = steps
+    picture = sampling.picture(sampling.Sampling(made, table.STEPS), noise, Steering())
+    steps = sampling.denoise([picture], predict)
+    *_, (last,) = steps
     numbers = Philox(7)
     exact = table.by_formula(case, made, spec, lambda: numbers.normal(table.SHAPE).astype(np.float64))
     assert np.abs(last.latents - exact).max() < 1e-3 * np.abs(exact).max()
