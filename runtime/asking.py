@@ -98,18 +98,21 @@ def names() -> tuple[str, ...]:
     return (*dict.fromkeys((*_FIELDS, *conditions.options(), *(kind.option for kind in ADAPTERS))),)
 
 
-def request_of(options: Mapping[str, Any], shelves: Shelves | None = None) -> Request:
+def request_of(
+    options: Mapping[str, Any], shelves: Shelves | None = None, models_dirs: Sequence[str | Path] = ()
+) -> Request:
     """The request that these options ask, by the names of Request's fields, of conditions' options, and of
     adapters' (`lora`: a list of "FILE:0.8").
 
-    With `shelves`, names are of what lies there, and pictures are PIL images: no path is opened. Raises
-    TightfitError for an option that there is not, and for whatever no model could do.
+    With `shelves`, names are of what lies there, and pictures are PIL images: no path is opened. Without them
+    names are looked for in `models_dirs`, too. Raises TightfitError for an option that there is not, and for
+    whatever no model could do.
     """
     known = [*names(), "conditions"]
     if unknown := [name for name in options if name not in known]:
         raise spelling.unknown(unknown[0], [name for name in known if name != "prompt"], spelling.OF_REQUESTS)
     given = dict(options if shelves is None else _shelved(options, shelves))
-    roots = shelves.roots if shelves else ()
+    roots = shelves.roots if shelves else tuple(models_dirs)
     adapting = {kind.option: _texts(given.pop(kind.option, ())) for kind in ADAPTERS}
     asking = {name: given.pop(name) for name in conditions.options() if name in given}
     prompt = given.pop("prompt", None)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +17,8 @@ from uuid import uuid4
 
 from PIL import Image, ImageOps
 
+from .database import UnkeptError as UnkeptError
+from .database import explained, opened
 from .errors import TightfitError
 from .files import shortened
 from .pictures import save
@@ -38,10 +39,6 @@ _PICTURE_FILE = re.compile(rf"{_ID}-\d+\.png")  # of a job; what else lies there
 _PARTIAL = ".tightfit-*.partial"
 DOES = ("paint", "upscale")
 _PRIORITIES = 2**31
-
-
-class UnkeptError(TightfitError):
-    """What should be kept cannot be written, or read, now: the disk is full, or the file is locked."""
 
 
 class State(StrEnum):
@@ -239,13 +236,9 @@ class Jobs:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             for place in (self.pictures, self._given):
                 place.mkdir(exist_ok=True, mode=0o700)
-            self._file = sqlite3.connect(folder / "jobs.db", timeout=5, check_same_thread=False)
+            self._file = opened(folder / "jobs.db", _SCHEMA)
         try:
             with self._explained():
-                for setting in ("locking_mode = exclusive", "journal_mode = wal", "synchronous = normal"):
-                    self._file.execute(f"pragma {setting}")
-                with self._file:
-                    self._file.execute(_SCHEMA)
                 self._sweep()
         except BaseException:
             self._file.close()
@@ -356,18 +349,9 @@ class Jobs:
             if re.fullmatch(_ID, folder.name) and folder.name not in waiting:
                 self._remove(folder)
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.OperationalError as error:
-            cure = {
-                "database is locked": "another tightfit serves from it: stop that, or give --state another",
-                "database or disk is full": "the disk is full: make room",
-            }.get(str(error), str(error))
-            raise UnkeptError(f"{self.folder} cannot keep jobs: {cure}") from error
-        except (sqlite3.Error, OSError) as error:
-            raise UnkeptError(f"{self.folder} cannot keep jobs: {error}") from error
+    def _explained(self) -> AbstractContextManager[None]:
+        another = "another tightfit serves from it: stop that, or give --state another"
+        return explained(f"{self.folder} cannot keep jobs", another)
 
     @staticmethod
     def _remove(folder: Path) -> None:

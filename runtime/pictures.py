@@ -125,10 +125,7 @@ def save(
     check_quality(quality)
     if metadata not in METADATA:
         raise TightfitError(f"unknown metadata {metadata!r}: choose {', '.join(METADATA)}")
-    texts = {PARAMETERS: kept(image.info.get(PARAMETERS), metadata, ending)}
-    if metadata == "full":
-        texts |= {name: image.info.get(name) for name in KEPT[1:]}
-    options = written_as(texts, FORMATS[ending], quality)
+    options = _options(image, ending, quality, metadata)
     try:
         if overwrite:
             with replacing(path) as partial:
@@ -141,6 +138,20 @@ def save(
         raise TightfitError(
             f"{path} cannot be written: {getattr(error, 'strerror', None) or error}"
         ) from None
+
+
+def content(image: Image.Image, ending: str, quality: int = QUALITY, metadata: str = "full") -> bytes:
+    """What `save` writes into a file with that ending."""
+    stream = BytesIO()
+    image.save(stream, **_options(image, ending, quality, metadata))
+    return stream.getvalue()
+
+
+def _options(image: Image.Image, ending: str, quality: int, metadata: str) -> dict[str, Any]:
+    texts = {PARAMETERS: kept(image.info.get(PARAMETERS), metadata, ending)}
+    if metadata == "full":
+        texts |= {name: image.info.get(name) for name in KEPT[1:]}
+    return written_as(texts, FORMATS[ending], quality)
 
 
 def check_quality(quality: int) -> None:

@@ -14,6 +14,7 @@ ENGINES = {"torch", "onnxruntime", "diffusers", "transformers", "safetensors", "
 ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
 LEAVES = (
     "budget",
+    "database",
     "errors",
     "exif",
     "fields",
@@ -57,6 +58,7 @@ FLOORS = (
     ("runtime.run",),
     ("runtime.pipeline", "runtime.upscale"),
     ("runtime.open_models", "runtime.jobs", "runtime.ticket", "runtime.service"),
+    ("runtime.batch",),
     ("runtime.cli", "runtime.client", "runtime.server"),
     ("export",),
     ("tightfit",),

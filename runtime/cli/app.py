@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 from ... import __version__
 from ..errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ..files import cache_folder
+from .batch import batch
 from .generate import generate
 from .machine import calibrate, info
 from .models import models
@@ -67,6 +68,7 @@ def root(
 
 
 app.command()(generate)
+app.command()(batch)
 app.command()(upscale)
 app.command("plan")(show_plan)
 app.command()(serve)

@@ -61,14 +61,15 @@ def show_table(
         typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
-def progress_bar(width: int) -> Any:
-    """A rich bar on standard error, with a text of so many columns before it; nothing where that is no
-    terminal."""
+def progress_bar(width: int, left: bool = False) -> Any:
+    """A rich bar on standard error, with a text of so many columns before it, and with counts, or the time
+    that is `left`; nothing where that is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     text = TextColumn(f"{{task.description:<{width}}}", markup=False)
-    columns = (text, BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn())
+    counts = TimeRemainingColumn() if left else TextColumn("{task.completed}/{task.total}")
+    columns = (text, BarColumn(), counts, TimeElapsedColumn())
     console = Console(stderr=True, highlight=False)
     return Progress(*columns, console=console, transient=True, disable=not sys.stderr.isatty())
 

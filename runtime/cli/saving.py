@@ -20,8 +20,8 @@ from .output import say
 if TYPE_CHECKING:
     from PIL import Image
 
-_ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
-FORMATS = tuple(_ENDINGS)
+ENDINGS = {"png": ".png", "jpeg": ".jpg", "webp": ".webp"}
+FORMATS = tuple(ENDINGS)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def target(output: Path | None, prompt: str, num_images: int, form: str | None =
     """The path to write to, whose ending says the format. Raises TightfitError where no picture can be
     written."""
     words = "-".join(re.findall(r"\w+", prompt.lower())).encode()[:60].decode(errors="ignore").strip("-")
-    folder, name = output or Path(), f"{words or 'picture'}{_ENDINGS[form or 'png']}"
+    folder, name = output or Path(), f"{words or 'picture'}{ENDINGS[form or 'png']}"
     try:
         if output is not None and output.suffix and "]" not in output.suffix and not output.is_dir():
             _check_ending(output, form)

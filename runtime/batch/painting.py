@@ -1,0 +1,166 @@
+"""Who paints: takes pictures of one group as plain data, and tells what becomes of them. Knows no ledger."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from ..asking import request_of
+from ..errors import TightfitError, first_line
+from ..events import Event, Result
+from ..open_models import OpenModels
+from ..pipeline import Pipeline
+from ..request import Job, in_common, together
+from .ledger import Item, Measures
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from ..planner.plan import Plan
+
+
+MOST_TOGETHER = 16
+"""Pictures of one run: their texts are encoded, then all are denoised, then decoded."""
+LOST_SECONDS = 600.0  # of a run: whoever is killed loses no more
+
+
+@dataclass(frozen=True)
+class Stepped:
+    """A step is done for `item`."""
+
+    item: Item
+    event: Event
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture is painted; its request is in its info."""
+
+    item: Item
+    image: Image.Image
+
+
+@dataclass(frozen=True)
+class Failed:
+    """It cannot be painted."""
+
+    item: Item
+    error: str
+
+
+@dataclass(frozen=True)
+class Took:
+    """What each of these took, which were made before."""
+
+    items: tuple[Item, ...]
+    measures: Measures
+
+
+News = Stepped | Made | Failed | Took
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a group takes here: its plan, seconds of one picture, and how many are taken at once."""
+
+    plan: Plan
+    seconds: float
+    together: int
+
+
+class Painter(Protocol):
+    """A machine that paints, or a part of one."""
+
+    def predicted(self, item: Item, count: int) -> Predicted:
+        """What each of so many like it takes. Raises TightfitError for one that does not run here."""
+        ...
+
+    def paint(self, items: Sequence[Item]) -> Iterator[News]:
+        """Paint those, all of one group. Each is made or has failed at the end. A KeyboardInterrupt that is
+        thrown in ends it after the pictures that are painted."""
+        ...
+
+
+class Here:
+    """The device of this process."""
+
+    def __init__(self, models: OpenModels, models_dirs: Sequence[Path] = ()) -> None:
+        self.models, self._models_dirs = models, tuple(models_dirs)
+
+    def predicted(self, item: Item, count: int) -> Predicted:
+        pipeline, job = self._pipeline(item), self._job(item)
+        most = min(count, MOST_TOGETHER) if _may_join(job) else 1
+        passes = pipeline.planned(replace(job, num_images=most))
+        if refusal := passes[-1].refusal:
+            raise refusal
+        plans = [one.plans[0] for one in passes]
+        seconds, at_once = sum(plan.predicted.seconds for plan in plans) / most, plans[0].images_per_call
+        calls = max(1, min(most, int(LOST_SECONDS / max(seconds, 1e-9))) // at_once)
+        return Predicted(plans[0], seconds, min(most, calls * at_once))
+
+    def paint(self, items: Sequence[Item]) -> Generator[News, None, None]:
+        jobs: list[tuple[Item, Job]] = []
+        for item in items:
+            try:
+                jobs.append((item, self._job(item)))
+            except TightfitError as error:
+                yield Failed(item, str(error))
+        for _, alike in groupby(sorted(jobs, key=_likeness), _likeness):
+            yield from self._together([*alike])
+
+    def _together(self, pairs: Sequence[tuple[Item, Job]]) -> Generator[News, None, None]:
+        """In one run; where that fails, each that is not there yet alone."""
+        made: set[int] = set()
+        try:
+            for news in self._run(pairs):
+                if isinstance(news, Made):
+                    made.add(news.item.number)
+                yield news
+        # Whatever a library raises for one request is no reason to lose the others.
+        except Exception as error:
+            if len(pairs) > 1:
+                for pair in pairs:
+                    if pair[0].number not in made:
+                        yield from self._together([pair])
+            else:
+                said = str(error) if isinstance(error, TightfitError) else first_line(error)
+                yield Failed(pairs[0][0], said)
+
+    def _pipeline(self, item: Item) -> Pipeline:
+        return self.models.pipeline(item.model, self.models.wished(item.wishes))
+
+    def _job(self, item: Item) -> Job:
+        return request_of(item.options, models_dirs=self._models_dirs).resolve(self._pipeline(item).spec)
+
+    def _run(self, pairs: Sequence[tuple[Item, Job]]) -> Iterator[News]:
+        items = tuple(item for item, _ in pairs)
+        pipeline = self._pipeline(items[0])
+        with closing(pipeline.run(together([job for _, job in pairs]))) as events:
+            for event in events:
+                if event.picture:
+                    yield Made(items[event.image], event.picture)
+                elif event.result:
+                    yield Took(items, _measures(event.result, len(items)))
+                else:
+                    yield Stepped(items[min(event.image, len(items) - 1)], replace(event, preview=None))
+
+
+def _may_join(job: Job) -> bool:
+    """Whether it can be painted in a run with others."""
+    return not job.conditions and job.hires is None and job.hires_size is None and job.refiner is None
+
+
+def _likeness(pair: tuple[Item, Job]) -> str:
+    """The same for those of one run."""
+    item, job = pair
+    return f"{in_common(job)[-4:]} {id(job.spec)}" if _may_join(job) else f"alone {item.number}"
+
+
+def _measures(result: Result, count: int) -> Measures:
+    predicted = sum(one.plan.predicted.seconds for one in result.passes)
+    plan = "; then ".join(one.plan.summary() for one in result.passes)
+    return Measures(result.seconds / count, predicted / count, result.peak_bytes, plan)

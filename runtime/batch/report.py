@@ -1,0 +1,129 @@
+"""What a batch took, and what it will: pictures an hour, dollars, predicted beside actual, the slowest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import TightfitError
+from ..files import shortened
+from ..jobs import State
+from .ledger import Ledger
+from .running import Group
+
+_SLOWEST = 3
+
+
+def hourly(price: str) -> float:
+    """Dollars an hour, of "0.35/h" or "0.35". Raises TightfitError."""
+    matched = re.fullmatch(r"\s*\$?(\d{1,6}(?:\.\d{1,6})?)\s*(?:/\s*h(?:our)?)?\s*", price)
+    if not matched:
+        raise TightfitError(f"--price must be dollars an hour, such as 0.35/h, not {shortened(price)}")
+    return float(matched[1])
+
+
+@dataclass(frozen=True)
+class Report:
+    """One run. seconds: from its first picture to its end. price: dollars an hour, or None."""
+
+    counts: dict[str, int]
+    painted: int
+    seconds: float
+    records: Sequence[dict[str, Any]]
+    failures: Sequence[tuple[int, str]]
+    price: float | None
+
+    @property
+    def hourly(self) -> float:
+        """Pictures in an hour, at this run's pace."""
+        return 3600 * self.painted / self.seconds if self.seconds else 0.0
+
+    @property
+    def cost(self) -> float | None:
+        """Of this run, in dollars."""
+        return None if self.price is None else self.price * self.seconds / 3600
+
+    @property
+    def measured(self) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["seconds"] is not None]
+
+    def to_json(self) -> dict[str, Any]:
+        actual, predicted = (
+            sum(record[name] for record in self.measured) for name in ("seconds", "predicted_seconds")
+        )
+        cost = self.cost
+        each = cost / self.painted if cost is not None and self.painted else None
+        slowest = sorted(self.measured, key=lambda record: -record["seconds"])[:_SLOWEST]
+        return {
+            "pictures": sum(self.counts.values()),
+            **{state.value: self.counts.get(state.value, 0) for state in (State.DONE, State.FAILED)},
+            "left": self.counts.get(State.WAITING.value, 0) + self.counts.get(State.RUNNING.value, 0),
+            "painted": self.painted,
+            "seconds": self.seconds,
+            "pictures_per_hour": self.hourly,
+            "cost": cost,
+            "cost_per_picture": each,
+            "painting_seconds": actual,
+            "predicted_seconds": predicted,
+            "peak_bytes": max((record["peak_bytes"] for record in self.measured), default=0),
+            "slowest": [
+                {name: record[name] for name in ("row", "file", "seconds", "predicted_seconds", "plan")}
+                for record in slowest
+            ],
+            "failures": [{"row": row, "error": error} for row, error in self.failures],
+        }
+
+    def lines(self) -> list[str]:
+        """The same for people."""
+        said = self.to_json()
+        done = f"{said['done']} of {said['pictures']} pictures are there, {self.painted} of them new"
+        if said["failed"]:
+            done += f"; {said['failed']} failed"
+        lines = [done]
+        if self.painted and self.seconds:
+            pace = f"{self.hourly:.0f} pictures an hour, {self.seconds / self.painted:.1f} s each"
+            if said["cost"] is not None:
+                pace += f", ${said['cost']:.2f}, ${said['cost_per_picture']:.4f} each"
+            lines.append(pace)
+        if said["painting_seconds"]:
+            was = f"painting took {said['painting_seconds']:.1f} s, {said['predicted_seconds']:.1f} predicted"
+            slow = ", ".join(f"row {one['row']} {one['seconds']:.1f} s" for one in said["slowest"])
+            lines.append(f"{was}; slowest: {slow}")
+        lines += [f"row {row}: {error}" for row, error in self.failures]
+        more = said["failed"] - len(self.failures)
+        return lines + ([f"… and {more} more failed"] if more > 0 else [])
+
+
+def reported(ledger: Ledger, painted: int, since: float, seconds: float, price: float | None) -> Report:
+    """Of a run that began at `since`, seconds since 1970."""
+    ended = [record for record in ledger.records(since) if record["state"] == State.DONE.value]
+    return Report(ledger.counts(), painted, seconds, ended, ledger.failures(), price)
+
+
+def foreseen(groups: Sequence[Group], others: int, price: float | None) -> dict[str, Any]:
+    """What would run: pictures of each kind by its plan, hours, dollars. `others` are pictures of kinds that
+    were not planned, which are taken to be as these."""
+    pictures, seconds = sum(group.count for group in groups), sum(group.seconds for group in groups)
+    whole = seconds * (1 + others / pictures) if pictures else 0.0
+    return {
+        "pictures": pictures + others,
+        "seconds": whole,
+        "hours": whole / 3600,
+        "cost": None if price is None else price * whole / 3600,
+        "kinds": [
+            {
+                "model": group.first.model,
+                "row": group.first.row,
+                "pictures": group.count,
+                "seconds": group.seconds,
+                "peak_bytes": group.predicted.plan.predicted.peak_bytes,
+                "plan": group.predicted.plan.summary(),
+                "together": group.predicted.together,
+                "request": dict(group.first.options),
+            }
+            for group in groups
+        ],
+        "unplanned": others,
+    }

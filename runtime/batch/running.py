@@ -1,0 +1,149 @@
+"""A batch from its ledger to its pictures: what is next, who paints it, where it goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..database import UnkeptError
+from ..errors import TightfitError
+from ..files import replacing
+from .ledger import Item, Ledger
+from .painting import Failed, Made, News, Painter, Predicted, Took
+from .table import RowError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+MOST_CHECKED = 1000
+"""Kinds of requests that are planned before any work; others are when they are painted."""
+
+
+class FailedError(TightfitError):
+    """A picture failed, and the batch was to end at that."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Pictures of one kind that wait: how many, the first of them, and what each is predicted to take."""
+
+    id: int
+    count: int
+    first: Item
+    predicted: Predicted
+
+    @property
+    def seconds(self) -> float:
+        return self.count * self.predicted.seconds
+
+
+def planned(ledger: Ledger, painter: Painter) -> tuple[list[Group], int, list[RowError]]:
+    """The first MOST_CHECKED kinds of pictures that wait, how many pictures there are of others, and what is
+    wrong with those that do not run."""
+    groups, errors = [], []
+    waiting = ledger.groups()
+    for id_, count in waiting[:MOST_CHECKED]:
+        item = ledger.peek(id_)
+        try:
+            groups.append(Group(id_, count, item, painter.predicted(item, count)))
+        except TightfitError as error:
+            alike = f" (as do {count - 1} alike)" if count > 1 else ""
+            errors.append(RowError(item.row, f"{error}{alike}"))
+    return groups, sum(count for _, count in waiting[MOST_CHECKED:]), errors
+
+
+@dataclass
+class Batch:
+    """One run of a batch.
+
+    place: where the file of a picture goes, in the ledger's folder, and what it holds. tell: called with all
+    that happens. retries: how often one that failed is tried again. fail_fast: end at the first that failed.
+    """
+
+    ledger: Ledger
+    painter: Painter
+    place: Callable[[Item, Image.Image], tuple[Path, bytes]]
+    tell: Callable[[News], object] = lambda _: None
+    retries: int = 0
+    fail_fast: bool = False
+    painted: int = field(default=0, init=False)
+
+    def run(self) -> None:
+        """Paint all that waits. Raises UnkeptError where nothing can be written, FailedError to fail fast,
+        and KeyboardInterrupt after the pictures that are painted."""
+        for id_, count in self.ledger.groups():
+            together = self._together(self.ledger.peek(id_), count)
+            while items := self.ledger.take(id_, together):
+                self._paint(items)
+        self._twins()
+
+    def _together(self, item: Item, count: int) -> int:
+        try:
+            return self.painter.predicted(item, count).together
+        except TightfitError:  # which is said of the picture
+            return 1
+
+    def _paint(self, items: Sequence[Item]) -> None:
+        news = self.painter.paint(items)
+        advance: Callable[[], News] = partial(next, news)  # pyright: ignore[reportAssignmentType]
+        unkept: News | None = None
+        is_interrupted = False
+        try:
+            while True:
+                try:
+                    unkept = advance()
+                    unkept = self._keep(unkept)
+                    advance = partial(next, news)  # pyright: ignore[reportAssignmentType]
+                except StopIteration:
+                    return
+                except KeyboardInterrupt as interrupt:
+                    if is_interrupted or not isinstance(news, Generator):
+                        raise
+                    is_interrupted, advance = True, partial(news.throw, interrupt)
+                    unkept = unkept and self._keep(unkept)
+        finally:
+            if isinstance(news, Generator):
+                news.close()
+            self.ledger.give_back(items)
+
+    def _keep(self, news: News) -> None:
+        if isinstance(news, Made):
+            file, content = self.place(news.item, news.image)
+            self._write(news.item, file, content)
+        elif isinstance(news, Took):
+            self.ledger.measured(news.items, news.measures)
+        elif isinstance(news, Failed):
+            again = self.ledger.failed(news.item, news.error, self.retries)
+            if self.fail_fast and not again:
+                self.tell(news)
+                raise FailedError(f"row {news.item.row}: {news.error}")
+        self.tell(news)
+
+    def _write(self, item: Item, file: Path, content: bytes) -> None:
+        self.ledger.write(item, file, content, written)
+        self.painted += 1
+
+    def _twins(self) -> None:
+        """Pictures that are the same as others are copied."""
+        for item, file in [*self.ledger.twins()]:
+            if file is None:
+                self.ledger.failed(item, "it is the same as one that failed", retries=-1)
+                continue
+            from PIL import Image
+
+            with Image.open(file) as image:
+                image.load()
+                self._keep(Made(item, image))
+
+
+def written(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises UnkeptError."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial_file:
+            partial_file.write_bytes(content)
+    except OSError as error:
+        raise UnkeptError(f"{file} cannot be written ({error.strerror}): make room, then go on") from None

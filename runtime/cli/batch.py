@@ -1,0 +1,126 @@
+"""`tightfit batch`: a table of requests becomes a folder of pictures; the same command goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import TightfitError
+from ..machine.process import check_address_space
+from ..pictures import METADATA
+from ..planner.plan import MOST_PER_CALL
+from ..planner.wishes import Wishes
+from ..request import Request
+from .naming import Template
+from .options import (
+    ADAPTERS_IN_ORDER,
+    ASKING_IN_ORDER,
+    MODEL,
+    Adapting,
+    Asking,
+    Device,
+    ModelsDirs,
+    taking,
+    wishes,
+    with_paths,
+)
+from .saving import FORMATS, Writing
+
+_OUTPUT, _BATCH = "Output", "Batch"
+_NAME = "[number]-[seed]"
+_Table = typer.Argument(help="jsonl, csv, txt; - reads standard input.", metavar="TABLE", readable=False)
+_Folder = typer.Option(
+    "-o", "--output", help="Folder.", metavar="DIR", readable=False, rich_help_panel=_OUTPUT
+)
+_Kind = typer.Option("--table", help="jsonl, csv, txt.", metavar="NAME", rich_help_panel=_BATCH)
+_Name = typer.Option(help="Of files: a template.", metavar="TEXT", rich_help_panel=_OUTPUT)
+_Repeat = typer.Option(help="Each row; 1.", show_default=False, metavar="N", rich_help_panel=_BATCH)
+_Wildcards = typer.Option(
+    help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
+)
+_DryRun = typer.Option("--dry-run", help="Say what would run.", rich_help_panel=_BATCH)
+_Price = typer.Option(help="Dollars an hour: 0.35/h.", metavar="X", rich_help_panel=_BATCH)
+_PerCall = typer.Option(help="Most at once, 1 to 16; default 16.", metavar="N", rich_help_panel="Machine")
+_Retries = typer.Option(
+    help="Of one that failed; 0.", show_default=False, metavar="N", rich_help_panel=_BATCH
+)
+_FailFast = typer.Option("--fail-fast", help="End at the first that fails.", rich_help_panel=_BATCH)
+_Format = typer.Option(help=f"{', '.join(FORMATS)}.", metavar="NAME", rich_help_panel=_OUTPUT)
+_Quality = typer.Option(help="Of JPEG and WebP, 1 to 100; default 90.", metavar="N", rich_help_panel=_OUTPUT)
+_Metadata = typer.Option(help="Text inside: full, a1111, none.", metavar="NAME", rich_help_panel=_OUTPUT)
+_Json = typer.Option("--json", help="Print one JSON object.", rich_help_panel=_OUTPUT)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of `batch` besides those of Request and Wishes."""
+
+    table: Annotated[Path, _Table]
+    output: Annotated[Path, _Folder]
+    model: Annotated[str | None, MODEL] = None
+    models_dirs: ModelsDirs = None
+    device: Device = "auto"
+    kind: Annotated[str | None, _Kind] = None
+    repeat: Annotated[int, _Repeat] = 1
+    dry_run: Annotated[bool, _DryRun] = False
+    price: Annotated[str | None, _Price] = None
+    images_per_call: Annotated[int, _PerCall] = MOST_PER_CALL
+    retries: Annotated[int, _Retries] = 0
+    fail_fast: Annotated[bool, _FailFast] = False
+    wildcards: Annotated[Path | None, _Wildcards] = None
+    name: Annotated[str, _Name] = _NAME
+    format: Annotated[str | None, _Format] = None
+    quality: Annotated[int | None, _Quality] = None
+    metadata: Annotated[str | None, _Metadata] = None
+    as_json: Annotated[bool, _Json] = False
+
+    def checked(self) -> Options:
+        for option, value, least in (("repeat", self.repeat, 1), ("retries", self.retries, 0)):
+            if value < least:
+                raise TightfitError(f"--{option} must be a whole number from {least}, not {value}")
+        if not 1 <= self.images_per_call <= MOST_PER_CALL:
+            said = f"a whole number from 1 to {MOST_PER_CALL}, not {self.images_per_call}"
+            raise TightfitError(f"--images-per-call must be {said}")
+        if self.output.exists() and not self.output.is_dir():
+            raise TightfitError(f"--output {self.output} is no folder: name one")
+        Template(Path(self.name))
+        Writing(self.format, self.quality, self.metadata or METADATA[0]).checked()
+        return self
+
+
+_ORDER = f"""
+table output kind repeat dry_run price retries fail_fast
+negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
+{ASKING_IN_ORDER}
+model models_dirs {ADAPTERS_IN_ORDER}
+precision compute backend provider device budget images_per_call residency attention tiling min_psnr ...
+name format quality metadata as_json
+"""
+
+
+@taking(Options, Adapting, Asking, Request, Wishes, order=_ORDER)
+def batch(
+    options: Options,
+    adapting: Mapping[str, Any],
+    asking: Mapping[str, Any],
+    asked: Mapping[str, Any],
+    wished: Mapping[str, Any],
+) -> None:
+    """Paint a table of requests into a folder, a line each. The same command goes on where it was.
+
+    Columns are the options of a request by their names; docs/batch.md has the rest."""
+    check_address_space()
+    options.checked()
+    wishes(wished)  # raises here for what no plan knows
+    from .batching import run_batch
+
+    models_dirs = options.models_dirs or []
+    given = {name: texts for name, texts in adapting.items() if texts}
+    plain = {name: value for name, value in wished.items() if name not in ("budget", "images_per_call")}
+    model = {} if options.model is None else {"model": options.model}
+    defaults = {**with_paths(asked, models_dirs), **asking, **given, **plain, **model}
+    run_batch(options, defaults, wished.get("budget"))

@@ -1,0 +1,183 @@
+"""A table becomes a folder of pictures: each once, as it is alone; whatever ends it, the same command goes
+on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tightfit
+from PIL import Image
+from tightfit.__main__ import app
+from tightfit.runtime import infotext
+from tightfit.runtime.batch import painting, running
+from tightfit.runtime.batch.ledger import FILE
+from typer.testing import CliRunner
+
+ONE_WAY = [
+    "--device", "cpu", "--precision", "fp32", "--residency", "resident", "--attention", "sdpa",
+    "--tiling", "whole", "--width", "64", "--height", "64", "--steps", "2",
+]  # fmt: skip
+ROWS: list[dict[str, Any]] = [
+    {"prompt": "a red heart", "seed": "1..3"},
+    {"prompt": "a cat", "seed": 7, "height": [64, 96], "name": "cats/cat"},
+    {"prompt": "a cat, (night:1.3)", "negative_prompt": "day", "seed": 7, "scheduler": "euler_a"},
+    {"prompt": "a dog", "seed": 9, "num_images": 2, "width": 96},
+    {"prompt": "a red heart", "seed": 2},  # as one before
+]  # of 9 pictures
+PICTURES = 9
+
+
+@pytest.fixture
+def table(tmp_path) -> Path:
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    return tmp_path / "t.jsonl"
+
+
+def batch(table: Path, *more: str, code: int = 0) -> dict[str, Any]:
+    """Run the command and answer its report."""
+    arguments = ["batch", str(table), "-o", str(table.parent / "d"), *ONE_WAY, *more, "--json"]
+    result = CliRunner().invoke(app(), arguments)
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return json.loads(result.stdout)
+
+
+def files(table: Path) -> dict[str, str]:
+    """The pictures that there are, by their places, and their hashes."""
+    folder = table.parent / "d"
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*.png"))
+    }
+
+
+def agrees(table: Path) -> None:
+    """Ledger and folder say the same, and no half file is left."""
+    with closing(sqlite3.connect(table.parent / "d" / FILE)) as ledger:
+        known = dict(ledger.execute("select file, sha256 from pictures where state = 'done'").fetchall())
+    assert known == files(table)
+    assert not [*(table.parent / "d").rglob("*.partial")]
+
+
+def test_each_picture_is_as_it_is_alone_and_once(table):
+    report = batch(table)
+    assert (report["pictures"], report["done"], report["painted"]) == (PICTURES,) * 3
+    agrees(table)
+    assert {"cats/cat-1.png", "cats/cat-2.png"} <= files(table).keys()
+    with closing(sqlite3.connect(table.parent / "d" / FILE)) as ledger:
+        plans = [plan for (plan,) in ledger.execute("select plan from pictures where plan is not null")]
+    assert any("2 pictures a call" in plan for plan in plans)
+    with tightfit.load(
+        device="cpu", precision="fp32", residency="resident", attention="sdpa", tiling="whole"
+    ) as pipe:
+        for file in files(table):
+            made = Image.open(table.parent / "d" / file)
+            carried = infotext.parse(made.text["parameters"], file)
+            alone = pipe(**carried.request)
+            assert alone.size == made.size
+            assert np.abs(np.asarray(made, int) - np.asarray(alone, int)).max() <= 1, file
+    before = files(table)
+    assert batch(table)["painted"] == 0
+    assert files(table) == before
+
+
+def test_a_changed_table_and_a_lost_file(table):
+    batch(table)
+    before = files(table)
+    lost = next(iter(before))
+    (table.parent / "d" / lost).unlink()
+    table.write_text("\n".join(map(json.dumps, [{"prompt": "new", "seed": 1}, *ROWS[:3]])))
+    report = batch(table)
+    assert (report["pictures"], report["painted"]) == (PICTURES - 2, 2)
+    assert before.items() <= files(table).items()
+    agrees(table)
+
+
+def test_a_poisoned_row_fails_alone(table, monkeypatch):
+    run = painting.Here._run
+
+    def poisoned(self, pairs):
+        for news in run(self, pairs):
+            if any(item.options["seed"] == 2 for item, _ in pairs) and not isinstance(news, painting.Stepped):
+                raise RuntimeError("poison\nand more")
+            yield news
+
+    monkeypatch.setattr(painting.Here, "_run", poisoned)
+    report = batch(table, "--retries", "1", code=1)
+    assert report["done"] == PICTURES - 2
+    assert [(one["row"], one["error"]) for one in report["failures"]] == [
+        (1, "poison"), (5, "it is the same as one that failed"),
+    ]  # fmt: skip
+    with pytest.raises(running.FailedError, match="row 1: poison"):
+        CliRunner().invoke(
+            app(), ["batch", str(table), "-o", str(table.parent / "d"), *ONE_WAY, "--fail-fast"],
+            catch_exceptions=False,
+        )  # fmt: skip
+    monkeypatch.undo()
+    assert batch(table)["done"] == PICTURES
+    agrees(table)
+
+
+@pytest.mark.parametrize("ends", ["disk", "interrupt"])
+def test_the_same_command_goes_on(table, monkeypatch, ends):
+    write, count = running.written, 0
+
+    def failing(file, content):
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt if ends == "interrupt" else running.UnkeptError("no space left")
+        write(file, content)
+
+    monkeypatch.setattr(running, "written", failing)
+    with pytest.raises(BaseException, match="no space left" if ends == "disk" else "."):
+        batch(table)
+    monkeypatch.undo()
+    agrees(table)
+    there = files(table)
+    assert len(there) >= 2
+    report = batch(table)
+    assert report["done"] == PICTURES
+    assert report["painted"] == PICTURES - len(there)
+    assert there.items() <= files(table).items()
+    agrees(table)
+
+
+def test_what_runs_nowhere_is_said_before_any_work(table):
+    table.write_text(
+        '{"prompt": "a", "width": 60}\n{"prompt": "b"}\n{"prompt": "c", "model": "no-such-model"}'
+    )
+    result = CliRunner().invoke(app(), ["batch", str(table), "-o", str(table.parent / "d"), *ONE_WAY])
+    said = f"{result.stderr}{result.exception}"
+    assert "row 1: width 60 is not a multiple of 8" in said
+    assert "row 3: " in said
+    assert not files(table)
+
+
+def test_a_dry_run_says_what_would_run_and_makes_nothing(table):
+    said = batch(table, "--dry-run", "--price", "3600/h")
+    assert said["pictures"] == PICTURES - 1  # of the twin there is nothing to paint
+    assert said["cost"] == pytest.approx(said["seconds"])
+    assert not (table.parent / "d").exists()
+
+
+def test_a_folder_is_of_one_process_at_a_time(table):
+    from tightfit.runtime.batch.ledger import Ledger
+    from tightfit.runtime.database import UnkeptError
+
+    with (
+        Ledger(table.parent / "d"),
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(UnkeptError, match="another tightfit batch"),
+    ):
+        connect = sqlite3.connect
+        patch.setattr(sqlite3, "connect", lambda *a, **k: connect(*a, **{**k, "timeout": 0}))
+        Ledger(table.parent / "d")
