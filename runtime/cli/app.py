@@ -20,6 +20,7 @@ from ..errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ..files import cache_folder
 from .batch import batch
 from .generate import generate
+from .grid import grid
 from .machine import calibrate, info
 from .models import models
 from .output import say
@@ -69,6 +70,7 @@ def root(
 
 app.command()(generate)
 app.command()(batch)
+app.command()(grid)
 app.command()(upscale)
 app.command("plan")(show_plan)
 app.command()(serve)

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import TightfitError
 
 COMMANDS = (
-    "generate", "batch", "upscale", "plan", "serve", "models", "info", "calibrate", "export",
+    "generate", "batch", "grid", "upscale", "plan", "serve", "models", "info", "calibrate", "export",
     "convert", "bench",
 )  # fmt: skip
 _SERVER = "tightfit serve is the server, with a page to click on"
