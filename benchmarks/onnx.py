@@ -1,6 +1,7 @@
 """ONNX: predicted against measured memory, and ONNX Runtime's pictures against torch's.
 
     python -m tightfit.benchmarks.onnx predicted WORK/fp32:256 WORK/int4:512 …
+    python -m tightfit.benchmarks.onnx predicted WORK/fp32:512 --backend openvino
     python -m tightfit.benchmarks.onnx pictures WORK emoji:128x128 emoji:160x96 tiny_sd2:128x64 …
 
 `predicted` runs each plan of folders written by `tightfit export --to onnx`, each in its own process.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import Request, load
-from ..runtime.placement import CFG
+from ..runtime.placement import CFG, GRAPHS
 from ..runtime.units import shown
 from .metrics import MOST_PSNR, psnr
 from .record import named, record
@@ -35,26 +36,33 @@ def main() -> None:
     kinds = parse.add_subparsers(dest="kind", required=True)
     command = kinds.add_parser("predicted")
     command.add_argument("models", nargs="+", metavar="FOLDER:SIZE")
+    command.add_argument("--backend", choices=GRAPHS, default="onnx")
     painted = kinds.add_parser("pictures")
     painted.add_argument("work", type=Path)
     painted.add_argument("models", nargs="+", metavar="MODEL:WIDTHxHEIGHT")
     args = parse.parse_args()
-    rows = predicted(args.models) if args.kind == "predicted" else pictures(args.work, args.models)
-    record("onnx", {"kind": args.kind, "rows": list(rows)})
+    rows = (
+        predicted(args.models, args.backend) if args.kind == "predicted" else pictures(args.work, args.models)
+    )
+    engine = {"backend": args.backend} if args.kind == "predicted" else {}
+    record("onnx", {"kind": args.kind, **engine, "rows": list(rows)})
 
 
-def predicted(models: list[str]) -> Iterator[Row]:
+def predicted(models: list[str], backend: str) -> Iterator[Row]:
     """Every way to run each model at each size. The largest stage counts, as for a plan."""
-    errors = []
+    errors, precisions = [], ("auto",) if backend == "onnx" else ("bf16", "fp32")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
-        for model, residency, cfg in product(models, ("staged", "resident"), CFG):
-            row = processes.apply(run, (model, residency, cfg))
+        for model, precision, residency, cfg in product(models, precisions, ("staged", "resident"), CFG):
+            row = processes.apply(run, (model, backend, precision, residency, cfg))
             predicted_bytes, took = max(row["predicted"].values()), max(row["measured"].values())
             errors.append(predicted_bytes / took - 1)
             print(
-                model, residency, cfg, shown(predicted_bytes), shown(took), f"{errors[-1]:+.1%}", flush=True
+                *(model, precision, residency, cfg, shown(predicted_bytes), shown(took)),
+                f"{errors[-1]:+.1%}",
+                flush=True,
             )
-            yield {"what": f"{named(model)} {residency} {cfg}", "error": errors[-1], **row}
+            how = f"{residency} {cfg}" if precision == "auto" else f"{precision} {residency} {cfg}"
+            yield {"what": f"{named(model)} {how}", "error": errors[-1], **row}
     sizes = sorted(map(abs, errors))
     print(f"{len(sizes)} plans: median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
     yield {
@@ -65,11 +73,12 @@ def predicted(models: list[str]) -> Iterator[Row]:
     }
 
 
-def run(model: str, residency: str, cfg: str) -> Row:
+def run(model: str, backend: str, precision: str, residency: str, cfg: str) -> Row:
     """One picture of one step, in a process that has painted nothing before."""
     folder, _, size = model.rpartition(":")
     request = Request("a red heart", None, int(size), int(size), 1, 5.0, 0, "euler")
-    with load(folder, device="cpu", residency=residency, cfg=cfg, requests=1) as pipe:
+    how = {"backend": backend, "precision": precision, "residency": residency, "cfg": cfg}
+    with load(folder, device="cpu", requests=1, **how) as pipe:
         result = pipe.generate(request)
     predicted_bytes = result.plan.predicted
     measured = {name: stage.peak_bytes for name, stage in result.stages.items() if name != "prepare"}

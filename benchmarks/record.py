@@ -29,6 +29,7 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "bitsandbytes",
 )
 

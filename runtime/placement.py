@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BACKENDS = ("torch", "onnx", "bitsandbytes")
+BACKENDS = ("torch", "onnx", "openvino", "bitsandbytes")
+GRAPHS = ("onnx", "openvino")  # those that run ONNX graphs
 COMPUTES = ("fp32", "bf16", "fp16")
 STORED = ("int8", "int4")  # what weights can be exported in
 DYNAMIC = "int8-dynamic"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ENGINES = {"torch", "onnxruntime", "diffusers", "transformers", "safetensors", "bitsandbytes"}
+ENGINES = {"torch", "onnxruntime", "openvino", "diffusers", "transformers", "safetensors", "bitsandbytes"}
 ROOMS = ("runtime", "export", "kernels", "benchmarks", "profiles")
 LEAVES = (
     "budget",
@@ -66,7 +66,14 @@ FLOORS = (
     ("__main__",),
 )
 # Rooms whose modules may import an engine when they are imported.
-WITH_ENGINES = ("runtime.backends.torch", "runtime.backends.onnx", "export", "kernels", "benchmarks")
+WITH_ENGINES = (
+    "runtime.backends.torch",
+    "runtime.backends.onnx",
+    "runtime.backends.openvino",
+    "export",
+    "kernels",
+    "benchmarks",
+)
 
 
 def floor(module: str) -> int:

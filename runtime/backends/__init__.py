@@ -18,6 +18,11 @@ def engine(name: str) -> type[Engine]:
             from .onnx.backend import OnnxBackend
 
             return OnnxBackend
+    if name == "openvino":
+        with explained("OpenVINO cannot be used", "pip install 'tightfit[openvino]'"):
+            from .openvino.backend import OpenVinoBackend
+
+            return OpenVinoBackend
     if name == "bitsandbytes":
         from .bitsandbytes.backend import BitsAndBytesBackend
 

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER
 from ..models.tensors import Tensor
-from ..placement import Placement
+from ..placement import GRAPHS, Placement
 from ..ring import Ring, ahead
 from .footprint import Footprint, Shape
 
@@ -26,6 +26,9 @@ DECODE_SECONDS = 5e-9  # per weight that is stored encoded
 # ONNX Runtime's share of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512
 # (benchmarks/onnx.py).
 ONNX_SHARE = 0.67
+# OpenVINO's, by what it computes in: 3.53 s of 5.9, and 2.01 of 2.65.
+OPENVINO_SHARE = {"fp32": 0.60, "bf16": 0.76}
+COMPILE_SECONDS = 6e-9  # per weight, for OpenVINO to convert and pack it
 SESSION_SECONDS = 2e-4  # per operator of a graph, for ONNX Runtime to prepare it
 PAGEABLE = 2.0  # times as long as from pinned memory: assumed, benchmarks/gpu_probe.py measures it
 PIN_SECONDS = 1 / 3e9  # per byte, once per pipeline: assumed too
@@ -78,7 +81,7 @@ def arrival_spans(
     attention = _sums(attention_seconds(hardware, placement, shape) / share for shape in trace.attentions)
     # ONNX Runtime issues operators in C++; `call_seconds` covers that
     issue_seconds = (
-        hardware.operator_seconds if placement.backend != "onnx" and hardware.device != "cpu" else 0.0
+        hardware.operator_seconds if placement.backend not in GRAPHS and hardware.device != "cpu" else 0.0
     )
 
     def between(begin: tuple[int, int], end: tuple[int, int]) -> float:
@@ -102,11 +105,12 @@ def _operation_seconds(
         {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")},
         hardware.bandwidth,
     )
-    if placement.backend == "onnx" and hardware.device == "cpu":
-        rates = {kind: rate / ONNX_SHARE for kind, rate in rates.items()}
+    if placement.backend in GRAPHS and hardware.device == "cpu":
+        share_of_torchs = ONNX_SHARE if placement.backend == "onnx" else OPENVINO_SHARE[placement.compute]
+        rates = {kind: rate / share_of_torchs for kind, rate in rates.items()}
     if placement.provider == CPU_PROVIDER and hardware.device != "cpu":
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
-    torchs = placement.backend != "onnx"
+    torchs = placement.backend not in GRAPHS
     starts = {
         kind: hardware.start(kind) if torchs else hardware.call_seconds
         for kind in ("", "product", "int8", "unpack")

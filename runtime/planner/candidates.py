@@ -13,7 +13,7 @@ from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER, PACKAGES, PROVIDERS, provider_name, provider_problems
 from ..models.families.family import STEPPING, Role
 from ..models.spec import Component, ModelSpec
-from ..placement import ATTENTIONS, CFG, DYNAMIC, QUANTISED, RESIDENCIES, STORED, TILINGS, Placement
+from ..placement import ATTENTIONS, CFG, DYNAMIC, GRAPHS, QUANTISED, RESIDENCIES, STORED, TILINGS, Placement
 from ..request import Job
 from .wishes import Wishes
 
@@ -37,14 +37,14 @@ def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, di
     for engines in _engines(spec, wishes):
         for choice, cfg in product(_choices(hardware, spec, wishes, engines), modes):
             placements = {
-                name: _on_onnx(hardware, spec, name, wishes, choice)
-                if engine == "onnx"
+                name: _on_onnx(hardware, spec, name, wishes, choice, engine)
+                if engine in GRAPHS
                 else replace(_on_torch(hardware, spec, name, choice), backend=engine)
                 for name, engine in engines.items()
             }
             mapped = without_previews(spec, placements)
             # ONNX Runtime's bytes are the process's growth, in which torch's are another's: 104 MiB of 68.
-            for way in (mapped,) if engines[spec.denoiser.name] == "onnx" else (placements, mapped):
+            for way in (mapped,) if engines[spec.denoiser.name] in GRAPHS else (placements, mapped):
                 key = (cfg, *way.values())
                 if key not in seen:
                     seen.add(key)
@@ -65,7 +65,7 @@ def with_previews(
 ) -> dict[str, Placement]:
     """The same with the decoder of previews, if the model has one, as the denoiser's placement decides."""
     unet = placements[spec.denoiser.name]
-    if unet.backend == "onnx":
+    if unet.backend in GRAPHS:
         return dict(placements)
     choice = _Choice(unet.precision, unet.compute, unet.residency, unet.attention, "whole")
     decoders = [part.name for part in spec.of_role(Role.PREVIEW)]
@@ -77,10 +77,11 @@ def _choices(
 ) -> Iterator[_Choice]:
     """What there is to decide, where these engines run the components. A graph has its weights in one
     precision and its own attention, and does not stream."""
-    graph = engines[spec.denoiser.name] == "onnx"
-    tiles = not graph or engines[spec.decoder.name] != "onnx"
+    on = engines[spec.denoiser.name]
+    graph = on in GRAPHS
+    tiles = not graph or engines[spec.decoder.name] not in GRAPHS
     axes = (
-        _of_graph(spec, wishes) if graph else _precisions(hardware, spec, wishes),
+        _of_graph(hardware, spec, wishes, on) if graph else _precisions(hardware, spec, wishes),
         _options(wishes.residency, RESIDENCIES[:2] if graph else RESIDENCIES),
         _options(wishes.attention, ATTENTIONS if tiles else ATTENTIONS[:1]),
         _options(wishes.tiling, TILINGS if tiles else TILINGS[:1]),
@@ -98,8 +99,8 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
     one can."""
     runnable = {name: _runnable(spec, component) for name, component in spec.components.items()}
     asked = _asked_engine(wishes)
-    if asked == "bitsandbytes":  # torch, but for some layers: never a candidate unless it is asked for
-        swapped = {"torch": asked}
+    if asked in _IN_PLACE_OF:
+        swapped = {_IN_PLACE_OF[asked]: asked}
         runnable = {name: tuple(swapped.get(e, e) for e in engines) for name, engines in runnable.items()}
     role = {name: component.role for name, component in spec.components.items()}
     painting = (engines for name, engines in runnable.items() if role[name] is not Role.PREVIEW)
@@ -118,6 +119,10 @@ def _engines(spec: ModelSpec, wishes: Wishes) -> Iterator[dict[str, str]]:
         }
 
 
+# Never a candidate unless it is asked for. bitsandbytes is torch, but for some layers.
+_IN_PLACE_OF = {"bitsandbytes": "torch", "openvino": "onnx"}
+
+
 def _asked_engine(wishes: Wishes) -> str | None:
     """The engine that was asked for, if any: a provider is ONNX Runtime's."""
     if wishes.backend != "auto":
@@ -128,7 +133,7 @@ def _asked_engine(wishes: Wishes) -> str | None:
 def _without_weights(spec: ModelSpec, wishes: Wishes, asked: str) -> TightfitError:
     """The error for an engine that can read no component of the model."""
     cure = f"use {spec.source or 'the model'}, from which it was exported"
-    if asked == "onnx":
+    if asked in GRAPHS:
         cure = "export it with --to onnx"
     if why := next(
         (component.unreadable for component in spec.components.values() if component.unreadable), ""
@@ -177,17 +182,22 @@ def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -
     )
 
 
-def _on_onnx(hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, choice: _Choice) -> Placement:
+def _on_onnx(
+    hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, choice: _Choice, on: str = "onnx"
+) -> Placement:
+    """Of an engine that runs graphs."""
     graph, role = spec.components[name].graph, spec.components[name].role
     assert graph
+    as_stored, known = on == "onnx" or graph.precision in STORED, _computes(hardware)
+    compute = graph.compute if as_stored else choice.compute if choice.compute in known else known[-1]
     placement = Placement(
-        backend="onnx",
-        precision=graph.precision,
-        compute=graph.compute,
+        backend=on,
+        precision=graph.precision if as_stored else compute,
+        compute=compute,
         residency="staged" if choice.residency == "streamed" else choice.residency,
         attention="sdpa",
         tiling=choice.tiling if role is Role.DECODER and wishes.tiling != "auto" else "whole",
-        provider=chosen_provider(hardware, wishes.provider),
+        provider=chosen_provider(hardware, wishes.provider) if on == "onnx" else "",
     )
     # What is asked for is of the U-Net; the engine says that it cannot stream, or slice.
     if role is Role.DENOISER:
@@ -239,11 +249,27 @@ def _installable(hardware: Hardware, short: str) -> bool:
     return of_device and short in PACKAGES and (short != "dml" or sys.platform == "win32")
 
 
-def _of_graph(spec: ModelSpec, wishes: Wishes) -> list[tuple[str, str]]:
-    """The one way that the U-Net's graph has its weights, if that is what is asked for."""
+def _computes(hardware: Hardware) -> tuple[str, ...]:
+    """What OpenVINO computes a graph of fp32 in."""
+    of_device = {"cpu": ("bf16",), "xpu": ("fp16",)}.get(hardware.device, ())
+    return *(kind for kind in of_device if kind in hardware.precisions), "fp32"
+
+
+def _of_graph(hardware: Hardware, spec: ModelSpec, wishes: Wishes, on: str) -> list[tuple[str, str]]:
+    """How the U-Net's graph has its weights, if that is what is asked for: ONNX Runtime as they are stored,
+    OpenVINO in what it computes in."""
     unet = spec.denoiser
     graph = unet.graph
     assert graph
+    if on == "openvino" and graph.precision not in STORED:
+        known = _computes(hardware)
+        for option in ("precision", "compute"):
+            if (asked := getattr(wishes, option)) not in ("auto", *known):
+                raise TightfitError(
+                    f"OpenVINO runs {graph.file} in {' or '.join(known)} on {hardware.name}, not in {asked}: "
+                    f"leave out --{option} {asked}, or --backend openvino"
+                )
+        return [(kind, kind) for kind in known if {wishes.precision, wishes.compute} <= {"auto", kind}]
     stored = {"precision": graph.precision, "compute": graph.compute}
     for option, value in stored.items():
         asked = getattr(wishes, option)

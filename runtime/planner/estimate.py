@@ -15,6 +15,7 @@ from ..backends import engine
 from ..budget import BUILDING
 from ..costs.footprint import Footprint, peak
 from ..costs.latency import (
+    COMPILE_SECONDS,
     PACK_SECONDS,
     PIN_SECONDS,
     QUANTISE_SECONDS,
@@ -26,7 +27,7 @@ from ..machine.hardware import Hardware
 from ..models.families.family import STEPPING, Extent, Role
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
-from ..placement import DYNAMIC, QUANTISED, STAGES, STORED, Placement
+from ..placement import DYNAMIC, GRAPHS, QUANTISED, STAGES, STORED, Placement
 from ..recent import Recent
 from ..request import Job
 from ..units import shown
@@ -298,11 +299,12 @@ class Estimate:
         return loading / (self.wishes.requests if placement.residency == "resident" else 1)
 
     def _reading_seconds(self, component: Component, placement: Placement) -> float:
-        if placement.backend == "onnx":
-            assert component.graph
-            return component.graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(
-                component.graph.model.graph.node
-            )
+        if placement.backend in GRAPHS:
+            graph = component.graph
+            assert graph
+            seconds = graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(graph.model.graph.node)
+            packed = placement.backend == "openvino"  # at each compilation
+            return seconds + packed * COMPILE_SECONDS * sum(tensor.count for tensor in graph.tensors.values())
         loading = _read_bytes(component) / self.hardware.read
         count = component.once("count", lambda: sum(t.count for t in component.tensors.values()))
         if placement.precision in QUANTISED and component.formats is None:

@@ -10,7 +10,7 @@ from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..models.families.family import Role
 from ..models.spec import ModelSpec
-from ..placement import Placement
+from ..placement import GRAPHS, Placement
 from ..request import Job
 from ..rules import Rule, first_broken
 from .candidates import chosen_provider, of_stored, vae_compute, ways, with_previews
@@ -51,7 +51,7 @@ class _Saved:
 
     @property
     def overflows(self) -> bool:
-        fp16 = self.vae.backend != "onnx" and self.vae.compute == "fp16"
+        fp16 = self.vae.backend not in GRAPHS and self.vae.compute == "fp16"
         return fp16 and vae_compute(self.hardware, self.spec, "fp16") != "fp16"
 
     @property
@@ -60,7 +60,7 @@ class _Saved:
         spec, unet = self.spec, self.unet
         return (
             bool(spec.precision)
-            and unet.backend != "onnx"
+            and unet.backend not in GRAPHS
             and unet.precision not in of_stored(spec.precision)
         )
 

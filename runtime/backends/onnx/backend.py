@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 
 from ...costs.footprint import Footprint, Trace, peak
@@ -26,8 +25,9 @@ from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from ...placement import Placement
 from ...rules import Rule, first_broken
+from ..protocol import Session
 from ..sent import Sent
-from .call import answers, check_types, for_runtime, input_shapes, newest_opset
+from .call import answers, check_types, feeds_of, for_runtime, input_shapes, newest_opset
 from .footprint import PER_NODE_BYTES, call_footprint, call_of, call_problem, loading_bytes, weight_bytes
 from .meters import DeviceMeter, ProcessMeter
 
@@ -47,7 +47,7 @@ _HEAVY = {
 
 
 @dataclass(frozen=True)
-class _Case:
+class Case:
     """What the rules below look at: a component, its placement, the hardware and the size."""
 
     spec: ModelSpec
@@ -60,6 +60,10 @@ class _Case:
     def graph(self) -> Graph:
         assert self.component.graph is not None  # the first rule
         return self.component.graph
+
+    @property
+    def engine(self) -> str:
+        return {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}[self.placement.backend]
 
     @property
     def providers(self) -> str:
@@ -81,7 +85,8 @@ class _Case:
         return call_problem(self.spec, self.component, self.placement.provider == CPU_PROVIDER, self.extent)
 
 
-_REFUSALS: tuple[Rule[_Case], ...] = (
+# What no engine can do with a graph: before an engine's own rules, and after them.
+FIRST: tuple[Rule[Case], ...] = (
     Rule(
         lambda case: case.component.graph is None,
         lambda case: f"the {case.component.name} is not here as ONNX: export the model with --to onnx",
@@ -90,9 +95,38 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: bool(case.component.patches),
         lambda case: (
             f"an ONNX graph has its weights fixed, and adapters change those of the {case.component.name}: "
-            "leave out --backend onnx, or the adapters"
+            f"leave out --backend {case.placement.backend}, or the adapters"
         ),
     ),
+)
+AS_MADE: tuple[Rule[Case], ...] = (
+    Rule(
+        lambda case: case.placement.residency == "streamed",
+        lambda case: f"{case.engine} cannot stream weights: leave out --residency streamed",
+    ),
+    Rule(
+        lambda case: case.placement.attention != "sdpa",
+        lambda case: f"an ONNX graph has its own attention: leave out --attention {case.placement.attention}",
+    ),
+    Rule(
+        lambda case: case.placement.tiling != "whole",
+        lambda case: f"an ONNX graph runs whole: leave out --tiling {case.placement.tiling}",
+    ),
+)
+FOLLOWED: tuple[Rule[Case], ...] = (
+    Rule(
+        lambda case: case.other_shape,
+        lambda case: (
+            f"{case.graph.file} takes {case.other_shape}: "
+            f"ask for what it was made for{', a shorter prompt' if case.extent.chunks > 1 else ''}, "
+            "or export the model again"
+        ),
+    ),
+    Rule(lambda case: case.call_problem, lambda case: case.call_problem or ""),
+)
+
+_REFUSALS: tuple[Rule[Case], ...] = (
+    *FIRST,
     Rule(
         lambda case: case.placement.provider not in case.hardware.onnx_providers(),
         lambda case: f"ONNX Runtime has no {case.placement.provider} here, but {case.providers}",
@@ -108,18 +142,7 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
             "export the model in fp32, or choose --provider cpu"
         ),
     ),
-    Rule(
-        lambda case: case.placement.residency == "streamed",
-        "ONNX Runtime cannot stream weights: leave out --residency streamed",
-    ),
-    Rule(
-        lambda case: case.placement.attention != "sdpa",
-        lambda case: f"an ONNX graph has its own attention: leave out --attention {case.placement.attention}",
-    ),
-    Rule(
-        lambda case: case.placement.tiling != "whole",
-        lambda case: f"an ONNX graph runs whole: leave out --tiling {case.placement.tiling}",
-    ),
+    *AS_MADE,
     Rule(
         lambda case: case.graph.opset > newest_opset(),
         lambda case: (
@@ -127,22 +150,14 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
             f"opset {newest_opset()}: install a newer one, or export the model again"
         ),
     ),
-    Rule(
-        lambda case: case.other_shape,
-        lambda case: (
-            f"{case.graph.file} takes {case.other_shape}: "
-            f"ask for what it was made for{', a shorter prompt' if case.extent.chunks > 1 else ''}, "
-            "or export the model again"
-        ),
-    ),
-    Rule(lambda case: case.call_problem, lambda case: case.call_problem or ""),
+    *FOLLOWED,
 )
 
 
 class OnnxBackend:
     def __init__(self, device: str) -> None:
         self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
-        self._sessions: weakref.WeakValueDictionary[str, OnnxSession] = weakref.WeakValueDictionary()
+        self._sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
         # For components placed on the CPU beside a GPU: the host has a meter of its own, without a limit.
         self._host = self.meter if device == "cpu" else ProcessMeter()
 
@@ -156,7 +171,7 @@ class OnnxBackend:
     ) -> str | None:
         """Why the component cannot run with this placement on that hardware at that size, or None if it
         can."""
-        return first_broken(_REFUSALS, _Case(spec, component, placement, hardware, extent))
+        return first_broken(_REFUSALS, Case(spec, component, placement, hardware, extent))
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:
@@ -242,7 +257,7 @@ class OnnxSession:
         if provider != CPU_PROVIDER:
             chosen.append(CPU_PROVIDER)
             options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-        with _errors_explained(graph):
+        with errors_explained(graph):
             # No fallback: ONNX Runtime would silently use the CPU when a provider has no memory.
             self.session = onnxruntime.InferenceSession(source, options, providers=chosen, enable_fallback=0)
         if provider not in self.session.get_providers():
@@ -255,7 +270,6 @@ class OnnxSession:
             if len(chosen) > 1
             else ()
         )
-        self.inputs = graph.inputs
         self.outputs = answers(graph, names)
         self._sent = Sent()
         meter.hold(self._held)
@@ -264,19 +278,14 @@ class OnnxSession:
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         if self.session is None:
             raise TightfitError("the pipeline was closed while it was painting")
-        feeds = {}
-        for name, array in arrays.items():
-            name = self._names.get(name, name)
-            kind, sides = self.inputs[name]
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
-            feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
+        feeds = feeds_of(self.graph, self._names, arrays)
         shapes = {name: array.shape for name, array in feeds.items()}
         call_bytes = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items())).kept
         if call_bytes > self._arena:
             self.meter.reach(call_bytes - self._arena)
             self.meter.hold(call_bytes - self._arena)  # an arena never shrinks
             self._arena = call_bytes
-        with _errors_explained(self.graph):
+        with errors_explained(self.graph):
             on_device = self.provider == CUDA_PROVIDER
             outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
         return tuple(np.asarray(out, np.float32) for out in outs)
@@ -356,7 +365,7 @@ _NO_MEMORY = (
 
 
 @contextmanager
-def _errors_explained(graph: Graph) -> Iterator[None]:
+def errors_explained(graph: Graph, other: str = "provider") -> Iterator[None]:
     """ONNX Runtime has an exception class for every status but none for memory, so the text decides."""
     try:
         yield
@@ -364,5 +373,5 @@ def _errors_explained(graph: Graph) -> Iterator[None]:
         if re.search(_NO_MEMORY, str(error)) or out_of_memory(error):
             raise OutOfMemoryError(first_line(error)) from error
         raise TightfitError(
-            f"{graph.file} cannot be run ({first_line(error)}): export it again, or use another provider"
+            f"{graph.file} cannot be run ({first_line(error)}): export it again, or use another {other}"
         ) from error

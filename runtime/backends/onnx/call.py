@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime
 
@@ -111,6 +113,19 @@ def for_runtime(graph: Graph) -> tuple[bytes, Path] | None:
                 entry.value = linked[tensor.name].name if entry.key == "location" else entry.value
         model, folder = copy, next(iter(linked.values())).parent
     return None if model is graph.model else (model.SerializeToString(), folder.absolute())
+
+
+def feeds_of(
+    graph: Graph, names: Mapping[str, str], arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What the graph is called with for a session's arrays, in its types and by its names."""
+    feeds = {}
+    for own, array in arrays.items():
+        name = names.get(own, own)
+        kind, sides = graph.inputs[name]
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
+        feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
+    return feeds
 
 
 Inputs = tuple[tuple[str, tuple[int, ...]], ...]

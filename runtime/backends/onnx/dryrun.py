@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -303,11 +303,12 @@ def trace(
     return trace_of(Shapes(model, inputs, wide), scratch)
 
 
-def trace_of(shapes: Shapes, scratch: Callable[[Any, Shapes], Steps]) -> Trace:
-    """One call, with the shapes already inferred."""
+def trace_of(shapes: Shapes, scratch: Callable[[Any, Shapes], Steps], in_place: Container[str] = ()) -> Trace:
+    """One call, with the shapes already inferred. Operators `in_place` write over an input of their answer's
+    size."""
     graph = shapes.graph
     weights = {tensor.name for tensor in graph.initializer}
-    live = _Live(shapes, {value.name for value in graph.output})
+    live = _Live(shapes, {value.name for value in graph.output}, in_place)
     operations = []
     last = {name: i for i, node in enumerate(graph.node) for name in node.input}
     for i, node in enumerate(graph.node):
@@ -320,8 +321,8 @@ def trace_of(shapes: Shapes, scratch: Callable[[Any, Shapes], Steps]) -> Trace:
 
 
 class _Live:
-    def __init__(self, shapes: Shapes, kept: set[str]) -> None:
-        self.shapes, self.events = shapes, list[tuple[int, int]]()
+    def __init__(self, shapes: Shapes, kept: set[str], in_place: Container[str]) -> None:
+        self.shapes, self.events, self._in_place = shapes, list[tuple[int, int]](), in_place
         self._storage: dict[str, int] = {}  # of each value
         self._users: dict[int, int] = {}  # values of a storage that are alive
         self._kept, self._made = kept, 0
@@ -331,8 +332,8 @@ class _Live:
         outs = [name for name in node.output if name]
         slots: dict[int, int] = {}
         for slot, count in steps:
-            if slot == OUT and node.op_type in _VIEWS and node.input[0] in self._storage:
-                self._share(outs[0], node.input[0])
+            if slot == OUT and (source := self._source(node)):
+                self._share(outs[0], source)
             elif slot == OUT:
                 for name in outs:
                     self._storage[name] = self._make(self.shapes.bytes(name))
@@ -344,6 +345,16 @@ class _Live:
         for name in {*ends, *(name for name in outs if name not in self._used)} - self._kept:
             if name in self._storage:
                 self._leave(name)
+
+    def _source(self, node: Any) -> str | None:
+        """The input whose storage is the answer's, too."""
+        inputs = [name for name in node.input if name in self._storage]
+        if node.op_type in _VIEWS:
+            return node.input[0] if node.input[0] in inputs else None
+        if node.op_type not in self._in_place:
+            return None
+        count = self.shapes.bytes(node.output[0])
+        return next((name for name in inputs if self.shapes.bytes(name) == count), None)
 
     def _make(self, count: int) -> int:
         self._made += 1

@@ -167,7 +167,7 @@ def weight_bytes(graph: Graph, on_cpu: bool) -> Iterator[int]:
     A weight that is only cast is cast at load. On a CPU every fp16 weight becomes fp32; the others are
     packed, or mapped from the file, so that only the rows of a table that are looked up are read.
     """
-    users = _users(graph)
+    users = readers_of(graph)
     for name, tensor in graph.tensors.items():
         kinds = {node.op_type for node in users.get(name, ())}
         casts = [dryrun.attribute(node, "to") for node in users.get(name, ()) if node.op_type == "Cast"]
@@ -178,7 +178,7 @@ def weight_bytes(graph: Graph, on_cpu: bool) -> Iterator[int]:
             yield tensor.stored_bytes * (2 if wide else 1)
 
 
-def _users(graph: Graph) -> dict[str, list[Any]]:
+def readers_of(graph: Graph) -> dict[str, list[Any]]:
     """The operators that read each value, by its name."""
 
     def compute() -> dict[str, list[Any]]:
@@ -194,7 +194,7 @@ def _users(graph: Graph) -> dict[str, list[Any]]:
 def loading_bytes(graph: Graph) -> int:
     """Peak bytes on a CPU while loading, beyond what is held afterwards: a second copy of the largest packed
     weight. Convolution weights cast from fp16 are packed together, so they count as one."""
-    users = _users(graph)
+    users = readers_of(graph)
     packed = {name: {node.op_type for node in users.get(name, ())} & _PACKED for name in graph.tensors}
     cast = (
         2 * t.stored_bytes for name, t in graph.tensors.items() if t.dtype == "F16" and "Conv" in packed[name]
