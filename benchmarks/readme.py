@@ -79,7 +79,7 @@ def summary() -> str:
 
 def tables() -> str:
     """docs/results.md's section: all tables."""
-    return f"{peers()}\n{plans()}\n{details()}"
+    return f"{peers()}\n{beside_openvino()}{plans()}\n{details()}"
 
 
 def results(name: str, contains: str = "") -> list[Any]:
@@ -94,17 +94,25 @@ def table(head: str, rows: list[str]) -> str:
 
 
 def whole_peers() -> Row:
-    """The newest run with all contenders."""
-    names = {contender.name for contender in contenders("cpu")}
+    """The newest run with all contenders, but for OpenVINO's, which has to be installed beside."""
+    names = {contender.name for contender in contenders("cpu") if not contender.needs_openvino}
     return next(
         run for run in reversed(results("peers")) if run["rows"].keys() >= names and not run.get("ask")
     )
 
 
-def peers(names: Collection[str] | None = None) -> str:
-    """All contenders, or those named, against diffusers in bf16, least memory first."""
-    run = whole_peers()
-    base, rows = run["rows"]["diffusers bf16"], []
+def beside_openvino() -> str:
+    """The newest run with OpenVINO, if that is not the whole one."""
+    run = next((run for run in reversed(results("peers")) if "OpenVINO bf16" in run["rows"]), None)
+    return "" if run is None or run == whole_peers() else f"Beside OpenVINO: {peers(run=run)}\n"
+
+
+def peers(names: Collection[str] | None = None, run: Row | None = None) -> str:
+    """All contenders of a run, by default the whole one, or those named, against diffusers in bf16, least
+    memory first."""
+    run = run or whole_peers()
+    peer = next(name for name in ("diffusers bf16", *run["rows"]) if name in run["rows"])
+    base, rows = run["rows"][peer], []
     for name, row in sorted(run["rows"].items(), key=lambda item: item[1].get("peak_bytes", 0)):
         if names is not None and name not in names:
             continue
@@ -118,9 +126,10 @@ def peers(names: Collection[str] | None = None) -> str:
         decibels += f" ({row['like']})" if "like" in row and row["like"] != REFERENCE else ""
         rows.append(f"| {bold}{name}{bold} | {peak} | {step} | {row['seconds']:.1f} s | {decibels} |")
     title = f"**{run['model']}**, {run['size']}×{run['size']}, {run['steps']} steps, "
-    title += f"the same weights, prompt and guidance, {run['rounds']} rounds in turns "
+    rounds = "1 round" if run["rounds"] == 1 else f"{run['rounds']} rounds in turns"
+    title += f"the same weights, prompt and guidance, {rounds} "
     title += "(`python -m tightfit.benchmarks.peers sd15 WORK`):"
-    head = "| | process peak, ratio to diffusers bf16 | a step, ratio | start to picture "
+    head = f"| | process peak, ratio to {peer} | a step, ratio | start to picture "
     head += f"| PSNR to {REFERENCE} |"
     return f"{title}\n\n{table(head, rows)}"
 
@@ -220,7 +229,8 @@ def onnx_rows() -> Iterator[tuple[str, str, str, str]]:
     yield f"{run['model']} to ONNX, seconds", seconds, f"Optimum, fp32: {optimum['seconds']:.0f}", command
     peaks = ", ".join(f"{kind} {shown(row['peak_bytes'])}" for kind, row in ours.items())
     yield "the same, memory", peaks, f"Optimum, fp32: {shown(optimum['peak_bytes'])}", command
-    last = results("onnx", " predicted ")[-1]["rows"][-1]
+    runs = (run for run in results("onnx", " predicted ") if run.get("backend", "onnx") == "onnx")
+    *_, last = (run["rows"][-1] for run in runs)
     figures = f"median {last['median_error']:.1%}, worst {last['worst_error']:.1%} off"
     title = f"predicted against measured growth of the process, {last['plans']} plans of sd15 on ONNX Runtime"
     yield title, figures, "", "`… onnx predicted …`"

@@ -1,5 +1,5 @@
-"""Ours against diffusers, Optimum and stable-diffusion.cpp: same weights, prompt, steps, size and seed, in
-one command.
+"""Ours against diffusers, Optimum, OpenVINO and stable-diffusion.cpp: same weights, prompt, steps, size and
+seed, in one command.
 
     python -m tightfit.benchmarks.peers MODEL WORK --rounds 2
 
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import venv
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ OPTIMUM = (
     "optimum-onnx==0.1.0",
     "onnxruntime==1.31.1",
 )
+# Installed beside ours, whose engine "openvino" then runs on the same version.
+OPENVINO = ("openvino", "nncf")
 SDCPP = ("stable-diffusion-cpp-python==0.4.7",)
 # This processor's instructions, such as AVX-512, and llamafile's fast products.
 BUILD = "-DGGML_NATIVE=ON -DGGML_LLAMAFILE=ON -DCMAKE_BUILD_TYPE=Release"
@@ -68,6 +71,10 @@ class Contender:
         """Whether it is run with more than a prompt here."""
         return self.engine in ("diffusers", "tightfit") and not self.model.startswith(("onnx", "optimum"))
 
+    @property
+    def needs_openvino(self) -> bool:
+        return self.engine == "openvino" or "backend=openvino" in self.options
+
 
 def contenders(device: str) -> list[Contender]:
     """What each program offers on this device for speed and for little memory."""
@@ -80,6 +87,11 @@ def contenders(device: str) -> list[Contender]:
         # Its exported scheduler has diffusers' defaults written out, among them other timesteps.
         Contender("Optimum fp32", "optimum", "fp32", (), "optimum", ""),
         Contender("Optimum fp32, our folder", "optimum", "fp32", (), "onnx-fp32"),
+        *(
+            Contender(f"OpenVINO {kind}", "openvino", kind, (), f"openvino-{of}")
+            for kind, of in (("fp32", "fp16"), ("bf16", "fp16"), ("int8", "int8"))
+            if device == "cpu"
+        ),
         # On a CPU its flash attention makes a step three times as slow.
         *(Contender(f"sd.cpp {kind}", "sdcpp", kind, flash, "", "") for kind in ("f16", "q8_0", "q4_0")),
         Contender("sd.cpp q4_0, flash, tiling", "sdcpp", "q4_0", ("flash_attention", "tiling"), "", ""),
@@ -90,6 +102,11 @@ def contenders(device: str) -> list[Contender]:
             for kind in ("fp32", "fp16", "int8", "int4")
         ),
         Contender("tightfit bf16", "tightfit", "bf16"),
+        *(
+            Contender(f"tightfit {kind}, OpenVINO", "tightfit", kind, ("backend=openvino",), "onnx-fp32")
+            for kind in ("fp32", "bf16")
+            if device == "cpu"
+        ),
         Contender("tightfit int8", "tightfit", "int8", (), "int8"),
         Contender("tightfit int8-dynamic", "tightfit", "int8-dynamic", (), "int8"),
         Contender("tightfit int4", "tightfit", "int4", (), "int4"),
@@ -134,6 +151,9 @@ def main() -> None:
         if (not args.only or contender.name.startswith(tuple(args.only)))
         and (not args.ask or contender.takes_pictures)
     ]
+    if missing := [package for package in OPENVINO if find_spec(package) is None]:
+        print(f"OpenVINO is left out: pip install {' '.join(missing)}")
+        chosen = [contender for contender in chosen if not contender.needs_openvino]
     try:
         pythons, exports = make(model, work, chosen)
         asks = asked(args.ask, model, work, args.size)
@@ -189,7 +209,7 @@ def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, st
     first."""
     work.mkdir(parents=True, exist_ok=True)
     engines, models = {c.engine for c in chosen}, {c.model for c in chosen if c.model}
-    pythons = {"diffusers": sys.executable, "tightfit": sys.executable}
+    pythons = dict.fromkeys(("diffusers", "openvino", "tightfit"), sys.executable)
     if "optimum" in engines or "optimum" in models:
         pythons["optimum"] = environment(work / "env-optimum", OPTIMUM, {})
     if "sdcpp" in engines:
@@ -198,11 +218,10 @@ def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, st
     exports: dict[str, Row] = json.loads(file.read_text()) if file.exists() else {}
     for name in sorted(name for name in models if not (work / name).exists()):
         partial = work / f"{name}.partial"
-        engine, to = (
-            ("optimum", [])
-            if name == "optimum"
-            else ("tightfit", ["--precision", name.removeprefix("onnx-")])
-        )
+        engine, to = "tightfit", ["--precision", name.removeprefix("onnx-")]
+        if name == "optimum" or name.startswith("openvino-"):
+            engine, _, kind = name.partition("-")
+            to = kind.split()
         if name.startswith("onnx-"):
             to += ["--to", "onnx", *(["--compute", "fp32"] if name.startswith("onnx-int") else [])]
         row = run(

@@ -145,6 +145,101 @@ def optimum_export(job: Job, _: Clock) -> list[str]:
     return ["optimum-onnx", "onnxruntime", "diffusers", "transformers"]
 
 
+def openvino(job: Job, clock: Clock) -> list[str]:
+    """What openvino_export wrote, each network compiled for one shape; tokenizer, scheduler and noise are
+    diffusers'. So does Optimum Intel, which needs torchvision. OpenVINO GenAI's pipeline takes what Optimum
+    Intel has written."""
+    import numpy as np
+    import openvino as ov  # pyright: ignore[reportMissingImports]
+    import torch
+    from diffusers import EulerDiscreteScheduler
+    from diffusers.utils.torch_utils import randn_tensor
+    from PIL import Image
+    from transformers import CLIPTokenizer
+
+    folder, core = Path(job["model"]), ov.Core()
+    # Weights in int8 are multiplied in what the processor prefers, as OpenVINO does unless told.
+    precision = {"fp32": {"INFERENCE_PRECISION_HINT": "f32"}, "bf16": {"INFERENCE_PRECISION_HINT": "bf16"}}
+
+    def compiled(name: str, *shapes: tuple[int, ...]) -> Any:
+        network = core.read_model(folder / f"{name}.xml")
+        network.reshape(dict(zip(network.inputs, map(ov.PartialShape, shapes), strict=True)))
+        options = {"INFERENCE_NUM_THREADS": os.cpu_count(), **precision.get(job["precision"], {})}
+        return core.compile_model(network, "CPU", options)
+
+    tokenizer: Any = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokens = tokenizer(["", PROMPT], padding="max_length", truncation=True, return_tensors="np").input_ids
+    text_encoder = compiled("text_encoder", tokens.shape)
+    width = text_encoder.outputs[0].get_shape()[-1]
+    shape = 4, job["size"] // 8, job["size"] // 8
+    unet = compiled("unet", (2, *shape), (), (*tokens.shape, width))
+    vae_decoder = compiled("vae_decoder", (1, *shape))
+    hidden = text_encoder([tokens.astype(np.int64)])[0]
+    scheduler: Any = EulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    scheduler.set_timesteps(job["steps"])
+    latents: Any = randn_tensor((1, *shape), generator=torch.Generator().manual_seed(SEED))
+    latents = latents * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        both = scheduler.scale_model_input(latents.repeat(2, 1, 1, 1), t).numpy()
+        free, asked = torch.from_numpy(unet([both, np.array(t, np.float32), hidden])[0]).chunk(2)
+        latents = scheduler.step(free + GUIDANCE * (asked - free), t, latents).prev_sample
+        clock()
+    scale = json.loads((folder / "vae.json").read_text())["scaling_factor"]
+    picture = vae_decoder([(latents / scale).numpy()])[0][0].transpose(1, 2, 0)
+    Image.fromarray(((picture / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8)).save(job["to"])
+    return ["openvino", "torch", "diffusers", "transformers"]
+
+
+def openvino_export(job: Job, _: Clock) -> list[str]:
+    """OpenVINO's own conversion of the libraries' modules, with weights in fp16, as it saves them and as the
+    models here have them; or in int8 by NNCF, which compresses weights alone."""
+    import shutil
+
+    import openvino as ov  # pyright: ignore[reportMissingImports]
+    import torch
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    model, to = Path(job["model"]), Path(job["to"])
+    to.mkdir()
+    for part in ("tokenizer", "scheduler"):
+        shutil.copytree(model / part, to / part)
+    shutil.copyfile(model / "vae" / "config.json", to / "vae.json")
+
+    class Called(torch.nn.Module):
+        """A module's call as a module, which is what is traced."""
+
+        def __init__(self, module: Any, call: Any) -> None:
+            super().__init__()
+            self.module, self.call = module, call
+
+        def forward(self, *inputs: Any) -> Any:
+            return self.call(self.module, *inputs)
+
+    def save(name: str, module: Any, call: Any, *inputs: Any) -> None:
+        with torch.no_grad():
+            network = ov.convert_model(Called(module.float().eval(), call), example_input=inputs)
+        if "int8" in job["options"]:
+            import nncf  # pyright: ignore[reportMissingImports]
+
+            network = nncf.compress_weights(network)
+        ov.save_model(network, to / f"{name}.xml")
+
+    text: Any = CLIPTextModel.from_pretrained(model / "text_encoder", attn_implementation="sdpa")
+    tokens = torch.zeros(2, 77, dtype=torch.int64)
+    save("text_encoder", text, lambda m, tokens: m(tokens)[0], tokens)
+    hidden, latents = torch.zeros(2, 77, text.config.hidden_size), torch.zeros(2, 4, 64, 64)
+    del text
+    unet: Any = UNet2DConditionModel.from_pretrained(model / "unet")
+    save(
+        "unet", unet, lambda m, x, t, h: m(x, t, h, return_dict=False)[0], latents, torch.tensor(1.0), hidden
+    )
+    del unet
+    vae: Any = AutoencoderKL.from_pretrained(model / "vae")
+    save("vae_decoder", vae, lambda m, z: m.decode(z, return_dict=False)[0], latents[:1])
+    return ["openvino", "torch", "diffusers", "transformers", *(["nncf"] if "int8" in job["options"] else [])]
+
+
 def sdcpp(job: Job, clock: Clock) -> list[str]:
     """stable-diffusion.cpp, which quantises a diffusers folder at load."""
     from stable_diffusion_cpp import StableDiffusion  # pyright: ignore[reportMissingImports]
@@ -196,7 +291,7 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
     result.images[0].save(job["to"])
     clock.peak_bytes = max(before, result.process_bytes)  # each stage resets the system's peak
     clock.device_bytes = result.peak_bytes  # and torch's
-    others = {"onnx": ["onnxruntime"], "bitsandbytes": ["bitsandbytes"]}
+    others = {"onnx": ["onnxruntime"], "openvino": ["openvino"], "bitsandbytes": ["bitsandbytes"]}
     return ["torch", "diffusers", "transformers", *others.get(result.plan.denoiser.backend, [])]
 
 
@@ -228,6 +323,8 @@ ENGINES = {
     "diffusers": diffusers,
     "optimum": optimum,
     "optimum_export": optimum_export,
+    "openvino": openvino,
+    "openvino_export": openvino_export,
     "sdcpp": sdcpp,
     "tightfit": tightfit,
     "tightfit_export": tightfit_export,
