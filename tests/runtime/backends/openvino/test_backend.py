@@ -234,6 +234,15 @@ def test_a_card_that_it_does_not_know(onnx_models):
     assert "OpenVINO runs on CPUs and on Intel's GPUs, not on" in plans[0].reason
 
 
+@needs_openvino
+def test_nothing_is_reported():
+    """OpenVINO sends its import to Google Analytics, where its telemetry can be imported."""
+    code = "import sys, tightfit.runtime.backends as b; b.engine('openvino'); "
+    code += "print(sys.modules['openvino_telemetry'], 'openvino' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["None", "True"]
+
+
 def test_it_has_to_be_asked_for(onnx_models, sd1):
     here, spec = Hardware.detect("cpu"), tightfit.inspect(str(onnx_models("sd1", "fp32")))
     plans = planner.plan(here, spec, tightfit.Request("a"))
