@@ -150,13 +150,13 @@ def openvino(job: Job, clock: Clock) -> list[str]:
     diffusers'. So does Optimum Intel, which needs torchvision. OpenVINO GenAI's pipeline takes what Optimum
     Intel has written."""
     import numpy as np
-    import openvino as ov  # pyright: ignore[reportMissingImports]
     import torch
     from diffusers import EulerDiscreteScheduler
     from diffusers.utils.torch_utils import randn_tensor
     from PIL import Image
     from transformers import CLIPTokenizer
 
+    ov = quiet_openvino()
     folder, core = Path(job["model"]), ov.Core()
     # Weights in int8 are multiplied in what the processor prefers, as OpenVINO does unless told.
     precision = {"fp32": {"INFERENCE_PRECISION_HINT": "f32"}, "bf16": {"INFERENCE_PRECISION_HINT": "bf16"}}
@@ -190,17 +190,25 @@ def openvino(job: Job, clock: Clock) -> list[str]:
     return ["openvino", "torch", "diffusers", "transformers"]
 
 
+def quiet_openvino() -> Any:
+    """OpenVINO without its telemetry, which reports each import to Google Analytics."""
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("openvino_telemetry", None)
+    import openvino  # pyright: ignore[reportMissingImports]
+
+    return openvino
+
+
 def openvino_export(job: Job, _: Clock) -> list[str]:
     """OpenVINO's own conversion of the libraries' modules, with weights in fp16, as it saves them and as the
     models here have them; or in int8 by NNCF, which compresses weights alone."""
     import shutil
 
-    import openvino as ov  # pyright: ignore[reportMissingImports]
     import torch
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
 
-    model, to = Path(job["model"]), Path(job["to"])
+    ov, model, to = quiet_openvino(), Path(job["model"]), Path(job["to"])
     to.mkdir()
     for part in ("tokenizer", "scheduler"):
         shutil.copytree(model / part, to / part)
@@ -236,7 +244,8 @@ def openvino_export(job: Job, _: Clock) -> list[str]:
     )
     del unet
     vae: Any = AutoencoderKL.from_pretrained(model / "vae")
-    save("vae_decoder", vae, lambda m, z: m.decode(z, return_dict=False)[0], latents[:1])
+    small = latents[:1, :, :16, :16]  # traced, whatever the size, in seconds; it took four minutes at 512x512
+    save("vae_decoder", vae, lambda m, z: m.decode(z, return_dict=False)[0], small)
     return ["openvino", "torch", "diffusers", "transformers", *(["nncf"] if "int8" in job["options"] else [])]
 
 
