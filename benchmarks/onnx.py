@@ -77,7 +77,7 @@ def run(model: str, backend: str, precision: str, residency: str, cfg: str) -> R
     """One picture of one step, in a process that has painted nothing before."""
     folder, _, size = model.rpartition(":")
     request = Request("a red heart", None, int(size), int(size), 1, 5.0, 0, "euler")
-    how = {"backend": backend, "precision": precision, "residency": residency, "cfg": cfg}
+    how: dict[str, Any] = {"backend": backend, "precision": precision, "residency": residency, "cfg": cfg}
     with load(folder, device="cpu", requests=1, **how) as pipe:
         result = pipe.generate(request)
     predicted_bytes = result.plan.predicted

@@ -209,7 +209,7 @@ def make(model: Path, work: Path, chosen: list[Contender]) -> tuple[dict[str, st
     first."""
     work.mkdir(parents=True, exist_ok=True)
     engines, models = {c.engine for c in chosen}, {c.model for c in chosen if c.model}
-    pythons = dict.fromkeys(("diffusers", "openvino", "tightfit"), sys.executable)
+    pythons = {"diffusers": sys.executable, "openvino": sys.executable, "tightfit": sys.executable}
     if "optimum" in engines or "optimum" in models:
         pythons["optimum"] = environment(work / "env-optimum", OPTIMUM, {})
     if "sdcpp" in engines:
