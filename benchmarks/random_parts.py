@@ -34,9 +34,9 @@ def wider(folder: Path, channels: int, made: Path) -> Path:
     return made
 
 
-def controlnet(folder: Path, seed: int, made: Path) -> Path:
+def controlnet(folder: Path, seed: int, made: Path, **options: Any) -> Path:
     torch.manual_seed(seed)
-    net: Any = diffusers.ControlNetModel.from_unet(_unet(folder))
+    net: Any = diffusers.ControlNetModel.from_unet(_unet(folder), **options)
     for name, parameter in net.named_parameters():
         if name.startswith(_ZEROS):
             nn.init.normal_(parameter, std=0.1)

@@ -26,6 +26,7 @@ _Precision = typer.Option(help="int8 or int4; with --to onnx fp32 and fp16 too."
 _To = typer.Option(help=f"{' or '.join(exporter.PRECISIONS)}.", metavar="ENGINE")
 _Compute = typer.Option(help="With --to onnx: what int8 and int4 compute in.", metavar="NAME")
 _Calibrate = typer.Option(help="Paint N prompts to find which layers need more bits.", metavar="N")
+_Control = typer.Option(help="With --to onnx: ControlNets beside it.", metavar="FILE")
 _Bits = typer.Option(help="With --calibrate: of a U-Net weight on average.", metavar="B")
 _Steps = typer.Option(help="With --calibrate: steps of each picture; default: 20.", metavar="N")
 _Size = typer.Option(help="With --calibrate: pixels; default: model's.", metavar="N")
@@ -40,6 +41,7 @@ class Arguments:
     precision: Annotated[str, _Precision]
     to: Annotated[str, _To] = "torch"
     compute: Annotated[str, _Compute] = "auto"
+    control: Annotated[list[str] | None, _Control] = None
     calibrate: Annotated[int, _Calibrate] = 0
     bits: Annotated[float | None, _Bits] = None
     steps: Annotated[int | None, _Steps] = None
@@ -52,7 +54,7 @@ def export(typed: Arguments, adapters: Mapping[str, Any]) -> None:
     """Write a model with its weights in 8 or 4 bits, or as ONNX, to be run from then on with --model DIR."""
     known = {field.name for field in fields(exporter.Options)}
     options = {name: value for name, value in vars(typed).items() if name in known}
-    options["adapters"] = written(adapters)
+    options |= {"adapters": written(adapters), "control": typed.control or ()}
     with _listener() as listener:
         exporter.export_model(typed.model, typed.output, typed.precision, typed.to, listener, **options)
     patterns = "*.safetensors", "*.onnx*"

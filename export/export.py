@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..runtime import adapters as kinds_of_adapters
 from ..runtime import interrupts
+from ..runtime.conditions.controlnet import MOST, opened
 from ..runtime.errors import TightfitError, explained, first_line
 from ..runtime.files import read_json
 from ..runtime.machine.providers import CPU_PROVIDER, PROVIDERS, providers
@@ -34,7 +35,8 @@ class Options:
 
     compute: with "onnx", arithmetic for int8 and int4 weights. calibrate: prompts to paint, to find the
     layers that need more bits. bits: per U-Net weight on average. steps and size: of each image. adapters:
-    LoRAs, or another U-Net, that the weights are written with.
+    LoRAs, or another U-Net, that the weights are written with. control: with "onnx", ControlNets that are
+    exported beside the model, in its precision; its U-Net then has a second graph, which follows any.
     """
 
     compute: str = "auto"
@@ -43,6 +45,7 @@ class Options:
     steps: int | None = None
     size: int | None = None
     adapters: Sequence[Adapter] = ()
+    control: Sequence[str | Path] = ()
 
     def check(self, precision: str, to: str) -> None:
         """Raise TightfitError for options that no model can be exported with."""
@@ -56,6 +59,16 @@ class Options:
         decides = to == "onnx" and precision in STORED
         if self.compute not in (("auto", "fp32", "fp16") if decides else ("auto",)):
             raise TightfitError("--compute is fp32 or fp16, and of --to onnx in int8 or int4: leave it out")
+        if isinstance(self.control, str | Path) or not all(isinstance(n, str | Path) for n in self.control):
+            raise TightfitError(
+                f"control must be a list of ControlNets, not {self.control!r}: name each there"
+            )
+        if self.control and to != "onnx":
+            raise TightfitError(
+                "--control is of --to onnx: leave it out, as a ControlNet is quantised when it is loaded"
+            )
+        if len(self.control) > MOST:
+            raise TightfitError(f"--control names {len(self.control)} ControlNets, and at most {MOST} can be")
         self._check_calibration(precision)
 
     def _check_calibration(self, precision: str) -> None:
@@ -98,8 +111,8 @@ def export_model(
     model: emoji, a folder or a hub id. output: a folder that does not exist yet. precision: int8 or int4, and
     with `to="onnx"` also fp32 or fp16. Options are the fields of export.export.Options: compute, calibrate
     (prompts to paint, to find the layers that need more bits), bits, steps, size, adapters (LoRAs that the
-    weights are written with). `listener` is called with the progress. Nothing is left half-written. Raises
-    TightfitError.
+    weights are written with), control (ControlNets beside it, with `to="onnx"`). `listener` is called with
+    the progress. Nothing is left half-written. Raises TightfitError.
     """
     known = [field.name for field in fields(Options)]
     if unknown := [name for name in options if name not in known]:
@@ -131,6 +144,7 @@ class _Export:
     tensors: Mapping[str, Tensors]
     schemes: Mapping[str, Scheme]
     adapters: Sequence[Adapter] = ()
+    controls: Sequence[Component] = ()
 
     def networks(self) -> Iterator[Component]:
         """Those that a picture needs, and before the one whose folder they share, those that it may need."""
@@ -170,7 +184,11 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
         for name, component in changed.components.items()
     }
     schemes = _schemes(changed, precision, tensors)
-    export = _Export(changed, precision, tensors, schemes, options.adapters)
+    controls = tuple(opened(str(name), number, spec) for number, name in enumerate(options.control))
+    for net in controls:
+        folder = net.network.folder
+        tensors[folder], schemes[folder] = net.tensors, _scheme(net.network, net.tensors, precision)
+    export = _Export(changed, precision, tensors, schemes, options.adapters, controls)
     _check_weights(export)
     return export
 
@@ -210,22 +228,29 @@ def _check_weights(export: _Export) -> None:
 
     compute = export.spec.precision or "fp32"
     as_stored = Placement("torch", compute, "fp32", "resident", "sdpa", "whole")
-    for component in export.networks():
+    beside = replace(as_stored, precision="fp32")
+    placed = [(component, as_stored) for component in export.networks()]
+    for component, placement in (*placed, *((net, beside) for net in export.controls)):
         if component.tensors:  # none of a VAE's encoder that was left out
-            weights.match(component, networks.build(component, as_stored, "cpu"))
+            weights.match(component, networks.build(component, placement, "cpu"))
 
 
 def _schemes(spec: ModelSpec, precision: str, tensors: Mapping[str, Tensors]) -> dict[str, Scheme]:
     """As the model is stored, if it is quantised already, otherwise the recipe's."""
-    from .torch_model import Scheme, default_scheme
+    from .torch_model import Scheme
 
     if spec.precision:
         written = read_json(spec.folder / "tightfit.json")["components"]  # as inspect understood it
         return {name: Scheme(written.get(name, {}).get("formats", {})) for name in tensors}
-    if precision not in STORED:
-        return {name: Scheme({}) for name in tensors}
     networks = {component.network.folder: component.network for component in spec.components.values()}
-    return {name: default_scheme(networks[name], stored, precision) for name, stored in tensors.items()}
+    return {name: _scheme(networks[name], stored, precision) for name, stored in tensors.items()}
+
+
+def _scheme(network: Network, tensors: Tensors, precision: str) -> Scheme:
+    """The recipe's, of weights that are not quantised."""
+    from .torch_model import Scheme, default_scheme
+
+    return default_scheme(network, tensors, precision) if precision in STORED else Scheme({})
 
 
 def _calibrated(export: _Export, options: Options, listener: Listener) -> _Export:
@@ -273,7 +298,8 @@ def _to_onnx(export: _Export, target: Path, compute: str, listener: Listener) ->
 
     spec = export.spec
     computes, wide = _computes(export.precision, compute), spec.design.overflows_in_half(spec)
-    job = onnx.Job(tuple(export.networks()), computes, wide, current_name, release, listener.progress)
+    networks = tuple(export.networks())
+    job = onnx.Job(networks, export.controls, computes, wide, current_name, release, listener.progress)
     try:
         onnx.write(spec, target, export.tensors, export.schemes, job, export.manifest)
     except (DepartureError, GraphError, OnnxExporterError) as error:

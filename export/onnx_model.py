@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,25 +23,27 @@ import torch
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..runtime.files import sha256
+from ..runtime.models.families.family import Role
+from ..runtime.models.families.networks import adding_residuals
+from ..runtime.models.layouts.optimum import CONTROLLED, GRAPH
 from . import onnx_check, onnx_graph, onnx_networks
 from .folder import appearing, copy_the_rest, described
 from .torch_model import VERSION, Scheme, Tensors, read
 
 if TYPE_CHECKING:
-    from ..runtime.models.families.family import Role
     from ..runtime.models.spec import Component, ModelSpec
     from ..runtime.models.tensors import Tensor
 
 COMPUTES = {"fp32": torch.float32, "fp16": torch.float16}
-DATA = "model.onnx_data"
+DATA = f"{GRAPH}_data"
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime")
 _TYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16}
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to export: a file for each of `networks`. They compute in `compute`, those of a role in `wide` in
-    fp32.
+    """What to export: a file for each of `networks`, and of `controls`, which are ControlNets beside them.
+    They compute in `compute`, those of a role in `wide` in fp32.
 
     `renamed` gives today's name of a stored tensor, among the names that are expected. `release` returns
     freed memory to the system. `tell` is called with a network, an action, and how many weights of how many
@@ -49,6 +51,7 @@ class Job:
     """
 
     networks: Sequence[Component]
+    controls: Sequence[Component]
     compute: str
     wide: frozenset[Role]
     renamed: Callable[[str, Any], str]
@@ -76,13 +79,21 @@ def write(
     for component in job.networks:
         folders.setdefault(component.network.folder, []).append(component.name)
     with appearing(target) as folder, described(spec) as source:
-        copy_the_rest(source, folder, tensors, folders)
+        copy_the_rest(source, folder, folders, folders)
         written = {}
-        for component in job.networks:
-            origin = component.network.folder
-            subject = onnx_networks.subject(spec, component)
+        controls = [_adding(net) for net in job.controls]
+        beside = spec.with_components(controls)
+        for component in (*job.networks, *controls):
+            origin, is_control = component.network.folder, component.role is Role.CONTROL
+            subject = onnx_networks.subject(beside if is_control else spec, component)
             stored = _stored(subject, tensors[origin], schemes[origin].formats, job.renamed)
-            written[subject.name] = _network(folder / subject.name, subject, stored, schemes[origin], job)
+            network = _Writing(folder / subject.name, stored, schemes[origin], job)
+            if is_control:
+                _write_config(network.folder, component)
+            written[subject.name] = network.write(subject)
+            if controls and component.role is Role.DENOISER:
+                again = onnx_networks.subject(spec, _adding(component))
+                network.write_again(again, written[subject.name])
         versions = {library: version(library) for library in _LIBRARIES}
         text = {
             "version": VERSION,
@@ -138,60 +149,125 @@ def _squeezed(shape: Sequence[int]) -> list[int]:
     return list(shape[:2]) if tuple(shape[2:]) == (1, 1) else list(shape)
 
 
-def _network(
-    folder: Path, subject: onnx_networks.Subject, stored: Mapping[str, Stored], scheme: Scheme, job: Job
-) -> dict[str, Any]:
-    """Write one network's files. Returns its entry for the manifest."""
-    folder.mkdir(exist_ok=True)
-    dtype, total, tell = job.dtype(subject.component.role), len(stored), job.tell
-    tell(subject.name, "tracing", 0, total)
-    model, program = onnx_networks.trace(subject, dtype)
-    shapes = {name: tuple(parameter.shape) for name, parameter in subject.module.named_parameters()}
-    graph, formats = (
-        model.graph,
-        {name: FORMATS[weight.form] for name, weight in stored.items() if weight.form},
-    )
-    onnx_graph.cast_concatenated(graph)
-    onnx_graph.merge_heads(graph)
-    names = {name: onnx_networks.PREFIX + name for name in stored}
-    layouts = {
-        name: onnx_graph.quantise_weight(graph, names[name], form, shapes[name], _TYPES[dtype])
-        for name, form in formats.items()
-    }
-    turned = onnx_graph.transposed_weights(graph)
-    with Data(folder / DATA) as data:
-        for number, (name, weight) in enumerate(stored.items()):
-            tell(subject.name, "writing", number, total)
-            values, arrays = _arrays(weight, shapes[name], scheme, dtype, layouts.get(name))
-            if names[name] in turned:
+def _adding(component: Component) -> Component:
+    return replace(component, network=adding_residuals(component.network, component.config))
+
+
+def _write_config(folder: Path, component: Component) -> None:
+    folder.mkdir()
+    config = {"_class_name": "ControlNetModel", **component.config}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A graph without its weights: the program that it was traced from, how quantised weights are stored, and
+    the names of those that are stored as (in, out)."""
+
+    model: ir.Model
+    program: torch.export.ExportedProgram
+    layouts: Mapping[str, onnx_graph.Layout]
+    turned: set[str]
+
+
+@dataclass(frozen=True)
+class _Writing:
+    """Writes one network's files. `places` are where its weights are, once they are written."""
+
+    folder: Path
+    stored: Mapping[str, Stored]
+    scheme: Scheme
+    job: Job
+    places: dict[str, ir.ExternalTensor] = field(default_factory=dict)
+
+    def write(self, subject: onnx_networks.Subject) -> dict[str, Any]:
+        """Write the graph and its weights. Returns the network's entry for the manifest."""
+        self.folder.mkdir(exist_ok=True)
+        drawn = self._drawn(subject)
+        with Data(self.folder / DATA) as data:
+            self._write_weights(subject, drawn, data)
+        error = self._save(subject, drawn, GRAPH)
+        files = {DATA: data.digest.hexdigest(), GRAPH: sha256(self.folder / GRAPH)}
+        size, total = sum((self.folder / file).stat().st_size for file in files), len(self.stored)
+        self._tell_error(subject, f"{size / 1e9:.3f} GB, ", error, total)
+        return {
+            "formats": {weight.layer: weight.form for weight in self.stored.values() if weight.form},
+            "sha256": files,
+            "error": error,
+            "measured": dict(self.scheme.measured),
+        }
+
+    def write_again(self, subject: onnx_networks.Subject, entry: dict[str, Any]) -> None:
+        """Write the network with more inputs, which reads the same weights, and add it to its `entry`."""
+        drawn = self._drawn(subject)
+        for name, place in self.places.items():
+            value = drawn.model.graph.initializers.get(name)
+            if value is None or (value.shape, value.dtype) != (place.shape, place.dtype):
+                raise onnx_graph.GraphError(f"{name} is another weight in {CONTROLLED}")
+            value.const_value = place
+        self._fill(subject, drawn)
+        error = self._save(subject, drawn, CONTROLLED)
+        entry["sha256"][CONTROLLED] = sha256(self.folder / CONTROLLED)
+        entry["error"] = max(entry["error"], error)
+        self._tell_error(subject, "with ControlNets, ", error, len(self.stored))
+
+    def _dtype(self, subject: onnx_networks.Subject) -> torch.dtype:
+        return self.job.dtype(subject.component.role)
+
+    def _drawn(self, subject: onnx_networks.Subject) -> _Drawn:
+        self.job.tell(subject.name, "tracing", 0, len(self.stored))
+        dtype, shapes = self._dtype(subject), _shapes(subject)
+        model, program = onnx_networks.trace(subject, dtype)
+        onnx_graph.cast_concatenated(model.graph)
+        onnx_graph.merge_heads(model.graph)
+        layouts = {
+            name: onnx_graph.quantise_weight(
+                model.graph, onnx_networks.PREFIX + name, FORMATS[weight.form], shapes[name], _TYPES[dtype]
+            )
+            for name, weight in self.stored.items()
+            if weight.form
+        }
+        return _Drawn(model, program, layouts, onnx_graph.transposed_weights(model.graph))
+
+    def _write_weights(self, subject: onnx_networks.Subject, drawn: _Drawn, data: Data) -> None:
+        for number, name in enumerate(self.stored):
+            self.job.tell(subject.name, "writing", number, len(self.stored))
+            values, arrays = self._arrays(subject, drawn, name)
+            named = onnx_networks.PREFIX + name
+            if named in drawn.turned:
                 arrays = {"": np.ascontiguousarray(arrays[""].T)}
             for part, array in arrays.items():
-                data.add(graph.initializers[names[name] + (f"_{part}" if part else "")], array)
+                value = drawn.model.graph.initializers[named + (f"_{part}" if part else "")]
+                self.places[str(value.name)] = data.add(value, array)
             _fill(subject.module, name, values)
-    _save(model, folder / "model.onnx")
-    tell(subject.name, "checking", total, total)
 
-    def fill() -> None:
-        for name, weight in stored.items():
-            _fill(subject.module, name, _arrays(weight, shapes[name], scheme, dtype, layouts.get(name))[0])
+    def _arrays(
+        self, subject: onnx_networks.Subject, drawn: _Drawn, name: str
+    ) -> tuple[torch.Tensor, dict[str, np.ndarray]]:
+        shape, layout = _shapes(subject)[name], drawn.layouts.get(name)
+        return _arrays(self.stored[name], shape, self.scheme, self._dtype(subject), layout)
 
-    error = onnx_check.check(
-        folder / "model.onnx", subject, program, dtype, onnx_check.Room(fill, job.release)
-    )
-    files = {DATA: data.digest.hexdigest(), "model.onnx": sha256(folder / "model.onnx")}
-    size = sum((folder / file).stat().st_size for file in files)
-    tell(
-        subject.name,
-        f"{size / 1e9:.3f} GB, relative error {error:.1e} beside torch with the same values",
-        total,
-        -1,
-    )
-    return {
-        "formats": {weight.layer: weight.form for weight in stored.values() if weight.form},
-        "sha256": files,
-        "error": error,
-        "measured": dict(scheme.measured),
-    }
+    def _fill(self, subject: onnx_networks.Subject, drawn: _Drawn) -> None:
+        for name in self.stored:
+            _fill(subject.module, name, self._arrays(subject, drawn, name)[0])
+
+    def _save(self, subject: onnx_networks.Subject, drawn: _Drawn, name: str) -> float:
+        """Write the graph, and check it against the subject's module, which has its weights. Returns the
+        error."""
+        file, total = self.folder / name, len(self.stored)
+        _save(drawn.model, file)
+        self.job.tell(subject.name, "checking", total, total)
+        room = onnx_check.Room(lambda: self._fill(subject, drawn), self.job.release)
+        return onnx_check.check(file, subject, drawn.program, self._dtype(subject), room)
+
+    def _tell_error(self, subject: onnx_networks.Subject, what: str, error: float, total: int) -> None:
+        self.job.tell(
+            subject.name, f"{what}relative error {error:.1e} beside torch with the same values", total, -1
+        )
+
+
+def _shapes(subject: onnx_networks.Subject) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in subject.module.named_parameters()}
 
 
 def _arrays(
@@ -229,8 +305,8 @@ class Data:
         self.path, self.digest, self._end = path, hashlib.sha256(), 0
         self._stream = path.open("wb")
 
-    def add(self, value: ir.Value, array: np.ndarray) -> None:
-        """Write the values of an initializer, and have it refer to them."""
+    def add(self, value: ir.Value, array: np.ndarray) -> ir.ExternalTensor:
+        """Write the values of an initializer, and have it refer to them. Returns their place."""
         gap = -self._end % self._PAGE if array.nbytes >= self._PAGE else -self._end % 64
         assert value.shape is not None and value.dtype is not None
         if array.nbytes != math.ceil(math.prod(int(side) for side in value.shape) * value.dtype.itemsize):  # pyright: ignore
@@ -239,7 +315,7 @@ class Data:
             self._stream.write(piece)
             self.digest.update(piece)
         self._end += gap + array.nbytes
-        value.const_value = ir.ExternalTensor(
+        place = value.const_value = ir.ExternalTensor(
             self.path.name,
             self._end - array.nbytes,
             array.nbytes,
@@ -247,6 +323,7 @@ class Data:
             shape=value.shape,
             name=str(value.name),
         )
+        return place
 
     def __enter__(self) -> Data:
         return self

@@ -36,14 +36,15 @@ class Subject:
     """What one ONNX file is made of: a model's `component`, its `module` on the meta device, and how its
     family has it traced.
 
-    `inputs` are the shapes of a session's arrays, with names for sides that vary. `outputs` name the answers.
+    `inputs` are the shapes of a session's arrays, with names for sides that vary, and None for those of what
+    may be one zero, as which it is traced. `outputs` name the answers.
     `text_length` is that of the model, in tokens.
     """
 
     component: Component
     module: nn.Module
     tracing: Tracing
-    inputs: Mapping[str, tuple[str | int, ...]]
+    inputs: Mapping[str, tuple[str | int | None, ...]]
     outputs: tuple[str, ...]
     text_length: int
 
@@ -79,9 +80,12 @@ class Subject:
         """Random inputs by a session's names, drawn on the CPU; on meta, shapes alone."""
         generator, tracing = torch.Generator().manual_seed(seed), self.tracing
         most = self.component.config.get("vocab_size", _MOST_TOKENS)
-        arrays = {}
+        following, arrays = tracing.following(self.component.config, size), {}
         for name, sides in self.inputs.items():
-            shape = tuple(size[side] if isinstance(side, str) else side for side in sides)
+            if name in following and not (device == "meta" and None in sides):
+                shape = following[name]
+            else:
+                shape = tuple(size[side] if isinstance(side, str) else side or 1 for side in sides)
             if device == "meta":
                 kind = torch.int64 if name in tracing.tokens else dtype
                 arrays[name] = torch.empty(shape, dtype=kind, device=device)
@@ -105,11 +109,13 @@ def subject(spec: ModelSpec, component: Component) -> Subject:
         module = network.build(component)
     for part in module.modules():  # buffers made on meta have no values, so that nothing may read them
         part._buffers.update(dict.fromkeys(part._buffers))
-    shapes = spec.inputs(component, 1, *spec.some_size)
-    inputs = {
+    shapes, zeros = spec.inputs(component, 1, *spec.some_size), network.graph.zeros
+    inputs: dict[str, tuple[str | int | None, ...]] = {
         name: tuple(side or length for side, length in zip(tracing.sides[name], shape, strict=True))
         for name, shape in shapes.items()
+        if network.graph.names.get(name) not in zeros
     }
+    inputs |= {name: (None,) * 4 for name, graph_name in network.graph.names.items() if graph_name in zeros}
     return Subject(component, module, tracing, inputs, tracing.outputs(component), spec.text_length)
 
 

@@ -128,15 +128,29 @@ def made_once(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Pat
 
 
 @pytest.fixture(scope="session")
-def onnx_models(shallow_models, made_once):
-    """Called with a family and a precision: the shallow model exported to ONNX, once; tests must not change
-    it."""
+def shallow_control(shallow_models, made_once) -> Path:
+    """A ControlNet of the shallow SD 1.x that changes pictures, which training would do."""
+    from tightfit.benchmarks import random_parts
+
+    def write(folder: Path) -> None:  # two levels, as its VAE has
+        random_parts.controlnet(
+            shallow_models["sd1"], 0, folder, conditioning_embedding_out_channels=(16, 32)
+        )
+
+    return made_once("shallow-control", write)
+
+
+@pytest.fixture(scope="session")
+def onnx_models(shallow_models, shallow_control, made_once):
+    """Called with a family and a precision: the shallow model exported to ONNX, once, SD 1.x in int4 with a
+    ControlNet; tests must not change it."""
     from tightfit.__main__ import app
     from typer.testing import CliRunner
 
     def exported(family: str, precision: str) -> Path:
         arguments = ["export", str(shallow_models[family]), "--to", "onnx", "--precision", precision]
         arguments += ["--compute", "fp32"] if precision.startswith("int") else []
+        arguments += ["--control", str(shallow_control)] if (family, precision) == ("sd1", "int4") else []
 
         def write(folder: Path) -> None:
             CliRunner().invoke(app(), [*arguments, "-o", str(folder)], catch_exceptions=False)

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 class Session(Protocol):
     """A loaded component. It takes float32 or int64 numpy arrays by name and returns float32 numpy arrays.
-    One of Role.CONTROL returns what stays on its device, for a session there to take; numpy reads it, too.
+    One of Role.CONTROL returns what stays on its device, for a session there to take; numpy reads it, too, in
+    whatever precision.
 
     text_encoder: tokens (batch, length) → hidden (batch, length, width), and pooled (batch, width) if it
     projects. unet: sample (batch, channels, h, w), timestep (), hidden, and for some models time_condition,

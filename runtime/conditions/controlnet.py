@@ -20,7 +20,7 @@ from ..files import WEIGHTS_BYTES, open_regular
 from ..models.families.controlnet import CONTROLNETS, MOST
 from ..models.families.family import FEATURE, RESIDUAL, Extent, Role
 from ..models.families.t2i_adapter import T2I_ADAPTERS
-from ..models.layouts import controlnet, library
+from ..models.layouts import controlnet, library, optimum
 from ..models.spec import Component, ModelSpec
 from ..recent import Recent
 from .condition import Arrays, Call, Condition, Steering
@@ -39,6 +39,7 @@ _GIVE = "give one by --control PICTURE:model=FILE"
 _MOST_WEIGHT = 10
 _SOFTER = 0.825  # from one answer to the one before it, of 13: A1111's
 _READ: Recent[Component] = Recent(16)
+_CONTROLLED: Recent[Component | None] = Recent(16)
 DEFAULT = "default"
 """What a picture's text calls a ControlNet that is not named."""
 CONTROL = "control"
@@ -249,17 +250,25 @@ class ControlNets(Condition):
 
     def resolved(self, spec: ModelSpec) -> ControlNets:
         """Nothing is looked for later: a file that vanishes meanwhile takes no finished picture with it."""
-        if not spec.denoiser.tensors:
+        if not spec.denoiser.tensors and not _controlled(spec):
             raise TightfitError(
                 f"the U-Net of {spec.name} is here as ONNX alone, which follows no picture: "
-                "use the model that it was made from"
+                "export the model again with --control, or use the model that it was made from"
             )
         places = tuple(self._path(control, spec) for control in self.controls)
         names = map(_shown_name, self.controls, places)
         return replace(self, places=places, names=tuple(names))
 
     def components(self, spec: ModelSpec) -> tuple[Component, ...]:
-        return tuple(_component(place, number, spec) for number, place in enumerate(self.places))
+        nets = tuple(_component(place, number, spec) for number, place in enumerate(self.places))
+        controlled = _controlled(spec) if any(net.role is Role.CONTROL for net in nets) else None
+        adapter = next((net for net in nets if net.role is not Role.CONTROL), None)
+        if adapter and not spec.denoiser.tensors:
+            raise TightfitError(
+                f"{adapter.folder} is a T2I-Adapter, and the U-Net of {spec.name} is here as ONNX alone, "
+                "which follows ControlNets: take one of these, or use the model that it was made from"
+            )
+        return (*nets, controlled) if controlled else nets
 
     def _path(self, control: Control, spec: ModelSpec) -> Path:
         if control.model is not None:
@@ -394,6 +403,24 @@ def _opened(path: Path, number: int, spec: ModelSpec) -> Component:
     if path.is_dir():
         return controlnet.of_folder(path, networks, spec)
     return controlnet.of_file(path, contents(path, stamp(path))[0], networks, spec)
+
+
+def opened(name: str, number: int, spec: ModelSpec) -> Component:
+    """The ControlNet that is called so, to be exported with the model as its ControlNet of this number.
+    Raises TightfitError for what is none, or for another model."""
+    found = library.located(name, library.Kind.CONTROLNET, ())
+    net = _component(_place(found), number, spec)
+    if net.role is not Role.CONTROL:
+        raise TightfitError(f"{net.folder} is a T2I-Adapter, which has no ONNX layout: export a ControlNet")
+    if not net.tensors or net.formats is not None:
+        there = "in 8 or 4 bits already" if net.tensors else "here as ONNX only"
+        raise TightfitError(f"{net.folder} is {there}: export the ControlNet that it was made from")
+    return net
+
+
+def _controlled(spec: ModelSpec) -> Component | None:
+    """The denoiser as ONNX that follows pictures: the same object for the same model."""
+    return _CONTROLLED.get((), lambda: optimum.controlled(spec.denoiser), spec)
 
 
 def _fits(path: Path, spec: ModelSpec) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 
 from ...costs.footprint import Footprint, Trace, peak
@@ -20,7 +21,7 @@ from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ...machine.hardware import Hardware
 from ...machine.process import release
 from ...machine.providers import CPU_PROVIDER, provider_name
-from ...models.families.family import Extent, GraphNames
+from ...models.families.family import Extent, GraphNames, Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from ...placement import Placement
@@ -180,7 +181,7 @@ class OnnxBackend:
         file, given = component.graph.file, component.graph.inputs.keys()
         names = component.network.graph
         wanted = {names.names.get(name, name) for name in spec.inputs(component, 1, *spec.some_size)}
-        if given != wanted:
+        if given - names.zeros != wanted - names.zeros or not wanted <= given:
             raise TightfitError(
                 f"{file} has the inputs {', '.join(sorted(given))}, "
                 f"its config wants {', '.join(sorted(wanted))}: "
@@ -215,6 +216,7 @@ class OnnxBackend:
         assert component.graph is not None
         meter = self._host if placement.provider == CPU_PROVIDER else self.meter
         session = OnnxSession(component.graph, placement.provider, meter, component.network.graph)
+        session.stays = component.role is Role.CONTROL
         self._sessions[component.name] = session
         return session
 
@@ -236,11 +238,30 @@ class OnnxBackend:
         return tuple(crowded)
 
 
+class Residual:
+    """What a session answers another: a value that stays on the GPU, in its session's arena."""
+
+    def __init__(self, value: Any) -> None:
+        self.value, self.shape = value, tuple(value.shape())
+        self.ndim = len(self.shape)
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return self.value.numpy()
+
+
 class OnnxSession:
-    """A graph, called with arrays by the names that Session uses."""
+    """A graph, called with arrays by the names that Session uses. What it answers is on the host, or `stays`
+    on the device."""
+
+    stays = False
 
     def __init__(self, graph: Graph, provider: str, meter: ProcessMeter, names: GraphNames) -> None:
         self.graph, self.provider, self.meter, self._names = graph, provider, meter, names.names
+        self._zeros = {
+            name: np.zeros((1,) * len(sides), onnx.helper.tensor_dtype_to_np_dtype(kind))
+            for name, (kind, sides) in graph.inputs.items()
+            if name in names.zeros
+        }
         on_cpu = provider == CPU_PROVIDER
         self._arena = 0
         self._held = sum(weight_bytes(graph, on_cpu)) + PER_NODE_BYTES * len(graph.model.graph.node)
@@ -275,34 +296,43 @@ class OnnxSession:
         meter.hold(self._held)
         release()  # heap that packing has freed
 
-    def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
+    def __call__(self, **arrays: Any) -> tuple[Any, ...]:
         if self.session is None:
             raise TightfitError("the pipeline was closed while it was painting")
-        feeds = feeds_of(self.graph, self._names, arrays)
-        shapes = {name: array.shape for name, array in feeds.items()}
+        given = {**self._zeros, **{self._names.get(name, name): array for name, array in arrays.items()}}
+        sent = {name: one for name, one in given.items() if not (self._on_cuda and isinstance(one, Residual))}
+        feeds = given | feeds_of(self.graph, {}, sent)
+        shapes = {name: feeds[name].shape for name in self.graph.inputs if name in feeds}
         call_bytes = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items())).kept
         if call_bytes > self._arena:
             self.meter.reach(call_bytes - self._arena)
             self.meter.hold(call_bytes - self._arena)  # an arena never shrinks
             self._arena = call_bytes
         with errors_explained(self.graph):
-            on_device = self.provider == CUDA_PROVIDER
-            outs = self._on_device(arrays, feeds) if on_device else self.session.run(self.outputs, feeds)
-        return tuple(np.asarray(out, np.float32) for out in outs)
+            # On a CPU answers are arrays over ONNX Runtime's own memory, which another session reads there.
+            outs = self._on_device(given, feeds) if self._on_cuda else self.session.run(self.outputs, feeds)
+        return tuple(outs) if self.stays else tuple(np.asarray(out, np.float32) for out in outs)
 
-    def _on_device(
-        self, arrays: Mapping[str, np.ndarray], feeds: Mapping[str, np.ndarray]
-    ) -> list[np.ndarray]:
+    @property
+    def _on_cuda(self) -> bool:
+        return self.provider == CUDA_PROVIDER
+
+    def _on_device(self, given: Mapping[str, Any], feeds: Mapping[str, Any]) -> Any:
         """Run on CUDA. An input stays on the device while the caller passes the same array; outputs are
         allocated there."""
         binding = self.session.io_binding()
-        for array, (name, feed) in zip(arrays.values(), feeds.items(), strict=True):
+        for name, feed in feeds.items():
+            if isinstance(feed, Residual):
+                binding.bind_ortvalue_input(name, feed.value)
+                continue
             send = functools.partial(onnxruntime.OrtValue.ortvalue_from_numpy, feed, "cuda", 0)
-            binding.bind_ortvalue_input(name, self._sent.get(name, array, send))
+            binding.bind_ortvalue_input(name, self._sent.get(name, given[name], send))
         for name in self.outputs:
             binding.bind_output(name, "cuda", 0)
         self.session.run_with_iobinding(binding)
         self.meter.look()
+        if self.stays:
+            return [Residual(value) for value in binding.get_outputs()]
         return binding.copy_outputs_to_cpu()
 
     def close(self) -> None:

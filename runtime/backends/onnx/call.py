@@ -162,6 +162,6 @@ def input_shapes(spec: ModelSpec, component: Component, extent: Extent) -> Input
     assert component.graph is not None
     names = component.network.graph.names
     shapes = {names.get(name, name): shape for name, shape in spec.inputs(component, *extent).items()}
-    return tuple(
-        (name, shapes[name] or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items()
+    return tuple(  # of a scalar, and of what is not there, one number
+        (name, shapes.get(name) or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items()
     )

@@ -115,6 +115,7 @@ _ANSWER_SHAPES: Mapping[
 ] = {
     Role.TEXT: lambda _, inputs: (*inputs["input_ids"], None),
     Role.ENCODER: _latent_shape,
+    Role.CONTROL: lambda _, inputs: (inputs["sample"][0], None, *inputs["sample"][2:]),
     Role.DENOISER: lambda _, inputs: inputs["sample"],
     Role.DECODER: _picture_shape,
 }

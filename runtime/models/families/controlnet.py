@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
 from ..checks import is_count, is_text, is_truth, many
-from .family import FEATURE, RESIDUAL, Extent, Network, Role, Shape
-from .networks import UNET, residuals
+from .family import FEATURE, RESIDUAL, Extent, GraphNames, Network, Role, Shape
+from .networks import UNET, residuals, residuals_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from ..spec import Component, ModelSpec
 
 MOST = 8  # ControlNets of one request
@@ -65,6 +67,49 @@ def _answer(
     return tuple(other + each for other, each in zip(before, answers, strict=True)) if before else (*answers,)
 
 
+def _names(count: int) -> list[str]:
+    """Of so many answers in a graph: diffusers'."""
+    return [*(f"down_block_res_sample_{number}" for number in range(count - 1)), "mid_block_res_sample"]
+
+
+def _answers(outputs: Sequence[str]) -> list[str]:
+    names = _names(len(outputs))
+    if missing := {*names} - {*outputs}:
+        raise ValueError(min(missing))
+    return names
+
+
+def _outputs(component: Component) -> tuple[str, ...]:
+    return tuple(_names(len(residuals_of(component.config, {"batch_size": 1, "height": 1, "width": 1}))))
+
+
+def _picture(config: Mapping[str, Any], size: Mapping[str, int]) -> dict[str, Shape]:
+    """Its sides are halved between the layers that read it, to be those of the latents."""
+    factor = 2 ** (len(config["conditioning_embedding_out_channels"]) - 1)
+    sides = factor * size["height"], factor * size["width"]
+    return {"picture": (1, config["conditioning_channels"], *sides)}
+
+
+_GRAPH = GraphNames(
+    needed=UNET.graph.needed | {"controlnet_cond", "conditioning_scale"},
+    answers=_answers,
+    optional=frozenset({"text_embeds", "time_ids"}),
+    sides=(*UNET.graph.sides, ("controlnet_cond", 4, 1, "conditioning_channels")),
+    names={"hidden": "encoder_hidden_states", "picture": "controlnet_cond", "scales": "conditioning_scale"},
+)
+assert UNET.tracing
+_TRACING = replace(
+    UNET.tracing,
+    sides={
+        **UNET.tracing.sides,
+        "picture": ("", "", "picture_height", "picture_width"),
+        "scales": ("batch_size", ""),
+    },
+    outputs=_outputs,
+    following=_picture,
+)
+
+
 def _network(number: int) -> Network:
     name = "controlnet" if number == 1 else f"controlnet_{number}"
     return replace(
@@ -78,7 +123,8 @@ def _network(number: int) -> Network:
         inputs=partial(_inputs, name),
         build=_build,
         call=_answer,
-        tracing=None,
+        graph=_GRAPH,
+        tracing=_TRACING,
         adds=residuals,
     )
 

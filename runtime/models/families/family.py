@@ -75,7 +75,7 @@ class GraphNames:
     `needed` and `optional` are names of inputs. `sides` are (value, count of sides, number of one of them,
     field of the config that says how long it is). `answers` picks from a graph's outputs those that a session
     answers with; it raises ValueError with what is missing. `names` are the graph's names for a session's
-    arrays, where they differ.
+    arrays, where they differ. `zeros` are inputs that are added to something, and may be one zero.
     """
 
     needed: frozenset[str]
@@ -83,6 +83,7 @@ class GraphNames:
     optional: frozenset[str] = frozenset()
     sides: tuple[tuple[str, int, int, str], ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
+    zeros: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ class Tracing:
     graph answers. size: lengths of named sides to trace at. checked: sizes at which the graph must answer
     what torch answers. "sequence_length" is the model's, where a size does not say it. tokens: inputs that
     are integers, below vocab_size. counts: inputs that are positive, and up to some hundreds. call: calls the
-    module for all `outputs`, where a graph answers more than a session does.
+    module for all `outputs`, where a graph answers more than a session does. following: shapes of inputs that
+    follow from the config and the lengths of named sides.
     """
 
     sides: Mapping[str, tuple[str, ...]]
@@ -103,6 +105,7 @@ class Tracing:
     tokens: frozenset[str] = frozenset()
     counts: frozenset[str] = frozenset()
     call: Callable[..., tuple[Any, ...]] | None = None
+    following: Callable[[Mapping[str, Any], Mapping[str, int]], Mapping[str, Shape]] = lambda *_: {}
 
 
 @dataclass(frozen=True)

@@ -235,18 +235,47 @@ def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
 
 
 def residuals(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
-    """Shapes of what is added to the U-Net's skip connections, and last to its middle: one for the input, and
-    in each block one for each layer and for what makes the next one's sides half as long."""
-    widths, layers = spec.unet["block_out_channels"], spec.unet["layers_per_block"]
+    """Shapes of what is added to the U-Net's skip connections, and last to its middle."""
     _, height, width = spec.latent_shape(extent)
-    shapes: list[Shape] = [(extent.batch, widths[0], height, width)]
+    return residuals_of(spec.unet, {"batch_size": extent.batch, "height": height, "width": width})
+
+
+def residuals_of(config: Mapping[str, Any], size: Mapping[str, int]) -> dict[str, Shape]:
+    """One for the input, and in each block one for each layer and for what makes the next one's sides half as
+    long; `size` is that of the latents."""
+    widths, layers = config["block_out_channels"], config["layers_per_block"]
+    batch, height, width = (size[side] for side in ("batch_size", "height", "width"))
+    shapes: list[Shape] = [(batch, widths[0], height, width)]
     for block, channels in enumerate(widths):
         count = layers if isinstance(layers, int) else layers[block]
-        shapes += [(extent.batch, channels, height, width)] * count
+        shapes += [(batch, channels, height, width)] * count
         if block < len(widths) - 1:
             height, width = -(-height // 2), -(-width // 2)
-            shapes.append((extent.batch, channels, height, width))
+            shapes.append((batch, channels, height, width))
     return {f"{RESIDUAL}{number}": shape for number, shape in enumerate([*shapes, shapes[-1]])}
+
+
+def adding_residuals(network: Network, config: Mapping[str, Any]) -> Network:
+    """The network as ONNX that adds residuals, by diffusers' names for them. Each is given in full, or is one
+    zero."""
+    *down, middle = residuals_of(config, _SIZE)
+    names = {name: f"down_block_additional_residual_{number}" for number, name in enumerate(down)}
+    names[middle] = "mid_block_additional_residual"
+    graph, tracing = network.graph, network.tracing
+    assert tracing
+    before = tracing.following
+    return replace(
+        network,
+        graph=replace(
+            graph,
+            needed=graph.needed | {*names.values()},
+            names={**graph.names, **names},
+            zeros=frozenset(names.values()),
+        ),
+        tracing=replace(
+            tracing, following=lambda config, size: {**before(config, size), **residuals_of(config, size)}
+        ),
+    )
 
 
 def _decoder_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ...errors import TightfitError
 from ...files import read_json
 from ..families import known_by
 from ..families.family import Extent, Network
-from ..families.networks import check_config, residuals
+from ..families.networks import adding_residuals, check_config, residuals, residuals_of
 from ..families.t2i_adapter import PLAIN, XL
 from ..manifest import read_manifest
 from ..spec import Component, ModelSpec
@@ -20,10 +21,12 @@ from ..tensors import Tensor
 from . import foreign, renames
 from .bitsandbytes import tensors_of
 from .library import Kind
+from .optimum import GRAPH, check_unmixed, read_network
 from .scales import scaled
 from .single_file import READS, control_config
 
 _CLASS, _FOLDER = "ControlNetModel", "controlnet"
+_SOME = {"batch_size": 1, "height": 8, "width": 8}
 _INSIDE = ("control_model.", "controlnet.")  # how names begin in a file of several networks
 _ORIGINAL = "input_hint_block."
 # What else controls a picture, by the beginnings of names.
@@ -59,9 +62,22 @@ def of_folder(path: Path, networks: tuple[Network, Network], spec: ModelSpec) ->
         return _checked_adapter(Component(network, path, whole, tensors_of(path)), spec)
     if named != _CLASS:
         raise TightfitError(f"{path} holds {_CLASSES.get(named, f'a {named}')}: {_RUN}")
-    tensors, parts = tensors_of(path), read_manifest(path.parent).get("components", {})
-    formats = parts.get(path.name, {}).get("formats")  # where it is exported in 8 or 4 bits
-    return _checked(Component(network, path, {**network.defaults, **config}, tensors, formats), spec)
+    whole, manifest = {**network.defaults, **config}, read_manifest(path.parent)
+    if (path / GRAPH).is_file() and not any(path.glob("*.safetensors")):
+        return _as_onnx(Component(network, path, whole, {}), manifest, spec)
+    formats = manifest.get("components", {}).get(path.name, {}).get("formats")  # exported in 8 or 4 bits
+    return _checked(Component(network, path, whole, tensors_of(path), formats), spec)
+
+
+def _as_onnx(component: Component, manifest: Mapping[str, Any], spec: ModelSpec) -> Component:
+    """The ControlNet with its graph, whose answers are what the model's U-Net takes."""
+    check_config(component)
+    config, file = component.config, component.folder / GRAPH
+    _check_family(component, config.get("cross_attention_dim"), spec)
+    _check_answers(component, [shape[1] for shape in residuals_of(config, _SOME).values()], spec)
+    check_unmixed(file, manifest)
+    network = adding_residuals(component.network, config)
+    return replace(component, network=network, graph=read_network(network, config, file))
 
 
 def of_file(
@@ -127,8 +143,18 @@ def _other(names: Iterable[str]) -> str:
 
 def _checked(component: Component, spec: ModelSpec) -> Component:
     """Raise TightfitError unless its answers are what the model's U-Net takes."""
-    tensors, path = component.tensors, component.folder
-    width, ours = _text_width(tensors), spec.text_width
+    tensors = component.tensors
+    _check_family(component, _text_width(tensors), spec)
+    count = len(residuals(spec, Extent(1, 64, 64)))
+    places = (*(f"controlnet_down_blocks.{n}" for n in range(count - 1)), "controlnet_mid_block")
+    _check_answers(component, [t.count if (t := tensors.get(f"{at}.bias")) else 0 for at in places], spec)
+    check_config(component)
+    return component
+
+
+def _check_family(component: Component, width: Any, spec: ModelSpec) -> None:
+    """Raise TightfitError unless texts so wide, and latents, are those of the model."""
+    path, ours = component.folder, spec.text_width
     if width and width != ours:
         kind, other = (known_by(side) or f"texts {side} wide" for side in (width, ours))
         raise TightfitError(
@@ -140,15 +166,15 @@ def _checked(component: Component, spec: ModelSpec) -> Component:
             f"{path} is a ControlNet of latents of {reads} channels, and those of {spec.name} have {latent}: "
             "take one of the same family"
         )
-    wanted = [shape[1] for shape in residuals(spec, Extent(1, 64, 64)).values()]
-    places = (*(f"controlnet_down_blocks.{n}" for n in range(len(wanted) - 1)), "controlnet_mid_block")
-    answers = [tensors[f"{place}.bias"].count if f"{place}.bias" in tensors else 0 for place in places]
-    if answers != wanted:
+
+
+def _check_answers(component: Component, channels: list[int], spec: ModelSpec) -> None:
+    """Raise TightfitError unless answers of so many channels are what the model's U-Net takes."""
+    if channels != [shape[1] for shape in residuals(spec, Extent(1, 64, 64)).values()]:
         raise TightfitError(
-            f"{path} is a ControlNet of another U-Net than that of {spec.name}: take one of the same family"
+            f"{component.folder} is a ControlNet of another U-Net than that of {spec.name}: "
+            "take one of the same family"
         )
-    check_config(component)
-    return component
 
 
 def _text_width(tensors: Mapping[str, Any]) -> int:

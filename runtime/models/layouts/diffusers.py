@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ...errors import TightfitError
-from ...files import PICKLES, SINGLE, read_json, sha256, shortened
+from ...files import PICKLES, SINGLE, read_json, shortened
 from ...placement import STORED
 from .. import cures
 from ..checks import check_fields, is_text, or_many
@@ -24,7 +24,7 @@ from ..manifest import read_manifest
 from ..spec import Component
 from ..tensors import Tensor
 from .bitsandbytes import tensors_of
-from .optimum import read_network
+from .optimum import check_unmixed, read_network
 
 # What model_index.json may say of the parts that are no networks, and of those that are never loaded; nothing
 # is imported by it.
@@ -122,7 +122,7 @@ class DiffusersFolder:
         if file.exists() and not any(folder.glob("*.safetensors")):
             beside = next((f for f in (folder, file.parent) if (f / "config.json").exists()), file.parent)
             config = self._full_config(network, beside / "config.json")
-            _check_unmixed(file, self.manifest)
+            check_unmixed(file, self.manifest)
             return Component(network, file.parent, config, {}, None, read_network(network, config, file))
         self._check_for_weights(folder, file)
         config = self._full_config(network, folder / "config.json")
@@ -216,14 +216,3 @@ def near(folder: Path) -> str:
     return (
         f" (did you mean {close[0] if close[0] == 'emoji' else folder.parent / close[0]}?)" if close else ""
     )
-
-
-def _check_unmixed(file: Path, manifest: Mapping[str, Any]) -> None:
-    """A graph of another export would read its weights from wrong places in the file beside it. The weights
-    are not read here."""
-    told = manifest.get("components", {}).get(file.parent.name, {}).get("sha256", {}).get(file.name)
-    if told and sha256(file) != told:
-        raise TightfitError(
-            f"{file} is not the one that was exported into this folder: copy or export the model again "
-            "(or delete its tightfit.json, if you changed the graph yourself)"
-        )

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ...errors import TightfitError
+from ...files import sha256
 from ..families.family import Network
+from ..families.networks import adding_residuals
 from ..graph import Graph, read_graph
+from ..manifest import read_manifest
+from ..spec import Component
+
+GRAPH = "model.onnx"
+CONTROLLED = "model_controlled.onnx"
+"""The same U-Net, which adds what ControlNets answer; it reads its weights from the same file."""
 
 
 def read_network(network: Network, config: Mapping[str, Any], file: Path) -> Graph:
@@ -33,3 +42,23 @@ def read_network(network: Network, config: Mapping[str, Any], file: Path) -> Gra
                 "files of different models were mixed; copy or export the model again"
             )
     return graph
+
+
+def controlled(component: Component) -> Component | None:
+    """The denoiser as it adds what ControlNets answer; None where no such graph was exported."""
+    if component.graph is None or not (file := component.graph.file.with_name(CONTROLLED)).exists():
+        return None
+    check_unmixed(file, read_manifest(file.parent.parent))
+    network = adding_residuals(component.network, component.config)
+    return replace(component, network=network, graph=read_network(network, component.config, file))
+
+
+def check_unmixed(file: Path, manifest: Mapping[str, Any]) -> None:
+    """A graph of another export would read its weights from wrong places in the file beside it. The weights
+    are not read here."""
+    told = manifest.get("components", {}).get(file.parent.name, {}).get("sha256", {}).get(file.name)
+    if told and sha256(file) != told:
+        raise TightfitError(
+            f"{file} is not the one that was exported into this folder: copy or export the model again "
+            "(or delete its tightfit.json, if you changed the graph yourself)"
+        )
