@@ -7,9 +7,13 @@ nothing. `sdpa` lays it out so only if q is.
 
 from __future__ import annotations
 
-from torch import Tensor
+import math
+
+import torch
+from torch import Tensor, linalg
 from torch.nn import functional
 
+BF16_BYTES = 2**22  # of scores in `sliced_bf16` at a time
 BLOCK_BYTES = 2**23  # of fp32 values in `chunked`, of scores in `sliced`, at a time (docs/decisions.md)
 
 
@@ -25,6 +29,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The formula for one head at a time, and for as many of its queries as have scores of BLOCK_BYTES."""
+    if q.is_cpu and q.dtype is torch.bfloat16:
+        return sliced_bf16(q, k, v)
     out = _empty(q)
     keys, scale = k.transpose(-1, -2), q.shape[-1] ** -0.5
     rows = slice_rows(k.shape[2], q.element_size())
@@ -34,6 +40,32 @@ def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 scores = (q[i, j, r : r + rows] * scale) @ keys[i, j]
                 out[i, j, r : r + rows] = scores.softmax(-1) @ v[i, j]
                 del scores
+    return out
+
+
+def sliced_bf16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`sliced` for a CPU in bf16: a softmax without a pass for its maxima and one for its sums.
+
+    Powers of two are taken of the scores, as they are quicker than of e, and in place. No maximum is needed
+    where no score can be far from 0. What scores are lowered by comes with the product, and so do the sums:
+    by columns of ones beside keys and values.
+    """
+    out, (batch, heads, n, d), m = _empty(q), q.shape, k.shape[2]
+    together, rows = slice_shape(heads, n, m)
+    for i in range(batch):
+        for j in range(0, heads, together):
+            some = slice(j, j + together)
+            queries, keys, values, near = _with_ones(q[i, some], k[i, some], v[i, some])
+            for r in range(0, n, rows):
+                scores = queries[:, r : r + rows] @ keys.transpose(1, 2)
+                if near:
+                    scores.exp2_()
+                else:
+                    torch.softmax(scores, -1, out=scores)
+                sums = scores @ values
+                torch.div(sums[..., :d], sums[..., d : d + 1], out=out[i, some, r : r + rows])
+                del scores, sums
+            del queries, keys, values
     return out
 
 
@@ -71,6 +103,13 @@ def slice_rows(m: int, element_size: int) -> int:
     return max(1, BLOCK_BYTES // (m * element_size))
 
 
+def slice_shape(heads: int, n: int, m: int) -> tuple[int, int]:
+    """Heads and queries that `sliced_bf16` takes at a time: two heads at least, as each of two threads keeps
+    what it makes of one in its cache."""
+    together = min(heads, max(2, BF16_BYTES // (2 * n * m)))
+    return together, max(1, min(n, BF16_BYTES // (2 * together * m)))
+
+
 def block(heads: int, m: int, d: int) -> tuple[int, int]:
     """Rows and columns of one block of `chunked`: its fp32 scores, queries and sums take BLOCK_BYTES over all
     `heads`."""
@@ -91,6 +130,33 @@ def sdpa_cpu_bytes(heads: int, n: int, m: int, d: int, element_size: int, thread
     if element_size == 2:
         per_thread += 2 * rows * columns
     return 4 * heads * n + threads * per_thread
+
+
+# Scores this near to 0 are 2^-75 to 2^75 without a maximum: their sums are far from where bf16 ends.
+_NEAR = 75.0
+
+
+def _with_ones(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, bool]:
+    """Queries (heads, n, d + 2), keys (heads, m, d + 2) with ones, values (heads, m, a multiple of 16) with
+    ones, and whether all scores are near 0: these are logarithms of base 2 then, and lowered.
+
+    bf16 rounds scores, the large ones most. So twice their usual size is taken off, as if keys pointed
+    anywhere.
+    """
+    (heads, n, d), m = q.shape, k.shape[1]
+    queries, keys = q.new_zeros(heads, n, d + 2), k.new_ones(heads, m, d + 2)
+    values = v.new_ones(heads, m, -(-(d + 1) // 16) * 16)
+    keys[..., :d], values[..., :d] = k, v
+    lengths, of_keys = (linalg.vector_norm(x, dim=-1).float() for x in (q, k))
+    scale, longest = d**-0.5 * math.log2(math.e), of_keys.amax(-1, keepdim=True)
+    near = q.is_meta or bool(((lengths * longest).amax() * scale <= _NEAR).item())
+    if not near:
+        scale = d**-0.5
+    torch.mul(q, scale, out=queries[..., :d])
+    if near:
+        usual = lengths.mul_(of_keys.square_().mean(-1, keepdim=True).sqrt_()).mul_(-scale * d**-0.5)
+        queries[..., d:] = usual[..., None]  # twice, in two columns
+    return queries, keys, values, near
 
 
 def _empty(q: Tensor) -> Tensor:

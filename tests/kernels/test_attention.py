@@ -105,6 +105,23 @@ def test_many_blocks(kind, count, dtype, monkeypatch):
     assert error(KINDS[kind](q, k, v), formula(q, k, v)) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("scale", [0.1, 1, 3, 30])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_bf16_is_as_near_as_the_formula_in_bf16(shape, scale):
+    """Whether scores are near 0, which takes no maxima, or far."""
+    q, k, v = made(*SHAPES[shape], torch.bfloat16, scale=scale)
+    right = formula(q, k, v)
+    steps = attention.plain(q, k, v)
+    assert error(attention.sliced(q, k, v), right) <= max(1.1 * error(steps, right), 3e-3)
+
+
+@pytest.mark.parametrize("count", [1, 3000, 40000])
+def test_many_blocks_in_bf16(count, monkeypatch):
+    monkeypatch.setattr(attention, "BF16_BYTES", count)
+    q, k, v = made(2, 5, 83, 77, 40, torch.bfloat16)
+    assert error(attention.sliced(q, k, v), formula(q, k, v)) < TOLERANCES[torch.bfloat16]
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     batch=st.integers(1, 2),

@@ -371,7 +371,9 @@ def attention_bytes(
         wide = device == "cuda" and dtype.itemsize == 2 and d > (256 if flash else 128)
         return 4 * batch * heads * n * (1 + d if wide else 1)
     attend = _unfused if kind == "sdpa" else attention.VARIANTS[kind]
-    if kind == "sliced":
+    if kind == "sliced" and device == "cpu" and dtype is torch.bfloat16:
+        attend, batch, heads = attention.sliced_bf16, 1, attention.slice_shape(heads, n, m)[0]
+    elif kind == "sliced":
         batch, heads, n = 1, 1, min(n, attention.slice_rows(m, dtype.itemsize))
     elif kind == "chunked":
         rows, columns = attention.block(batch * heads, m, d)
