@@ -31,6 +31,7 @@ from ..sent import Sent
 from . import dryrun, networks, quantised, streaming
 from . import loading as weights
 from .meter import Meter, meter
+from .packed import packing_bytes
 from .tf32 import tf32_off
 
 
@@ -323,7 +324,7 @@ class TorchSession:
             weights.check_adapted(like)
         with self._nothing_behind():
             scratch_bytes = weights.scratch_bytes(like, changed, self.dtype, self.device)
-            reading_bytes = scratch_bytes + weights.patching_bytes(changed)
+            reading_bytes = scratch_bytes + weights.patching_bytes(changed) + packing_bytes(like, self.dtype)
             weights.exchange_adapted(module, like)
             held_bytes = sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype))
             self._hold(held_bytes - self._held)

@@ -101,25 +101,22 @@ def _read_rate() -> float:
 def _mixed_rate(device: Any, dtype: Any) -> float:
     """FLOP/s over a linear layer and two convolutions of SD 1.5's U-Net at 512x512, timed together."""
     import torch
+    from torch import nn
 
-    def tensor(*shape: int):
-        return torch.randn(*shape, device=device).to(dtype)
+    from ....kernels.onednn import multiplies
+    from .packed import pack
 
-    def layers(x, linear, large, conv, small, deep):
-        torch.nn.functional.linear(x, linear)
-        torch.nn.functional.conv2d(large, conv, padding=1)
-        torch.nn.functional.conv2d(small, deep, padding=1)
-
-    tensors = (
-        tensor(4096, 640),
-        tensor(2560, 640),
-        tensor(2, 320, 64, 64),
-        tensor(320, 320, 3, 3),
-        tensor(2, 1280, 16, 16),
-    )
-    tensors = (*tensors, tensor(1280, 1280, 3, 3))
+    convolutions = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for channels in (320, 1280))
+    layers = nn.ModuleList((nn.Linear(640, 2560, bias=False), *convolutions)).to(device, dtype)
+    layers.requires_grad_(False)
+    shapes = (4096, 640), (2, 320, 64, 64), (2, 1280, 16, 16)
+    inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+    if device.type == "cpu" and multiplies(dtype):  # as a denoiser's are, between others with channels last
+        pack(layers)
+        maps = (each.contiguous(memory_format=torch.channels_last) for each in inputs[1:])
+        inputs = [inputs[0], *maps]
     flops = 2.0 * (4096 * 640 * 2560 + 9 * (2 * 64 * 64 * 320 * 320 + 2 * 16 * 16 * 1280 * 1280))
-    return flops / _fastest(lambda: layers(*tensors), device)
+    return flops / _fastest(lambda: [layer(x) for layer, x in zip(layers, inputs, strict=True)], device)
 
 
 def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch._prims_common import suggest_memory_format
 
+from ....kernels import onednn
 from ....kernels.attention import sdpa_cpu_bytes
 from ....kernels.dequantise import look_up_rows
 from ....kernels.int8 import AT_ONCE
@@ -55,6 +56,12 @@ def _convolution(args: Any, out: torch.Tensor) -> int:
     return max(picture + weights + answer + sums - out.nbytes, answer)
 
 
+def _convolution_packed(args: Any, _: Any) -> int:
+    """A copy of the input with channels last."""
+    x = args[0]
+    return 0 if x.is_contiguous(memory_format=torch.channels_last) else x.nbytes
+
+
 def channels_last(x: torch.Tensor) -> bool:
     """Whether torch would compute a convolution of `x` with channels last."""
     return x.ndim == 4 and suggest_memory_format(x) is torch.channels_last
@@ -93,6 +100,7 @@ def _convolution_int8(args: Any, out: torch.Tensor) -> int:
 _FORMULAS: dict[Any, Callable[[Any, Any], int]] = {
     SDPA: _attention,
     CONVOLUTION: _convolution,
+    onednn.CONVOLUTION: _convolution_packed,
     torch.ops.aten.upsample_nearest2d.vec: _upsampling,
     torch.ops.tightfit.dequantise.default: _dequantising,
     LINEAR_INT8: _linear_int8,

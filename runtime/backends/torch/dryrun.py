@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from ....kernels import attention
+from ....kernels import attention, onednn
 from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
 from ...costs.known import KNOWN
 from ...costs.latency import patching_seconds, read_bytes
@@ -26,6 +26,7 @@ from . import loading as weights
 from . import networks, streaming
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .meter import LiveBytes, tensors_in
+from .packed import packed_layers
 from .quantised import CONV2D_INT8, DEQUANTISE, LINEAR_INT8, LINEAR_NF4, quantised_layers, workspace
 from .repeated import alike, followed_once, like, signature, whole
 
@@ -46,7 +47,8 @@ class Recorder(LiveBytes):
     shape noted."""
 
     def __init__(self, device: str, channels_last: bool) -> None:
-        """`channels_last`: convolutions get inputs with channels last, as quantised ones on a CPU do."""
+        """`channels_last`: convolutions get inputs with channels last, as quantised and packed ones on a CPU
+        do."""
         super().__init__(device)
         self.events: list[tuple[int, int]] = []
         self.attentions: list[Shape] = []
@@ -124,11 +126,11 @@ _KINDS = {CONV2D_INT8: "int8", LINEAR_INT8: "int8"}
 
 
 def _flops(func: Any, args: Any, out: Any) -> float:
-    if func in (torch.ops.aten.linear.default, LINEAR_INT8):
+    if func in (torch.ops.aten.linear.default, LINEAR_INT8, onednn.LINEAR):
         return 2.0 * out.numel() * args[1].shape[1]
     if func is LINEAR_NF4:
         return 2.0 * out.numel() * args[0].shape[-1]
-    if func in (CONVOLUTION, CONV2D_INT8):
+    if func in (CONVOLUTION, CONV2D_INT8, onednn.CONVOLUTION):
         return 2.0 * out.numel() * args[1][0].numel()
     if func is torch.ops.aten.addmm_.default:
         return 2.0 * out.numel() * args[1].shape[1]
@@ -159,7 +161,7 @@ def footprint(
         component, environment, way, lambda: _followed(spec, component, placement, hardware, extent)
     )
     _orders.get(
-        _of_module(placement, hardware.device),
+        _of_module(component, placement, hardware.device),
         lambda: tuple(path for path, *_ in known.trace.calls),
         component,
     )
@@ -211,7 +213,7 @@ def _followed(
 def call_order(component: Component, placement: Placement, device: str) -> tuple[str, ...]:
     """Paths of the component's parts in call order, from the dry run at any size; empty if it was never
     planned."""
-    return _orders.get(_of_module(placement, device), tuple, component)
+    return _orders.get(_of_module(component, placement, device), tuple, component)
 
 
 def _streamed(
@@ -274,6 +276,7 @@ def _module(
             path: (type(part).__name__, part.form, part.adapted and part.adapted.kind)
             for path, part in quantised_layers(module).items()
         }
+        layers |= {"packed": len(packed_layers(module))}
         words = [word.shape for word in component.words.values()]
         return (
             module,
@@ -281,12 +284,15 @@ def _module(
             json.dumps([dict(component.config), layers, words], sort_keys=True, default=str),
         )
 
-    return _modules.get(_of_module(placement, device), built, component)
+    return _modules.get(_of_module(component, placement, device), built, component)
 
 
-def _of_module(placement: Placement, device: str) -> tuple[str, str, str]:
+def _of_module(component: Component, placement: Placement, device: str) -> tuple[str, str, str]:
     """What a component's module depends on."""
-    return placement.backend, placement.precision if placement.precision in QUANTISED else "", device
+    weights_are = placement.precision if placement.precision in QUANTISED else ""
+    if device == "cpu" and networks.packs(component, placement):
+        weights_are = "packed"
+    return placement.backend, weights_are, device
 
 
 def _trace(
@@ -315,7 +321,7 @@ def _trace(
     ]
     with (
         torch.inference_mode(),
-        Recorder(device, device == "cpu" and bool(workspace(module).layers)) as recorder,
+        Recorder(device, device == "cpu" and networks.channels_last(module)) as recorder,
         followed_once(module, blocks, recorder, calls),
     ):
         # Alive all the time, which what the host sends is not.

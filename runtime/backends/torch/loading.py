@@ -14,10 +14,11 @@ from ....kernels.quantise import BLOCK, quantise
 from ...errors import TightfitError
 from ...models.spec import Component
 from ...models.tensors import Encoding, Tensor
+from .networks import DTYPES as DTYPES
 from .networks import current_name
+from .packed import Packed, packed_layers, packing_bytes
 from .quantised import Quantised, quantised_layers, workspace
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -128,7 +129,7 @@ def fill(
 def prepare(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """What a module needs beside its weights: what quantised layers make of theirs, their workspace, and the
     one kind of buffer that is in no file, 0, 1, 2 … for the positions of a text."""
-    for layer in quantised_layers(module).values():
+    for layer in (*quantised_layers(module).values(), *packed_layers(module)):
         layer.prepare()
     workspace(module).allocate(dtype, device)
     for name, buffer in list(module.named_buffers()):
@@ -239,6 +240,7 @@ def loading_bytes(
             most = max(most, now + merged + _patching_bytes(tensor))
     # In another order, and packed.
     packing = 2 * max((layer.packing_bytes() for layer in layers.values()), default=0)
+    packing = max(packing, packing_bytes(module, dtype))
     return max(scratch, packing, scratch + most - sum(held(module, dtype)) - sum(beside(module, dtype)))
 
 
@@ -353,10 +355,14 @@ def refill(
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
         parameter = module.get_parameter(name)
-        if parameter.is_meta:
-            values = torch.empty(parameter.shape, dtype=own_dtype(owner, leaf, dtype), device=device)
+        if parameter.is_meta or parameter.layout is not torch.strided:
+            shape = owner.plain_shape if isinstance(owner, Packed) and leaf == "weight" else parameter.shape
+            values = torch.empty(shape, dtype=own_dtype(owner, leaf, dtype), device=device)
             parameter = owner._parameters[leaf] = torch.nn.Parameter(values, requires_grad=False)
         read_into(parameter.data, tensor, scratch)
+        if isinstance(owner, Packed) and leaf == "weight":
+            del parameter
+            owner.prepare()
 
 
 def check_adapted(module: torch.nn.Module) -> None:

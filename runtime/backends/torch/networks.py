@@ -10,17 +10,19 @@ import torch
 
 from ....kernels import attention
 from ....kernels.formats import FORMATS
+from ....kernels.onednn import multiplies
 from ....kernels.recipe import recipe
 from ...errors import TightfitError, explained
 from ...models.families.family import Role
 from ...models.spec import Component
 from ...models.tensors import Patch
 from ...placement import DYNAMIC, QUANTISED, Placement
-from . import quantised
+from . import packed, quantised
 from .adapted import Adapted
-from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward, with_words
+from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward, to_maps, with_words
 from .vae import decode_strips, encode_strips
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _NF4 = "nf4-b64"  # of kernels/formats.py, what bitsandbytes multiplies by
 Forward = Callable[..., tuple[torch.Tensor, ...]]
 
@@ -46,16 +48,34 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     quantised.quantise_layers(
         module, formats, device, used_often, dynamic=placement.precision == DYNAMIC, kinds=kinds
     )
+    if device == "cpu" and packs(component, placement):
+        packed.pack_layers(module)
     _adapt(component, module)
     if component.words:
         _teach(component, module)
+    maps_last = device == "cpu" and channels_last(module)
     processor = Processor(attention.VARIANTS[placement.attention])
     for part in module.modules():
         if type(part).__name__ == "FeedForward":
             part.forward = feed_forward(part, FEED_BYTES if device == "cpu" else GPU_FEED_BYTES)
         if hasattr(part, "set_processor"):
             part.set_processor(processor)  # pyright: ignore[reportCallIssue]
+        if maps_last and type(part).__name__ == "Transformer2DModel":
+            part._get_output_for_continuous_inputs = to_maps(part)
     return module
+
+
+def channels_last(module: torch.nn.Module) -> bool:
+    """Whether its convolutions get inputs with channels last on a CPU."""
+    return bool(quantised.workspace(module).layers or packed.packed_layers(module))
+
+
+def packs(component: Component, placement: Placement) -> bool:
+    """Whether a CPU packs the component's plain weights: of those that stay loaded while they are used many
+    times."""
+    plain = component.formats is None and placement.precision == placement.compute
+    stays = component.role in (Role.DENOISER, Role.CONTROL) and placement.residency != "streamed"
+    return plain and stays and multiplies(DTYPES[placement.compute])
 
 
 def _in_nf4(module: torch.nn.Module, formats: Mapping[str, str]) -> dict[str, str]:

@@ -92,6 +92,25 @@ def feed_forward(part: Any, most_bytes: int) -> Callable[..., torch.Tensor]:
     return forward
 
 
+def to_maps(part: Any) -> Callable[..., torch.Tensor]:
+    """A transformer's way from tokens back to maps, with channels last. diffusers would put channels first,
+    and the convolution that follows would put them last again."""
+
+    def out(
+        hidden_states: torch.Tensor,
+        residual: torch.Tensor,
+        batch_size: int,
+        height: int,
+        width: int,
+        inner_dim: int,
+    ) -> torch.Tensor:
+        x = part.proj_out(hidden_states) if part.use_linear_projection else hidden_states
+        x = x.view(batch_size, height, width, inner_dim).permute(0, 3, 1, 2)
+        return (x if part.use_linear_projection else part.proj_out(x)) + residual
+
+    return out
+
+
 def _through(layers: Any, x: torch.Tensor) -> torch.Tensor:
     for layer in layers:
         x = layer(x)

@@ -1,0 +1,124 @@
+"""Packed layers answer as plain ones do, take the bytes that are said, and are packed once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers.models.activations import GEGLU
+from safetensors.torch import save_file
+from tightfit.kernels import onednn
+from tightfit.runtime.adapters.lora import Lora
+from tightfit.runtime.backends.torch import networks, packed
+from tightfit.runtime.backends.torch.backend import TorchBackend
+from tightfit.runtime.backends.torch.cpu_kernels import own_bytes
+from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.placement import Placement
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if onednn.multiplies(dtype)]
+TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+LAYERS = {
+    "3x3": (lambda: nn.Conv2d(32, 64, 3, padding=1), (2, 32, 10, 6)),
+    "3x3, every other": (lambda: nn.Conv2d(64, 128, 3, stride=2, padding=1), (1, 64, 16, 16)),
+    "1x1": (lambda: nn.Conv2d(96, 64, 1), (2, 96, 8, 8)),
+    "linear": (lambda: nn.Linear(64, 192), (2, 33, 64)),
+    "linear without a bias": (lambda: nn.Linear(32, 64, bias=False), (77, 32)),
+    "gate": (lambda: GEGLU(64, 128), (2, 33, 64)),
+}
+
+pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN for this processor")
+
+
+def allocated(call) -> int:
+    """Most bytes that torch's allocator had handed out at once during `call`."""
+    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = call()
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    del kept
+    return most
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", LAYERS)
+@torch.inference_mode()
+def test_answers(kind, dtype):
+    """Against the same layer in fp64."""
+    torch.manual_seed(1)
+    make, shape = LAYERS[kind]
+    network, x = nn.Sequential(make()).to(dtype), torch.randn(shape).to(dtype)
+    right = network.double()(x.double())
+    packed.pack(network.to(dtype))
+    assert len(packed.packed_layers(network)) == 1
+    out = network(x)
+    assert out.dtype == dtype
+    assert (out - right).norm() < TOLERANCES[dtype] * right.norm()
+    assert out.ndim == 3 or out.ndim == 2 or out.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "stride"), [((320, 320, 3, 3), 1), ((640, 320, 3, 3), 2), ((320, 640, 1, 1), 1)]
+)
+def test_a_convolution_packs_nothing_again(shape, stride, dtype):
+    """At any size: it takes what its formula says."""
+    out_channels, channels, side, _ = shape
+    network = nn.Sequential(nn.Conv2d(channels, out_channels, side, stride, side // 2)).to(dtype)
+    network.requires_grad_(False)
+    plain = network[0].weight.nbytes
+    packed.pack(network)
+    layer = network[0]
+    assert torch.ops.mkldnn._nbytes(layer.weight) == pytest.approx(plain, rel=0.06)
+    for size in (8, 24, 64):
+        x = torch.randn(2, channels, size, size).to(dtype).contiguous(memory_format=torch.channels_last)
+        how = layer.padding, layer.stride, layer.dilation, layer.groups
+        out = layer(x)
+        formula = own_bytes(onednn.CONVOLUTION, (x, layer.weight, layer.bias, *how), out)
+        assert allocated(lambda x=x: layer(x)) - out.nbytes == pytest.approx(formula, abs=0.02 * out.nbytes)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_another_adapter(sd1, tmp_path, precision):
+    """A session that stays gives the answers of one that is loaded afresh, and holds as much."""
+    if getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[precision]) not in DTYPES:
+        pytest.skip("torch has no oneDNN for this precision here")
+    way = Placement("torch", precision, precision, "resident", "sdpa", "whole")
+    layers = (
+        "down_blocks.1.resnets.0.conv1",
+        "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj",
+    )
+    spec = inspect(str(sd1))
+    like = networks.build(spec.denoiser, way, "cpu")
+    assert all(isinstance(like.get_submodule(path), packed.Packed) for path in layers)
+
+    def adapted(value: float):
+        shapes = {path: spec.denoiser.tensors[f"{path}.weight"].shape for path in layers}
+        file = tmp_path / f"{value}.safetensors"
+        save_file({f"unet.{path}.diff": torch.full(shape, value) for path, shape in shapes.items()}, file)
+        return Lora.read(file).apply(spec).denoiser
+
+    arrays = {
+        name: torch.ones(shape).numpy() for name, shape in spec.inputs(spec.denoiser, 1, 64, 64).items()
+    }
+    stays, fresh = TorchBackend("cpu"), TorchBackend("cpu")
+    session = stays.load(adapted(0.1), way)
+    first = session(**arrays)[0]
+    assert stays.adapt(session, adapted(-0.2), way)
+    assert stays.meter.held() == fresh.load(spec.denoiser, way)._held
+    second = fresh.load(adapted(-0.2), way)(**arrays)[0]
+    assert (session(**arrays)[0] == second).all()
+    assert (first != second).any()
+
+
+def test_what_is_read_again_and_again_stays_plain(sd1):
+    """Streamed weights, quantised ones, and those of networks that are called once."""
+    spec, like = inspect(str(sd1)), Placement("torch", "fp32", "fp32", "streamed", "sdpa", "whole")
+    quantised = Placement("torch", "int8", "fp32", "resident", "sdpa", "whole")
+    staged = Placement("torch", "fp32", "fp32", "staged", "sdpa", "whole")
+    for name, way in (("unet", like), ("unet", quantised), ("vae_decoder", staged), ("text_encoder", staged)):
+        assert not packed.packed_layers(networks.build(spec.components[name], way, "cpu"))
+    assert packed.packed_layers(networks.build(spec.denoiser, staged, "cpu"))
