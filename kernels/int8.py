@@ -106,12 +106,9 @@ def linear_int8_onednn(x: Tensor, ready: Tensor, scale: Tensor, bias: Tensor | N
         codes[part] = (rows[part] / factor[part]).round_().clamp_(-127, 127).add_(128)
     many, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
     rest = 1.0, 0, _made(x), "none", [], ""
-    out = (
-        torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, ready, many, zeros, None, *rest)
-        .to(x.dtype)
-        .mul_(factor)
-    )
-    return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
+    out = torch.ops.onednn.qlinear_pointwise(codes, 1.0, 128, ready, many, zeros, None, *rest).to(x.dtype)
+    out = out.mul_(factor) if bias is None else torch.addcmul(bias, out, factor, out=out)
+    return out.view(*x.shape[:-1], -1)
 
 
 def pack_conv2d(packed: Tensor, in_channels: int, kernel_size: Pair, stride: Pair, padding: Pair) -> Tensor:
@@ -141,7 +138,9 @@ def conv2d_int8_onednn(
         factor, zero = (number.item() for number in scales_and_zeros(sample[None]))
         codes = torch.empty(sample.shape, dtype=torch.uint8)
         for part in _pieces(*sample.shape):
-            codes[part] = (sample[part].float() / factor).round_().add_(zero + 128).clamp_(0, 255)
+            values = sample[part].to(torch.float32, copy=True).div_(factor)
+            codes[part] = values.round_().add_(zero + 128).clamp_(0, 255)
+            del values
         codes = codes.view(1, *x.shape[2:], -1).permute(0, 3, 1, 2)
         one = torch.ops.onednn.qconv2d_pointwise(
             codes, factor, zero + 128, ready, many, zeros, bias, *rest
@@ -177,10 +176,12 @@ def scales_and_zeros(x: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 and int32, (batch, 1, …): the smallest value becomes -128, the largest 127, and 0 has a code."""
     _nothing(x)
     dims = tuple(range(1, x.ndim))
-    low, high = (
-        x.amin(dims, keepdim=True).float().clamp_max_(0),
-        x.amax(dims, keepdim=True).float().clamp_min_(0),
-    )
+    if len(x) == 1:  # a third of the time that two passes take
+        ends = (end.view([1] * x.ndim) for end in x.aminmax())
+    else:
+        ends = x.amin(dims, keepdim=True), x.amax(dims, keepdim=True)
+    low, high = (end.float() for end in ends)
+    low, high = low.clamp_max_(0), high.clamp_min_(0)
     scale = (high - low).clamp_min_(_LEAST).div_(255)
     return scale, (-low / scale).nan_to_num_(0, 0, 0).round_().sub_(128).to(torch.int32)
 

@@ -91,7 +91,7 @@ def _convolution_int8(args: Any, out: torch.Tensor) -> int:
     x = args[0]
     codes = x[0].numel()
     piece = min(codes, max(1, AT_ONCE // x.shape[1]) * x.shape[1])
-    making = piece * (4 if x.dtype == torch.float32 else 8)
+    making = 4 * piece
     if len(x) == 1:
         return codes + max(0, making - out.nbytes)
     return codes + max(making, out[0].nbytes)

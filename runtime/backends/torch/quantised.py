@@ -25,9 +25,10 @@ from .autotune import fastest
 AT_ONCE = 2**22
 # Input rows up to which a linear layer may be faster when a GPU dequantises inside the product: it is timed.
 FEW_ROWS = 256
-# A CPU multiplies integers where outputs times taps are at least WIDE times the inputs: quantising an input
-# is amortised over them. The U-Net's other linears and 1x1 convolutions got slower (docs/decisions.md).
-WIDE = 4
+# A CPU multiplies integers where outputs times taps are at least WIDE times the inputs, or ENOUGH: quantising
+# an input is amortised over them. The U-Net's other linears and 1x1 convolutions got slower
+# (docs/decisions.md).
+WIDE, ENOUGH = 4, 2560
 # A tile of Triton's convolution: output pixels, output channels and inputs per program; then warps, stages.
 TILES = (
     ((128, 128, 64), 8, 3), ((128, 64, 64), 4, 3), ((64, 128, 64), 4, 3), ((64, 64, 64), 4, 4),
@@ -522,7 +523,7 @@ def _integer_kind(layer: nn.Module, device: str) -> type[Quantised] | None:
     if not isinstance(layer, nn.Conv2d | nn.Linear):
         return None
     outputs, inputs, *sides = layer.weight.shape
-    if device == "cpu" and outputs * math.prod(sides) < WIDE * inputs:
+    if device == "cpu" and outputs * math.prod(sides) < min(WIDE * inputs, ENOUGH):
         return None
     if isinstance(layer, nn.Linear):
         return LinearInt8
