@@ -16,7 +16,7 @@ from ...models.spec import Component
 from ...models.tensors import Encoding, Tensor
 from .networks import DTYPES as DTYPES
 from .networks import current_name
-from .packed import Packed, packed_layers, packing_bytes
+from .packed import is_packed
 from .quantised import Quantised, quantised_layers, workspace
 
 FLOATS = {
@@ -117,10 +117,15 @@ def fill(
             continue
         # empty, then filled: on a device the conversion then happens before the copy, and nothing else is
         # allocated there
-        filled[name] = torch.empty(
+        values = torch.empty(
             module.get_parameter(name).shape, dtype=own_dtype(owner, leaf, dtype), device=device
         )
-        read_into(filled[name], tensor, scratch)
+        read_into(values, tensor, scratch)
+        if is_packed(owner, leaf):  # at once: packed after all the others they left 0.1 GiB of holes
+            owner.take(values)
+        else:
+            filled[name] = values
+        del values
     module.load_state_dict(filled, assign=True, strict=False)  # `match` has seen that all are there
     del scratch, filled
     prepare(module, dtype, device)
@@ -129,7 +134,7 @@ def fill(
 def prepare(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """What a module needs beside its weights: what quantised layers make of theirs, their workspace, and the
     one kind of buffer that is in no file, 0, 1, 2 … for the positions of a text."""
-    for layer in (*quantised_layers(module).values(), *packed_layers(module)):
+    for layer in quantised_layers(module).values():
         layer.prepare()
     workspace(module).allocate(dtype, device)
     for name, buffer in list(module.named_buffers()):
@@ -234,13 +239,15 @@ def loading_bytes(
             each = _QUANTISING + (0 if tensor.dtype == "F32" or merged else _CONVERTING)
             most = max(most, now + merged + each * min(tensor.count, max(row, BLOCK // row * row)))
         else:
-            now += tensor.count * own_dtype(module.get_submodule(path), leaf, dtype).itemsize
-            merged = 0
+            owner = module.get_submodule(path)
+            count = tensor.count * own_dtype(owner, leaf, dtype).itemsize
+            now += count
+            merged = count if is_packed(owner, leaf) else 0  # it is there plain too
+            most = max(most, now + merged)
         if tensor.patches or tensor.encoding:
             most = max(most, now + merged + _patching_bytes(tensor))
     # In another order, and packed.
     packing = 2 * max((layer.packing_bytes() for layer in layers.values()), default=0)
-    packing = max(packing, packing_bytes(module, dtype))
     return max(scratch, packing, scratch + most - sum(held(module, dtype)) - sum(beside(module, dtype)))
 
 
@@ -354,15 +361,17 @@ def refill(
     for name, tensor in stored.items():
         path, _, leaf = name.rpartition(".")
         owner = module.get_submodule(path)
+        if is_packed(owner, leaf):
+            values = torch.empty(owner.plain_shape, dtype=dtype, device=device)
+            read_into(values, tensor, scratch)
+            owner.take(values)
+            del values
+            continue
         parameter = module.get_parameter(name)
-        if parameter.is_meta or parameter.layout is not torch.strided:
-            shape = owner.plain_shape if isinstance(owner, Packed) and leaf == "weight" else parameter.shape
-            values = torch.empty(shape, dtype=own_dtype(owner, leaf, dtype), device=device)
+        if parameter.is_meta:
+            values = torch.empty(parameter.shape, dtype=own_dtype(owner, leaf, dtype), device=device)
             parameter = owner._parameters[leaf] = torch.nn.Parameter(values, requires_grad=False)
         read_into(parameter.data, tensor, scratch)
-        if isinstance(owner, Packed) and leaf == "weight":
-            del parameter
-            owner.prepare()
 
 
 def check_adapted(module: torch.nn.Module) -> None:

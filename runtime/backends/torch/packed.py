@@ -6,6 +6,8 @@ deepest layers' time, and their scratch.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +27,9 @@ class Packed(nn.Module):
     weight: nn.Parameter
     plain_shape: torch.Size
 
-    def prepare(self) -> None:
-        """Called once the weight is loaded. Takes as many bytes as that, for a moment."""
-        self.weight = nn.Parameter(self.ordered(self.weight), requires_grad=False)
+    def take(self, weight: Tensor) -> None:
+        """Pack a plain weight in place of the one that there is."""
+        self.weight = nn.Parameter(self.ordered(weight), requires_grad=False)
 
     def ordered(self, weight: Tensor) -> Tensor:
         raise NotImplementedError
@@ -59,8 +61,8 @@ class PackedGate(PackedLinear):
 
     gate: Tensor
 
-    def prepare(self) -> None:
-        values, gate = self.weight.chunk(2)
+    def take(self, weight: Tensor) -> None:
+        values, gate = weight.chunk(2)
         self.gate = nn.Parameter(self.ordered(gate), requires_grad=False)
         self.weight = nn.Parameter(self.ordered(values), requires_grad=False)
 
@@ -76,22 +78,23 @@ _KINDS = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
 
 
 def pack_layers(module: nn.Module) -> None:
-    """Make the layers that fill oneDNN's blocks packed ones, and the other convolutions such as answer with
-    channels last too."""
+    """Make the layers that fill oneDNN's blocks packed ones. If there are any, the other convolutions answer
+    with channels last too."""
     for part in module.modules():
         if type(part) in _KINDS and _fills(part.weight):  # pyright: ignore[reportArgumentType]
             _become(part, _KINDS[type(part)])
-        elif type(part) is nn.Conv2d:
-            part.__class__ = PlainConv2d
         elif type(part).__name__ == "GEGLU" and _fills(part.proj.weight, halves=2):  # pyright: ignore
             part.forward = _become(part.proj, PackedGate).__call__  # pyright: ignore[reportArgumentType]
+    for part in module.modules() if packed_layers(module) else ():
+        if type(part) is nn.Conv2d:
+            part.__class__ = PlainConv2d
 
 
 def pack(module: nn.Module) -> None:
     """`pack_layers` of a module whose weights are loaded."""
     pack_layers(module)
     for layer in packed_layers(module):
-        layer.prepare()
+        layer.take(layer.weight)
 
 
 def _become(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
@@ -102,6 +105,11 @@ def _become(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
 
 def _fills(weight: Tensor, halves: int = 1) -> bool:
     return weight.shape[0] % (_OUTPUTS * halves) == 0 and weight.shape[1] % _INPUTS == 0
+
+
+def is_packed(owner: nn.Module, leaf: str) -> TypeGuard[Packed]:
+    """Whether the parameter `leaf` of a layer is packed."""
+    return isinstance(owner, Packed) and leaf == "weight"
 
 
 def packed_layers(module: nn.Module) -> list[Packed]:
