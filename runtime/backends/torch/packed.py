@@ -6,7 +6,7 @@ deepest layers' time, and their scratch.
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ _MAP = 64, 64
 class Packed(nn.Module):
     """A layer whose `weight` is opaque once it is packed; on `meta` it is plain, of `plain_shape`."""
 
-    weight: nn.Parameter
+    weight: Tensor
     plain_shape: torch.Size
 
     def take(self, weight: Tensor) -> None:
@@ -84,7 +84,7 @@ def pack_layers(module: nn.Module) -> None:
         if type(part) in _KINDS and _fills(part.weight):  # pyright: ignore[reportArgumentType]
             _become(part, _KINDS[type(part)])
         elif type(part).__name__ == "GEGLU" and _fills(part.proj.weight, halves=2):  # pyright: ignore
-            part.forward = _become(part.proj, PackedGate).__call__  # pyright: ignore[reportArgumentType]
+            part.forward = _become(part.proj, PackedGate).__call__
     for part in module.modules() if packed_layers(module) else ():
         if type(part) is nn.Conv2d:
             part.__class__ = PlainConv2d
@@ -97,7 +97,7 @@ def pack(module: nn.Module) -> None:
         layer.take(layer.weight)
 
 
-def _become(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _become(layer: Any, kind: type[nn.Module]) -> Any:
     layer.plain_shape = layer.weight.shape
     layer.__class__ = kind
     return layer
