@@ -15,6 +15,7 @@ from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..machine.process import PROCESS, address_space, process_context
 from ..models.spec import ModelSpec
+from ..placement import GRAPHS
 from ..request import Job, Request
 from ..units import shown
 from .candidates import ways
@@ -94,7 +95,7 @@ def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
     """The same with more pictures a call, twice as many as long as that is faster and fits."""
     job, before, count = estimate.job, narrow, 2
     most = min(estimate.wishes.images_per_call, job.num_images, MOST_PER_CALL)
-    if job.conditions or job.whole is not job or narrow.denoiser.backend == "onnx":
+    if job.conditions or job.whole is not job or narrow.denoiser.backend in GRAPHS:
         return  # what conditions do to a step is of one picture
     while count <= most:
         wide = replace(estimate, images_per_call=count).plan(

@@ -13,7 +13,7 @@ from ...costs.footprint import Footprint, Trace
 from ...errors import TightfitError
 from ...machine.hardware import Hardware
 from ...machine.process import release
-from ...models.families.family import Extent, GraphNames
+from ...models.families.family import Extent, GraphNames, Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from ...placement import STORED, Placement
@@ -62,6 +62,10 @@ _REFUSALS: tuple[Rule[Case], ...] = (
             f"what OpenVINO takes for {case.graph.file}, a graph of fp16, has not been measured: "
             f"{_ANOTHER}, or export the model with --precision fp32"
         ),
+    ),
+    Rule(
+        lambda case: case.component.role is Role.CONTROL or bool(case.component.network.graph.zeros),
+        f"ControlNets run by ONNX Runtime, not by OpenVINO: {_ANOTHER}",
     ),
     *AS_MADE,
     *FOLLOWED,
