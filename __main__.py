@@ -26,8 +26,9 @@ def main() -> None:
     """Run the command. Ctrl-C before there is anything to tidy up ends it at once, with the usual line and
     exit code."""
     interrupts.at_once()
-    # Plans or paints, and ends. Commands of rooms above trace and compile, and a server imports once.
-    is_short = not {*COMMANDS, "serve"} & {*sys.argv[1:2]}
+    # Plans or paints, and ends. Commands of rooms above trace and compile, a server imports once, and where
+    # torch is here already, the process is another program's.
+    is_short = not {*COMMANDS, "serve"} & {*sys.argv[1:2]} and "torch" not in sys.modules
     try:
         if is_short:
             from .runtime import lean

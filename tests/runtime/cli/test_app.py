@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tightfit.__main__ import main
+from tightfit.__main__ import app
 from tightfit.runtime import pictures
 from tightfit.runtime.cli import plan as cli_plan
 from tightfit.runtime.cli import saving
+from tightfit.runtime.cli.app import main
 from tightfit.runtime.machine import detect
 
 STEP = ("--steps", "1")
@@ -27,6 +28,7 @@ FAST = (*STEP, "--residency", "staged", "--attention", "sdpa", "--tiling", "whol
 def call(monkeypatch, capsys, tmp_path):
     """Run the command in an empty folder; answers (exit code, standard output, standard error)."""
     monkeypatch.chdir(tmp_path)
+    app()
 
     def run(*arguments: str, stdin: str | None = None):
         import io

@@ -331,9 +331,11 @@ def nobody(*_):
     raise KeyError("no such user")
 pwd.getpwuid = pwd.getpwnam = nobody
 os.environ.pop("HOME", None)
-from tightfit.__main__ import main
+from tightfit.__main__ import app
+from tightfit.runtime.cli.app import main
 import tightfit.runtime.backends.torch.calibration as calibration
 calibration._LEAST_SECONDS = 0
+app()
 for words in COMMANDS:
     sys.argv = ["tightfit", *words]
     try:
