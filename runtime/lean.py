@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -50,6 +51,7 @@ FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
     "transformers.models": dict,
 }
 # Python's search for cycles takes a third of the time of imports, of which hardly anything is ever freed.
+_READING = threading.RLock()
 _SELDOM, _USUALLY = (50_000, 20, 100), (700, 10, 10)
 
 
@@ -108,10 +110,11 @@ class _Later(Loader):
 class _Face(ModuleType):
     def read(self) -> None:
         """Run the package's __init__, once."""
-        if loader := self.__dict__.pop("_unread", None):
-            loader.exec_module(self)
-            # Some put another module in their place.
-            self.__dict__["_read"] = sys.modules.get(self.__name__, self)
+        with _READING:
+            if loader := self.__dict__.pop("_unread", None):
+                loader.exec_module(self)
+                # Some put another module in their place.
+                self.__dict__["_read"] = sys.modules.get(self.__name__, self)
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
@@ -120,7 +123,7 @@ class _Face(ModuleType):
                 with suppress(ModuleNotFoundError):
                     return import_module(f"{self.__name__}.{name}")
             self.read()
-            return getattr(own["_read"], name)
+            return getattr(own.get("_read", self), name)
         if own.get("_read", self) is not self:
             return getattr(own["_read"], name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ def leave(code: int) -> None:
     """
     tell = getattr(atexit, "_run_exitfuncs", None)
     alive = [one for one in threading.enumerate() if not one.daemon and one is not threading.current_thread()]
-    if alive or tell is None:
+    if alive or tell is None or _is_watched():
         return
     tell()
     try:
@@ -25,3 +25,10 @@ def leave(code: int) -> None:
     except (OSError, ValueError):
         return
     os._exit(code)
+
+
+def _is_watched() -> bool:
+    """Whether a profiler or a debugger looks on, which has something to say at the end."""
+    monitoring = getattr(sys, "monitoring", None)  # from Python 3.12 on
+    tools = [monitoring.get_tool(number) for number in range(6)] if monitoring else []
+    return bool(sys.gettrace() or sys.getprofile() or any(tools))

@@ -126,7 +126,11 @@ def choices(name: str, value: Any) -> range | list[Any]:
         return [value]
     if not value:
         raise TightfitError(f"{name} is an empty list: leave it out, or name a value")
-    return [one for each in value for one in (choices(name, each) if kind is not list else [each])]
+    if kind is list:
+        return value
+    if any(isinstance(one, list) for one in value):
+        raise TightfitError(f"{name} has a list in a list: write its values in one list")
+    return [one for each in value for one in choices(name, each)]
 
 
 def renamed(row: Mapping[Any, Any]) -> dict[str, Any]:

@@ -41,10 +41,15 @@ class Axis:
     def read(cls, text: str) -> Axis:
         """Of "steps=10,20,30", "seed=1..4" or "prompt_sr=cat,dog". Raises TightfitError."""
         name, equals, rest = text.partition("=")
-        texts = next(csv.reader([rest], skipinitialspace=True), [])
+        try:
+            texts = next(csv.reader([rest], skipinitialspace=True), [])
+        except csv.Error:
+            texts = []
         if not equals or not texts:
             raise TightfitError(f"an axis is such as steps=10,20,30, not {shortened(text)}")
         if name.strip() == REPLACED:
+            if not texts[0]:
+                raise TightfitError(f"{REPLACED} begins with a word of the prompt: {REPLACED}=cat,dog")
             return cls(REPLACED, tuple(texts))
         column = columns.column(name)
         if column in (columns.NAME, "num_images"):
@@ -155,7 +160,7 @@ def sheet(grid: Grid, cells: Mapping[Place, Image.Image], notes: Mapping[Place, 
     from PIL import Image, ImageDraw, ImageFont
 
     x, y, z = grid.axes
-    own = {(i, j): image for (i, j, at), image in cells.items() if at == k}
+    own = {(i, j): cells[i, j, at] for i, j, at in cells if at == k}
     width = max((image.width for image in own.values()), default=64)
     height = max((image.height for image in own.values()), default=64)
     scale = min(1.0, math.sqrt(_MOST_PIXELS / (width * height * len(x.values) * len(y.values))))

@@ -101,7 +101,8 @@ class Ledger:
                 self._file.executemany(
                     "insert into pictures (key, row, grp, options, name, twin, run, state) "
                     "values (?, ?, ?, ?, ?, ?, ?, ?) on conflict (key) do update set "
-                    "run = excluded.run, row = excluded.row",
+                    "run = excluded.run, row = excluded.row, "
+                    "name = case state when excluded.state then excluded.name else name end",
                     self._rows(pictures, run, errors, most_errors),
                 )
                 self._run = run
@@ -218,8 +219,11 @@ class Ledger:
         """Keep the picture `content` as `file`: what will be there is said first, then `write` makes it,
         whole or not at all."""
         where, sha256 = file.relative_to(self.folder).as_posix(), hashlib.sha256(content).hexdigest()
-        self._change(item.number, file=where, sha256=sha256)
-        write(file, content)
+        ((before, digest),) = self._all("select file, sha256 from pictures where number = ?", item.number)
+        # Else it was interrupted after it was written.
+        if not (before and digest == sha256 == _sha256(self.folder / before)):
+            self._change(item.number, file=where, sha256=sha256)
+            write(file, content)
         self._change(item.number, state=_DONE, ended=time.time(), error=None)
 
     def measured(self, items: Sequence[Item], measures: Measures) -> None:

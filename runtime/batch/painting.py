@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -116,10 +117,7 @@ class Here:
         """In one run; where that fails, each that is not there yet alone."""
         made: set[int] = set()
         try:
-            for news in self._run(pairs):
-                if isinstance(news, Made):
-                    made.add(news.item.number)
-                yield news
+            yield from self._run(pairs, made)
         # Whatever a library raises for one request is no reason to lose the others.
         except Exception as error:
             if len(pairs) > 1:
@@ -136,17 +134,32 @@ class Here:
     def _job(self, item: Item) -> Job:
         return request_of(item.options, models_dirs=self._models_dirs).resolve(self._pipeline(item).spec)
 
-    def _run(self, pairs: Sequence[tuple[Item, Job]]) -> Iterator[News]:
+    def _run(self, pairs: Sequence[tuple[Item, Job]], made: set[int]) -> Generator[News, None, None]:
+        """What is thrown in is thrown into the run. The numbers of those that are made come into `made`."""
         items = tuple(item for item, _ in pairs)
         pipeline = self._pipeline(items[0])
         with closing(pipeline.run(together([job for _, job in pairs]))) as events:
-            for event in events:
+            advance: Callable[[], Event] = partial(next, events)
+            while True:
+                try:
+                    event = advance()
+                except StopIteration:
+                    return
+                try:
+                    yield _news(event, items)
+                    advance = partial(next, events)
+                except KeyboardInterrupt as interrupt:
+                    advance = partial(events.throw, interrupt)
                 if event.picture:
-                    yield Made(items[event.image], event.picture)
-                elif event.result:
-                    yield Took(items, _measures(event.result, len(items)))
-                else:
-                    yield Stepped(items[min(event.image, len(items) - 1)], replace(event, preview=None))
+                    made.add(items[event.image].number)
+
+
+def _news(event: Event, items: tuple[Item, ...]) -> News:
+    if event.picture:
+        return Made(items[event.image], event.picture)
+    if event.result:
+        return Took(items, _measures(event.result, len(items)))
+    return Stepped(items[min(event.image, len(items) - 1)], replace(event, preview=None))
 
 
 def _may_join(job: Job) -> bool:

@@ -28,6 +28,7 @@ MOST_OF_A_ROW = 10_000_000
 _APART = "prompt", "seed", "subseed"  # in which pictures differ that a plan, and a batch, have in common
 _SIZE = "height", "width"
 _MOST_KEPT = 1000  # texts of groups
+_NAME_BYTES = 200  # of a file or folder, before its number and ending
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,10 @@ class Reading:
         if "prompt" not in values:
             raise TightfitError("it has no prompt: add a column prompt, which says what to paint")
         count = math.prod(map(len, values.values()))
-        if count > MOST_OF_A_ROW:
-            raise TightfitError(f"it asks for {count} pictures, and {MOST_OF_A_ROW} are the most: split it")
+        images = [one for one in values.get("num_images", ()) if type(one) is int]
+        if (whole := count * self.repeat * max(images, default=1)) > MOST_OF_A_ROW:
+            said = shortened(whole) if whole < 10**30 else "too many"
+            raise TightfitError(f"it asks for {said} pictures, and {MOST_OF_A_ROW} are the most: split it")
         several = count * self.repeat > 1
         places = itertools.count(1)
         for combination in itertools.product(*values.values()):
@@ -99,7 +102,7 @@ class Reading:
             raise TightfitError(f"model must be a name, not {shortened(model)}")
         common = _digest([model, wishes, options])
         self._check(common, wishes, options, own, images * self.repeat)
-        place = _place(name, several or images > 1)
+        place = place_of(name, several or images > 1)
         for index in range(images * self.repeat):
             whole, open_seed = self._alone(options, own, index)
             key, twin = self._key(common, [own["prompt"], index], whole, open_seed)
@@ -195,7 +198,7 @@ def _words(options: Mapping[str, Any], drawn: Any) -> dict[str, Any]:
     return {**texts, "prompt": texts.get("prompt", "") + loras}
 
 
-def _place(name: Any, several: bool) -> str:
+def place_of(name: Any, several: bool) -> str:
     """What a picture is called, with {} where one of several has its number. Raises TightfitError for a place
     outside of the folder."""
     if not isinstance(name, str):
@@ -203,8 +206,12 @@ def _place(name: Any, several: bool) -> str:
     if not name:
         return ""
     path = PurePath(name)
-    if path.is_absolute() or ".." in path.parts or "\0" in name or not path.name:
+    if path.anchor or ".." in path.parts or "\0" in name or not path.name:
         raise TightfitError(f"name {shortened(name)} is no name inside the folder: leave out / and ..")
+    if "\\ud" in ascii(name) or any(
+        len(part.encode("utf-8", "replace")) > _NAME_BYTES for part in path.parts
+    ):
+        raise TightfitError(f"name {shortened(name)} is no name of a file: {_NAME_BYTES} bytes are the most")
     stem, ending = (str(path.with_suffix("")), path.suffix) if path.suffix.lower() in FORMATS else (name, "")
     text = stem.replace("{", "{{").replace("}", "}}")
     return text + ("-{}" if several and "[" not in name else "") + ending

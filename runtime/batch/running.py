@@ -6,7 +6,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from ..database import UnkeptError
 from ..errors import TightfitError
@@ -55,17 +55,27 @@ def planned(ledger: Ledger, painter: Painter) -> tuple[list[Group], int, list[Ro
     return groups, sum(count for _, count in waiting[MOST_CHECKED:]), errors
 
 
+class Places(Protocol):
+    """Where the file of a picture goes, in the ledger's folder, and what it holds."""
+
+    def __call__(self, item: Item, image: Image.Image) -> tuple[Path, bytes]: ...
+
+    def copied(self, item: Item, file: Path) -> Path:
+        """Of a picture that is the same as that of another item, in `file`."""
+        ...
+
+
 @dataclass
 class Batch:
     """One run of a batch.
 
-    place: where the file of a picture goes, in the ledger's folder, and what it holds. tell: called with all
+    place: where pictures go. tell: called with all
     that happens. retries: how often one that failed is tried again. fail_fast: end at the first that failed.
     """
 
     ledger: Ledger
     painter: Painter
-    place: Callable[[Item, Image.Image], tuple[Path, bytes]]
+    place: Places
     tell: Callable[[News], object] = lambda _: None
     retries: int = 0
     fail_fast: bool = False
@@ -111,8 +121,11 @@ class Batch:
 
     def _keep(self, news: News) -> None:
         if isinstance(news, Made):
-            file, content = self.place(news.item, news.image)
-            self._write(news.item, file, content)
+            try:
+                self._write(news.item, *self.place(news.item, news.image))
+            except NotADirectoryError as error:
+                self._keep(Failed(news.item, f"{error}: name it otherwise"))
+                return
         elif isinstance(news, Took):
             self.ledger.measured(news.items, news.measures)
         elif isinstance(news, Failed):
@@ -132,18 +145,19 @@ class Batch:
             if file is None:
                 self.ledger.failed(item, "it is the same as one that failed", retries=-1)
                 continue
-            from PIL import Image
-
-            with Image.open(file) as image:
-                image.load()
-                self._keep(Made(item, image))
+            try:
+                self._write(item, self.place.copied(item, file), file.read_bytes())
+            except NotADirectoryError as error:
+                self.ledger.failed(item, f"{error}: name it otherwise", retries=-1)
 
 
 def written(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises UnkeptError."""
+    """Write a file whole or not at all. Raises UnkeptError, and NotADirectoryError where that is why."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with replacing(file) as partial_file:
             partial_file.write_bytes(content)
+    except (FileExistsError, NotADirectoryError):  # any other picture has room
+        raise NotADirectoryError(f"{file} is behind a file that is no folder") from None
     except OSError as error:
         raise UnkeptError(f"{file} cannot be written ({error.strerror}): make room, then go on") from None

@@ -87,6 +87,9 @@ class Options:
             raise TightfitError(f"--images-per-call must be {said}")
         if self.output.exists() and not self.output.is_dir():
             raise TightfitError(f"--output {self.output} is no folder: name one")
+        from ..batch.requests import place_of
+
+        place_of(self.name, False)
         Template(Path(self.name))
         Writing(self.format, self.quality, self.metadata or METADATA[0]).checked()
         return self

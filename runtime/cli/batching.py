@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from .. import infotext, interrupts, pictures
+from .. import infotext, interrupts, lean, pictures
 from ..adapters import ADAPTERS
 from ..batch.ledger import Item, Ledger
 from ..batch.painting import Failed, Here, Made, News, Stepped
@@ -114,12 +114,20 @@ class Places:
         if path.suffix.lower() not in pictures.FORMATS:
             path = path.with_name(path.name + self._ending)
         template = Template(path)
-        filled = template.filled(self._values(item, image) if template.names else {})
-        place, number = self._folder / filled, 1
+        place = self._free(template.filled(self._values(item, image) if template.names else {}))
+        return place, pictures.content(image, place.suffix.lower(), self._quality, self._metadata)
+
+    def copied(self, item: Item, file: Path) -> Path:
+        """By a name of its own without a field, else by that of the other with a number."""
+        name = Path(item.name) if item.name and not Template(Path(item.name)).names else Path(file.name)
+        return self._free(name.with_name(name.stem + file.suffix))
+
+    def _free(self, name: Path) -> Path:
+        place, number = self._folder / name, 1
         while place.exists():
             number += 1
-            place = place.with_name(f"{filled.stem}-{number}{filled.suffix}")
-        return place, pictures.content(image, place.suffix.lower(), self._quality, self._metadata)
+            place = place.with_name(f"{name.stem}-{number}{name.suffix}")
+        return place
 
     def _values(self, item: Item, image: Image.Image) -> dict[str, str]:
         given = [kind.option for kind in ADAPTERS]
@@ -168,6 +176,7 @@ class _Watch:
 
     def __call__(self, news: News) -> None:
         if isinstance(news, Stepped):
+            lean.settle()  # all is imported, or nearly
             for notice in news.event.notices:
                 self._bar.console.print(
                     printable(f"note: {notice}"), markup=False, emoji=False, soft_wrap=True

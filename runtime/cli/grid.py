@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -107,19 +107,35 @@ def grid(
     paint(batch, reading, whole.rows(row), wished.get("budget"), shown)
 
 
+class _Cells(Mapping[Any, Any]):
+    """Pictures by their places, opened when they are asked for: all of a large grid have no room."""
+
+    def __init__(self, files: Mapping[Any, Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, place: Any) -> Any:
+        from PIL import Image
+
+        with Image.open(self._files[place]) as image:
+            return image.convert("RGB")
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 def show(grid: Grid, options: Options, ledger: Ledger) -> None:
     """Write the sheets, and the page."""
-    from PIL import Image
-
     from .. import pictures
     from ..batch import grid as grids
 
     files = {record["row"]: record["file"] for record in ledger.records() if record["state"] == "done"}
-    cells = {}
-    for number, place in enumerate(grid.places, 1):
-        if number in files:
-            with Image.open(ledger.folder / files[number]) as image:
-                cells[place] = image.convert("RGB")
+    places = {
+        place: ledger.folder / files[number] for number, place in enumerate(grid.places, 1) if number in files
+    }
+    cells = _Cells(places)
     if not cells:
         return
     notes, count = grid.notes(cells), len(grid.axes[2].values)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .. import interrupts
+from ..errors import TightfitError
 from .output import progress_bar, say
 from .serve import KEY
 
@@ -38,6 +39,8 @@ def paint(
         painted = remote.generate(on_event=show, **asked)
     for notice in painted.notices:
         say(f"note: {notice}", err=True)
+    if not painted.images:
+        raise TightfitError(f"{url} answered without a picture: look at the server's log")
     for index, image in enumerate(painted.images):
         save(image, index)
     return painted

@@ -156,12 +156,13 @@ def footprint(
         torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
         extent.height, extent.width,
     )  # fmt: skip
-    way = (astuple(placement), *spec.inputs(component, *extent).items())
+    of_module = _of_module(component, placement, hardware.device)
+    way = (astuple(placement), of_module, *spec.inputs(component, *extent).items())
     known = KNOWN.get(
         component, environment, way, lambda: _followed(spec, component, placement, hardware, extent)
     )
     _orders.get(
-        _of_module(component, placement, hardware.device),
+        of_module,
         lambda: tuple(path for path, *_ in known.trace.calls),
         component,
     )

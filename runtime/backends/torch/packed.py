@@ -28,7 +28,8 @@ class Packed(nn.Module):
     plain_shape: torch.Size
 
     def take(self, weight: Tensor) -> None:
-        """Pack a plain weight in place of the one that there is."""
+        """Pack a plain weight in place of the one that there is, which goes first."""
+        self._parameters["weight"] = None
         self.weight = nn.Parameter(self.ordered(weight), requires_grad=False)
 
     def ordered(self, weight: Tensor) -> Tensor:
@@ -62,6 +63,7 @@ class PackedGate(PackedLinear):
     gate: Tensor
 
     def take(self, weight: Tensor) -> None:
+        self._parameters["weight"] = self._parameters["gate"] = None
         values, gate = weight.chunk(2)
         self.gate = nn.Parameter(self.ordered(gate), requires_grad=False)
         self.weight = nn.Parameter(self.ordered(values), requires_grad=False)

@@ -55,7 +55,7 @@ def files(table: Path) -> dict[str, str]:
     folder = table.parent / "d"
     return {
         str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.rglob("*.png"))
+        for file in sorted(folder.rglob("*.*g"))
     }
 
 
@@ -101,11 +101,29 @@ def test_a_changed_table_and_a_lost_file(table):
     agrees(table)
 
 
+def test_twins_in_a_format_without_text(table):
+    """The copy is the file's bytes: it has no text that could name it."""
+    table.write_text("\n".join(map(json.dumps, [{"prompt": "cat", "seed": 1}] * 2)))
+    batch(table, "--format", "jpeg", "--metadata", "none")
+    assert len(files(table)) == 2 and len({*files(table).values()}) == 1
+    agrees(table)
+
+
+def test_a_name_behind_a_file_fails_alone(table):
+    folder = table.parent / "d"
+    folder.mkdir()
+    (folder / "file").write_text("in the way")
+    rows = [{"prompt": "cat", "seed": 1, "name": "file/x"}, {"prompt": "cat", "seed": 2}]
+    table.write_text("\n".join(map(json.dumps, rows)))
+    report = batch(table, code=1)
+    assert report["done"] == 1 and "name it otherwise" in report["failures"][0]["error"]
+
+
 def test_a_poisoned_row_fails_alone(table, monkeypatch):
     run = painting.Here._run
 
-    def poisoned(self, pairs):
-        for news in run(self, pairs):
+    def poisoned(self, pairs, made):
+        for news in run(self, pairs, made):
             if any(item.options["seed"] == 2 for item, _ in pairs) and not isinstance(news, painting.Stepped):
                 raise RuntimeError("poison\nand more")
             yield news

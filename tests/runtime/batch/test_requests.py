@@ -109,6 +109,10 @@ BAD = [
     ('{"prompt": "a", "name": "b"}\n{"prompt": "c", "name": "B"}', "t.jsonl", "row 2: .* that of row 1"),
     ('{"prompt": "a", "seed": "1..9000000", "width": "1..9000000"}', "t.jsonl", "81000000000000 pictures"),
     ('{"prompt": "a", "num_images": 0}', "t.jsonl", "num_images must be"),
+    ('{"prompt": "a", "num_images": 1000000000}', "t.jsonl", "1000000000 pictures"),
+    ('{"prompt": ' + "[" * 900 + "]" * 900 + "}", "t.jsonl", "prompt has a list in a list"),
+    ('{"prompt": "a", "name": "\\ud800"}', "t.jsonl", "is no name of a file"),
+    (f'{{"prompt": "a", "name": "{"x" * 300}"}}', "t.jsonl", "is no name of a file"),
 ]  # fmt: skip
 
 
