@@ -934,7 +934,10 @@ def call(arguments: list[str]) -> tuple[int | str, str]:
     standard error."""
     import traceback
 
-    from tightfit.__main__ import main
+    from tightfit.__main__ import app
+    from tightfit.runtime.cli.app import main
+
+    app()
 
     sys.argv = ["tightfit", *arguments]
     os.ftruncate(1, 0)

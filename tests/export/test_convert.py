@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tightfit.__main__ import app, main
+from tightfit.__main__ import app
 from tightfit.export import convert, unpickling
 from tightfit.runtime.adapters import textual_inversion
+from tightfit.runtime.cli.app import main
 from tightfit.runtime.errors import TightfitError
 from typer.testing import CliRunner
 

@@ -103,15 +103,14 @@ def _mixed_rate(device: Any, dtype: Any) -> float:
     import torch
     from torch import nn
 
-    from ....kernels.onednn import multiplies
-    from .packed import pack
+    from .packed import pack, pays
 
     convolutions = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for channels in (320, 1280))
     layers = nn.ModuleList((nn.Linear(640, 2560, bias=False), *convolutions)).to(device, dtype)
     layers.requires_grad_(False)
     shapes = (4096, 640), (2, 320, 64, 64), (2, 1280, 16, 16)
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    if device.type == "cpu" and multiplies(dtype):  # as a denoiser's are, between others with channels last
+    if device.type == "cpu" and pays(dtype):  # as a denoiser's are, between others with channels last
         pack(layers)
         maps = (each.contiguous(memory_format=torch.channels_last) for each in inputs[1:])
         inputs = [inputs[0], *maps]

@@ -10,7 +10,6 @@ import torch
 
 from ....kernels import attention
 from ....kernels.formats import FORMATS
-from ....kernels.onednn import multiplies
 from ....kernels.recipe import recipe
 from ...errors import TightfitError, explained
 from ...models.families.family import Role
@@ -75,7 +74,7 @@ def packs(component: Component, placement: Placement) -> bool:
     times."""
     plain = component.formats is None and placement.precision == placement.compute
     stays = component.role in (Role.DENOISER, Role.CONTROL) and placement.residency != "streamed"
-    return plain and stays and multiplies(DTYPES[placement.compute])
+    return plain and stays and packed.pays(DTYPES[placement.compute])
 
 
 def _in_nf4(module: torch.nn.Module, formats: Mapping[str, str]) -> dict[str, str]:

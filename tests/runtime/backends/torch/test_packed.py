@@ -82,12 +82,10 @@ def test_a_convolution_packs_nothing_again(shape, stride, dtype):
         assert abs(beside) <= 0.02 * out.nbytes + (plain if size < 64 else 0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_another_adapter(sd1, tmp_path, precision):
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="torch has no oneDNN for bf16 here")
+def test_another_adapter(sd1, tmp_path):
     """A session that stays gives the answers of one that is loaded afresh, and holds as much."""
-    if getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[precision]) not in DTYPES:
-        pytest.skip("torch has no oneDNN for this precision here")
-    way = Placement("torch", precision, precision, "resident", "sdpa", "whole")
+    way = Placement("torch", "bf16", "bf16", "resident", "sdpa", "whole")
     layers = (
         "down_blocks.1.resnets.0.conv1",
         "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj",
@@ -115,11 +113,14 @@ def test_another_adapter(sd1, tmp_path, precision):
     assert (first != second).any()
 
 
+@pytest.mark.skipif(torch.bfloat16 not in DTYPES, reason="torch has no oneDNN for bf16 here")
 def test_what_is_read_again_and_again_stays_plain(sd1):
-    """Streamed weights, quantised ones, and those of networks that are called once."""
-    spec, like = inspect(str(sd1)), Placement("torch", "fp32", "fp32", "streamed", "sdpa", "whole")
-    quantised = Placement("torch", "int8", "fp32", "resident", "sdpa", "whole")
-    staged = Placement("torch", "fp32", "fp32", "staged", "sdpa", "whole")
-    for name, way in (("unet", like), ("unet", quantised), ("vae_decoder", staged), ("text_encoder", staged)):
+    """Streamed weights, quantised ones, and those of networks that are called once; and fp32."""
+    spec, streamed = inspect(str(sd1)), Placement("torch", "bf16", "bf16", "streamed", "sdpa", "whole")
+    quantised = Placement("torch", "int8", "bf16", "resident", "sdpa", "whole")
+    staged = Placement("torch", "bf16", "bf16", "staged", "sdpa", "whole")
+    exact = Placement("torch", "fp32", "fp32", "staged", "sdpa", "whole")
+    plain = [("vae_decoder", staged), ("text_encoder", staged)]
+    for name, way in [("unet", one) for one in (streamed, quantised, exact)] + plain:
         assert not packed.packed_layers(networks.build(spec.components[name], way, "cpu"))
     assert packed.packed_layers(networks.build(spec.denoiser, staged, "cpu"))
