@@ -207,6 +207,7 @@ def test_stored_weights_mean_the_same_in_onnx(form, shape, turned):
     )
 
 
+@pytest.mark.slow
 def test_departure_names_the_operator(shallow_models, tmp_path, monkeypatch, call_export):
     """One weight is written wrong: the export fails, says where, and leaves nothing."""
     right = exporter._arrays

@@ -43,6 +43,7 @@ def traced(monkeypatch):
     return followed
 
 
+@pytest.mark.slow
 def test_each_new_size_leaves_nothing(monkeypatch, shallow_models):
     """Objects of all kinds that are alive after 4 and after 10 sizes, when caches of a tenth of their length
     are full."""

