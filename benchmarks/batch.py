@@ -22,12 +22,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 from .record import named, record
 from .suite import PROMPTS
+
+if TYPE_CHECKING:
+    from ..runtime.batch.ledger import Item
 
 GUIDANCE = 3.0
 SCHEDULER = "euler"
@@ -60,14 +63,28 @@ def rows(pictures: int, sizes: Sequence[tuple[int, int]], steps: int) -> list[di
     ]
 
 
+class _BySeed:
+    """Where pictures go; no seed is there twice."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, item: Item, image: Any) -> tuple[Path, bytes]:
+        from ..runtime.pictures import content
+
+        return self.copied(item, Path()), content(image, ".png")
+
+    def copied(self, item: Item, file: Path) -> Path:  # noqa: ARG002
+        return self._folder / f"{item.options['seed']}.png"
+
+
 def by_batch(work: Work, folder: Path) -> float:
-    from ..runtime.batch.ledger import Item, Ledger
+    from ..runtime.batch.ledger import Ledger
     from ..runtime.batch.painting import Here
     from ..runtime.batch.requests import Reading
     from ..runtime.batch.running import Batch
     from ..runtime.machine.hardware import Hardware
     from ..runtime.open_models import OpenModels
-    from ..runtime.pictures import content
     from ..runtime.pipeline import MANY
     from ..runtime.planner.wishes import Wishes
 
@@ -84,14 +101,11 @@ def by_batch(work: Work, folder: Path) -> float:
         for n, row in enumerate(work.rows, 1)
     )
 
-    def place(item: Item, image: Any) -> tuple[Path, bytes]:
-        return folder / f"{item.options['seed']}.png", content(image, ".png")
-
     start = time.perf_counter()
     with Ledger(folder) as ledger:
         errors = ledger.ask(Reading().pictures(table))
         assert not errors, errors
-        Batch(ledger, Here(models), place).run()
+        Batch(ledger, Here(models), _BySeed(folder)).run()
         plans = {record["plan"] for record in ledger.records()}
     sys.stderr.write("\n".join(filter(None, plans)) + "\n")
     return time.perf_counter() - start
