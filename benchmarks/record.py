@@ -9,16 +9,15 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from .. import __version__
 from ..runtime.files import cache_folder
 from ..runtime.machine.hardware import Hardware
+from ..runtime.versions import installed
 
 PACKAGES = (
     "torch",
@@ -34,13 +33,6 @@ PACKAGES = (
 )
 
 
-def _there() -> Iterator[str]:
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            version(package)
-            yield package
-
-
 def envelope(command: str, hardware: Hardware | None = None) -> dict[str, Any]:
     """What is needed to repeat a measurement: date, command, machine and versions."""
     import torch
@@ -48,7 +40,7 @@ def envelope(command: str, hardware: Hardware | None = None) -> dict[str, Any]:
     machine = hardware or Hardware.detect()
     facts = {"device": machine.device, "name": machine.name, "bytes": machine.total_bytes}
     versions = {"python": sys.version.split()[0], "tightfit": own_version()} | {
-        name: version(name) for name in _there()
+        name: known for name in PACKAGES if (known := installed(name))
     }
     return {
         "date": date.today().isoformat(),

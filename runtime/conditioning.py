@@ -93,8 +93,24 @@ def _parts(arrays: Mapping[str, np.ndarray]) -> dict[str, Sequence[Mapping[str, 
 def encoded(job: Job, chunks: Mapping[str, Chunks], encode: Encode) -> dict[tuple[Line, str], Answers]:
     """What one text encoder answers for the texts of each branch, each as long as the branch's longest.
 
-    One chunk at a time, as diffusers encodes texts one by one, for the same last bits.
+    One chunk at a time, as diffusers encodes texts one by one, for the same last bits. `encode` is asked for
+    the same chunk again: see `remembering`.
     """
+    result: dict[tuple[Line, str], Answers] = {}
+    for line in job.prompting.lines:
+        count = job.prompting.counts(line)
+        texts = list(dict.fromkeys(line.texts))
+        read = [_filled(chunks[text], count, chunks) for text in texts]
+        states = np.stack([np.stack([encode(ids)[0][0] for ids in one.ids]) for one in read])
+        shares = np.array([line.texts.count(text) for text in texts])
+        weighed = emphasised(states, np.stack([one.weights for one in read]), shares, job.emphasis)
+        for text, one, rows in zip(texts, read, weighed, strict=True):
+            result[line, text] = (np.concatenate(rows)[None], *encode(one.ids[0])[1:])
+    return result
+
+
+def remembering(encode: Encode) -> Encode:
+    """The same, which encodes each chunk once."""
     known: dict[bytes, Answers] = {}
 
     def answers(ids: np.ndarray) -> Answers:
@@ -102,17 +118,7 @@ def encoded(job: Job, chunks: Mapping[str, Chunks], encode: Encode) -> dict[tupl
             known[key] = encode(ids)
         return known[key]
 
-    result: dict[tuple[Line, str], Answers] = {}
-    for line in job.prompting.lines:
-        count = job.prompting.counts(line)
-        texts = list(dict.fromkeys(line.texts))
-        read = [_filled(chunks[text], count, chunks) for text in texts]
-        states = np.stack([np.stack([answers(ids)[0][0] for ids in one.ids]) for one in read])
-        shares = np.array([line.texts.count(text) for text in texts])
-        weighed = emphasised(states, np.stack([one.weights for one in read]), shares, job.emphasis)
-        for text, one, rows in zip(texts, read, weighed, strict=True):
-            result[line, text] = (np.concatenate(rows)[None], *answers(one.ids[0])[1:])
-    return result
+    return answers
 
 
 def _filled(text: Chunks, count: int, chunks: Mapping[str, Chunks]) -> Chunks:

@@ -20,11 +20,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-
-def _version(package: str) -> str:
-    from importlib.metadata import version  # 20 ms, a tenth of --help
-
-    return version(package)
+from .versions import installed
 
 
 def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
@@ -47,7 +43,7 @@ FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
     "scipy.integrate": dict,
     "scipy.stats": dict,
     _COMPILER: lambda: dict.fromkeys(_MARKS, _as_it_is),
-    "transformers": lambda: {"__version__": _version("transformers")},
+    "transformers": lambda: {"__version__": installed("transformers")},
     "transformers.models": dict,
 }
 # Python's search for cycles takes a third of the time of imports, of which hardly anything is ever freed.

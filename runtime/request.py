@@ -450,7 +450,12 @@ def in_common(job: Job) -> tuple[Any, ...]:
     """What pictures of one run have in common, besides the model."""
     own = ("prompt", "seed", "subseed", "negative_prompt")
     fields = tuple(getattr(job, field.name) for field in dataclasses.fields(Request) if field.name not in own)
-    return (*fields, job.branches, job.prompting.chunks, len(job.prompted), job.prompting.plain)
+    return *fields, *words_in_common(job)
+
+
+def words_in_common(job: Job) -> tuple[Any, ...]:
+    """What the words of such pictures have in common: how often and at what length the U-Net is called."""
+    return job.branches, job.prompting.chunks, len(job.prompted), job.prompting.plain
 
 
 def numbers_of(request: Request, index: int) -> dict[str, int]:

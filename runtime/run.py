@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import Any, TypeVar, cast
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from . import infotext, previews, sampling
 from .backends.protocol import Session
-from .conditioning import Conditioning, Together, encoded
+from .conditioning import Conditioning, Together, encoded, remembering
 from .conditions import Painted, Steering, Steerings
 from .errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from .events import Event, Measured, Pass, Result
@@ -173,13 +174,7 @@ class Run:
         jobs = {job.words: job for job in pictures}
         answers: dict[Any, list[Any]] = {words: [] for words in jobs}
         for name in self.job.prompting.read:
-            known: dict[bytes, tuple[np.ndarray, ...]] = {}
-
-            def encode(ids: np.ndarray, name: str = name, known: Any = known) -> tuple[np.ndarray, ...]:
-                if (key := ids.tobytes()) not in known:
-                    known[key] = self._encoded(name, ids)
-                return known[key]
-
+            encode = remembering(partial(self._encoded, name))
             for words, job in jobs.items():
                 answers[words].append(encoded(job, job.prompting.read[name], encode))
             if self.plan.placements[name].residency != "resident":

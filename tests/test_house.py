@@ -33,6 +33,7 @@ LEAVES = (
     "rules",
     "spelling",
     "units",
+    "versions",
 )
 # From the ground up; imports point down only, within a floor they go in no circle.
 FLOORS = (

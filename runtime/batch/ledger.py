@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..database import explained, opened
+from ..database import UnkeptError, explained, opened
+from ..files import replacing
 from ..jobs import State
 from .requests import Picture, options_of
 from .table import RowError
@@ -215,15 +216,15 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------ what became of it
 
-    def write(self, item: Item, file: Path, content: bytes, write: Any) -> None:
-        """Keep the picture `content` as `file`: what will be there is said first, then `write` makes it,
-        whole or not at all."""
+    def write(self, item: Item, file: Path, content: bytes) -> None:
+        """Keep the picture `content` as `file`: what will be there is said first, then it is written, whole
+        or not at all. Raises NotADirectoryError where that is why it cannot be."""
         where, sha256 = file.relative_to(self.folder).as_posix(), hashlib.sha256(content).hexdigest()
         ((before, digest),) = self._all("select file, sha256 from pictures where number = ?", item.number)
         # Else it was interrupted after it was written.
         if not (before and digest == sha256 == _sha256(self.folder / before)):
             self._change(item.number, file=where, sha256=sha256)
-            write(file, content)
+            written(file, content)
         self._change(item.number, state=_DONE, ended=time.time(), error=None)
 
     def measured(self, items: Sequence[Item], measures: Measures) -> None:
@@ -310,6 +311,18 @@ class Ledger:
 def _item(number: int, row: int, group: int, common: str, own: str, name: str) -> Item:
     model, wishes, options = options_of(common)
     return Item(number, row, group, model, wishes, {**options, **json.loads(own)}, name)
+
+
+def written(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all. Raises UnkeptError, and NotADirectoryError where that is why."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(file) as partial_file:
+            partial_file.write_bytes(content)
+    except (FileExistsError, NotADirectoryError):  # any other picture has room
+        raise NotADirectoryError(f"{file} is behind a file that is no folder") from None
+    except OSError as error:
+        raise UnkeptError(f"{file} cannot be written ({error.strerror}): make room, then go on") from None
 
 
 def _sha256(file: Path) -> str:

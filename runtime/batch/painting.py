@@ -15,7 +15,7 @@ from ..errors import TightfitError, first_line
 from ..events import Event, Result
 from ..open_models import OpenModels
 from ..pipeline import Pipeline
-from ..request import Job, in_common, together
+from ..request import Job, together, words_in_common
 from .ledger import Item, Measures
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _may_join(job: Job) -> bool:
 def _likeness(pair: tuple[Item, Job]) -> str:
     """The same for those of one run."""
     item, job = pair
-    return f"{in_common(job)[-4:]} {id(job.spec)}" if _may_join(job) else f"alone {item.number}"
+    return f"{words_in_common(job)} {id(job.spec)}" if _may_join(job) else f"alone {item.number}"
 
 
 def _measures(result: Result, count: int) -> Measures:

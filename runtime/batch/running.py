@@ -8,9 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from ..database import UnkeptError
 from ..errors import TightfitError
-from ..files import replacing
 from .ledger import Item, Ledger
 from .painting import Failed, Made, News, Painter, Predicted, Took
 from .table import RowError
@@ -120,13 +118,11 @@ class Batch:
             self.ledger.give_back(items)
 
     def _keep(self, news: News) -> None:
-        if isinstance(news, Made):
-            try:
-                self._write(news.item, *self.place(news.item, news.image))
-            except NotADirectoryError as error:
-                self._keep(Failed(news.item, f"{error}: name it otherwise"))
-                return
-        elif isinstance(news, Took):
+        if isinstance(news, Made) and (
+            error := self._unwritten(news.item, *self.place(news.item, news.image))
+        ):
+            news = Failed(news.item, error)
+        if isinstance(news, Took):
             self.ledger.measured(news.items, news.measures)
         elif isinstance(news, Failed):
             again = self.ledger.failed(news.item, news.error, self.retries)
@@ -135,29 +131,20 @@ class Batch:
                 raise FailedError(f"row {news.item.row}: {news.error}")
         self.tell(news)
 
-    def _write(self, item: Item, file: Path, content: bytes) -> None:
-        self.ledger.write(item, file, content, written)
+    def _unwritten(self, item: Item, file: Path, content: bytes) -> str | None:
+        """Write a picture, or say why it alone cannot be."""
+        try:
+            self.ledger.write(item, file, content)
+        except NotADirectoryError as error:
+            return f"{error}: name it otherwise"
         self.painted += 1
+        return None
 
     def _twins(self) -> None:
         """Pictures that are the same as others are copied."""
         for item, file in [*self.ledger.twins()]:
-            if file is None:
-                self.ledger.failed(item, "it is the same as one that failed", retries=-1)
-                continue
-            try:
-                self._write(item, self.place.copied(item, file), file.read_bytes())
-            except NotADirectoryError as error:
-                self.ledger.failed(item, f"{error}: name it otherwise", retries=-1)
-
-
-def written(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all. Raises UnkeptError, and NotADirectoryError where that is why."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(file) as partial_file:
-            partial_file.write_bytes(content)
-    except (FileExistsError, NotADirectoryError):  # any other picture has room
-        raise NotADirectoryError(f"{file} is behind a file that is no folder") from None
-    except OSError as error:
-        raise UnkeptError(f"{file} cannot be written ({error.strerror}): make room, then go on") from None
+            error = "it is the same as one that failed"
+            if file is not None:
+                error = self._unwritten(item, self.place.copied(item, file), file.read_bytes())
+            if error:
+                self.ledger.failed(item, error, retries=-1)

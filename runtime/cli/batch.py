@@ -24,9 +24,9 @@ from .options import (
     Asking,
     Device,
     ModelsDirs,
+    row_of,
     taking,
     wishes,
-    with_paths,
 )
 from .saving import FORMATS, Writing
 
@@ -121,9 +121,4 @@ def batch(
     wishes(wished)  # raises here for what no plan knows
     from .batching import run_batch
 
-    models_dirs = options.models_dirs or []
-    given = {name: texts for name, texts in adapting.items() if texts}
-    plain = {name: value for name, value in wished.items() if name not in ("budget", "images_per_call")}
-    model = {} if options.model is None else {"model": options.model}
-    defaults = {**with_paths(asked, models_dirs), **asking, **given, **plain, **model}
-    run_batch(options, defaults, wished.get("budget"))
+    run_batch(options, row_of(adapting, {**asked, **asking}, wished, options), wished.get("budget"))

@@ -21,9 +21,9 @@ from .options import (
     Asking,
     Device,
     ModelsDirs,
+    row_of,
     taking,
     wishes,
-    with_paths,
 )
 from .output import say, write
 
@@ -88,12 +88,8 @@ def grid(
     from .batching import paint
 
     whole = Grid.read(options.x, options.y, options.z)
-    models_dirs = options.models_dirs or []
-    given = {name: texts for name, texts in adapting.items() if texts}
-    plain = {name: value for name, value in wished.items() if name != "budget"}
-    model = {} if options.model is None else {"model": options.model}
-    others = {name: value for name, value in with_paths(asked, models_dirs).items() if name != "num_images"}
-    row = {"seed": 0, **others, **asking, **given, **plain, **model, "prompt": options.prompt}
+    row = {"seed": 0, **row_of(adapting, {**asked, **asking}, wished, options), "prompt": options.prompt}
+    row.pop("num_images", None)
     batch = BatchOptions(
         table=Path("-"),
         output=options.output,
@@ -102,7 +98,7 @@ def grid(
         price=options.price,
         as_json=options.as_json,
     ).checked()
-    reading = Reading(models_dirs=models_dirs)
+    reading = Reading(models_dirs=options.models_dirs or ())
     shown = lambda ledger: show(whole, options, ledger)  # noqa: E731
     paint(batch, reading, whole.rows(row), wished.get("budget"), shown)
 

@@ -157,6 +157,17 @@ def with_paths(asked: Mapping[str, Any], models_dirs: Sequence[Path]) -> dict[st
     }
 
 
+def row_of(
+    adapting: Mapping[str, Any], asked: Mapping[str, Any], wished: Mapping[str, Any], own: Any
+) -> dict[str, Any]:
+    """What was typed as a row of a table: adapters, what is asked, ways to run, and the model and models_dirs
+    of a command's `own` options. What one plan has for all rows is left out."""
+    given = {name: texts for name, texts in adapting.items() if texts}
+    ways = {name: value for name, value in wished.items() if name not in ("budget", "images_per_call")}
+    model = {} if own.model is None else {"model": own.model}
+    return {**with_paths(asked, own.models_dirs or ()), **given, **ways, **model}
+
+
 def wishes(typed: Mapping[str, Any], precision: str | None = None) -> dict[str, Any]:
     """Fields of Wishes. `precision` is for where none was typed.
 

@@ -17,6 +17,7 @@ from typing import Any
 from ..errors import TightfitError
 from ..files import JSON_BYTES, cache_folder, read_bytes, replacing
 from ..models.spec import Component
+from ..versions import installed
 from .footprint import Arrival, Footprint, Operation, Trace
 
 _PACKAGE = Path(__file__).parent.parent.parent
@@ -196,17 +197,8 @@ def _versions() -> tuple[Any, ...]:
         for room in _SOURCES
         for file in sorted((_PACKAGE / room).rglob("*.py"))
     ]
-    libraries = [_version(name) for name in ("torch", "diffusers", "transformers")]
+    libraries = [installed(name) for name in ("torch", "diffusers", "transformers")]
     return (*libraries, platform.python_version(), platform.machine(), str(_PACKAGE), stamps)
-
-
-def _version(package: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version  # 20 ms, a tenth of --help
-
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
 
 
 KNOWN = Known()  # those of this process

@@ -11,7 +11,6 @@ import json
 import platform
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -31,6 +30,7 @@ from ..planner.choose import budget_of
 from ..planner.plan import Plan
 from ..request import Request as Wish
 from ..service import Service, Ticket
+from ..versions import installed
 from .asked import JOB, PLAN, asked, body_of
 from .failures import RefusedError
 from .served import Doored, Served, attended, client_of, encoded, moments
@@ -353,13 +353,9 @@ def _free(hardware: Hardware) -> int:
 
 
 def _versions() -> dict[str, str]:
-    known = {"python": platform.python_version()}
-    for name in ("torch", "diffusers", "transformers", "onnxruntime"):
-        try:
-            known[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return known
+    libraries = ("torch", "diffusers", "transformers", "onnxruntime")
+    known = {name: installed(name) for name in libraries}
+    return {"python": platform.python_version(), **{name: one for name, one in known.items() if one}}
 
 
 # ------------------------------------------------------------------------------------------ health

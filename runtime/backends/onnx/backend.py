@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx
@@ -162,8 +162,11 @@ class OnnxBackend:
         # For components placed on the CPU beside a GPU: the host has a meter of its own, without a limit.
         self._host = self.meter if device == "cpu" else ProcessMeter()
 
-    @staticmethod
+    rules: ClassVar = _REFUSALS
+
+    @classmethod
     def refuses(
+        cls,
         spec: ModelSpec,
         component: Component,
         placement: Placement,
@@ -172,7 +175,7 @@ class OnnxBackend:
     ) -> str | None:
         """Why the component cannot run with this placement on that hardware at that size, or None if it
         can."""
-        return first_broken(_REFUSALS, Case(spec, component, placement, hardware, extent))
+        return first_broken(cls.rules, Case(spec, component, placement, hardware, extent))
 
     @staticmethod
     def check(spec: ModelSpec, component: Component) -> None:

@@ -4,7 +4,7 @@ GPU."""
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import openvino
@@ -17,7 +17,7 @@ from ...models.families.family import Extent, GraphNames, Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from ...placement import STORED, Placement
-from ...rules import Rule, first_broken
+from ...rules import Rule
 from ..onnx.backend import AS_MADE, FIRST, FOLLOWED, Case, OnnxBackend, errors_explained
 from ..onnx.call import Inputs, answers, feeds_of, input_shapes
 from ..onnx.meters import ProcessMeter
@@ -73,21 +73,11 @@ _REFUSALS: tuple[Rule[Case], ...] = (
 
 
 class OpenVinoBackend(OnnxBackend):
+    rules: ClassVar = _REFUSALS
+
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self._device = DEVICES[device]
-
-    @staticmethod
-    def refuses(
-        spec: ModelSpec,
-        component: Component,
-        placement: Placement,
-        hardware: Hardware,
-        extent: Extent,
-    ) -> str | None:
-        """Why the component cannot run with this placement on that hardware at that size, or None if it
-        can."""
-        return first_broken(_REFUSALS, Case(spec, component, placement, hardware, extent))
 
     @staticmethod
     def footprint(

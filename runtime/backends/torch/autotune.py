@@ -15,7 +15,6 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from ...errors import TightfitError, out_of_memory
 from ...files import cache_folder, parsed, read_bytes, replacing
+from ...versions import installed
 
 _TURNS = 3  # the fastest counts; an untimed call before them compiles
 # A turn on a GPU is many calls back to back, so that one launch and one wait, some 20 µs, are 1 % of it.
@@ -83,14 +83,7 @@ def _place(device: torch.device) -> str:
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
         name = f"{torch.cuda.get_device_name(device)}, {major}.{minor}"
-    return f"{name} · torch {torch.__version__} · triton {_version('triton')}"
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "none"
+    return f"{name} · torch {torch.__version__} · triton {installed('triton') or 'none'}"
 
 
 def _read() -> dict[str, str]:

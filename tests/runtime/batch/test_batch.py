@@ -16,7 +16,7 @@ import tightfit
 from PIL import Image
 from tightfit.__main__ import app
 from tightfit.runtime import infotext
-from tightfit.runtime.batch import painting, running
+from tightfit.runtime.batch import ledger, painting, running
 from tightfit.runtime.batch.ledger import FILE
 from typer.testing import CliRunner
 
@@ -146,16 +146,16 @@ def test_a_poisoned_row_fails_alone(table, monkeypatch):
 
 @pytest.mark.parametrize("ends", ["disk", "interrupt"])
 def test_the_same_command_goes_on(table, monkeypatch, ends):
-    write, count = running.written, 0
+    write, count = ledger.written, 0
 
     def failing(file, content):
         nonlocal count
         count += 1
         if count == 3:
-            raise KeyboardInterrupt if ends == "interrupt" else running.UnkeptError("no space left")
+            raise KeyboardInterrupt if ends == "interrupt" else ledger.UnkeptError("no space left")
         write(file, content)
 
-    monkeypatch.setattr(running, "written", failing)
+    monkeypatch.setattr(ledger, "written", failing)
     with pytest.raises(BaseException, match="no space left" if ends == "disk" else "."):
         batch(table)
     monkeypatch.undo()
