@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ FAMILIES = ("sd1", "sd2", "sdxl")
 LONGEST = (
     "test_fuzz.py",
     "test_onnx_model.py",
-    "test_backend.py",
     "test_app.py",
     "test_bench.py",
     "test_single_file.py",
@@ -28,6 +28,11 @@ LONGEST = (
 
 def pytest_configure(config):
     config.option.loadscopereorder = False  # xdist's own order begins with the files of most tests
+
+
+def pytest_collection_finish():
+    """What the libraries hold stays to the end. To look through it takes 0.25 s each time garbage is collected."""
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(items):
@@ -141,7 +146,27 @@ def shallow_control(shallow_models, made_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def onnx_models(shallow_models, shallow_control, made_once):
+def traced_once() -> Iterator[None]:
+    """A process traces networks of one config once, which takes 98 % of an export to ONNX."""
+    from tightfit.export import onnx_networks
+
+    trace, traced = onnx_networks.trace, {}
+
+    def once(subject, dtype):
+        parts = subject.component.config, subject.inputs, subject.outputs, subject.size, type(subject.module)
+        key = repr((subject.name, dtype, parts))
+        if key not in traced:
+            traced[key] = trace(subject, dtype)
+        model, program = traced[key]
+        return model.clone(), program
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_networks, "trace", once)
+        yield
+
+
+@pytest.fixture(scope="session")
+def onnx_models(shallow_models, shallow_control, made_once, traced_once):
     """Called with a family and a precision: the shallow model exported to ONNX, once, SD 1.x in int4 with a
     ControlNet; tests must not change it."""
     from tightfit.__main__ import app

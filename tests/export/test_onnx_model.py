@@ -207,7 +207,6 @@ def test_stored_weights_mean_the_same_in_onnx(form, shape, turned):
     )
 
 
-@pytest.mark.slow
 def test_departure_names_the_operator(shallow_models, tmp_path, monkeypatch, call_export):
     """One weight is written wrong: the export fails, says where, and leaves nothing."""
     right = exporter._arrays
@@ -227,7 +226,7 @@ def test_departure_names_the_operator(shallow_models, tmp_path, monkeypatch, cal
 
 
 @pytest.fixture
-def call_export():
+def call_export(traced_once):
     def call(model, precision, out, **options):
         tightfit.export_model(model, out, precision, to="onnx", **options)
 
