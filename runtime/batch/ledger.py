@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from sqlite3 import Connection
 from typing import Any
 
 from ..database import UnkeptError, explained, opened
@@ -71,28 +72,43 @@ class Ledger:
     """
 
     def __init__(self, folder: Path, keep: bool = True) -> None:
-        """Without `keep` nothing is made that is not there."""
-        self.folder = folder
+        """Without `keep` nothing is made or changed: a copy of what is known goes on, in a temporary file."""
+        self.folder, self._keeps = folder, keep
+        file = folder / FILE
+        places = (file, folder, *folder.parents)
+        self._made = [place for place in places if not place.exists()] if keep else []
         with self._explained():
             if keep:
                 folder.mkdir(parents=True, exist_ok=True)
-            file = folder / FILE
-            self._file = opened(file if keep or file.exists() else None, _SCHEMA)
+            self._file = opened(file if keep else None, _SCHEMA)
+            if not keep and file.exists():
+                _copy(file, self._file)
         self._run = 0
 
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What was made for a table that is refused goes."""
+        is_begun = kind is None or not self._made or self._is_begun()
         self._file.close()
+        for place in () if is_begun else self._made:
+            with suppress(OSError):
+                place.rmdir() if place.is_dir() else place.unlink()
+
+    def _is_begun(self) -> bool:
+        """Whether a picture was painted, or tried."""
+        try:
+            begun = "select 1 from pictures where state != ? or tries > 0 limit 1"
+            return bool(self._all(begun, _WAITING))
+        except UnkeptError:
+            return True
 
     # ------------------------------------------------------------------------------------ what is asked
 
-    def ask(
-        self, pictures: Iterable[Picture | RowError], keep: bool = True, most_errors: int = 20
-    ) -> list[RowError]:
+    def ask(self, pictures: Iterable[Picture | RowError], most_errors: int = 20) -> list[RowError]:
         """Take in what a table asks; or nothing where rows are wrong, and answer what is wrong with the first
-        of these. What is known already keeps its outcome. Without `keep` the file stays as it was."""
+        of these. What is known already keeps its outcome."""
         errors: list[RowError] = []
         with self._explained():
             self._file.execute("begin")
@@ -109,7 +125,7 @@ class Ledger:
                 self._run = run
                 if errors:
                     self._file.rollback()
-                elif keep:
+                else:
                     self._file.commit()
             except BaseException:
                 self._file.rollback()
@@ -164,7 +180,7 @@ class Ledger:
                 self._change(number, state=_FAILED, error=said)
             else:
                 self._change(number, state=_WAITING)
-        if running:
+        if running and self._keeps:
             for partial in self.folder.rglob(".tightfit-*.partial"):
                 with suppress(OSError):
                     partial.unlink()
@@ -269,6 +285,37 @@ class Ledger:
             most,
         )
 
+    def sums(self, since: float) -> dict[str, Any]:
+        """Of the pictures of this run's table that were painted since then: their seconds, actual and
+        predicted, and the highest peak."""
+        names = "seconds", "predicted_seconds", "peak_bytes"
+        (sums,) = self._all(
+            "select total(seconds), total(predicted_seconds), coalesce(max(peak_bytes), 0) from pictures "
+            "where run = ? and state = ? and ended >= ? and seconds is not null",
+            self._run,
+            _DONE,
+            since,
+        )
+        return dict(zip(names, sums, strict=True))
+
+    def slowest(self, since: float, most: int) -> list[dict[str, Any]]:
+        """Of the same the slowest."""
+        names = "row", "file", "seconds", "predicted_seconds", "plan"
+        rows = self._all(
+            f"select {', '.join(names)} from pictures where run = ? and state = ? and ended >= ? "
+            "and seconds is not null order by seconds desc, number limit ?",
+            self._run,
+            _DONE,
+            since,
+            most,
+        )
+        return [dict(zip(names, row, strict=True)) for row in rows]
+
+    def rows(self, group: int, most: int) -> list[int]:
+        """Rows of this run's table that ask for pictures of a group."""
+        asking = "select distinct row from pictures where run = ? and grp = ? order by row limit ?"
+        return [row for (row,) in self._all(asking, self._run, group, most)]
+
     def records(self, since: float = 0.0) -> Iterator[dict[str, Any]]:
         """All that is known of each picture of this run's table, of those that ended since then."""
         names = (
@@ -306,6 +353,12 @@ class Ledger:
     def _explained(self) -> AbstractContextManager[None]:
         another = "another tightfit batch paints into it: wait for that, or name another folder"
         return explained(f"{self.folder} cannot keep a ledger", another)
+
+
+def _copy(file: Path, database: Connection) -> None:
+    """All that a ledger knows, into another."""
+    with closing(opened(file, "")) as source:
+        source.backup(database)
 
 
 def _item(number: int, row: int, group: int, common: str, own: str, name: str) -> Item:

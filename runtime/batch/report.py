@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,22 +16,24 @@ from .running import Group
 _SLOWEST = 3
 
 
-def hourly(price: str) -> float:
-    """Dollars an hour, of "0.35/h" or "0.35". Raises TightfitError."""
+def hourly(price: str, option: str = "--price") -> float:
+    """Dollars an hour, of "0.35/h" or "0.35", typed for `option`. Raises TightfitError."""
     matched = re.fullmatch(r"\s*\$?(\d{1,6}(?:\.\d{1,6})?)\s*(?:/\s*h(?:our)?)?\s*", price)
     if not matched:
-        raise TightfitError(f"--price must be dollars an hour, such as 0.35/h, not {shortened(price)}")
+        raise TightfitError(f"{option} must be dollars an hour, such as 0.35/h, not {shortened(price)}")
     return float(matched[1])
 
 
 @dataclass(frozen=True)
 class Report:
-    """One run. seconds: from its first picture to its end. price: dollars an hour, or None."""
+    """One run. seconds: from its first picture to its end. sums: what its pictures took together. price:
+    dollars an hour, or None."""
 
     counts: dict[str, int]
     painted: int
     seconds: float
-    records: Sequence[dict[str, Any]]
+    sums: Mapping[str, Any]
+    slowest: Sequence[dict[str, Any]]
     failures: Sequence[tuple[int, str]]
     price: float | None
 
@@ -45,17 +47,9 @@ class Report:
         """Of this run, in dollars."""
         return None if self.price is None else self.price * self.seconds / 3600
 
-    @property
-    def measured(self) -> list[dict[str, Any]]:
-        return [record for record in self.records if record["seconds"] is not None]
-
     def to_json(self) -> dict[str, Any]:
-        actual, predicted = (
-            sum(record[name] for record in self.measured) for name in ("seconds", "predicted_seconds")
-        )
         cost = self.cost
         each = cost / self.painted if cost is not None and self.painted else None
-        slowest = sorted(self.measured, key=lambda record: -record["seconds"])[:_SLOWEST]
         return {
             "pictures": sum(self.counts.values()),
             **{state.value: self.counts.get(state.value, 0) for state in (State.DONE, State.FAILED)},
@@ -65,13 +59,10 @@ class Report:
             "pictures_per_hour": self.hourly,
             "cost": cost,
             "cost_per_picture": each,
-            "painting_seconds": actual,
-            "predicted_seconds": predicted,
-            "peak_bytes": max((record["peak_bytes"] for record in self.measured), default=0),
-            "slowest": [
-                {name: record[name] for name in ("row", "file", "seconds", "predicted_seconds", "plan")}
-                for record in slowest
-            ],
+            "painting_seconds": self.sums["seconds"],
+            "predicted_seconds": self.sums["predicted_seconds"],
+            "peak_bytes": self.sums["peak_bytes"],
+            "slowest": [*self.slowest],
             "failures": [{"row": row, "error": error} for row, error in self.failures],
         }
 
@@ -98,8 +89,13 @@ class Report:
 
 def reported(ledger: Ledger, painted: int, since: float, seconds: float, price: float | None) -> Report:
     """Of a run that began at `since`, seconds since 1970."""
-    ended = [record for record in ledger.records(since) if record["state"] == State.DONE.value]
-    return Report(ledger.counts(), painted, seconds, ended, ledger.failures(), price)
+    sums, slowest = ledger.sums(since), ledger.slowest(since, _SLOWEST)
+    return Report(ledger.counts(), painted, seconds, sums, slowest, ledger.failures(), price)
+
+
+def records(ledger: Ledger) -> Iterator[dict[str, Any]]:
+    """Each picture of the table, one after another: what became of it, and what was asked."""
+    return ({**record, "seed": record["request"].get("seed")} for record in ledger.records())
 
 
 def foreseen(groups: Sequence[Group], others: int, price: float | None) -> dict[str, Any]:

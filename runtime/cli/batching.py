@@ -15,7 +15,7 @@ from .. import infotext, interrupts, lean, pictures
 from ..adapters import ADAPTERS
 from ..batch.ledger import Item, Ledger
 from ..batch.painting import Failed, Here, Made, News, Stepped
-from ..batch.report import foreseen, hourly, reported
+from ..batch.report import foreseen, hourly, records, reported
 from ..batch.requests import Reading
 from ..batch.running import Batch, Group, planned
 from ..batch.table import Row, RowError, rows
@@ -60,9 +60,8 @@ def paint(
     models = OpenModels(machine, None, wished)
     painter = Here(models, reading.models_dirs)
     with Ledger(options.output, keep=not options.dry_run) as ledger, closing(models):
-        refuse(ledger.ask(_named(reading.pictures(table)), keep=not options.dry_run))
-        if not options.dry_run:
-            ledger.resume(options.retries)
+        refuse(ledger.ask(_named(reading.pictures(table))))
+        ledger.resume(options.retries)
         groups, others, errors = planned(ledger, painter)
         refuse(errors)
         if options.dry_run:
@@ -155,7 +154,7 @@ def watched(
     finally:
         report = reported(work.ledger, work.painted, since, time.perf_counter() - start, price)
         if as_json:
-            say_json(report.to_json())
+            say_json(report.to_json(), records=records(work.ledger))
         else:
             for line in report.lines():
                 say(line, err=failed)

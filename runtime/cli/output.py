@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,22 @@ def say(text: object, err: bool = False) -> None:
     typer.echo(printable(text), err=err)
 
 
-def say_json(value: Any) -> None:
-    """Print one JSON object. Whatever is not ASCII is escaped, control characters among it."""
-    typer.echo(json.dumps(value).replace("\x7f", "\\u007f"))
+def say_json(value: Any, **lists: Iterable[Any]) -> None:
+    """Print one JSON object, with `lists` that are written as they come, which may be long. Whatever is not
+    ASCII is escaped, control characters among it."""
+    whole = _json(value)
+    typer.echo(whole[:-1] if lists else whole, nl=not lists)
+    for name, items in lists.items():
+        typer.echo(f', "{name}": [', nl=False)
+        for index, item in enumerate(items):
+            typer.echo(f"{',' if index else ''}\n {_json(item)}", nl=False)
+        typer.echo("]", nl=False)
+    if lists:
+        typer.echo("}")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value).replace("\x7f", "\\u007f")
 
 
 def show_table(

@@ -18,6 +18,7 @@ from tightfit.__main__ import app
 from tightfit.runtime import infotext
 from tightfit.runtime.batch import ledger, painting, running
 from tightfit.runtime.batch.ledger import FILE
+from tightfit.runtime.errors import TightfitError
 from typer.testing import CliRunner
 
 ONE_WAY = [
@@ -71,6 +72,13 @@ def test_each_picture_is_as_it_is_alone_and_once(table):
     report = batch(table)
     assert (report["pictures"], report["done"], report["painted"]) == (PICTURES,) * 3
     agrees(table)
+    records = report["records"]
+    assert {one["file"]: one["sha256"] for one in records} == files(table)
+    assert sorted(one["seed"] for one in records) == [1, 2, 2, 3, 7, 7, 7, 9, 10]
+    took = [one for one in records if one["seconds"] is not None]
+    assert report["painting_seconds"] == pytest.approx(sum(one["seconds"] for one in took))
+    assert report["peak_bytes"] == max(one["peak_bytes"] for one in took)
+    assert report["slowest"][0]["seconds"] == max(one["seconds"] for one in took)
     assert {"cats/cat-1.png", "cats/cat-2.png"} <= files(table).keys()
     with closing(sqlite3.connect(table.parent / "d" / FILE)) as ledger:
         plans = [plan for (plan,) in ledger.execute("select plan from pictures where plan is not null")]
@@ -94,6 +102,13 @@ def test_a_changed_table_and_a_lost_file(table):
     before = files(table)
     lost = next(iter(before))
     (table.parent / "d" / lost).unlink()
+    known = (table.parent / "d" / FILE).read_bytes()
+    assert batch(table, "--dry-run")["pictures"] == 1
+    assert (table.parent / "d" / FILE).read_bytes() == known
+    table.write_text('{"prompt": "a", "seed": "x"}')
+    with pytest.raises(TightfitError, match="row 1: seed"):
+        batch(table)
+    assert files(table).items() == before.items() - {(lost, before[lost])}
     table.write_text("\n".join(map(json.dumps, [{"prompt": "new", "seed": 1}, *ROWS[:3]])))
     report = batch(table)
     assert (report["pictures"], report["painted"]) == (PICTURES - 2, 2)
@@ -131,6 +146,7 @@ def test_a_poisoned_row_fails_alone(table, monkeypatch):
     monkeypatch.setattr(painting.Here, "_run", poisoned)
     report = batch(table, "--retries", "1", code=1)
     assert report["done"] == PICTURES - 2
+    assert sum(one["error"] == "poison" for one in report["records"]) == 1
     assert [(one["row"], one["error"]) for one in report["failures"]] == [
         (1, "poison"), (5, "it is the same as one that failed"),
     ]  # fmt: skip
@@ -177,7 +193,7 @@ def test_what_runs_nowhere_is_said_before_any_work(table):
     said = f"{result.stderr}{result.exception}"
     assert "row 1: width 60 is not a multiple of 8" in said
     assert "row 3: " in said
-    assert not files(table)
+    assert not (table.parent / "d").exists()
 
 
 def test_a_dry_run_says_what_would_run_and_makes_nothing(table):
