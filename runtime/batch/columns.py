@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from types import MappingProxyType
 from typing import Any, get_origin
 
 from .. import spelling
@@ -133,12 +134,32 @@ def choices(name: str, value: Any) -> range | list[Any]:
     return [one for each in value for one in choices(name, each)]
 
 
-def renamed(row: Mapping[Any, Any]) -> dict[str, Any]:
+class Named(dict[str, Any]):
+    """A row by its columns' own names. typed: what was typed for those that have another."""
+
+    typed: Mapping[str, str] = MappingProxyType({})
+
+
+def renamed(row: Mapping[Any, Any]) -> Named:
     """A row by its columns' own names, without what is left out. Raises TightfitError."""
-    given: dict[str, Any] = {}
+    given = Named()
     for name, value in row.items():
         if (known := column(str(name))) in given:
             raise TightfitError(f"{known} is given twice, also as {shortened(name)}: leave one out")
         if value is not None:
             given[known] = value
+    given.typed = typed({column(str(name)): str(name) for name in row})
     return given
+
+
+def typed(names: Mapping[str, str]) -> dict[str, str]:
+    """Of what was typed for columns, what differs from their own names."""
+    return {known: name.strip() for known, name in names.items() if name.strip() != known}
+
+
+def as_typed(error: TightfitError, names: Mapping[str, str]) -> str:
+    """What is wrong, in the words of the table's own columns."""
+    said = str(error)
+    for known, name in names.items():
+        said = re.sub(rf"(?<!\w){re.escape(known)}(?!\w)", lambda _, name=name: name, said)
+    return said

@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -21,7 +22,7 @@ from ..pictures import FORMATS
 from ..planner.wishes import Wishes
 from ..request import RANDOM_SEED
 from ..wildcards import variants
-from .columns import MODEL, NAME, choices
+from .columns import MODEL, NAME, as_typed, choices
 from .table import Row, RowError
 
 MOST_OF_A_ROW = 10_000_000
@@ -72,7 +73,7 @@ class Reading:
             try:
                 yield from self._of_row(number, row)
             except TightfitError as error:
-                yield RowError(number, error)
+                yield RowError(number, as_typed(error, getattr(row, "typed", {})))
 
     def _of_row(self, number: int, row: Mapping[str, Any]) -> Iterator[Picture]:
         values = {name: choices(name, value) for name, value in {**self.defaults, **row}.items()}
@@ -83,13 +84,13 @@ class Reading:
         if (whole := count * self.repeat * max(images, default=1)) > MOST_OF_A_ROW:
             said = shortened(whole) if whole < 10**30 else "too many"
             raise TightfitError(f"it asks for {said} pictures, and {MOST_OF_A_ROW} are the most: split it")
-        several = count * self.repeat > 1
+        differ = {name for name, each in values.items() if len(each) > 1}
         places = itertools.count(1)
         for combination in itertools.product(*values.values()):
-            yield from self._of_request(number, dict(zip(values, combination, strict=True)), several, places)
+            yield from self._of_request(number, dict(zip(values, combination, strict=True)), differ, places)
 
     def _of_request(
-        self, number: int, options: dict[str, Any], several: bool, places: Iterator[int]
+        self, number: int, options: dict[str, Any], differ: Set[str], places: Iterator[int]
     ) -> Iterator[Picture]:
         model, name = options.pop(MODEL, None) or "emoji", options.pop(NAME, None) or ""
         wishes = {wish: options.pop(wish) for wish in ASKABLE if options.get(wish) is not None}
@@ -102,7 +103,7 @@ class Reading:
             raise TightfitError(f"model must be a name, not {shortened(model)}")
         common = _digest([model, wishes, options])
         self._check(common, wishes, options, own, images * self.repeat)
-        place = place_of(name, several or images > 1)
+        place = place_of(name, differ | {"seed"} if images * self.repeat > 1 else differ)
         for index in range(images * self.repeat):
             whole, open_seed = self._alone(options, own, index)
             key, twin = self._key(common, [own["prompt"], index], whole, open_seed)
@@ -198,9 +199,10 @@ def _words(options: Mapping[str, Any], drawn: Any) -> dict[str, Any]:
     return {**texts, "prompt": texts.get("prompt", "") + loras}
 
 
-def place_of(name: Any, several: bool) -> str:
-    """What a picture is called, with {} where one of several has its number. Raises TightfitError for a place
-    outside of the folder."""
+def place_of(name: Any, differ: Set[str] = frozenset()) -> str:
+    """What a picture is called. Where its row asks for others that `differ` in columns of which no field of
+    the name tells, {} is for its number among them. Raises TightfitError for a place outside of the
+    folder."""
     if not isinstance(name, str):
         raise TightfitError(f"name must be text, not {shortened(name)}")
     if not name:
@@ -214,7 +216,27 @@ def place_of(name: Any, several: bool) -> str:
         raise TightfitError(f"name {shortened(name)} is no name of a file: {_NAME_BYTES} bytes are the most")
     stem, ending = (str(path.with_suffix("")), path.suffix) if path.suffix.lower() in FORMATS else (name, "")
     text = stem.replace("{", "{{").replace("}", "}}")
-    return text + ("-{}" if several and "[" not in name else "") + ending
+    return text + ("-{}" if differ and not _tells(name, differ) else "") + ending
+
+
+_FIELD = re.compile(r"(?<!\[)\[(\w+)")
+_TELLING = {"num_images": "seed"}  # it paints with the next seeds
+_TOLD = {
+    "steps": "num_inference_steps",
+    "cfg": "guidance_scale",
+    "sampler": "scheduler",
+    **dict.fromkeys(("prompt_spaces", "prompt_words", "prompt_hash"), "prompt"),
+    **dict.fromkeys(("model_name", "model_hash"), MODEL),
+}
+
+
+def _tells(name: str, differ: Set[str]) -> bool:
+    """Whether fields of a name tell apart pictures that differ in these columns."""
+    fields = {field.lower() for field in _FIELD.findall(name)}
+    if fields & {"number", "generation_number"}:
+        return True
+    apart = {_TELLING.get(column, column) for column in differ - {NAME}}
+    return bool(fields) and apart <= {_TOLD.get(field, field) for field in fields}
 
 
 def _digest(values: Any, before: bytes = b"") -> bytes:

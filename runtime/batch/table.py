@@ -132,7 +132,9 @@ def _csv(lines: Iterator[Line]) -> Iterator[Row]:
     head = _text(first)
     separator = _separator(head)
     read = csv.reader(map(_text, _with(first, lines)), delimiter=separator, strict=True)
-    header = _header(next(read))
+    cells = next(read)
+    header = _header(cells)
+    typed = columns.typed(dict(zip(header, cells, strict=True)))
     number = 1
     while True:
         number += 1
@@ -140,7 +142,7 @@ def _csv(lines: Iterator[Line]) -> Iterator[Row]:
             if (cells := next(read, None)) is None:
                 return
             if any(cells):
-                yield number, _cells(number, header, cells)
+                yield number, _cells(number, header, typed, cells)
         except csv.Error as error:
             cure = f"quote cells that have a {separator} or a quote"
             yield number, RowError(number, f"it is no CSV ({error}): {cure}")
@@ -177,13 +179,17 @@ def _header(cells: list[str]) -> list[str]:
     return names
 
 
-def _cells(number: int, header: list[str], cells: list[str]) -> dict[str, Any] | RowError:
+def _cells(
+    number: int, header: list[str], typed: Mapping[str, str], cells: list[str]
+) -> columns.Named | RowError:
     if len(cells) != len(header):
         return RowError(
             number, f"it has {len(cells)} cells, and the header {len(header)}: quote cells that have a comma"
         )
     try:
         pairs = ((name, columns.read(name, cell)) for name, cell in zip(header, cells, strict=True))
-        return {name: value for name, value in pairs if value is not None}
+        row = columns.Named({name: value for name, value in pairs if value is not None})
     except TightfitError as error:
-        return RowError(number, error)
+        return RowError(number, columns.as_typed(error, typed))
+    row.typed = typed
+    return row

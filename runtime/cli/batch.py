@@ -89,7 +89,7 @@ class Options:
             raise TightfitError(f"--output {self.output} is no folder: name one")
         from ..batch.requests import place_of
 
-        place_of(self.name, False)
+        place_of(self.name)
         Template(Path(self.name))
         Writing(self.format, self.quality, self.metadata or METADATA[0]).checked()
         return self

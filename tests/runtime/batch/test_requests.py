@@ -67,6 +67,24 @@ def test_lists_and_spans_multiply(read):
     assert [whole(one)["seed"] for one in tens] == [5, 6, 7, 8] * 3
 
 
+NAMES = [
+    ({"seed": "1..2", "name": "a"}, ["a-1", "a-2"]),
+    ({"seed": "1..2", "name": "[seed]"}, ["[seed]"] * 2),
+    ({"width": [64, 96], "name": "[seed].png"}, ["[seed]-1.png", "[seed]-2.png"]),
+    ({"seed": 1, "num_images": 2, "name": "[width]"}, ["[width]-1", "[width]-2"]),
+    ({"steps": [1, 2], "num_images": 2, "seed": 1, "name": "[steps]/[seed]"}, ["[steps]/[seed]"] * 4),
+    ({"prompt": ["a", "b"], "name": "[prompt_words]"}, ["[prompt_words]"] * 2),
+    ({"width": [64, 96], "name": "[number]"}, ["[number]"] * 2),
+    ({"width": [64, 96], "name": "[[width]]"}, ["[[width]]-1", "[[width]]-2"]),
+]
+
+
+@pytest.mark.parametrize(("row", "names"), NAMES)
+def test_names_tell_the_pictures_of_a_row_apart(read, row, names):
+    """By its fields, or by a number in the order of the row."""
+    assert [one.name for one in read(json.dumps({"prompt": "a", **row}))] == names
+
+
 def test_an_open_seed_is_drawn_for_each(read):
     seeds = [whole(one)["seed"] for one in read("a\na\n", "t.txt", repeat=3)]
     assert len({*seeds}) == 6
@@ -108,6 +126,11 @@ BAD = [
     ('{"prompt": "a", "name": "/b"}', "t.jsonl", "row 1: name '/b' is no name inside"),
     ('{"prompt": "a", "name": "b"}\n{"prompt": "c", "name": "B"}', "t.jsonl", "row 2: .* that of row 1"),
     ('{"prompt": "a", "seed": "1..9000000", "width": "1..9000000"}', "t.jsonl", "81000000000000 pictures"),
+    ('{"prompt": "a", "steps": 0}', "t.jsonl", "row 1: steps must be"),
+    ('{"prompt": "a", "steps": "x"}', "t.jsonl", "row 1: steps must be"),
+    ('{"prompt": "a", "num_inference_steps": 0}', "t.jsonl", "row 1: num_inference_steps must be"),
+    ("prompt,Steps\na,0\n", "t.csv", "row 2: Steps must be"),
+    ("prompt,Steps\na,x\n", "t.csv", "row 2: Steps must be"),
     ('{"prompt": "a", "num_images": 0}', "t.jsonl", "num_images must be"),
     ('{"prompt": "a", "num_images": 1000000000}', "t.jsonl", "1000000000 pictures"),
     ('{"prompt": ' + "[" * 900 + "]" * 900 + "}", "t.jsonl", "prompt has a list in a list"),
