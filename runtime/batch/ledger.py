@@ -71,17 +71,18 @@ class Ledger:
     What cannot be read or written raises UnkeptError. Use as a context manager, or `close` it.
     """
 
-    def __init__(self, folder: Path, keep: bool = True) -> None:
-        """Without `keep` nothing is made or changed: a copy of what is known goes on, in a temporary file."""
-        self.folder, self._keeps = folder, keep
-        file = folder / FILE
-        places = (file, folder, *folder.parents)
-        self._made = [place for place in places if not place.exists()] if keep else []
+    def __init__(self, folder: Path | None, keep: bool = True) -> None:
+        """Without `keep` nothing is made or changed: a copy of what is known goes on, in a temporary file; an
+        empty one without a folder."""
+        file = folder / FILE if folder else None
+        self.folder, self._keeps = folder or Path(), keep and folder is not None
+        places = (file, folder, *folder.parents) if file and folder and keep else ()
+        self._made = [place for place in places if not place.exists()]
         with self._explained():
-            if keep:
+            if folder and keep:
                 folder.mkdir(parents=True, exist_ok=True)
             self._file = opened(file if keep else None, _SCHEMA)
-            if not keep and file.exists():
+            if file and not keep and file.exists():
                 _copy(file, self._file)
         self._run = 0
 

@@ -19,6 +19,7 @@ from ... import __version__
 from ..errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ..files import cache_folder
 from .batch import batch
+from .cluster import cluster
 from .generate import generate
 from .grid import grid
 from .machine import calibrate, info
@@ -70,6 +71,7 @@ def root(
 
 app.command()(generate)
 app.command()(batch)
+app.add_typer(cluster, name="cluster")
 app.command()(grid)
 app.command()(upscale)
 app.command("plan")(show_plan)

@@ -10,8 +10,8 @@ from typing import Any
 from ..errors import TightfitError
 
 COMMANDS = (
-    "generate", "batch", "grid", "upscale", "plan", "serve", "models", "info", "calibrate", "export",
-    "convert", "bench",
+    "generate", "batch", "cluster", "grid", "upscale", "plan", "serve", "models", "info", "calibrate",
+    "export", "convert", "bench",
 )  # fmt: skip
 _SERVER = "tightfit serve is the server, with a page to click on"
 _KINDS = "--model takes emoji, a checkpoint file, a folder in diffusers' layout or a hub id"
