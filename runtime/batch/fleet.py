@@ -166,8 +166,12 @@ class Schedule:
 
     def best_nodes(self, rate: float) -> float:
         """So many nodes such as these end soonest, where each reads the models from one place that gives
-        `rate` bytes/s to all: n * bytes / rate + card_seconds / n is least there."""
-        return math.sqrt(self.card_seconds * rate / self.model_bytes) if self.model_bytes else math.inf
+        `rate` bytes/s to all: n * bytes / rate + card_seconds / n is least there. As long as each has its
+        own network's rate, more are no slower."""
+        if not self.model_bytes:
+            return math.inf
+        least = math.sqrt(self.card_seconds * rate / self.model_bytes)
+        return max(least, rate / self.site.network_rate)
 
     def to_json(self) -> dict[str, Any]:
         """All of it; None for what is endless."""
