@@ -72,7 +72,8 @@ class Recorder(LiveBytes):
             self.operations.append(operation)
             return tuple(map(like, outs)) if isinstance(outs, list) else like(outs)
         # torch's meta kernels of what changes its first argument in place are Python too
-        out = args[0] if func._schema.name.endswith("_") else func(*args, **kwargs)
+        out = args[0] if func._schema.name.endswith("_") else _plainly(func, args)
+        out = func(*args, **kwargs) if out is None else out
         # The CPU's kernels keep this layout, or take that of the weight; meta's do not.
         if (self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0])) or (
             func is CONVOLUTION and args[1].shape[2:].numel() > 1 and channels_last(args[1])
@@ -120,6 +121,21 @@ class Recorder(LiveBytes):
         if key in self.names:
             self.events.append((self.names.pop(key), END))
         super()._freed(key)
+
+
+# Operators that answer as their first argument is, whose meta kernels take 0.6 to 1.3 ms in Python.
+_AS_FIRST = {GROUP_NORM, torch.ops.aten.layer_norm.default, torch.ops.aten.gelu.default}
+
+
+def _plainly(func: Any, args: Any) -> torch.Tensor | None:
+    """What some operators make of plain tensors, which are contiguous and of one type; None for all else."""
+    tensors = tensors_in(args)
+    if not all(one.is_contiguous() and one.dtype is tensors[0].dtype for one in tensors):
+        return None
+    if func in _AS_FIRST:
+        return torch.empty_like(tensors[0])
+    is_linear = func is torch.ops.aten.linear.default
+    return tensors[0].new_empty(*tensors[0].shape[:-1], len(tensors[1])) if is_linear else None
 
 
 _KINDS = {CONV2D_INT8: "int8", LINEAR_INT8: "int8"}
