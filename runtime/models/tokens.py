@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +33,7 @@ class Reader:
 
     def __init__(self, spec: ModelSpec, encoder: Component) -> None:
         self.folder, self._encoder = spec.folder / encoder.network.tokenizer, encoder
+        self._turn = threading.Lock()  # transformers changes its tokenizers while they read
         self.tokenizer = tokenizer_of(spec, encoder)
         with self.explained():
             self.taught = _teach(self.tokenizer, encoder)
@@ -43,7 +46,7 @@ class Reader:
 
     def ids(self, texts: Sequence[str], ends: bool = True) -> list[list[int]]:
         """The tokens of each text, with the marks of its ends."""
-        with self.explained():
+        with self.explained(), self._turn:
             rows = self.tokenizer(list(texts), verbose=False, add_special_tokens=ends).input_ids
         known = self._encoder.setting("vocab_size")
         if max([self.pad, *(token for row in rows for token in row if token not in self.taught)]) >= known:
@@ -51,6 +54,11 @@ class Reader:
                 f"{self.folder} has more tokens than {self._encoder.folder}: they belong to different models"
             )
         return rows
+
+    @functools.cached_property
+    def comma(self) -> int | None:
+        """The token of a comma that ends a word."""
+        return self.tokenizer.get_vocab().get(COMMA)
 
     def vectors(self, token: int) -> list[int]:
         """The rows of the encoder's table that a token stands for."""
@@ -92,17 +100,18 @@ def chunked(spec: ModelSpec, encoder: Component, texts: Sequence[str]) -> dict[s
     """Each of `texts`, in A1111's syntax, in as many chunks as it takes."""
     import numpy as np
 
-    reader, length = Reader(spec, encoder), spec.text_length
+    # A tokenizer takes 2 ms to copy and to list its words, as long as a small picture's text takes to encode.
+    reader: Reader = encoder.once(("reader", spec.folder), lambda: Reader(spec, encoder))
+    length = spec.text_length
     if length < 3:
         raise TightfitError(
             f"{encoder.folder} reads {length} tokens, too few for a word: copy the model again"
         )
     with reader.explained():
         begin, *_, end = reader.ids([""])[0]
-    comma = reader.tokenizer.get_vocab().get(COMMA)
     read: dict[str, Chunks] = {}
     for text in dict.fromkeys(texts):
-        chunks = _filled(_weighted(reader, sections(text)), length - 2, comma)
+        chunks = _filled(_weighted(reader, sections(text)), length - 2, reader.comma)
         ids = np.full((len(chunks), length), reader.pad, np.int64)
         weights = np.ones(ids.shape, np.float32)
         for row, chunk in enumerate(chunks):
