@@ -332,11 +332,12 @@ class Run:
     def _decode(self, stopped: KeyboardInterrupt | None) -> Generator[Event, None, KeyboardInterrupt | None]:
         """The pictures of the latents that are finished. Returns the first interrupt once all are there."""
         job, finished, images = self.job, self._finished, self.images
+        decoded: dict[int, np.ndarray] = {}
         while (index := len(images)) < len(finished):
             try:
-                latents = finished[index].latents
-                values = self._surviving(lambda latents=latents: self._decoded(latents))
-                images.append(self._finished_picture(values, index))
+                if index not in decoded:
+                    decoded = self._surviving(partial(self._decoded, index))
+                images.append(self._finished_picture(decoded[index], index))
                 shown_as = "preview" if self._after else "picture"  # which is saved
                 known = {"notices": self._news(), shown_as: images[index]}
                 yield Event("decode", index + 1, job.num_images, index, **known)
@@ -347,10 +348,12 @@ class Run:
                 yield self._stopping()
         return stopped
 
-    def _decoded(self, latents: np.ndarray) -> np.ndarray:
-        """(height, width, 3) in -1..1."""
-        (pictures, *_) = self._session(self.spec.decoder.name)(latents=widened(self.spec, latents))
-        return pictures[0].transpose(1, 2, 0)
+    def _decoded(self, first: int) -> dict[int, np.ndarray]:
+        """(height, width, 3) in -1..1, of as many pictures from the first as the plan decodes at once."""
+        steps = self._finished[first : first + self.plan.images_per_decode]
+        latents = widened(self.spec, np.concatenate([step.latents for step in steps]))
+        (pictures, *_) = self._session(self.spec.decoder.name)(latents=latents)
+        return dict(enumerate(pictures.transpose(0, 2, 3, 1), first))
 
     def _picture(self, values: np.ndarray, index: int) -> Image.Image:
         """One PIL picture with its own request in `info["parameters"]`."""

@@ -94,7 +94,8 @@ class Here:
 
     def predicted(self, item: Item, count: int) -> Predicted:
         pipeline, job = self._pipeline(item), self._job(item)
-        most = min(count, MOST_TOGETHER) if _may_join(job) else 1
+        # Runs are as long as one another, so that all fill the plan's calls.
+        most = -(-count // -(-count // MOST_TOGETHER)) if _may_join(job) else 1
         passes = pipeline.planned(replace(job, num_images=most))
         if refusal := passes[-1].refusal:
             raise refusal

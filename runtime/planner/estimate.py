@@ -76,6 +76,7 @@ class Estimate:
     wishes: Wishes
     _known: dict[Any, Any]
     images_per_call: int = 1
+    images_per_decode: int = 1
 
     @property
     def spec(self) -> ModelSpec:
@@ -97,6 +98,7 @@ class Estimate:
             chosen=False,
             reason=reason,
             images_per_call=self.images_per_call,
+            images_per_decode=self.images_per_decode,
         )
 
     def plans(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> list[Plan]:
@@ -182,9 +184,14 @@ class Estimate:
         """What a component is called for."""
         role, job = self._role(name), self.job
         rows = job.branches if role in STEPPING and cfg == "batched" else 1
-        pictures = self.images_per_call if role in (Role.DENOISER, Role.CONTROL) else 1
         height, width = job.sides.get(name, (job.height, job.width))
-        return Extent(rows * pictures, height, width, job.prompting.chunks)
+        return Extent(rows * self._pictures(role), height, width, job.prompting.chunks)
+
+    def _pictures(self, role: Role) -> int:
+        """That go through a network of such a role at once."""
+        if role is Role.DECODER:
+            return self.images_per_decode
+        return self.images_per_call if role in (Role.DENOISER, Role.CONTROL) else 1
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
@@ -228,7 +235,8 @@ class Estimate:
             for n in others
             for p in [placements[n]]
         )
-        return self._once(("peak", name, own, beside, cfg, is_new, self.images_per_call), compute)
+        pictures = self._pictures(self._role(name))
+        return self._once(("peak", name, own, beside, cfg, is_new, pictures), compute)
 
     def _seconds(
         self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
@@ -237,7 +245,7 @@ class Estimate:
         for name in self._called(placements):
             placement = placements[name]
             for mode, calls in self._calls(name, cfg).items():
-                one = ("seconds", name, placement, mode, self.images_per_call)
+                one = ("seconds", name, placement, mode, self._pictures(self._role(name)))
                 total += calls * self._once(
                     one,
                     lambda p=placement, n=name, m=mode: call_seconds(
@@ -277,7 +285,7 @@ class Estimate:
             return {cfg: job.previews}
         if role not in STEPPING:
             texts = job.text_encodings if job.share.encodes else 0  # one by one
-            pictures = job.num_images if job.share.decodes else 0
+            pictures = job.num_images / self.images_per_decode if job.share.decodes else 0
             return {cfg: {Role.TEXT: texts, Role.ENCODER: job.encodings(name), Role.DECODER: pictures}[role]}
         calls, guided = job.calls_with(name)
         if branches == 1:

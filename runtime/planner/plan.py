@@ -56,7 +56,8 @@ class Plan:
 
     `cfg` is batched or sequential. `budget_bytes` is what it had to fit in, context included. `verdict` says
     whether it can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
-    `images_per_call` is how many pictures of a request go through the U-Net at once.
+    `images_per_call` is how many pictures of a request go through the U-Net at once, `images_per_decode` how
+    many through the VAE.
     """
 
     model: str
@@ -71,6 +72,7 @@ class Plan:
     reason: str
     version: int = VERSION
     images_per_call: int = 1
+    images_per_decode: int = 1
 
     @property
     def fits(self) -> bool:
@@ -104,6 +106,7 @@ class Plan:
         how = f"{run_by}, {self.residency}, {self.cfg} CFG, {unet.attention}"
         vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
         at_once = f", {self.images_per_call} pictures a call" if self.images_per_call > 1 else ""
+        at_once += f", {self.images_per_decode} decoded at once" if self.images_per_decode > 1 else ""
         return f"{how}, VAE {vaes}{self.elsewhere}{at_once}"
 
     @property
@@ -215,8 +218,9 @@ def _problem(plan: Plan) -> str | None:
             return f"it keeps {kept!r} bytes of a component that is {placement.residency}"
         if bool(placement.provider) != (placement.backend == "onnx"):
             return f"it has the provider {placement.provider!r} for {placement.backend}"
-    if type(plan.images_per_call) is not int or not 1 <= plan.images_per_call <= MOST_PER_CALL:
-        return f"it has {plan.images_per_call!r} pictures a call"
+    for count in (plan.images_per_call, plan.images_per_decode):
+        if type(count) is not int or not 1 <= count <= MOST_PER_CALL:
+            return f"it has {count!r} pictures a call"
     numbers = (
         plan.budget_bytes,
         plan.predicted.peak_bytes,

@@ -146,7 +146,11 @@ def checked(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> Plan:
         raise TightfitError(problem)
     estimate, budget_bytes = ESTIMATOR.estimate(hardware, job, wishes), _budget(plan, hardware, wishes)
     if not job.conditions and job.whole is job:
-        estimate = replace(estimate, images_per_call=min(plan.images_per_call, job.num_images))
+        estimate = replace(
+            estimate,
+            images_per_call=min(plan.images_per_call, job.num_images),
+            images_per_decode=min(plan.images_per_decode, job.num_images),
+        )
     painting = _painting(plan.placements)
     new = estimate.plan(plan.cfg, with_previews(hardware, job.spec, painting), budget_bytes)
     if not new.fits:

@@ -53,7 +53,7 @@ def test_pictures_are_as_alone_and_the_peak_as_predicted(tiny_models, at_once, f
         alike = [replace(alike[n % len(alike)], seed=n) for n in range(5)]
         whole = together(alike)
         plan = pipe.plans(whole)[0]
-        assert plan.images_per_call == 4, plan.summary()
+        assert (plan.images_per_call, plan.images_per_decode) == (4, 4), plan.summary()
         pipe.generate(whole)  # in the first call of a first request the decoder is not there yet
         result = pipe.generate(whole)
         assert result.plan.images_per_call == 4
@@ -63,7 +63,8 @@ def test_pictures_are_as_alone_and_the_peak_as_predicted(tiny_models, at_once, f
         ] * 5
     with tightfit.load(str(tiny_models[family]), device="cpu", **ways) as pipe:
         for job, image in zip(alike, result.images, strict=True):
-            assert pipe.plans(job)[0].images_per_call == 1
+            planned_alone = pipe.plans(job)[0]
+            assert planned_alone.images_per_call == planned_alone.images_per_decode == 1
             (alone,) = pictures(pipe, job.request)
             assert np.abs(alone - np.asarray(image, int)).max() <= 1
 
@@ -130,6 +131,7 @@ def test_a_saved_plan_has_as_many(sd1, at_once, tmp_path: Path):
         assert pipe.plans(PROMPTS[0])[0].images_per_call == 1
     old = {name: value for name, value in plan.to_json().items() if name != "images_per_call"}
     assert Plan.from_json(json.dumps(old)).images_per_call == 1
-    with pytest.raises(tightfit.TightfitError, match="pictures a call"):
-        Plan.from_json(json.dumps({**old, "images_per_call": 10**9}))
+    for name in ("images_per_call", "images_per_decode"):
+        with pytest.raises(tightfit.TightfitError, match="pictures a call"):
+            Plan.from_json(json.dumps({**old, name: 10**9}))
     assert isinstance(PROMPTS[0].resolve(tightfit.inspect(str(sd1))), Job)

@@ -279,7 +279,7 @@ def adding_residuals(network: Network, config: Mapping[str, Any]) -> Network:
 
 
 def _decoder_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
-    return {"latents": (1, *spec.latent_shape(extent))}
+    return {"latents": (extent.batch, *spec.latent_shape(extent))}
 
 
 def _encoder_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
