@@ -31,6 +31,7 @@ from .suite import PROMPTS
 
 if TYPE_CHECKING:
     from ..runtime.batch.ledger import Item
+    from ..runtime.batch.painting import Encoded, Made
 
 GUIDANCE = 3.0
 SCHEDULER = "euler"
@@ -63,16 +64,19 @@ def rows(pictures: int, sizes: Sequence[tuple[int, int]], steps: int) -> list[di
     ]
 
 
-class _BySeed:
+class BySeed:
     """Where pictures go; no seed is there twice."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def __call__(self, item: Item, image: Any) -> tuple[Path, bytes]:
-        from ..runtime.pictures import content
+    def encoded(self, made: Made) -> Encoded:
+        from ..runtime.batch.painting import Encoding
 
-        return self.copied(item, Path()), content(image, ".png")
+        return Encoding("").encoded(made)
+
+    def __call__(self, encoded: Encoded) -> Path:
+        return self.copied(encoded.item, Path())
 
     def copied(self, item: Item, file: Path) -> Path:  # noqa: ARG002
         return self._folder / f"{item.options['seed']}.png"
@@ -105,7 +109,7 @@ def by_batch(work: Work, folder: Path) -> float:
     with Ledger(folder) as ledger:
         errors = ledger.ask(Reading().pictures(table))
         assert not errors, errors
-        Batch(ledger, Here(models), _BySeed(folder)).run()
+        Batch(ledger, BySeed(folder), painter=Here(models)).run()
         plans = {record["plan"] for record in ledger.records()}
     sys.stderr.write("\n".join(filter(None, plans)) + "\n")
     return time.perf_counter() - start

@@ -14,6 +14,7 @@ from ..asking import request_of
 from ..errors import TightfitError, first_line
 from ..events import Event, Result
 from ..open_models import OpenModels
+from ..pictures import FORMATS, PARAMETERS, QUALITY, content
 from ..pipeline import Pipeline
 from ..request import Job, together, words_in_common
 from .ledger import Item, Measures
@@ -46,6 +47,15 @@ class Made:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """The same as the bytes of a file, and its request as the text inside."""
+
+    item: Item
+    content: bytes
+    parameters: str
+
+
+@dataclass(frozen=True)
 class Failed:
     """It cannot be painted."""
 
@@ -61,7 +71,28 @@ class Took:
     measures: Measures
 
 
-News = Stepped | Made | Failed | Took
+News = Stepped | Made | Encoded | Failed | Took
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How pictures become files. name: a template for those whose rows have none. ending: of those whose
+    names have none. quality, metadata: as `pictures.save` has them."""
+
+    name: str
+    ending: str = ".png"
+    quality: int = QUALITY
+    metadata: str = "full"
+
+    def path(self, item: Item) -> Path:
+        """What its file is called, a template."""
+        path = Path(item.name or self.name)
+        return path if path.suffix.lower() in FORMATS else path.with_name(path.name + self.ending)
+
+    def encoded(self, made: Made) -> Encoded:
+        ending, image = self.path(made.item).suffix.lower(), made.image
+        parameters = image.info.get(PARAMETERS, "")
+        return Encoded(made.item, content(image, ending, self.quality, self.metadata), parameters)
 
 
 @dataclass(frozen=True)
@@ -73,12 +104,16 @@ class Predicted:
     together: int
 
 
-class Painter(Protocol):
-    """A machine that paints, or a part of one."""
+class Planner(Protocol):
+    """Who says what pictures take."""
 
     def predicted(self, item: Item, count: int) -> Predicted:
         """What each of so many like it takes. Raises TightfitError for one that does not run here."""
         ...
+
+
+class Painter(Planner, Protocol):
+    """A machine that paints, or a part of one."""
 
     def paint(self, items: Sequence[Item]) -> Iterator[News]:
         """Paint those, all of one group. Each is made or has failed at the end. A KeyboardInterrupt that is

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..errors import TightfitError
 from ..files import shortened
 from ..jobs import State
-from .ledger import Ledger
-from .running import Group
+from .running import Group, Keeping
+from .spread import Share, Spread
 
 _SLOWEST = 3
 
@@ -27,7 +27,7 @@ def hourly(price: str, option: str = "--price") -> float:
 @dataclass(frozen=True)
 class Report:
     """One run. seconds: from its first picture to its end. sums: what its pictures took together. price:
-    dollars an hour, or None."""
+    dollars an hour, of all machines together, or None. shares: of each machine, where there are several."""
 
     counts: dict[str, int]
     painted: int
@@ -36,6 +36,7 @@ class Report:
     slowest: Sequence[dict[str, Any]]
     failures: Sequence[tuple[int, str]]
     price: float | None
+    shares: Mapping[str, Share] = field(default_factory=dict)
 
     @property
     def hourly(self) -> float:
@@ -50,6 +51,7 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         cost = self.cost
         each = cost / self.painted if cost is not None and self.painted else None
+        nodes = [{"node": name, **asdict(share)} for name, share in self.shares.items()]
         return {
             "pictures": sum(self.counts.values()),
             **{state.value: self.counts.get(state.value, 0) for state in (State.DONE, State.FAILED)},
@@ -64,7 +66,7 @@ class Report:
             "peak_bytes": self.sums["peak_bytes"],
             "slowest": [*self.slowest],
             "failures": [{"row": row, "error": error} for row, error in self.failures],
-        }
+        } | ({"nodes": nodes} if nodes else {})
 
     def lines(self) -> list[str]:
         """The same for people."""
@@ -82,15 +84,24 @@ class Report:
             was = f"painting took {said['painting_seconds']:.1f} s, {said['predicted_seconds']:.1f} predicted"
             slow = ", ".join(f"row {one['row']} {one['seconds']:.1f} s" for one in said["slowest"])
             lines.append(f"{was}; slowest: {slow}")
+        lines += [_shared(name, share, self.painted) for name, share in self.shares.items()]
         lines += [f"row {row}: {error}" for row, error in self.failures]
         more = said["failed"] - len(self.failures)
         return lines + ([f"… and {more} more failed"] if more > 0 else [])
 
 
-def reported(ledger: Ledger, painted: int, since: float, seconds: float, price: float | None) -> Report:
+def _shared(name: str, share: Share, painted: int) -> str:
+    lost = f", lost {share.lost} times" if share.lost > 1 else ", lost" if share.lost else ""
+    part = 100 * share.painted / max(1, painted)
+    return f"{name} ({share.machine}): {share.painted} pictures, {part:.0f} %{lost}"
+
+
+def reported(work: Keeping, since: float, seconds: float, price: float | None) -> Report:
     """Of a run that began at `since`, seconds since 1970."""
+    ledger = work.ledger
     sums, slowest = ledger.sums(since), ledger.slowest(since, _SLOWEST)
-    return Report(ledger.counts(), painted, seconds, sums, slowest, ledger.failures(), price)
+    shares = work.shares if isinstance(work, Spread) else {}
+    return Report(ledger.counts(), work.painted, seconds, sums, slowest, ledger.failures(), price, shares)
 
 
 def records(ledger: Ledger) -> Iterator[dict[str, Any]]:

@@ -6,15 +6,12 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from ..errors import TightfitError
 from .ledger import Item, Ledger
-from .painting import Failed, Made, News, Painter, Predicted, Took
+from .painting import Encoded, Failed, Made, News, Painter, Planner, Predicted, Took
 from .table import RowError
-
-if TYPE_CHECKING:
-    from PIL import Image
 
 MOST_CHECKED = 1000
 """Kinds of requests that are planned before any work; others are when they are painted."""
@@ -38,7 +35,7 @@ class Group:
         return self.count * self.predicted.seconds
 
 
-def planned(ledger: Ledger, painter: Painter) -> tuple[list[Group], int, list[RowError]]:
+def planned(ledger: Ledger, planner: Planner) -> tuple[list[Group], int, list[RowError]]:
     """The first MOST_CHECKED kinds of pictures that wait, how many pictures there are of others, and what is
     wrong with those that do not run."""
     groups, errors = [], []
@@ -46,7 +43,7 @@ def planned(ledger: Ledger, painter: Painter) -> tuple[list[Group], int, list[Ro
     for id_, count in waiting[:MOST_CHECKED]:
         item = ledger.peek(id_)
         try:
-            groups.append(Group(id_, count, item, painter.predicted(item, count)))
+            groups.append(Group(id_, count, item, planner.predicted(item, count)))
         except TightfitError as error:
             alike = f" (as do {count - 1} alike)" if count > 1 else ""
             errors.append(RowError(item.row, f"{error}{alike}"))
@@ -56,7 +53,9 @@ def planned(ledger: Ledger, painter: Painter) -> tuple[list[Group], int, list[Ro
 class Places(Protocol):
     """Where the file of a picture goes, in the ledger's folder, and what it holds."""
 
-    def __call__(self, item: Item, image: Image.Image) -> tuple[Path, bytes]: ...
+    def encoded(self, made: Made) -> Encoded: ...
+
+    def __call__(self, encoded: Encoded) -> Path: ...
 
     def copied(self, item: Item, file: Path) -> Path:
         """Of a picture that is the same as that of another item, in `file`."""
@@ -64,20 +63,61 @@ class Places(Protocol):
 
 
 @dataclass
-class Batch:
-    """One run of a batch.
+class Keeping:
+    """What a run of a batch keeps of its news.
 
     place: where pictures go. tell: called with all
     that happens. retries: how often one that failed is tried again. fail_fast: end at the first that failed.
     """
 
     ledger: Ledger
-    painter: Painter
     place: Places
     tell: Callable[[News], object] = lambda _: None
     retries: int = 0
     fail_fast: bool = False
     painted: int = field(default=0, init=False)
+
+    def _keep(self, news: News, for_good: bool = False) -> None:
+        """`for_good`: what failed is not tried again, whatever its retries."""
+        if isinstance(news, Made):
+            news = self.place.encoded(news)
+        if isinstance(news, Encoded) and (
+            error := self._unwritten(news.item, self.place(news), news.content)
+        ):
+            news = Failed(news.item, error)
+        if isinstance(news, Took):
+            self.ledger.measured(news.items, news.measures)
+        elif isinstance(news, Failed):
+            again = self.ledger.failed(news.item, news.error, -1 if for_good else self.retries)
+            if self.fail_fast and not again:
+                self.tell(news)
+                raise FailedError(f"row {news.item.row}: {news.error}")
+        self.tell(news)
+
+    def _unwritten(self, item: Item, file: Path, content: bytes) -> str | None:
+        """Write a picture, or say why it alone cannot be."""
+        try:
+            self.ledger.write(item, file, content)
+        except NotADirectoryError as error:
+            return f"{error}: name it otherwise"
+        self.painted += 1
+        return None
+
+    def _twins(self) -> None:
+        """Pictures that are the same as others are copied."""
+        for item, file in [*self.ledger.twins()]:
+            error = "it is the same as one that failed"
+            if file is not None:
+                error = self._unwritten(item, self.place.copied(item, file), file.read_bytes())
+            if error:
+                self.ledger.failed(item, error, retries=-1)
+
+
+@dataclass
+class Batch(Keeping):
+    """One run of a batch, by one painter."""
+
+    painter: Painter = field(kw_only=True)
 
     def run(self) -> None:
         """Paint all that waits. Raises UnkeptError where nothing can be written, FailedError to fail fast,
@@ -116,35 +156,3 @@ class Batch:
             if isinstance(news, Generator):
                 news.close()
             self.ledger.give_back(items)
-
-    def _keep(self, news: News) -> None:
-        if isinstance(news, Made) and (
-            error := self._unwritten(news.item, *self.place(news.item, news.image))
-        ):
-            news = Failed(news.item, error)
-        if isinstance(news, Took):
-            self.ledger.measured(news.items, news.measures)
-        elif isinstance(news, Failed):
-            again = self.ledger.failed(news.item, news.error, self.retries)
-            if self.fail_fast and not again:
-                self.tell(news)
-                raise FailedError(f"row {news.item.row}: {news.error}")
-        self.tell(news)
-
-    def _unwritten(self, item: Item, file: Path, content: bytes) -> str | None:
-        """Write a picture, or say why it alone cannot be."""
-        try:
-            self.ledger.write(item, file, content)
-        except NotADirectoryError as error:
-            return f"{error}: name it otherwise"
-        self.painted += 1
-        return None
-
-    def _twins(self) -> None:
-        """Pictures that are the same as others are copied."""
-        for item, file in [*self.ledger.twins()]:
-            error = "it is the same as one that failed"
-            if file is not None:
-                error = self._unwritten(item, self.place.copied(item, file), file.read_bytes())
-            if error:
-                self.ledger.failed(item, error, retries=-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,9 @@ _Retries = typer.Option(
     help="Of one that failed; 0.", show_default=False, metavar="N", rich_help_panel=_BATCH
 )
 _FailFast = typer.Option("--fail-fast", help="End at the first that fails.", rich_help_panel=_BATCH)
+_CLUSTER = "Cluster"
+_Ray = typer.Option(help="Paint there: auto, HOST:PORT.", metavar="ADDRESS", rich_help_panel=_CLUSTER)
+_Stage = typer.Option("--stage-models", help="Send them to its nodes.", rich_help_panel=_CLUSTER)
 _Format = typer.Option(help=f"{', '.join(FORMATS)}.", metavar="NAME", rich_help_panel=_OUTPUT)
 _Quality = typer.Option(help="Of JPEG and WebP, 1 to 100; default 90.", metavar="N", rich_help_panel=_OUTPUT)
 _Metadata = typer.Option(help="Text inside: full, a1111, none.", metavar="NAME", rich_help_panel=_OUTPUT)
@@ -71,6 +75,8 @@ class Options:
     images_per_call: Annotated[int, _PerCall] = MOST_PER_CALL
     retries: Annotated[int, _Retries] = 0
     fail_fast: Annotated[bool, _FailFast] = False
+    ray: Annotated[str | None, _Ray] = None
+    stage_models: Annotated[bool, _Stage] = False
     wildcards: Annotated[Path | None, _Wildcards] = None
     name: Annotated[str, _Name] = _NAME
     format: Annotated[str | None, _Format] = None
@@ -85,6 +91,12 @@ class Options:
         if not 1 <= self.images_per_call <= MOST_PER_CALL:
             said = f"a whole number from 1 to {MOST_PER_CALL}, not {self.images_per_call}"
             raise TightfitError(f"--images-per-call must be {said}")
+        if self.stage_models and not self.ray:
+            raise TightfitError("--stage-models sends models to a cluster: say which, by --ray auto")
+        if re.match(r"[a-z][a-z\d+.-]+:/", str(self.output)):
+            raise TightfitError(
+                f"--output {self.output} is an address: name a folder, and copy it from there"
+            )
         if self.output.exists() and not self.output.is_dir():
             raise TightfitError(f"--output {self.output} is no folder: name one")
         from ..batch.requests import place_of
@@ -96,7 +108,7 @@ class Options:
 
 
 _ORDER = f"""
-table output kind repeat dry_run price retries fail_fast
+table output kind repeat dry_run price retries fail_fast ray stage_models
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,13 +14,13 @@ import typer
 from .. import infotext, interrupts, lean, pictures
 from ..adapters import ADAPTERS
 from ..batch.ledger import Item, Ledger
-from ..batch.painting import Failed, Here, Made, News, Stepped
+from ..batch.painting import Encoded, Encoding, Failed, Here, Made, News, Stepped
 from ..batch.report import foreseen, hourly, records, reported
 from ..batch.requests import Reading
 from ..batch.running import Batch, Group, planned
+from ..batch.spread import Spread
 from ..batch.table import Row, RowError, rows
 from ..errors import TightfitError, printable
-from ..machine.hardware import Hardware
 from ..open_models import OpenModels
 from ..pictures import METADATA
 from ..pipeline import MANY
@@ -32,8 +32,7 @@ from .output import progress_bar, say, say_json, show_table
 from .saving import ENDINGS
 
 if TYPE_CHECKING:
-    from PIL import Image
-
+    from ..batch.nodes import RayCrew
     from .batch import Options
 
 _WIDE = 110
@@ -54,22 +53,57 @@ def paint(
 ) -> None:
     """Take in a table, plan it, paint it, `finish`, and report."""
     price = hourly(options.price) if options.price else None
-    machine = machine_of(options.device, None)
+    here = None if options.ray else _here(options, reading, budget)
     interrupts.tidily()
-    wished = Wishes(budget=budget, requests=MANY, images_per_call=options.images_per_call)
-    models = OpenModels(machine, None, wished)
-    painter = Here(models, reading.models_dirs)
-    with Ledger(options.output, keep=not options.dry_run) as ledger, closing(models):
+    with Ledger(options.output, keep=not options.dry_run) as ledger, ExitStack() as ends:
         refuse(ledger.ask(_named(reading.pictures(table))))
         ledger.resume(options.retries)
-        groups, others, errors = planned(ledger, painter)
+        how: Any = {"retries": options.retries, "fail_fast": options.fail_fast}
+        if here:
+            ends.callback(here.models.close)
+            planner, where = here, here.models.hardware.name
+            work = Batch(ledger, Places(options), painter=here, **how)
+        else:
+            planner = ends.enter_context(_crew(options, reading, budget, ledger))
+            where = f"{len(planner.ready())} nodes of {options.ray}"
+            work = Spread(ledger, Places(options), crew=planner, **how)
+        groups, others, errors = planned(ledger, planner)
         refuse(errors)
         if options.dry_run:
-            show_foreseen(foreseen(groups, others, price), options.as_json, machine)
-            return
-        places = Places(options)
-        work = Batch(ledger, painter, places, retries=options.retries, fail_fast=options.fail_fast)
-        watched(work, groups, others, price, options.as_json, finish)
+            show_foreseen(foreseen(groups, others, price), options.as_json, where)
+        else:
+            watched(work, groups, others, price, options.as_json, finish)
+
+
+def _here(options: Options, reading: Reading, budget: str | None) -> Here:
+    machine = machine_of(options.device, None)
+    wished = Wishes(budget=budget, requests=MANY, images_per_call=options.images_per_call)
+    return Here(OpenModels(machine, None, wished), reading.models_dirs)
+
+
+def _crew(options: Options, reading: Reading, budget: str | None, ledger: Ledger) -> RayCrew:
+    """The nodes of a Ray cluster, with the models that they are sent."""
+    from ..batch.nodes import RayCrew
+    from ..batch.staging import parcel
+    from ..batch.worker import Setup
+
+    models = [ledger.peek(group).model for group, _ in ledger.groups()] if options.stage_models else []
+    parcels = {model: parcel(model, reading.models_dirs) for model in dict.fromkeys(models)}
+    sent = {model: parcel for model, parcel in parcels.items() if parcel}
+    setup = Setup(
+        encoding=Places(options).encoding,
+        folder=str(Path.cwd()),
+        models_dirs=tuple(str(place.absolute()) for place in reading.models_dirs),
+        device=options.device,
+        budget=budget,
+        images_per_call=options.images_per_call,
+        staged=tuple((model, parcel.digest) for model, parcel in sent.items()),
+    )
+    return RayCrew(options.ray or "auto", setup, [*sent.values()], _say_note)
+
+
+def _say_note(text: str) -> None:
+    say(f"note: {text}", err=True)
 
 
 def _named(pictures: Any) -> Any:
@@ -103,18 +137,16 @@ class Places:
     """Where pictures go, by their names; never over a file that is there."""
 
     def __init__(self, options: Options) -> None:
-        self._folder, self._name = options.output, options.name
-        self._ending = ENDINGS[options.format or "png"]
-        self._quality, self._metadata = options.quality or pictures.QUALITY, options.metadata or METADATA[0]
-        self._moment = datetime.now()
+        self._folder, self._moment = options.output, datetime.now()
+        quality, metadata = options.quality or pictures.QUALITY, options.metadata or METADATA[0]
+        self.encoding = Encoding(options.name, ENDINGS[options.format or "png"], quality, metadata)
 
-    def __call__(self, item: Item, image: Image.Image) -> tuple[Path, bytes]:
-        path = Path(item.name or self._name)
-        if path.suffix.lower() not in pictures.FORMATS:
-            path = path.with_name(path.name + self._ending)
-        template = Template(path)
-        place = self._free(template.filled(self._values(item, image) if template.names else {}))
-        return place, pictures.content(image, place.suffix.lower(), self._quality, self._metadata)
+    def encoded(self, made: Made) -> Encoded:
+        return self.encoding.encoded(made)
+
+    def __call__(self, encoded: Encoded) -> Path:
+        template = Template(self.encoding.path(encoded.item))
+        return self._free(template.filled(self._values(encoded) if template.names else {}))
 
     def copied(self, item: Item, file: Path) -> Path:
         """By a name of its own without a field, else by that of the other with a number."""
@@ -128,14 +160,14 @@ class Places:
             place = place.with_name(f"{name.stem}-{number}{name.suffix}")
         return place
 
-    def _values(self, item: Item, image: Image.Image) -> dict[str, str]:
+    def _values(self, encoded: Encoded) -> dict[str, str]:
         given = [kind.option for kind in ADAPTERS]
-        carried = infotext.parse(image.info[pictures.PARAMETERS], "the picture", given)
-        return values(carried, f"{item.number:05d}", self._moment)
+        carried = infotext.parse(encoded.parameters, "the picture", given)
+        return values(carried, f"{encoded.item.number:05d}", self._moment)
 
 
 def watched(
-    work: Batch,
+    work: Batch | Spread,
     groups: Sequence[Group],
     others: int,
     price: float | None,
@@ -147,12 +179,14 @@ def watched(
     failed = True
     try:
         with progress_bar(30, left=True) as bar:
-            work.tell = _Watch(bar, groups, others)
+            work.tell = watch = _Watch(bar, groups, others)
+            if isinstance(work, Spread):
+                work.crew.note = watch.note
             work.run()
         finish(work.ledger)
         failed = False
     finally:
-        report = reported(work.ledger, work.painted, since, time.perf_counter() - start, price)
+        report = reported(work, since, time.perf_counter() - start, price)
         if as_json:
             say_json(report.to_json(), records=records(work.ledger))
         else:
@@ -177,17 +211,18 @@ class _Watch:
         if isinstance(news, Stepped):
             lean.settle()  # all is imported, or nearly
             for notice in news.event.notices:
-                self._bar.console.print(
-                    printable(f"note: {notice}"), markup=False, emoji=False, soft_wrap=True
-                )
+                self.note(notice)
             step = f"step {news.event.step}/{news.event.steps}"
             self._bar.update(self._task, description=f"picture {self._done + 1}/{self._pictures}, {step}")
-        elif isinstance(news, Made | Failed):
+        elif isinstance(news, Encoded | Failed):
             self._done += 1
             self._bar.update(self._task, advance=self._each.get(news.item.group, self._usual))
 
+    def note(self, text: str) -> None:
+        self._bar.console.print(printable(f"note: {text}"), markup=False, emoji=False, soft_wrap=True)
 
-def show_foreseen(said: Mapping[str, Any], as_json: bool, machine: Hardware) -> None:
+
+def show_foreseen(said: Mapping[str, Any], as_json: bool, where: str) -> None:
     """What would run, as a table or as JSON."""
     if as_json:
         return say_json(said)
@@ -211,7 +246,7 @@ def show_foreseen(said: Mapping[str, Any], as_json: bool, machine: Hardware) -> 
         ]
         table.add_row(*map(printable, cells))
         lines.append(((f"{cells[0]} of {cells[1]}, {cells[3]} s, {cells[4]}", cells[5]), None))
-    show_table(f"{said['pictures']} pictures on {machine.name}", table, lines, _WIDE)
+    show_table(f"{said['pictures']} pictures on {where}", table, lines, _WIDE)
     if (more := len(said["kinds"]) - 50) > 0:
         say(f"… and {more} more kinds: --json lists them")
     if said["unplanned"]:

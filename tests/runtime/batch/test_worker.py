@@ -1,0 +1,170 @@
+"""A machine that is told what to paint as plain data, and asked: here, and by Ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tightfit.__main__ import app
+from tightfit.runtime.batch.ledger import Item
+from tightfit.runtime.batch.painting import Encoded, Encoding, Failed, Predicted, Took
+from tightfit.runtime.batch.staging import parcel, parts
+from tightfit.runtime.batch.worker import Setup, Worker, versions
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.models.hub import BUILT_IN
+from typer.testing import CliRunner
+
+WISHES = {"precision": "fp32", "residency": "resident", "attention": "sdpa", "tiling": "whole"}
+OPTIONS = {"prompt": "a red heart", "width": 64, "height": 64, "num_inference_steps": 2}
+
+
+def items(count: int, model: str = "emoji", **more: Any) -> list[Item]:
+    return [
+        Item(number, number, 1, model, WISHES, {**OPTIONS, "seed": number, **more}, "")
+        for number in range(1, count + 1)
+    ]
+
+
+def worker(folder: Path, own: str = "", **setup: Any) -> Worker:
+    """As it comes over a wire."""
+    given = Setup(Encoding("x"), str(folder), device="cpu", images_per_call=4, **setup)
+    return Worker(pickle.loads(pickle.dumps(given)), own)
+
+
+def told(painter: Worker) -> list[Any]:
+    """All news of a run, as they come over a wire."""
+    every, is_over, end = [], False, time.monotonic() + 60
+    while not is_over and time.monotonic() < end:
+        news, is_over = pickle.loads(pickle.dumps(painter.news()))
+        every += news
+    return every
+
+
+def test_a_machine_paints_within_its_own_budget(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path.cwd())  # which it leaves
+    painter = worker(tmp_path, "700MiB", budget="4GiB")
+    about = painter.about()
+    assert Path.cwd() == tmp_path
+    assert (about.budget_bytes, about.versions) == (700 * 2**20, versions())
+    assert worker(tmp_path, "4GiB", budget="700MiB").about().budget_bytes == 700 * 2**20
+    with pytest.raises(TightfitError, match="budget"):
+        worker(tmp_path, "much").about()
+    known = pickle.loads(pickle.dumps(painter.predicted(items(1)[0], 8)))
+    assert isinstance(known, Predicted) and known.together > 1
+    assert known.plan.budget_bytes == 700 * 2**20
+    assert "nowhere does not exist" in painter.predicted(items(1, "nowhere")[0], 8)
+    painter.paint([*items(3), *items(1, width=60)])
+    news = told(painter)
+    made = {one.item.number: one for one in news if isinstance(one, Encoded)}
+    assert sorted(made) == [1, 2, 3]
+    assert all(one.content.startswith(b"\x89PNG") and "Seed: " in one.parameters for one in made.values())
+    assert [one for one in news if isinstance(one, Took)]
+    assert "width 60" in next(one.error for one in news if isinstance(one, Failed))
+
+
+def test_what_is_stopped_gives_back_what_it_has_not_painted(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path.cwd())
+    painter = worker(tmp_path)
+    painter.paint(items(2, num_inference_steps=500))
+    painter.news()
+    painter.stop()
+    assert not [one for one in told(painter) if isinstance(one, Encoded | Failed)]
+    painter.paint(items(1))
+    assert [one for one in told(painter) if isinstance(one, Encoded)]
+
+
+def test_a_model_that_was_sent_is_the_same(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path.cwd())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    packed = parcel(str(BUILT_IN["emoji"]))
+    assert packed
+    painter = worker(tmp_path, staged=(("/not/here/emoji", packed.digest),))
+    assert painter.about().missing == (packed.digest,)
+    for name, file in packed.files.items():
+        for part in parts(file):
+            painter.add(packed.digest, name, part)
+    painter.finish(packed.digest)
+    assert not painter.about().missing
+    painter.paint(items(1, "/not/here/emoji"))
+    (sent,) = [one for one in told(painter) if isinstance(one, Encoded)]
+    painter.paint(items(1))
+    (here,) = [one for one in told(painter) if isinstance(one, Encoded)]
+    assert hashlib.sha256(_pixels(sent)).digest() == hashlib.sha256(_pixels(here)).digest()
+
+
+def _pixels(encoded: Encoded) -> bytes:
+    from io import BytesIO
+
+    from PIL import Image
+
+    return Image.open(BytesIO(encoded.content)).convert("RGB").tobytes()
+
+
+def test_what_is_asked_of_a_cluster_is_checked(tmp_path):
+    """By the command line, before any work."""
+    (tmp_path / "t.txt").write_text("a red heart")
+    for more, said in (
+        (["--stage-models"], "say which, by --ray auto"),
+        (["--ray", "local"], "is no address"),
+        (["--ray", "10.0.0.1"], "is no address"),
+        (["-o", "s3://bucket/x"], "is an address"),
+    ):
+        result = CliRunner().invoke(app(), ["batch", str(tmp_path / "t.txt"), "-o", str(tmp_path), *more])
+        assert isinstance(result.exception, TightfitError) and said in str(result.exception)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[4]))
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 * 2**20}
+    whole = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield whole
+    finally:
+        whole.shutdown()
+
+
+@pytest.mark.slow
+def test_a_cluster_loses_a_node_and_gets_another(tmp_path, cluster):
+    def begun(budget):
+        labels = {"tightfit-budget": budget}
+        return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, labels=labels)
+
+    begun("2GiB")
+    lost = begun("700MiB")
+    row = {**OPTIONS, "seed": "1..200", "num_inference_steps": 8}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    command = [
+        sys.executable,
+        "-m",
+        "tightfit",
+        "batch",
+        str(tmp_path / "t.jsonl"),
+        "-o",
+        str(tmp_path / "d"),
+    ]
+    wished = [word for name, value in WISHES.items() for word in (f"--{name}", value)]
+    with subprocess.Popen(
+        [*command, "--ray", cluster.address, "--json", "--device", "cpu", *wished],
+        stdout=subprocess.PIPE, text=True,
+    ) as running:  # fmt: skip
+        while running.poll() is None and len([*(tmp_path / "d").glob("*.png")]) < 40:
+            time.sleep(0.1)
+        begun("1GiB")
+        cluster.remove_node(lost, allow_graceful=False)
+        report = json.loads(running.communicate(timeout=200)[0])
+    assert (report["done"], report["painted"]) == (200, 200)
+    assert len([*(tmp_path / "d").glob("*.png")]) == 200
+    assert len(report["nodes"]) == 3 and all(node["painted"] for node in report["nodes"])
+    assert sum(node["lost"] for node in report["nodes"]) == 1
