@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,6 @@ def spread(
     args: argparse.Namespace, folder: Path, halfway: Callable[[Any, Any], object] | None = None
 ) -> dict[str, Any]:
     """By Ray; `halfway` is called with the cluster and one of its nodes."""
-    from ray.cluster_utils import Cluster
-
     from ..runtime.batch.ledger import Ledger
     from ..runtime.batch.nodes import RayCrew
     from ..runtime.batch.painting import Encoded, Encoding
@@ -99,7 +98,7 @@ def spread(
     from ..runtime.batch.worker import Setup
 
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster = import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=head)
     nodes = [_added(cluster, budget) for budget in _BUDGETS]
     setup = Setup(Encoding(""), str(folder), device="cpu", images_per_call=16)
     note = lambda text: sys.stderr.write(f"{text}\n")  # noqa: E731

@@ -6,11 +6,13 @@ from __future__ import annotations
 import logging
 import os
 import re
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from typing import Any
 
 from ..costs.known import KNOWN
@@ -28,8 +30,9 @@ _OTHERS_SECONDS = 10.0  # after the first, until the batch is planned without th
 _EMPTY_SECONDS = 60.0  # without any node, until the batch gives up
 _LOOK_SECONDS = 2.0  # between looks at which nodes there are
 _WAIT_SECONDS = 1.0
+_CONNECT_SECONDS = 10.0
 _TRIES = 3  # how often a node may fail to start
-_ADDRESS = re.compile(r"auto|(?:ray://)?(?:[\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
+_ADDRESS = re.compile(r"auto|(?:[\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 _INSTALL = "--ray needs a package that is not installed: pip install 'tightfit[cluster]'"
 _Key = tuple[str, int]  # of a node, and of a GPU there
 
@@ -107,6 +110,7 @@ class RayCrew:
         self._refused: dict[_Key, str] = {}
         self._noted: set[str] = set()
         self._happened: list[Happened] = []
+        self._expected: set[_Key] = set()  # of nodes that are there
         self._looked = -_LOOK_SECONDS
         self._seen = time.monotonic()  # when there was a node last
 
@@ -134,7 +138,8 @@ class RayCrew:
             now, joined = time.monotonic(), self._joined()
             first = first or (now if joined else 0.0)
             late = now - first > _OTHERS_SECONDS if joined else now - start > _START_SECONDS
-            if late or not self.is_growing:
+            there = {key for key, node in self._nodes.items() if node.has_joined}
+            if late or not self._expected - self._refused.keys() - there:
                 break
         if not joined:
             reason = next(iter(self._refused.values()), "no node of it has a CPU or a GPU that is free")
@@ -255,7 +260,9 @@ class RayCrew:
             return
         self._looked = time.monotonic()
         alive = [entry for entry in self._ray.nodes() if entry["Alive"]]
-        for key in [key for key in self._nodes if key[0] not in {entry["NodeID"] for entry in alive}]:
+        counts = {one["NodeID"]: len(slots(one["Resources"], self._setup.device)) for one in alive}
+        self._expected = {(node, number) for node, count in counts.items() for number in range(count)}
+        for key in self._nodes.keys() - self._expected:
             self._lose(key, "the node is gone")
         for entry in alive:
             for key, reserved in self._slots(entry):
@@ -356,21 +363,32 @@ def _cause(error: str) -> str:
 def _connected(address: str) -> Any:
     if not _ADDRESS.fullmatch(address):
         raise TightfitError(f"--ray {address[:80]} is no address: write auto, or such as 10.0.0.1:6379")
+    if address != "auto":
+        _check_answers(address)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Else it prints what its processes log of nodes that are lost, to standard output, where --json goes.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "(?s).*")
     try:
-        import ray
+        ray = import_module("ray")
     except ImportError:
         raise TightfitError(_INSTALL) from None
     try:
         ray.init(address=address, namespace="tightfit", log_to_driver=False, logging_level=logging.CRITICAL)
-    except ImportError as error:
-        said = f"--ray {address} needs {error.name or 'a package'}: pip install 'ray[client]'"
-        raise TightfitError(said) from None
     except Exception as error:
         raise TightfitError(_unreachable(address, str(error))) from None
     return ray
+
+
+def _check_answers(address: str) -> None:
+    """Raise TightfitError where nothing listens: Ray would try for a minute."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError, UnicodeError) as error:
+        said = getattr(error, "strerror", None) or str(error)
+        raise TightfitError(
+            f"no Ray cluster answers at {address} ({said}): `ray status` names its address"
+        ) from None
 
 
 def _unreachable(address: str, error: str) -> str:

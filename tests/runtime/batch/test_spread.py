@@ -194,7 +194,15 @@ def test_without_any_machine_the_same_command_goes_on(tmp_path):
     assert (report["done"], report["painted"]) == (10, 5)
 
 
-def test_ctrl_c_keeps_what_is_painted(tmp_path):
+@pytest.fixture
+def foreground():
+    """A background job of a shell ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_keeps_what_is_painted(tmp_path, foreground):
     crew = Machines({"a": Machine(1.0), "b": Machine(1.0)})
     wait = crew.wait
 

@@ -49,16 +49,16 @@ def told(painter: Worker) -> list[Any]:
 
 def test_a_machine_paints_within_its_own_budget(tmp_path, monkeypatch):
     monkeypatch.chdir(Path.cwd())  # which it leaves
-    painter = worker(tmp_path, "700MiB", budget="4GiB")
+    painter = worker(tmp_path, "2GiB", budget="4GiB")
     about = painter.about()
     assert Path.cwd() == tmp_path
-    assert (about.budget_bytes, about.versions) == (700 * 2**20, versions())
-    assert worker(tmp_path, "4GiB", budget="700MiB").about().budget_bytes == 700 * 2**20
+    assert (about.budget_bytes, about.versions) == (2 * 2**30, versions())
+    assert worker(tmp_path, "4GiB", budget="2GiB").about().budget_bytes == 2 * 2**30
     with pytest.raises(TightfitError, match="budget"):
         worker(tmp_path, "much").about()
     known = pickle.loads(pickle.dumps(painter.predicted(items(1)[0], 8)))
     assert isinstance(known, Predicted) and known.together > 1
-    assert known.plan.budget_bytes == 700 * 2**20
+    assert known.plan.budget_bytes == 2 * 2**30
     assert "nowhere does not exist" in painter.predicted(items(1, "nowhere")[0], 8)
     painter.paint([*items(3), *items(1, width=60)])
     news = told(painter)
@@ -113,7 +113,10 @@ def test_what_is_asked_of_a_cluster_is_checked(tmp_path):
     for more, said in (
         (["--stage-models"], "say which, by --ray auto"),
         (["--ray", "local"], "is no address"),
+        (["--ray", "127.0.0.1:1"], "no Ray cluster answers at 127.0.0.1:1 (Connection refused)"),
+        (["--ray", "127.0.0.1:99999"], "no Ray cluster answers"),
         (["--ray", "10.0.0.1"], "is no address"),
+        (["--ray", "ray://10.0.0.1:10001"], "is no address"),
         (["-o", "s3://bucket/x"], "is an address"),
     ):
         result = CliRunner().invoke(app(), ["batch", str(tmp_path / "t.txt"), "-o", str(tmp_path), *more])
@@ -142,7 +145,7 @@ def test_a_cluster_loses_a_node_and_gets_another(tmp_path, cluster):
         return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, labels=labels)
 
     begun("2GiB")
-    lost = begun("700MiB")
+    lost = begun("1500MiB")
     row = {**OPTIONS, "seed": "1..200", "num_inference_steps": 8}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     command = [
