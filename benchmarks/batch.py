@@ -73,7 +73,7 @@ class BySeed:
     def encoded(self, made: Made) -> Encoded:
         from ..runtime.batch.painting import Encoding
 
-        return Encoding("").encoded(made)
+        return Encoding("picture").encoded(made)
 
     def __call__(self, encoded: Encoded) -> Path:
         return self.copied(encoded.item, Path())

@@ -100,7 +100,7 @@ def spread(
     head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": _STORE_BYTES}
     cluster = import_module("ray.cluster_utils").Cluster(initialize_head=True, head_node_args=head)
     nodes = [_added(cluster, budget) for budget in _BUDGETS]
-    setup = Setup(Encoding(""), str(folder), device="cpu", images_per_call=16)
+    setup = Setup(Encoding("picture"), str(folder), device="cpu", images_per_call=16)
     note = lambda text: sys.stderr.write(f"{text}\n")  # noqa: E731
     try:
         with RayCrew(f"{cluster.address}", setup, (), note) as crew, Ledger(folder) as ledger:
