@@ -34,7 +34,7 @@ def items(count: int, model: str = "emoji", **more: Any) -> list[Item]:
 
 def worker(folder: Path, own: str = "", **setup: Any) -> Worker:
     """As it comes over a wire."""
-    given = Setup(Encoding("x"), str(folder), device="cpu", images_per_call=4, **setup)
+    given = Setup(Encoding("x"), str(folder), device="cpu", **setup)
     return Worker(pickle.loads(pickle.dumps(given)), own)
 
 
