@@ -22,6 +22,7 @@ LAYERS = {
     "3x3": (lambda: nn.Conv2d(32, 64, 3, padding=1), (2, 32, 10, 6)),
     "3x3, every other": (lambda: nn.Conv2d(64, 128, 3, stride=2, padding=1), (1, 64, 16, 16)),
     "1x1": (lambda: nn.Conv2d(96, 64, 1), (2, 96, 8, 8)),
+    "1x1 of few pixels": (lambda: nn.Conv2d(96, 64, 1), (2, 96, 4, 4)),
     "linear": (lambda: nn.Linear(64, 192), (2, 33, 64)),
     "linear without a bias": (lambda: nn.Linear(32, 64, bias=False), (77, 32)),
     "gate": (lambda: GEGLU(64, 128), (2, 33, 64)),
