@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..errors import TightfitError, explained
-from ..placement import BACKENDS
-from .protocol import Backend, Engine
+from ..placement import BACKENDS, GRAPHS
+from .protocol import Backend, Engine, GraphEngine
 
 
 def engine(name: str) -> type[Engine]:
@@ -13,21 +13,26 @@ def engine(name: str) -> type[Engine]:
         from .torch.backend import TorchBackend
 
         return TorchBackend
-    if name == "onnx":
-        with explained("ONNX Runtime cannot be used", "pip install 'tightfit[cpu]', or [gpu]"):
-            from .onnx.backend import OnnxBackend
-
-            return OnnxBackend
-    if name == "openvino":
-        with explained("OpenVINO cannot be used", "pip install 'tightfit[openvino]'"):
-            from .openvino.backend import OpenVinoBackend
-
-            return OpenVinoBackend
+    if name in GRAPHS:
+        return graph_engine(name)
     if name == "bitsandbytes":
         from .bitsandbytes.backend import BitsAndBytesBackend
 
         return BitsAndBytesBackend
     raise TightfitError(f"unknown backend '{name}': choose {', '.join(BACKENDS)}")
+
+
+def graph_engine(name: str) -> type[GraphEngine]:
+    """The one of GRAPHS called `name`, imported on the first call."""
+    if name == "openvino":
+        with explained("OpenVINO cannot be used", "pip install 'tightfit[openvino]'"):
+            from .openvino.backend import OpenVinoBackend
+
+            return OpenVinoBackend
+    with explained("ONNX Runtime cannot be used", "pip install 'tightfit[cpu]', or [gpu]"):
+        from .onnx.backend import OnnxBackend
+
+        return OnnxBackend
 
 
 def backend(name: str, device: str) -> Backend:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from ..costs.footprint import Footprint
 from ..machine.hardware import Hardware
 from ..models.families.family import Extent
+from ..models.graph import Graph
 from ..models.spec import Component, ModelSpec
 from ..placement import Placement
 
@@ -111,4 +112,26 @@ class Engine(Protocol):
         extent: Extent,
     ) -> Footprint:
         """Memory of a component called at `extent`: batch, and the picture's height and width in pixels."""
+        ...
+
+
+class GraphEngine(Engine, Protocol):
+    """An engine that runs ONNX graphs."""
+
+    title: ClassVar[str]
+    has_providers: ClassVar[bool]
+    """Whether one of ONNX Runtime's execution providers runs the graph."""
+    converts: ClassVar[bool]
+    """Whether plain weights are made what they are computed in."""
+    for_one_shape: ClassVar[bool]
+    """Whether a graph is prepared for the shape of a call, and again for another."""
+
+    @staticmethod
+    def arithmetics(graph: Graph, hardware: Hardware) -> tuple[tuple[str, str], ...]:
+        """The precision of the weights and of what is computed with them, the preferred pair first."""
+        ...
+
+    @staticmethod
+    def preparing_seconds(graph: Graph) -> float:
+        """Seconds that a graph takes, beyond reading it, until it can be called."""
         ...

@@ -10,7 +10,7 @@ from itertools import accumulate, pairwise
 from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER
 from ..models.tensors import Tensor
-from ..placement import GRAPHS, Placement
+from ..placement import COMPUTES, GRAPHS, Placement
 from ..ring import Ring, ahead
 from .footprint import Footprint, Shape
 
@@ -23,13 +23,9 @@ PACK_SECONDS = 4e-9
 # Per weight that adapters change, on two cores: into fp32 and back; and per operation on it.
 PATCH_SECONDS, PATCHED_FLOP_SECONDS = 0.3e-9, 1.2e-11
 DECODE_SECONDS = 5e-9  # per weight that is stored encoded
-# ONNX Runtime's share of torch's time in fp32 on a CPU: 4.0 s of 6.0 a step of SD 1.5 at 512
-# (benchmarks/onnx.py).
-ONNX_SHARE = 0.67
-# OpenVINO's, by what it computes in: 3.53 s of 5.9, and 2.01 of 2.65.
-OPENVINO_SHARE = {"fp32": 0.60, "bf16": 0.76}
-COMPILE_SECONDS = 6e-9  # per weight, for OpenVINO to convert and pack it
-SESSION_SECONDS = 2e-4  # per operator of a graph, for ONNX Runtime to prepare it
+# Seconds of engines that run graphs, of torch's on a CPU, by what they compute in. ONNX Runtime takes 4.0 s
+# of 6.0 a step of SD 1.5 at 512 (benchmarks/onnx.py), OpenVINO 3.53 of 5.9 in fp32.
+SHARES = {"onnx": dict.fromkeys(COMPUTES, 0.67), "openvino": {"fp32": 0.60, "bf16": 0.63, "fp16": 0.63}}
 PAGEABLE = 2.0  # times as long as from pinned memory: assumed, benchmarks/gpu_probe.py measures it
 PIN_SECONDS = 1 / 3e9  # per byte, once per pipeline: assumed too
 BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum, products
@@ -106,7 +102,7 @@ def _operation_seconds(
         hardware.bandwidth,
     )
     if placement.backend in GRAPHS and hardware.device == "cpu":
-        share_of_torchs = ONNX_SHARE if placement.backend == "onnx" else OPENVINO_SHARE[placement.compute]
+        share_of_torchs = SHARES[placement.backend][placement.compute]
         rates = {kind: rate / share_of_torchs for kind, rate in rates.items()}
     if placement.provider == CPU_PROVIDER and hardware.device != "cpu":
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from ..backends import engine
+from ..backends import engine, graph_engine
 from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER, PACKAGES, PROVIDERS, provider_name, provider_problems
@@ -186,18 +186,18 @@ def _on_onnx(
     hardware: Hardware, spec: ModelSpec, name: str, wishes: Wishes, choice: _Choice, on: str = "onnx"
 ) -> Placement:
     """Of an engine that runs graphs."""
-    graph, role = spec.components[name].graph, spec.components[name].role
+    graph, role, engine = spec.components[name].graph, spec.components[name].role, graph_engine(on)
     assert graph
-    as_stored, known = on == "onnx" or graph.precision in STORED, _computes(hardware)
-    compute = graph.compute if as_stored else choice.compute if choice.compute in known else known[-1]
+    pairs = engine.arithmetics(graph, hardware)
+    precision, compute = next((pair for pair in pairs if pair[1] == choice.compute), pairs[-1])
     placement = Placement(
         backend=on,
-        precision=graph.precision if as_stored else compute,
+        precision=precision,
         compute=compute,
         residency="staged" if choice.residency == "streamed" else choice.residency,
         attention="sdpa",
         tiling=choice.tiling if role is Role.DECODER and wishes.tiling != "auto" else "whole",
-        provider=chosen_provider(hardware, wishes.provider) if on == "onnx" else "",
+        provider=chosen_provider(hardware, wishes.provider) if engine.has_providers else "",
     )
     # What is asked for is of the U-Net; the engine says that it cannot stream, or slice.
     if role is Role.DENOISER:
@@ -249,38 +249,40 @@ def _installable(hardware: Hardware, short: str) -> bool:
     return of_device and short in PACKAGES and (short != "dml" or sys.platform == "win32")
 
 
-def _computes(hardware: Hardware) -> tuple[str, ...]:
-    """What OpenVINO computes a graph of fp32 in."""
-    of_device = {"cpu": ("bf16",), "xpu": ("fp16",)}.get(hardware.device, ())
-    return *(kind for kind in of_device if kind in hardware.precisions), "fp32"
-
-
 def _of_graph(hardware: Hardware, spec: ModelSpec, wishes: Wishes, on: str) -> list[tuple[str, str]]:
-    """How the U-Net's graph has its weights, if that is what is asked for: ONNX Runtime as they are stored,
-    OpenVINO in what it computes in."""
-    unet = spec.denoiser
-    graph = unet.graph
+    """The precisions of the U-Net's graph and of its arithmetic that are asked for, of those that the engine
+    has."""
+    graph = spec.denoiser.graph
     assert graph
-    if on == "openvino" and graph.precision not in STORED:
-        known = _computes(hardware)
-        for option in ("precision", "compute"):
-            if (asked := getattr(wishes, option)) not in ("auto", *known):
-                raise TightfitError(
-                    f"OpenVINO runs {graph.file} in {' or '.join(known)} on {hardware.name}, not in {asked}: "
-                    f"leave out --{option} {asked}, or --backend openvino"
-                )
-        return [(kind, kind) for kind in known if {wishes.precision, wishes.compute} <= {"auto", kind}]
-    stored = {"precision": graph.precision, "compute": graph.compute}
-    for option, value in stored.items():
-        asked = getattr(wishes, option)
-        if asked not in ("auto", value):
-            if wishes.backend == "auto" and unet.tensors:
+    pairs = graph_engine(on).arithmetics(graph, hardware)
+    for option, known in zip(("precision", "compute"), zip(*pairs, strict=True), strict=True):
+        if getattr(wishes, option) not in ("auto", *known):
+            if wishes.backend == "auto" and spec.denoiser.tensors:
                 return []  # torch can do it
-            cure = _exported_again(spec, graph.precision, option, asked)
-            raise TightfitError(
-                f"{graph.file} has {option} {value}, not {asked}: choose --{option} auto, or {cure}"
-            )
-    return [(graph.precision, graph.compute)]
+            raise _without_arithmetic(hardware, spec, wishes, on, option)
+    return [
+        pair
+        for pair in pairs
+        if wishes.precision in ("auto", pair[0]) and wishes.compute in ("auto", pair[1])
+    ]
+
+
+def _without_arithmetic(
+    hardware: Hardware, spec: ModelSpec, wishes: Wishes, on: str, option: str
+) -> TightfitError:
+    """The error for a precision, or what is computed in, that an engine has not of the U-Net's graph."""
+    graph, engine, asked = spec.denoiser.graph, graph_engine(on), getattr(wishes, option)
+    assert graph
+    if engine.converts and graph.precision not in STORED:
+        known = " or ".join(compute for _, compute in engine.arithmetics(graph, hardware))
+        return TightfitError(
+            f"{engine.title} runs {graph.file} in {known} on {hardware.name}, not in {asked}: "
+            f"leave out --{option} {asked}, or --backend {on}"
+        )
+    cure = _exported_again(spec, graph.precision, option, asked)
+    return TightfitError(
+        f"{graph.file} has {option} {getattr(graph, option)}, not {asked}: choose --{option} auto, or {cure}"
+    )
 
 
 def _exported_again(spec: ModelSpec, precision: str, option: str, asked: str) -> str:

@@ -11,15 +11,13 @@ from itertools import accumulate
 from typing import Any, TypeVar
 
 from ...kernels.recipe import recipe
-from ..backends import engine
+from ..backends import engine, graph_engine
 from ..budget import BUILDING
 from ..costs.footprint import Footprint, peak
 from ..costs.latency import (
-    COMPILE_SECONDS,
     PACK_SECONDS,
     PIN_SECONDS,
     QUANTISE_SECONDS,
-    SESSION_SECONDS,
     call_seconds,
     read_bytes,
 )
@@ -243,8 +241,8 @@ class Estimate:
     ) -> float:
         total = 0.0
         for name in self._called(placements):
-            placement = placements[name]
-            for mode, calls in self._calls(name, cfg).items():
+            placement, modes = placements[name], self._calls(name, cfg)
+            for mode, calls in modes.items():
                 one = ("seconds", name, placement, mode, self._pictures(self._role(name)))
                 total += calls * self._once(
                     one,
@@ -254,7 +252,15 @@ class Estimate:
                 )
             if (name, placement) not in self.wishes.loaded:
                 total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
+            if placement.backend in GRAPHS and all(modes.values()):
+                total += (len(modes) - 1) * self._changing_seconds(self.spec.components[name], placement)
         return total
+
+    def _changing_seconds(self, component: Component, placement: Placement) -> float:
+        """To go over to another shape in each picture, and back."""
+        if not graph_engine(placement.backend).for_one_shape:
+            return 0.0
+        return 2 * self.job.num_images * self._reading_seconds(component, placement)
 
     def painting_seconds(self, plan: Plan) -> float:
         """What a plan takes, but for previews."""
@@ -310,9 +316,8 @@ class Estimate:
         if placement.backend in GRAPHS:
             graph = component.graph
             assert graph
-            seconds = graph.stored_bytes / self.hardware.read + SESSION_SECONDS * len(graph.model.graph.node)
-            packed = placement.backend == "openvino"  # at each compilation
-            return seconds + packed * COMPILE_SECONDS * sum(tensor.count for tensor in graph.tensors.values())
+            preparing = graph_engine(placement.backend).preparing_seconds(graph)
+            return graph.stored_bytes / self.hardware.read + preparing
         loading = _read_bytes(component) / self.hardware.read
         count = component.once("count", lambda: sum(t.count for t in component.tensors.values()))
         if placement.precision in QUANTISED and component.formats is None:

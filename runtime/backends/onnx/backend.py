@@ -33,6 +33,7 @@ from .footprint import PER_NODE_BYTES, call_footprint, call_of, call_problem, lo
 from .meters import DeviceMeter, ProcessMeter
 
 CUDA_PROVIDER = "CUDAExecutionProvider"
+SESSION_SECONDS = 2e-4  # per operator of a graph, for ONNX Runtime to prepare it
 # Operators whose provider matters. ONNX Runtime deliberately keeps pure shape arithmetic on the CPU.
 _HEAVY = {
     "Conv",
@@ -156,6 +157,11 @@ _REFUSALS: tuple[Rule[Case], ...] = (
 
 
 class OnnxBackend:
+    title: ClassVar[str] = "ONNX Runtime"
+    has_providers: ClassVar[bool] = True
+    converts: ClassVar[bool] = False
+    for_one_shape: ClassVar[bool] = False
+
     def __init__(self, device: str) -> None:
         self.meter = ProcessMeter() if device == "cpu" else DeviceMeter(device)
         self._sessions: weakref.WeakValueDictionary[str, Session] = weakref.WeakValueDictionary()
@@ -194,6 +200,15 @@ class OnnxBackend:
         answers(component.graph, names)
         if problem := call_problem(spec, component, True, Extent(1, *spec.some_size)):
             raise TightfitError(problem)
+
+    @staticmethod
+    def arithmetics(graph: Graph, hardware: Hardware) -> tuple[tuple[str, str], ...]:  # noqa: ARG004
+        """As it is stored."""
+        return ((graph.precision, graph.compute),)
+
+    @staticmethod
+    def preparing_seconds(graph: Graph) -> float:
+        return SESSION_SECONDS * len(graph.model.graph.node)
 
     @staticmethod
     def footprint(

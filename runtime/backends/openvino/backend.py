@@ -25,6 +25,8 @@ from .compiled import Compiled
 from .footprint import call_footprint
 
 DEVICES = {"cpu": "CPU", "xpu": "GPU"}  # OpenVINO's names
+_HALVES = {"cpu": ("bf16",), "xpu": ("fp16",)}  # what it computes graphs of fp32 in, where these pay
+COMPILE_SECONDS = 6e-9  # per weight, to convert and pack it
 _ANOTHER = "leave out --backend openvino"
 
 
@@ -73,11 +75,28 @@ _REFUSALS: tuple[Rule[Case], ...] = (
 
 
 class OpenVinoBackend(OnnxBackend):
+    title = "OpenVINO"
+    has_providers = False
+    converts = True
+    for_one_shape = True
     rules: ClassVar = _REFUSALS
 
     def __init__(self, device: str) -> None:
         super().__init__(device)
         self._device = DEVICES[device]
+
+    @staticmethod
+    def arithmetics(graph: Graph, hardware: Hardware) -> tuple[tuple[str, str], ...]:
+        """Of plain weights, what it computes in here; those in 8 or 4 bits as they are stored."""
+        if graph.precision in STORED:
+            return ((graph.precision, graph.compute),)
+        halves = (half for half in _HALVES.get(hardware.device, ()) if half in hardware.precisions)
+        return tuple((kind, kind) for kind in (*halves, "fp32"))
+
+    @staticmethod
+    def preparing_seconds(graph: Graph) -> float:
+        weights = sum(tensor.count for tensor in graph.tensors.values())
+        return OnnxBackend.preparing_seconds(graph) + COMPILE_SECONDS * weights
 
     @staticmethod
     def footprint(

@@ -208,6 +208,25 @@ def test_what_it_cannot_do(onnx_models, wishes, cure):
 
 
 @needs_openvino
+def test_a_guidance_window_is_costed(onnx_models, monkeypatch):
+    """In a window the U-Net is called for one row and for two, and compiled for each: there and back for each
+    picture."""
+    spec, machine = tightfit.inspect(str(onnx_models("sd1", "fp32"))), Hardware.detect("cpu")
+    wishes = Wishes(backend="openvino", residency="staged", cfg="batched", precision="fp32")
+
+    def seconds(**window: float) -> float:
+        request = tightfit.Request("a", num_inference_steps=4, num_images=3, **window)
+        return tightfit.plan(machine, spec, request, wishes)[0].predicted.seconds
+
+    whole, part, engine = seconds(), seconds(guidance_end=0.5), backends.graph_engine("openvino")
+    graph = spec.denoiser.graph
+    again = graph.stored_bytes / machine.read + engine.preparing_seconds(graph)
+    monkeypatch.setattr(engine, "for_one_shape", False)
+    assert seconds() == whole
+    assert part - seconds(guidance_end=0.5) == pytest.approx(6 * again)
+
+
+@needs_openvino
 def test_what_it_would_unpack_is_refused(onnx_models):
     """SD 1.5's U-Net in int8 took 3.6 GiB when it was compiled, where 0.8 are stored."""
     here, spec = Hardware.detect("cpu"), tightfit.inspect(str(onnx_models("sd1", "int4")))
