@@ -17,7 +17,7 @@ import psutil
 from ..errors import TightfitError, first_line
 from ..files import cache_folder, parsed, read_bytes
 from .hardware import CUDA_CONTEXT, DEVICES, GIB, ROCM_CONTEXT, Hardware, half_is_broken, workspaces_of
-from .process import check_address_space, cpu_memory, process_context, resident
+from .process import check_address_space, cores, cpu_memory, process_context, resident
 from .profiles import (
     OPERATOR_SECONDS,
     PROFILES,
@@ -322,10 +322,10 @@ def _mps(_: str) -> Hardware:
 
 def _cpu(_: str) -> Hardware:
     total, free = cpu_memory()
-    flags, cores = cpu_flags(), psutil.cpu_count(logical=False) or 1
+    flags = cpu_flags()
     wide = "avx512f" in flags
     # Two units of 16, 8 or 4 lanes at 2.5 GHz.
-    fp32 = cores * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)
+    fp32 = cores() * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)
     half, int8 = (
         bool({"amx_bf16", "avx512_bf16"} & flags),
         bool({"amx_int8", "avx512_vnni", "avx_vnni"} & flags),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,6 +22,7 @@ from ..units import shown
 IMPORTED = 950 * 2**20
 _UNUSED, _THREAD = 500 * 2**20, 64 * 2**20
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_GROUPS, _OWN_GROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 class ProcessPeak:
@@ -112,10 +116,44 @@ def process_context(resident_bytes: int | None = None) -> int:
     return max(PROCESS, (resident() if resident_bytes is None else resident_bytes) + 100 * 2**20)
 
 
+def cores() -> float:
+    """Cores that this process may keep busy: of the machine's, those that its affinity, its control group and
+    OMP_NUM_THREADS leave it."""
+    some: list[float] = [psutil.cpu_count(logical=False) or 1, cgroup_cores(_GROUPS, _OWN_GROUP)]
+    if hasattr(os, "sched_getaffinity"):
+        some.append(len(os.sched_getaffinity(0)))
+    threads = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0]
+    if threads.isdecimal() and int(threads):
+        some.append(int(threads))
+    return min(some)
+
+
+def cgroup_cores(root: Path, groups_file: Path) -> float:
+    """Cores' worth of time that this process's control group and its parents (version 1 or 2) leave it;
+    infinite without a quota."""
+    folders = (
+        group
+        for kinds, groups in _groups(root, groups_file)
+        if not kinds or "cpu" in kinds.split(",")
+        for group in groups
+    )
+    return min(map(_quota, folders), default=math.inf)
+
+
+def _quota(group: Path) -> float:
+    """Microseconds of CPU time in each period, by the length of a period."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with suppress(OSError, ValueError, ZeroDivisionError):  # another version's files, or none
+            quota, period = " ".join((group / file).read_text() for file in files).split()
+            if quota not in ("max", "-1"):
+                return int(quota) / int(period)
+    return math.inf
+
+
 def cpu_memory() -> tuple[int, int]:
     """Total and available bytes of RAM, within the container's limit."""
     memory = psutil.virtual_memory()
-    limit, used = cgroup_memory(Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"))
+    limit, used = cgroup_memory(_GROUPS, _OWN_GROUP)
     allowance = may_hold() - resident()  # by RLIMIT_AS
     if limit is None or limit >= memory.total:
         return memory.total, int(max(0, min(memory.available, allowance)))
@@ -127,22 +165,27 @@ def cgroup_memory(root: Path, groups_file: Path) -> tuple[int | None, int]:
 
     File pages that can be dropped do not count as used.
     """
-    try:
-        lines = groups_file.read_text().splitlines()
-    except OSError:  # not Linux
-        return None, 0
-    for line in lines:
-        _, kinds, path = line.split(":", 2)
+    for kinds, groups in _groups(root, groups_file):
         if kinds in _CGROUP:
-            folder = root / kinds
-            own_group = folder / path.strip("/")
-            groups = [own_group, *(p for p in own_group.parents if p == folder or folder in p.parents)]
             readings = [limits for group in groups if (limits := _read_cgroup(group, *_CGROUP[kinds]))]
             # The tightest limit of the group and its parents. Inside a container the group's folder is the
             # root.
             if readings:
                 return min(readings, key=lambda limits: limits[0] - limits[1])
     return None, 0
+
+
+def _groups(root: Path, groups_file: Path) -> Iterator[tuple[str, list[Path]]]:
+    """The folders of this process's control group and of its parents, by controllers: "" is version 2."""
+    try:
+        lines = groups_file.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        folder = root / kinds
+        own_group = folder / path.strip("/")
+        yield kinds, [own_group, *(p for p in own_group.parents if p == folder or folder in p.parents)]
 
 
 # Files with the limit, the use and the droppable pages, of version 2 and of version 1, by controller.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import mmap
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import openvino
-import psutil
 from onnx import helper
 
+from ...machine.process import cores
 from ...models.graph import Graph
 from ..onnx.call import Inputs
 
@@ -38,7 +38,7 @@ class Compiled:
             "PERFORMANCE_HINT": "LATENCY",
         }
         if device == "CPU":  # by its own choice hardly more than one of two cores was busy
-            options["INFERENCE_NUM_THREADS"] = _threads()
+            options["INFERENCE_NUM_THREADS"] = math.ceil(cores())
         with self._dropped():
             self._request = core.compile_model(model, device, options).create_infer_request()
 
@@ -98,9 +98,3 @@ def _model(graph: Graph, core: Any) -> tuple[Any, list[mmap.mmap]]:
             reader.replace_source_output(constant.output(0))
         model.remove_parameter(parameter)
     return model, list(maps.values())
-
-
-def _threads() -> int:
-    """Cores that this process may use."""
-    cores = psutil.cpu_count(logical=False) or 1
-    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
