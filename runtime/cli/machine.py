@@ -36,11 +36,15 @@ def calibrate(device: Device = "auto") -> None:
     hardware = Hardware.detect(device)
     interrupts.tidily()
     measured = calibration.calibrate(hardware)
-    rates = ", ".join(f"{precision} {rate / 1e12:.3f}" for precision, rate in measured["rates"].items())
+    rates = ", ".join(
+        f"{kind} {rate / 1e12:.3f}" for kind, rate in measured["rates"].items() if "unpack" not in kind
+    )
     attention = ", ".join(f"{kind} {rate / 1e12:.3f}" for kind, rate in measured["attention_rates"].items())
     say(f"TFLOP/s: {rates}; attention: {attention}")
     speeds = ", ".join(f"{name} {measured[name] / 1e9:.1f}" for name in ("bandwidth", "bus", "read"))
-    starts = ", ".join(f"{kind} {seconds * 1e6:.0f}" for kind, seconds in measured["starts"].items())
+    starts = ", ".join(
+        f"{kind or 'light'} {seconds * 1e6:.0f}" for kind, seconds in measured["starts"].items()
+    )
     others = f"others {measured['call_seconds'] * 1e6:.1f}"
     say(f"GB/s: {speeds}; µs to start an operator: {starts}, {others}")
     say(f"kept in {calibration.save(hardware, measured)}")

@@ -14,11 +14,14 @@ Shape = tuple[int, int, int, int, int]  # of an attention: batch, heads, queries
 @dataclass(frozen=True, slots=True)
 class Operation:
     """One arithmetic operator of a dry run: operations (a multiply-add is two) and bytes moved. `kind` is
-    "product", "int8" for an integer product, "unpack" for dequantising weights, or "" for everything else."""
+    "product", "int8" for an integer product, "unpack" or "unpack4" for dequantising weights of 8 or 4 bits,
+    whose operations are their values, or "" for everything else. `packed`: bytes of weights that a CPU puts
+    in another order first."""
 
     flops: float
     bytes: float
     kind: str = ""
+    packed: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,8 @@ class Footprint:
     `arrivals` are the weights that flow through in a call, in order; `units` their bytes, largest first;
     `ring` the bytes of the buffer they flow through; `stored` the files' bytes that they are read from.
     `patching_seconds`: to apply patches to what is read, of a streamed one in each call on a CPU, else once;
-    `kept_patching_seconds`: to those of its weights that do not flow, once.
+    `kept_patching_seconds`: to those of its weights that do not flow, once. `converted`: values of those that
+    flow which are stored in another type than they are held in.
     """
 
     held: tuple[int, ...]
@@ -73,6 +77,7 @@ class Footprint:
     stored: int = 0
     patching_seconds: float = 0.0
     kept_patching_seconds: float = 0.0
+    converted: int = 0
 
     @property
     def held_bytes(self) -> int:

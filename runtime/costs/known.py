@@ -121,7 +121,7 @@ def _encoded(known: Mapping[str, Footprint]) -> dict[str, Any]:
     operations = list(dict.fromkeys(one for trace in traces for one in trace.operations))
     places = {one: place for place, one in enumerate(operations)}
     return {
-        "operations": [(one.flops, one.bytes, one.kind) for one in operations],
+        "operations": [(one.flops, one.bytes, one.kind, one.packed) for one in operations],
         "traces": [
             (one.events, one.attentions, [places[each] for each in one.operations], one.calls)
             for one in traces

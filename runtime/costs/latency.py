@@ -4,6 +4,7 @@ start, which a GPU overlaps with the work before it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
@@ -20,6 +21,9 @@ SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, re
 # s).
 QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
 PACK_SECONDS = 4e-9
+# Of Python, per module that is built and meets its first input; and per operator of the first call of a size,
+# which is counted.
+BUILD_SECONDS, COUNT_SECONDS = 6e-4, 3e-5
 # Per weight that adapters change, on two cores: into fp32 and back; and per operation on it.
 PATCH_SECONDS, PATCHED_FLOP_SECONDS = 0.3e-9, 1.2e-11
 DECODE_SECONDS = 5e-9  # per weight that is stored encoded
@@ -37,8 +41,29 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
     if not spans:
         return head
     if hardware.device != "cuda":  # read from files between operators
-        return head + sum(spans) + footprint.stored / hardware.read + footprint.patching_seconds
+        reading = reading_seconds(hardware, footprint.stored, footprint.converted, placement.compute)
+        return head + sum(spans) + reading + footprint.patching_seconds
     return head + streamed_seconds(footprint, spans, bus_rate(hardware, footprint))
+
+
+def reading_seconds(hardware: Hardware, stored_bytes: int, converted: int, compute: str) -> float:
+    """To read bytes from the files, `converted` values of which become another type."""
+    return stored_bytes / hardware.read + converted / hardware.moves.get(compute, math.inf)
+
+
+def filling_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
+    """Beside reading: to build a network, to take memory for it, and to count its first call's bytes."""
+    if hardware.device != "cpu" or placement.backend in GRAPHS:
+        return 0.0
+    trace, modules = footprint.trace, len({path for path, *_ in footprint.trace.calls})
+    building = modules * BUILD_SECONDS + len(trace.operations) * COUNT_SECONDS
+    return building + footprint.held_bytes / hardware.moves.get("fresh", math.inf)
+
+
+def converted_values(tensors: Iterable[Tensor], compute: str) -> int:
+    """Of plain tensors, those in another type than `compute`."""
+    held = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}[compute]
+    return sum(one.count for one in tensors if one.dtype[0] in "BF" and one.dtype != held)
 
 
 def read_bytes(tensors: Iterable[Tensor]) -> int:
@@ -98,7 +123,7 @@ def _operation_seconds(
     hardware: Hardware, placement: Placement, footprint: Footprint, share: float
 ) -> Iterator[float]:
     rates, bandwidth = (
-        {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8")},
+        {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8", "unpack", "unpack4")},
         hardware.bandwidth,
     )
     if placement.backend in GRAPHS and hardware.device == "cpu":
@@ -108,15 +133,22 @@ def _operation_seconds(
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
     torchs = placement.backend not in GRAPHS
     starts = {
-        kind: hardware.start(kind) if torchs else hardware.call_seconds
-        for kind in ("", "product", "int8", "unpack")
+        kind: hardware.start(kind.rstrip("4")) if torchs else hardware.call_seconds
+        for kind in ("", "product", "int8", "unpack", "unpack4")
     }
+    if torchs:
+        starts["product"] = hardware.starts.get(f"{placement.compute}/product", starts["product"])
+    plain_start = hardware.starts.get(f"{placement.compute}/plain", starts["product"])
     summed = torchs and hardware.device == "cpu"
+    plain = hardware.rates.get(f"{placement.compute}/plain", rates[""])
+    order = hardware.moves.get(f"{placement.compute}/order", math.inf)
+    light = hardware.moves.get(f"{placement.compute}/light", bandwidth) if summed else bandwidth
     for operation in footprint.trace.operations:
-        work = (
-            max(operation.flops / rates.get(operation.kind, rates[""]), operation.bytes / bandwidth) / share
-        )
-        yield work + starts[operation.kind] if summed else max(work, starts[operation.kind])
+        rate = plain if operation.packed else rates.get(operation.kind, rates[""])
+        moving = operation.bytes / (bandwidth if operation.kind else light)
+        work = max(operation.flops / rate, moving) / share + operation.packed / order
+        start = plain_start if operation.packed else starts[operation.kind]
+        yield work + start if summed else max(work, start)
 
 
 def streamed_seconds(footprint: Footprint, spans: Sequence[float], bus: float) -> float:
@@ -164,7 +196,8 @@ def attention_seconds(hardware: Hardware, placement: Placement, shape: Shape) ->
     kind, rate = placement.attention, hardware.rate(placement.compute)
     least = max(moved / hardware.bandwidth, _starts(kind, shape, size) * hardware.call_seconds)
     if measured := hardware.attention_rates.get(f"{placement.compute}/{kind}"):
-        return max(flops / measured, least)
+        start = hardware.starts.get(f"{placement.compute}/{kind}", 0.0)
+        return max(flops / measured, least) + start * _share_of_start(placement, shape)
     if kind == "chunked":
         return max(flops / hardware.rate("fp32") + BLOCK_PASSES * 4 * scores / hardware.bandwidth, least)
     if kind == "sliced":
@@ -172,6 +205,14 @@ def attention_seconds(hardware: Hardware, placement: Placement, shape: Shape) ->
     if not hardware.fused_attention:  # torch then stores the scores, in fp32
         return max(flops / hardware.rate("fp32") + SCORE_PASSES * 4 * scores / hardware.bandwidth, least)
     return max(flops / rate, least)
+
+
+def _share_of_start(placement: Placement, shape: Shape) -> float:
+    """Of what an attention was measured to take with nothing to do, which is for two rows of eight heads."""
+    batch, heads, *_ = shape
+    if placement.attention != "sliced":
+        return 1.0
+    return batch / 2 if placement.compute == "bf16" else batch * heads / 16
 
 
 def _starts(kind: str, shape: Shape, size: int) -> int:

@@ -320,12 +320,30 @@ def _mps(_: str) -> Hardware:
     )
 
 
+# Of a CPU that was not calibrated, for each core: as measured on an AMD EPYC with AVX-512
+# (benchmarks/seconds.py).
+_CORE = 1.65e9
+_UNPACKING = {"unpack": 2.4e9, "unpack4": 1.1e9}
+_MOVES = {
+    "fresh": 1.5e9,
+    "bf16/order": 3e9,
+    "fp32/order": 3e9,
+    "bf16": 7e8,
+    "fp32": 2e9,
+    "bf16/light": 5e9,
+    "fp32/light": 8e9,
+}
+_STARTS = {"": 1.5e-5, "product": 6e-5, "int8": 4e-4, "unpack": 1e-4}
+_STARTS |= {"bf16/plain": 2e-4, "fp32/plain": 1e-4, "fp32/product": 2e-5}
+_STARTS |= {"bf16/sdpa": 2e-4, "bf16/sliced": 1e-3, "fp32/sdpa": 2e-4, "fp32/sliced": 5e-3}
+
+
 def _cpu(_: str) -> Hardware:
     total, free = cpu_memory()
     flags = cpu_flags()
     wide = "avx512f" in flags
-    # Two units of 16, 8 or 4 lanes at 2.5 GHz.
-    fp32 = cores() * 2.5e9 * (64 if wide else 32 if "avx2" in flags else 16)
+    # Two units of 16, 8 or 4 lanes at 2.5 GHz, of which products of matrices reach two thirds.
+    fp32 = cores() * _CORE * (64 if wide else 32 if "avx2" in flags else 16)
     half, int8 = (
         bool({"amx_bf16", "avx512_bf16"} & flags),
         bool({"amx_int8", "avx512_vnni", "avx_vnni"} & flags),
@@ -337,10 +355,16 @@ def _cpu(_: str) -> Hardware:
         total_bytes=total,
         free_bytes=min(total, free + resident_bytes),
         precisions=("bf16", "fp32") if half else ("fp32",),
-        rates={"fp32": fp32, **({"bf16": 2 * fp32} if half else {}), **({"int8": 4 * fp32} if int8 else {})},
+        rates={
+            "fp32": fp32,
+            **({"bf16": 2 * fp32} if half else {}),
+            **({"int8": 4 * fp32} if int8 else {}),
+            **{kind: cores() * rate for kind, rate in _UNPACKING.items()},
+        },
         bandwidth=20e9,  # one channel of DDR4-2400
         bus=20e9,
-        starts={"product": 4e-5, "int8": 25e-5, "unpack": 5e-5},
+        starts=_STARTS,
+        moves={kind: cores() * rate for kind, rate in _MOVES.items()},
         host_bytes=free,
         context_bytes=process_context(resident_bytes),
         unified=True,
@@ -359,10 +383,12 @@ def _calibrated(hardware: Hardware) -> Hardware:
         if not fields:
             return hardware
         notes = tuple(note for note in hardware.notes if "tightfit calibrate" not in note)
-        measured = {kind: rate for kind, rate in fields.get("rates", {}).items() if kind in hardware.rates}
+        known = fields.get("rates", {}).items()
+        measured = {kind: rate for kind, rate in known if kind.partition("/")[0] in hardware.rates}
         # Rates that were not measured scale with fp32's ratio of measured to estimated.
         faster = measured["fp32"] / hardware.rates["fp32"] if "fp32" in measured else 1.0
-        fields["rates"] = {kind: measured.get(kind, rate * faster) for kind, rate in hardware.rates.items()}
+        fields["rates"] = {kind: rate * faster for kind, rate in hardware.rates.items()} | measured
+        _scale(fields, cores() / fields.pop("cores", cores()))
         origin = {"efficiency": {}, "seconds_from": "rates measured here"}
         return replace(hardware, **fields | origin, calibrated=True, notes=notes)
     except FileNotFoundError:
@@ -370,6 +396,12 @@ def _calibrated(hardware: Hardware) -> Hardware:
     except (OSError, TightfitError, ValueError, TypeError, AttributeError) as error:
         note = f"{calibration_file()} cannot be read ({first_line(error)}): run 'tightfit calibrate' again"
         return replace(hardware, notes=(*hardware.notes, note))
+
+
+def _scale(fields: dict[str, Any], share: float) -> None:
+    """Rates that were measured with more cores, or fewer, than this process has now."""
+    for name in fields.keys() & {"rates", "attention_rates", "moves"}:
+        fields[name] = {kind: rate * share for kind, rate in fields[name].items()}
 
 
 def cpu_name() -> str:

@@ -19,7 +19,10 @@ from ..costs.latency import (
     PIN_SECONDS,
     QUANTISE_SECONDS,
     call_seconds,
+    converted_values,
+    filling_seconds,
     read_bytes,
+    reading_seconds,
 )
 from ..machine.hardware import Hardware
 from ..models.families.family import STEPPING, Extent, Role
@@ -305,11 +308,14 @@ class Estimate:
         """For one request. What stays loaded, or pinned, is read once for all of them."""
         if placement.residency == "streamed":
             kept, pinned = _read_bytes(component) - footprint.stored, footprint.host
-            loading = kept / self.hardware.read + footprint.kept_patching_seconds
+            converted = _converted(component, placement.compute) - footprint.converted
+            loading = reading_seconds(self.hardware, kept, converted, placement.compute)
+            loading += footprint.kept_patching_seconds + filling_seconds(self.hardware, placement, footprint)
             reading = footprint.stored / self.hardware.read + footprint.patching_seconds
             once = reading + pinned * PIN_SECONDS if pinned else 0.0
             return loading + once / self.wishes.requests
         loading = self._reading_seconds(component, placement) + footprint.patching_seconds
+        loading += filling_seconds(self.hardware, placement, footprint)
         return loading / (self.wishes.requests if placement.residency == "resident" else 1)
 
     def _reading_seconds(self, component: Component, placement: Placement) -> float:
@@ -318,13 +324,16 @@ class Estimate:
             assert graph
             preparing = graph_engine(placement.backend).preparing_seconds(graph)
             return graph.stored_bytes / self.hardware.read + preparing
-        loading = _read_bytes(component) / self.hardware.read
+        compute, converted = placement.compute, _converted(component, placement.compute)
+        loading = reading_seconds(self.hardware, _read_bytes(component), converted, compute)
         count = component.once("count", lambda: sum(t.count for t in component.tensors.values()))
         if placement.precision in QUANTISED and component.formats is None:
             kept, _ = _kept_values(component, placement.precision)
             loading += (count - kept) * QUANTISE_SECONDS[placement.precision]
         if placement.precision == DYNAMIC and self.hardware.device == "cpu":
             loading += count * PACK_SECONDS
+        if placement.precision == compute == "bf16" and component.role in STEPPING:
+            loading += 2 * count / self.hardware.moves.get("bf16/order", math.inf)
         return loading
 
     def _refused(self, cfg: str, placements: Mapping[str, Placement]) -> str | None:
@@ -378,6 +387,12 @@ class Estimate:
 def _read_bytes(component: Component) -> int:
     tensors = *component.tensors.values(), *component.words.values()
     return component.once("read", lambda: read_bytes(tensors))
+
+
+def _converted(component: Component, compute: str) -> int:
+    return component.once(
+        ("converted", compute), lambda: converted_values(component.tensors.values(), compute)
+    )
 
 
 def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]) -> int:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from ...errors import TightfitError
 from ...files import parsed, read_bytes, replacing
 from ...machine.detect import calibration_file
 from ...machine.hardware import Hardware
+from ...machine.process import cores
 from ...placement import ATTENTIONS
 from .autotune import turn_seconds
 
@@ -23,24 +25,25 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
     machine."""
     import torch
 
-    from ....kernels import attention
-
-    device = torch.device(hardware.device)
+    device, rates, moves = torch.device(hardware.device), {}, {}
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    rates, attentions = {}, {}
+    preferred, attentions, on_cpu = dtypes[hardware.precisions[0]], {}, device.type == "cpu"
     with torch.inference_mode():
+        starts = _starts(hardware, device, preferred)
         for precision in hardware.precisions:
             dtype = dtypes[precision]
             rates[precision] = _mixed_rate(device, dtype)
-            # half of SD 1.5's largest attention at 512x512
-            q, k, v = (torch.randn(1, 4096, 8, 40, device=device).to(dtype).transpose(1, 2) for _ in range(3))
-            for kind in ATTENTIONS:
-                seconds = _fastest(
-                    lambda attend=attention.VARIANTS[kind], q=q, k=k, v=v: attend(q, k, v), device
-                )
-                attentions[f"{precision}/{kind}"] = 4.0 * 8 * 4096 * 4096 * 40 / seconds
-        if "int8" in hardware.rates and device.type == "cpu":
-            rates["int8"] = _int8_rate()
+            attentions |= {f"{precision}/{kind}": rate for kind, rate in _attention_rates(device, dtype)}
+            if on_cpu:
+                plain = f"{precision}/plain"
+                rates[plain], moves[f"{precision}/order"], starts[plain] = _plain_rates(dtype)
+                moves |= {precision: _conversion_rate(dtype), f"{precision}/light": _light_rate(dtype)}
+                starts[f"{precision}/product"] = _product_start(dtype)
+                starts |= {f"{precision}/{kind}": seconds for kind, seconds in _attention_starts(dtype)}
+        if on_cpu:
+            rates |= _unpacking_rates(preferred, starts["unpack"])
+            rates |= {"int8": _int8_rate()} if "int8" in hardware.rates else {}
+            moves["fresh"] = _fresh_rate()
         block = torch.ones(2**26, device=device)
         target = torch.empty_like(block)
         copy = _fastest(lambda: target.copy_(block), device)
@@ -50,10 +53,9 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
         bus = _fastest(lambda: target.copy_(host, non_blocking=True), device)
         tiny = torch.ones(8, device=device)
         start = _fastest(lambda: [tiny.add(1) for _ in range(1000)], device) / 1000
-        starts = _starts(hardware, device, dtypes[hardware.precisions[0]])
-        operators = {}
+        operators: dict[str, Any] = {"cores": cores()} if on_cpu else {}
         if device.type in ("cuda", "xpu"):
-            operators = {"operator_seconds": operator_seconds(device, dtypes[hardware.precisions[0]])}
+            operators = {"operator_seconds": operator_seconds(device, preferred)}
     return {
         "rates": rates,
         "attention_rates": attentions,
@@ -61,8 +63,32 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
         "bus": host.nbytes / bus,
         "call_seconds": start,
         "starts": starts,
+        "moves": moves,
         "read": _read_rate(),
     } | operators
+
+
+def _attention_rates(device: Any, dtype: Any) -> Iterator[tuple[str, float]]:
+    """FLOP/s of each attention: half of SD 1.5's largest at 512x512."""
+    import torch
+
+    from ....kernels.attention import VARIANTS
+
+    q, k, v = (torch.randn(1, 4096, 8, 40, device=device).to(dtype).transpose(1, 2) for _ in range(3))
+    for kind in ATTENTIONS:
+        seconds = _fastest(lambda attend=VARIANTS[kind]: attend(q, k, v), device)
+        yield kind, 4.0 * 8 * 4096 * 4096 * 40 / seconds
+
+
+def _attention_starts(dtype: Any) -> Iterator[tuple[str, float]]:
+    """Seconds of each attention on a CPU where there is next to nothing to do."""
+    import torch
+
+    from ....kernels.attention import VARIANTS
+
+    q, k, v = (torch.randn(2, 64, 8, 40).to(dtype).transpose(1, 2) for _ in range(3))
+    for kind in ATTENTIONS:
+        yield kind, _fastest(lambda attend=VARIANTS[kind]: attend(q, k, v), None)
 
 
 def save(hardware: Hardware, rates: dict[str, Any]) -> Path:
@@ -118,6 +144,79 @@ def _mixed_rate(device: Any, dtype: Any) -> float:
     return flops / _fastest(lambda: [layer(x) for layer, x in zip(layers, inputs, strict=True)], device)
 
 
+def _plain_rates(dtype: Any) -> tuple[float, float, float]:
+    """Of a convolution on a CPU by weights that are packed in each call: FLOP/s, bytes/s of packing, and the
+    seconds of one with next to nothing to do. Timed are large maps of a U-Net and of a VAE, many weights for
+    a small map, and few for a small one."""
+    import torch
+    from torch.nn import functional
+
+    def flops(batch: int, channels: int, side: int) -> float:
+        return 2.0 * 9 * batch * side * side * channels * channels
+
+    def seconds(batch: int, channels: int, side: int) -> float:
+        shapes = (channels, channels, 3, 3), (batch, channels, side, side)
+        weight, x = (torch.randn(shape).to(dtype) for shape in shapes)
+        return _fastest(lambda: functional.conv2d(x, weight, None, 1, 1), None)
+
+    large, deep = ((2, 320, 64), (1, 256, 128)), (2, 1280, 4)
+    rate = sum(flops(*one) for one in large) / sum(seconds(*one) for one in large)
+    packing = seconds(*deep) - flops(*deep) / rate
+    return rate, 9 * 1280 * 1280 * dtype.itemsize / max(packing, 1e-4), seconds(1, 32, 16)
+
+
+def _light_rate(dtype: Any) -> float:
+    """Bytes/s of what a VAE does between convolutions, read and written."""
+    import torch
+    from torch import nn
+
+    block = nn.Sequential(nn.GroupNorm(32, 128), nn.SiLU()).to(dtype).requires_grad_(False)
+    x = torch.randn(1, 128, 128, 128).to(dtype)
+    return (4 + 3) * x.nbytes / _fastest(lambda: block(x) + x, None)
+
+
+def _product_start(dtype: Any) -> float:
+    """Seconds of a linear layer with next to nothing to do."""
+    import torch
+    from torch import nn
+
+    layer, x = nn.Linear(64, 64).to(dtype).requires_grad_(False), torch.randn(2, 64, 64).to(dtype)
+    return _fastest(lambda: [layer(x) for _ in range(100)], None) / 100
+
+
+def _conversion_rate(dtype: Any) -> float:
+    """Values/s of fp16 that become another type."""
+    import torch
+
+    stored, held = torch.ones(2**24).half(), torch.ones(2**24).to(dtype)
+    return len(held) / _fastest(lambda: held.copy_(stored), None)
+
+
+def _fresh_rate() -> float:
+    """Bytes/s of filling memory that the process has not had before, beyond those of writing it."""
+    import torch
+
+    count = 2**24
+    held, values = torch.ones(count), torch.ones(count)
+    fresh = _fastest(lambda: torch.empty(count).copy_(values), None)
+    return held.nbytes / max(fresh - _fastest(lambda: held.copy_(values), None), 1e-4)
+
+
+def _unpacking_rates(dtype: Any, start: float) -> dict[str, float]:
+    """Values/s of dequantising weights of 8 and of 4 bits."""
+    import torch
+    from torch import nn
+
+    from .quantised import filled
+
+    rates = {}
+    for kind, form in (("unpack", "int8"), ("unpack4", "int4-g64")):
+        layer = nn.Linear(1280, 2560).requires_grad_(False).to(dtype)
+        made = filled(layer, torch.randn(2560, 1280), form, "cpu", False)
+        rates[kind] = 2560 * 1280 / max(_fastest(made.dense, None) - start, 1e-5)
+    return rates
+
+
 def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
     """Seconds that a layer with almost no work takes: the mean of a convolution and a linear layer."""
     import torch
@@ -125,8 +224,8 @@ def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
 
     from .quantised import filled
 
-    def seconds(form: str, dynamic: bool = False) -> float:
-        total = 0.0
+    def seconds(form: str, dynamic: bool = False) -> list[float]:
+        taken = []
         for layer, shape in (
             (nn.Conv2d(32, 32, 3, padding=1), (2, 32, 8, 8)),
             (nn.Linear(64, 64), (2, 64, 64)),
@@ -136,14 +235,17 @@ def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
                 filled(plain, layer.weight.float().cpu(), form, device.type, dynamic) if form else plain
             )
             x = torch.randn(shape).to(device, dtype)
-            total += _fastest(lambda made=made, x=x: [made(x) for _ in range(100)], device) / 100
-        return total / 2
+            taken.append(_fastest(lambda made=made, x=x: [made(x) for _ in range(100)], device) / 100)
+        return taken
 
-    starts = {"product": seconds("")}
-    starts["unpack"] = max(0.0, seconds("int4-g64") - starts["product"])
-    return starts | (
-        {"int8": seconds("int8", dynamic=True)} if "int8" in hardware.rates and device.type == "cpu" else {}
-    )
+    plain = seconds("")
+    starts = {"product": mean(plain)}
+    if device.type == "cpu":
+        starts[""] = max(0.0, (10 * operator_seconds(device, dtype) - 4 * starts["product"]) / 6)
+    starts["unpack"] = max(0.0, mean(seconds("int4-g64")) - mean(plain))
+    if device.type == "cpu":
+        starts |= {"int8": mean(seconds("int8", dynamic=True))} if "int8" in hardware.rates else {}
+    return starts
 
 
 def operator_seconds(device: Any, dtype: Any) -> float:

@@ -14,7 +14,7 @@ import torch
 from ....kernels import attention, onednn
 from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
 from ...costs.known import KNOWN
-from ...costs.latency import patching_seconds, read_bytes
+from ...costs.latency import converted_values, patching_seconds, read_bytes
 from ...errors import explained
 from ...machine.hardware import Hardware
 from ...models.families.family import RESIDUAL, Extent, Role
@@ -58,9 +58,9 @@ class Recorder(LiveBytes):
 
     def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         if func is DEQUANTISE:  # writes into the workspace
-            self.operations.append(
-                Operation(0.0, sum(tensor.nbytes for tensor in tensors_in(args)), "unpack")
-            )
+            moved, kind = sum(tensor.nbytes for tensor in tensors_in(args)), args[5]
+            unpacks = "unpack" if kind == "int8" else "unpack4"
+            self.operations.append(Operation(float(args[0].numel()), moved, unpacks))
             return None
         if func is SDPA:
             batch, heads, n, d = args[0].shape
@@ -84,7 +84,9 @@ class Recorder(LiveBytes):
         if made or func._schema.is_mutable:
             moved = sum(tensor.nbytes for tensor in (*tensors_in(args), *made))
             flops = _flops(func, args, out)
-            self.operations.append(Operation(flops, moved, _KINDS.get(func, "product" if flops else "")))
+            packed = args[1].nbytes if func is CONVOLUTION and self.device == "cpu" else 0
+            kind = _KINDS.get(func, "product" if flops else "")
+            self.operations.append(Operation(flops, moved, kind, packed))
             if key and all(map(whole, made)):
                 self._learn(key, out, made)
         return out
@@ -138,6 +140,7 @@ def _plainly(func: Any, args: Any) -> torch.Tensor | None:
     return tensors[0].new_empty(*tensors[0].shape[:-1], len(tensors[1])) if is_linear else None
 
 
+_NAMES = {dtype: name for name, dtype in weights.DTYPES.items()}
 _KINDS = {CONV2D_INT8: "int8", LINEAR_INT8: "int8"}
 
 
@@ -264,7 +267,7 @@ def _streamed(
     sizes = tuple(sorted((unit.bytes for unit in streamed.values()), reverse=True))
     streams = {"arrivals": arrivals, "units": sizes, "ring": ring, "stored": read_bytes(flowing)}
     return Footprint(
-        tuple(held), 0, trace, scratch, host, **streams,
+        tuple(held), 0, trace, scratch, host, **streams, converted=converted_values(flowing, _NAMES[dtype]),
         patching_seconds=patching_seconds(flowing), kept_patching_seconds=patching_seconds(staying),
     )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine import detect, hardware, process
 from tightfit.runtime.machine.hardware import GIB, Hardware, half_is_broken
-from tightfit.runtime.machine.process import cgroup_memory
+from tightfit.runtime.machine.process import cgroup_cores, cgroup_memory
 from tightfit.runtime.machine.profiles import profile
 
 # What each version calls its folder's controllers, and its files of limit, use and the pages of files that
@@ -122,6 +123,64 @@ def test_no_control_groups(tmp_path):
     assert cgroup_memory(tmp_path, tmp_path / "own") == (None, 0)
     (tmp_path / "own").write_text("8:pids:/\n0::/\n")
     assert cgroup_memory(tmp_path, tmp_path / "own") == (None, 0)
+
+
+@pytest.mark.parametrize(
+    ("folder", "row", "files", "expected"),
+    [
+        ("mine", "0::/mine", {"cpu.max": "150000 100000"}, 1.5),
+        ("", "0::/docker/abc", {"cpu.max": "50000 100000"}, 0.5),
+        ("mine", "0::/mine", {"cpu.max": "max 100000"}, math.inf),
+        ("mine", "0::/mine", {"cpu.max": "nonsense"}, math.inf),
+        ("cpu,cpuacct/a", "3:cpu,cpuacct:/a", {"cpu.cfs_quota_us": "2000", "cpu.cfs_period_us": "1000"}, 2),
+        ("cpu/a", "3:cpu:/a", {"cpu.cfs_quota_us": "-1", "cpu.cfs_period_us": "100000"}, math.inf),
+        ("cpuset/a", "3:cpuset:/a", {"cpu.cfs_quota_us": "1", "cpu.cfs_period_us": "100000"}, math.inf),
+    ],
+)  # fmt: skip
+def test_cores_that_a_control_group_leaves(tmp_path, folder, row, files, expected):
+    (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (tmp_path / folder / name).write_text(f"{text}\n")
+    (tmp_path / "own").write_text(f"9:pids:/other\n{row}\n")
+    assert cgroup_cores(tmp_path, tmp_path / "own") == expected
+
+
+def test_the_tightest_quota_of_a_group_and_its_parents(tmp_path):
+    for path, quota in (("", "max"), ("a", "100000"), ("a/b", "300000")):
+        (tmp_path / path).mkdir(exist_ok=True)
+        (tmp_path / path / "cpu.max").write_text(f"{quota} 100000\n")
+    (tmp_path / "own").write_text("0::/a/b\n")
+    assert cgroup_cores(tmp_path, tmp_path / "own") == 1
+
+
+def test_rates_are_of_the_cores_that_there_are(tmp_path, monkeypatch):
+    """Estimated, and measured with another number of them."""
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(tmp_path))
+    monkeypatch.setattr(detect, "cores", lambda: 4)
+    four = Hardware.detect("cpu")
+    monkeypatch.setattr(detect, "cores", lambda: 0.5)
+    half = Hardware.detect("cpu")
+    assert half.rates == pytest.approx({kind: rate / 8 for kind, rate in four.rates.items()})
+    measured = {"rates": {"fp32": 8e11}, "moves": {"fresh": 4e9}, "read": 3e9, "cores": 2}
+    file = detect.calibration_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({f"cpu {half.name}": measured}))
+    found = Hardware.detect("cpu")
+    assert found.rates["fp32"] == pytest.approx(2e11)
+    assert found.moves == {"fresh": pytest.approx(1e9)}
+    assert found.read == 3e9
+
+
+def test_threads_that_are_asked_for(monkeypatch):
+    monkeypatch.setattr(process, "cgroup_cores", lambda *_: math.inf)
+    monkeypatch.setattr(process.psutil, "cpu_count", lambda **_: 8)
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert process.cores() == 3
+    for text, count in (("2", 2), ("1,4", 1), ("64", 3), ("0", 3), ("many", 3)):
+        monkeypatch.setenv("OMP_NUM_THREADS", text)
+        assert process.cores() == count
 
 
 def test_a_limit_makes_the_cpu_smaller(monkeypatch):

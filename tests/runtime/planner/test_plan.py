@@ -428,5 +428,14 @@ def test_starts_of_operators():
     starts = {"product": 4e-4, "unpack": 1e-4}
     cpu = dataclasses.replace(OLD_CPU, starts=starts, call_seconds=1e-5)
     assert call_seconds(cpu, fp32, own) == pytest.approx(2e-3 + 2 * 4e-4 + 1e-4 + 2 * 1e-5)
+    # Weights of 1 GB that are packed in the call, at 10 GB/s, by a convolution at half the rate.
+    plain = dataclasses.replace(own, trace=Trace((), (), (dataclasses.replace(work, packed=1e9),)))
+    packing = dataclasses.replace(
+        cpu,
+        rates={**cpu.rates, "fp32/plain": cpu.rates["fp32"] / 2},
+        moves={"fp32/order": 1e10},
+        starts={**starts, "fp32/plain": 5e-4},
+    )
+    assert call_seconds(packing, fp32, plain) == pytest.approx(2e-3 + 0.1 + 5e-4)
     gpu = dataclasses.replace(cpu, device="cuda")
     assert call_seconds(gpu, fp32, own) == pytest.approx(2e-3 + 1e-4 + 2 * 1e-5)

@@ -1,0 +1,107 @@
+"""Predicted against measured seconds of whole requests, and what choosing by them costs.
+
+    tightfit calibrate
+    python -m tightfit.benchmarks.seconds emoji:64 sd15:256 sd15-int4:512 --plans 12 --seconds 140
+
+MODEL:SIZE is emoji or a model's folder, and pixels. Of the plans that fit, some are drawn at random and
+painted by: `--draw` draws others, so that constants are tried on plans that they were not made from. One
+picture goes before, of the plan that is chosen: libraries are imported then, and files in memory. Loading
+counts, as it does for one request; preparing does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from .. import Pipeline, Request, Wishes, inspect, plan
+from ..runtime.costs.known import KNOWN
+from ..runtime.events import Result
+from ..runtime.machine.hardware import Hardware
+from ..runtime.models.spec import ModelSpec
+from ..runtime.placement import STAGES
+from ..runtime.planner.plan import Plan
+from .record import named, record
+
+Row = dict[str, Any]
+CLOSE = 0.25  # of the truth: what is promised of a machine that was calibrated
+
+
+def main() -> None:
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("models", nargs="+", metavar="MODEL:SIZE")
+    parse.add_argument("--steps", type=int, default=1)
+    parse.add_argument("--plans", type=int, default=10_000, help="of each model, at most")
+    parse.add_argument("--precision", default="auto")
+    parse.add_argument("--draw", type=int, default=0)
+    parse.add_argument("--seconds", type=float, default=1e9, help="of each model, for which plans are begun")
+    parse.add_argument("--device", default="auto")
+    args = parse.parse_args()
+    KNOWN.keep()
+    hardware = Hardware.detect(args.device)
+    results = [of_model(text, args, hardware) for text in args.models]
+    record("seconds", {"calibrated": hardware.calibrated, "steps": args.steps, "models": results})
+
+
+def of_model(text: str, args: argparse.Namespace, hardware: Hardware) -> Row:
+    """Rows of one model at one size, and what they come to."""
+    name, _, side = text.rpartition(":")
+    spec, request = inspect(name), Request("a red heart", None, int(side), int(side), args.steps, seed=0)
+    plans = [one for one in plan(hardware, spec, request, Wishes(precision=args.precision)) if one.fits]
+    drawn = random.Random(args.draw).sample(plans, min(args.plans, len(plans)))
+    paint(spec, hardware, plans[0], request)
+    rows = list(measured(spec, hardware, drawn, request, time.monotonic() + args.seconds))
+    summary = {"model": named(text), "plans": len(plans), **summed(rows)}
+    print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n", flush=True)
+    return summary | {"rows": rows}
+
+
+def measured(
+    spec: ModelSpec, hardware: Hardware, plans: Sequence[Plan], request: Request, until: float
+) -> Iterator[Row]:
+    """A row of each plan that is begun before `until`, of the first at least."""
+    for one in plans:
+        if one is not plans[0] and time.monotonic() > until:
+            return
+        result = paint(spec, hardware, one, request)
+        stages = {stage: round(result.stages[stage].seconds, 3) for stage in STAGES}
+        row: Row = {
+            "plan": one.summary(),
+            "predicted": round(result.plan.predicted.seconds, 3),
+            "measured": round(sum(stages.values()), 3),
+            "loading": round(sum(result.stages[stage].load_seconds for stage in STAGES), 3),
+            "stages": stages,
+        }
+        print(f"{row['predicted']:8.2f} of {row['measured']:8.2f} s,", row["plan"], stages, flush=True)
+        yield row
+
+
+def paint(spec: ModelSpec, hardware: Hardware, one: Plan, request: Request) -> Result:
+    """A picture by this plan and no other, loaded for it alone."""
+    with Pipeline(spec, hardware, plan=one) as pipe:
+        *_, last = pipe.run(request)
+    assert last.result
+    return last.result
+
+
+def summed(rows: Sequence[Row]) -> Row:
+    """How far predictions are off, and how much longer than the fastest plan the one takes that is predicted
+    to be the fastest."""
+    ratios = [row["predicted"] / row["measured"] for row in rows]
+    chosen, best = (min(rows, key=lambda row: row[key])["measured"] for key in ("predicted", "measured"))
+    return {
+        "measured": len(rows),
+        "least": round(min(ratios), 2),
+        "median": round(statistics.median(ratios), 2),
+        "most": round(max(ratios), 2),
+        "close": round(sum(abs(ratio - 1) <= CLOSE for ratio in ratios) / len(ratios), 2),
+        "chosen": round(chosen / best, 3),
+    }
+
+
+if __name__ == "__main__":
+    main()
