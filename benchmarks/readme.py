@@ -19,7 +19,7 @@ from typing import Any
 
 from ..runtime.cli.output import write
 from ..runtime.units import shown
-from . import suite
+from . import start, suite
 from .compare import seconds, spread
 from .peers.__main__ import REFERENCE, contenders
 
@@ -251,11 +251,24 @@ def emoji_rows() -> Iterator[tuple[str, str, str, str]]:
     nearest, nf4 = figures("int4 round to nearest, groups of 64"), figures("bitsandbytes NF4 (linears only)")
     yield "the same: int4, calibrated", calibrated, f"round to nearest: {nearest}; NF4: {nf4}", command
     yield "the same: int4, data-free", figures("int4 recipe: delicate layers and VAE int8"), "", command
+    yield from start_rows()
     last = results("emoji")[-1]
     match = f"{last['top1']:.0%} top-1, {last['top5']:.0%} top-5"
     autoencoder = f"autoencoder {last['autoencoder_psnr']:.1f} dB"
     title = f"emoji: prompt match of {last['labels']} labels; autoencoder on {last['pictures']} pictures"
     yield title, f"{match}; {autoencoder}", "", "`… emoji WORK`"
+
+
+def start_rows() -> Iterator[tuple[str, str, str, str]]:
+    """Whole processes, beside one that imports torch and ends."""
+    run = results("start")[-1]
+    rows = {row["what"]: row for row in run["rows"]}
+    ours = [f"{name} {rows[name]['ratio']:.2f}" for name in (start.PAINT, start.PLAN, start.HELP)]
+    torch = f"{rows[start.TORCH]['seconds']:.2f} s"
+    title = f"a process, of one that imports torch and ends ({torch}); plans of {run['model']}"
+    theirs = f"the same picture by diffusers {rows[start.THEIRS]['ratio']:.2f}"
+    yield title, ", ".join(ours), theirs, f"`… start {run['model']}`"
+    yield "the same: memory beside what it paints with", shown(rows[start.PROCESS]["bytes"]), "", "the same"
 
 
 if __name__ == "__main__":
