@@ -86,7 +86,7 @@ def _attention_starts(dtype: Any) -> Iterator[tuple[str, float]]:
 
     from ....kernels.attention import VARIANTS
 
-    q, k, v = (torch.randn(2, 64, 8, 40).to(dtype).transpose(1, 2) for _ in range(3))
+    q, k, v = (torch.randn(2, 16, 8, 40).to(dtype).transpose(1, 2) for _ in range(3))
     for kind in ATTENTIONS:
         yield kind, _fastest(lambda attend=VARIANTS[kind]: attend(q, k, v), None)
 
