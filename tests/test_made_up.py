@@ -84,7 +84,7 @@ NETWORKS = (
     ),
     network(
         "grower", Role.DECODER, defaults=CONFIGS["grower"], build=build_decoder,
-        inputs=lambda spec, extent: {"latents": (1, *spec.latent_shape(extent))},
+        inputs=lambda spec, extent: {"latents": (extent.batch, *spec.latent_shape(extent))},
         call=lambda module, latents: (module["grow"](latents).tanh(),),
     ),
 )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 from ..errors import TightfitError
 from ..files import shortened
 from ..jobs import State
+from .ledger import Ledger
 from .running import Group, Keeping
 from .spread import Share, Spread
 

@@ -75,10 +75,10 @@ _REFUSALS: tuple[Rule[Case], ...] = (
 
 
 class OpenVinoBackend(OnnxBackend):
-    title = "OpenVINO"
-    has_providers = False
-    converts = True
-    for_one_shape = True
+    title: ClassVar[str] = "OpenVINO"
+    has_providers: ClassVar[bool] = False
+    converts: ClassVar[bool] = True
+    for_one_shape: ClassVar[bool] = True
     rules: ClassVar = _REFUSALS
 
     def __init__(self, device: str) -> None:
