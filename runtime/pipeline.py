@@ -312,4 +312,5 @@ def _costs_of(job: Job) -> tuple[Any, ...]:
     previews = job.previews if job.spec.of_role(Role.PREVIEW) else 0
     counts = (*calls, len(job.prompted), words.chunks, *encodings, previews)
     parts = (share.encodes, share.decodes, job.whole.refiner is None)
-    return (job.width, job.height, job.num_images, job.branches, *counts, *parts)
+    cached = (job.step_cache, job.steps_taken, *job.full_calls(job.step_cache or 2, job.spec.denoiser.name))
+    return (job.width, job.height, job.num_images, job.branches, *counts, *parts, *cached)

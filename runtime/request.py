@@ -34,6 +34,8 @@ _HIRES = "hires_size", "hires_strength", "hires_steps", "hires_upscaler", "hires
 _RESIZED = "seed_resize's width", "seed_resize's height"
 RANDOM_SEED = -1  # as A1111 has it: the seed that is drawn is told, and written into the picture
 _SIDES = 1, 2**16
+MOST_CACHED = 10
+"""Steps of which one is taken in full."""
 _SEEDS = 0, 2**63 - 1
 
 
@@ -101,6 +103,9 @@ class Request:
     guidance_rescale: float = _tuning(0.0, "Against burnt colours: 0.7.", "X", bounds=(0, 1))
     guidance_start: float = _tuning(0.0, "Guided from there: 0 to 1.", "X", bounds=(0, 1))
     guidance_end: float = _tuning(1.0, "Guided until there: 0 to 1.", "X", bounds=(0, 1))
+    step_cache: int | None = _tuning(
+        None, "Of so many steps 1 in full.", "N", bounds=(1, MOST_CACHED), costs=True
+    )
     noise_source: str = _tuning(CPU, "cpu, gpu, nv: whose numbers.", "NAME", choices=SOURCES)
     subseed: int | None = _tuning(None, "A second; -1: random.", "N", bounds=_SEEDS)
     subseed_strength: float = _tuning(0.0, "Share of the second.", "X", bounds=(0, 1))
@@ -370,6 +375,26 @@ class Job(Request):
         first, last = (int(part * count + 0.5) for part in (self.guidance_start, self.guidance_end))
         return range(max(first - before, 0) + 1, min(last - before, taken) + 1)
 
+    def full_steps(self, every: int) -> frozenset[int]:
+        """The steps, from 1, that are taken in full where one of `every` is, counted back from the last but
+        one, which is worth up to 11 dB. The first is, too, and that in which guidance begins or ends, as what
+        is kept is of the same branches."""
+        if every not in self._full:  # asked for in each step, and for each of a hundred candidates
+            last, guided = self.steps_taken, self.guided
+            bounds = (guided.start, guided.stop) if self.branches > 1 else ()
+            spaced = range(last - 1, 0, -every)
+            self._full[every] = frozenset({1, *spaced, *bounds}).intersection(range(1, last + 1))
+        return self._full[every]
+
+    @functools.cached_property
+    def _full(self) -> dict[int, frozenset[int]]:
+        return {}
+
+    def full_calls(self, every: int, name: str) -> tuple[int, int]:
+        """As `calls_with`, of the calls in steps that are taken in full where one of `every` is."""
+        calls = [step for step in self._steps_with(name) if step in self.full_steps(every)]
+        return len(calls), sum(step in self.guided for step in calls)
+
     def calls_with(self, name: str) -> tuple[int, int]:
         """Of one picture's calls of the denoiser, those in which the network called so is called too, and how
         many of these are guided, if any are. All, but where a condition leaves some out."""
@@ -382,13 +407,17 @@ class Job(Request):
         return {}
 
     def _count_calls(self, name: str) -> tuple[int, int]:
+        calls, guided = self._steps_with(name), self.guided
+        return len(calls), sum(step in guided for step in calls)
+
+    def _steps_with(self, name: str) -> list[int]:
+        """Of each call of the denoiser in which the network is called too, the step."""
         calls = [step for step, count in enumerate(self._calls_by_step, 1) for _ in range(count)]
         for condition in self.conditions:
             if (acting := condition.acting(name, self.scheduled_calls)) is not None:
                 here = self.of_schedule(acting)
                 calls = calls[here.start : here.stop]
-        guided = self.guided
-        return len(calls), sum(step in guided for step in calls)
+        return calls
 
     @property
     def scheduled_calls(self) -> int:

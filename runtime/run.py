@@ -4,6 +4,7 @@ of that one run; and all passes of a request, one after another."""
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from .events import Event, Measured, Pass, Result
 from .loaded import Loaded
 from .machine.process import ProcessPeak
 from .models import schedulers
-from .models.families.family import STEPPING, Role
+from .models.families.family import KEPT, STEPPING, Role
 from .models.spec import ModelSpec
 from .passes import left, mixed
 from .planner.plan import Plan
@@ -34,6 +35,16 @@ T = TypeVar("T")
 OnStage = Callable[[str], AbstractContextManager[object]]
 """Called with a stage's name as it begins; what it returns is entered then, and left as the stage ends."""
 CURE = "make the picture smaller, or close what else uses the memory"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of the U-Net: its number in the schedule, whether it is of the conditioned branches `alone`, in
+    steps without guidance, and of a step that is taken in `full`, where steps are cached."""
+
+    number: int
+    alone: bool = False
+    full: bool = True
 
 
 @dataclass(frozen=True)
@@ -77,6 +88,9 @@ class Run:
         self._conditionings: list[Conditioning] = []  # of each picture
         self._together = Together()
         self._steering = Steerings(())
+        # What full steps have kept, which is on the device, by the number of a picture, then of a branch.
+        self._features: defaultdict[int, dict[int, Any]] = defaultdict(dict)
+        self._shallow = False  # whether the U-Net's call that is under way takes these
 
     @property
     def plan(self) -> Plan:
@@ -197,11 +211,11 @@ class Run:
     def _called(self, name: str, **arrays: Any) -> tuple[Any, ...]:
         """What the network answers. In a step all is done again that led to it when memory runs out, as the
         next plan may call it otherwise."""
-        call = lambda: self._session(name)(**arrays)  # noqa: E731
         if self.stage == "denoise":
-            return call()
+            shallow = self._shallow and self.spec.components[name].network.call_cached
+            return self._session(name)(**arrays, **({"caching": True} if shallow else {}))
         self._let_go(but=name)
-        return self._surviving(call)
+        return self._surviving(lambda: self._session(name)(**arrays))
 
     def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
         return self._called(name, tokens=ids[None])
@@ -230,16 +244,20 @@ class Run:
         calls, guided, is_guided = count(job.first_call), job.guided, job.branches > 1
 
         def predict(samples: Sequence[np.ndarray], timestep: float, step: int) -> list[np.ndarray]:
-            call, alone = next(calls), is_guided and step not in guided
-            return self._predict_all(samples, timestep, indices, (call, alone))
+            alone = is_guided and step not in guided
+            full = step in job.full_steps(self.plan.step_cache)
+            return self._predict_all(samples, timestep, indices, Call(next(calls), alone, full))
 
         pictures = [self._sampled(job.alone(index)) for index in indices]
         total, done = sum(map(self._steps_of, (self._before, self, self._after))), None
-        for steps in sampling.denoise(pictures, predict):
-            done = self._steps_of(self._before) + indices[0] * steps[0].count if done is None else done
-            for index, step in zip(indices, steps, strict=True):
-                done += 1
-                yield Event("denoise", done, total, index, notices=self._news()), step
+        try:
+            for steps in sampling.denoise(pictures, predict):
+                done = self._steps_of(self._before) + indices[0] * steps[0].count if done is None else done
+                for index, step in zip(indices, steps, strict=True):
+                    done += 1
+                    yield Event("denoise", done, total, index, notices=self._news()), step
+        finally:
+            self._features.clear()
 
     def _sampled(self, job: Job) -> sampling.Picture:
         """One picture, with a scheduler of its own."""
@@ -254,7 +272,7 @@ class Run:
         return run.job.num_images * run.job.steps_taken if run else 0
 
     def _predict_all(
-        self, samples: Sequence[np.ndarray], timestep: float, indices: range, how: tuple[int, bool]
+        self, samples: Sequence[np.ndarray], timestep: float, indices: range, how: Call
     ) -> list[np.ndarray]:
         """The U-Net's prediction for each picture, as many a call as the plan has that then runs."""
         done: list[np.ndarray] = []
@@ -268,33 +286,48 @@ class Run:
         return done
 
     def _predict(
-        self, pictures: Sequence[np.ndarray], timestep: float, indices: range, how: tuple[int, bool]
+        self, pictures: Sequence[np.ndarray], timestep: float, indices: range, how: Call
     ) -> list[np.ndarray]:
         """The U-Net's prediction for some pictures, guided if asked, in one batched call or one call for each
-        branch. how: which call of the schedule it is, and whether it is of the conditioned branches alone, in
-        steps without guidance."""
+        branch."""
         for component in self.spec.components.values():
             # All before one answers, as answers would be alive meanwhile.
             if component.role in STEPPING and component.name in self.plan.placements:
                 self._session(component.name)
-        (call, alone), given = how, [self._conditionings[index] for index in indices]
-        every = [one.given(call) if alone else one.of(self.plan.cfg, call) for one in given]
+        alone, given = how.alone, [self._conditionings[index] for index in indices]
+        every = [one.given(how.number) if alone else one.of(self.plan.cfg, how.number) for one in given]
         parts = [self._together.of(part) for part in zip(*every, strict=True)]
         time_step = np.array(timestep, np.float32)
         count = 1 if alone else self.job.branches // len(parts)
         samples = np.concatenate([picture for picture in pictures for _ in range(count)])
+        first = self.job.prompted if alone else range(0, self.job.branches, count)
+        features = self._features[indices[0]]
+        self._shallow = not how.full and {*features} == {*first}
+        if not self._shallow:
+            features.clear()  # before others are made
 
         def denoised(part: Mapping[str, np.ndarray], row: int) -> np.ndarray:
             arrays = {"sample": samples, "timestep": time_step, **part}
             rows = range(row, row + count)
             beside = self._steering.beside(arrays, rows)
-            return self._session(self.spec.denoiser.name)(**self._steering.inputs(arrays, rows), **beside)[0]
+            return self._denoised({**self._steering.inputs(arrays, rows), **beside}, features, row)
 
-        first = self.job.prompted if alone else range(0, self.job.branches, count)
         answers = [denoised(part, row) for part, row in zip(parts, first, strict=True)]
         rows = [slice(place * count, (place + 1) * count) for place in range(len(pictures))]
         whole = [np.concatenate([answer[own] for answer in answers]) for own in rows]
         return [self._combined(one, index, alone) for one, index in zip(whole, indices, strict=True)]
+
+    def _denoised(self, inputs: Mapping[str, Any], features: dict[int, Any], row: int) -> np.ndarray:
+        """What the U-Net answers; where steps are cached, around what is kept of the branches from `row` on,
+        or all of it, which is kept then."""
+        session = self._session(self.spec.denoiser.name)
+        if self.plan.step_cache == 1:
+            return session(**inputs)[0]
+        known = {KEPT: features[row]} if self._shallow else {}
+        predicted, *kept = session(caching=True, **inputs, **known)
+        if kept:
+            features[row] = kept[0]
+        return predicted
 
     def _combined(self, predicted: np.ndarray, index: int, alone: bool) -> np.ndarray:
         """One picture's prediction, of those of its branches."""
@@ -366,8 +399,15 @@ class Run:
             )
         image = Image.fromarray(((values / 2 + 0.5).clip(0, 1) * 255).round().astype(np.uint8))
         whole = self.job.whole
-        image.info["parameters"] = infotext.write(whole.alone(index), whole.spec.name, self.plan.precision)
+        said = replace(whole.alone(index), step_cache=self.step_cache)
+        image.info["parameters"] = infotext.write(said, whole.spec.name, self.plan.precision)
         return image
+
+    @property
+    def step_cache(self) -> int | None:
+        """Of how many steps one is taken in full, as a picture carries it."""
+        every = self.plan.step_cache
+        return self.job.whole.step_cache if every == 1 else every
 
     def _finished_picture(self, values: np.ndarray, index: int) -> Image.Image:
         image = self._picture(values, index)
@@ -394,6 +434,7 @@ class Run:
     def _take(self, plan: Plan) -> None:
         """Run by `plan` from now on."""
         self._plan = plan
+        self._features.clear()
         self.loaded.take(plan, self.spec, self._beside_bytes())
 
     def _beside_bytes(self) -> int:
@@ -473,6 +514,7 @@ class Run:
         """Take the fastest plan that needs less in this stage, of the same precision if there is one."""
         now, stage = self.plan, self.stage
         needs = now.predicted.stages[stage]
+        self._features.clear()
         lower = [
             plan for plan in self._ways.every(self.job) if plan.fits and plan.predicted.stages[stage] < needs
         ]
@@ -483,7 +525,8 @@ class Run:
             raise OutOfMemoryError(
                 f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}", complete=True
             )
-        self._take(min(lower, key=lambda plan: plan.precision != now.precision))
+        by_likeness = lambda plan: (plan.precision != now.precision, plan.step_cache != now.step_cache)  # noqa: E731
+        self._take(min(lower, key=by_likeness))
         if self._after and self.plan.denoiser.arithmetic != now.denoiser.arithmetic:
             self._after._plan = self._after._ways.first(self._after.job)
         self.notices.append(f"out of memory to {stage} ({failure}); went on with {self.plan.summary()}")
@@ -513,7 +556,8 @@ class Passes:
         done, whole = len(last.images), last.job.whole
         before = tuple(run.measured for run in earlier)
         ran, notices = last.measured, tuple(last.notices)
-        request = replace(whole.request, preview_every=0)  # previews are no part of the pictures
+        # Previews are no part of the pictures.
+        request = replace(whole.request, preview_every=0, step_cache=last.step_cache)
         result = Result(request, ran.plan, tuple(last.images), ran.stages, notices, before)
         yield Event("done", done, done, notices=last._news(), result=result)
 

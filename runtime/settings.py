@@ -105,6 +105,7 @@ SETTINGS = (
     Setting("Skip Early CFG", "guidance_start", float),
     Setting("CFG end", "guidance_end", float),
     Setting("CFG rescale", "guidance_rescale", float),
+    Setting("Step cache", "step_cache", whole),
     Setting("Hires upscale", "hires", float, "{:g}".format),
     Setting("Hires resize", "hires_size", _size),
     Setting("Hires steps", "hires_steps", whole),

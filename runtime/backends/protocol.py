@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..costs.footprint import Footprint
 from ..machine.hardware import Hardware
@@ -27,12 +27,16 @@ class Session(Protocol):
     H, W) in -1..1, and so preview_decoder. upscaler: raw (1, 3, h, w) → (1, 3, H, W), both uint8. controlnet:
     what the unet takes, picture (1, 3, H, W) in 0..1, scales (batch, answers), and residual_0 … if it is not
     the first → what is added to the unet's skip connections and middle.
+
+    A denoiser that caches steps is called with `caching` besides (torch alone): a full call answers a second
+    array, which stays on its device, and a shallow one is handed that as `kept`. Beside that a controlnet,
+    called so, answers residual_0 alone.
     """
 
     notices: tuple[str, ...]
     """What the user should know about how it was loaded."""
 
-    def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]: ...
+    def __call__(self, **arrays: Any) -> tuple[np.ndarray, ...]: ...
 
     def close(self) -> None:
         """Free the weights. A closed session is not called again."""

@@ -112,8 +112,8 @@ table output kind repeat dry_run price retries fail_fast ray stage_models
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
-precision compute backend provider device budget images_per_call residency attention tiling min_psnr ...
-name format quality metadata as_json
+precision compute backend provider device budget images_per_call residency attention tiling prefer
+min_psnr ... name format quality metadata as_json
 """
 
 

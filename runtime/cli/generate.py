@@ -110,7 +110,7 @@ prompt prompt_file source
 negative_prompt num_inference_steps guidance_scale width height seed scheduler num_images
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
-precision compute backend provider device budget residency attention tiling min_psnr ...
+precision compute backend provider device budget residency attention tiling prefer min_psnr ...
 plan_file connect output overwrite format quality metadata grid as_json
 """
 

@@ -66,7 +66,7 @@ prompt x y z output
 negative_prompt num_inference_steps guidance_scale width height seed scheduler
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
-precision compute backend provider device budget residency attention tiling min_psnr ...
+precision compute backend provider device budget residency attention tiling prefer min_psnr ...
 dry_run price as_json
 """
 

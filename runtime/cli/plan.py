@@ -57,8 +57,8 @@ class Options:
 
 _ORDER = f"""
 model models_dirs {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
-width height num_inference_steps guidance_scale {SECOND_PASS} hardware
-device budget precision compute backend provider residency attention tiling min_psnr
+width height num_inference_steps step_cache guidance_scale {SECOND_PASS} hardware
+device budget precision compute backend provider residency attention tiling prefer min_psnr
 every save as_json
 """
 
@@ -206,7 +206,7 @@ def _cells(p: Plan) -> list[str]:
     """What the columns of the table say of a plan, but for the reason."""
     unet, vae = p.denoiser, p.decoder
     precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
-    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
+    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere + p.cached
     stages = [_cell(count) for count in p.predicted.stages.values()]
     figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
     return [precision, p.residency, p.cfg, unet.attention, vae.tiling, *stages, *figures]

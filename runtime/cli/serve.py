@@ -76,7 +76,7 @@ Limited = make_dataclass(
 )
 _ORDER = """
 model models_dirs host port api_key cors allow_host state page log_json
-device budget precision compute backend provider residency attention tiling min_psnr ...
+device budget precision compute backend provider residency attention tiling prefer min_psnr ...
 """
 
 

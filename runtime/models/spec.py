@@ -257,11 +257,11 @@ class ModelSpec:
         return self.unet.get("time_cond_proj_dim")
 
     def inputs(
-        self, component: Component, batch: int, height: int, width: int, chunks: int = 1
+        self, component: Component, batch: int, height: int, width: int, chunks: int = 1, cache: str = ""
     ) -> Mapping[str, tuple[int, ...]]:
         """Shapes of what a session is called with, by their names there, for a picture of `height` x `width`
-        pixels, and texts of so many `chunks`."""
-        return component.network.inputs(self, Extent(batch, height, width, chunks))
+        pixels, and texts of so many `chunks`; `cache` as of an Extent."""
+        return component.network.inputs(self, Extent(batch, height, width, chunks, cache))
 
 
 _EXTENDED: Recent[ModelSpec] = Recent(16)

@@ -19,14 +19,15 @@ from ..placement import GRAPHS
 from ..request import Job, Request
 from ..units import shown
 from .candidates import ways
-from .estimate import ESTIMATOR, Estimate, holder
+from .estimate import ESTIMATOR, Estimate, cached_psnr, holder
 from .plan import MOST_PER_CALL, Plan, Verdict
 from .saved import checked as checked  # a plan from a file is a choice as well
 from .saved import continued as continued
-from .wishes import Wishes
+from .wishes import PREFERENCES, Wishes
 
 SLOWER = 1.1  # times the seconds that painting may take to have room for the decoder of previews
 _LONG_SECONDS, _YIELD_SECONDS = 0.01, 0.001
+CACHED = 2, 3, 5  # steps of which one is taken in full, that the planner tries
 WIDER = 1.02  # times as fast, twice as many pictures a call have to be
 # The emoji's VAE takes 20 ms for a picture of 96x96 alone, 11 each for 4 at once, and 11 for 16 (2 cores).
 _DECODED = 4
@@ -70,6 +71,7 @@ def plan(
             f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
         )
     found += [wider for p in _of_each_residency(found) for wider in _wider(p, estimate)]
+    found += [cached for p in _of_each_residency(found) for cached in _cached(p, estimate)]
     fitting = sorted(
         (p for p in found if p.fits),
         key=lambda p: (estimate.painting_seconds(p), -len(p.placements), p.predicted.peak_bytes),
@@ -82,7 +84,8 @@ def plan(
         best = min(equal, key=_burden)
         rest = [beaten(p, best) for p in fitting if p is not best]
         fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
-    return fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+    every = fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+    return [_saving(p, every) if p.step_cache > 1 and p.fits else p for p in every]
 
 
 def _of_each_residency(plans: Sequence[Plan]) -> list[Plan]:
@@ -114,6 +117,29 @@ def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
     decoded = min(most, _DECODED) if may_decode else 1
     if decoded > 1 and (wide := better(best.images_per_call, decoded)):
         yield wide
+
+
+def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
+    """The same with steps that are cached, where that is left to the planner, as it prefers."""
+    floor, job = PREFERENCES.get(estimate.wishes.prefer), estimate.job
+    if floor is None or job.step_cache or estimate.wishes.step_cache:
+        return
+    for every in CACHED:
+        cached = replace(estimate, images_per_call=whole.images_per_call, step_cache=every)
+        if cached_psnr(every, job.steps_taken) >= floor and whole.denoiser.backend not in GRAPHS:
+            yield cached.plan(whole.cfg, whole.placements, whole.budget_bytes)
+
+
+def _saving(plan: Plan, plans: Sequence[Plan]) -> Plan:
+    """With what caching steps saves and costs beside the same way without, if that is among the plans."""
+    alike = (plan.placements, plan.cfg, plan.images_per_call)
+    for whole in plans:
+        if whole.step_cache == 1 and alike == (whole.placements, whole.cfg, whole.images_per_call):
+            saved = whole.predicted.seconds - plan.predicted.seconds
+            costs = f"{plan.predicted.psnr:.0f} dB in place of {whole.predicted.psnr:.0f}"
+            said = f"1 step of {plan.step_cache} in full saves {saved:.1f} s of {whole.predicted.seconds:.1f}"
+            return replace(plan, reason=f"{plan.reason}; {said}, {costs}")
+    return plan
 
 
 def _costed(estimate: Estimate, is_wanted: Callable[[], bool]) -> list[Plan]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, product
 from typing import Any, TypeVar
 
 from ...kernels.recipe import recipe
@@ -25,7 +25,7 @@ from ..costs.latency import (
     reading_seconds,
 )
 from ..machine.hardware import Hardware
-from ..models.families.family import STEPPING, Extent, Role
+from ..models.families.family import CACHES, FULL, KEPT, SHALLOW, STEPPING, Extent, Role
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 from ..placement import DYNAMIC, GRAPHS, QUANTISED, STAGES, STORED, Placement
@@ -42,7 +42,25 @@ PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0, "int8": 51.0, "int8-dynamic": 
 # Of the budget, left free where weights are kept loaded to fill it: predictions were 4.1 % off at most
 # (benchmarks/predicted.py).
 SLACK = 0.04
+# The same of cached steps, beside all in full: the worst of eight pictures by DDIM, which loses more than
+# DPM++ 2M, by the steps of which one is taken in full, and the count of steps (benchmarks/cache.py).
+CACHED_PSNR = {
+    2: {10: 40.0, 15: 44.0, 25: 50.0, 50: 55.0},
+    3: {10: 35.0, 15: 40.0, 25: 45.0, 50: 50.0},
+    5: {10: 30.0, 15: 35.0, 25: 45.0, 50: 48.0},
+    10: {10: 25.0, 15: 30.0, 25: 35.0, 50: 40.0},
+}
 T = TypeVar("T")
+
+
+def cached_psnr(every: int, steps: int) -> float:
+    """Decibels where one of `every` steps is taken in full: those of the next larger number in CACHED_PSNR,
+    and between two counts of steps by their logarithms."""
+    known = CACHED_PSNR[min(each for each in CACHED_PSNR if each >= every)]
+    count = min(max(steps, min(known)), max(known))
+    below, above = max(each for each in known if each <= count), min(each for each in known if each >= count)
+    share = math.log(count / below, above / below) if above > below else 0.0
+    return known[below] + share * (known[above] - known[below])
 
 
 def holder(hardware: Hardware) -> str:
@@ -62,7 +80,9 @@ class Estimator:
 
     def estimate(self, hardware: Hardware, job: Job, wishes: Wishes) -> Estimate:
         key = (job.width, job.height, job.branches, job.prompting.chunks, *job.sides.items())
-        return Estimate(hardware, job, wishes, self.costs.get(key, dict, hardware, job.spec))
+        step_cache = job.step_cache or wishes.step_cache or 1
+        known = self.costs.get(key, dict, hardware, job.spec)
+        return Estimate(hardware, job, wishes, known, step_cache=step_cache)
 
 
 ESTIMATOR = Estimator()  # the one of this process
@@ -78,6 +98,7 @@ class Estimate:
     _known: dict[Any, Any]
     images_per_call: int = 1
     images_per_decode: int = 1
+    step_cache: int = 1
 
     @property
     def spec(self) -> ModelSpec:
@@ -100,6 +121,7 @@ class Estimate:
             reason=reason,
             images_per_call=self.images_per_call,
             images_per_decode=self.images_per_decode,
+            step_cache=self.step_cache,
         )
 
     def plans(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> list[Plan]:
@@ -174,25 +196,31 @@ class Estimate:
     def _role(self, name: str) -> Role:
         return self.spec.components[name].role
 
-    def _footprint(self, name: str, placement: Placement, cfg: str) -> Footprint:
-        run, extent = engine(placement.backend).footprint, self._extent(name, cfg)
+    def _footprint(self, name: str, placement: Placement, cfg: str, cache: str = FULL) -> Footprint:
+        run, extent = engine(placement.backend).footprint, self._extent(name, cfg, cache)
         return self._once(
             (name, placement, extent),
             lambda: run(self.spec, self.spec.components[name], placement, self.hardware, extent),
         )
 
-    def _extent(self, name: str, cfg: str) -> Extent:
-        """What a component is called for."""
+    def _extent(self, name: str, cfg: str, cache: str = FULL) -> Extent:
+        """What a component is called for; `cache` says how, where it caches steps."""
         role, job = self._role(name), self.job
         rows = job.branches if role in STEPPING and cfg == "batched" else 1
         height, width = job.sides.get(name, (job.height, job.width))
-        return Extent(rows * self._pictures(role), height, width, job.prompting.chunks)
+        whole = cache == FULL and role is Role.CONTROL
+        cached = cache if self._caches(name) and not whole else ""
+        return Extent(rows * self._pictures(role), height, width, job.prompting.chunks, cached)
 
     def _pictures(self, role: Role) -> int:
         """That go through a network of such a role at once."""
         if role is Role.DECODER:
             return self.images_per_decode
         return self.images_per_call if role in (Role.DENOISER, Role.CONTROL) else 1
+
+    def _caches(self, name: str) -> bool:
+        """Whether it is called in two ways, as it caches steps."""
+        return self.step_cache > 1 and self.spec.components[name].network.call_cached is not None
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
         footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
@@ -206,8 +234,15 @@ class Estimate:
             context_bytes=self.hardware.context_bytes,
             host_bytes=_host_bytes(placements, footprints),
             seconds=self._seconds(cfg, placements, footprints),
-            psnr=min(_psnr(self.spec.components[name], placement) for name, placement in placements.items()),
+            psnr=self._quality(placements),
         )
+
+    def _quality(self, placements: Mapping[str, Placement]) -> float:
+        """Of the least exact network, and of steps that are cached: errors that add up."""
+        worst = min(_psnr(self.spec.components[name], placement) for name, placement in placements.items())
+        if self.step_cache == 1:
+            return worst
+        return _summed([worst, cached_psnr(self.step_cache, self.job.steps_taken)])
 
     def _peak(self, name: str, cfg: str, placements: Mapping[str, Placement]) -> int:
         """While one component is called, beside those that stay loaded, or are called in turn with it."""
@@ -222,6 +257,7 @@ class Estimate:
         # A refiner is loaded for one request, so that what is loaded after this is not there yet.
         is_new = self.job.model is not self.job.whole.model
         groups = (first, [] if is_new else [n for n in others if n not in first])
+        features = self._features(name, placements, cfg)
 
         def compute() -> int:
             footprint = {n: self._footprint(n, placements[n], cfg) for n in (name, *others)}
@@ -229,15 +265,30 @@ class Estimate:
                 [count for n in group for count in (*footprint[n].held, footprint[n].kept)]
                 for group in groups
             )
-            return peak(self.hardware.device, [*self.hardware.workspaces, *held], footprint[name], later)
+            ways = [footprint[name]]
+            if self._caches(name):  # another path through the layers, with another peak
+                ways.append(self._footprint(name, own, cfg, SHALLOW))
+            loaded = [*self.hardware.workspaces, *held]
+            return max(peak(self.hardware.device, loaded, one, [*later, *features]) for one in ways)
 
         beside = tuple(
             (n, p.backend, p.provider, p.precision, p.compute, p.residency, p.kept_bytes)
             for n in others
             for p in [placements[n]]
         )
-        pictures = self._pictures(self._role(name))
-        return self._once(("peak", name, own, beside, cfg, is_new, pictures), compute)
+        way = (cfg, is_new, self._pictures(self._role(name)), self._caches(name), tuple(features))
+        return self._once(("peak", name, own, beside, *way), compute)
+
+    def _features(self, name: str, placements: Mapping[str, Placement], cfg: str) -> list[int]:
+        """Bytes of each array that is kept from step to step while a network is called, but for its own."""
+        denoiser = self.spec.denoiser.name
+        if self.step_cache == 1 or self._role(name) not in STEPPING:
+            return []
+        extent = self._extent(denoiser, cfg, SHALLOW)
+        shape = self.spec.inputs(self.spec.denoiser, *extent).get(KEPT, (0,))
+        kept_bytes = math.prod(shape) * (4 if placements[denoiser].compute == "fp32" else 2)
+        calls = self.job.branches * self.images_per_call // extent.batch
+        return [kept_bytes] * (calls - (name == denoiser))
 
     def _seconds(
         self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
@@ -245,14 +296,15 @@ class Estimate:
         total = 0.0
         for name in self._called(placements):
             placement, modes = placements[name], self._calls(name, cfg)
-            for mode, calls in modes.items():
-                one = ("seconds", name, placement, mode, self._pictures(self._role(name)))
-                total += calls * self._once(
-                    one,
-                    lambda p=placement, n=name, m=mode: call_seconds(
-                        self.hardware, p, self._footprint(n, p, m)
-                    ),
-                )
+            for cache in CACHES if self._caches(name) else CACHES[:1]:
+                for mode, calls in self._calls(name, cfg, cache).items():
+                    one = ("seconds", name, placement, self._extent(name, mode, cache))
+                    total += calls * self._once(
+                        one,
+                        lambda p=placement, n=name, m=mode, c=cache: call_seconds(
+                            self.hardware, p, self._footprint(n, p, m, c)
+                        ),
+                    )
             if (name, placement) not in self.wishes.loaded:
                 total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
             if placement.backend in GRAPHS and all(modes.values()):
@@ -286,9 +338,9 @@ class Estimate:
     def _called(self, placements: Mapping[str, Placement]) -> list[str]:
         return list(filter(self._is_called, placements))
 
-    def _calls(self, name: str, cfg: str) -> dict[str, float]:
+    def _calls(self, name: str, cfg: str, cache: str = FULL) -> dict[str, float]:
         """How often a network is called, by how: "sequential" is one row of a batch. A last call for fewer
-        pictures is a part of one."""
+        pictures is a part of one. `cache` counts one kind of calls, where steps are cached."""
         job, branches, role = self.job, self.job.branches, self._role(name)
         if role is Role.PREVIEW:
             return {cfg: job.previews}
@@ -297,6 +349,9 @@ class Estimate:
             pictures = job.num_images / self.images_per_decode if job.share.decodes else 0
             return {cfg: {Role.TEXT: texts, Role.ENCODER: job.encodings(name), Role.DECODER: pictures}[role]}
         calls, guided = job.calls_with(name)
+        if self._caches(name):
+            full = job.full_calls(self.step_cache, name)
+            calls, guided = full if cache == FULL else (calls - full[0], guided - full[1])
         if branches == 1:
             guided = calls
         alone, times = (calls - guided) * len(job.prompted), job.num_images / self.images_per_call
@@ -338,10 +393,12 @@ class Estimate:
 
     def _refused(self, cfg: str, placements: Mapping[str, Placement]) -> str | None:
         """Why an engine cannot run its component so, or None."""
+        if self.step_cache > 1 and self.spec.denoiser.network.call_cached is None:
+            return f"{self.spec.name} keeps nothing from step to step: leave out --step-cache"
         for name, placement in placements.items():
             component = self.spec.components[name]
-            for mode in self._calls(name, cfg):
-                extent = self._extent(name, mode)
+            for mode, cache in product(self._calls(name, cfg), CACHES if self._caches(name) else CACHES[:1]):
+                extent = self._extent(name, mode, cache)
                 why = engine(placement.backend).refuses(
                     self.spec, component, placement, self.hardware, extent
                 )
@@ -448,3 +505,8 @@ def _psnr(component: Component, placement: Placement) -> float:
     rounded = 1 - kept / every if every else 1.0
     shares = {placement.precision: rounded, placement.compute: 1.0}
     return -10 * math.log10(sum(share * 10 ** (-PSNR[each] / 10) for each, share in shares.items()))
+
+
+def _summed(decibels: Sequence[float]) -> float:
+    """Of errors that are independent of each other."""
+    return -10 * math.log10(sum(10 ** (-each / 10) for each in decibels))

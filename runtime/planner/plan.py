@@ -17,6 +17,7 @@ from ..machine.hardware import DEVICES
 from ..models.families import role_of
 from ..models.families.family import IN_EVERY_PLAN, Role
 from ..placement import CFG, CHOICES, QUANTISED, Placement
+from ..request import MOST_CACHED
 from ..units import shown
 
 VERSION = 5
@@ -57,7 +58,7 @@ class Plan:
     `cfg` is batched or sequential. `budget_bytes` is what it had to fit in, context included. `verdict` says
     whether it can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
     `images_per_call` is how many pictures of a request go through the U-Net at once, `images_per_decode` how
-    many through the VAE.
+    many through the VAE. Of `step_cache` steps one is taken in full; 1: all are.
     """
 
     model: str
@@ -73,6 +74,7 @@ class Plan:
     version: int = VERSION
     images_per_call: int = 1
     images_per_decode: int = 1
+    step_cache: int = 1
 
     @property
     def fits(self) -> bool:
@@ -107,7 +109,12 @@ class Plan:
         vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
         at_once = f", {self.images_per_call} pictures a call" if self.images_per_call > 1 else ""
         at_once += f", {self.images_per_decode} decoded at once" if self.images_per_decode > 1 else ""
-        return f"{how}, VAE {vaes}{self.elsewhere}{at_once}"
+        return f"{how}, VAE {vaes}{self.elsewhere}{at_once}{self.cached}"
+
+    @property
+    def cached(self) -> str:
+        """', 1 step of 3 in full', where steps are cached."""
+        return f", 1 step of {self.step_cache} in full" if self.step_cache > 1 else ""
 
     @property
     def residency(self) -> str:
@@ -221,6 +228,8 @@ def _problem(plan: Plan) -> str | None:
     for count in (plan.images_per_call, plan.images_per_decode):
         if type(count) is not int or not 1 <= count <= MOST_PER_CALL:
             return f"it has {count!r} pictures a call"
+    if type(plan.step_cache) is not int or not 1 <= plan.step_cache <= MOST_CACHED:
+        return f"it has 1 step of {plan.step_cache!r} in full"
     numbers = (
         plan.budget_bytes,
         plan.predicted.peak_bytes,

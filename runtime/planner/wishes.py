@@ -11,6 +11,9 @@ from ..placement import ATTENTIONS, BACKENDS, CFG, COMPUTES, PRECISIONS, RESIDEN
 from ..units import parse_bytes
 
 _PANEL = "Machine"
+# Least decibels, against the same with all steps in full, that step caching may have: where none is said, no
+# step is cached.
+PREFERENCES = {"quality": None, "balanced": 45.0, "speed": 30.0}
 
 
 def _word(help: str, choices: tuple[str, ...] = ()) -> Any:  # noqa: A002
@@ -23,8 +26,10 @@ class Wishes:
 
     `backend` is of every component that is there for it, `provider` ONNX Runtime's, by its name or a part of
     that such as cuda. `budget` is bytes or text such as "4GiB", context included; `min_psnr` decibels against
-    fp32. `requests` says how many will run with the components that stay loaded, which share the time of
-    loading them; `images_per_call` how many pictures may go through the U-Net at once; `loaded` how those
+    fp32. `prefer` says how much quality the caching of steps may cost where a request leaves it open: none,
+    hardly any, or some. `requests` says how many will run with the components that stay loaded, which share
+    the time of loading them; `images_per_call` how many pictures may go through the U-Net at once;
+    `step_cache` of how many steps one is taken in full, where a request leaves that open; `loaded` how those
     are placed that a pass before leaves loaded, by name; `after` how the U-Net ran in that pass, in whose
     precision this one runs if it fits.
     """
@@ -41,8 +46,12 @@ class Wishes:
         None, "Keep to it: 4GiB.", "BYTES", options=("--vram", "--ram"), panel=_PANEL
     )
     min_psnr: float | None = option(None, "Least dB against fp32.", "DB", bounds=(0, 99), panel=_PANEL)
+    prefer: str = option(
+        "quality", f"{', '.join(PREFERENCES)}.", "NAME", choices=tuple(PREFERENCES), panel=_PANEL
+    )
     requests: int = 1
     images_per_call: int = 1
+    step_cache: int | None = None
     loaded: tuple[tuple[str, Placement], ...] = ()
     after: Placement | None = None
 

@@ -94,6 +94,12 @@ FIRST: tuple[Rule[Case], ...] = (
         lambda case: f"the {case.component.name} is not here as ONNX: export the model with --to onnx",
     ),
     Rule(
+        lambda case: bool(case.extent.cache),
+        lambda case: (
+            f"{case.engine} runs all of a graph in each step: leave out --step-cache, or use --backend torch"
+        ),
+    ),
+    Rule(
         lambda case: bool(case.component.patches),
         lambda case: (
             f"an ONNX graph has its weights fixed, and adapters change those of the {case.component.name}: "

@@ -21,7 +21,7 @@ from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ...machine.detect import pinnable
 from ...machine.hardware import Hardware
 from ...machine.process import release
-from ...models.families.family import STEPPING, Extent, Role
+from ...models.families.family import FULL, STEPPING, Extent, Role
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
 from ...placement import DYNAMIC, QUANTISED, Placement
@@ -184,7 +184,8 @@ class TorchBackend:
             stored = weights.match(component, module)
             weights.check_adapted(module)
         session = TorchSession(module, networks.forward(component, placement), dtype, self.device, self.meter)
-        session.stays = component.role is Role.CONTROL
+        session.stays = dryrun.staying(component)
+        session.cached = component.network.call_cached, dryrun.staying(component, FULL)
         with _memory_errors_explained(self.device):
             if placement.residency == "streamed":
                 lane = functools.partial(self._lane, session, component, placement)
@@ -286,7 +287,8 @@ class TorchSession:
     answers is on the host, or `stays` on the device."""
 
     notices: tuple[str, ...] = ()
-    stays = False
+    stays: int | None = None  # answers from that number on
+    cached: tuple[networks.Forward | None, int | None] = None, None  # forward and stays, where steps are
 
     def __init__(
         self,
@@ -379,18 +381,20 @@ class TorchSession:
             raise
 
     @torch.inference_mode()
-    def __call__(self, **arrays: Any) -> tuple[Any, ...]:
-        module, key = self._module(), tuple((name, array.shape) for name, array in arrays.items())
+    def __call__(self, *, caching: bool = False, **arrays: Any) -> tuple[Any, ...]:
+        module, key = self._module(), (caching, *((name, array.shape) for name, array in arrays.items()))
+        forward, stays = self.cached if caching else (self.forward, self.stays)
+        assert forward
         with tf32_off(self.device), _memory_errors_explained(self.device):
             tensors = {name: self._input(name, array) for name, array in arrays.items()}
             outs = self.meter.during(
                 self._calls,
                 key,
-                lambda: dryrun.run(module, self.forward, tensors, self.dtype, self.device, self.stays),
+                lambda: dryrun.run(module, forward, tensors, self.dtype, self.device, stays),
             )
-            if self.stays:
-                return tuple(Residual(out, self.meter) for out in outs)
-            return tuple(out.cpu().numpy() for out in outs)
+            count = len(outs) if stays is None else stays
+            stayed = [Residual(out, self.meter) for out in outs[count:]]
+            return (*(out.cpu().numpy() for out in outs[:count]), *stayed)
 
     def _input(self, name: str, array: Any) -> torch.Tensor:
         """What the module reads for `array`; on a CPU that is the array."""

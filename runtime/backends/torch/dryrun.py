@@ -17,7 +17,7 @@ from ...costs.known import KNOWN
 from ...costs.latency import converted_values, patching_seconds, read_bytes
 from ...errors import explained
 from ...machine.hardware import Hardware
-from ...models.families.family import RESIDUAL, Extent, Role
+from ...models.families.family import KEPT, RESIDUAL, SHALLOW, Extent, Role
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
 from ...placement import QUANTISED, Placement
@@ -176,15 +176,16 @@ def footprint(
         *extent[1:3],
     )  # fmt: skip
     of_module = _of_module(component, placement, hardware.device)
-    way = (astuple(placement), of_module, *spec.inputs(component, *extent).items())
+    way = (astuple(placement), of_module, extent.cache, *spec.inputs(component, *extent).items())
     known = KNOWN.get(
         component, environment, way, lambda: _followed(spec, component, placement, hardware, extent)
     )
-    _orders.get(
-        of_module,
-        lambda: tuple(path for path, *_ in known.trace.calls),
-        component,
-    )
+    if extent.cache != SHALLOW:
+        _orders.get(
+            of_module,
+            lambda: tuple(path for path, *_ in known.trace.calls),
+            component,
+        )
     return known
 
 
@@ -199,12 +200,13 @@ def _followed(
     shapes = spec.inputs(component, *extent)
     module, stored, identity = _module(component, placement, device.type)
     half = dtype.itemsize == 2  # fp16 and bf16 need the same bytes
-    key = (component.name, identity, spec.family, half, placement.tiling, device.type, tuple(shapes.items()))
+    of_call = (placement.tiling, extent.cache, device.type, tuple(shapes.items()))
+    key = (component.name, identity, spec.family, half, *of_call)
 
     def traced() -> Trace:
         torch.nn.Module.to(module, dtype)  # past diffusers' own `to`, which warns
         workspace(module).allocate(dtype, torch.device("meta"))
-        call, stays = networks.forward(component, placement), component.role is Role.CONTROL
+        call, stays = networks.forward(component, placement, extent.cache), staying(component, extent.cache)
         inspect.signature(call).bind(module, **shapes)  # a TypeError of ours is not the file's
         problem = f"{component.config_file} describes no model that can be run"
         with explained(problem, "copy or download it again"):
@@ -252,8 +254,10 @@ def _streamed(
     held = [count for part in kept for count in weights.held(part, dtype)]
     paths = {unit.path: unit.bytes for unit in streamed.values()}
     arrivals = tuple(Arrival(path, paths[path], *place) for path, *place in trace.calls if path in paths)
+    called = {arrival.unit for arrival in arrivals}  # a shallow call has no use for most
+    units = [unit for unit in streamed.values() if unit.path in called]
     flowing, staying = (
-        [tensor for unit in some.values() for _, _, tensor, _ in unit.weights] for some in (streamed, kept)
+        [tensor for unit in some for _, _, tensor, _ in unit.weights] for some in (units, kept.values())
     )
     reading = _kept(
         module, dtype, device, "scratch", lambda: weights.scratch_bytes(module, stored, dtype, device)
@@ -321,14 +325,14 @@ def _trace(
     inputs: Mapping[str, tuple[int, ...]],
     dtype: torch.dtype,
     device: str,
-    stays: bool = False,
+    stays: int | None = None,
 ) -> Trace:
     kinds = {"tokens": torch.int64, "raw": torch.uint8}
     tensors = {
         name: torch.empty(shape, dtype=kinds.get(name, torch.float32), device="meta")
         for name, shape in inputs.items()
     }
-    residuals = [name for name in inputs if name.startswith(RESIDUAL)]
+    stayed = [name for name in inputs if name.startswith((RESIDUAL, KEPT))]
     calls: list[tuple[str, int, int]] = []
 
     def note(path: str) -> None:
@@ -345,7 +349,7 @@ def _trace(
         followed_once(module, blocks, recorder, calls),
     ):
         # Alive all the time, which what the host sends is not.
-        tensors |= {name: torch.empty(inputs[name], dtype=dtype, device="meta") for name in residuals}
+        tensors |= {name: torch.empty(inputs[name], dtype=dtype, device="meta") for name in stayed}
         run(module, call, tensors, dtype, torch.device("meta"), stays)
     for hook in hooks:
         hook.remove()
@@ -358,13 +362,19 @@ def run(
     tensors: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     device: torch.device,
-    stays: bool = False,
+    stays: int | None = None,
 ) -> list[torch.Tensor]:
-    """Call the module with tensors in fp32 or integers. Returns fp32 ones on `device`, or pictures in bytes,
-    or what `stays` there as it is."""
+    """Call the module with tensors in fp32 or integers. Returns fp32 ones on `device`, or pictures in bytes;
+    answers from number `stays` on as they are."""
     inputs = {name: on_device(tensor, dtype, device) for name, tensor in tensors.items()}
     outs = call(module, **inputs)
-    return [out if stays or out.dtype is torch.uint8 else out.float() for out in outs]
+    count = len(outs) if stays is None else stays
+    return [*(out if out.dtype is torch.uint8 else out.float() for out in outs[:count]), *outs[count:]]
+
+
+def staying(component: Component, cache: str = "") -> int | None:
+    """The number of the first answer that stays on the device; None if none does."""
+    return 0 if component.role is Role.CONTROL else 1 if cache else None
 
 
 def on_device(tensor: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -175,8 +175,11 @@ def current_name(stored: str, expected: Container[str]) -> str:
     return stored
 
 
-def forward(component: Component, placement: Placement) -> Forward:
-    """How to call the component's module with the tensors that `Session` names."""
+def forward(component: Component, placement: Placement, cache: str = "") -> Forward:
+    """How to call the component's module with the tensors that `Session` names; `cache` as of an Extent."""
+    if cache:
+        assert component.network.call_cached
+        return component.network.call_cached
     if placement.tiling == "whole":
         return component.network.call
     if component.network.call_in_strips:

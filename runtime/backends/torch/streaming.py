@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -272,27 +273,31 @@ class Streamer:
         self._copied: dict[nn.Module, Any] = {}
         by_path = {unit.path: part for part, unit in parts.items()}
         self._order = [by_path[path] for path in order if path in by_path]
+        self._orders: dict[nn.Module, list[nn.Module]] = {}  # of each way through the module
         self._seen: list[nn.Module] = []
         self._open: nn.Module | None = None
         self._failed: list[Any] = []
         self._hooks: list[Any] = [module.register_forward_pre_hook(self._begin)]
-        self._hooks += [part.register_forward_pre_hook(self._bring) for part in parts]
-        self._hooks += [part.register_forward_hook(self._take) for part in parts]
+        # A block with some of its layers has the hooks of the whole one, which is the unit.
+        self._hooks += [part.register_forward_pre_hook(partial(self._bring, part)) for part in parts]
+        self._hooks += [part.register_forward_hook(partial(self._take, part)) for part in parts]
 
     def close(self) -> None:
         """Let go of the module, which holds on to this by its hooks, once the copies that are under way are
         done."""
         for hook in self._hooks:
             hook.remove()
+        self._orders.clear()
         if self._open is not None:
             self._put_away(self._open)
         self._lane.finish()
 
-    def _begin(self, *_: Any) -> None:
-        """A new pass; what the last one called is what this one is expected to."""
-        self._order, self._seen = self._seen or self._order, []
+    def _begin(self, module: nn.Module, _: Any) -> None:
+        """A new pass; what the last one through this module called is what this one is expected to."""
+        self._seen = []
+        self._order, self._orders[module] = self._orders.get(module) or self._order, self._seen
 
-    def _bring(self, part: nn.Module, _: Any) -> None:
+    def _bring(self, part: nn.Module, *_: Any) -> None:
         if self._open is not None:  # its pass failed
             self._put_away(self._open)
         if part not in self._ring:
@@ -313,7 +318,7 @@ class Streamer:
             yield from self._order[at:]
             yield from self._order[:at]
 
-    def _take(self, part: nn.Module, _: Any, __: Any) -> None:
+    def _take(self, part: nn.Module, *_: Any) -> None:
         self._put_away(part)
         # Once the device has been told to compute: copies from memory that is not pinned hold up the host.
         if self._lane.beside:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
 from ..checks import is_count, is_text, is_truth, many
-from .family import FEATURE, RESIDUAL, Extent, GraphNames, Network, Role, Shape
+from .family import FEATURE, KEPT, RESIDUAL, Extent, GraphNames, Network, Role, Shape
 from .networks import UNET, residuals, residuals_of
+from .step_cache import control
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -33,9 +34,9 @@ _DEFAULTS = {
 def _inputs(name: str, spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
     """What the U-Net is called with, but for the guidance that distilled ones are told; the picture; how much
     each answer weighs in each row; and the answers of the ControlNet before it, to add to."""
-    added, config = residuals(spec, extent), spec.components[name].config
+    added, config = residuals(spec, extent._replace(cache="")), spec.components[name].config
     is_first = spec.of_role(Role.CONTROL)[0].name == name
-    others = ("time_condition", FEATURE, *([RESIDUAL] if is_first else []))
+    others = ("time_condition", KEPT, FEATURE, *([RESIDUAL] if is_first else []))
     shapes = spec.denoiser.network.inputs(spec, extent)
     return {name: shape for name, shape in shapes.items() if not name.startswith(others)} | {
         "sample": (extent.batch, config["in_channels"], *spec.latent_shape(extent)[1:]),
@@ -123,6 +124,7 @@ def _network(number: int) -> Network:
         inputs=partial(_inputs, name),
         build=_build,
         call=_answer,
+        call_cached=partial(control, _answer),
         graph=_GRAPH,
         tracing=_TRACING,
         adds=residuals,

@@ -56,16 +56,22 @@ RESIDUAL = "residual_"
 """How inputs of a denoiser are called that its control networks answer: these never leave the device."""
 FEATURE = "feature_"
 """How inputs of a denoiser are called that are answered once for a picture to follow."""
+KEPT = "kept"
+"""How the input of a shallow call of a denoiser is called that a full one has answered: it never leaves the
+device."""
+CACHES = FULL, SHALLOW = "full", "shallow"
+"""How a denoiser that caches steps is called: all of it, which answers what is kept, or around that."""
 
 
 class Extent(NamedTuple):
     """What the inputs of one call depend on: rows of a batch, the picture's height and width in pixels, and
-    how many times a text encoder's length the texts are."""
+    how many times a text encoder's length the texts are. `cache`: of CACHES, where steps are cached."""
 
     batch: int
     height: int
     width: int
     chunks: int = 1
+    cache: str = ""
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,8 @@ class Network:
     call_in_strips is how, of another module than that.
     least_bits: of its quantised weights, whatever a model is quantised to. tracing: None for what is not
     exported to ONNX. adds: shapes of the inputs that the denoiser has of it. skip: the network read so many
-    layers from its end, 1 being the last.
+    layers from its end, 1 being the last. call_cached: calls the module of a denoiser that caches steps: it
+    answers what is kept, too, or is handed that as KEPT; and that of a control network beside a shallow call.
     """
 
     name: str
@@ -149,6 +156,7 @@ class Network:
     skip: Callable[[Component, int], Component] = lambda component, _: component
     tracing: Tracing | None = None
     adds: Callable[[ModelSpec, Extent], Mapping[str, Shape]] = lambda _spec, _extent: {}
+    call_cached: Callable[..., tuple[Any, ...]] | None = None
 
 
 class Family(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
@@ -30,8 +31,9 @@ from ..checks import (
     or_none,
     whole,
 )
-from .family import FEATURE, RESIDUAL, Extent, GraphNames, Network, Role, Shape, Tracing
+from .family import FEATURE, KEPT, RESIDUAL, SHALLOW, Extent, GraphNames, Network, Role, Shape, Tracing
 from .image_prompt import SCALE, TOKENS, with_images
+from .step_cache import kept_shape, predict
 
 if TYPE_CHECKING:
     from ..spec import Component, ModelSpec
@@ -231,13 +233,17 @@ def unet_inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
         shapes["time_condition"] = (1, spec.guidance_width)
     for component in spec.components.values():
         shapes |= component.network.adds(spec, extent)
+    if extent.cache == SHALLOW:
+        shapes[KEPT] = kept_shape(spec, extent.batch, *spec.latent_shape(extent)[1:])
     return shapes
 
 
 def residuals(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
-    """Shapes of what is added to the U-Net's skip connections, and last to its middle."""
+    """Shapes of what is added to the U-Net's skip connections, and last to its middle; a shallow call reads
+    the first alone."""
     _, height, width = spec.latent_shape(extent)
-    return residuals_of(spec.unet, {"batch_size": extent.batch, "height": height, "width": width})
+    every = residuals_of(spec.unet, {"batch_size": extent.batch, "height": height, "width": width})
+    return {f"{RESIDUAL}0": every[f"{RESIDUAL}0"]} if extent.cache == SHALLOW else every
 
 
 def residuals_of(config: Mapping[str, Any], size: Mapping[str, int]) -> dict[str, Shape]:
@@ -460,6 +466,7 @@ UNET = Network(
     inputs=unet_inputs,
     build=_build_unet,
     call=_predict,
+    call_cached=partial(predict, _predict),
     graph=GraphNames(
         needed=frozenset({"sample", "timestep", "encoder_hidden_states"}),
         answers=_one_answer("out_sample"),

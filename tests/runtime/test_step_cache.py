@@ -1,0 +1,276 @@
+"""Steps that are cached: a shallow call is diffusers' U-Net around what a full one has kept, in the memory
+that was predicted; left off, nothing changes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import tightfit
+import torch
+from tightfit.runtime import infotext
+from tightfit.runtime.asking import request_of
+from tightfit.runtime.backends.torch.backend import TorchSession
+from tightfit.runtime.errors import OutOfMemoryError, TightfitError
+from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.machine.profiles import profile
+from tightfit.runtime.models.families import step_cache
+from tightfit.runtime.models.families.controlnet import _answer
+from tightfit.runtime.models.families.family import KEPT, Extent
+from tightfit.runtime.placement import Placement
+from tightfit.runtime.planner.choose import plan as plans_of
+from tightfit.runtime.planner.plan import Plan
+from tightfit.runtime.planner.wishes import Wishes
+from tightfit.runtime.request import Request
+
+ONE_WAY: dict[str, Any] = {"precision": "fp32", "attention": "sdpa", "tiling": "whole"}
+SIZE: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 5, "seed": 1, "scheduler": "ddim"}
+CACHED = Request("a red heart", step_cache=3, **SIZE)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """How the U-Net is called: whole, full or shallow."""
+    found, call = [], TorchSession.__call__
+
+    def noted(self, **arrays):
+        if "sample" in arrays and "picture" not in arrays:
+            found.append("shallow" if KEPT in arrays else "full" if arrays.get("caching") else "whole")
+        return call(self, **arrays)
+
+    monkeypatch.setattr(TorchSession, "__call__", noted)
+    return found
+
+
+def pixels(result) -> list[np.ndarray]:
+    return [np.asarray(image, int) for image in result.images]
+
+
+class Replaced:
+    """diffusers' U-Net, in which the maps before the last layer are noted, or others take their place."""
+
+    def __init__(self, unet: Any) -> None:
+        self.unet, self.width = unet, unet.config.block_out_channels[0]
+        self.maps: torch.Tensor | None = None
+        unet.up_blocks[-1].resnets[-1].register_forward_pre_hook(self._joined)
+
+    def _joined(self, _: Any, given: tuple[torch.Tensor, ...]) -> Any:
+        joined, *others = given
+        if self.maps is None:
+            self.maps = joined[:, : self.width].clone()
+        return torch.cat([self.maps, joined[:, self.width :]], 1), *others
+
+
+def inputs(spec: tightfit.ModelSpec, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = spec.inputs(spec.denoiser, 2, 64, 96)
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()} | {
+        "timestep": torch.tensor(900.0 - seed)
+    }
+
+
+@pytest.mark.parametrize("family", ["sd1", "sdxl"])
+@torch.inference_mode()
+def test_a_shallow_call_is_diffusers_around_what_was_kept(deep_models, family):
+    from diffusers import UNet2DConditionModel
+
+    spec = tightfit.inspect(str(deep_models[family]))
+    ours, theirs = (UNet2DConditionModel.from_pretrained(deep_models[family] / "unet") for _ in range(2))
+    reference, call = Replaced(theirs), spec.denoiser.network.call_cached
+    assert call
+    for added in (0, 10):  # with what a ControlNet adds
+        first, second = ({**inputs(spec, seed), **residuals(spec, seed, added)} for seed in (1, 2))
+        reference.maps = None
+        expected, exact = (spec.denoiser.network.call(theirs, **given)[0] for given in (first, second))
+        whole, kept = call(ours, **first)
+        assert torch.equal(whole, expected)
+        near = {name: value for name, value in second.items() if name != "residual_1"}
+        (shallow,) = call(ours, kept=kept, **near)
+        assert torch.equal(shallow, exact)
+        (other,) = call(ours, kept=kept + 1, **near)
+        assert not torch.equal(other, exact)
+        assert torch.equal(spec.denoiser.network.call(ours, **first)[0], expected)
+
+
+def residuals(spec: tightfit.ModelSpec, seed: int, scale: float) -> dict[str, torch.Tensor]:
+    from tightfit.runtime.models.families.networks import residuals as shapes
+
+    generator = torch.Generator().manual_seed(10 * seed)
+    if not scale:
+        return {}
+    every = shapes(spec, Extent(2, 64, 96)).items()
+    return {name: scale * torch.randn(shape, generator=generator) for name, shape in every}
+
+
+@torch.inference_mode()
+def test_a_controlnet_answers_a_shallow_call_what_it_reads(deep_models, tmp_path):
+    from diffusers import ControlNetModel, UNet2DConditionModel
+
+    unet = UNet2DConditionModel.from_pretrained(deep_models["sd1"] / "unet")
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    for number, part in enumerate(net.controlnet_down_blocks):
+        torch.nn.init.constant_(part.weight, 0.01 + number)
+    generator = torch.Generator().manual_seed(1)
+    sample, picture = (
+        torch.randn(2, count, side, side, generator=generator) for count, side in ((4, 8), (3, 16))
+    )
+    hidden = torch.randn(2, 77, unet.config.cross_attention_dim, generator=generator)
+    count = len(net.controlnet_down_blocks) + 1
+    given = {"hidden": hidden, "picture": picture, "scales": torch.arange(2.0 * count).view(2, count) + 1}
+    first, *_ = _answer(net, sample, torch.tensor(5.0), **given)
+    (shallow,) = step_cache.control(_answer, net, sample, torch.tensor(5.0), **given)
+    assert torch.equal(shallow, first)
+    assert first.abs().max() > 0
+    (after,) = step_cache.control(_answer, net, sample, torch.tensor(5.0), residual_0=first, **given)
+    assert torch.equal(after, first + first)
+
+
+@pytest.mark.parametrize(
+    ("family", "ways", "options"),
+    [
+        ("sd1", {"residency": "resident"}, {}),
+        ("sd1", {"residency": "streamed", "cfg": "sequential"}, {}),
+        ("sd1", {"residency": "resident", "images_per_call": 2}, {"num_images": 4}),
+        ("sdxl", {"residency": "staged", "cfg": "sequential", "precision": "bf16"}, {}),
+        ("sd1", {"residency": "resident", "precision": "int8"}, {}),
+    ],
+)
+def test_the_peak_is_as_predicted(tiny_models, monkeypatch, family, ways, options):
+    monkeypatch.setattr("tightfit.runtime.planner.choose.WIDER", 0.0)
+    with tightfit.load(str(tiny_models[family]), device="cpu", **{**ONE_WAY, **ways}) as pipe:
+        for every in (1, 3):
+            request = replace(CACHED, step_cache=every, **options)
+            pipe.generate(request)  # in the first call of a first request the decoder is not there yet
+            result = pipe.generate(request)
+            assert result.plan.step_cache == every
+            predicted = result.plan.predicted.stages["denoise"]
+            assert result.stages["denoise"].peak_bytes == pytest.approx(predicted, rel=0.05)
+    kept_bytes = result.stages["denoise"].peak_bytes
+    assert kept_bytes > 0
+
+
+def test_left_off_nothing_changes(sd1, calls):
+    with tightfit.load(str(sd1), device="cpu", residency="resident", **ONE_WAY) as pipe:
+        plain, off, cached = (pipe.generate(replace(CACHED, step_cache=n)) for n in (None, 1, 3))
+    assert Counter(calls) == {"whole": 10, "full": 2, "shallow": 3}
+    assert np.array_equal(pixels(plain)[0], pixels(off)[0])
+    assert not np.array_equal(pixels(plain)[0], pixels(cached)[0])
+    assert "cache" not in plain.images[0].info["parameters"].lower()
+
+
+def test_a_picture_carries_it(sd1, tmp_path):
+    with tightfit.load(str(sd1), device="cpu", residency="resident", step_cache=3, **ONE_WAY) as pipe:
+        by_wish = pipe.generate(replace(CACHED, step_cache=None))
+        text = by_wish.images[0].info["parameters"]
+        assert "Step cache: 3" in text
+        assert infotext.parse(text, "it").request["step_cache"] == 3
+        assert by_wish.request.step_cache == 3
+        foreign = text[: text.index(", tightfit: ")]  # as another program leaves it
+        assert infotext.parse(foreign, "it").request["step_cache"] == 3
+    with tightfit.load(str(sd1), device="cpu", residency="resident", **ONE_WAY) as pipe:
+        again = pipe.generate(Request(**infotext.parse(text, "it").request))
+        assert np.array_equal(pixels(again)[0], pixels(by_wish)[0])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"scheduler": "heun"}, "full full shallow shallow shallow shallow full full shallow"),
+        ({"guidance_end": 0.4}, "full shallow full full shallow"),
+        ({"guidance_end": 0.4, "cfg": "sequential"}, "full full shallow shallow full full shallow"),
+        ({"num_images": 2}, "full shallow shallow full shallow " * 2),
+        ({"hires": 1.5, "hires_steps": 2}, "full shallow shallow full shallow full shallow"),
+    ],
+)
+def test_which_steps_are_full(sd1, calls, options, expected):
+    ways = {name: options[name] for name in options if name == "cfg"}
+    asked = {name: options[name] for name in options if name != "cfg"}
+    with tightfit.load(str(sd1), device="cpu", residency="resident", **ONE_WAY, **ways) as pipe:
+        request = replace(CACHED, **asked)
+        pipe.generate(request)
+        assert calls == expected.split()
+        if "hires" not in asked:
+            (job,) = {request.resolve(pipe.spec)}
+            full = job.full_calls(3, "unet")[0] * job.num_images
+            rows = 2 if ways else 1
+            assert full <= calls.count("full") <= rows * full
+
+
+def test_after_memory_ran_out_the_next_step_is_full(sd1, calls, monkeypatch):
+    with tightfit.load(str(sd1), device="cpu", **ONE_WAY) as pipe:
+        expected = pixels(pipe.generate(replace(CACHED, step_cache=1)))[0]
+        calls.clear()
+        call = TorchSession.__call__
+
+        def failing(self, **arrays):
+            if KEPT in arrays and calls.count("shallow") == 1 and "failed" not in calls:
+                calls.append("failed")
+                raise OutOfMemoryError("no room")
+            return call(self, **arrays)
+
+        monkeypatch.setattr(TorchSession, "__call__", failing)
+        result = pipe.generate(CACHED)
+    assert calls[:4] == ["full", "shallow", "failed", "full"]
+    assert result.plan.step_cache == 3
+    assert np.abs(pixels(result)[0] - expected).mean() < 30
+
+
+@pytest.mark.parametrize(("engine", "name"), [("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")])
+def test_graphs_are_refused_by_name(sd1, engine, name):
+    pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine))
+    from tightfit.runtime import backends
+
+    spec, graph = tightfit.inspect(str(sd1)), object()  # which is not looked at
+    unet = replace(spec.denoiser, graph=graph)
+    placement = Placement(engine, "fp32", "fp32", "resident", "sdpa", "whole")
+    extent = Extent(2, 64, 64, cache="full")
+    why = backends.engine(engine).refuses(spec, unet, placement, Hardware.detect("cpu"), extent)
+    assert why is not None
+    assert why.startswith(f"{name} runs all of a graph in each step: leave out --step-cache")
+
+
+def test_what_the_planner_prefers():
+    spec, card = tightfit.inspect("emoji"), profile("rtx-2060")
+    request = Request("a", num_inference_steps=25)
+    chosen = {
+        prefer: plans_of(card, spec, request, Wishes(prefer=prefer))
+        for prefer in ("quality", "balanced", "speed")
+    }
+    assert {plan.step_cache for plan in chosen["quality"]} == {1}
+    assert [plan.to_json() for plan in chosen["quality"]] == [
+        plan.to_json() for plan in plans_of(card, spec, request)
+    ]
+    balanced, speed = (chosen[prefer][0] for prefer in ("balanced", "speed"))
+    assert 1 < balanced.step_cache <= speed.step_cache
+    assert speed.predicted.seconds < chosen["quality"][0].predicted.seconds
+    assert speed.predicted.psnr < chosen["quality"][0].predicted.psnr
+    assert "saves" in speed.reason
+    assert "dB in place of" in speed.reason
+    exact = plans_of(card, spec, request, Wishes(prefer="speed", min_psnr=speed.predicted.psnr + 0.1))[0]
+    assert exact.step_cache < speed.step_cache
+    told = plans_of(card, spec, replace(request, step_cache=2), Wishes(prefer="speed"))
+    assert {plan.step_cache for plan in told} == {2}
+
+
+def test_a_saved_plan_has_it(sd1):
+    with tightfit.load(str(sd1), device="cpu", residency="resident", **ONE_WAY) as pipe:
+        plan = pipe.plans(CACHED)[0]
+    read = Plan.from_json(json.dumps(plan.to_json()))
+    assert read == plan
+    with tightfit.load(str(sd1), device="cpu", plan=read) as pipe:
+        assert pipe.plans(replace(CACHED, step_cache=None))[0].step_cache == 3
+        assert pipe.plans(replace(CACHED, step_cache=2))[0].step_cache == 2
+    old = {name: value for name, value in plan.to_json().items() if name != "step_cache"}
+    assert Plan.from_json(json.dumps(old)).step_cache == 1
+    with pytest.raises(TightfitError, match="1 step of 99"):
+        Plan.from_json(json.dumps({**old, "step_cache": 99}))
+
+
+@pytest.mark.parametrize("every", [0, 11, 2.5, True, "3"])
+def test_what_it_cannot_be(every):
+    with pytest.raises(TightfitError, match="step_cache must be a whole number from 1 to 10"):
+        request_of({"prompt": "a", "step_cache": every}).checked()
