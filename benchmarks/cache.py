@@ -41,7 +41,8 @@ def main() -> None:
         rows = calls(args.models, args)
     else:
         rows = [row for steps in args.steps for row in pictures(args.samplers, steps, args.every)]
-    record("cache", {"models": [*map(named, args.models)] or ["emoji"], "size": args.size, "rows": rows})
+    models = [*map(named, args.models)] or ["emoji"]
+    record("cache", {"models": models, "size": args.size, "steps": args.steps[0], "rows": rows})
 
 
 def pictures(samplers: Sequence[str], steps: int, everies: Sequence[int]) -> list[dict[str, Any]]:
@@ -70,12 +71,12 @@ def pictures(samplers: Sequence[str], steps: int, everies: Sequence[int]) -> lis
 
 def calls(models: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Seconds of calls of U-Nets, plain, full and shallow, and what caching makes of them."""
-    hardware, runs, full = Hardware.detect("cpu"), {}, {}
+    hardware, runs, full, precisions = Hardware.detect("cpu"), {}, {}, {}
     for model in models:
         name, _, precision = model.partition(":")
         spec = inspect(name)
         compute, backend = hardware.precisions[0], TorchBackend(hardware.device)
-        kind = precision or spec.precision or compute
+        kind = precisions[model] = precision or spec.precision or compute
         placement = Placement("torch", kind, compute, "resident", "sliced", "whole")
         session, arrays = backend.load(spec.denoiser, placement), noise(spec, 2, args.size)
         _, kept = session(caching=True, **arrays)
@@ -89,10 +90,16 @@ def calls(models: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any
     seconds = _least(runs, args.rounds)
     whole, rows = next(iter(seconds.values()))["plain"], []
     for model, took in seconds.items():
-        row: dict[str, Any] = {"model": named(model), **took, "ratio": whole / took["plain"]}
+        name = named(model).partition(":")[0]
+        row: dict[str, Any] = {
+            "model": name,
+            "precision": precisions[model],
+            **took,
+            "ratio": whole / took["plain"],
+        }
         for every, count in full.items():
             average = (count * took["full"] + (args.steps[0] - count) * took["shallow"]) / args.steps[0]
-            row |= {f"ratio, every {every}": whole / average}
+            row |= {f"every {every}": whole / average}
         print(row, flush=True)
         rows.append(row)
     return rows

@@ -79,7 +79,7 @@ def summary() -> str:
 
 def tables() -> str:
     """docs/results.md's section: all tables."""
-    return f"{peers()}\n{beside_openvino()}{plans()}\n{details()}"
+    return f"{peers()}\n{beside_openvino()}{plans()}\n{cached_pictures()}\n{cached_calls()}\n{details()}"
 
 
 def results(name: str, contains: str = "") -> list[Any]:
@@ -173,6 +173,36 @@ def judged(row: Row) -> str:
     text = f"{quality['psnr']:.0f} dB, {quality['ms_ssim']:.4f}" if quality else ""
     text = "exact" if row["key"] == row["reference"] else text
     return f"{text}, {quality['match']:.0%}" if "match" in quality else text
+
+
+def cached_pictures() -> str:
+    """What step caching costs and saves, of the emoji."""
+    run = next(run for run in reversed(results("cache")) if run["models"] == ["emoji"])
+    lines = []
+    for row in run["rows"]:
+        quality = f"{row['median']:.1f} dB, {row['worst']:.1f}"
+        lines.append(
+            f"| {row['sampler']}, {row['steps']} steps | {row['every']} | {quality} | {row['ratio']:.2f} |"
+        )
+    head = "| | 1 step in full of | PSNR to all in full, median, worst | times as fast |"
+    title = "**Step caching**, emoji, 128×128, 8 pictures, fp32 (`python -m tightfit.benchmarks.cache`)"
+    return f"{title}:\n\n{table(head, lines)}"
+
+
+def cached_calls() -> str:
+    """Seconds of full and shallow calls of large U-Nets."""
+    run = next(run for run in reversed(results("cache")) if run["models"] != ["emoji"])
+    named = [name for name in run["rows"][0] if name.startswith("every ")]
+    lines = []
+    for row in run["rows"]:
+        ratios = " | ".join(f"{row[name]:.2f}" for name in ("ratio", *named))
+        spent = f"{row['plain']:.2f} s | {row['shallow']:.2f} s"
+        lines.append(f"| {row['model']}, {row['precision']} | {spent} | {ratios} |")
+    cells = " | ".join(f"1 of {name.removeprefix('every ')}" for name in named)
+    head = f"| | full call | shallow | times as fast: all in full | {cells} |"
+    size = f"{run['size']}×{run['size']}, batch 2, {run['steps']} steps"
+    command = f"python -m tightfit.benchmarks.cache {' '.join(run['models'])}"
+    return f"The same of whole U-Nets, {size} (`{command}`):\n\n{table(head, lines)}"
 
 
 def details() -> str:

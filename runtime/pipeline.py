@@ -48,10 +48,11 @@ def load(
 
     device: auto, cuda, xpu, mps or cpu. Each request is planned for what was free here, by `wishes`, the
     fields of Wishes: precision, compute, residency, attention, tiling and cfg (auto unless named), budget
-    (bytes, or text such as "4GiB"; of the GPU's memory, or of the process's on a CPU), min_psnr
-    (decibels). Or else all run by `plan`, if it fits; so does a second pass by the same model, but for
-    networks that `plan` has not, or in its precision alone where that is what fits. `adapters` change the
-    model for every request. With local_files_only nothing is fetched. Raises TightfitError.
+    (bytes, or text such as "4GiB"; of the GPU's memory, or of the process's on a CPU), min_psnr (decibels),
+    prefer (quality, balanced or speed: whether steps are cached). Or else all run by `plan`, if it fits; so
+    does a second pass by the same model, but for networks that `plan` has not, or in its precision alone
+    where that is what fits. `adapters` change the model for every request. With local_files_only nothing is
+    fetched. Raises TightfitError.
     """
     known = Wishes.__dataclass_fields__
     if unknown := [name for name in wishes if name not in known]:

@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import TightfitError
 from ..fields import described, option
 from ..placement import ATTENTIONS, BACKENDS, CFG, COMPUTES, PRECISIONS, RESIDENCIES, TILINGS, Placement
+from ..request import MOST_CACHED
 from ..units import parse_bytes
 
 _PANEL = "Machine"
@@ -64,6 +65,9 @@ class Wishes:
         if self.min_psnr is not None and not least <= self.min_psnr <= most:
             said = f"decibels from {least} to {most}, which is fp32 itself"
             raise TightfitError(f"min_psnr must be {said}, not {self.min_psnr:g}")
+        if self.step_cache is not None and self.step_cache not in range(1, MOST_CACHED + 1):
+            said = f"a whole number from 1 to {MOST_CACHED}, of how many steps one is taken in full"
+            raise TightfitError(f"step_cache must be {said}, not {self.step_cache!r}")
         for name, words in ((name, of.choices) for name, of in known.items() if of.choices):
             if (value := getattr(self, name)) not in ("auto", *words):
                 raise TightfitError(f"unknown {name} '{value}': choose auto, {', '.join(words)}")

@@ -110,8 +110,8 @@ def residuals(spec: tightfit.ModelSpec, seed: int, scale: float) -> dict[str, to
 def test_a_controlnet_answers_a_shallow_call_what_it_reads(deep_models, tmp_path):
     from diffusers import ControlNetModel, UNet2DConditionModel
 
-    unet = UNet2DConditionModel.from_pretrained(deep_models["sd1"] / "unet")
-    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
+    unet: Any = UNet2DConditionModel.from_pretrained(deep_models["sd1"] / "unet")
+    net: Any = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(8, 16))
     for number, part in enumerate(net.controlnet_down_blocks):
         torch.nn.init.constant_(part.weight, 0.01 + number)
     generator = torch.Generator().manual_seed(1)
@@ -221,7 +221,7 @@ def test_after_memory_ran_out_the_next_step_is_full(sd1, calls, monkeypatch):
 
 @pytest.mark.parametrize(("engine", "name"), [("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")])
 def test_graphs_are_refused_by_name(sd1, engine, name):
-    pytest.importorskip({"onnx": "onnxruntime"}.get(engine, engine))
+    pytest.importorskip("onnxruntime" if engine == "onnx" else engine)
     from tightfit.runtime import backends
 
     spec, graph = tightfit.inspect(str(sd1)), object()  # which is not looked at
@@ -274,3 +274,6 @@ def test_a_saved_plan_has_it(sd1):
 def test_what_it_cannot_be(every):
     with pytest.raises(TightfitError, match="step_cache must be a whole number from 1 to 10"):
         request_of({"prompt": "a", "step_cache": every}).checked()
+    if every in (0, 11):
+        with pytest.raises(TightfitError, match="step_cache must be a whole number from 1 to 10"):
+            Wishes(step_cache=every)

@@ -297,7 +297,7 @@ class Streamer:
         self._seen = []
         self._order, self._orders[module] = self._orders.get(module) or self._order, self._seen
 
-    def _bring(self, part: nn.Module, *_: Any) -> None:
+    def _bring(self, part: nn.Module, *_given: Any) -> None:
         if self._open is not None:  # its pass failed
             self._put_away(self._open)
         if part not in self._ring:
@@ -318,7 +318,7 @@ class Streamer:
             yield from self._order[at:]
             yield from self._order[:at]
 
-    def _take(self, part: nn.Module, *_: Any) -> None:
+    def _take(self, part: nn.Module, *_given: Any) -> None:
         self._put_away(part)
         # Once the device has been told to compute: copies from memory that is not pinned hold up the host.
         if self._lane.beside:
