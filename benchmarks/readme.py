@@ -191,7 +191,9 @@ def cached_pictures() -> str:
 
 def cached_calls() -> str:
     """Seconds of full and shallow calls of large U-Nets."""
-    run = next(run for run in reversed(results("cache")) if run["models"] != ["emoji"])
+    run = next((run for run in reversed(results("cache")) if run["models"] != ["emoji"]), None)
+    if run is None:
+        return ""
     named = [name for name in run["rows"][0] if name.startswith("every ")]
     lines = []
     for row in run["rows"]:

@@ -42,13 +42,13 @@ PSNR = {"fp32": 99.0, "fp16": 60.0, "bf16": 49.0, "int8": 51.0, "int8-dynamic": 
 # Of the budget, left free where weights are kept loaded to fill it: predictions were 4.1 % off at most
 # (benchmarks/predicted.py).
 SLACK = 0.04
-# The same of cached steps, beside all in full: the worst of eight pictures by DDIM, which loses more than
-# DPM++ 2M, by the steps of which one is taken in full, and the count of steps (benchmarks/cache.py).
+# The same of cached steps, beside all in full: the worst of eight pictures by DPM++ 2M Karras and by DDIM, by
+# the steps of which one is taken in full, and the count of steps (benchmarks/cache.py).
 CACHED_PSNR = {
-    2: {10: 40.0, 15: 44.0, 25: 50.0, 50: 55.0},
-    3: {10: 35.0, 15: 40.0, 25: 45.0, 50: 50.0},
-    5: {10: 30.0, 15: 35.0, 25: 45.0, 50: 48.0},
-    10: {10: 25.0, 15: 30.0, 25: 35.0, 50: 40.0},
+    2: {10: 43.5, 15: 53.6, 25: 56.0, 50: 58.1},
+    3: {10: 38.7, 15: 48.9, 25: 51.9, 50: 56.1},
+    5: {10: 24.3, 15: 38.6, 25: 46.0, 50: 51.8},
+    10: {10: 23.9, 15: 21.9, 25: 33.6, 50: 44.4},
 }
 T = TypeVar("T")
 
