@@ -172,7 +172,7 @@ def left(first: Job, placements: Mapping[str, Placement], second: Job) -> tuple[
 def wishes_after(first: Job, plan: Plan, second: Job, wishes: Wishes) -> Wishes:
     """What is wished of the second pass: to run beside what the first leaves loaded, and in its precision.
     Another model is loaded for this request alone, in any precision."""
-    wishes = replace(wishes, step_cache=plan.step_cache)  # pictures carry one for both
+    wishes = replace(wishes, cache_every=plan.step_cache)  # pictures carry one for both
     if first.model is not second.model:
         return replace(wishes, requests=1)
     return replace(wishes, loaded=left(first, plan.placements, second), after=plan.denoiser)

@@ -251,8 +251,9 @@ class Share:
 @dataclass(frozen=True, kw_only=True)
 class Job(Request):
     """A request with everything decided for one model. Only a job is planned and run; no field is None but
-    the negative prompt; eta and zero_snr, which then are as the scheduler and the model have them; and what
-    of the seeds, and of a second pass, is not asked for. The scheduler's name has its schedule.
+    the negative prompt; eta and zero_snr, which then are as the scheduler and the model have them;
+    step_cache, which then is the plan's; and what of the seeds, and of a second pass, is not asked for. The
+    scheduler's name has its schedule.
 
     `model` is the model that it was resolved for; `spec` is that with the adapters, and with the networks of
     the conditions.

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -37,8 +37,7 @@ OnStage = Callable[[str], AbstractContextManager[object]]
 CURE = "make the picture smaller, or close what else uses the memory"
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """A call of the U-Net: its number in the schedule, whether it is of the conditioned branches `alone`, in
     steps without guidance, and of a step that is taken in `full`, where steps are cached."""
 

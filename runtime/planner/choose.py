@@ -122,7 +122,7 @@ def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
 def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
     """The same with steps that are cached, where that is left to the planner, as it prefers."""
     floor, job = PREFERENCES.get(estimate.wishes.prefer), estimate.job
-    if floor is None or job.step_cache or estimate.wishes.step_cache:
+    if floor is None or job.step_cache or estimate.wishes.cache_every:
         return
     for every in CACHED:
         cached = replace(estimate, images_per_call=whole.images_per_call, step_cache=every)

@@ -80,7 +80,7 @@ class Estimator:
 
     def estimate(self, hardware: Hardware, job: Job, wishes: Wishes) -> Estimate:
         key = (job.width, job.height, job.branches, job.prompting.chunks, *job.sides.items())
-        step_cache = job.step_cache or wishes.step_cache or 1
+        step_cache = job.step_cache or wishes.cache_every or 1
         known = self.costs.get(key, dict, hardware, job.spec)
         return Estimate(hardware, job, wishes, known, step_cache=step_cache)
 

@@ -30,7 +30,7 @@ class Wishes:
     fp32. `prefer` says how much quality the caching of steps may cost where a request leaves it open: none,
     hardly any, or some. `requests` says how many will run with the components that stay loaded, which share
     the time of loading them; `images_per_call` how many pictures may go through the U-Net at once;
-    `step_cache` of how many steps one is taken in full, where a request leaves that open; `loaded` how those
+    `cache_every` of how many steps one is taken in full, where a request leaves that open; `loaded` how those
     are placed that a pass before leaves loaded, by name; `after` how the U-Net ran in that pass, in whose
     precision this one runs if it fits.
     """
@@ -52,7 +52,7 @@ class Wishes:
     )
     requests: int = 1
     images_per_call: int = 1
-    step_cache: int | None = None
+    cache_every: int | None = None
     loaded: tuple[tuple[str, Placement], ...] = ()
     after: Placement | None = None
 
@@ -65,9 +65,9 @@ class Wishes:
         if self.min_psnr is not None and not least <= self.min_psnr <= most:
             said = f"decibels from {least} to {most}, which is fp32 itself"
             raise TightfitError(f"min_psnr must be {said}, not {self.min_psnr:g}")
-        if self.step_cache is not None and self.step_cache not in range(1, MOST_CACHED + 1):
+        if self.cache_every is not None and self.cache_every not in range(1, MOST_CACHED + 1):
             said = f"a whole number from 1 to {MOST_CACHED}, of how many steps one is taken in full"
-            raise TightfitError(f"step_cache must be {said}, not {self.step_cache!r}")
+            raise TightfitError(f"cache_every must be {said}, not {self.cache_every!r}")
         for name, words in ((name, of.choices) for name, of in known.items() if of.choices):
             if (value := getattr(self, name)) not in ("auto", *words):
                 raise TightfitError(f"unknown {name} '{value}': choose auto, {', '.join(words)}")

@@ -17,10 +17,10 @@ def spec(sd1):
     return inspect(sd1)
 
 
-# None is an answer: nothing asked, so as the scheduler or the model has it.
+# None is an answer: nothing asked, so as the scheduler, the model or the plan has it.
 AS_THEY_ARE = {
     "negative_prompt", "eta", "zero_snr", "subseed", "seed_resize", "hires", "hires_size", "hires_prompt",
-    "hires_scheduler", "refiner",
+    "hires_scheduler", "refiner", "step_cache",
 }  # fmt: skip
 
 

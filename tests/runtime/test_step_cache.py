@@ -163,7 +163,7 @@ def test_left_off_nothing_changes(sd1, calls):
 
 
 def test_a_picture_carries_it(sd1, tmp_path):
-    with tightfit.load(str(sd1), device="cpu", residency="resident", step_cache=3, **ONE_WAY) as pipe:
+    with tightfit.load(str(sd1), device="cpu", residency="resident", cache_every=3, **ONE_WAY) as pipe:
         by_wish = pipe.generate(replace(CACHED, step_cache=None))
         text = by_wish.images[0].info["parameters"]
         assert "Step cache: 3" in text
@@ -275,5 +275,5 @@ def test_what_it_cannot_be(every):
     with pytest.raises(TightfitError, match="step_cache must be a whole number from 1 to 10"):
         request_of({"prompt": "a", "step_cache": every}).checked()
     if every in (0, 11):
-        with pytest.raises(TightfitError, match="step_cache must be a whole number from 1 to 10"):
-            Wishes(step_cache=every)
+        with pytest.raises(TightfitError, match="cache_every must be a whole number from 1 to 10"):
+            Wishes(cache_every=every)
