@@ -176,10 +176,11 @@ def judged(row: Row) -> str:
 
 
 def cached_pictures() -> str:
-    """What step caching costs and saves, of the emoji."""
-    run = next(run for run in reversed(results("cache")) if run["models"] == ["emoji"])
+    """What step caching costs and saves, of the emoji: the newest of each."""
+    every = [row for run in results("cache") if run["models"] == ["emoji"] for row in run["rows"]]
+    newest = {(row["sampler"], row["steps"], row["every"]): row for row in every}
     lines = []
-    for row in run["rows"]:
+    for row in newest.values():
         quality = f"{row['median']:.1f} dB, {row['worst']:.1f}"
         lines.append(
             f"| {row['sampler']}, {row['steps']} steps | {row['every']} | {quality} | {row['ratio']:.2f} |"
