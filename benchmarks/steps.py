@@ -67,7 +67,7 @@ def main() -> None:
     record("steps", {"compute": compute, "attention": args.attention, "size": args.size, "rows": rows})
 
 
-def noise(spec: ModelSpec, batch: int, size: int) -> dict[str, np.ndarray]:
+def noise(spec: ModelSpec, batch: int, size: int) -> dict[str, Any]:
     """Inputs of a U-Net in the middle of a picture: reproducible noise in place of latents and texts."""
     random, shapes = np.random.default_rng(0), spec.inputs(spec.denoiser, batch, size, size)
     arrays = {name: np.asarray(random.standard_normal(shape), np.float32) for name, shape in shapes.items()}
