@@ -55,6 +55,19 @@ def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.delenv("TIGHTFIT_MODELS", raising=False)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def dry_runs_once():
+    """Tests of a file follow a network and size once, as commands do from one process to the next. Those of
+    another file, which may have changed what computes it, follow it again."""
+    from tightfit.runtime.costs import known
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(known, "_MOST_OPEN", 10**6)
+        patch.setattr(known.KNOWN, "_files", {})
+        patch.setattr(known.KNOWN, "_folder", Path(os.devnull))
+        yield
+
+
 # Tracing, planning and painting all take their time from the number of operators, so the models of most tests
 # are half as deep as `tightfit.export.random_model --tiny`.
 _SHALLOW_UNET = {

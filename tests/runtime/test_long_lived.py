@@ -34,6 +34,7 @@ def traced(monkeypatch):
     before."""
     followed, trace = [], dryrun._trace
     dryrun._traces.clear()
+    monkeypatch.setattr(dryrun.KNOWN, "_folder", None)
 
     def note(module, call, inputs, *others):
         followed.append(inputs.get("sample", inputs.get("latents", (0, 0, 0, 0)))[2:])

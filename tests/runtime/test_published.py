@@ -126,7 +126,9 @@ def test_convolutions_copy_their_maps(precision, full_models):
     """The largest of SD 1.5's decoder is behind its last upsampling, with 256 channels of input and of answer
     at 512x512. Quantised layers unpack and then convolve."""
     placement, spec = Placement("torch", precision, "fp16", "staged", "sdpa", "whole"), full_models["sd1"]
-    own = dryrun.footprint(spec, spec.components["vae_decoder"], placement, hardware("a100"), Extent(1, 512, 512))
+    own = dryrun.footprint(
+        spec, spec.components["vae_decoder"], placement, hardware("a100"), Extent(1, 512, 512)
+    )
     assert max(count for count, kind in own.trace.events if kind == MOMENT) == (256 + 256) * 512 * 512 * 2
 
 
