@@ -27,7 +27,7 @@ MULTIPLE = 8  # of pixels, as A1111's sliders have it
 class Options:
     """What asks for a picture to begin with."""
 
-    image: str | None = option(None, "A picture to begin with.", "FILE", panel=PANEL)
+    image: str | None = option(None, "Begin with this one.", "FILE", panel=PANEL)
     strength: float | None = option(
         None, "How much to change, to 1.", "X", bounds=(0, 1), panel=PANEL, carried=True
     )

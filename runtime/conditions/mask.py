@@ -35,7 +35,7 @@ class Options(OfImage):
         None, "White where to paint.", "FILE", options=("--mask-image", "--mask"), panel=PANEL
     )
     mask_blur: int | None = option(
-        None, "Pixels the edge fades; 4.", "N", bounds=(0, _MOST), panel=PANEL, carried=True
+        None, "Pixels it fades; 4.", "N", bounds=(0, _MOST), panel=PANEL, carried=True
     )
     mask_padding: int | None = option(
         None, "That around it alone.", "N", bounds=(0, _MOST), panel=PANEL, carried=True
@@ -43,7 +43,7 @@ class Options(OfImage):
     mask_content: str | None = option(
         None, f"{', '.join(CONTENTS)}.", "HOW", choices=CONTENTS, panel=PANEL, carried=True
     )
-    invert_mask: bool | None = option(None, "Paint where it is black.", panel=PANEL)
+    invert_mask: bool | None = option(None, "Paint what is black.", panel=PANEL)
 
 
 @dataclass(frozen=True, kw_only=True)
