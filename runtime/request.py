@@ -104,7 +104,7 @@ class Request:
     guidance_start: float = _tuning(0.0, "Guided from there: 0 to 1.", "X", bounds=(0, 1))
     guidance_end: float = _tuning(1.0, "Guided until there: 0 to 1.", "X", bounds=(0, 1))
     step_cache: int | None = _tuning(
-        None, "Of so many steps 1 in full.", "N", bounds=(1, MOST_CACHED), costs=True
+        None, "1 step of N in full; 1 to 10.", "N", bounds=(1, MOST_CACHED), costs=True
     )
     noise_source: str = _tuning(CPU, "cpu, gpu, nv: whose numbers.", "NAME", choices=SOURCES)
     subseed: int | None = _tuning(None, "A second; -1: random.", "N", bounds=_SEEDS)

@@ -19,6 +19,7 @@ from .ledger import Item, Ledger
 from .painting import Here
 from .report import hourly
 from .running import MOST_CHECKED
+from .spread import RUN_SECONDS
 from .table import RowError
 
 MOST_NODES = 10_000
@@ -81,7 +82,8 @@ def _kind(item: Item, pictures: int, painters: Sequence[tuple[str, Here]]) -> Ki
             continue
         plan = predicted.plan
         peak_bytes = plan.predicted.peak_bytes + plan.predicted.context_bytes
-        ways[name] = Way(predicted.seconds, predicted.together, peak_bytes, plan.summary())
+        few = max(1, int(RUN_SECONDS / max(predicted.seconds, 1e-9)))  # as slow nodes take towards the end
+        ways[name] = Way(predicted.seconds, min(predicted.together, few), peak_bytes, plan.summary())
         model_bytes = max(model_bytes, _read_bytes(painter.models.spec(item.model), plan))
     height, width = painters[0][1].models.spec(item.model).native_size
     pixels = item.options.get("height", height) * item.options.get("width", width)

@@ -17,7 +17,7 @@ from .ledger import ENDED, Item
 from .painting import Encoded, Failed, News, Planner, Predicted, Stepped, Took
 from .running import Keeping
 
-_RUN_SECONDS = 5.0  # of a run that is worth no division: to plan another number of pictures takes a second
+RUN_SECONDS = 5.0  # of a run that is worth no division: to plan another number of pictures takes a second
 _SLOWER = 2.0  # how much later than by all others a picture may be there for an idle machine to take it
 
 
@@ -285,7 +285,7 @@ class Spread(Keeping):
         that waits, so that all end together."""
         paces = sum(other.pace(group) for other in self._hands.values())
         share = math.ceil(sum(self._waiting.values()) * hand.pace(group) / paces)
-        return max(1, min(known.together, max(share, int(_RUN_SECONDS * hand.pace(group)))))
+        return max(1, min(known.together, max(share, int(RUN_SECONDS * hand.pace(group)))))
 
     def _is_in_time(self, hand: _Hand, group: int) -> bool:
         """Whether it makes a picture before the others would have made all that waits, or soon after."""

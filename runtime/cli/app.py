@@ -130,7 +130,9 @@ def _run() -> Any:
     except TightfitError as error:
         _fail(_no_memory(error) if isinstance(error, OutOfMemoryError) and not error.complete else str(error))
     except usage_error as error:
-        _fail(usage(error))
+        if not (message := usage(error)):  # of a command of commands, whose help is printed
+            return 0
+        _fail(message)
     except (KeyboardInterrupt, typer.Abort):
         return 130
     except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -82,13 +82,20 @@ def _show(planned: Schedule, notes: Sequence[str]) -> None:
     say(f"{planned.pictures} pictures, {long(planned.seconds)} predicted{dollars}, {pace}")
     parts = ", ".join(f"{name} {long(seconds)}" for name, seconds in planned.parts.items())
     say(f"• most goes to {planned.bound}: {parts}")
-    for line in (*_limits(planned), *_left_out(planned)):
+    for line in (*_unpriced(planned), *_limits(planned), *_left_out(planned)):
         say(f"• {line}")
     say(f"• seconds are estimates from {'; or '.join(notes)}; none was measured on these cards")
     for kind in planned.kinds:
         if not kind.ways:
             _, reason = next(iter(kind.refusals.items()))
             say(f"{_rows(kind)} nowhere ({kind.pictures} pictures): {reason}")
+
+
+def _unpriced(planned: Schedule) -> Iterator[str]:
+    """Why there are no dollars, where some cards have a price."""
+    without = [share.card.name for share in planned.shares if share.card.price is None]
+    if without and len(without) < len(planned.shares):
+        yield f"no dollars, for lack of the price of {', '.join(without)}: such as :10@0.20/h, or --price"
 
 
 def _show_cards(title: str, planned: Schedule) -> None:

@@ -144,6 +144,8 @@ def generate(
     asked = with_paths(asked, models_dirs)
     _check_schedules(asked)
     kept = _without_idle(carried.request, asked)
+    if "prefer" in wished:  # which decides anew
+        kept.pop("step_cache", None)
     wanted = Request(**{**kept, **asked, "prompt": said, "conditions": conditions}).checked()
     drawn = variants(wanted, options.wildcards) if options.source is None or prompt else (wanted,)
     requests = tuple(_adapted(request, adapting, models_dirs).checked() for request in drawn)

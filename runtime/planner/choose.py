@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -70,8 +70,8 @@ def plan(
         raise TightfitError(
             f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
         )
-    found += [wider for p in _of_each_residency(found) for wider in _wider(p, estimate)]
-    found += [cached for p in _of_each_residency(found) for cached in _cached(p, estimate)]
+    found += [wider for p in _fastest(found, _residency) for wider in _wider(p, estimate)]
+    found += [cached for p in _fastest(found, _arithmetic) for cached in _cached(p, estimate)]
     fitting = sorted(
         (p for p in found if p.fits),
         key=lambda p: (estimate.painting_seconds(p), -len(p.placements), p.predicted.peak_bytes),
@@ -88,11 +88,20 @@ def plan(
     return [_saving(p, every) if p.step_cache > 1 and p.fits else p for p in every]
 
 
-def _of_each_residency(plans: Sequence[Plan]) -> list[Plan]:
-    """The fastest that fits with weights that stay, are staged, or stream."""
-    fastest: dict[str, Plan] = {}
+def _residency(plan: Plan) -> Hashable:
+    return plan.denoiser.residency
+
+
+def _arithmetic(plan: Plan) -> Hashable:
+    """Also the precision, as a floor of quality may leave out the fastest."""
+    return plan.denoiser.residency, plan.denoiser.arithmetic
+
+
+def _fastest(plans: Sequence[Plan], kind: Callable[[Plan], Hashable]) -> list[Plan]:
+    """Of each kind the fastest that fits."""
+    fastest: dict[Hashable, Plan] = {}
     for one in sorted(filter(lambda p: p.fits, plans), key=lambda p: p.predicted.seconds):
-        fastest.setdefault(one.denoiser.residency, one)
+        fastest.setdefault(kind(one), one)
     return list(fastest.values())
 
 
@@ -125,7 +134,12 @@ def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
     if floor is None or job.step_cache or estimate.wishes.cache_every:
         return
     for every in CACHED:
-        cached = replace(estimate, images_per_call=whole.images_per_call, step_cache=every)
+        cached = replace(
+            estimate,
+            images_per_call=whole.images_per_call,
+            images_per_decode=whole.images_per_decode,
+            step_cache=every,
+        )
         if cached_psnr(every, job.steps_taken) >= floor and whole.denoiser.backend not in GRAPHS:
             yield cached.plan(whole.cfg, whole.placements, whole.budget_bytes)
 
