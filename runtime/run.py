@@ -282,6 +282,8 @@ class Run:
                 return self._predict(samples[part], timestep, indices[part], how)
 
             done += self._surviving(some)
+        if len(samples) > self.plan.images_per_call:
+            self._features.clear()  # since memory ran out a call is of fewer, and the plan keeps no more
         return done
 
     def _predict(

@@ -133,7 +133,10 @@ class Schedule:
     @property
     def model_bytes(self) -> int:
         """Of all models, each once."""
-        return sum({kind.model: kind.model_bytes for kind in self.kinds}.values())
+        models: dict[str, int] = {}
+        for kind in self.kinds:
+            models[kind.model] = max(kind.model_bytes, models.get(kind.model, 0))
+        return sum(models.values())
 
     @property
     def parts(self) -> dict[str, float]:

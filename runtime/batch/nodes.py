@@ -138,6 +138,7 @@ class RayCrew:
             now, joined = time.monotonic(), self._joined()
             first = first or (now if joined else 0.0)
             late = now - first > _OTHERS_SECONDS if joined else now - start > _START_SECONDS
+            late &= not any(self._is_sent_to(node) for node in self._nodes.values())
             there = {key for key, node in self._nodes.items() if node.has_joined}
             if late or not self._expected - self._refused.keys() - there:
                 break
@@ -166,7 +167,15 @@ class RayCrew:
     @property
     def is_growing(self) -> bool:
         now = time.monotonic()
-        return any(not node.has_joined and now - node.begun < _START_SECONDS for node in self._nodes.values())
+        return any(
+            self._is_sent_to(node) or (not node.has_joined and now - node.begun < _START_SECONDS)
+            for node in self._nodes.values()
+        )
+
+    @staticmethod
+    def _is_sent_to(node: _Node) -> bool:
+        """Whether models are on their way to it, which takes as long as it takes."""
+        return node.about is not None and not node.has_joined
 
     def wait(self) -> Sequence[Happened]:
         if not self._happened:
@@ -346,6 +355,7 @@ class RayCrew:
 
     def _drop(self, key: _Key) -> _Node:
         node = self._nodes.pop(key)
+        node.asked = None  # nothing answers any more
         self._ray.kill(node.actor)
         if node.has_joined:
             self._happened.append(Lost(node.name, ""))

@@ -231,8 +231,10 @@ class Spread(Keeping):
     def _offer(self, name: str, hand: _Hand) -> None:
         """Give an idle machine what it can do best; first it is asked what that would take."""
         again = next((item for item in self._again if self._may(hand, item.group)), None)
-        group = again.group if again else self._choose(hand)
-        if group is None:
+        for group in [again.group] if again else self._choose(hand):
+            if hand.known.get(group) is None or again or self._is_in_time(hand, group):
+                break
+        else:
             return
         known = hand.known.get(group)
         if known is None:
@@ -241,7 +243,7 @@ class Spread(Keeping):
         elif again:
             self._again.remove(again)
             self._begin(name, hand, [again])
-        elif isinstance(known, Predicted) and self._is_in_time(hand, group):
+        elif isinstance(known, Predicted):
             items = self.ledger.take(group, self._count(hand, group, known))
             self._waiting[group] = max(0, self._waiting[group] - len(items)) if items else 0
             self._begin(name, hand, items)
@@ -263,9 +265,9 @@ class Spread(Keeping):
             self._firsts[group] = self.ledger.peek(group)
         return self._firsts[group]
 
-    def _choose(self, hand: _Hand) -> int | None:
-        """The group that it is at; else one that fewest others are at, and that is next to it in the order in
-        which models change least; to begin with, the largest."""
+    def _choose(self, hand: _Hand) -> list[int]:
+        """Groups, the best first: that it is at; then those that fewest others are at, and that are next to
+        it in the order in which models change least; to begin with, the largest."""
         at = Counter(other.group for other in self._hands.values() if other is not hand and other.left)
         groups = [*self._waiting]
         place = groups.index(hand.group) if hand.group in self._waiting else None
@@ -278,7 +280,7 @@ class Spread(Keeping):
             for number, rank in enumerate(able)
             if self._waiting[groups[number]] and self._may(hand, groups[number])
         ]
-        return groups[min(fit)[-1]] if fit else None
+        return [groups[rank[-1]] for rank in sorted(fit)]
 
     def _count(self, hand: _Hand, group: int, known: Predicted) -> int:
         """As many as its plan takes at once, and towards the end no more than its share, by its pace, of all

@@ -44,18 +44,23 @@ def parcel(model: str, models_dirs: Sequence[Path] = ()) -> Parcel | None:
     if place in BUILT_IN or not path.exists():
         return None
     every = sorted(path.rglob("*")) if path.is_dir() else [path]
-    kept = [file for file in every if file.is_file() and _is_kept(file, path)]
+    stem = PurePosixPath(path.resolve().name)
+    named = {file: str(stem / file.relative_to(path).as_posix()) for file in every}
+    kept = [file for file in every if file.is_file() and inside(file, path) and _is_name(named[file])]
     if len(kept) > _FILES:
         raise TightfitError(f"{path} has {len(kept)} files, and a model {_FILES} at most: name its folder")
-    name = PurePosixPath(path.resolve().name)
-    files = {str(name / file.relative_to(path).as_posix()): file for file in kept}
+    if not kept:
+        raise TightfitError(f"{path} has no file that can be sent: rename it, with letters and digits")
+    files = {named[file]: file for file in kept}
     stamps = [(name, (stat := file.stat()).st_size, stat.st_mtime_ns) for name, file in files.items()]
     return Parcel(hashlib.blake2b(repr(stamps).encode(), digest_size=16).hexdigest(), files)
 
 
-def _is_kept(file: Path, root: Path) -> bool:
-    named = file.relative_to(root).parts
-    return inside(file, root) and file.suffix not in _PICKLED and not any(p.startswith(".") for p in named)
+def _is_name(name: str) -> bool:
+    """Of a model's file, on either side: plain parts, few, and no pickle."""
+    path = PurePosixPath(name)
+    plain = path.parts and len(path.parts) <= _DEEP and all(map(_is_plain, path.parts))
+    return bool(plain) and path.suffix not in _PICKLED and str(path) == name
 
 
 def parts(file: Path) -> Iterator[bytes]:
@@ -84,15 +89,13 @@ class Stage:
 
     def add(self, digest: str, name: str, content: bytes) -> None:
         """Write the next part of a file. Raises TightfitError for a name that would lie elsewhere."""
-        path = PurePosixPath(name)
-        plain = path.parts and len(path.parts) <= _DEEP and all(map(_is_plain, path.parts))
-        if not plain or path.suffix in _PICKLED or str(path) != name:
+        if not _is_name(name):
             raise TightfitError(f"{shortened(name)} is no name of a model's file: it is not written")
         names = self._names.setdefault(_checked(digest), set())
         names.add(name)
         if len(names) > _FILES or len({name.partition("/")[0] for name in names}) > 1:
             raise TightfitError(f"{shortened(name)} is no file of that model: it is not written")
-        file = self._coming(digest) / path
+        file = self._coming(digest) / name
         try:
             file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)

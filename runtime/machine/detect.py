@@ -393,7 +393,7 @@ def _calibrated(hardware: Hardware) -> Hardware:
         return replace(hardware, **fields | origin, calibrated=True, notes=notes)
     except FileNotFoundError:
         return hardware
-    except (OSError, TightfitError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, TightfitError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         note = f"{calibration_file()} cannot be read ({first_line(error)}): run 'tightfit calibrate' again"
         return replace(hardware, notes=(*hardware.notes, note))
 

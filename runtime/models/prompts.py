@@ -51,6 +51,12 @@ class Prompting:
         """Each branch's texts: prompts that say the same are encoded alike, whatever the steps."""
         return tuple(branch.texts for branch in self.lines)
 
+    @property
+    def is_steady(self) -> bool:
+        """Whether all steps are guided by one text, beside the negative one, from the first to the last."""
+        parts = len(self.lines) - (NEGATIVE in self.named)
+        return parts == 1 and all(len(branch.texts) == 1 for branch in self.lines)
+
     @functools.cached_property
     def texts(self) -> tuple[str, ...]:
         """All that are encoded, once each."""

@@ -152,7 +152,7 @@ def checked(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> Plan:
             images_per_decode=min(plan.images_per_decode, job.num_images),
         )
     painting = _painting(plan.placements)
-    estimate = replace(estimate, step_cache=job.step_cache or plan.step_cache)
+    estimate = replace(estimate, step_cache=job.step_cache or wishes.cache_every or plan.step_cache)
     new = estimate.plan(plan.cfg, with_previews(hardware, job.spec, painting), budget_bytes)
     if not new.fits:
         new = estimate.plan(plan.cfg, painting, budget_bytes)
