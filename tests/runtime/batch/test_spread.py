@@ -26,21 +26,27 @@ POISON = 13  # a seed
 
 @dataclass
 class Machine:
-    """Seconds of a picture; when it joins, and is lost; which models it has not; whether its process ends at
-    the poisoned picture, and begins again after a second."""
+    """Seconds of a picture, and of one of some models; when it joins, and is lost; which models it has not;
+    whether its process ends at the poisoned picture, and begins again after a second."""
 
     seconds: float
     joins: float = 0.0
     dies: float = 1e9
     lacks: tuple[str, ...] = ()
     is_poisoned: bool = False
+    seconds_of: dict[str | None, float] = field(default_factory=dict)
+
+    def of(self, item):
+        return self.seconds_of.get(item.model, self.seconds)
 
 
 @dataclass
 class Machines:
-    """A crew in a time of its own. `note` hears nothing."""
+    """A crew in a time of its own. `note` hears nothing. are_together: what happens at a time is heard at
+    once."""
 
     machines: dict[str, Machine]
+    are_together: bool = False
     now: float = 0.0
     note: Any = None
     painted: list[tuple[str, int]] = field(default_factory=list)
@@ -73,19 +79,20 @@ class Machines:
             return []
         if isinstance(event, Lost):
             self._lives[event.node] += 1
-        return [event]
+        more = self.wait() if self.are_together and self._events[0][0] == self.now else ()
+        return [event, *more]
 
     def predict(self, node, item, count):
         machine = self.machines[node]
         says = "it has not that model" if item.model in machine.lacks else None
-        known = says or Predicted(None, machine.seconds, min(count, TOGETHER))  # type: ignore
+        known = says or Predicted(None, machine.of(item), min(count, TOGETHER))  # type: ignore
         self._later(self.now, Foreseen(node, item.group, known), self._lives[node])
 
     def paint(self, node, items):
         machine, life, when = self.machines[node], self._lives[node], self.now
         self.sizes.append((node, len(items)))
         for item in items:
-            when += machine.seconds
+            when += machine.of(item)
             if machine.is_poisoned and item.options["seed"] == POISON:
                 self._later(when, Lost(node, "ended"), life)
                 self._later(when + 1, Joined(node, "a machine"))
@@ -95,7 +102,7 @@ class Machines:
             theirs = replace(item, row=-1, name="/etc/passwd")
             made = Encoded(theirs, b"%d" % item.options["seed"], "")
             self._later(when, Told(node, [made], False), life)
-        took = Took(tuple(items), Measures(machine.seconds, machine.seconds, 1, "a plan"))
+        took = Took(tuple(items), Measures(machine.of(items[0]), machine.of(items[0]), 1, "a plan"))
         self._later(when, Told(node, [took], True), life)
 
     def stop(self, node):
@@ -117,12 +124,18 @@ class Numbered:
         return self._folder / f"{item.number}.png"
 
 
-def run(folder: Path, crew: Machines, rows: list[dict[str, Any]], **how: Any) -> Any:
-    """Spread, and answer the run and its report. Each picture that is there is there once."""
+def run(
+    folder: Path, crew: Machines, rows: list[dict[str, Any]], is_planned: bool = False, **how: Any
+) -> Any:
+    """Spread, and answer the report; all machines may be asked about all groups before. Each picture that is
+    there is there once."""
     with Ledger(folder) as ledger:
         assert not ledger.ask(Reading().pictures(iter(enumerate(rows, 1))))
         work = Spread(ledger, Numbered(folder), crew=crew, clock=lambda: crew.now, **how)
         ledger.resume(work.retries)
+        for group, count in ledger.groups() if is_planned else ():
+            for name in crew.machines:
+                crew.predict(name, ledger.peek(group), count)
         try:
             work.run()
         finally:
@@ -156,6 +169,15 @@ def test_a_machine_far_slower_leaves_the_last_ones_to_others(tmp_path):
     assert crew.now < 25
     alone = Machines({"slow": Machine(1000.0)})
     assert run(tmp_path / "alone", alone, rows(3))["done"] == 3
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(12, 12), (10, 13), (1, 1)])
+def test_each_machine_slow_at_what_the_other_is_fast_at(tmp_path, ours, theirs):
+    """Neither waits for the other's: it goes on with its own."""
+    machines = {"a": Machine(1.0, seconds_of={"m": 20.0}), "b": Machine(20.0, seconds_of={"m": 1.0})}
+    crew = Machines(machines, are_together=True)
+    table = [*rows(ours), *rows(theirs, model="m")]
+    assert run(tmp_path, crew, table, is_planned=True)["done"] == ours + theirs
 
 
 def test_what_a_lost_machine_had_is_taken_by_others_and_a_new_one_takes_part(tmp_path):
