@@ -50,6 +50,7 @@ CACHED_PSNR = {
     5: {4: 7.9, 6: 20.3, 8: 24.0, 10: 24.3, 15: 38.6, 25: 46.0, 50: 51.8},
     10: {4: 7.9, 6: 20.3, 8: 25.2, 10: 23.9, 15: 21.9, 25: 33.6, 50: 44.4},
 }
+_BRANCHING = Role.DENOISER, Role.CONTROL  # called for each branch of each picture
 T = TypeVar("T")
 
 
@@ -206,7 +207,7 @@ class Estimate:
     def _extent(self, name: str, cfg: str, cache: str = FULL) -> Extent:
         """What a component is called for; `cache` says how, where it caches steps."""
         role, job = self._role(name), self.job
-        rows = job.branches if role in STEPPING and cfg == "batched" else 1
+        rows = job.branches if role in _BRANCHING and cfg == "batched" else 1
         height, width = job.sides.get(name, (job.height, job.width))
         whole = cache == FULL and role is Role.CONTROL
         cached = cache if self._caches(name) and not whole else ""
@@ -216,7 +217,7 @@ class Estimate:
         """That go through a network of such a role at once."""
         if role is Role.DECODER:
             return self.images_per_decode
-        return self.images_per_call if role in (Role.DENOISER, Role.CONTROL) else 1
+        return self.images_per_call if role in _BRANCHING else 1
 
     def _caches(self, name: str) -> bool:
         """Whether it is called in two ways, as it caches steps."""

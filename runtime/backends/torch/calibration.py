@@ -287,6 +287,6 @@ def _fastest(work: Callable[[], Any], device: Any) -> float:
     """Seconds per call in the fastest of several turns."""
     work()
     best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < _LEAST_SECONDS:
+    while best == float("inf") or time.perf_counter() - began < _LEAST_SECONDS:
         best = min(best, turn_seconds(work, device))
     return best

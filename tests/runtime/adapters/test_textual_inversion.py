@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -12,8 +13,10 @@ import torch
 from safetensors.torch import save_file
 from tightfit.runtime.adapters import adapted, textual_inversion
 from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.models.tokens import tokenize
+from tightfit.runtime.planner.wishes import Wishes
 
 REQUEST = {"seed": 3, "num_inference_steps": 2, "width": 64, "height": 64, "scheduler": "euler"}
 PROMPT, NEGATIVE = "a photo of <toy>, red", "<toy>"
@@ -96,18 +99,16 @@ def test_on_every_precision_and_residency_and_predicted(sd1, word, wishes):
 
 @pytest.mark.parametrize(("residency", "times"), [("staged", 1), ("streamed", 2)])
 def test_reading_is_in_the_predicted_seconds(tmp_path, sd1, residency, times):
-    """Each time that the text encoder's weights are read: once, or for both texts."""
+    """Each time that the text encoder's weights are read: once, or for both texts. On a machine that converts
+    and fills memory in no time."""
+    machine, wishes = replace(Hardware.detect("cpu"), moves={}), Wishes(precision="fp32", residency=residency)
     values, seconds = vectors(*widths(inspect(str(sd1)))), []
     for number, stored in enumerate((values.half(), values)):
         save_file({"emb_params": stored}, file := tmp_path / f"{number}.safetensors")
         word = textual_inversion.read(file, "<toy>")
         request = tightfit.Request(PROMPT, NEGATIVE, guidance_scale=5.0, adapters=(word,), **REQUEST)
-        with tightfit.load(
-            str(sd1), device="cpu", precision="fp32", residency=residency, requests=1
-        ) as pipeline:
-            seconds.append(pipeline.plans(request)[0].predicted.seconds)
-            read = pipeline.hardware.read
-    assert seconds[1] - seconds[0] == pytest.approx(times * values.nbytes / 2 / read)
+        seconds.append(tightfit.plan(machine, inspect(str(sd1)), request, wishes)[0].predicted.seconds)
+    assert seconds[1] - seconds[0] == pytest.approx(times * values.nbytes / 2 / machine.read)
 
 
 def test_a_words_vectors_are_cut_and_padded_as_others(sd1, word):
