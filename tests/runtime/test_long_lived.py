@@ -13,7 +13,7 @@ import tightfit
 from tightfit.runtime.backends.torch import dryrun
 from tightfit.runtime.backends.torch.backend import TorchSession
 from tightfit.runtime.errors import TightfitError
-from tightfit.runtime.machine import process
+from tightfit.runtime.machine import detect, process
 from tightfit.runtime.machine.hardware import GIB, Hardware
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.planner import choose as planner
@@ -74,7 +74,8 @@ def test_a_model_goes_with_all_that_is_known_of_it(shallow_models):
 def test_what_is_named_as_enough_is_so_in_the_same_process(monkeypatch, sd1):
     """Which has grown by planning, and would be taken for others' memory when the next pipeline is made."""
     held = [450 * MIB]
-    monkeypatch.setattr(process, "resident", lambda: held[0])
+    for module in (process, detect):
+        monkeypatch.setattr(module, "resident", lambda: held[0])
     monkeypatch.setattr(
         planner, "plan", lambda *of, plan=planner.plan: (held.append(held.pop() + 70 * MIB), plan(*of))[1]
     )

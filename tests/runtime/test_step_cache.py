@@ -254,6 +254,17 @@ def test_what_the_planner_prefers():
     assert exact.step_cache < speed.step_cache
     told = plans_of(card, spec, replace(request, step_cache=2), Wishes(prefer="speed"))
     assert {plan.step_cache for plan in told} == {2}
+    kinds = {plan.denoiser.arithmetic for plan in chosen["speed"] if plan.fits}
+    assert {plan.denoiser.arithmetic for plan in chosen["speed"] if plan.step_cache > 1} == kinds
+
+
+@pytest.mark.parametrize(("prompt", "steps"), [("a AND b", 25), ("[a|b]", 25), ("[a:b:0.5]", 25), ("a", 4)])
+def test_the_planner_caches_where_it_is_known_what_that_costs(prompt, steps):
+    """Of one text, and of so few steps none is near enough to another."""
+    wishes = Wishes(prefer="speed", precision="fp16", residency="staged", attention="sdpa", tiling="whole")
+    request = Request(prompt, num_inference_steps=steps)
+    plans = plans_of(profile("rtx-2060"), tightfit.inspect("emoji"), request, wishes)
+    assert {plan.step_cache for plan in plans} == {1}
 
 
 def test_a_saved_plan_has_it(sd1):
