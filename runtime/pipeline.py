@@ -313,5 +313,6 @@ def _costs_of(job: Job) -> tuple[Any, ...]:
     previews = job.previews if job.spec.of_role(Role.PREVIEW) else 0
     counts = (*calls, len(job.prompted), words.chunks, *encodings, previews)
     parts = (share.encodes, share.decodes, job.whole.refiner is None)
-    cached = (job.step_cache, job.steps_taken, *job.full_calls(job.step_cache or 2, job.spec.denoiser.name))
+    full = job.full_calls(job.step_cache or 2, job.spec.denoiser.name)
+    cached = (job.step_cache, job.steps_taken, *full, job.is_steady)
     return (job.width, job.height, job.num_images, job.branches, *counts, *parts, *cached)

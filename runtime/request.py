@@ -288,6 +288,11 @@ class Job(Request):
         return self.pictures or (self,) * self.num_images
 
     @property
+    def is_steady(self) -> bool:
+        """Whether each picture is guided by one text in all steps, beside the negative one."""
+        return all(one.prompting.is_steady for one in self.prompted_pictures)
+
+    @property
     def words(self) -> tuple[Any, ...]:
         """The same for jobs that are guided alike by their texts."""
         return self.negative_prompt is None, self.prompting.said

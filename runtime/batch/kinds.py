@@ -18,7 +18,7 @@ from .fleet import Card, Kind, Way
 from .ledger import Item, Ledger
 from .painting import Here
 from .report import hourly
-from .running import MOST_CHECKED
+from .running import MOST_CHECKED, wrong
 from .spread import RUN_SECONDS
 from .table import RowError
 
@@ -62,8 +62,7 @@ def kinds_of(ledger: Ledger, painters: Mapping[str, Here]) -> tuple[list[Kind], 
         try:
             kind = _kind(item, pictures, roomiest)
         except TightfitError as error:
-            alike = f" (as do {pictures - 1} alike)" if pictures > 1 else ""
-            errors.append(RowError(item.row, f"{error}{alike}"))
+            errors.append(wrong(item, pictures, error))
             continue
         kinds.append(kind if kind.ways else replace(kind, rows=tuple(ledger.rows(id_, _MOST_ROWS))))
     others = sum(pictures for _, pictures in waiting[most:])

@@ -45,9 +45,14 @@ def planned(ledger: Ledger, planner: Planner) -> tuple[list[Group], int, list[Ro
         try:
             groups.append(Group(id_, count, item, planner.predicted(item, count)))
         except TightfitError as error:
-            alike = f" (as do {count - 1} alike)" if count > 1 else ""
-            errors.append(RowError(item.row, f"{error}{alike}"))
+            errors.append(wrong(item, count, error))
     return groups, sum(count for _, count in waiting[MOST_CHECKED:]), errors
+
+
+def wrong(item: Item, count: int, error: TightfitError) -> RowError:
+    """What is wrong with so many pictures, the first of which is `item`."""
+    alike = f" (as do {count - 1} alike)" if count > 1 else ""
+    return RowError(item.row, f"{error}{alike}")
 
 
 class Places(Protocol):
@@ -66,8 +71,8 @@ class Places(Protocol):
 class Keeping:
     """What a run of a batch keeps of its news.
 
-    place: where pictures go. tell: called with all
-    that happens. retries: how often one that failed is tried again. fail_fast: end at the first that failed.
+    place: where pictures go. tell: called with all that happens. retries: how often one that failed is tried
+    again. fail_fast: end at the first that failed.
     """
 
     ledger: Ledger

@@ -21,6 +21,7 @@ from .options import (
     ADAPTERS_IN_ORDER,
     ASKING_IN_ORDER,
     MODEL,
+    WILDCARDS,
     Adapting,
     Asking,
     Device,
@@ -33,19 +34,16 @@ from .saving import FORMATS, Writing
 
 _OUTPUT, _BATCH = "Output", "Batch"
 _NAME = "[number]-[seed]"
-_Table = typer.Argument(help="jsonl, csv, txt; - reads standard input.", metavar="TABLE", readable=False)
+TABLE = typer.Argument(help="jsonl, csv, txt; - reads standard input.", metavar="TABLE", readable=False)
 _Folder = typer.Option(
     "-o", "--output", help="Folder.", metavar="DIR", readable=False, rich_help_panel=_OUTPUT
 )
-_Kind = typer.Option("--table", help="jsonl, csv, txt.", metavar="NAME", rich_help_panel=_BATCH)
+KIND = typer.Option("--table", help="jsonl, csv, txt.", metavar="NAME", rich_help_panel=_BATCH)
 _Name = typer.Option(help="Of files: a template.", metavar="TEXT", rich_help_panel=_OUTPUT)
-_Repeat = typer.Option(help="Each row; 1.", show_default=False, metavar="N", rich_help_panel=_BATCH)
-_Wildcards = typer.Option(
-    help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
-)
+REPEAT = typer.Option(help="Each row; 1.", show_default=False, metavar="N", rich_help_panel=_BATCH)
 _DryRun = typer.Option("--dry-run", help="Say what would run.", rich_help_panel=_BATCH)
 _Price = typer.Option(help="Dollars an hour: 0.35/h.", metavar="X", rich_help_panel=_BATCH)
-_PerCall = typer.Option(help="Most at once, 1 to 16; default 16.", metavar="N", rich_help_panel="Machine")
+PER_CALL = typer.Option(help="Most at once, 1 to 16; default 16.", metavar="N", rich_help_panel="Machine")
 _Retries = typer.Option(
     help="Of one that failed; 0.", show_default=False, metavar="N", rich_help_panel=_BATCH
 )
@@ -59,25 +57,38 @@ _Metadata = typer.Option(help="Text inside: full, a1111, none.", metavar="NAME",
 _Json = typer.Option("--json", help="Print one JSON object.", rich_help_panel=_OUTPUT)
 
 
+def check_least(option: str, value: int, least: int) -> None:
+    if value < least:
+        raise TightfitError(f"--{option} must be a whole number from {least}, not {value}")
+
+
+def check_counts(repeat: int, images_per_call: int) -> None:
+    """Of the options of every command that plans a table. Raises TightfitError."""
+    check_least("repeat", repeat, 1)
+    if not 1 <= images_per_call <= MOST_PER_CALL:
+        said = f"a whole number from 1 to {MOST_PER_CALL}, not {images_per_call}"
+        raise TightfitError(f"--images-per-call must be {said}")
+
+
 @dataclass(frozen=True)
 class Options:
     """Options of `batch` besides those of Request and Wishes."""
 
-    table: Annotated[Path, _Table]
+    table: Annotated[Path, TABLE]
     output: Annotated[Path, _Folder]
     model: Annotated[str | None, MODEL] = None
     models_dirs: ModelsDirs = None
     device: Device = "auto"
-    kind: Annotated[str | None, _Kind] = None
-    repeat: Annotated[int, _Repeat] = 1
+    kind: Annotated[str | None, KIND] = None
+    repeat: Annotated[int, REPEAT] = 1
     dry_run: Annotated[bool, _DryRun] = False
     price: Annotated[str | None, _Price] = None
-    images_per_call: Annotated[int, _PerCall] = MOST_PER_CALL
+    images_per_call: Annotated[int, PER_CALL] = MOST_PER_CALL
     retries: Annotated[int, _Retries] = 0
     fail_fast: Annotated[bool, _FailFast] = False
     ray: Annotated[str | None, _Ray] = None
     stage_models: Annotated[bool, _Stage] = False
-    wildcards: Annotated[Path | None, _Wildcards] = None
+    wildcards: Annotated[Path | None, WILDCARDS] = None
     name: Annotated[str, _Name] = _NAME
     format: Annotated[str | None, _Format] = None
     quality: Annotated[int | None, _Quality] = None
@@ -85,12 +96,8 @@ class Options:
     as_json: Annotated[bool, _Json] = False
 
     def checked(self) -> Options:
-        for option, value, least in (("repeat", self.repeat, 1), ("retries", self.retries, 0)):
-            if value < least:
-                raise TightfitError(f"--{option} must be a whole number from {least}, not {value}")
-        if not 1 <= self.images_per_call <= MOST_PER_CALL:
-            said = f"a whole number from 1 to {MOST_PER_CALL}, not {self.images_per_call}"
-            raise TightfitError(f"--images-per-call must be {said}")
+        check_counts(self.repeat, self.images_per_call)
+        check_least("retries", self.retries, 0)
         if self.stage_models and not self.ray:
             raise TightfitError("--stage-models sends models to a cluster: say which, by --ray auto")
         if re.match(r"[a-z][a-z\d+.-]+:/", str(self.output)):

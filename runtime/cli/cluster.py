@@ -9,14 +9,15 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import TightfitError
 from ..planner.plan import MOST_PER_CALL
 from ..planner.wishes import Wishes
 from ..request import Request
+from .batch import KIND, PER_CALL, REPEAT, TABLE, check_counts
 from .options import (
     ADAPTERS_IN_ORDER,
     ASKING_IN_ORDER,
     MODEL,
+    WILDCARDS,
     Adapting,
     Asking,
     ModelsDirs,
@@ -25,16 +26,9 @@ from .options import (
     wishes,
 )
 
-_BATCH, _SITE = "Batch", "Cluster"
-_Table = typer.Argument(help="jsonl, csv, txt; - reads standard input.", metavar="TABLE", readable=False)
+_SITE = "Cluster"
 _Profiles = typer.Option(help="rtx-3060-12gb:4@0.20/h,gtx-1650:10.", metavar="CARDS", rich_help_panel=_SITE)
-_Kind = typer.Option("--table", help="jsonl, csv, txt.", metavar="NAME", rich_help_panel=_BATCH)
-_Repeat = typer.Option(help="Each row; 1.", show_default=False, metavar="N", rich_help_panel=_BATCH)
-_Wildcards = typer.Option(
-    help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
-)
 _Price = typer.Option(help="A node without its own: 0.35/h.", metavar="X", rich_help_panel=_SITE)
-_PerCall = typer.Option(help="Most at once, 1 to 16; default 16.", metavar="N", rich_help_panel="Machine")
 _Storage = typer.Option(
     help="Of shared files a second; 1.25GB.", show_default=False, metavar="BYTES", rich_help_panel=_SITE
 )
@@ -55,26 +49,22 @@ cluster = typer.Typer(
 class Options:
     """Options of `cluster plan` besides those of Request and Wishes."""
 
-    table: Annotated[Path, _Table]
+    table: Annotated[Path, TABLE]
     profiles: Annotated[str, _Profiles]
     model: Annotated[str | None, MODEL] = None
     models_dirs: ModelsDirs = None
-    kind: Annotated[str | None, _Kind] = None
-    repeat: Annotated[int, _Repeat] = 1
+    kind: Annotated[str | None, KIND] = None
+    repeat: Annotated[int, REPEAT] = 1
     price: Annotated[str | None, _Price] = None
     storage: Annotated[str | None, _Storage] = None
     network: Annotated[str | None, _Network] = None
     stage_models: Annotated[bool, _Stage] = False
-    images_per_call: Annotated[int, _PerCall] = MOST_PER_CALL
-    wildcards: Annotated[Path | None, _Wildcards] = None
+    images_per_call: Annotated[int, PER_CALL] = MOST_PER_CALL
+    wildcards: Annotated[Path | None, WILDCARDS] = None
     as_json: Annotated[bool, _Json] = False
 
     def checked(self) -> Options:
-        if self.repeat < 1:
-            raise TightfitError(f"--repeat must be a whole number from 1, not {self.repeat}")
-        if not 1 <= self.images_per_call <= MOST_PER_CALL:
-            said = f"a whole number from 1 to {MOST_PER_CALL}, not {self.images_per_call}"
-            raise TightfitError(f"--images-per-call must be {said}")
+        check_counts(self.repeat, self.images_per_call)
         return self
 
 

@@ -31,6 +31,7 @@ from .options import (
     ADAPTERS_IN_ORDER,
     ASKING_IN_ORDER,
     MODEL,
+    WILDCARDS,
     Adapting,
     Asking,
     Device,
@@ -54,9 +55,6 @@ _PromptFile = typer.Option(help="Prompt from a file.", metavar="FILE", readable=
 _Source = typer.Option("--from", help="Repeat that picture.", metavar="FILE", readable=False)
 _PlanFile = typer.Option(
     "--plan", help="Run by a saved plan.", metavar="FILE", readable=False, rich_help_panel="Machine"
-)
-_Wildcards = typer.Option(
-    help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
 )
 _Connect = typer.Option(help="Paint at a tightfit serve.", metavar="URL", rich_help_panel="Machine")
 _PANEL = "Output"
@@ -89,7 +87,7 @@ class Options:
     plan_file: Annotated[Path | None, _PlanFile] = None
     connect: Annotated[str | None, _Connect] = None
     output: Annotated[Path | None, _Output] = None
-    wildcards: Annotated[Path | None, _Wildcards] = None
+    wildcards: Annotated[Path | None, WILDCARDS] = None
     overwrite: Annotated[bool, _Overwrite] = False
     format: Annotated[str | None, _Format] = None
     quality: Annotated[int | None, _Quality] = None

@@ -41,6 +41,9 @@ ModelsDirs = Annotated[
         rich_help_panel="Model",
     ),
 ]
+WILDCARDS = typer.Option(
+    help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
+)
 MODEL = typer.Option(help="emoji, file, folder, name, hub id.", metavar="MODEL", rich_help_panel="Model")
 
 HARDWARE = typer.Option(

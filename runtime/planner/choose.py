@@ -133,9 +133,7 @@ def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
     """The same with steps that are cached, where that is left to the planner, as it prefers. What that costs
     is known of one text: with another joined by AND, or in its place in some steps, it was 15 to 37 dB."""
     floor, job = PREFERENCES.get(estimate.wishes.prefer), estimate.job
-    if floor is None or job.step_cache or estimate.wishes.cache_every:
-        return
-    if not all(one.prompting.is_steady for one in job.prompted_pictures):
+    if floor is None or job.step_cache or estimate.wishes.cache_every or not job.is_steady:
         return
     for every in CACHED:
         cached = replace(

@@ -25,7 +25,7 @@ from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner.choose import plan as plans_of
 from tightfit.runtime.planner.plan import Plan
 from tightfit.runtime.planner.wishes import Wishes
-from tightfit.runtime.request import Request
+from tightfit.runtime.request import Request, together
 
 ONE_WAY: dict[str, Any] = {"precision": "fp32", "attention": "sdpa", "tiling": "whole"}
 SIZE: dict[str, Any] = {"width": 64, "height": 64, "num_inference_steps": 5, "seed": 1, "scheduler": "ddim"}
@@ -265,6 +265,18 @@ def test_the_planner_caches_where_it_is_known_what_that_costs(prompt, steps):
     request = Request(prompt, num_inference_steps=steps)
     plans = plans_of(profile("rtx-2060"), tightfit.inspect("emoji"), request, wishes)
     assert {plan.step_cache for plan in plans} == {1}
+
+
+def test_plans_of_one_text_are_no_others():
+    """Two pictures of a text each take as many calls as two of one text that changes: the pipeline keeps
+    plans of jobs that are alike."""
+    with tightfit.load("emoji", device="cpu", prefer="speed", images_per_call=2, **ONE_WAY) as pipe:
+        caches = []
+        for prompts in (("a", "b"), ("[a|b|c]", "[a|b|c]")):
+            asked = [Request(prompt, seed=n, num_inference_steps=25) for n, prompt in enumerate(prompts)]
+            job = together([request.resolve(pipe.spec) for request in asked])
+            caches.append(pipe.planned(job)[-1].plans[0].step_cache)
+    assert caches[0] > 1 == caches[1]
 
 
 def test_a_saved_plan_has_it(sd1):
