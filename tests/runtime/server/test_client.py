@@ -74,7 +74,7 @@ def test_events_come_while_it_paints_and_closing_them_cancels(pipes, server):
     running.close()
     job = remote._asked("GET", "jobs", params={"limit": 1})["jobs"][0]
     service = server.service
-    assert (ticket := service.ticket(job["id"])) is None or ticket.wait(20).value == "cancelled"
+    assert (ticket := service.ticket(job["id"])) is None or ticket.wait(60).value == "cancelled"
 
 
 @pytest.mark.parametrize(
