@@ -16,6 +16,7 @@ from ..runtime.conditions.controlnet import MOST, opened
 from ..runtime.errors import TightfitError, explained, first_line
 from ..runtime.files import read_json
 from ..runtime.machine.providers import CPU_PROVIDER, PROVIDERS, providers
+from ..runtime.models.families.networks import UNET
 from ..runtime.models.reading import read_source
 from ..runtime.placement import DYNAMIC, STORED, Placement
 
@@ -259,6 +260,8 @@ def _calibrated(export: _Export, options: Options, listener: Listener) -> _Expor
     from .torch_model import layers
 
     spec, precision, bits, size = export.spec, export.precision, options.bits, options.size
+    if spec.denoiser.network.build is not UNET.build:
+        raise TightfitError(f"--calibrate is for U-Nets, and {spec.name} has none: leave it out")
     denoiser = spec.denoiser.network.folder
     values = spec.denoiser.tensors.values()
     least = calibration.least_bits(layers(export.tensors[denoiser]), values, precision)
@@ -266,7 +269,7 @@ def _calibrated(export: _Export, options: Options, listener: Listener) -> _Expor
     if bits is not None and not least <= bits <= most:
         bounds = f"from {math.ceil(least * 100) / 100} to {most}"
         raise TightfitError(f"--bits must be {bounds} for this model in {precision}, not {bits:g}")
-    side = 8 * spec.downsampling
+    side = 8 * spec.latents.multiple
     if size is not None and (size < side or size % side):
         raise TightfitError(f"--size must be a multiple of {side} pixels, not {size}")
     average = max(least, bits or calibration.BITS[precision])

@@ -269,5 +269,5 @@ def _shape(spec: ModelSpec) -> str:
         )
         for name, component in spec.components.items()
     ]
-    others = spec.family, spec.pipeline, spec.scheduler, spec.force_zeros, spec.defaults, spec.precision
+    others = spec.family, spec.pipeline, spec.scheduler, spec.settings, spec.defaults, spec.precision
     return json.dumps([components, others], sort_keys=True, default=dict)

@@ -25,7 +25,7 @@ from .errors import TightfitError
 
 PICKLES = ("*.bin", "*.ckpt", "*.pt", "*.pth")
 SINGLE = (".safetensors", ".gguf")  # endings of files that can each be a whole model
-JSON_BYTES = 2**24  # limit; the largest published with SD, CLIP's tokenizer.json, has 3.6 MB
+JSON_BYTES = 2**24  # limit; the largest that is published with a model, Qwen3's tokenizer.json, has 11.4 MB
 WEIGHTS_BYTES = 2**40  # limit per file; SDXL's U-Net in fp32 has 10 GB
 Stamps = tuple[tuple[Path, int, int], ...]
 """Files, each with its size and time: by these it is known whether a model has changed."""

@@ -51,7 +51,7 @@ def _check(job: Job) -> None:
     what = "refiner" if job.refiner is not None else "hires"
     if any(isinstance(condition, ImageToImage) for condition in job.conditions):
         raise TightfitError(f"{what} is of pictures painted from text alone: leave it out, or the picture")
-    if job.spec.unet["in_channels"] != job.spec.vae["latent_channels"]:
+    if job.spec.channels_beside:
         raise TightfitError(
             f"{what} is of pictures painted from text alone, and {job.spec.name} is not for that"
         )
@@ -93,7 +93,7 @@ def _steps(strength: float, taken: int) -> int:
 
 def _size(job: Job) -> tuple[int, int]:
     """Height and width. By a factor they are rounded down to what the model can do, as A1111 rounds them."""
-    step, most = job.spec.downsampling, _MOST["width"]
+    step, most = job.spec.latents.multiple, _MOST["width"]
     if sides := sides_of("hires_size", job.hires_size):
         check_sides({"hires_size's width": sides[0], "hires_size's height": sides[1]}, step)
         if sides[0] < job.width and sides[1] < job.height:  # else it is cut of what covers it, as A1111 does
@@ -151,7 +151,7 @@ def _read(place: str, written: Stamps) -> ModelSpec:  # noqa: ARG001
 
 def _check_latents(spec: ModelSpec, other: ModelSpec) -> None:
     """Raise TightfitError where one model's latents say nothing to the other."""
-    if (spec.latent_affine, spec.downsampling) != (other.latent_affine, other.downsampling):
+    if (spec.latent_affine, spec.latents) != (other.latent_affine, other.latents):
         raise TightfitError(
             f"{other.name} cannot go on from {spec.name}, whose latents are others: name a model of its kind"
         )

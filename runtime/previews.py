@@ -58,7 +58,7 @@ def _places(spec: ModelSpec) -> Iterator[Path]:
     """Tensors do not say whose latents a decoder is for, so the names count that its authors gave it."""
     if _is_built_in(spec):
         yield BESIDE["tiny"]
-    elif (named := getattr(spec.design, "tiny_decoder", None)) and (roots := folders()):
+    elif (named := spec.design.tiny_decoder) and (roots := folders()):
         for entry in scan(roots).entries:
             name, fits = entry.path.name.lower(), entry.shelf in (None, Kind.VAE) and not entry.is_pickle
             if fits and re.search(named, name) and "encoder" not in name:
@@ -84,7 +84,7 @@ def decodable(component: Component, latents: np.ndarray) -> np.ndarray:
 def mapped(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:
     """(height, width, 3) in -1..1 of latents (1, channels, height, width), one pixel for each: in the colours
     of the family's map, else in grey."""
-    rows = np.array(_EMOJI if _is_built_in(spec) else getattr(spec.design, "latent_rgb", ()), np.float32)
+    rows = np.array(_EMOJI if _is_built_in(spec) else spec.design.latent_rgb, np.float32)
     (channels,) = latents
     if rows.shape != (3, len(channels) + 1):
         grey = channels.mean(0)

@@ -7,7 +7,7 @@ import functools
 import operator
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, SupportsIndex
@@ -199,13 +199,15 @@ class Request:
             if request.guidance_scale is None
             else request.guidance_scale,
             "seed": drawn(request.seed),
-            "scheduler": _scheduled(request.scheduler or schedulers.default(spec), request.schedule),
+            "scheduler": schedulers.said_plainly(
+                _scheduled(request.scheduler or schedulers.default(spec), request.schedule), spec
+            ),
             "schedule": AUTOMATIC,
             "subseed": _subseed(request),
             "refiner": request.refiner and placed(request.refiner),
         }
         resize = dict(zip(_RESIZED, sides_of("seed_resize", request.seed_resize) or (), strict=False))
-        check_sides({"width": decided["width"], "height": decided["height"], **resize}, spec.downsampling)
+        check_sides({"width": decided["width"], "height": decided["height"], **resize}, spec.latents.multiple)
         changed = skipping(adapted(spec, request.adapters), request.clip_skip)
         check_whole(changed)
         _check_networks(request.conditions)
@@ -443,6 +445,19 @@ class Job(Request):
         return here
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return self.height, self.width
+
+    def notices(self) -> Iterator[str]:
+        """What of it changes nothing, and is no mistake."""
+        if self.spec.takes_no_guidance and self.guidance_scale != self.spec.default_guidance:
+            yield (
+                f"{self.spec.name} was distilled for its guidance: "
+                f"--guidance-scale {self.guidance_scale:g} changes nothing"
+            )
+
+    @property
     def tuning(self) -> Tuning:
         """What changes the sampler."""
         return Tuning(self.eta, self.s_churn, self.s_noise, self.zero_snr)
@@ -456,8 +471,8 @@ class Job(Request):
     @property
     def noise(self) -> Noise:
         """What the first picture begins as."""
-        factor, size = self.spec.downsampling, sides_of("seed_resize", self.seed_resize)
-        shape = (1, self.spec.vae["latent_channels"], self.height // factor, self.width // factor)
+        (channels, factor, _), size = self.spec.latents, sides_of("seed_resize", self.seed_resize)
+        shape = (1, channels, self.height // factor, self.width // factor)
         resize = (size[1] // factor, size[0] // factor) if size else None
         share, subseed = self.subseed_strength, self.subseed or 0
         return Noise(shape, self.seed, self.noise_source, subseed, share, resize, self.ensd)
@@ -631,13 +646,12 @@ def _check_channels(spec: ModelSpec, conditions: Sequence[Condition]) -> None:
     """Raise TightfitError for inputs of the denoiser that nothing fills."""
     if sum(condition.tokens(spec) for condition in conditions) != spec.unet.get(TOKENS, 0):
         raise TightfitError("--ip-adapter reads a picture: give one by --ip-image")
-    latent = spec.vae["latent_channels"]
-    beside = spec.unet["in_channels"] - latent
+    beside = spec.channels_beside
     if beside == sum(condition.channels(spec) for condition in conditions):
         return
     edits = "is a model that edits pictures: give one, and no mask"
     paints = "is an inpainting model: give a picture and a mask to paint in"
-    raise TightfitError(f"{spec.name} {edits if beside == latent else paints}")
+    raise TightfitError(f"{spec.name} {edits if beside == spec.latents.channels else paints}")
 
 
 def _check_passes(request: Request) -> None:
@@ -663,9 +677,13 @@ def _check_guidance(job: Job) -> None:
             f"guidance_start {job.guidance_start:g} must be below guidance_end {job.guidance_end:g}: "
             "for no guidance give --guidance-scale 1"
         )
+    if job.negative_prompt and job.spec.takes_no_guidance:
+        raise TightfitError(
+            f"{job.spec.name} was distilled for its guidance, and takes no negative prompt: leave it out"
+        )
     asked = next((name for name in _GUIDANCE if getattr(job, name) != _DEFAULTS[name]), None)
     if asked and job.branches == 1:
-        cure = "leave it out" if job.spec.guidance_width else "give --guidance-scale above 1, or leave it out"
+        cure = "leave it out" if job.spec.is_distilled else "give --guidance-scale above 1, or leave it out"
         raise TightfitError(f"{asked} changes nothing where a step takes one prediction: {cure}")
 
 

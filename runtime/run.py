@@ -171,11 +171,11 @@ class Run:
     def _prepare(self) -> None:
         """Find out whatever else can fail before any weight is read."""
         job = self.job
-        schedulers.rehearse(job.scheduler, self.spec, job.num_inference_steps, job.tuning)
+        schedulers.rehearse(job.scheduler, self.spec, job.num_inference_steps, job.tuning, job.size)
         of_adapters = job.spec.notes[len(job.model.notes) :]
         pictures = job.pictures or (job,)
         of_words = (notice for picture in pictures for notice in picture.prompting.notices())
-        self._note(*dict.fromkeys((*of_adapters, *of_words)))
+        self._note(*dict.fromkeys((*of_adapters, *job.notices(), *of_words)))
         for picture in pictures:
             picture.prompting.read  # noqa: B018  every word is one that the text encoders know
 
@@ -261,7 +261,7 @@ class Run:
     def _sampled(self, job: Job) -> sampling.Picture:
         """One picture, with a scheduler of its own."""
         steps = job.num_inference_steps
-        scheduler = schedulers.make(job.scheduler, self.spec, steps, job.seed, job.tuning)
+        scheduler = schedulers.make(job.scheduler, self.spec, steps, job.seed, job.tuning, job.size)
         sampler = sampling.Sampling(scheduler, steps, job.tuning, job.skipped, job.share.end)
         return sampling.picture(sampler, job.noise, self._steering)
 

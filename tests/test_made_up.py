@@ -21,7 +21,7 @@ from tightfit.runtime.conditions import Condition, Steering
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import families, reading
 from tightfit.runtime.models.checks import is_count
-from tightfit.runtime.models.families.family import GraphNames, Network, Role
+from tightfit.runtime.models.families.family import Family, Network, Role
 from tightfit.runtime.models.layouts.safetensors import read_header
 from tightfit.runtime.models.spec import Component
 from tightfit.runtime.models.tensors import Patch
@@ -53,13 +53,11 @@ def denoise(module, sample, timestep, hidden):
 
 
 def network(name: str, role: Role, **given: Any) -> Network:
-    nothing = GraphNames(frozenset(), answers=lambda outputs: [*outputs])
     common = {
         "listed": "",
         "fields": {"latent_channels": is_count},
         "layers": lambda config: {},
         "decided_by": {},
-        "graph": nothing,
     }
     return Network(name=name, folder=name, role=role, **common, **given)
 
@@ -90,8 +88,8 @@ NETWORKS = (
 )  # fmt: skip
 
 
-class Toy:
-    name, networks, on_demand, first_step_is_known = "toy", NETWORKS, (), False
+class Toy(Family):
+    name, networks = "toy", NETWORKS
 
     def claims(self, source):
         return source.pipeline == "ToyPipeline"
@@ -102,15 +100,6 @@ class Toy:
 
     def default_guidance(self, spec):
         return 3.0
-
-    def corrects_configs(self, spec):
-        return False
-
-    def latent_affine(self, spec):
-        return (1.0,) * 4, 1.0, (0.0,) * 4
-
-    def overflows_in_half(self, spec):
-        return frozenset()
 
     def condition(self, job, encoded):
         (hidden, *_), *_ = encoded
@@ -125,9 +114,8 @@ class ToyFile:
     folder: Path
     tensors: Any
     pipeline: str = "ToyPipeline"
-    zeroed: bool = False
 
-    listed = manifest = sides = MappingProxyType({})
+    listed = manifest = sides = settings = MappingProxyType({})
     notes = ()
 
     def config(self, network):
@@ -234,8 +222,8 @@ def test_each_network_is_costed_in_its_own_stage(toy):
         for steps in (5, 50)
     }
     assert plans[50][0].predicted.seconds > plans[5][0].predicted.seconds
-    with pytest.raises(TightfitError, match="transformer is a network of no family"):
-        families.role_of("transformer")
+    with pytest.raises(TightfitError, match="mixer_2 is a network of no family"):
+        families.role_of("mixer_2")
 
 
 def test_without_its_registration_it_is_refused(toy, monkeypatch):

@@ -143,6 +143,8 @@ def adapted(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
 
 
 def _applied(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
+    for adapter in adapters:
+        spec.check_takes(adapter.option)
     order = [kind.option for kind in ADAPTERS]
     last = len(order)
     for adapter in sorted(adapters, key=lambda one: order.index(one.option) if one.option in order else last):

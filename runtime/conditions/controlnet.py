@@ -260,6 +260,7 @@ class ControlNets(Condition):
         return replace(self, places=places, names=tuple(names))
 
     def components(self, spec: ModelSpec) -> tuple[Component, ...]:
+        spec.check_takes(CONTROL)
         nets = tuple(_component(place, number, spec) for number, place in enumerate(self.places))
         controlled = _controlled(spec) if any(net.role is Role.CONTROL for net in nets) else None
         adapter = next((net for net in nets if net.role is not Role.CONTROL), None)

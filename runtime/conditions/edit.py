@@ -31,7 +31,7 @@ class Editing(ImageToImage):
         return {"Image CFG scale": f"{self.image_guidance_scale:g}"}
 
     def channels(self, spec: ModelSpec) -> int:
-        return spec.vae["latent_channels"] if edits(spec) else 0
+        return spec.latents.channels if edits(spec) else 0
 
     def skipped(self, steps: int) -> int:  # noqa: ARG002
         return 0

@@ -112,14 +112,14 @@ def size_of(picture: Picture, spec: ModelSpec) -> tuple[int, int]:
     it has more."""
     height, width = spec.native_size
     factor = min(1.0, (height * width / (picture.height * picture.width)) ** 0.5)
-    step = max(spec.downsampling, MULTIPLE)
+    step = max(spec.latents.multiple, MULTIPLE)
     tall, wide = (max(step, int(side * factor) // step * step) for side in (picture.height, picture.width))
     return tall, wide
 
 
 def edits(spec: ModelSpec) -> bool:
     """Whether the denoiser reads a picture's latents beside its own."""
-    return spec.unet["in_channels"] == 2 * spec.vae["latent_channels"]
+    return spec.channels_beside == spec.latents.channels
 
 
 def pixels_of(picture: Picture, job: Job, how: str, mode: str = "LANCZOS") -> np.ndarray:
@@ -132,7 +132,7 @@ def pixels_of(picture: Picture, job: Job, how: str, mode: str = "LANCZOS") -> np
 
 class Encoded:
     """What the VAE's encoder answers for a picture: a distribution of latents, sampled anew for each picture
-    that is painted."""
+    that is painted; or the latents themselves."""
 
     def __init__(self, spec: ModelSpec, moments: np.ndarray) -> None:
         self._spec, self._moments = spec, moments
@@ -141,6 +141,8 @@ class Encoded:
         """(1, channels, h, w), as the denoiser has latents."""
         import torch
 
+        if self._moments.shape[1] == self._spec.latents.channels:
+            return narrowed(self._spec, self._moments)
         mean, variance = torch.from_numpy(self._moments).chunk(2, dim=1)
         deviation = torch.exp(0.5 * variance.clamp(-30, 20))
         return narrowed(self._spec, (mean + deviation * torch.from_numpy(draw(mean.shape))).numpy())
@@ -174,4 +176,7 @@ def noised(scheduler: Any, latents: np.ndarray, noise: np.ndarray, call: int) ->
     import torch
 
     timestep = scheduler.timesteps[call : call + 1]
-    return scheduler.add_noise(torch.from_numpy(latents), torch.from_numpy(noise), timestep).numpy()
+    of_latents, of_noise = torch.from_numpy(latents), torch.from_numpy(noise)
+    if hasattr(scheduler, "scale_noise"):  # of those for flow matching alone
+        return scheduler.scale_noise(of_latents, timestep, of_noise).numpy()
+    return scheduler.add_noise(of_latents, of_noise, timestep).numpy()

@@ -50,6 +50,7 @@ class ImagePrompt(Condition):
         return None if picture is None else cls(open_picture(picture))
 
     def tokens(self, spec: ModelSpec) -> int:
+        spec.check_takes("ip_image")
         if TOKENS not in spec.unet:
             raise TightfitError("--ip-image is read by an IP-Adapter: give that by --ip-adapter")
         return spec.unet[TOKENS]

@@ -116,8 +116,8 @@ class Inpainting(ImageToImage):
 
     def channels(self, spec: ModelSpec) -> int:
         """Inpainting models read the mask, and the latents of what is not masked."""
-        latent = spec.decoder.setting("latent_channels")
-        return latent + 1 if spec.unet["in_channels"] == 2 * latent + 1 else 0
+        own = spec.latents.channels + 1
+        return own if spec.channels_beside == own else 0
 
     def encodings(self, name: str, job: Job) -> int:
         return super().encodings(name, job) * sum(self._encoded(job.spec))

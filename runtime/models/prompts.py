@@ -155,12 +155,13 @@ def _unloaded(name: str, word: str) -> str:
 def prompting(spec: ModelSpec, wanted: Wanted, calls: int) -> Prompting:
     """The prompts of one picture, whose denoiser is called so often. Raises TightfitError for a syntax that
     cannot be followed."""
-    prompt, plain = wanted.prompt, wanted.plain
+    prompt = wanted.prompt
+    plain = wanted.plain or any(encoder.network.reading for encoder in spec.text_encoders)
     given = (Line((prompt,)),) if plain else lines(_NETWORK.sub("", prompt), calls)
-    if len(given) > 1 and spec.guidance_width:
+    if len(given) > 1 and spec.is_distilled:
         raise TightfitError(f"{spec.name} takes one text, as it was distilled for it: leave AND out")
     named, first = {PROMPT: prompt}, ()
-    if not spec.guidance_width and (wanted.guided or len(given) > 1):
+    if not spec.is_distilled and (wanted.guided or len(given) > 1):
         negative = wanted.negative or ""
         named = {NEGATIVE: negative, **named}
         first = (Line((negative,)) if plain else line(negative, calls),)

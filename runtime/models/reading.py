@@ -39,7 +39,6 @@ def read_model(path: Path, name: str | None = None) -> ModelSpec:
             design=design,
             components=components,
             scheduler=source.scheduler(),
-            force_zeros=source.zeroed,
             defaults=source.manifest.get("defaults", {}),
             precision=source.manifest.get("precision") if denoiser.formats is not None else None,
             source=source.manifest.get("source"),
@@ -47,6 +46,7 @@ def read_model(path: Path, name: str | None = None) -> ModelSpec:
             notes=source.notes,
             sides=dict(source.sides),
             spare=partial(_checked, source),
+            settings=source.settings,
         )
         design.check(spec)
         return spec

@@ -44,6 +44,7 @@ _KNOWN = "euler", "euler_a", "ddim", "dpmpp_2m_karras", "unipc", "lcm"
 _LINSPACE = MappingProxyType({"timestep_spacing": "linspace"})
 # Levels are put in the place of Karras's, which each of BY_SIGMAS has: one seam for all of these.
 _SEAM = MappingProxyType({"use_karras_sigmas": True})
+_FLOW_EULER = "FlowMatchEulerDiscreteScheduler"
 _STOCHASTIC = "Stochastic"  # the class of samplers/stochastic.py
 # What else would change the levels that our class is given.
 _DISCRETE = MappingProxyType(
@@ -91,8 +92,24 @@ def default(spec: ModelSpec) -> str:
         raise TightfitError(
             f"{_file(spec)} names {kind!r}, which tightfit does not run: choose --scheduler {choices}"
         )
-    plain = () if _trained(spec.scheduler) else _KNOWN
-    return next((name for name in plain if _same(*split(name), spec.scheduler)), OWN)
+    if _trained(spec.scheduler):
+        return _plain_flow(spec)
+    return next((name for name in _KNOWN if _same(*split(name), spec.scheduler)), OWN)
+
+
+def _plain_flow(spec: ModelSpec) -> str:
+    """Our name of the sampler that a family's noise levels are for, where the model's config changes nothing
+    of it; else "own"."""
+    config, others = spec.scheduler, (*PLAIN, "stochastic_sampling", "shift_terminal", "invert_sigmas")
+    names = (name for name, sampler in SAMPLERS.items() if sampler.flow == config["_class_name"])
+    is_plain = has_levels(spec) and not any(config.get(option) for option in others)
+    return next(names, OWN) if is_plain else OWN
+
+
+def has_levels(spec: ModelSpec) -> bool:
+    """Whether the model's family knows the noise levels, whatever takes the noise out."""
+    is_flow = _trained(spec.scheduler) == "flow"
+    return is_flow and spec.design.levels(spec, spec.some_size, 1) is not None
 
 
 def _same(sampler: Sampler, schedule: str, config: Mapping[str, Any]) -> bool:
@@ -156,6 +173,8 @@ def _check_schedule(sampler: Sampler, schedule: str, spec: ModelSpec) -> None:
         kind = str(spec.scheduler.get("_class_name"))
         own = Sampler(OWN, "", "" if _trained(spec.scheduler) else kind)
         known = own.schedules if kind in BY_SIGMAS | BY_TIMESTEPS else (AUTOMATIC,)
+    elif has_levels(spec):
+        known = _flow_schedules(sampler)
     elif _trained(spec.scheduler):
         # By the name of old, whose levels are then replaced by the model's.
         known = (AUTOMATIC, "karras") if sampler.name == "dpmpp_2m" else (AUTOMATIC,)
@@ -169,9 +188,26 @@ def _check_schedule(sampler: Sampler, schedule: str, spec: ModelSpec) -> None:
         raise TightfitError(f"{spec.name} is of a family that has none: choose --schedule karras")
 
 
+# A1111's names for a flow's own levels: even in time, then shifted.
+_EVEN = "simple", "sgm_uniform"
+
+
+def _flow_schedules(sampler: Sampler) -> tuple[str, ...]:
+    """With a family's levels: these by A1111's names, that which it takes by itself included; and what the
+    class of Euler's method makes of their ends."""
+    others = (name for name, one in SCHEDULES.items() if one.options) if sampler.flow == _FLOW_EULER else ()
+    return tuple(dict.fromkeys((AUTOMATIC, sampler.automatic, *_EVEN, *others)))
+
+
+def said_plainly(name: str, spec: ModelSpec) -> str:
+    """The name without a schedule that means a family's own levels."""
+    sampler, schedule = split(name)
+    return sampler.name if has_levels(spec) and schedule in (sampler.automatic, *_EVEN) else name
+
+
 def published(spec: ModelSpec) -> tuple[float, ...]:
     """Noise levels that were found best for the model's family, if any were ("Align Your Steps")."""
-    return getattr(spec.design, "align_your_steps", ())
+    return spec.design.align_your_steps
 
 
 def _takes(sampler: Sampler, spec: ModelSpec) -> tuple[str, ...]:
@@ -194,7 +230,7 @@ def _chosen(name: str, spec: ModelSpec, tuning: Tuning = UNTUNED) -> tuple[str, 
         default(spec)  # raises for one that does not run
         return spec.scheduler["_class_name"], _levels(spec.scheduler["_class_name"], schedule)
     if trained := _trained(spec.scheduler):
-        return _chosen_trained(sampler, trained, spec)
+        return _chosen_trained(sampler, schedule, trained, spec)
     is_ours = sampler.ours and (
         not sampler.kind or tuning.asked() or (schedule != AUTOMATIC and sampler.kind not in BY_SIGMAS)
     )
@@ -213,7 +249,9 @@ def _levels(kind: str, schedule: str) -> dict[str, Any]:
     return {"timestep_spacing": known.spacing}
 
 
-def _chosen_trained(sampler: Sampler, trained: str, spec: ModelSpec) -> tuple[str, dict[str, Any]]:
+def _chosen_trained(
+    sampler: Sampler, schedule: str, trained: str, spec: ModelSpec
+) -> tuple[str, dict[str, Any]]:
     """The same for a model trained by flow matching or in EDM's terms."""
     if not (kind := getattr(sampler, trained)):
         choices = ", ".join(known.name for known in SAMPLERS.values() if getattr(known, trained))
@@ -231,30 +269,48 @@ def _chosen_trained(sampler: Sampler, trained: str, spec: ModelSpec) -> tuple[st
         "prediction_type": "flow_prediction",
         "flow_shift": shift,
     }
-    return kind, {**sampler.options, **PLAIN, **(flow if kind == sampler.kind else {"shift": shift})}
+    levels = SCHEDULES[schedule].options if kind == _FLOW_EULER and has_levels(spec) else {}
+    return kind, {
+        **sampler.options,
+        **PLAIN,
+        **(flow if kind == sampler.kind else {"shift": shift}),
+        **levels,
+    }
 
 
-def make(name: str, spec: ModelSpec, steps: int, seed: int = 0, tuning: Tuning = UNTUNED):
+def make(
+    name: str,
+    spec: ModelSpec,
+    steps: int,
+    seed: int = 0,
+    tuning: Tuning = UNTUNED,
+    size: tuple[int, int] | None = None,
+):
     """A scheduler of diffusers from the model's config, with `steps` timesteps set, on the CPU.
 
-    `seed` is for noise that is not drawn from a generator. Raises TightfitError if the config is broken or
-    the scheduler cannot take that many steps.
+    `seed` is for noise that is not drawn from a generator. `size` is the picture's height and width, by
+    default the model's. Raises TightfitError if the config is broken or the scheduler cannot take that many
+    steps.
     """
     (sampler, schedule), (kind, options) = split(name), _chosen(name, spec, tuning)
-    scheduler = _built(kind, options, spec, tuning)
+    levels = spec.design.levels(spec, size or spec.some_size, steps) if has_levels(spec) else None
+    scheduler = _built(kind, options | ({} if levels is None else _LEVELLED), spec, tuning)
     if kind == _STOCHASTIC:
         scheduler.sampler = sampler.ours
         scheduler.options = scheduler.options._replace(**tuning.asked())
     with _steps_explained(name, spec, steps):
-        if schedule != AUTOMATIC and not _trained(spec.scheduler):
-            _put_levels(scheduler, schedule, spec, steps + (sampler.ours == SHORTENED))
-        scheduler.set_timesteps(steps, device="cpu")
-        if len(levels := set(scheduler.timesteps.tolist())) == 1 < len(scheduler.timesteps) or not levels:
+        if levels is not None:
+            _set_levels(scheduler, levels)
+        else:
+            if schedule != AUTOMATIC and not _trained(spec.scheduler):
+                _put_levels(scheduler, schedule, spec, steps + (sampler.ours == SHORTENED))
+            scheduler.set_timesteps(steps, device="cpu")
+        if len(times := set(scheduler.timesteps.tolist())) == 1 < len(scheduler.timesteps) or not times:
             raise ValueError("it does not have that many noise levels")
     if getattr(scheduler, "noise_sampler_seed", 0) is None:
         scheduler.noise_sampler_seed = seed
     # As StableDiffusionXLPipeline does. Levels that share a rounded timestep would be found by it wrongly.
-    is_known = spec.design.first_step_is_known or schedule != AUTOMATIC
+    is_known = spec.design.first_step_is_known or schedule != AUTOMATIC or levels is not None
     if is_known and hasattr(scheduler, "set_begin_index"):
         scheduler.set_begin_index(0)
     return scheduler
@@ -343,12 +399,43 @@ def _put_levels(scheduler: Any, schedule: str, spec: ModelSpec, steps: int) -> N
     scheduler._convert_to_karras = lambda in_sigmas, num_inference_steps=steps: values  # noqa: ARG005
 
 
-def rehearse(name: str, spec: ModelSpec, steps: int, tuning: Tuning = UNTUNED) -> None:
+# A family's levels are shifted already.
+_LEVELLED = MappingProxyType({"use_dynamic_shifting": False, "shift": 1.0, "flow_shift": 1.0})
+# From a level of 1, all noise, a step by the logarithm of signal to noise is without end. As diffusers.
+_NOT_ONE = 1 - 1e-6
+
+
+def _set_levels(scheduler: Any, levels: Any) -> None:
+    """Have the scheduler take the noise out of a flow at these levels."""
+    import torch
+
+    if type(scheduler).__name__ == _FLOW_EULER:
+        scheduler.set_timesteps(sigmas=levels, device="cpu")
+        return
+    scheduler.set_timesteps(len(levels), device="cpu")  # of as many steps
+    is_multistep = hasattr(scheduler, "model_outputs")
+    sigmas = torch.from_numpy(levels).clamp(max=_NOT_ONE if is_multistep else 1.0)
+    end = sigmas.new_zeros(1)
+    if scheduler.order == 2:
+        sigmas = torch.cat([sigmas[:1], sigmas[1:].repeat_interleave(2)])
+    scheduler.sigmas, scheduler.timesteps = (
+        torch.cat([sigmas, end]),
+        sigmas * scheduler.config.num_train_timesteps,
+    )
+
+
+def rehearse(
+    name: str,
+    spec: ModelSpec,
+    steps: int,
+    tuning: Tuning = UNTUNED,
+    size: tuple[int, int] | None = None,
+) -> None:
     """Take every step with numbers in place of latents. Raises TightfitError for faults that only show in a
     step: a step too many, a foreign prediction type, noise levels that lead to nothing finite."""
     import torch
 
-    scheduler = make(name, spec, steps, tuning=tuning)
+    scheduler = make(name, spec, steps, tuning=tuning, size=size)
     latents = torch.ones(1, 1, 2, 2)
     options = step_options(scheduler, torch.Generator("cpu").manual_seed(0), tuning)
     with _steps_explained(name, spec, steps):

@@ -13,11 +13,12 @@ from typing import Any, TypeVar
 
 from ..errors import TightfitError
 from ..recent import Recent
-from .families.family import Extent, Family, Network, Role
+from .families.family import Extent, Family, Latents, Network, Role
 from .graph import Graph
 from .tensors import Patch, Tensor
 
 T = TypeVar("T")
+ZEROED = "force_zeros_for_empty_prompt"  # of model_index.json
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class ModelSpec:
     it says the weights are stored in, and `source` of which model it was exported. `notes` are what its files
     leave open, and what was taken for it. `sides` are those of the latents of such models, by what they
     predict, where the files leave that open. `spare` reads a network of its files that not every picture
-    needs.
+    needs. `settings` are what its model_index.json says besides its parts.
     """
 
     name: str
@@ -115,7 +116,6 @@ class ModelSpec:
     design: Family
     components: Mapping[str, Component]
     scheduler: Mapping[str, Any]
-    force_zeros: bool
     defaults: Mapping[str, Any]
     precision: str | None = None
     source: str | None = None
@@ -123,15 +123,21 @@ class ModelSpec:
     notes: tuple[str, ...] = ()
     sides: Mapping[str, int] = field(default_factory=dict)
     spare: Callable[[Network], Component] | None = field(default=None, compare=False, repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def family(self) -> str:
-        """Its family's name: sd1, sd2 or sdxl."""
+        """Its family's name."""
         return self.design.name
 
     @property
     def text_encoders(self) -> tuple[Component, ...]:
         return self.of_role(Role.TEXT)
+
+    @property
+    def force_zeros(self) -> bool:
+        """Whether a negative prompt that is not given is zeros, where the family has a choice."""
+        return bool(self.settings.get(ZEROED))
 
     @property
     def denoiser(self) -> Component:
@@ -152,12 +158,12 @@ class ModelSpec:
         return replace(self, components={component.name: component for component in order})
 
     def on_demand(self, network: Network) -> Component:
-        """One of the networks that not every picture needs: the same object for the same model. Raises
-        TightfitError for a model that has it not."""
-        if self.spare is None:
+        """One of the networks that not every picture needs, as its family has it: the same object for the
+        same model. Raises TightfitError for a model that has it not."""
+        spare, own = self.spare, next((n for n in self.design.on_demand if n.name == network.name), None)
+        if spare is None or own is None:
             raise TightfitError(f"{self.name} has no {network.name}: use the model it was made from")
-        spare = self.spare
-        return _SPARE.get(network.name, lambda: spare(network), self)
+        return _SPARE.get(network.name, lambda: spare(own), self)
 
     def of_role(self, role: Role) -> tuple[Component, ...]:
         """Its networks that do this, in order."""
@@ -174,9 +180,20 @@ class ModelSpec:
         return self.decoder.config
 
     @property
+    def latents(self) -> Latents:
+        """What the denoiser takes the noise out of."""
+        return self.design.latents(self)
+
+    @property
     def downsampling(self) -> int:
         """Pixels along one side of a latent."""
-        return 2 ** (len(self.vae["block_out_channels"]) - 1)
+        return self.latents.pixels
+
+    @property
+    def channels_beside(self) -> int:
+        """Of the denoiser's input, how many there are beside the latents: of a picture, or of that and its
+        mask."""
+        return self.inputs(self.denoiser, 1, *self.some_size)["sample"][1] - self.latents.channels
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -224,8 +241,24 @@ class ModelSpec:
 
     @property
     def default_steps(self) -> int:
-        """20, and 4 for latent consistency models, as in diffusers' pipeline for them."""
-        return 4 if self.consistent else 20
+        return self.design.default_steps(self)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether it was distilled for its guidance, so that a step takes one prediction."""
+        return self.design.is_distilled(self)
+
+    def check_takes(self, option: str) -> None:
+        """Raise TightfitError for an adapter or a condition that is not for models of this family, by its
+        option."""
+        if self.design.takes is not None and option not in self.design.takes:
+            what = f"--{option.replace('_', '-')}"
+            raise TightfitError(f"{what} is not for {self.design.title}, which {self.name} is: leave it out")
+
+    @property
+    def takes_no_guidance(self) -> bool:
+        """Whether it is told nothing of a guidance scale either, as some distilled models are."""
+        return self.is_distilled and not self.guidance_width
 
     @property
     def latent_affine(self) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
@@ -234,21 +267,25 @@ class ModelSpec:
 
     def latent_shape(self, extent: Extent) -> tuple[int, int, int]:
         """Channels, height and width of a picture's latents."""
-        return (
-            self.vae["latent_channels"],
-            extent.height // self.downsampling,
-            extent.width // self.downsampling,
-        )
+        channels, pixels, _ = self.latents
+        return channels, extent.height // pixels, extent.width // pixels
 
     @property
     def text_length(self) -> int:
         """Tokens of a chunk of text, padded."""
-        return min(encoder.setting("max_position_embeddings") for encoder in self.text_encoders)
+        return min(map(self.length_of, self.text_encoders))
+
+    @staticmethod
+    def length_of(encoder: Component) -> int:
+        """Tokens of a chunk that this text encoder reads."""
+        reading = encoder.network.reading
+        return reading.length if reading else encoder.setting("max_position_embeddings")
 
     @property
     def text_width(self) -> int:
         """Of the texts that the U-Net reads: all text encoders' side by side."""
-        return sum(encoder.setting("hidden_size") for encoder in self.text_encoders)
+        readings = ((encoder.network.reading, encoder.config) for encoder in self.text_encoders)
+        return sum(one.width(config) if one else config["hidden_size"] for one, config in readings)
 
     @property
     def guidance_width(self) -> int | None:

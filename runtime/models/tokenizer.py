@@ -1,10 +1,11 @@
-"""CLIP's tokenizer, out of the package or read from a model's folder: only regular files of that folder, and
-none of its code."""
+"""Tokenizers: CLIP's, out of the package, or those in a model's folder, of which only regular files are read,
+and no code is run."""
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -31,7 +32,9 @@ _ARGUMENTS = {"vocab_file": "vocab.json", "merges_file": "merges.txt", "tokenize
 def tokenizer_of(spec: ModelSpec, encoder: Component) -> Any:
     """The text encoder's: the model's own, or CLIP's where the model brings none."""
     if encoder.pad is None:
-        return read_tokenizer(spec.folder / encoder.network.tokenizer)
+        reading = encoder.network.reading
+        folder = spec.folder / encoder.network.tokenizer
+        return read_tokenizer(folder, reading.open_tokenizer) if reading else read_tokenizer(folder)
     return copy.deepcopy(_clip(encoder.pad))  # words may be added to it
 
 
@@ -42,8 +45,15 @@ def _clip(pad: str) -> Any:
         return read_tokenizer(Path(folder))
 
 
-def read_tokenizer(folder: Path) -> Any:
-    """The CLIPTokenizer in `folder`. Raises TightfitError if files are missing, broken or not regular."""
+def _open_clip(folder: Path, **arguments: Any) -> Any:
+    from transformers.models.clip.tokenization_clip import CLIPTokenizer
+
+    return CLIPTokenizer.from_pretrained(folder, **arguments)
+
+
+def read_tokenizer(folder: Path, opened: Callable[..., Any] = _open_clip) -> Any:
+    """The tokenizer in `folder`, CLIP's unless it is `opened` as another. Raises TightfitError if files are
+    missing, broken or not regular."""
     with readable(folder):
         for place in (folder, folder / "additional_chat_templates"):
             for entry in place.iterdir() if place.is_dir() else ():
@@ -55,11 +65,9 @@ def read_tokenizer(folder: Path) -> Any:
         ):
             raise TightfitError(f"{folder} lacks vocab.json and merges.txt: copy or download the model again")
         files = _own_files(folder)
-    with BUILDING:  # as nothing else of the libraries is imported meanwhile
-        from transformers.models.clip.tokenization_clip import CLIPTokenizer
-
-    with explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **files)
+    # As nothing else of the libraries is imported meanwhile.
+    with BUILDING, explained(f"the tokenizer in {folder} cannot be read", "copy or download it again"):
+        return opened(folder, local_files_only=True, trust_remote_code=False, **files)
 
 
 def _own_files(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from .tokenizer import tokenizer_of
 if TYPE_CHECKING:
     import numpy as np
 
+    from .families.family import Reading
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -37,8 +39,7 @@ class Reader:
         self.tokenizer = tokenizer_of(spec, encoder)
         with self.explained():
             self.taught = _teach(self.tokenizer, encoder)
-            positions = encoder.setting("max_position_embeddings")
-            self.length = min(self.tokenizer.model_max_length, positions)
+            self.length = min(self.tokenizer.model_max_length, spec.length_of(encoder))
             self.pad = int(self.tokenizer.pad_token_id)
 
     def explained(self) -> AbstractContextManager[None]:
@@ -70,6 +71,8 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
     import numpy as np
 
     reader = Reader(spec, encoder)
+    if reading := encoder.network.reading:
+        return _told(reader, reading, texts)
     whole, length = reader.ids([*texts.values()]), reader.length
     vectors = [[vector for token in row for vector in reader.vectors(token)] for row in whole]
     rows = np.full((len(whole), length), reader.pad, np.int64)
@@ -81,6 +84,23 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
         if len(ids) > length
     }
     return Tokens(rows, cut)
+
+
+def _told(reader: Reader, reading: Reading, texts: Mapping[str, str]) -> Tokens:
+    """Of a language model, to which each text is told as a message."""
+    import numpy as np
+
+    before, after = reading.around
+    whole, length = reader.ids([f"{before}{text}{after}" for text in texts.values()]), reader.length
+    rows = np.full((len(whole), length), ~reader.pad, np.int64)
+    for row, ids in zip(rows, whole, strict=True):
+        row[: len(ids)] = ids[:length]
+    (rest,) = reader.ids([after]) if after else ([],)
+    ends = {
+        name: reader.tokenizer.decode(ids[length : len(ids) - len(rest)])
+        for name, ids in zip(texts, whole, strict=True)
+    }
+    return Tokens(rows, {name: end for name, end in ends.items() if end})
 
 
 @dataclass(frozen=True)

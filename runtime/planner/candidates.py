@@ -171,7 +171,7 @@ def _on_torch(hardware: Hardware, spec: ModelSpec, name: str, choice: _Choice) -
     # bits is quantised as it is loaded, and such weights cannot stream.
     beside = role is Role.CONTROL and precision in QUANTISED and component.formats is None
     residency = "staged" if residency == "streamed" and (vae or beside) else residency
-    compute = vae_compute(hardware, spec, choice.compute) if vae else choice.compute
+    compute = role_compute(hardware, spec, role, choice.compute)
     return Placement(
         backend="torch",
         precision=precision if precision in QUANTISED else compute,
@@ -299,7 +299,7 @@ def _precisions(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> list[tup
     unless told."""
     pairs = []
     for precision in _held_in(hardware, spec, wishes):
-        preferred = hardware.precisions[0] if precision in QUANTISED else precision
+        preferred = computes(hardware, spec)[0] if precision in QUANTISED else precision
         compute = preferred if wishes.compute == "auto" else wishes.compute
         if precision in (*QUANTISED, compute):
             pairs.append((precision, compute))
@@ -308,7 +308,7 @@ def _precisions(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> list[tup
 
 def _held_in(hardware: Hardware, spec: ModelSpec, wishes: Wishes) -> tuple[str, ...]:
     """The precisions that weights may be held in."""
-    known = of_stored(spec.precision) if spec.precision else (*hardware.precisions, *QUANTISED)
+    known = of_stored(spec.precision) if spec.precision else (*computes(hardware, spec), *QUANTISED)
     if wishes.precision == "auto":
         # int8-dynamic on GPUs, where its kernels are yet to be timed, has to be asked for
         timed = hardware.device == "cpu" and "int8" in hardware.rates
@@ -324,8 +324,15 @@ def of_stored(precision: str) -> tuple[str, ...]:
     return (precision, DYNAMIC) if precision == "int8" else (precision,)
 
 
-def vae_compute(hardware: Hardware, spec: ModelSpec, precision: str) -> str:
-    """What the decoder computes in where `precision` is asked for."""
-    if precision == "fp16" and Role.DECODER in spec.design.overflows_in_half(spec):
+def role_compute(hardware: Hardware, spec: ModelSpec, role: Role, precision: str) -> str:
+    """What a network of that role computes in where `precision` is asked for."""
+    if precision == "fp16" and role in spec.design.overflows_in_half(spec):
         return "bf16" if "bf16" in hardware.precisions else "fp32"
     return precision
+
+
+def computes(hardware: Hardware, spec: ModelSpec) -> tuple[str, ...]:
+    """What to compute in where nothing is asked for, the preferred one first."""
+    known = hardware.precisions
+    is_wide = spec.design.needs_range and "bf16" in known
+    return tuple(precision for precision in known if precision != "fp16") if is_wide else known

@@ -294,11 +294,8 @@ def _largest_map(hardware: Hardware, spec: ModelSpec, width: int, height: int) -
     runs."""
     if hardware.device != "cpu" and any(component.graph for component in spec.components.values()):
         return 0  # it may run on the CPU beside
-    pixels = width * height
-    latent_pixels = pixels // spec.downsampling**2
-    return 2 * max(
-        pixels * spec.vae["block_out_channels"][0], latent_pixels * spec.unet["block_out_channels"][0]
-    )
+    pixels, channels = width * height, spec.unet.get("block_out_channels", [spec.latents.channels])[0]
+    return 2 * max(pixels * spec.vae["block_out_channels"][0], pixels // spec.downsampling**2 * channels)
 
 
 def _largest_of_this_shape(hardware: Hardware, job: Job, wishes: Wishes, plans: Sequence[Plan]) -> str | None:
@@ -312,7 +309,7 @@ def _largest_of_this_shape(hardware: Hardware, job: Job, wishes: Wishes, plans: 
 
 def _largest_that_fits(hardware: Hardware, job: Job, wishes: Wishes, least: Plan) -> str | None:
     """The largest size of the request's shape that runs as `least` does."""
-    spec, width, height, step = job.spec, job.width, job.height, job.spec.downsampling * 8
+    spec, width, height, step = job.spec, job.width, job.height, job.spec.latents.multiple * 8
     shorter, budget = min(width, height), budget_of(hardware, wishes)
     sizes = [(round(width * side / shorter / step) * step, round(height * side / shorter / step) * step)
              for side in range(step, shorter, step)]  # fmt: skip

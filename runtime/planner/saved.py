@@ -13,7 +13,7 @@ from ..models.spec import ModelSpec
 from ..placement import GRAPHS, Placement
 from ..request import Job
 from ..rules import Rule, first_broken
-from .candidates import chosen_provider, of_stored, vae_compute, ways, with_previews
+from .candidates import chosen_provider, of_stored, role_compute, ways, with_previews
 from .estimate import ESTIMATOR
 from .plan import Plan, network_role
 from .wishes import Wishes
@@ -52,7 +52,7 @@ class _Saved:
     @property
     def overflows(self) -> bool:
         fp16 = self.vae.backend not in GRAPHS and self.vae.compute == "fp16"
-        return fp16 and vae_compute(self.hardware, self.spec, "fp16") != "fp16"
+        return fp16 and role_compute(self.hardware, self.spec, Role.DECODER, "fp16") != "fp16"
 
     @property
     def otherwise_stored(self) -> bool:

@@ -251,7 +251,7 @@ def _count(others: Mapping[str, Any], options: Mapping[str, Any]) -> int:
 def _size(text: str | None, spec: ModelSpec) -> dict[str, int]:
     """Width and height, each rounded to the nearest that the model can do."""
     sides = None if text in (None, "auto") else sides_of("size", text)
-    step = spec.downsampling
+    step = spec.latents.multiple
     rounded = [max(step, round(side / step) * step) for side in sides or ()]
     return dict(zip(("width", "height"), rounded, strict=False))
 

@@ -152,7 +152,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
         "family": known_by(spec.text_width),
         "width": width,
         "height": height,
-        "multiple": spec.downsampling,
+        "multiple": spec.latents.multiple,
         "num_inference_steps": spec.default_steps,
         "guidance_scale": spec.default_guidance,
         "scheduler": scheduler,

@@ -156,7 +156,7 @@ def test_classes_are_of_a_list(sd1_copy, changes):
         (place / "evil.py").write_text(f"open({str(ran)!r}, 'w')")
     file = sd1_copy / "model_index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    with pytest.raises(TightfitError, match=r"code|no SD model has") as caught:
+    with pytest.raises(TightfitError, match=r"code|no model has") as caught:
         tightfit.inspect(sd1_copy)
     assert str(caught.value).isprintable()
     assert not ran.exists()

@@ -18,7 +18,7 @@ from ...models.tensors import Patch
 from ...placement import DYNAMIC, QUANTISED, Placement
 from . import packed, quantised
 from .adapted import Adapted
-from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, feed_forward, to_maps, with_words
+from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, dispatched, feed_forward, to_maps, with_words
 from .vae import decode_strips, encode_strips
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,7 +57,9 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     for part in module.modules():
         if type(part).__name__ == "FeedForward":
             part.forward = feed_forward(part, FEED_BYTES if device == "cpu" else GPU_FEED_BYTES)
-        if hasattr(part, "set_processor"):
+        if hasattr(own := getattr(part, "processor", None), "_attention_backend"):
+            own._attention_backend = dispatched(placement.attention)  # pyright: ignore[reportOptionalMemberAccess]
+        elif hasattr(part, "set_processor"):
             part.set_processor(processor)  # pyright: ignore[reportCallIssue]
         if maps_last and type(part).__name__ == "Transformer2DModel":
             part._get_output_for_continuous_inputs = to_maps(part)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from ....kernels import attention
 from ...errors import TightfitError
 
 
@@ -59,6 +61,29 @@ class Processor:
         if attn.residual_connection:
             x = x + hidden_states
         return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
+
+
+@functools.cache
+def dispatched(kind: str) -> Any:
+    """One of our attention variants as diffusers' newer processors take it: by its table of backends, whose
+    keys are members of an enumeration, of which this is one that it does not list."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    attend, name = attention.VARIANTS[kind], f"tightfit_{kind}"
+
+    def run(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None
+    ) -> torch.Tensor:
+        """(batch, n, heads, d), as the answer is in memory."""
+        if attn_mask is not None:
+            raise TightfitError("this model's attention has masks, which tightfit does not run")
+        q, k, v = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        return attend(q, k, v).transpose(1, 2)
+
+    member = str.__new__(AttentionBackendName, name)
+    member._name_ = member._value_ = name
+    _AttentionBackendRegistry.register(member)(run)
+    return member
 
 
 def _heads(count: int, *of: tuple[Any, torch.Tensor]) -> Iterator[torch.Tensor]:

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 FAMILIES: tuple[Family, ...] = (
     SDXLRefiner(),
     SDXL(),
-    StableDiffusion("sd2", True),
-    StableDiffusion("sd1", False),
+    StableDiffusion("sd2", True, "SD 2.x", 1024),
+    StableDiffusion("sd1", False, "SD 1.x", 768),
 )
 
 
@@ -26,9 +26,13 @@ def family_of(source: Source) -> Family:
     for family in FAMILIES:
         if family.claims(source):
             return family
-    raise TightfitError(
-        f"{source.folder} is of no family that tightfit runs: these are SD 1.x, SD 2.x and SDXL"
-    )
+    raise TightfitError(f"{source.folder} is of no family that tightfit runs: these are {titles()}")
+
+
+def titles() -> str:
+    """The families, as people call them, in words."""
+    *others, last = dict.fromkeys(family.title for family in reversed(FAMILIES) if family.title)
+    return f"{', '.join(others)} and {last}"
 
 
 def networks() -> dict[str, Network]:
@@ -44,10 +48,6 @@ def role_of(name: str) -> Role:
     raise TightfitError(f"{name} is a network of no family that tightfit runs: {', '.join(networks())} are")
 
 
-# How wide the texts are that the denoisers of published models read.
-_READS = {768: "SD 1.x", 1024: "SD 2.x", 2048: "SDXL", 1280: "SDXL's refiner"}
-
-
 def reads_texts(width: int) -> str:
     """Models by how wide the texts are that they read, in words: those of a family, if they are published
     ones."""
@@ -56,4 +56,6 @@ def reads_texts(width: int) -> str:
 
 def known_by(width: int) -> str:
     """The family, in words, whose published models read texts so wide; '' for none."""
-    return _READS.get(width, "")
+    if not width:
+        return ""
+    return next((family.title for family in FAMILIES if family.reads == width), "")

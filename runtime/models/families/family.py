@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..checks import Check
 
@@ -74,6 +74,32 @@ class Extent(NamedTuple):
     cache: str = ""
 
 
+class Latents(NamedTuple):
+    """What a denoiser takes the noise out of: its channels, and pixels of the picture along one side of one.
+    The picture's sides are multiples of `multiple` pixels."""
+
+    channels: int
+    pixels: int
+    multiple: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a language model reads a text, which CLIP's encoders take in chunks, with a weight for each word.
+
+    The text goes between what `around` has, as a message to the model; its tokens are padded, or cut, to
+    `length`. A token that pads is ~id, as its place is masked. open_tokenizer: of a folder whose files were
+    looked at, with these arguments in place of what they name; the only place that imports its class. listed:
+    what model_index.json may say that it is made by. width: of what is answered for a token.
+    """
+
+    around: tuple[str, str]
+    length: int
+    open_tokenizer: Callable[..., Any]
+    listed: str
+    width: Callable[[Mapping[str, Any]], int]
+
+
 @dataclass(frozen=True)
 class GraphNames:
     """How a network is called as ONNX, in Optimum's words.
@@ -90,6 +116,14 @@ class GraphNames:
     sides: tuple[tuple[str, int, int, str], ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     zeros: frozenset[str] = frozenset()
+
+
+def _of_no_graph(_: Sequence[str]) -> list[str]:
+    raise ValueError("a layout that tightfit knows")
+
+
+NO_GRAPH = GraphNames(frozenset(), _of_no_graph)
+"""Of what is not run as ONNX."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +156,14 @@ class Network:
     of its config and weights in a diffusers folder. listed: what model_index.json may say that it is made
     by, a library and a class, as a regular expression. fields and defaults: what a field of its config
     may be, and is where it is missing. layers: how many layers a config asks for, by the field that says
-    so. prefixes: of the names of stored tensors, those that are used. decided_by: which field of the
-    config decides whether there is a tensor, by a pattern of its name. inputs: shapes of one call, by a
-    session's names. build: its torch module; called where tensors are made on meta, and the only place
-    that imports a class of a library. call: calls that module with a session's arrays. tokenizer: the
-    folder of a text encoder's. vocabulary: the last name of the layer that has a vector for each token.
-    in_strips: whether the torch engine can run it in strips of rows, as it can diffusers' AutoencoderKL;
-    call_in_strips is how, of another module than that.
+    so. prefixes: of the names of stored tensors, those that are used. uses: whether a stored tensor is, where
+    not all are. decided_by: which field of the config decides whether there is a tensor, by a
+    pattern of its name. inputs: shapes of one call, by a session's names. build: its torch module; called
+    where tensors are made on meta, and the only place that imports a class of a library. call: calls that
+    module with a session's arrays. tokenizer: the folder of a text
+    encoder's. reading: None for one that reads as CLIP's do. vocabulary: the last name of the layer that has
+    a vector for each token. in_strips: whether the torch engine can run it in strips of rows, as it can
+    diffusers' AutoencoderKL; call_in_strips is how, of another module than that.
     least_bits: of its quantised weights, whatever a model is quantised to. tracing: None for what is not
     exported to ONNX. adds: shapes of the inputs that the denoiser has of it. skip: the network read so many
     layers from its end, 1 being the last. call_cached: calls the module of a denoiser that caches steps: it
@@ -146,9 +181,11 @@ class Network:
     inputs: Callable[[ModelSpec, Extent], Mapping[str, Shape]]
     build: Callable[[Component], Any]
     call: Callable[..., tuple[Any, ...]]
-    graph: GraphNames
+    graph: GraphNames = NO_GRAPH
     prefixes: tuple[str, ...] = ("",)
+    uses: Callable[[str], bool] = lambda _: True
     tokenizer: str = ""
+    reading: Reading | None = None
     vocabulary: str = ""
     in_strips: bool = False
     call_in_strips: Callable[..., tuple[Any, ...]] | None = None
@@ -159,52 +196,75 @@ class Network:
     call_cached: Callable[..., tuple[Any, ...]] | None = None
 
 
-class Family(Protocol):
-    """Which models belong to it, and how its networks work together. Stateless."""
+class Family:
+    """Which models belong to it, and how its networks work together. Stateless. What is not overridden is as
+    most have it.
 
-    @property
-    def name(self) -> str: ...
+    name: in plans and in files. title: as people call it. reads: how wide the texts are that its published
+    models read. networks: in the order in which a picture needs them. on_demand: those that a picture made
+    from text alone does not need; each lies in a folder of `networks`. first_step_is_known: whether
+    diffusers' pipeline tells the scheduler that it begins with the first step. needs_range: trained in bf16,
+    whose range its values may need, so that fp16 is taken only where there is no bf16. takes: the adapters
+    and conditions that are for its models, by their options; None is all. tiny_decoder: what files of such
+    are called, as a regular expression. latent_rgb: of latents' channels, and a constant: red, green and blue
+    in -1..1. align_your_steps: noise levels that were found best for it, if any were.
+    """
 
-    @property
-    def networks(self) -> tuple[Network, ...]:
-        """In the order in which a picture needs them."""
-        ...
-
-    @property
-    def on_demand(self) -> tuple[Network, ...]:
-        """Those that a picture made from text alone does not need. Each lies in a folder of `networks`."""
-        ...
-
-    @property
-    def first_step_is_known(self) -> bool:
-        """Whether diffusers' pipeline tells the scheduler that it begins with the first step."""
-        ...
+    name: str
+    title: str = ""
+    reads: int = 0
+    networks: tuple[Network, ...] = ()
+    on_demand: tuple[Network, ...] = ()
+    first_step_is_known: bool = False
+    needs_range: bool = False
+    takes: frozenset[str] | None = None
+    tiny_decoder: str = ""
+    latent_rgb: tuple[tuple[float, ...], ...] = ()
+    align_your_steps: tuple[float, ...] = ()
 
     def claims(self, source: Source) -> bool:
         """Whether the model is of this family. The first of FAMILIES that claims it has it."""
-        ...
+        raise NotImplementedError
 
     def check(self, spec: ModelSpec) -> None:
         """Raise TightfitError for networks that do not belong together, or do what is not run."""
-        ...
 
-    def default_guidance(self, spec: ModelSpec) -> float: ...
+    def default_guidance(self, spec: ModelSpec) -> float:
+        raise NotImplementedError
+
+    def default_steps(self, spec: ModelSpec) -> int:
+        return 20
+
+    def is_distilled(self, spec: ModelSpec) -> bool:
+        """Whether the denoiser was distilled for its guidance, so that a step takes one prediction."""
+        return False
 
     def corrects_configs(self, spec: ModelSpec) -> bool:
         """Whether diffusers' pipeline corrects configs of 2022 as it loads them."""
-        ...
+        return False
+
+    def latents(self, spec: ModelSpec) -> Latents:
+        """What the denoiser takes the noise out of: the VAE's latents, unless it takes them otherwise."""
+        pixels = 2 ** (len(spec.vae["block_out_channels"]) - 1)
+        return Latents(spec.vae["latent_channels"], pixels, pixels)
 
     def latent_affine(self, spec: ModelSpec) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
         """What the decoder wants of the denoiser's latents, by channel: latents * first / second + third."""
-        ...
+        channels = spec.latents.channels
+        return (1.0,) * channels, 1.0, (0.0,) * channels
 
     def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
         """Networks that answer infinities in fp16, so that they compute in another precision."""
-        ...
+        return frozenset()
+
+    def levels(self, spec: ModelSpec, size: tuple[int, int], steps: int) -> np.ndarray | None:
+        """Noise levels of a model trained by flow matching, for a picture of this height and width: `steps`
+        sigmas in fp32, highest first and without the last, 0. None: as its scheduler alone has them."""
+        return None
 
     def condition(self, job: Job, encoded: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
         """The denoiser's inputs that stay the same over all steps, the unguided row of a batch first.
 
         `encoded` has what each text encoder answered, in their order, a row for each text.
         """
-        ...
+        raise NotImplementedError

@@ -7,9 +7,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
-from .family import Extent, Role, Shape
+from .family import Extent, Family, Role, Shape
 from .networks import DECODER, ENCODER, TEXT_ENCODER, TEXT_TRACING, UNET, text_outputs, unet_inputs
-from .stable_diffusion import check_parts, guidance_input, unknown_conditioning
+from .stable_diffusion import check_parts, default_steps, guidance_input, unknown_conditioning
 
 if TYPE_CHECKING:
     import numpy as np
@@ -82,8 +82,8 @@ _FIRST = replace(
 _SECOND = replace(_FIRST, name="text_encoder_2", folder="text_encoder_2", tokenizer="tokenizer_2")
 
 
-class SDXL:
-    name = "sdxl"
+class SDXL(Family):
+    name, title, reads = "sdxl", "SDXL", 2048
     networks = (_FIRST, _SECOND, replace(UNET, inputs=_inputs), DECODER)
     on_demand = (ENCODER,)
     first_step_is_known = True
@@ -111,8 +111,11 @@ class SDXL:
     def default_guidance(self, spec: ModelSpec) -> float:
         return 8.5 if spec.consistent else 5.0
 
-    def corrects_configs(self, spec: ModelSpec) -> bool:
-        return False
+    def default_steps(self, spec: ModelSpec) -> int:
+        return default_steps(spec)
+
+    def is_distilled(self, spec: ModelSpec) -> bool:
+        return bool(spec.guidance_width)
 
     def latent_affine(self, spec: ModelSpec) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
         """With the VAE's latents_std and latents_mean, if it has them, which diffusers reads in SDXL
@@ -154,7 +157,7 @@ def _scores(job: Job, count: int) -> list[float]:
 class SDXLRefiner(SDXL):
     """It goes on from what SDXL has painted, and reads texts by the second text encoder alone."""
 
-    name = "sdxl-refiner"
+    name, title, reads = "sdxl-refiner", "SDXL's refiner", 1280
     networks = (_SECOND, *SDXL.networks[2:])
 
     def claims(self, source: Source) -> bool:

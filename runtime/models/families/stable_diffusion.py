@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import TightfitError
-from .family import Role
+from .family import Family
 from .networks import DECODER, ENCODER, TEXT_ENCODER, UNET
 
 if TYPE_CHECKING:
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class StableDiffusion:
+class StableDiffusion(Family):
     """`linear_projection` tells SD 2.x from SD 1.x: its transformers project by linears, not by 1x1
     convolutions."""
 
     name: str
     linear_projection: bool
+    title: str
+    reads: int
     networks = (TEXT_ENCODER, UNET, DECODER)
     on_demand = (ENCODER,)
-    first_step_is_known = False
     tiny_decoder = r"taesd(?!xl|\d)"
     # Of latents' channels, and a constant: red, green and blue in -1..1. Fitted to pictures of SD 1.4 by
     # keturn (discuss.huggingface.co, "Decoding latents to RGB without upscaling").
@@ -50,6 +51,12 @@ class StableDiffusion:
     def default_guidance(self, spec: ModelSpec) -> float:
         return 8.5 if spec.consistent else 7.5
 
+    def default_steps(self, spec: ModelSpec) -> int:
+        return default_steps(spec)
+
+    def is_distilled(self, spec: ModelSpec) -> bool:
+        return bool(spec.guidance_width)
+
     def corrects_configs(self, spec: ModelSpec) -> bool:
         return not spec.latent_consistency
 
@@ -57,12 +64,14 @@ class StableDiffusion:
         channels = spec.decoder.setting("latent_channels")
         return (1.0,) * channels, spec.decoder.setting("scaling_factor"), (0.0,) * channels
 
-    def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
-        return frozenset()
-
     def condition(self, job: Job, encoded: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
         (hidden, *_), *_ = encoded
         return {"hidden": hidden} | guidance_input(job)
+
+
+def default_steps(spec: ModelSpec) -> int:
+    """As in diffusers' pipeline for latent consistency models."""
+    return 4 if spec.consistent else 20
 
 
 def guidance_input(job: Job) -> dict[str, np.ndarray]:

@@ -33,8 +33,8 @@ class Source(Protocol):
         ...
 
     @property
-    def zeroed(self) -> bool:
-        """Whether a negative prompt that is not given is zeros, where the family has a choice."""
+    def settings(self) -> Mapping[str, Any]:
+        """What the model says besides its parts, as model_index.json has it."""
         ...
 
     def config(self, network: Network) -> Mapping[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,28 +17,27 @@ from ...files import PICKLES, SINGLE, read_json, shortened
 from ...placement import STORED
 from .. import cures
 from ..checks import check_fields, is_text, or_many
-from ..families import networks
+from ..families import FAMILIES, titles
 from ..families.family import Network, Role
 from ..families.networks import SCHEDULER_FIELDS
 from ..manifest import read_manifest
-from ..spec import Component
+from ..spec import ZEROED, Component
 from ..tensors import Tensor
 from .bitsandbytes import tensors_of
 from .optimum import check_unmixed, read_network
 
 # What model_index.json may say of the parts that are no networks, and of those that are never loaded; nothing
 # is imported by it.
+_CLIP = r"transformers CLIPTokenizer(Fast)?"
 _OTHERS = {
-    "tokenizer": r"transformers CLIPTokenizer(Fast)?",
-    "tokenizer_2": r"transformers CLIPTokenizer(Fast)?",
     "scheduler": r"diffusers \w+Scheduler",
     "controlnet": r"diffusers (Multi)?ControlNetModel",  # read where a picture to follow is given
     **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder", "image_processor"), r"\S+ \w+"),
 }
 # The VAE in two, as Optimum lists it.
 _ONNX_ENCODER = {"vae_encoder": "vae_decoder"}
+_TELLING = Role.DENOISER, Role.DECODER, Role.TEXT
 _MODELS = "'emoji', a checkpoint (.safetensors, .gguf), a diffusers folder or a hub id such as owner/name"
-_NEEDED = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def check_classes(file: Path, index: Mapping[str, Any]) -> None:
@@ -52,9 +51,7 @@ def check_classes(file: Path, index: Mapping[str, Any]) -> None:
             f"{file} wants code of its own to run (_class_name {shortened(pipeline)}): "
             "tightfit runs none from a model"
         )
-    classes = _OTHERS | {
-        part: network.listed for network in networks().values() for part in (network.folder, network.name)
-    }
+    classes = _classes()
     for name, value in index.items():
         known = classes.get(_ONNX_ENCODER.get(name, name))
         if (
@@ -65,8 +62,8 @@ def check_classes(file: Path, index: Mapping[str, Any]) -> None:
             continue
         if known is None:
             raise TightfitError(
-                f"{file} lists a part {shortened(name)}, which no SD model has: "
-                "tightfit runs SD 1.x, SD 2.x and SDXL"
+                f"{file} lists a part {shortened(name)}, which no model has that tightfit runs: "
+                f"these are {titles()}"
             )
         pair = isinstance(value, list) and len(value) == 2 and all(isinstance(each, str) for each in value)
         if not pair or not re.fullmatch(known, " ".join(value)):
@@ -88,14 +85,37 @@ class DiffusersLayout:
         listed = {
             key: value for key, value in index.items() if isinstance(value, list) and value and value[0]
         }
-        for part in _NEEDED:
-            if listed.keys().isdisjoint({part, f"{part}_2"}):  # SDXL's refiner has the second alone
-                raise TightfitError(
-                    f"{path} is a {pipeline} without a {part}: "
-                    "tightfit runs SD 1.x, SD 2.x and SDXL base models"
-                )
-        zeroed = bool(index.get("force_zeros_for_empty_prompt", "text_encoder_2" in listed))
-        return DiffusersFolder(path, str(pipeline), listed, read_manifest(path), zeroed)
+        # Of the family that it is most like, which of two alike is the simpler one.
+        if lacking := min(([p for p in parts if p not in listed] for parts in _needed()), key=len):
+            raise TightfitError(
+                f"{path} is a {pipeline} without a {lacking[0]}: tightfit runs {titles()}, each whole"
+            )
+        said = {key: value for key, value in index.items() if not isinstance(value, list | dict)}
+        settings = {ZEROED: "text_encoder_2" in listed, **said}
+        return DiffusersFolder(path, str(pipeline), listed, read_manifest(path), settings)
+
+
+def _classes() -> dict[str, str]:
+    """What may be said of each part that a model of some family has, by its name: regular expressions."""
+    every = [network for family in FAMILIES for network in (*family.networks, *family.on_demand)]
+    named = [(part, network.listed) for network in every for part in (network.folder, network.name)]
+    named += [(network.tokenizer, _tokenizer(network)) for network in every if network.tokenizer]
+    parts = dict.fromkeys(part for part, _ in named)
+    return _OTHERS | {
+        part: "|".join(dict.fromkeys(listed for name, listed in named if name == part)) for part in parts
+    }
+
+
+def _tokenizer(network: Network) -> str:
+    return network.reading.listed if network.reading else _CLIP
+
+
+def _needed() -> Iterator[list[str]]:
+    """The parts of each family's models, the simplest first, those first that tell families apart."""
+    for family in reversed(FAMILIES):
+        networks = sorted(family.networks, key=lambda network: _TELLING.index(network.role))
+        tokenizers = [network.tokenizer for network in networks if network.tokenizer]
+        yield [*(network.folder for network in networks), *tokenizers, "scheduler"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +126,7 @@ class DiffusersFolder:
     pipeline: str
     listed: Mapping[str, Sequence[Any]]
     manifest: Mapping[str, Any]
-    zeroed: bool
+    settings: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     sides = MappingProxyType({})
 
@@ -127,7 +147,7 @@ class DiffusersFolder:
         self._check_for_weights(folder, file)
         config = self._full_config(network, folder / "config.json")
         tensors = {
-            key: tensor for key, tensor in tensors_of(folder).items() if key.startswith(network.prefixes)
+            key: tensor for key, tensor in self.whole(network).items() if key.startswith(network.prefixes)
         }
         if not tensors:
             raise TightfitError(
@@ -176,7 +196,8 @@ class DiffusersFolder:
         return config
 
     def whole(self, network: Network) -> Mapping[str, Tensor]:
-        return tensors_of(self.folder / network.folder)
+        stored = tensors_of(self.folder / network.folder)
+        return {name: tensor for name, tensor in stored.items() if network.uses(name)}
 
     def scheduler(self) -> Mapping[str, Any]:
         file = self.folder / "scheduler" / "scheduler_config.json"

@@ -17,7 +17,7 @@ from typing import Any
 from ...errors import TightfitError
 from ...files import read_bytes
 from ..families.family import Network
-from ..spec import Component
+from ..spec import ZEROED, Component
 from ..tensors import Tensor
 from . import foreign, renames
 from .safetensors import read_file
@@ -278,8 +278,8 @@ class Checkpoint:
         return self.original.sides
 
     @property
-    def zeroed(self) -> bool:
-        return len(self.original.texts) > 1
+    def settings(self) -> Mapping[str, Any]:
+        return {ZEROED: len(self.original.texts) > 1}
 
     @property
     def listed(self) -> Mapping[str, Any]:

@@ -122,7 +122,8 @@ def _samplers() -> Iterable[Sampler]:
     options = PLAIN | {"solver_order": 2, "solver_type": "bh2"}
     yield Sampler("unipc", "UniPC", _UNIPC, options, _UNIPC, also=("uni pc",))
     yield Sampler("lcm", "LCM", "LCMScheduler", noisy=True)
-    yield Sampler("heun", "Heun", "HeunDiscreteScheduler", PLAIN, automatic="uniform")
+    kind, flow = "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
+    yield Sampler("heun", "Heun", kind, PLAIN, flow, automatic="uniform")
     yield Sampler("lms", "LMS", "LMSDiscreteScheduler", PLAIN, automatic="uniform")
     also = ("kdpm2", "dpm 2", "k dpm 2")
     yield Sampler("dpm2", "DPM2", "KDPM2DiscreteScheduler", PLAIN, automatic="karras", also=also)
