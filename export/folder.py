@@ -15,16 +15,16 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-import torch
-from safetensors.torch import save_file
-
 from ..runtime.errors import TightfitError
 from ..runtime.files import inside, read_bytes, read_json
 from ..runtime.models import vocabulary
 from ..runtime.models.families.family import Role
 from ..runtime.models.tokenizer import NAMES
+from .safetensors_file import Promised, SafetensorsFile
 
 if TYPE_CHECKING:
+    import torch
+
     from ..runtime.models.spec import ModelSpec
 
 # Files that are copied beside the weights, by folder. No other file of a model is read.
@@ -33,21 +33,26 @@ _OF_A_NETWORK = ("config.json",)
 _PARTIAL = re.compile(r"\.tightfit-[0-9a-f]{32}\.partial")
 
 
-def write_component(folder: Path, module: Any, weights: Mapping[str, torch.Tensor]) -> list[str]:
-    """Write the config of a diffusers or transformers `module` and its `weights`. Returns its entry for
-    model_index.json."""
-    kind = type(module).__name__
+def write_component(
+    folder: Path, module: Any, promised: Promised, values: Iterable[torch.Tensor]
+) -> list[str]:
+    """Write the config of a diffusers or transformers `module`, and the weights that are `promised`, whose
+    `values` come one by one, whole or their beginning. Returns its entry for model_index.json."""
+    kind, library = type(module).__name__, "diffusers" if hasattr(module, "save_config") else "transformers"
     folder.mkdir(parents=True)
-    if not kind.startswith("CLIPText"):
+    if library == "diffusers":
         module.save_config(folder)
-        save_file(dict(weights), folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
-        return ["diffusers", kind]
-    module.config.architectures = [kind]
-    module.config.save_pretrained(folder)
-    # As published models name them; today's transformers names some otherwise.
-    prefixed = {n if n.startswith("text_") else f"text_model.{n}": w for n, w in weights.items()}
-    save_file(prefixed, folder / "model.safetensors", {"format": "pt"})
-    return ["transformers", kind]
+    else:
+        module.config.architectures = [kind]
+        module.config.save_pretrained(folder)
+    if kind.startswith("CLIPText"):
+        # As published models name them; today's transformers names some otherwise.
+        promised = {n if n.startswith("text_") else f"text_model.{n}": p for n, p in promised.items()}
+    stem = "diffusion_pytorch_model" if library == "diffusers" else "model"
+    with SafetensorsFile(folder / f"{stem}.safetensors", promised) as file:
+        for name, value in zip(promised, values, strict=True):
+            file.write(name, value)
+    return [library, kind]
 
 
 @contextmanager

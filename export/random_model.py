@@ -1,8 +1,9 @@
-"""Whole Stable Diffusion folders with random weights: `python -m tightfit.export.random_model sd1 DIR`.
+"""Whole model folders with random weights: `python -m tightfit.export.random_model sd1 DIR`.
 
 Architectures are real, from their public configs. The folders measure memory and speed, and stand in for
-published weights in tests. `--tiny` shrinks every width, to a folder of a few hundred kilobytes. The pictures
-are noise.
+published weights in tests. `--tiny` shrinks every width, to a folder of a few hundred kilobytes. `--sparse`
+draws the first rows of each weight alone and leaves holes for the rest, so that a model of 16 GB takes some
+hundred megabytes of disk. The pictures are noise.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+import transformers
 
 from ..runtime.models import vocabulary
+from ..runtime.models.families import qwen3
 from .folder import appearing, write_component
 
 Merges = Sequence[tuple[str, str]]
@@ -111,12 +114,37 @@ MODELS["sdxl-refiner"] = {
         "projection_class_embeddings_input_dim": 2560,
     },
 }  # fmt: skip
+MODELS["flux2-klein"] = {  # FLUX.2-klein-4B
+    "pipeline": "Flux2KleinPipeline",
+    "classes": {
+        "text_encoder": "Qwen3ForCausalLM", "transformer": "Flux2Transformer2DModel",
+        "vae": "AutoencoderKLFlux2", "tokenizer": "Qwen2Tokenizer",
+    },
+    "transformer": {
+        "patch_size": 1, "in_channels": 128, "num_layers": 5, "num_single_layers": 20,
+        "attention_head_dim": 128, "num_attention_heads": 24, "joint_attention_dim": 7680,
+        "axes_dims_rope": (32, 32, 32, 32), "guidance_embeds": False,
+    },
+    "vae": {},
+    "text_encoder": qwen3.DEFAULTS | {"tie_word_embeddings": True},
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5,
+        "max_image_seq_len": 4096, "max_shift": 1.15, "shift": 3.0, "use_dynamic_shifting": True,
+        "time_shift_type": "exponential", "num_train_timesteps": 1000,
+    },
+    "gain": 3.0,  # else a block changes its input by a thousandth, and errors in it would not be seen
+}  # fmt: skip
+CLASSES = {
+    "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection",
+    "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "tokenizer": "CLIPTokenizer",
+}  # fmt: skip
 _EXTRA: dict[str, dict[str, Any]] = {  # of model_index.json
     "sdxl": {"force_zeros_for_empty_prompt": True},
     "sdxl-refiner": {
         "force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True,
         "text_encoder": [None, None], "tokenizer": [None, None],
     },
+    "flux2-klein": {"is_distilled": True},
 }  # fmt: skip
 
 _TINY_TEXT = {
@@ -152,45 +180,80 @@ TINY: dict[str, dict[str, Any]] = {
         "text_encoder_2": _TINY_TEXT,
     },
 }  # fmt: skip
+_VAE_TINY = {"block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8, "sample_size": 64}
 for _tiny in TINY.values():
     _tiny |= {
         "text_encoder": _TINY_TEXT,
-        "vae": {"block_out_channels": (16, 16, 32, 32), "norm_num_groups": 8, "sample_size": 64},
+        "vae": _VAE_TINY,
     }
+# Layers enough for those that are read, and one that is not; heads of the widths that the axes have.
+TINY["flux2-klein"] = {
+    "transformer": {
+        "in_channels": 32, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 2, "joint_attention_dim": 96, "axes_dims_rope": (4, 4, 4, 4),
+        "timestep_guidance_channels": 32,
+    },
+    "vae": {"latent_channels": 8, **_VAE_TINY},
+    "text_encoder": {
+        "vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 28,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024,
+    },
+}  # fmt: skip
 
 
-def build(name: str, config: dict[str, Any], projected: bool) -> Any:
-    """The network `name` (unet, vae, text_encoder, text_encoder_2) on the meta device: shapes and no
-    memory."""
+def build(kind: str, config: dict[str, Any]) -> Any:
+    """A network of that class on the meta device: shapes and no memory."""
     with torch.device("meta"):
-        if name == "unet":
-            return UNet2DConditionModel(**config)
-        if name == "vae":
-            blocks = len(config["block_out_channels"])
-            kinds = {
+        if made := getattr(diffusers, kind, None):
+            blocks = len(config.get("block_out_channels", ()))
+            halves = {
                 "down_block_types": ("DownEncoderBlock2D",) * blocks,
                 "up_block_types": ("UpDecoderBlock2D",) * blocks,
             }
-            return AutoencoderKL(**kinds, **config)
-        return (CLIPTextModelWithProjection if projected else CLIPTextModel)(CLIPTextConfig(**config))
+            return made(**(halves if kind.startswith("AutoencoderKL") and blocks else {}), **config)
+        made = getattr(transformers, kind)
+        return made(made.config_class(**config))
 
 
-def random_weights(
-    module: torch.nn.Module, dtype: torch.dtype, generator: torch.Generator
-) -> dict[str, torch.Tensor]:
-    """Matrices and convolutions as torch initialises them (variance 1 / 3 fan-in), norms one, biases zero."""
-    weights = {}
-    for name, parameter in module.named_parameters():
-        if parameter.ndim >= 2:
-            deviation = (
-                0.02
-                if "embedding" in name and "time" not in name
-                else (3 * math.prod(parameter.shape[1:])) ** -0.5
-            )
-            weights[name] = (torch.randn(parameter.shape, generator=generator) * deviation).to(dtype)
-        else:
-            weights[name] = torch.full(parameter.shape, float(name.endswith("weight")), dtype=dtype)
-    return weights
+@dataclass(frozen=True)
+class Weights:
+    """How weights are drawn: in which dtype, how large beside what torch initialises them to (variance 1 / 3
+    fan-in), and whether only the first rows of each are."""
+
+    dtype: torch.dtype
+    gain: float = 1.0
+    sparse: bool = False
+
+    def drawn(self, module: torch.nn.Module, generator: torch.Generator) -> Iterator[torch.Tensor]:
+        """Of each tensor of a state: matrices and convolutions random, norms one, biases zero, and a batch
+        norm's statistics random too."""
+        for name, (dtype, shape) in self.promised(module).items():
+            yield self._drawn(name, shape, generator).to(dtype)
+
+    def promised(self, module: torch.nn.Module) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """dtype and shape of each tensor; of two that are one, the first alone."""
+        stored = {*module.state_dict()}
+        tensors = (*module.named_parameters(), *module.named_buffers())
+        return {
+            name: (self.dtype if tensor.is_floating_point() else tensor.dtype, tuple(tensor.shape))
+            for name, tensor in tensors
+            if name in stored
+        }
+
+    def _drawn(self, name: str, shape: Sequence[int], generator: torch.Generator) -> torch.Tensor:
+        if name.endswith("running_mean"):
+            return 0.5 * torch.randn(shape, generator=generator)
+        if name.endswith("running_var"):
+            return 0.5 + torch.rand(shape, generator=generator)
+        if len(shape) < 2:
+            return torch.full(shape, float(name.endswith("weight")))
+        is_table = "embedding" in name and "time" not in name
+        deviation = 0.02 if is_table else (self.gain / (3 * math.prod(shape[1:]))) ** 0.5
+        rows = max(1, _SPARSE // math.prod(shape[1:])) if self.sparse else shape[0]
+        return torch.randn((min(rows, shape[0]), *shape[1:]), generator=generator) * deviation
+
+
+_SPARSE = 2**16  # values of each tensor, where all others are holes
 
 
 def write(
@@ -201,38 +264,40 @@ def write(
     precision: str = "fp16",
     seed: int = 0,
     merges: Merges = (),
+    sparse: bool = False,
 ) -> dict[str, int]:
-    """Write the model into `folder`, which must not exist yet. Returns the number of parameters per network.
+    """Write the model into `folder`, which must not exist yet, a tensor at a time. Returns the number of
+    parameters per network.
 
     `merges` are the tokenizer's (`vocabulary.clip_merges()` for SD's own). Without merges each letter is a
-    token.
+    token. `sparse`: only the first rows of each weight are drawn; the rest is zeros that take no disk.
     """
     if folder.exists():
         raise FileExistsError(f"{folder} exists already: name another folder")
     model = MODELS[family]
+    classes = CLASSES | model.get("classes", {})
+    weights = Weights(DTYPES[precision], model.get("gain", 1.0), sparse)
     generator, counts = torch.Generator().manual_seed(seed), {}
     index: dict[str, Any] = {
         "_class_name": model["pipeline"],
         "scheduler": ["diffusers", model["scheduler"]["_class_name"]],
     }
     with appearing(folder) as partial:
-        for name in ("text_encoder", "text_encoder_2", "unet", "vae"):
+        for name in ("text_encoder", "text_encoder_2", "unet", "transformer", "vae"):
             if name not in model:
                 continue
-            module = build(
-                name,
-                model[name] | (TINY[family].get(name, {}) if tiny else {}),
-                projected=name == "text_encoder_2",
-            )
+            module = build(classes[name], model[name] | (TINY[family].get(name, {}) if tiny else {}))
             index[name] = write_component(
-                partial / name, module, random_weights(module, DTYPES[precision], generator)
+                partial / name, module, weights.promised(module), weights.drawn(module, generator)
             )
             if name.startswith("text_encoder"):
                 tokenizer = name.replace("text_encoder", "tokenizer")
-                vocabulary.write(
-                    partial / tokenizer, merges, 77, "!" if name.endswith("2") else vocabulary.END
-                )
-                index[tokenizer] = ["transformers", "CLIPTokenizer"]
+                index[tokenizer] = ["transformers", classes["tokenizer"]]
+                if classes["tokenizer"] == "CLIPTokenizer":
+                    pad = "!" if name.endswith("2") else vocabulary.END
+                    vocabulary.write(partial / tokenizer, merges, 77, pad)
+                else:
+                    vocabulary.write_qwen(partial / tokenizer)
             counts[name] = sum(p.numel() for p in module.parameters())
         (partial / "scheduler").mkdir()
         (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model["scheduler"], indent=2))
@@ -247,13 +312,13 @@ def main() -> None:
     parse.add_argument("folder", type=Path)
     parse.add_argument("--precision", choices=DTYPES, default="fp16")
     parse.add_argument("--tiny", action="store_true")
+    parse.add_argument("--sparse", action="store_true")
     parse.add_argument("--seed", type=int, default=0)
     args = parse.parse_args()
     try:
         merges = () if args.tiny else vocabulary.clip_merges()
-        counts = write(
-            args.family, args.folder, tiny=args.tiny, precision=args.precision, seed=args.seed, merges=merges
-        )
+        how = {name: getattr(args, name) for name in ("tiny", "sparse", "precision", "seed")}
+        counts = write(args.family, args.folder, merges=merges, **how)
     except OSError as error:
         raise SystemExit(str(error)) from None
     print(args.folder, *(f"{name} {count:,} parameters" for name, count in counts.items()), sep="\n  ")

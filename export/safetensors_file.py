@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +19,14 @@ NAMES = {
 }  # fmt: skip
 
 
-class SafetensorsFile:
-    """A file whose tensors are promised first, by dtype and shape, and then written one by one in that
-    order."""
+Promised = Mapping[str, tuple[torch.dtype, Sequence[int]]]
+"""Of tensors that are yet to be written, by their names: dtypes and shapes."""
 
-    def __init__(self, path: Path, promised: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> None:
+
+class SafetensorsFile:
+    """A file whose tensors are promised first, and then written one by one in that order."""
+
+    def __init__(self, path: Path, promised: Promised) -> None:
         self._left, end = dict(promised), 0
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         for name, (dtype, shape) in promised.items():
@@ -35,19 +39,24 @@ class SafetensorsFile:
         self._stream.write(struct.pack("<Q", len(text)) + text)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """The next tensor, which must be the one that was promised."""
-        promised = next(iter(self._left.items()), None)
-        if promised != (name, (tensor.dtype, tuple(tensor.shape))):
+        """The next tensor, which must be the one that was promised; or its first rows, after which a hole
+        is left, that reads as zeros and takes no disk."""
+        promised, (dtype, shape) = next(iter(self._left.items()), ("nothing", (None, ())))
+        given = tuple(tensor.shape)
+        is_part = bool(shape) and given[1:] == tuple(shape[1:]) and given[0] < shape[0]
+        if (promised, dtype) != (name, tensor.dtype) or not (given == tuple(shape) or is_part):
             raise ValueError(
-                f"{name} {tensor.dtype} {tuple(tensor.shape)} comes where {promised} was promised"
+                f"{name} {tensor.dtype} {given} comes where {promised} {dtype} {shape} was promised"
             )
         del self._left[name]
         self._stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+        self._stream.seek(tensor.dtype.itemsize * (math.prod(shape) - tensor.numel()), os.SEEK_CUR)
 
     def __enter__(self) -> SafetensorsFile:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        self._stream.truncate()  # as long as it is with a hole at its end
         self._stream.close()
         if kind is None and self._left:
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 
 LEAST = 4096  # values of the smallest weight that is quantised
@@ -10,7 +11,9 @@ LEAST = 4096  # values of the smallest weight that is quantised
 # The few weights that hurt most, measured layer by layer on emoji (docs/decisions.md): where skip connections
 # with values of another magnitude join, at both ends of each transformer, and at both ends of the U-Net. With
 # these in groups of 64, int8 went from 48.1 to 54.2 dB and int4 from 34.0 to 35.2.
-_DELICATE = ("conv_shortcut", "proj_in", "proj_out", "conv_in", "conv_out")
+_DELICATE = ("conv_shortcut", "proj_in", "proj_out", "conv_in", "conv_out", "x_embedder", "context_embedder")
+# What a transformer scales and shifts all tokens by: an error there is in each of them. And tables of tokens.
+_WIDE = re.compile(r"modulation|norm_out|time_guidance_embed|embed_tokens$|_embedding$")
 _PLAIN = "patch_embedding"  # of CLIP's image encoder: transformers asks its weight for a dtype
 
 
@@ -38,6 +41,6 @@ def _made(precision: str, layer: str, shape: Sequence[int], least_bits: int) -> 
         return None
     if name in _DELICATE:
         return "int8-g64"
-    if precision == "int8" or least_bits > 4 or layer.endswith("_embedding"):
+    if precision == "int8" or least_bits > 4 or _WIDE.search(layer):
         return "int8"
     return "int4-g64"

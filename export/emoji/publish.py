@@ -49,7 +49,10 @@ def main() -> None:
     networks = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": vae}
     index: dict[str, Any] = {
         name: write_component(
-            partial / name, network, {n: w.half().contiguous() for n, w in network.state_dict().items()}
+            partial / name,
+            network,
+            {n: (torch.float16, w.shape) for n, w in network.state_dict().items()},
+            (w.half() for w in network.state_dict().values()),
         )
         for name, network in networks.items()
     }

@@ -1,4 +1,4 @@
-"""A CLIP tokenizer's files from its byte-pair merges, so that no vocabulary has to be copied around."""
+"""A tokenizer's files from its byte-pair merges, so that no vocabulary has to be copied around."""
 
 from __future__ import annotations
 
@@ -40,5 +40,37 @@ def write(folder: Path, merges: Sequence[tuple[str, str]], length: int, pad: str
         "eos_token": END,
         "unk_token": END,
         "pad_token": pad,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+# Of Qwen3, in the order of their ids. The second half of them are words as others, but in one piece.
+_MARKS = {END: True, "<|im_start|>": True, "<|im_end|>": True, "<think>": False, "</think>": False}
+_TEMPLATE = """\
+{%- for message in messages %}{{- '<|im_start|>' + message.role + '\\n' }}\
+{{- message.content + '<|im_end|>\\n' }}{%- endfor %}\
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}\
+{%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}\
+{%- endif %}{%- endif %}"""
+
+
+def write_qwen(folder: Path) -> None:
+    """Write the files of a tokenizer as Qwen3 has it, in which each byte is a token, and its marks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ids = {token: number for number, token in enumerate(_ALPHABET)}
+    (folder / "vocab.json").write_text(json.dumps(ids, ensure_ascii=False), encoding="utf-8")
+    (folder / "merges.txt").write_text(f"{_HEAD}\n")
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    added = {
+        str(len(ids) + number): {"content": mark, "special": is_special, **plain}
+        for number, (mark, is_special) in enumerate(_MARKS.items())
+    }
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "added_tokens_decoder": added,
+        "model_max_length": 131072,
+        "eos_token": "<|im_end|>",
+        "pad_token": END,
+        "chat_template": _TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import TightfitError
 from .family import Family, Network, Role
+from .flux2_klein import Flux2Klein
 from .sdxl import SDXL, SDXLRefiner
 from .stable_diffusion import StableDiffusion
 from .tiny import PREVIEW_DECODER
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from ..layouts import Source
 
 FAMILIES: tuple[Family, ...] = (
+    Flux2Klein(),
     SDXLRefiner(),
     SDXL(),
     StableDiffusion("sd2", True, "SD 2.x", 1024),

@@ -1,0 +1,292 @@
+"""Flux.2 klein: Qwen3 reads the text, a transformer of joint and of single blocks takes the noise out of
+latents in patches of 2x2, which the VAE normalises by its own statistics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ...errors import TightfitError
+from ..checks import (
+    MOST_LAYERS,
+    Check,
+    is_count,
+    is_positive,
+    is_truth,
+    many,
+    or_none,
+    whole,
+)
+from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
+from .flow import even, shifted
+from .networks import DECODER, ENCODER
+from .qwen3 import built, encoded_by, text_encoder
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ...request import Job
+    from ..layouts import Source
+    from ..spec import Component, ModelSpec
+
+_READ = 9, 18, 27  # of Qwen3-4B's 36 layers
+_TEXT_TOKENS = 512  # each text is padded to, or cut
+_SIDE = 64  # of the latents of pictures that it was trained on; no config says so
+
+# ---------------------------------------------------------------------------------------- the text encoder
+
+
+def _build_text_encoder(component: Component) -> Any:
+    return built(component, _READ)
+
+
+def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
+    return encoded_by(module, tokens, _READ)
+
+
+# -------------------------------------------------------------------------------------------- the denoiser
+
+_COUNTS = (
+    "patch_size", "in_channels", "attention_head_dim", "num_attention_heads", "joint_attention_dim",
+    "timestep_guidance_channels", "rope_theta",
+)  # fmt: skip
+_FIELDS: Mapping[str, Check] = {
+    **dict.fromkeys(_COUNTS, is_count),
+    "out_channels": or_none(is_count),
+    **dict.fromkeys(("num_layers", "num_single_layers"), whole(1, MOST_LAYERS)),
+    **dict.fromkeys(("mlp_ratio", "eps"), is_positive),
+    "axes_dims_rope": many(is_count),
+    "guidance_embeds": is_truth,
+}
+# What diffusers takes where a config leaves them out, but for the last.
+_DEFAULTS = {
+    "patch_size": 1,
+    "in_channels": 128,
+    "out_channels": None,
+    "num_layers": 8,
+    "num_single_layers": 48,
+    "attention_head_dim": 128,
+    "num_attention_heads": 48,
+    "joint_attention_dim": 15360,
+    "timestep_guidance_channels": 256,
+    "mlp_ratio": 3.0,
+    "axes_dims_rope": (32, 32, 32, 32),
+    "rope_theta": 2000,
+    "eps": 1e-6,
+    "guidance_embeds": True,
+    "sample_size": _SIDE,
+}
+
+
+def _layers(config: Mapping[str, Any]) -> dict[str, int]:
+    return {name: config[name] for name in ("num_layers", "num_single_layers")}
+
+
+def _inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
+    return {
+        "sample": (extent.batch, *spec.latent_shape(extent)),
+        "timestep": (),
+        "hidden": (extent.batch, spec.text_length, spec.text_width),
+    }
+
+
+def _build_denoiser(component: Component) -> Any:
+    from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModel
+
+    return Flux2Transformer2DModel(**{name: component.config[name] for name in _FIELDS})
+
+
+def _predict(module: Any, sample: Any, timestep: Any, hidden: Any) -> tuple[Any, ...]:
+    """Of latents (batch, channels, height, width). A token's place has four axes: a picture's number, row,
+    column, and a text's place."""
+    import torch
+
+    batch, channels, height, width = sample.shape
+    device, length = sample.device, hidden.shape[1]
+    picture, text = (torch.zeros(count, 4, device=device) for count in (height * width, length))
+    picture[:, 1] = torch.arange(height, device=device).repeat_interleave(width, output_size=height * width)
+    picture[:, 2] = torch.arange(width, device=device).repeat(height)
+    text[:, 3] = torch.arange(length, device=device)
+    (predicted,) = module(
+        sample.flatten(2).transpose(1, 2),
+        encoder_hidden_states=hidden,
+        timestep=timestep.expand(batch) / 1000,
+        img_ids=picture,
+        txt_ids=text,
+        return_dict=False,
+    )
+    return (predicted.transpose(1, 2).reshape(batch, channels, height, width),)
+
+
+_TRANSFORMER = Network(
+    name="transformer",
+    folder="transformer",
+    role=Role.DENOISER,
+    listed=r"diffusers Flux2Transformer2DModel",
+    fields=_FIELDS,
+    defaults=_DEFAULTS,
+    layers=_layers,
+    decided_by={r"transformer_blocks\.": "num_layers", r"single_transformer_blocks\.": "num_single_layers"},
+    inputs=_inputs,
+    build=_build_denoiser,
+    call=_predict,
+)
+
+# ------------------------------------------------------------------------------------------------- the VAE
+
+_MEAN, _VARIANCE = "running_mean", "running_var"
+_OF_VAE = {
+    "fields": {
+        **DECODER.fields,
+        "decoder_block_out_channels": or_none(many(is_count)),
+        "batch_norm_eps": is_positive,
+        "patch_size": lambda value: many(is_count, 2)(value) and len(value) == 2,
+    },
+    "defaults": {
+        **{name: value for name, value in DECODER.defaults.items() if name != "scaling_factor"},
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "latent_channels": 32,
+        "batch_norm_eps": 1e-4,
+        "patch_size": (2, 2),
+    },
+    "listed": r"diffusers AutoencoderKLFlux2",
+    "graph": NO_GRAPH,
+    "tracing": None,
+}
+
+
+def _half(component: Component, half: str, convolution: str) -> Any:
+    """Of the VAE, with the convolution beside it, and the statistics by which latents are normalised."""
+    from diffusers.models.autoencoders.autoencoder_kl_flux2 import AutoencoderKLFlux2
+    from torch import nn
+
+    whole: Any = AutoencoderKLFlux2.from_config(dict(component.config))
+    statistics = {name: nn.Parameter(getattr(whole.bn, name), False) for name in (_MEAN, _VARIANCE)}
+    parts = {half: getattr(whole, half), convolution: getattr(whole, convolution) or nn.Identity()}
+    return nn.ModuleDict({**parts, "bn": nn.ParameterDict(statistics)})
+
+
+def _build_decoder(component: Component) -> Any:
+    module = _half(component, "decoder", "post_quant_conv")
+    normal = _normal(module["bn"], component)
+
+    def unpacked(_: Any, given: tuple[Any, ...]) -> Any:
+        (latents,), (mean, deviation) = given, normal()
+        return unpack(latents * deviation + mean, component.config["patch_size"])
+
+    module["post_quant_conv"].register_forward_pre_hook(unpacked)
+    return module
+
+
+def _build_encoder(component: Component) -> Any:
+    """It answers latents: the distribution's mean, as diffusers takes that."""
+    module = _half(component, "encoder", "quant_conv")
+    normal = _normal(module["bn"], component)
+
+    def packed(_: Any, __: Any, moments: Any) -> Any:
+        mean, deviation = normal()
+        return (pack(moments.chunk(2, dim=1)[0], component.config["patch_size"]) - mean) / deviation
+
+    module["quant_conv"].register_forward_hook(packed)
+    return module
+
+
+def _normal(statistics: Any, component: Component) -> Callable[[], tuple[Any, Any]]:
+    """Mean and deviation of each channel, once they are loaded."""
+
+    def loaded() -> tuple[Any, Any]:
+        deviation = (statistics[_VARIANCE] + component.config["batch_norm_eps"]).sqrt()
+        return statistics[_MEAN][:, None, None], deviation[:, None, None]
+
+    return loaded
+
+
+def pack(latents: Any, patch: Sequence[int]) -> Any:
+    """(batch, channels, height, width) → (batch, channels of a patch, patches down, patches across)."""
+    (tall, wide), (batch, channels, height, width) = patch, latents.shape
+    parts = latents.reshape(batch, channels, height // tall, tall, width // wide, wide)
+    parts = parts.permute(0, 1, 3, 5, 2, 4)
+    return parts.reshape(batch, channels * tall * wide, height // tall, width // wide)
+
+
+def unpack(latents: Any, patch: Sequence[int]) -> Any:
+    """The reverse."""
+    (tall, wide), (batch, channels, height, width) = patch, latents.shape
+    parts = latents.reshape(batch, channels // (tall * wide), tall, wide, height, width)
+    return parts.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * tall, width * wide)
+
+
+_DECODER = replace(DECODER, **_OF_VAE, build=_build_decoder, prefixes=("decoder.", "post_quant_conv.", "bn."))
+_ENCODER = replace(ENCODER, **_OF_VAE, build=_build_encoder, prefixes=("encoder.", "quant_conv.", "bn."))
+
+# ---------------------------------------------------------------------------------------------- the family
+
+
+class Flux2Klein(Family):
+    name, title, reads = "flux2-klein", "Flux.2 klein", 7680
+    networks = (text_encoder(_READ, _build_text_encoder, _encode, _TEXT_TOKENS), _TRANSFORMER, _DECODER)
+    on_demand = (_ENCODER,)
+    first_step_is_known = True
+    needs_range = True
+    takes = frozenset()
+
+    def claims(self, source: Source) -> bool:
+        return source.config(_TRANSFORMER).get("_class_name") == "Flux2Transformer2DModel"
+
+    def check(self, spec: ModelSpec) -> None:
+        config, folder = spec.denoiser.config, spec.folder
+        if config["guidance_embeds"] or config["patch_size"] != 1:
+            raise TightfitError(f"{folder} is a Flux.2 that is not klein: tightfit runs klein")
+        reads, channels = config["joint_attention_dim"], spec.latents.channels
+        if (reads, config["in_channels"]) != (spec.text_width, channels) or config["out_channels"] not in (
+            None,
+            channels,
+        ):
+            raise TightfitError(
+                f"{folder} has texts {spec.text_width} wide and latents of {channels} channels, "
+                f"and a transformer for {reads} and {config['in_channels']}: "
+                "files of different models were mixed; copy or download it again"
+            )
+
+    def default_guidance(self, spec: ModelSpec) -> float:
+        return 1.0 if self.is_distilled(spec) else 4.0
+
+    def default_steps(self, spec: ModelSpec) -> int:
+        return 4 if self.is_distilled(spec) else 50
+
+    def is_distilled(self, spec: ModelSpec) -> bool:
+        return bool(spec.settings.get("is_distilled"))
+
+    def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
+        """The text encoder, as language models do that were trained in bf16. Of the transformer diffusers
+        clips the states in fp16."""
+        return frozenset({Role.TEXT})
+
+    def latents(self, spec: ModelSpec) -> Latents:
+        of_vae, (tall, wide) = super().latents(spec), spec.vae["patch_size"]
+        pixels = of_vae.pixels * tall
+        return Latents(of_vae.channels * tall * wide, pixels, pixels)
+
+    def levels(self, spec: ModelSpec, size: tuple[int, int], steps: int) -> np.ndarray:
+        tokens = math.prod(side // spec.downsampling for side in size)
+        return shifted(even(steps), spec.scheduler, _mu(tokens, steps))
+
+    def condition(self, job: Job, encoded: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
+        ((hidden,),) = encoded
+        return {"hidden": hidden}
+
+
+# How far levels are shifted, by the picture's tokens: lines for 10 and for 200 steps, from diffusers'
+# Flux2KleinPipeline. Above 4300 tokens the second is for all.
+_TEN, _TWO_HUNDRED, _MOST_TOKENS = (8.73809524e-05, 1.89833333), (0.00016927, 0.45666666), 4300
+
+
+def _mu(tokens: int, steps: int) -> float:
+    few, many_steps = (slope * tokens + start for slope, start in (_TEN, _TWO_HUNDRED))
+    if tokens > _MOST_TOKENS:
+        return many_steps
+    slope = (many_steps - few) / 190
+    return slope * steps + many_steps - 200 * slope

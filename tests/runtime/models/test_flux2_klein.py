@@ -1,0 +1,208 @@
+"""Flux.2 klein, tiny and random: diffusers' own pipeline is the reference, and plans know what it takes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tightfit
+import torch
+from PIL import Image
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.models import schedulers
+
+LONG = "A cat. 心 <|im_end|> " * 60  # more tokens than are read
+CASES = {
+    "oblong": tightfit.Request("a red heart", width=64, height=96, seed=5),
+    "cut": tightfit.Request(LONG, width=128, height=64, num_inference_steps=3, seed=7),
+    "empty": tightfit.Request("", width=64, height=64, num_inference_steps=1, seed=1),
+}
+
+
+@pytest.fixture(scope="module")
+def klein(made_once):
+    from tightfit.export import random_model
+
+    write = functools.partial(random_model.write, "flux2-klein", tiny=True, precision="fp32")
+    return made_once("models/flux2-klein", write)
+
+
+@pytest.fixture(scope="module")
+def pipe(klein):
+    from diffusers import Flux2KleinPipeline
+
+    made = Flux2KleinPipeline.from_pretrained(klein)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def noise(request, channels=32):
+    shape = 1, channels, request.height // 16, request.width // 16
+    return torch.randn(shape, generator=torch.Generator().manual_seed(request.seed))
+
+
+def reference(pipe, request, **options):
+    options = {"num_inference_steps": request.num_inference_steps or 4, "guidance_scale": 1.0} | options
+    size = {"width": request.width, "height": request.height}
+    image = pipe(prompt=request.prompt, latents=noise(request), output_type="np", **size, **options).images[0]
+    return (image * 255).round()
+
+
+def decibels(image, wanted):
+    error = np.square(np.asarray(image, float) - wanted).mean()
+    return 10 * np.log10(255**2 / error) if error else np.inf
+
+
+def check_predicted(result):
+    for stage, predicted in result.plan.predicted.stages.items():
+        measured = result.stages[stage].peak_bytes
+        assert abs(measured - predicted) <= 0.05 * predicted, (stage, measured, predicted)
+
+
+def test_pictures_are_diffusers(klein, pipe):
+    wanted = {name: reference(pipe, request) for name, request in CASES.items()}
+    other = reference(pipe, replace(CASES["oblong"], prompt="a dog"))
+    assert decibels(other, wanted["oblong"]) < 40  # the text is seen
+    for residency in ("staged", "streamed"):
+        with tightfit.load(str(klein), precision="fp32", device="cpu", residency=residency) as ours:
+            for name, request in CASES.items():
+                result = ours.generate(request)
+                assert decibels(result.images[0], wanted[name]) >= 75, (name, residency)
+                check_predicted(result)
+                assert any("too long" in notice for notice in result.notices) == (name == "cut")
+
+
+def test_a_model_that_is_not_distilled_is_guided(klein, pipe, tmp_path):
+    shutil.copytree(klein, base := tmp_path / "base")
+    index = json.loads((base / "model_index.json").read_text())
+    (base / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
+    spec = tightfit.inspect(str(base))
+    assert (spec.default_steps, spec.default_guidance) == (50, 4.0)
+    pipe.register_to_config(is_distilled=False)
+    request = replace(CASES["oblong"], num_inference_steps=3)
+    with tightfit.load(str(base), precision="fp32", device="cpu") as ours:
+        image = ours.generate(request).images[0]
+    wanted = reference(pipe, request, guidance_scale=4.0)
+    pipe.register_to_config(is_distilled=True)
+    assert decibels(image, wanted) >= 75
+    assert decibels(image, reference(pipe, request)) < 40
+
+
+@pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 4), ((64, 96), 9), ((1088, 1088), 50)])
+def test_noise_levels_are_the_pipelines(klein, pipe, size, steps):
+    """Of 1088x1088 pixels there are more than 4300 tokens, from where they no longer follow the steps."""
+    from diffusers.pipelines.flux2.pipeline_flux2_klein import compute_empirical_mu
+
+    mu = compute_empirical_mu(size[0] * size[1] // 256, steps)
+    pipe.scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
+    spec = tightfit.inspect(str(klein))
+    ours = schedulers.make(schedulers.default(spec), spec, steps, size=size)
+    assert torch.equal(ours.sigmas, pipe.scheduler.sigmas)
+    assert torch.equal(ours.timesteps, pipe.scheduler.timesteps)
+
+
+@pytest.mark.parametrize("name", ["euler", "Euler Simple", "heun", "DPM++ 2M Karras", "unipc"])
+def test_samplers_of_flows_follow_a_straight_line_to_its_end(klein, name):
+    """Where noise minus data is the same at all levels, each method has the data at the end."""
+    spec = tightfit.inspect(str(klein))
+    scheduler = schedulers.make(name, spec, 6, size=(64, 64))
+    data, drawn = torch.randn(2, 1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = drawn
+    for timestep in scheduler.timesteps:
+        latents = scheduler.step(drawn - data, timestep, latents).prev_sample
+    assert scheduler.timesteps[0] > 999
+    torch.testing.assert_close(latents, data, atol=1e-4, rtol=0)
+
+
+def test_image_to_image_begins_with_the_encoded_picture(klein, pipe):
+    from tightfit.runtime.conditions.image import ImageToImage
+    from tightfit.runtime.conditions.input_pictures import open_picture
+
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
+    condition = ImageToImage(open_picture(Image.fromarray(pixels)), strength=0.5)
+    request = replace(CASES["oblong"], conditions=(condition,), num_inference_steps=6)
+    with tightfit.load(str(klein), precision="fp32", device="cpu", residency="staged") as ours:
+        result = ours.generate(request)
+    check_predicted(result)
+    encoded = pipe._encode_vae_image(
+        torch.from_numpy(pixels / 127.5 - 1).float().permute(2, 0, 1)[None], None
+    )
+    levels = schedulers.make("euler", tightfit.inspect(str(klein)), 6, size=(96, 64)).sigmas
+    sigmas = levels[3:-1]
+    latents = sigmas[0] * noise(request) + (1 - sigmas[0]) * encoded
+    mu_free = pipe.scheduler.from_config(pipe.scheduler.config, use_dynamic_shifting=False, shift=1.0)
+    whole, pipe.scheduler = pipe.scheduler, mu_free
+    image = pipe(
+        prompt=request.prompt, latents=latents, output_type="np", sigmas=sigmas.numpy(), guidance_scale=1.0,
+        num_inference_steps=3, width=64, height=96,
+    ).images[0]  # fmt: skip
+    pipe.scheduler = whole
+    assert decibels(result.images[0], (image * 255).round()) >= 75
+
+
+@pytest.fixture(scope="module")
+def int4(klein, made_once):
+    return made_once(
+        "models/flux2-klein-int4", lambda folder: tightfit.export_model(str(klein), folder, "int4")
+    )
+
+
+def test_an_export_streams_and_has_what_is_read_alone(int4):
+    """Of the text encoder's 28 layers 27, and of its two halves no head."""
+    spec = tightfit.inspect(str(int4))
+    text, denoiser = spec.text_encoders[0], spec.denoiser
+    assert {"model.layers.26", "model.layers.27"} & {name[:15] for name in text.tensors} == {
+        "model.layers.26"
+    }
+    assert text.formats["model.embed_tokens"] == "int8"
+    assert {*denoiser.formats.values()} == {"int4-g64", "int8"}
+    images = {}
+    for residency in ("resident", "streamed"):
+        with tightfit.load(
+            str(int4), compute="fp32", device="cpu", residency=residency, tiling="tiled"
+        ) as ours:
+            ours.generate(CASES["oblong"])  # what stays is loaded
+            result = ours.generate(CASES["oblong"])
+        check_predicted(result)
+        images[residency] = result.images[0].tobytes()
+    assert images["resident"] == images["streamed"]
+
+
+@pytest.mark.parametrize(("precision", "residency"), [("bf16", "streamed"), ("int8-dynamic", "staged")])
+def test_what_other_precisions_take_is_known(klein, precision, residency):
+    with tightfit.load(str(klein), precision=precision, device="cpu", residency=residency) as ours:
+        check_predicted(ours.generate(CASES["oblong"]))
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"negative_prompt": "ugly"}, "takes no negative prompt"),
+        ({"clip_skip": 2}, "clip skip is of CLIP"),
+        ({"width": 72}, "not a multiple of 16"),
+        ({"scheduler": "ddim"}, "trained by flow matching"),
+        ({"guidance_rescale": 0.5}, "changes nothing"),
+    ],
+)
+def test_what_it_does_not_do_is_refused(klein, asked, why):
+    with pytest.raises(TightfitError, match=why):
+        replace(CASES["oblong"], **asked).resolve(tightfit.inspect(str(klein)))
+
+
+def test_adapters_of_other_families_are_refused(klein):
+    from tightfit.runtime.adapters.prediction import Prediction
+
+    with pytest.raises(TightfitError, match=r"--prediction is not for Flux\.2 klein"):
+        replace(CASES["oblong"], adapters=(Prediction("v"),)).resolve(tightfit.inspect(str(klein)))
+
+
+def test_mixed_files_are_refused(klein, tmp_path):
+    shutil.copytree(klein, mixed := tmp_path / "mixed")
+    file = mixed / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"joint_attention_dim": 64}))
+    with pytest.raises(TightfitError, match="files of different models were mixed"):
+        tightfit.inspect(str(mixed))

@@ -1,0 +1,105 @@
+"""Families whose denoiser is a transformer: our pictures beside those of diffusers' own pipelines, and
+predicted peaks beside measured ones.
+
+    python tests/transformers_table.py [FAMILY…]
+
+Models are tiny and random (`python -m tightfit.export.random_model FAMILY DIR --tiny`), and both are handed
+the same noise.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import tightfit
+import torch
+from tightfit.benchmarks.record import envelope
+from tightfit.export import random_model
+from tightfit.runtime.cli.output import say
+from tightfit.runtime.placement import RESIDENCIES
+from tightfit.runtime.units import shown
+
+FAMILIES = ("flux2-klein",)
+CASES = (
+    ("as it is", tightfit.Request("a red heart", width=64, height=96, seed=5)),
+    ("cut at 512 tokens", tightfit.Request("a cat 心 " * 100, width=128, height=64, seed=7)),
+    ("no text", tightfit.Request("", width=64, height=64, seed=1)),
+    ("one step", tightfit.Request("a dog", width=160, height=96, seed=2, num_inference_steps=1)),
+    ("nine steps", tightfit.Request("a dog", width=160, height=96, seed=2, num_inference_steps=9)),
+    ("256x192", tightfit.Request("a red heart", width=256, height=192, seed=3)),
+)
+PRECISIONS = ("fp32", "bf16", "int8", "int4", "int8-dynamic")
+
+
+def by_diffusers(pipe: Any, request: tightfit.Request, spec: tightfit.ModelSpec) -> np.ndarray:
+    shape = replace(request).resolve(spec).noise.shape
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed or 0))
+    steps, guidance = request.num_inference_steps or spec.default_steps, spec.default_guidance
+    size = {"width": request.width, "height": request.height}
+    how = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
+    return (pipe(prompt=request.prompt, latents=noise, **size, **how).images[0] * 255).round()
+
+
+def pictures(family: str, folder: Path) -> None:
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    spec, cells = tightfit.inspect(folder), {name: [] for name, _ in CASES}
+    for residency in RESIDENCIES:
+        with tightfit.load(str(folder), precision="fp32", device="cpu", residency=residency) as ours:
+            for name, request in CASES:
+                picture = np.asarray(ours.generate(request).images[0], float)
+                error = np.square(picture - by_diffusers(pipe, request, spec)).mean()
+                cells[name].append("identical" if not error else f"{10 * math.log10(255**2 / error):.1f}")
+    for name, request in CASES:
+        say(f"| {family} | {name} | {request.width}x{request.height} | {' | '.join(cells[name])} |")
+
+
+def peaks(family: str, model: Path, precision: str, residency: str) -> str:
+    """Predicted bytes of each stage, and by how many per cent they are off."""
+    wishes = {"precision": precision, "residency": residency, "device": "cpu"}
+    request, cells = CASES[-1][1], []
+    for tiling in ("whole", "tiled"):
+        with tightfit.load(str(model), **wishes, tiling=tiling) as ours:
+            for _ in range(1 + (residency == "resident")):  # what stays is loaded
+                result = ours.generate(request)
+        for stage, predicted in result.plan.predicted.stages.items():
+            if tiling == "whole" or stage == "decode":
+                off = round(100 * (predicted / result.stages[stage].peak_bytes - 1), 1) + 0
+                cells.append(f"{shown(predicted)}, {off:+.1f}")
+    return f"| {family} | {precision} | {residency} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    families = sys.argv[1:] or FAMILIES
+    diffusers.utils.logging.set_verbosity_error()
+    facts = envelope("")
+    versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+    say(f"Made by `{' '.join(['python tests/transformers_table.py', *sys.argv[1:]])}`,")
+    say(f"{facts['date']}, {facts['hardware']['name']}: {versions}.\n")
+    with tempfile.TemporaryDirectory() as made:
+        folders = {family: Path(made) / family for family in families}
+        for family, folder in folders.items():
+            random_model.write(family, folder, tiny=True, precision="fp32")
+        say(f"| family | case | size | {' | '.join(RESIDENCIES)} |\n|---|---|---|---|---|---|")
+        for family, folder in folders.items():
+            pictures(family, folder)
+        say("\n| family | precision | residency | encode | denoise | decode | in strips |")
+        say("|---|---|---|---|---|---|---|")
+        for family, folder in folders.items():
+            for precision in PRECISIONS:
+                exported = folder
+                if precision in ("int8", "int4"):
+                    exported = tightfit.export_model(folder, Path(made) / f"{family}-{precision}", precision)
+                for residency in RESIDENCIES if precision != "int8-dynamic" else RESIDENCIES[:2]:
+                    say(peaks(family, exported, precision, residency))
+
+
+if __name__ == "__main__":
+    main()
