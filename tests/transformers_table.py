@@ -82,15 +82,18 @@ def main() -> None:
     facts = envelope("")
     versions = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     say(f"Made by `{' '.join(['python tests/transformers_table.py', *sys.argv[1:]])}`,")
-    say(f"{facts['date']}, {facts['hardware']['name']}: {versions}.\n")
+    say(f"{facts['date']}, {facts['hardware']['name']}: {versions}.")
+    say("")
     with tempfile.TemporaryDirectory() as made:
         folders = {family: Path(made) / family for family in families}
         for family, folder in folders.items():
             random_model.write(family, folder, tiny=True, precision="fp32")
-        say(f"| family | case | size | {' | '.join(RESIDENCIES)} |\n|---|---|---|---|---|---|")
+        say(f"| family | case | size | {' | '.join(RESIDENCIES)} |")
+        say("|---|---|---|---|---|---|")
         for family, folder in folders.items():
             pictures(family, folder)
-        say("\n| family | precision | residency | encode | denoise | decode | in strips |")
+        say("")
+        say("| family | precision | residency | encode | denoise | decode | in strips |")
         say("|---|---|---|---|---|---|---|")
         for family, folder in folders.items():
             for precision in PRECISIONS:
