@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers
+from tightfit.runtime.models.families import flux2_klein
 
 LONG = "A cat. 心 <|im_end|> " * 60  # more tokens than are read
 WAY = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}  # as few plans as can be
@@ -22,6 +23,14 @@ CASES = {
     "cut": tightfit.Request(LONG, width=128, height=64, num_inference_steps=3, seed=7),
     "empty": tightfit.Request("", width=64, height=64, num_inference_steps=1, seed=1),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def in_parts():
+    """Wide layers answer five parts of these pictures' tokens, as they do of large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flux2_klein, "_AT_ONCE", 2**17)
+        yield
 
 
 @pytest.fixture(scope="module")
