@@ -68,7 +68,7 @@ def ptx(kernel, capability: int, *values) -> str:
     from triton import compiler
     from triton.backends.compiler import GPUTarget
 
-    types = [value if str(value).startswith(("*", "i32")) else "constexpr" for value in values]
+    types = [value if str(value).startswith(("*", "i32", "fp32")) else "constexpr" for value in values]
     known = {(i,): value for i, value in enumerate(values) if types[i] == "constexpr"}
     source = compiler.ASTSource(kernel, dict(zip(kernel.arg_names, types, strict=True)), known)
     return compiler.compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]

@@ -18,7 +18,16 @@ from ...models.tensors import Patch
 from ...placement import DYNAMIC, QUANTISED, Placement
 from . import packed, quantised
 from .adapted import Adapted
-from .patches import FEED_BYTES, GPU_FEED_BYTES, Processor, dispatched, feed_forward, to_maps, with_words
+from .patches import (
+    FEED_BYTES,
+    GPU_FEED_BYTES,
+    Processor,
+    activate,
+    dispatched,
+    feed_forward,
+    to_maps,
+    with_words,
+)
 from .vae import decode_strips, encode_strips
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +63,8 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         _teach(component, module)
     maps_last = device == "cpu" and channels_last(module)
     processor = Processor(attention.VARIANTS[placement.attention])
-    for part in module.modules():
+    for part in [*module.modules()]:
+        activate(part)
         if type(part).__name__ == "FeedForward":
             part.forward = feed_forward(part, FEED_BYTES if device == "cpu" else GPU_FEED_BYTES)
         if hasattr(own := getattr(part, "processor", None), "_attention_backend"):

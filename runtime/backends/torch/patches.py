@@ -1,4 +1,4 @@
-"""Every change to diffusers' modules: attention and feed-forward."""
+"""Every change to diffusers' modules: attention, feed-forward, and norms with what follows them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 from ....kernels import attention
+from ....kernels.norms import fused_runs, group_norm_silu
 from ...errors import TightfitError
+from .autotune import fastest
 
 
 class Processor:
@@ -115,6 +119,61 @@ def feed_forward(part: Any, most_bytes: int) -> Callable[..., torch.Tensor]:
         return out.view(hidden_states.shape)
 
     return forward
+
+
+class OfTime(nn.Module):
+    """SiLU of a time's embedding, (batch, width). Maps come from a norm that has done it (`activate`)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.ndim == 4 else functional.silu(x)
+
+
+def activate(part: Any) -> None:
+    """Let the group norms of a ResNet block, or before a last convolution, do the SiLU that follows them, so
+    that no map is held twice."""
+    if type(part).__name__ == "ResnetBlock2D":
+        norms, follows = (part.norm1, part.norm2), "nonlinearity"
+        plain = part.time_embedding_norm == "default"  # else norm2 is scaled by the time first
+    else:
+        norms, follows, plain = (getattr(part, "conv_norm_out", None),), "conv_act", True
+    are_norms = all(type(norm) is nn.GroupNorm and norm.affine for norm in norms)
+    if plain and are_norms and type(getattr(part, follows, None)) is nn.SiLU:
+        for norm in norms:
+            norm.forward = normed(norm)
+        setattr(part, follows, OfTime())
+
+
+def normed(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A group norm and SiLU. On a GPU the fastest of torch's way and Triton's, for each shape; no way holds
+    more than the answer beside the input."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        how = norm.num_groups, norm.weight, norm.bias, norm.eps
+        if not (x.is_cuda and _is_dense(x) and fused_runs(x.device)):
+            return group_norm_silu(x, how)
+        from ....kernels.triton_norms import group_norm_silu_triton  # importing triton costs memory
+
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            f"at once, {block} in {warps} warps": functools.partial(
+                group_norm_silu_triton, x, how, block, num_warps=warps
+            )
+            for block, warps in BLOCKS
+        }
+        ways["norm, then SiLU"] = lambda: group_norm_silu(x, how)
+        layout = "channels first" if x.is_contiguous() else "channels last"
+        return fastest(
+            f"group norm, SiLU {list(x.shape)} {norm.num_groups} {layout} {x.dtype}", x.device, ways
+        )
+
+    return forward
+
+
+# Values that a program of Triton's normalises at a time, and its warps. No GPU has chosen them yet.
+BLOCKS = (1024, 4), (4096, 16)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def to_maps(part: Any) -> Callable[..., torch.Tensor]:
