@@ -45,6 +45,7 @@ _HARDWARE = typer.Option(help="Only 'here' can be measured.", metavar="NAME")
 _DEVICE = typer.Option(help="auto, cuda, xpu, mps, cpu.", metavar="NAME")
 _PRECISION = typer.Option(help="Only this one and the best.", metavar="NAME")
 _BACKEND = typer.Option(help="auto, torch, onnx.", metavar="NAME")
+_PREFER = typer.Option(help="balanced, speed: also with cached steps.", metavar="NAME")
 _VRAM = typer.Option("--vram", "--ram", help="Budget, such as 4GiB.", metavar="BYTES")
 _OUTPUT = typer.Option("-o", "--output", help="Folder for results.jsonl and pictures.", metavar="DIR")
 _REPORT = typer.Option(help="Also write one page with plots and pictures.", metavar="HTML")
@@ -66,6 +67,7 @@ class Options:
     device: Annotated[str, _DEVICE] = "auto"
     precision: Annotated[str, _PRECISION] = "auto"
     backend: Annotated[str, _BACKEND] = "auto"
+    prefer: Annotated[str, _PREFER] = "quality"
     vram: Annotated[str | None, _VRAM] = None
     output: Annotated[Path, _OUTPUT] = Path("tightfit-bench")
     report: Annotated[Path | None, _REPORT] = None
@@ -96,7 +98,12 @@ class Options:
     def wishes(self) -> dict[str, Any]:
         """Fields of Wishes."""
         budget = None if self.vram is None else parse_bytes(self.vram, "--vram or --ram")
-        return {"precision": self.precision, "backend": self.backend, "budget": budget}
+        return {
+            "precision": self.precision,
+            "backend": self.backend,
+            "prefer": self.prefer,
+            "budget": budget,
+        }
 
 
 @app.callback()
@@ -384,7 +391,7 @@ def _line(row: Mapping[str, Any]) -> str:
 # Width of a terminal with room for all columns; a narrower one gets only these.
 _WIDE, _NARROW = (
     150,
-    ("s/picture", "±", "predicted s", "peak", "dB"),
+    ("s/picture", "±", "predicted s", "saves", "peak", "dB"),
 )
 
 

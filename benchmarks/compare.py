@@ -41,13 +41,12 @@ def name(row: Row) -> str:
     )
 
 
-def identity(row: Row) -> str:
-    """Key of what a row measured, equal across machines."""
+def identity(row: Row, step_cache: int | None = None) -> str:
+    """Key of what a row measured, equal across machines; with another `step_cache`, of what that would be."""
     plan = row["plan"]
     placements = {part: {**how, "provider": ""} for part, how in plan["placements"].items()}
-    return json.dumps(
-        [Path(row["model"]).name, row["request"], row["budget"], plan["cfg"], placements], sort_keys=True
-    )
+    facts = [Path(row["model"]).name, row["request"], row["budget"], plan["cfg"], placements]
+    return json.dumps([*facts, step_cache or plan.get("step_cache", 1)], sort_keys=True)
 
 
 def by_identity(rows: Iterable[Row]) -> dict[str, Row]:

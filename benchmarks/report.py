@@ -17,7 +17,7 @@ from ..runtime.errors import explained
 from ..runtime.models.families.networks import UNET
 from ..runtime.placement import BACKENDS, PRECISIONS, STAGES
 from ..runtime.units import shown
-from .compare import figures, seconds, spread
+from .compare import figures, identity, seconds, spread
 from .metrics import difference
 from .plots import Axis, Point, axis, bars, scatter
 
@@ -48,6 +48,8 @@ svg text { font-size: 12px; fill: var(--pale); } svg .name { fill: var(--ink); }
  .k5 { fill: #56b4e9; background: #56b4e9; }
 .encode { fill: #b8b8b8; background: #b8b8b8; } .denoise { fill: #7a5195; background: #7a5195; }
 .decode { fill: #8c6d31; background: #8c6d31; } circle.onnx { fill-opacity: .25; stroke: currentColor; }
+ circle.cached { fill-opacity: .5; stroke: currentColor; }
+ .legend .cached { opacity: .6; outline: 1px dotted; }
 .legend .onnx { opacity: .45; outline: 1px solid; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85em; white-space: nowrap; }
 th, td { text-align: right; padding: .25em .5em; border-bottom: 1px solid var(--line);
@@ -123,11 +125,18 @@ def _colours() -> dict[str, str]:
         for precision, colour in plain.items()
         for engine in BACKENDS[1:]
     }
-    return plain | paler
+    cached = {_kind(precision, BACKENDS[0], 2): f"{colour} cached" for precision, colour in plain.items()}
+    return plain | paler | cached
 
 
-def _kind(precision: str, engine: str) -> str:
-    return precision if engine == BACKENDS[0] else f"{precision}, {engine}"
+def _kind(precision: str, engine: str, step_cache: int = 1) -> str:
+    said = precision if engine == BACKENDS[0] else f"{precision}, {engine}"
+    return f"{said}, cached" if step_cache > 1 else said
+
+
+def _step_cache(row: Row) -> int:
+    """Of how many steps one is in full; lines of before have none."""
+    return row["plan"].get("step_cache", 1)
 
 
 def _plots(ran: list[Row]) -> str:
@@ -155,6 +164,8 @@ def _plots(ran: list[Row]) -> str:
         for x, y, name, row in stages
         if x and y
     ]
+    cached = [row for row in judged if _step_cache(row) > 1]
+    pays = [_point(row, seconds(row), row["quality"]["psnr"]) for row in judged if cached]
     times = [_point(row, row["plan"]["predicted"]["seconds"], seconds(row)) for row in ran]
     kinds = _colours()
     parts = {
@@ -162,6 +173,9 @@ def _plots(ran: list[Row]) -> str:
             peaks, paces, costs, kinds, front(ran)
         ),
         "Quality against memory": scatter(peaks, decibels, worth, kinds) if worth else "",
+        "Quality against seconds; cached: one step of several in full": scatter(paces, decibels, pays, kinds)
+        if pays
+        else "",
         "Bytes of each stage, predicted and measured; dashed: the same": _against(
             bytes_, _STAGE_COLOURS, _bytes_axis, "bytes"
         ),
@@ -177,7 +191,7 @@ def _plots(ran: list[Row]) -> str:
 def _point(row: Row, x: float, y: float) -> Point:
     text = f"{row['summary']}: {figures(row)}"
     unet = row["plan"]["placements"][UNET.name]
-    return Point(x, y, _kind(unet["precision"], unet["backend"]), text)
+    return Point(x, y, _kind(unet["precision"], unet["backend"], _step_cache(row)), text)
 
 
 def _by_stage(row: Row) -> list[float]:
@@ -221,6 +235,7 @@ COLUMNS = {
     "s/picture": "median seconds per picture, warm",
     "±": "half the range of the processes' medians, in seconds",
     "predicted s": "the same, predicted",
+    "saves": "what cached steps take off the seconds of the same plan with all in full",
     "warm-up s": "a process's first picture, with one step: loading and preparing",
     "peak": "peak bytes of the device's allocator (on a CPU: of tensors)",
     "predicted": "error of the predicted peak",
@@ -236,13 +251,15 @@ COLUMNS = {
 }
 
 
-def cells(row: Row) -> list[str]:
-    """A row as text, one cell per column of COLUMNS; "" for what was not measured."""
+def cells(row: Row, whole: Row | None = None) -> list[str]:
+    """A row as text, one cell per column of COLUMNS; "" for what was not measured. `whole` is the same with
+    all steps in full, where the row's are cached."""
     predicted, quality, exact = row["plan"]["predicted"], row["quality"] or {}, row["key"] == row["reference"]
     measures = {"psnr": 1, "psnr_worst": 1, "ssim": 4, "ms_ssim": 4, "lpips": 4}
     return [
         f"{seconds(row):.3g}", f"{spread(row):.2g}" if len(row["runs"]) > 1 else "",
         f"{predicted['seconds']:.3g}",
+        f"{seconds(whole) - seconds(row):.3g} s, {seconds(whole) / seconds(row):.2f}×" if whole else "",
         f"{row['warmup_seconds']:.3g}", shown(row["peak_bytes"]),
         f"{predicted['peak_bytes'] / max(row['peak_bytes'], 1) - 1:+.1%}", shown(row["process_bytes"]),
         shown(row["disk_bytes"]),
@@ -258,7 +275,8 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[str]]]]:
     """Columns in which some row has a figure, and the rows' cells: fastest first, then those that did not
     run."""
     ran = sorted((row for row in rows if row["outcome"] == "ok"), key=seconds)
-    every = [cells(row) for row in ran]
+    whole = {identity(row): row for row in ran if _step_cache(row) == 1}
+    every = [cells(row, whole.get(identity(row, 1)) if _step_cache(row) > 1 else None) for row in ran]
     filled = [i for i, _ in enumerate(COLUMNS) if any(texts[i] for texts in every)]
     lines = [(row, [texts[i] for i in filled]) for row, texts in zip(ran, every, strict=True)]
     return [list(COLUMNS)[i] for i in filled], lines + [(row, []) for row in rows if row["outcome"] != "ok"]

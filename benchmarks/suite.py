@@ -110,6 +110,7 @@ class Job:
         ]
         facts += [asdict(placement) for placement in self.plan.placements.values()]
         facts += [self.request.width, self.request.height, self.effort.steps, self.effort.pictures]
+        facts += [self.plan.cached] if self.plan.cached else []  # keys of others are as they were
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     @property
@@ -167,7 +168,8 @@ def choose(plans: Sequence[Plan], which: str) -> list[Plan]:
         return runnable
     fitting = [plan for plan in runnable if plan.fits]
     if which == "quick":
-        return list({(p.precision, p.denoiser.backend): p for p in reversed(fitting)}.values())[::-1]
+        kinds = {(p.precision, p.denoiser.backend, p.step_cache): p for p in reversed(fitting)}
+        return list(kinds.values())[::-1]
     return [plan for plan in fitting if not any(rival.beats(plan) for rival in fitting)]
 
 

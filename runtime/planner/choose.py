@@ -86,7 +86,7 @@ def plan(
         rest = [beaten(p, best) for p in fitting if p is not best]
         fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
     every = fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
-    return [_saving(p, every) if p.step_cache > 1 and p.fits else p for p in every]
+    return [_saving(p, every) if p.chosen and p.step_cache > 1 else p for p in every]
 
 
 def _residency(plan: Plan) -> Hashable:

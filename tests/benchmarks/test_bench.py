@@ -581,6 +581,24 @@ def test_page_in_a_browser(measured, tmp_path):
     assert "<title>[true,true,true]</title>" in dom
 
 
+def test_cached_steps_are_an_axis(measured):
+    """A plan with cached steps is another job and another line, says what it saves, and has a plot."""
+    jobs, folder, rows = measured
+    plan = replace(jobs[1].plan, step_cache=2)
+    assert replace(jobs[1], plan=plan).key != jobs[1].key
+    fast = deepcopy(rows[1]) | {"key": "fast", "summary": plan.summary(), "seconds": [rows[1]["runs"][0] / 2]}
+    fast["plan"]["step_cache"] = 2
+    assert len(compare.by_identity([*rows, fast])) == len(rows) + 1
+    columns, lines = report.table([*rows[:2], fast])
+    saved = {row["key"]: cells[columns.index("saves")] for row, cells in lines}
+    assert saved.pop("fast").endswith(f"{compare.seconds(rows[1]) / fast['seconds'][0]:.2f}×")
+    assert {*saved.values()} == {""}
+    page = report.page([*rows, fast], folder.pictures)
+    assert page.count("<svg") == 6
+    assert "int8, cached" in page
+    assert "saves" not in report.table(rows)[0]
+
+
 def test_axes():
     linear = plots.axis("x", [3.0, 7.0], str)
     assert (linear.low, linear.logarithmic) == (0.0, False)

@@ -15,6 +15,7 @@ import torch
 from tightfit.runtime import infotext
 from tightfit.runtime.asking import request_of
 from tightfit.runtime.backends.torch.backend import TorchSession
+from tightfit.runtime.cli import plan as cli_plan
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.machine.profiles import profile
@@ -233,7 +234,7 @@ def test_graphs_are_refused_by_name(sd1, engine, name):
     assert why.startswith(f"{name} runs all of a graph in each step: leave out --step-cache")
 
 
-def test_what_the_planner_prefers():
+def test_what_the_planner_prefers(capsys):
     spec, card = tightfit.inspect("emoji"), profile("rtx-2060")
     request = Request("a", num_inference_steps=25)
     chosen = {
@@ -256,6 +257,16 @@ def test_what_the_planner_prefers():
     assert {plan.step_cache for plan in told} == {2}
     kinds = {plan.denoiser.arithmetic for plan in chosen["speed"] if plan.fits}
     assert {plan.denoiser.arithmetic for plan in chosen["speed"] if plan.step_cache > 1} == kinds
+    cli_plan.print_choices(chosen["quality"])
+    assert not capsys.readouterr().out
+    cli_plan.print_choices(chosen["speed"])
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.startswith("What cached steps save and cost")
+    assert max(map(len, lines)) <= 110
+    told = [line.split() for line in lines if "in full" in line]
+    assert len(told) == 4 * len(kinds)
+    fp16 = [float(cells[-1]) for cells in told if cells[0] == "fp16,"]
+    assert fp16 == sorted(fp16, reverse=True)  # all in full, then 1 of 2, 3 and 5
 
 
 @pytest.mark.parametrize(("prompt", "steps"), [("a AND b", 25), ("[a|b]", 25), ("[a:b:0.5]", 25), ("a", 4)])
