@@ -16,8 +16,9 @@ with .whl listed in .git/info/exclude; then on the other machine, in the checkou
     PYTHONPATH=/tmp/site python -m tightfit.benchmarks.gpu_check --limit 360
 
 Sections, the most important first: the probe (gpu_probe.py); a full-size random SD 1.5 in fp16 by eight
-different plans, under caps of 2 to 8 GB; against diffusers' best; in int8, int4 and integer arithmetic; the
-GPU tests; kernels and single layers; SDXL; diffusers compiled; ONNX Runtime. Each section has its own process
+different plans, under caps of 2 to 8 GB; against diffusers' best; in int8, int4 and integer arithmetic; norms
+in one kernel and calls as CUDA graphs; the GPU tests; kernels and single layers; SDXL; how much of streaming
+is hidden; blocks compiled, and diffusers compiled; ONNX Runtime. Each section has its own process
 and time limit. One that fails, hangs or crashes does not stop the others, and its rows so far are kept.
 Models are written once, by other processes during the probe and the tests. Pictures are compared with
 fp32's, bytes with the driver's count, so close other programs that use the card. One screen shows what was
@@ -70,9 +71,13 @@ def sections(half: str) -> tuple[Section, ...]:
         Section(f"{half} under caps", 60),
         Section("speed", 50),
         Section("few bits", 100),
+        Section("norms", 30),
+        Section("graphs", 30),
         Section("GPU tests", 60, ("sdxl",)),
         Section("kernels and layers", 60),
         Section("SDXL", 80),
+        Section("overlap", 30),
+        Section("blocks compiled", 90),
         Section("compiled", 90),
         Section("ONNX Runtime", 60),
     )

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import chain, combinations
 from pathlib import Path
@@ -24,11 +25,16 @@ import torch
 
 from .. import Hardware, Pipeline, Plan, Request, TightfitError, Wishes, inspect, load, plan
 from ..export import random_model
+from ..runtime.backends.torch.backend import TorchBackend
+from ..runtime.costs.footprint import peak
 from ..runtime.errors import first_line
 from ..runtime.machine.providers import CPU_PROVIDER
-from . import gpu_probe, layers
+from ..runtime.models.families.family import Extent
+from ..runtime.placement import Placement
+from . import gpu_fast, gpu_probe, layers
 from .gpu_card import Card
 from .gpu_probe import beside
+from .steps import noise
 
 CAPS = (2, 4, 6, 8)  # decimal gigabytes, as cards are sold
 MOST = 8  # plans run per model
@@ -64,9 +70,13 @@ class Check:
             f"{self.half} under caps": lambda: self.capped([("sd1", self.half)], self.full),
             "speed": lambda: chain(self.speed(["diffusers", ("sd1", self.half)]), self.speed([streamed])),
             "few bits": self.few_bits,
+            "norms": lambda: gpu_fast.norms(self.card),
+            "graphs": lambda: self.fast("graphs"),
             "GPU tests": self.tests,
             "kernels and layers": self.kernels,
             "SDXL": lambda: self.capped([("sdxl", self.half)], self.full, 4),
+            "overlap": lambda: self.fast("overlap"),
+            "blocks compiled": lambda: self.fast("blocks compiled"),
             "compiled": lambda: self.speed(compiled),
             "ONNX Runtime": self.onnx,
         }
@@ -322,6 +332,26 @@ class Check:
         total = sum(took for took, _ in kernels) or 1
         yield from ({"takes time": name[:60], "share": round(took / total, 3)} for took, name in kernels[:10])
         yield from layers.rows(self.device, layers.SHAPES[-1:] if self.tiny else layers.SHAPES)
+
+    def fast(self, path: str) -> Iterator[Row]:
+        """One of gpu_fast.py's paths of the U-Net, resident in 16 bits; on a CPU in fp32, as torch's compiler
+        takes no weights that are packed for oneDNN."""
+        spec, hardware = inspect(self.written("sd1")), Hardware.detect(self.device)
+        backend, unet = TorchBackend(self.device), spec.denoiser
+        kind = self.half if self.card.is_gpu else "fp32"
+        placement = Placement("torch", kind, kind, "resident", "sdpa", "whole")
+        size = spec.native_size[0]
+        session, arrays = backend.load(unet, placement), noise(spec, 2, size)
+        if path == "graphs":
+            footprint = backend.footprint(spec, unet, placement, hardware, Extent(2, size, size))
+            call_bytes = peak(hardware.device, [], replace(footprint, held=()))  # a pool of its own
+            yield from gpu_fast.graphs(self.card, session, arrays, call_bytes)
+        elif path == "overlap":
+            streamed = backend.load(unet, replace(placement, residency="streamed"))
+            moved_bytes = session.dtype.itemsize * sum(tensor.count for tensor in unet.tensors.values())
+            yield from gpu_fast.overlap(self.card, session, streamed, arrays, moved_bytes)
+        else:
+            yield from gpu_fast.compiled(self.card, session, arrays)
 
     def onnx(self) -> Iterator[Row]:
         """ONNX Runtime, if it has a provider for this device."""

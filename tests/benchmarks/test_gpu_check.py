@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from tightfit.benchmarks import gpu_check, gpu_probe, gpu_report, gpu_sections
+from tightfit.benchmarks import gpu_check, gpu_fast, gpu_probe, gpu_report, gpu_sections
 from tightfit.benchmarks.gpu_card import Card, Seen
 from tightfit.kernels.formats import FORMATS
 from tightfit.runtime.errors import TightfitError
@@ -338,6 +338,26 @@ def test_every_section_and_every_precision_is_known(check):
     assert [*check.sections()] == [section.name for section in gpu_check.sections(check.half)]
     assert gpu_probe.FLOORS.keys() == set(PRECISIONS)
     assert all(section.seconds > gpu_check.LEAST for section in gpu_check.sections("fp16"))
+
+
+def test_fast_paths_are_rehearsed(check, monkeypatch):
+    """What a CPU can do of them: the norm that overwrites its answer, weights that stream."""
+    monkeypatch.setattr(gpu_fast, "MAPS", ((2, 64, 4, 4),))
+    norms = list(check.sections()["norms"]())
+    assert [row["wrong"] for row in norms] == [0, 0]  # in two layouts
+    assert all(row["overwritten us"] > 0 for row in norms)
+    (row,) = check.sections()["graphs"]()
+    assert "CUDA alone" in row["skipped"]
+    (row,) = check.sections()["overlap"]()
+    assert not row["wrong"]
+    assert row["copying s"] > 0
+
+
+@pytest.mark.slow  # a compiler of C++ takes half a minute
+def test_compiled_blocks_answer_as_they_did(check):
+    (row,) = check.sections()["blocks compiled"]()
+    assert not row["wrong"]
+    assert row["compiling s"] > 0
 
 
 class Moment:
