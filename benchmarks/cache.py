@@ -1,31 +1,37 @@
 """Step caching: what it costs in quality, and what it saves.
 
     python -m tightfit.benchmarks.cache                               # pictures of the emoji
+    python -m tightfit.benchmarks.cache --deepcache                   # by DeepCache's package, if it is here
     python -m tightfit.benchmarks.cache sd15 sd15-int8:int8-dynamic   # seconds of full and shallow calls
 
-Pictures are held against those of the same seed with all steps in full. Calls are made in turns in one
-process, the least of the rounds counts; a step's ratio to the first model's without caching follows from
-both, as scheduler and guidance are nothing beside a large U-Net.
+Pictures are held against those of the same seed with all steps in full. Pictures and calls are made in turns
+in one process, the least of the rounds counts; a step's ratio to the first model's without caching follows
+from both, as scheduler and guidance are nothing beside a large U-Net.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from .. import Request, inspect, load
 from ..runtime.backends.torch.backend import TorchBackend
 from ..runtime.machine.hardware import Hardware
+from ..runtime.models import schedulers
 from ..runtime.models.families.family import KEPT
 from ..runtime.placement import Placement
 from .metrics import MOST_PSNR, psnr
 from .quality import PROMPTS
 from .record import named, record
 from .steps import noise
+
+Row = dict[str, Any]
+_TURNS = 2
 
 
 def main() -> None:
@@ -36,40 +42,73 @@ def main() -> None:
     parse.add_argument("--samplers", nargs="+", default=["dpmpp_2m_karras", "ddim"])
     parse.add_argument("--size", type=int, default=512)
     parse.add_argument("--rounds", type=int, default=3)
+    parse.add_argument("--deepcache", action="store_true")
     args = parse.parse_args()
     if args.models:
         rows = calls(args.models, args)
     else:
-        rows = [row for steps in args.steps for row in pictures(args.samplers, steps, args.every)]
+        way = deepcache if args.deepcache else pictures
+        rows = [row for steps in args.steps for row in way(args.samplers, steps, args.every)]
     models = [*map(named, args.models)] or ["emoji"]
     record("cache", {"models": models, "size": args.size, "steps": args.steps[0], "rows": rows})
 
 
-def pictures(samplers: Sequence[str], steps: int, everies: Sequence[int]) -> list[dict[str, Any]]:
+def pictures(samplers: Sequence[str], steps: int, everies: Sequence[int]) -> list[Row]:
     """PSNR and seconds of eight pictures."""
-    rows = []
     with load("emoji", device="cpu", precision="fp32", residency="resident", attention="sdpa") as pipe:
-        for sampler in samplers:
 
-            def paint(every: int, sampler: str = sampler) -> tuple[list[Any], float]:
-                asked = {"scheduler": sampler, "num_inference_steps": steps, "step_cache": every}
-                requests = [Request(prompt, seed=n, **asked) for n, prompt in enumerate(PROMPTS)]
-                pipe.generate(requests[0])  # planned, and loaded
-                start = time.perf_counter()
-                return [pipe.generate(request).images[0] for request in requests], time.perf_counter() - start
+        def paint(sampler: str, every: int, seed: int) -> Any:
+            asked = {"scheduler": sampler, "num_inference_steps": steps, "step_cache": every}
+            return pipe.generate(Request(PROMPTS[seed], seed=seed, **asked)).images[0]
 
-            exact, seconds = paint(1)
-            for every in everies:
-                made, took = paint(every)
-                decibels = [min(psnr(*pair), MOST_PSNR) for pair in zip(made, exact, strict=True)]
-                row = {"sampler": sampler, "steps": steps, "every": every, "ratio": seconds / took}
-                row |= {"median": float(np.median(decibels)), "worst": min(decibels)}
-                print(row, flush=True)
-                rows.append(row)
-    return rows
+        return [row for sampler in samplers for row in judged(paint, sampler, steps, everies)]
 
 
-def calls(models: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+def deepcache(samplers: Sequence[str], steps: int, everies: Sequence[int]) -> list[Row]:
+    """The same of diffusers' pipeline with DeepCache's package, at its branch 0: the same layer is left."""
+    from DeepCache import DeepCacheSDHelper  # pyright: ignore[reportMissingImports]
+    from diffusers import StableDiffusionPipeline
+
+    spec = inspect("emoji")
+    pipe: Any = StableDiffusionPipeline.from_pretrained(spec.folder, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    helper = DeepCacheSDHelper(pipe=pipe)
+
+    def paint(sampler: str, every: int, seed: int) -> Any:
+        pipe.scheduler = schedulers.make(sampler, spec, steps)
+        helper.set_params(cache_interval=every, cache_branch_id=0)
+        helper.enable()
+        options = {"num_inference_steps": steps, "guidance_scale": float(spec.default_guidance)}
+        made = pipe(PROMPTS[seed], generator=torch.Generator().manual_seed(seed), **options).images[0]
+        helper.disable()
+        return made
+
+    rows = [row for sampler in samplers for row in judged(paint, sampler, steps, everies)]
+    return [row | {"by": "DeepCache"} for row in rows]
+
+
+def judged(
+    paint: Callable[[str, int, int], Any], sampler: str, steps: int, everies: Sequence[int]
+) -> Iterator[Row]:
+    """What caching costs and saves beside the same with all steps in full. `paint` takes the sampler, of how
+    many steps one is in full, and the seed."""
+    seeds, ways = range(len(PROMPTS)), (1, *everies)
+    least, made = dict.fromkeys(((way, seed) for way in ways for seed in seeds), float("inf")), {}
+    for seed in seeds:
+        for way in ways * _TURNS:  # the first of the first plans, and loads
+            start = time.perf_counter()
+            made[way, seed] = paint(sampler, way, seed)
+            least[way, seed] = min(least[way, seed], time.perf_counter() - start)
+    seconds = {way: sum(least[way, seed] for seed in seeds) for way in ways}
+    for every in everies:
+        decibels = [min(psnr(made[every, seed], made[1, seed]), MOST_PSNR) for seed in seeds]
+        row = {"sampler": sampler, "steps": steps, "every": every, "ratio": seconds[1] / seconds[every]}
+        row |= {"median": float(np.median(decibels)), "worst": min(decibels)}
+        print(row, flush=True)
+        yield row
+
+
+def calls(models: Sequence[str], args: argparse.Namespace) -> list[Row]:
     """Seconds of calls of U-Nets, plain, full and shallow, and what caching makes of them."""
     hardware, runs, full, precisions = Hardware.detect("cpu"), {}, {}, {}
     for model in models:
@@ -92,7 +131,7 @@ def calls(models: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any
     whole = min(first["plain"], first["full"])  # the same work
     for model, took in seconds.items():
         name = named(model).partition(":")[0]
-        row: dict[str, Any] = {
+        row: Row = {
             "model": name,
             "precision": precisions[model],
             **took,

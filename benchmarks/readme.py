@@ -178,23 +178,24 @@ def judged(row: Row) -> str:
 def cached_pictures() -> str:
     """What step caching costs and saves, of the emoji: the newest of each."""
     every = [row for run in results("cache") if run["models"] == ["emoji"] for row in run["rows"]]
-    newest = {(row["sampler"], row["steps"], row["every"]): row for row in every}
+    newest = {(row["sampler"], row["steps"], row["every"], row.get("by", "")): row for row in every}
     lines = []
     for row in newest.values():
         quality = f"{row['median']:.1f} dB, {row['worst']:.1f}"
-        lines.append(
-            f"| {row['sampler']}, {row['steps']} steps | {row['every']} | {quality} | {row['ratio']:.2f} |"
-        )
+        way = f"{row['sampler']}, {row['steps']} steps" + (f", {row['by']}" if "by" in row else "")
+        lines.append(f"| {way} | {row['every']} | {quality} | {row['ratio']:.2f} |")
     head = "| | 1 step in full of | PSNR to all in full, median, worst | times as fast |"
     title = "**Step caching**, emoji, 128×128, 8 pictures, fp32 (`python -m tightfit.benchmarks.cache`)"
     return f"{title}:\n\n{table(head, lines)}"
 
 
 def cached_calls() -> str:
-    """Seconds of full and shallow calls of large U-Nets."""
-    run = next((run for run in reversed(results("cache")) if run["models"] != ["emoji"]), None)
-    if run is None:
-        return ""
+    """Seconds of full and shallow calls of large U-Nets: the newest run of each set of models and size."""
+    newest = {(*run["models"], run["size"]): run for run in results("cache") if run["models"] != ["emoji"]}
+    return "\n".join(map(_calls_of, newest.values()))
+
+
+def _calls_of(run: Any) -> str:
     named = [name for name in run["rows"][0] if name.startswith("every ")]
     lines = []
     for row in run["rows"]:
