@@ -1,7 +1,7 @@
 """A batch on cards that are not here: which of them paints what, how long that takes, and what holds it up.
 
-Work is taken, not dealt: a node that is free takes some pictures of the first kind that fits it, paints them,
-and takes the next. Kinds come in the order of the batch's groups.
+Work is taken, not dealt: a node that is free takes pictures of the first kind that fits it, unless the others
+would have made all of them before its next is there. Kinds come in the order of the batch's groups.
 """
 
 from __future__ import annotations
@@ -118,12 +118,10 @@ class Schedule:
 
     @property
     def cost(self) -> float | None:
-        """Dollars for all nodes until the end; None where a price is not known."""
-        prices = [share.card.price for share in self.shares]
-        hourly = sum(
-            price * share.card.count for price, share in zip(prices, self.shares, strict=True) if price
-        )
-        return None if None in prices else hourly * self.seconds / 3600
+        """Dollars until the end for all nodes of cards that paint; None where a price is not known."""
+        cards = [share.card for share in self.shares if sum(share.pictures)]
+        hourly = sum(card.count * card.price for card in cards if card.price)
+        return None if any(card.price is None for card in cards) else hourly * self.seconds / 3600
 
     @property
     def card_seconds(self) -> float:
@@ -221,19 +219,25 @@ class Schedule:
 
 
 def schedule(cards: Sequence[Card], kinds: Sequence[Kind], site: Site) -> Schedule:
-    """Every picture that fits some card, on these nodes. Exact for work that is taken, but that all which
-    read a model are taken to begin together."""
-    nodes, placed = _Nodes(cards, site), []
-    for kind in kinds:
-        placed.append(nodes.paint(kind))
-    counts = [tuple(by_card[number] for by_card in placed) for number in range(len(cards))]
-    busy = [
-        (nodes.of(number, nodes.painting), nodes.of(number, nodes.reading)) for number in range(len(cards))
-    ]
+    """Every picture that fits some card, on these nodes, in whatever order they are named. Each kind ends as
+    soon as it can, but that all which read a model are taken to begin together, and that the last runs of
+    several pictures are not divided."""
+    named = sorted(cards, key=lambda card: card.name)
+    nodes = _Nodes(named, site)
+    placed = [nodes.paint(kind) for kind in kinds]
+    shares = {
+        card.name: Share(
+            card,
+            tuple(by_card[number] for by_card in placed),
+            nodes.of(number, nodes.painting),
+            nodes.of(number, nodes.reading),
+        )
+        for number, card in enumerate(named)
+    }
     return Schedule(
         site=site,
         kinds=tuple(kinds),
-        shares=tuple(Share(card, counts[n], *busy[n]) for n, card in enumerate(cards)),
+        shares=tuple(shares[card.name] for card in cards),
         seconds=nodes.driver_end,
         painted_seconds=nodes.painted,
         reading_seconds=float(nodes.reading.max()),
@@ -275,7 +279,7 @@ class _Nodes:
         has = self._has.setdefault(kind.model, np.zeros(len(self._card), bool))
         reading = self._reading(kind, ~has[able], int(together.min()))
         free = self.free[able]
-        count = taken(kind.pictures, free, reading, seconds, together)
+        count = taken(kind.pictures, free + reading, seconds)
         takes = count > 0
         self.free[able] += takes * reading + count * seconds
         self.painting[able] += count * seconds
@@ -297,31 +301,26 @@ class _Nodes:
         self.painted = max(self.painted, last)
 
 
-def taken(
-    pictures: int, free: np.ndarray, reading: np.ndarray, seconds: np.ndarray, together: np.ndarray
-) -> np.ndarray:
-    """How many pictures each node takes. Node i begins its first run at free[i], and reads for reading[i]
-    seconds then; a run is together[i] pictures of seconds[i]. Whoever begins first takes first.
+def taken(pictures: int, ready: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """How many pictures each node paints, so that the last is there as soon as can be. Node i begins at
+    ready[i], and paints one in seconds[i]; where several could paint the last ones at the same moment, the
+    first of them do.
 
-    The moment is searched until which as many are taken as there are: no run is followed by itself, so that a
-    million pictures cost as little as ten."""
+    The earliest moment is searched at which as many can be there as are asked for, so that a million pictures
+    cost as little as ten."""
     import numpy as np
 
-    run = seconds * together
+    def made(moment: float) -> np.ndarray:
+        return np.maximum(np.floor((moment - ready) / seconds * (1 + _PRECISE)), 0)
 
-    def begun(moment: float) -> np.ndarray:
-        more = np.maximum(np.floor((moment - free - reading) / run), 0)
-        return np.where(moment >= free, 1 + more, 0)
-
-    low = float(free.min()) - 1.0
-    high = float((free + reading + run * np.ceil(pictures / together)).min()) * (1 + 1e-9) + 1e-9
+    low = float(ready.min())
+    high = float((ready + seconds * pictures).min()) * (1 + 1e-9) + 1e-9
     while high - low > _PRECISE * max(1.0, abs(high)):
         middle = (low + high) / 2
         if middle in (low, high):
             break
-        is_enough = (begun(middle) * together).sum() >= pictures
-        low, high = (low, middle) if is_enough else (middle, high)
-    before = begun(low) * together
-    last = begun(high) * together - before  # begin at the same moment, of which some find nothing left
+        low, high = (low, middle) if made(middle).sum() >= pictures else (middle, high)
+    before = made(low)
+    last = made(high) - before  # are there at the same moment, and some of them are not needed
     earlier = np.cumsum(last) - last
     return (before + np.clip(pictures - before.sum() - earlier, 0, last)).astype(int)

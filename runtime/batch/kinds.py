@@ -56,7 +56,7 @@ def kinds_of(ledger: Ledger, painters: Mapping[str, Here]) -> tuple[list[Kind], 
     whatever the memory. Beyond the first kinds, others are taken to be as the mean of these."""
     kinds, errors, waiting = [], [], ledger.groups()
     most = max(1, MOST_CHECKED // len(painters))
-    roomiest = sorted(painters.items(), key=lambda pair: -pair[1].models.hardware.free_bytes)
+    roomiest = sorted(painters.items(), key=lambda pair: (-pair[1].models.hardware.free_bytes, pair[0]))
     for id_, pictures in waiting[:most]:
         item = ledger.peek(id_)
         try:
@@ -84,9 +84,7 @@ def _kind(item: Item, pictures: int, painters: Sequence[tuple[str, Here]]) -> Ki
         few = max(1, int(RUN_SECONDS / max(predicted.seconds, 1e-9)))  # as slow nodes take towards the end
         ways[name] = Way(predicted.seconds, min(predicted.together, few), peak_bytes, plan.summary())
         model_bytes = max(model_bytes, _read_bytes(painter.models.spec(item.model), plan))
-    height, width = painters[0][1].models.spec(item.model).native_size
-    pixels = item.options.get("height", height) * item.options.get("width", width)
-    return Kind((item.row,), pictures, item.model, model_bytes, pixels, ways, refusals)
+    return Kind((item.row,), pictures, item.model, model_bytes, painters[0][1].pixels(item), ways, refusals)
 
 
 def _read_bytes(spec: ModelSpec, plan: Plan) -> int:

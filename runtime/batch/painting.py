@@ -14,6 +14,7 @@ from ..asking import request_of
 from ..errors import TightfitError, first_line
 from ..events import Event, Result
 from ..open_models import OpenModels
+from ..passes import passes
 from ..pictures import FORMATS, PARAMETERS, QUALITY, content
 from ..pipeline import Pipeline
 from ..request import Job, together, words_in_common
@@ -131,13 +132,18 @@ class Here:
         pipeline, job = self._pipeline(item), self._job(item)
         # Runs are as long as one another, so that all fill the plan's calls.
         most = -(-count // -(-count // MOST_TOGETHER)) if _may_join(job) else 1
-        passes = pipeline.planned(replace(job, num_images=most))
-        if refusal := passes[-1].refusal:
+        planned = pipeline.planned(replace(job, num_images=most))
+        if refusal := planned[-1].refusal:
             raise refusal
-        plans = [one.plans[0] for one in passes]
+        plans = [one.plans[0] for one in planned]
         seconds, at_once = sum(plan.predicted.seconds for plan in plans) / most, plans[0].images_per_call
         calls = max(1, min(most, int(LOST_SECONDS / max(seconds, 1e-9))) // at_once)
         return Predicted(plans[0], seconds, min(most, calls * at_once))
+
+    def pixels(self, item: Item) -> int:
+        """Of its picture, after its last pass. Raises TightfitError."""
+        last = passes(self._job(item))[-1]
+        return last.width * last.height
 
     def paint(self, items: Sequence[Item]) -> Generator[News, None, None]:
         jobs: list[tuple[Item, Job]] = []

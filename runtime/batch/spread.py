@@ -18,7 +18,6 @@ from .painting import Encoded, Failed, News, Planner, Predicted, Stepped, Took
 from .running import Keeping
 
 RUN_SECONDS = 5.0  # of a run that is worth no division: to plan another number of pictures takes a second
-_SLOWER = 2.0  # how much later than by all others a picture may be there for an idle machine to take it
 
 
 @dataclass(frozen=True)
@@ -290,7 +289,7 @@ class Spread(Keeping):
         return max(1, min(known.together, max(share, int(RUN_SECONDS * hand.pace(group)))))
 
     def _is_in_time(self, hand: _Hand, group: int) -> bool:
-        """Whether it makes a picture before the others would have made all that waits, or soon after."""
+        """Whether it makes a picture before the others would have made all that waits."""
         others = [other for other in self._hands.values() if other is not hand and other.pace(group)]
         if not others:
             return True
@@ -301,7 +300,7 @@ class Spread(Keeping):
             pictures / sum(pace for pace, _ in pairs),
             min(busy + 1 / pace for pace, busy in pairs),
         )
-        return 1 / hand.pace(group) <= _SLOWER * end
+        return 1 / hand.pace(group) <= end * (1 + 1e-9)  # as `fleet.taken` has it
 
     def _refuse(self) -> None:
         """What every machine has refused has failed."""

@@ -159,7 +159,7 @@ def _count(nodes: float) -> str:
 
 
 def _left_out(planned: Schedule) -> list[str]:
-    """Cards that cannot paint what others do."""
+    """Cards that cannot paint what others do, or would only be waited for."""
     lines: list[str] = []
     for share in planned.shares:
         name = share.card.name
@@ -167,6 +167,8 @@ def _left_out(planned: Schedule) -> list[str]:
         if kinds:
             count = sum(kind.pictures for kind in kinds)
             lines.append(f"{name} leaves {count} pictures to others: {kinds[0].refusals[name]}")
+        elif not sum(share.pictures):
+            lines.append(f"{name} paints none: others have made all before its first would be there")
     return lines
 
 

@@ -69,6 +69,13 @@ def test_a_machine_paints_within_its_own_budget(tmp_path, monkeypatch):
     assert "width 60" in next(one.error for one in news if isinstance(one, Failed))
 
 
+def test_the_pixels_of_a_picture_are_of_its_last_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(Path.cwd())
+    here = worker(tmp_path).here
+    assert here.pixels(items(1)[0]) == 64 * 64
+    assert here.pixels(items(1, hires=2.0)[0]) == 128 * 128
+
+
 def test_what_is_stopped_gives_back_what_it_has_not_painted(tmp_path, monkeypatch):
     monkeypatch.chdir(Path.cwd())
     painter = worker(tmp_path)
