@@ -161,11 +161,12 @@ class Ledger:
 
     # ------------------------------------------------------------------------------------ who is next
 
-    def resume(self, retries: int = 0) -> None:
+    def resume(self, retries: int = 0) -> int:
         """Go on after a run that ended somehow: what failed waits again, as does what is done and whose file
         is gone. Of those that were being painted, one whose file is whole is done, and one that has ended its
-        process too often has failed. Files that were half written go."""
-        again = "update pictures set state = ?, tries = 0 where state = ? and run = ?"
+        process too often has failed; how many are begun again. Files that were half written go."""
+        again = "update pictures set state = ?, tries = 0, error = null where state = ? and run = ?"
+        begun_again = 0
         with self._explained(), self._file:
             self._file.execute(again, (_WAITING, _FAILED, self._run))
         done = self._all("select number, file from pictures where state = ? and run = ?", _DONE, self._run)
@@ -176,15 +177,16 @@ class Ledger:
         for number, file, sha256, tries in running:
             if file and _sha256(self.folder / file) == sha256:
                 self._change(number, state=_DONE)
-            elif tries >= ENDED + retries:
-                said = f"the process ended while it was painted, {tries} times"
-                self._change(number, state=_FAILED, error=said)
-            else:
-                self._change(number, state=_WAITING)
+                continue
+            said = f"the process ended while it was painted, {tries} times"
+            has_failed = tries >= ENDED + retries
+            self._change(number, state=_FAILED if has_failed else _WAITING, error=said)
+            begun_again += not has_failed
         if running and self._keeps:
             for partial in self.folder.rglob(".tightfit-*.partial"):
                 with suppress(OSError):
                     partial.unlink()
+        return begun_again
 
     def groups(self) -> list[tuple[int, int]]:
         """What waits: groups, those that have most in common beside one another, and how many pictures each
@@ -201,7 +203,8 @@ class Ledger:
         return self._waiting(group, 1)[0]
 
     def take(self, group: int, count: int) -> list[Item]:
-        """So many of a group, which are painted from now on; the same prompts come one after another."""
+        """So many of a group, which are painted from now on; the same prompts come one after another. One
+        that has failed, or ended its process, is alone, and after the others: it may do so again."""
         items = self._waiting(group, count)
         with self._explained(), self._file:
             self._file.executemany(
@@ -219,16 +222,14 @@ class Ledger:
             )
 
     def _waiting(self, group: int, count: int) -> list[Item]:
-        rows = self._all(
+        query = (
             "select p.number, p.row, p.grp, g.options, p.options, p.name "
             "from pictures p join groups g on g.id = p.grp "
-            "where p.state = ? and p.grp = ? and p.run = ? and p.twin is null "
-            "order by p.options, p.number limit ?",
-            _WAITING,
-            group,
-            self._run,
-            count,
+            "where p.state = ? and p.grp = ? and p.run = ? and p.twin is null and p.error is {} null "
+            "order by p.options, p.number limit ?"
         )
+        of_group = _WAITING, group, self._run
+        rows = self._all(query.format(""), *of_group, count) or self._all(query.format("not"), *of_group, 1)
         return [_item(*row) for row in rows]
 
     # ------------------------------------------------------------------------------------ what became of it

@@ -28,7 +28,8 @@ def hourly(price: str, option: str = "--price") -> float:
 @dataclass(frozen=True)
 class Report:
     """One run. seconds: from its first picture to its end. sums: what its pictures took together. price:
-    dollars an hour, of all machines together, or None. shares: of each machine, where there are several."""
+    dollars an hour, of all machines together, or None. shares: of each machine, where there are several.
+    begun_again: pictures whose process has ended."""
 
     counts: dict[str, int]
     painted: int
@@ -38,6 +39,7 @@ class Report:
     failures: Sequence[tuple[int, str]]
     price: float | None
     shares: Mapping[str, Share] = field(default_factory=dict)
+    begun_again: int = 0
 
     @property
     def hourly(self) -> float:
@@ -58,6 +60,7 @@ class Report:
             **{state.value: self.counts.get(state.value, 0) for state in (State.DONE, State.FAILED)},
             "left": self.counts.get(State.WAITING.value, 0) + self.counts.get(State.RUNNING.value, 0),
             "painted": self.painted,
+            "begun_again": self.begun_again,
             "seconds": self.seconds,
             "pictures_per_hour": self.hourly,
             "cost": cost,
@@ -75,6 +78,8 @@ class Report:
         done = f"{said['done']} of {said['pictures']} pictures are there, {self.painted} of them new"
         if said["failed"]:
             done += f"; {said['failed']} failed"
+        if self.begun_again:
+            done += f"; {self.begun_again} were begun again, as the process that painted them ended"
         lines = [done]
         if self.painted and self.seconds:
             pace = f"{self.hourly:.0f} pictures an hour, {self.seconds / self.painted:.1f} s each"
@@ -102,7 +107,8 @@ def reported(work: Keeping, since: float, seconds: float, price: float | None) -
     ledger = work.ledger
     sums, slowest = ledger.sums(since), ledger.slowest(since, _SLOWEST)
     shares = work.shares if isinstance(work, Spread) else {}
-    return Report(ledger.counts(), work.painted, seconds, sums, slowest, ledger.failures(), price, shares)
+    known = sums, slowest, ledger.failures()
+    return Report(ledger.counts(), work.painted, seconds, *known, price, shares, work.begun_again)
 
 
 def records(ledger: Ledger) -> Iterator[dict[str, Any]]:

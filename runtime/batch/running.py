@@ -81,6 +81,8 @@ class Keeping:
     retries: int = 0
     fail_fast: bool = False
     painted: int = field(default=0, init=False)
+    begun_again: int = 0
+    """Pictures whose process has ended while they were painted, in this run or before."""
 
     def _keep(self, news: News, for_good: bool = False) -> None:
         """`for_good`: what failed is not tried again, whatever its retries."""

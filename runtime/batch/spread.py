@@ -217,6 +217,7 @@ class Spread(Keeping):
                 self._keep(Failed(item, said), for_good=True)
             else:
                 self._again.append(item)
+                self.begun_again += 1
 
     # ------------------------------------------------------------------------------------ who takes what
 

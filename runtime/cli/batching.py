@@ -57,8 +57,8 @@ def paint(
     interrupts.tidily()
     with Ledger(options.output, keep=not options.dry_run) as ledger, ExitStack() as ends:
         refuse(ledger.ask(_named(reading.pictures(table))))
-        ledger.resume(options.retries)
-        how: Any = {"retries": options.retries, "fail_fast": options.fail_fast}
+        begun_again = ledger.resume(options.retries)
+        how: Any = {"retries": options.retries, "fail_fast": options.fail_fast, "begun_again": begun_again}
         if here:
             ends.callback(here.models.close)
             planner, where = here, here.models.hardware.name

@@ -17,7 +17,8 @@ from PIL import Image
 from tightfit.__main__ import app
 from tightfit.runtime import infotext
 from tightfit.runtime.batch import ledger, painting, running
-from tightfit.runtime.batch.ledger import FILE
+from tightfit.runtime.batch.ledger import FILE, Ledger
+from tightfit.runtime.batch.requests import Reading
 from tightfit.runtime.errors import TightfitError
 from typer.testing import CliRunner
 
@@ -203,8 +204,31 @@ def test_a_dry_run_says_what_would_run_and_makes_nothing(table):
     assert not (table.parent / "d").exists()
 
 
+def test_what_was_painted_when_the_process_ended_is_counted_and_begun_alone(tmp_path):
+    """Whatever of it ends processes fails alone."""
+    asked = [(n, {"prompt": "a heart", "seed": n}) for n in range(1, 9)]
+    poison, painted = 3, []
+    for start in range(4):
+        with Ledger(tmp_path) as ledger:
+            assert not ledger.ask(Reading().pictures(iter(asked)))
+            begun_again = ledger.resume()
+            assert begun_again == [0, 4, 1, 0][start]
+            group = next(iter(ledger.groups()), (0, 0))[0]
+            while items := ledger.take(group, 4):
+                seeds = [item.options["seed"] for item in items]
+                if poison in seeds:
+                    break  # the process is killed
+                painted.append(seeds)
+                for item in items:
+                    ledger.write(item, tmp_path / f"{item.number}.png", b"x")
+    assert painted == [[5, 6, 7, 8], [1], [2], [4]]
+    with Ledger(tmp_path) as ledger:
+        ledger.ask(Reading().pictures(iter(asked)))
+        assert ledger.counts() == {"done": 7, "failed": 1}
+        assert ledger.failures() == [(3, "the process ended while it was painted, 3 times")]
+
+
 def test_a_folder_is_of_one_process_at_a_time(table):
-    from tightfit.runtime.batch.ledger import Ledger
     from tightfit.runtime.database import UnkeptError
 
     with (

@@ -196,6 +196,7 @@ def test_a_picture_that_ends_processes_fails_alone(tmp_path):
     assert (report["done"], report["failed"]) == (29, 1)
     assert f"ended, {ENDED + 1} times" in report["failures"][0]["error"]
     assert sum(node["lost"] for node in report["nodes"]) == ENDED + 1
+    assert TOGETHER >= report["begun_again"] - (ENDED - 1) >= 1  # its own run's, then it alone
 
 
 def test_rows_go_where_their_model_is(tmp_path):
