@@ -275,16 +275,16 @@ class RayCrew:
             self._lose(key, "the node is gone")
         for entry in alive:
             for key, reserved in self._slots(entry):
-                if key not in self._nodes and key not in self._refused:
+                if key not in self._nodes:
                     self._begin(key, entry, reserved)
 
     def _slots(self, entry: Mapping[str, Any]) -> Iterator[tuple[_Key, Mapping[str, float]]]:
-        """Of a node. Where models are sent, its first actor takes them for the others."""
-        for number, reserved in enumerate(slots(entry["Resources"], self._setup.device)):
-            first = self._nodes.get((entry["NodeID"], 0))
-            if number and self._parcels and not (first and first.has_joined):
-                return
-            yield (entry["NodeID"], number), reserved
+        """Of a node, those that are not refused. Where models are sent, the first actor takes them for the
+        others."""
+        every = enumerate(slots(entry["Resources"], self._setup.device))
+        able = {key: one for number, one in every if (key := (entry["NodeID"], number)) not in self._refused}
+        has_models = any(key in self._nodes and self._nodes[key].has_joined for key in able)
+        yield from [*able.items()][: None if has_models or not self._parcels else 1]
 
     def _begin(self, key: _Key, entry: Mapping[str, Any], reserved: Mapping[str, float]) -> None:
         strategies = self._ray.util.scheduling_strategies

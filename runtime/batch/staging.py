@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ..files import PICKLES, WEIGHTS_BYTES, cache_folder, inside, open_regular, 
 from ..models.hub import BUILT_IN, located
 
 PART_BYTES = 2**26
+_LEFT_SECONDS = 3600.0
 _FILES = 1000
 _DEEP = 3  # folders, the model's own included
 _DIGEST = re.compile("[0-9a-f]{32}")
@@ -81,6 +83,9 @@ class Stage:
         self._folder = folder or cache_folder() / "staged"
         self._partial = f".{uuid4().hex}"
         self._names: dict[str, set[str]] = {}
+        for left in self._folder.glob(".*"):  # by a process that was killed
+            if _is_left(left):
+                shutil.rmtree(left, ignore_errors=True)
 
     def place(self, digest: str) -> Path | None:
         """Where the model is, once it is whole."""
@@ -120,6 +125,15 @@ class Stage:
 
     def _coming(self, digest: str) -> Path:
         return self._folder / f"{self._partial}-{_checked(digest)}"
+
+
+def _is_left(folder: Path) -> bool:
+    """Whether nothing of a model has come for an hour. A part is written in seconds, whoever writes it."""
+    try:
+        newest = max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
+    except OSError:  # another process removes it
+        return False
+    return time.time() - newest > _LEFT_SECONDS
 
 
 def _is_plain(part: str) -> bool:

@@ -171,6 +171,19 @@ def test_a_model_is_sent_once_a_node(crew_of):
     )
 
 
+def test_other_gpus_of_a_node_whose_first_is_refused_take_the_model(crew_of):
+    packed = parcel(str(BUILT_IN["emoji"]))
+    ray = Ray(entry(1, Resources={"CPU": 4.0, "GPU": 3.0}))
+    ray.broken = RayError("The actor died\nRuntimeError: this GPU is broken")
+    crew, notes = crew_of(ray, [packed], staged=(("/not/here/emoji", packed.digest),), device="auto")
+    while not crew._refused:
+        crew._advance()
+    ray.broken = None
+    assert sorted(crew.ready()) == ["10.0.0.1 GPU 1", "10.0.0.1 GPU 2"]
+    assert notes == ["10.0.0.1 GPU 0 cannot start (RuntimeError: this GPU is broken)"]
+    assert Stage().place(packed.digest)
+
+
 def test_who_takes_no_part_is_named_with_the_cure(crew_of, monkeypatch):
     crew, notes = crew_of(Ray(entry(1), entry(2, Labels={"tightfit-budget": "much"})))
     assert [*crew.ready()] == ["10.0.0.1"]

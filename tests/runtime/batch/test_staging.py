@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import time
+
 import pytest
 from tightfit.runtime.batch.staging import Stage, parcel, parts
 from tightfit.runtime.errors import TightfitError
@@ -59,6 +62,21 @@ def test_one_file_and_what_is_not_sent(stage, model):
     assert parcel(str(BUILT_IN["emoji"])) is not None
     (model / "unet" / "model.safetensors").write_bytes(b"another")
     assert parcel(str(model / "unet" / "model.safetensors")).digest != packed.digest
+
+
+def test_what_a_killed_process_has_left_goes(stage):
+    stage.add(DIGEST, "m/x", b"x")
+    hour_ago = time.time() - 3601
+    for path in (stage._coming(DIGEST), *stage._coming(DIGEST).rglob("*")):
+        os.utime(path, (hour_ago, hour_ago))
+    stage.add(DIGEST, "m/x", b"y")  # which goes on
+    Stage(stage._folder)
+    assert (stage._coming(DIGEST) / "m" / "x").read_bytes() == b"xy"
+    os.utime(stage._coming(DIGEST) / "m" / "x", (hour_ago, hour_ago))
+    (stage._folder / ("a" * 32)).mkdir()
+    os.utime(stage._folder / ("a" * 32), (hour_ago, hour_ago))
+    Stage(stage._folder)
+    assert [path.name for path in stage._folder.iterdir()] == ["a" * 32]  # a whole model
 
 
 @pytest.mark.parametrize(
