@@ -30,7 +30,7 @@ create table if not exists pictures (
     number integer primary key, key blob unique not null, row integer not null, grp integer not null,
     options text not null, name text not null, twin blob, run integer not null, state text not null,
     tries integer not null default 0, file text, sha256 text, ended real, seconds real,
-    predicted_seconds real, peak_bytes integer, plan text, error text
+    predicted_seconds real, peak_bytes integer, plan text, error text, joules real
 );
 create index if not exists waiting on pictures (state, grp, options, number);
 create table if not exists runs (id integer primary key, started real not null)
@@ -57,12 +57,13 @@ class Item:
 @dataclass(frozen=True)
 class Measures:
     """What a picture took, of a run that may have painted several: its share of the seconds, those that were
-    predicted, the peak of the run, and the plan in a phrase."""
+    predicted, the peak of the run, the plan in a phrase, and its share of joules where these are measured."""
 
     seconds: float
     predicted_seconds: float
     peak_bytes: int
     plan: str
+    joules: float | None = None
 
 
 class Ledger:
@@ -84,6 +85,7 @@ class Ledger:
             self._file = opened(file if keep else None, _SCHEMA)
             if file and not keep and file.exists():
                 _copy(file, self._file)
+            _complete(self._file)
         self._run = 0
 
     def __enter__(self) -> Ledger:
@@ -289,10 +291,11 @@ class Ledger:
 
     def sums(self, since: float) -> dict[str, Any]:
         """Of the pictures of this run's table that were painted since then: their seconds, actual and
-        predicted, and the highest peak."""
-        names = "seconds", "predicted_seconds", "peak_bytes"
+        predicted, the highest peak, and the energy, with the number of pictures of which it is known."""
+        names = "seconds", "predicted_seconds", "peak_bytes", "joules", "joules_pictures"
         (sums,) = self._all(
-            "select total(seconds), total(predicted_seconds), coalesce(max(peak_bytes), 0) from pictures "
+            "select total(seconds), total(predicted_seconds), coalesce(max(peak_bytes), 0), "
+            "sum(joules), count(joules) from pictures "
             "where run = ? and state = ? and ended >= ? and seconds is not null",
             self._run,
             _DONE,
@@ -328,6 +331,7 @@ class Ledger:
             "seconds",
             "predicted_seconds",
             "peak_bytes",
+            "joules",
             "plan",
             "error",
         )
@@ -355,6 +359,12 @@ class Ledger:
     def _explained(self) -> AbstractContextManager[None]:
         another = "another tightfit batch paints into it: wait for that, or name another folder"
         return explained(f"{self.folder} cannot keep a ledger", another)
+
+
+def _complete(database: Connection) -> None:
+    """Columns that an earlier version did not have."""
+    if "joules" not in {name for _, name, *_ in database.execute("pragma table_info(pictures)")}:
+        database.execute("alter table pictures add column joules real")
 
 
 def _copy(file: Path, database: Connection) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from ..asking import request_of
 from ..errors import TightfitError, first_line
 from ..events import Event, Result
+from ..machine.energy import Energy
 from ..open_models import OpenModels
 from ..passes import passes
 from ..pictures import FORMATS, PARAMETERS, QUALITY, content
@@ -180,6 +181,7 @@ class Here:
         """What is thrown in is thrown into the run. The numbers of those that are made come into `made`."""
         items = tuple(item for item, _ in pairs)
         pipeline = self._pipeline(items[0])
+        energy = Energy(self.models.hardware.device)
         with closing(pipeline.run(together([job for _, job in pairs]))) as events:
             advance: Callable[[], Event] = partial(next, events)
             while True:
@@ -187,8 +189,9 @@ class Here:
                     event = advance()
                 except StopIteration:
                     return
+                joules = energy.joules()
                 try:
-                    yield _news(event, items)
+                    yield _news(event, items, joules)
                     advance = partial(next, events)
                 except KeyboardInterrupt as interrupt:
                     advance = partial(events.throw, interrupt)
@@ -196,11 +199,11 @@ class Here:
                     made.add(items[event.image].number)
 
 
-def _news(event: Event, items: tuple[Item, ...]) -> News:
+def _news(event: Event, items: tuple[Item, ...], joules: float | None) -> News:
     if event.picture:
         return Made(items[event.image], event.picture)
     if event.result:
-        return Took(items, _measures(event.result, len(items)))
+        return Took(items, _measures(event.result, len(items), joules))
     return Stepped(items[min(event.image, len(items) - 1)], replace(event, preview=None))
 
 
@@ -215,7 +218,8 @@ def _likeness(pair: tuple[Item, Job]) -> str:
     return f"{words_in_common(job)} {id(job.spec)}" if _may_join(job) else f"alone {item.number}"
 
 
-def _measures(result: Result, count: int) -> Measures:
+def _measures(result: Result, count: int, joules: float | None) -> Measures:
     predicted = sum(one.plan.predicted.seconds for one in result.passes)
     plan = "; then ".join(one.plan.summary() for one in result.passes)
-    return Measures(result.seconds / count, predicted / count, result.peak_bytes, plan)
+    each = None if joules is None else joules / count
+    return Measures(result.seconds / count, predicted / count, result.peak_bytes, plan, each)

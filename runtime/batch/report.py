@@ -68,6 +68,8 @@ class Report:
             "painting_seconds": self.sums["seconds"],
             "predicted_seconds": self.sums["predicted_seconds"],
             "peak_bytes": self.sums["peak_bytes"],
+            "joules": self.sums["joules"],
+            "joules_pictures": self.sums["joules_pictures"],
             "slowest": [*self.slowest],
             "failures": [{"row": row, "error": error} for row, error in self.failures],
         } | ({"nodes": nodes} if nodes else {})
@@ -90,6 +92,9 @@ class Report:
             was = f"painting took {said['painting_seconds']:.1f} s, {said['predicted_seconds']:.1f} predicted"
             slow = ", ".join(f"row {one['row']} {one['seconds']:.1f} s" for one in said["slowest"])
             lines.append(f"{was}; slowest: {slow}")
+        if count := said["joules_pictures"]:
+            joules, part = said["joules"], "" if count == self.painted else f" of {count} of the pictures"
+            lines.append(f"energy{part}: {joules / 3600:.3g} Wh, {joules / count:.3g} J each")
         lines += [_shared(name, share, self.painted) for name, share in self.shares.items()]
         lines += [f"row {row}: {error}" for row, error in self.failures]
         more = said["failed"] - len(self.failures)

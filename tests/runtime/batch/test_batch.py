@@ -222,8 +222,11 @@ def test_what_was_painted_when_the_process_ended_is_counted_and_begun_alone(tmp_
                 for item in items:
                     ledger.write(item, tmp_path / f"{item.number}.png", b"x")
     assert painted == [[5, 6, 7, 8], [1], [2], [4]]
+    with closing(sqlite3.connect(tmp_path / FILE)) as earlier:  # as a version had it that knew no energy
+        earlier.execute("alter table pictures drop column joules")
     with Ledger(tmp_path) as ledger:
         ledger.ask(Reading().pictures(iter(asked)))
+        assert ledger.sums(0)["joules_pictures"] == 0
         assert ledger.counts() == {"done": 7, "failed": 1}
         assert ledger.failures() == [(3, "the process ended while it was painted, 3 times")]
 

@@ -14,7 +14,7 @@ import pytest
 from tightfit.runtime.batch.ledger import ENDED, Ledger, Measures
 from tightfit.runtime.batch.nodes import at_once, slots
 from tightfit.runtime.batch.painting import Encoded, Predicted, Took
-from tightfit.runtime.batch.report import reported
+from tightfit.runtime.batch.report import Report, reported
 from tightfit.runtime.batch.requests import Reading
 from tightfit.runtime.batch.spread import Foreseen, Joined, Lost, Spread, Told
 from tightfit.runtime.errors import TightfitError
@@ -26,7 +26,7 @@ POISON = 13  # a seed
 @dataclass
 class Machine:
     """Seconds of a picture, and of one of some models; when it joins, and is lost; which models it has not;
-    whether its process ends at the poisoned picture, and begins again after a second."""
+    whether its process ends at the poisoned picture, and begins again after a second; joules of a picture."""
 
     seconds: float
     joins: float = 0.0
@@ -34,6 +34,7 @@ class Machine:
     lacks: tuple[str, ...] = ()
     is_poisoned: bool = False
     seconds_of: dict[str | None, float] = field(default_factory=dict)
+    joules: float | None = None
 
     def of(self, item):
         return self.seconds_of.get(item.model, self.seconds)
@@ -101,7 +102,8 @@ class Machines:
             theirs = replace(item, row=-1, name="/etc/passwd")
             made = Encoded(theirs, b"%d" % item.options["seed"], "")
             self._later(when, Told(node, [made], False), life)
-        took = Took(tuple(items), Measures(machine.of(items[0]), machine.of(items[0]), 1, "a plan"))
+        seconds = machine.of(items[0])
+        took = Took(tuple(items), Measures(seconds, seconds, 1, "a plan", machine.joules))
         self._later(when, Told(node, [took], True), life)
 
     def stop(self, node):
@@ -160,6 +162,16 @@ def test_a_slow_machine_takes_less_and_all_end_together(tmp_path):
     assert 8 <= painted["slow"] <= 12  # a tenth of the other's
     assert crew.now <= 1.1 * 100  # both without a break take 100 s
     assert crew.sizes[0] == ("fast", TOGETHER)
+
+
+def test_energy_is_of_those_that_measure_it(tmp_path):
+    crew = Machines({"a": Machine(1.0, joules=5.0), "b": Machine(1.0)})
+    report = run(tmp_path, crew, rows(24))
+    count = next(node["painted"] for node in report["nodes"] if node["node"] == "a")
+    assert 0 < count < 24
+    assert (report["joules"], report["joules_pictures"]) == (5.0 * count, count)
+    said = Report({}, 24, 1.0, {**report, "seconds": 24.0}, [], [], None).lines()
+    assert f"energy of {count} of the pictures: {5 * count / 3600:.3g} Wh, 5 J each" in said
 
 
 def test_a_machine_far_slower_leaves_the_last_ones_to_others(tmp_path):

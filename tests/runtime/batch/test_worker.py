@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tightfit.__main__ import app
+from tightfit.runtime.batch import painting
 from tightfit.runtime.batch.ledger import Item
 from tightfit.runtime.batch.painting import Encoded, Encoding, Failed, Predicted, Took
 from tightfit.runtime.batch.staging import parcel, parts
@@ -60,12 +62,14 @@ def test_a_machine_paints_within_its_own_budget(tmp_path, monkeypatch):
     assert isinstance(known, Predicted) and known.together > 1
     assert known.plan.budget_bytes == 2 * 2**30
     assert "nowhere does not exist" in painter.predicted(items(1, "nowhere")[0], 8)
+    counter = SimpleNamespace(joules=lambda: 12.0)
+    monkeypatch.setattr(painting, "Energy", lambda device: counter if device == "cpu" else None)
     painter.paint([*items(3), *items(1, width=60)])
     news = told(painter)
     made = {one.item.number: one for one in news if isinstance(one, Encoded)}
     assert sorted(made) == [1, 2, 3]
     assert all(one.content.startswith(b"\x89PNG") and "Seed: " in one.parameters for one in made.values())
-    assert [one for one in news if isinstance(one, Took)]
+    assert [one.measures.joules for one in news if isinstance(one, Took)] == [4.0]
     assert "width 60" in next(one.error for one in news if isinstance(one, Failed))
 
 
