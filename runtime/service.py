@@ -184,15 +184,26 @@ class Service:
 
     @property
     def active(self) -> list[Ticket]:
-        """The job that runs, then those that wait, in the order they came. Waits for no lock."""
-        waiting, running = [*self._waiting], self.running  # in this order: a job is in one of them, or both
-        others = [ticket for ticket in waiting if ticket is not running and not ticket.state.is_end]
-        return [*([running] if running else []), *others]
+        """The jobs that run, then those that wait, in the order they came. Waits for no lock."""
+        waiting, running = [*self._waiting], self.at_work  # in this order: a job is in one of them, or both
+        others = [ticket for ticket in waiting if ticket not in running and not ticket.state.is_end]
+        return [*running, *others]
+
+    @property
+    def at_work(self) -> list[Ticket]:
+        """The jobs that run: here one."""
+        running = self._running
+        return [running] if running and not running.state.is_end else []
 
     @property
     def running(self) -> Ticket | None:
-        running = self._running
-        return None if running and running.state.is_end else running
+        """The job that runs; the first of several."""
+        return next(iter(self.at_work), None)
+
+    def running_of(self, client: str) -> Ticket | None:
+        """The client's, or else the first."""
+        theirs = (ticket for ticket in self.at_work if ticket.record.order.client == client)
+        return next(theirs, self.running)
 
     @_privately
     def plans(self, model: str, asked: Request | Mapping[str, Any], **wishes: Any) -> list[Plan]:
@@ -385,24 +396,26 @@ class Service:
                 if not unloading and self._closed:
                     return None
                 if not unloading and self._waiting:
-                    return self._taken()
+                    self._running = self._first(self._waiting)  # before it waits no more: see `active`
+                    return self._taken(self._running)
             if unloading:
                 self.models.free()
             else:
                 self._write_again()
 
-    def _taken(self) -> Ticket:
-        """The job whose turn it is, out of the queue."""
-        turns = {waiting.record.order.client: 0 for waiting in self._waiting} | self._served
-        orders = [waiting.record.order for waiting in self._waiting]
-        client = min((order.client for order in orders), key=lambda name: turns[name])  # the first of equals
-        theirs = (waiting for waiting in self._waiting if waiting.record.order.client == client)
-        ticket = max(theirs, key=lambda waiting: waiting.record.order.priority)
-        still = {order.client for order in orders}
+    def _first(self, waiting: Sequence[Ticket]) -> Ticket:
+        """Of these the one whose turn it is."""
+        clients = [one.record.order.client for one in waiting]
+        client = min(clients, key=lambda name: self._served.get(name, 0))  # the first of equals
+        theirs = (one for one in waiting if one.record.order.client == client)
+        return max(theirs, key=lambda one: one.record.order.priority)
+
+    def _taken(self, ticket: Ticket) -> Ticket:
+        """Out of the queue."""
+        still = {waiting.record.order.client for waiting in self._waiting}
         latest = max(self._served.values(), default=0)
         self._served = {name: turn for name, turn in self._served.items() if name in still}
-        self._served[client] = latest + 1
-        self._running = ticket  # before it waits no more: see `active`
+        self._served[ticket.record.order.client] = latest + 1
         self._waiting.remove(ticket)
         return ticket
 
@@ -473,7 +486,7 @@ class Service:
         """One job: whatever it raises is its own."""
         try:
             yield
-        except _OverError:
+        except OverError:
             pass
         except BaseException as error:  # whoever submitted it is told; the next is not theirs
             if not isinstance(error, TightfitError):
@@ -491,7 +504,7 @@ class Service:
             try:
                 with self._writing:
                     if ticket.ending:
-                        raise _OverError
+                        raise OverError
                     self.jobs.change(begun)
                 ticket.become(begun)
             except UnkeptError as error:
@@ -505,11 +518,11 @@ class Service:
             self._enlarge(ticket, order)
 
     def _go_on(self, ticket: Ticket) -> None:
-        """Raises _OverError where the job has ended, or is to."""
+        """Raises OverError where the job has ended, or is to."""
         if ticket.cancelled or self._closed:
             self._give_up(ticket)
         if ticket.ending:
-            raise _OverError
+            raise OverError
 
     def _give_up(self, ticket: Ticket) -> None:
         """End it: in a folder, if nobody asked for that, it is done after the next start."""
@@ -659,7 +672,7 @@ class Service:
             self.problem = first_line(error)
 
 
-class _OverError(Exception):
+class OverError(Exception):
     """The job that runs is over."""
 
 

@@ -132,7 +132,7 @@ class Here:
     def predicted(self, item: Item, count: int) -> Predicted:
         pipeline, job = self._pipeline(item), self._job(item)
         # Runs are as long as one another, so that all fill the plan's calls.
-        most = -(-count // -(-count // MOST_TOGETHER)) if _may_join(job) else 1
+        most = -(-count // -(-count // MOST_TOGETHER)) if may_join(job) else 1
         planned = pipeline.planned(replace(job, num_images=most))
         if refusal := planned[-1].refusal:
             raise refusal
@@ -175,7 +175,8 @@ class Here:
         return self.models.pipeline(item.model, self.models.wished(item.wishes))
 
     def _job(self, item: Item) -> Job:
-        return request_of(item.options, models_dirs=self._models_dirs).resolve(self._pipeline(item).spec)
+        request = request_of(item.options, self.models.shelves, self._models_dirs)
+        return request.resolve(self._pipeline(item).spec)
 
     def _run(self, pairs: Sequence[tuple[Item, Job]], made: set[int]) -> Generator[News, None, None]:
         """What is thrown in is thrown into the run. The numbers of those that are made come into `made`."""
@@ -204,10 +205,10 @@ def _news(event: Event, items: tuple[Item, ...], joules: float | None) -> News:
         return Made(items[event.image], event.picture)
     if event.result:
         return Took(items, _measures(event.result, len(items), joules))
-    return Stepped(items[min(event.image, len(items) - 1)], replace(event, preview=None))
+    return Stepped(items[min(event.image, len(items) - 1)], event)
 
 
-def _may_join(job: Job) -> bool:
+def may_join(job: Job) -> bool:
     """Whether it can be painted in a run with others."""
     return not job.conditions and job.hires is None and job.hires_size is None and job.refiner is None
 
@@ -215,7 +216,7 @@ def _may_join(job: Job) -> bool:
 def _likeness(pair: tuple[Item, Job]) -> str:
     """The same for those of one run."""
     item, job = pair
-    return f"{words_in_common(job)} {id(job.spec)}" if _may_join(job) else f"alone {item.number}"
+    return f"{words_in_common(job)} {id(job.spec)}" if may_join(job) else f"alone {item.number}"
 
 
 def _measures(result: Result, count: int, joules: float | None) -> Measures:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ... import __version__
+from ..asking import Shelves
 from ..errors import TightfitError, first_line
 from ..machine.hardware import Hardware
 from ..open_models import OpenModels
@@ -31,7 +32,8 @@ _GATHER_SECONDS = 0.5  # steps are told so often, at most: each message takes th
 class Setup:
     """What every machine is told before it paints. folder: where the command was given, from where paths
     count. budget: of each machine, at most; its own may be less. staged: digests of models that are sent, by
-    the names that rows have for them."""
+    the names that rows have for them. named: where rows are a stranger's, the models by their paths that may
+    be named besides those of models_dirs."""
 
     encoding: Encoding
     folder: str
@@ -40,6 +42,7 @@ class Setup:
     budget: str | None = None
     images_per_call: int = 1
     staged: tuple[tuple[str, str], ...] = ()
+    named: tuple[tuple[str, str], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class About:
     machine: str
     budget_bytes: int
     missing: tuple[str, ...]
+    hardware: Hardware
 
 
 def versions() -> tuple[str, str]:
@@ -74,9 +78,10 @@ class Worker:
             os.chdir(setup.folder)
         machine = Hardware.detect(setup.device)
         wishes = Wishes(budget=self._least_budget(), requests=MANY, images_per_call=setup.images_per_call)
-        self._here = Here(OpenModels(machine, None, wishes), [Path(place) for place in setup.models_dirs])
+        shelves = None if setup.named is None else Shelves(setup.models_dirs, dict(setup.named))
+        self._here = Here(OpenModels(machine, shelves, wishes), [Path(place) for place in setup.models_dirs])
         missing = tuple(digest for _, digest in setup.staged if not self._stage.place(digest))
-        return About(versions(), machine.name, budget_of(machine, wishes), missing)
+        return About(versions(), machine.name, budget_of(machine, wishes), missing, machine)
 
     def _least_budget(self) -> int | None:
         given = [Wishes(budget=text).budget for text in (self._setup.budget, self._budget or None)]

@@ -7,7 +7,8 @@ import ipaddress
 import os
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, make_dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, make_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +24,7 @@ from .options import MODEL, Device, ModelsDirs, taking
 from .output import say
 
 if TYPE_CHECKING:
+    from ..asking import Shelves
     from ..machine.hardware import Hardware
     from ..server.guard import Door
     from ..service import Service
@@ -51,6 +53,7 @@ class Options:
     api_key: Annotated[str | None, _of_server(f"Else {KEY}.", "KEY")] = None
     cors: Annotated[list[str] | None, _of_server("Pages of there may ask.", "ORIGIN")] = None
     allow_host: Annotated[list[str] | None, _of_server("Another name of here.", "NAME", envvar=HOSTS)] = None
+    ray: Annotated[str | None, _of_server("Paint there: auto, HOST:PORT.", "ADDRESS")] = None
     page: Annotated[bool, _of_server("The page, too.", None, "--page/--no-ui")] = True
     log_json: Annotated[bool, _of_server("One JSON object a line.", None, "--log-json")] = False
 
@@ -75,7 +78,7 @@ Limited = make_dataclass(
     namespace={"__doc__": "What the server takes at most."},
 )
 _ORDER = """
-model models_dirs host port api_key cors allow_host state page log_json
+model models_dirs host port api_key cors allow_host state ray page log_json
 device budget precision compute backend provider residency attention tiling prefer min_psnr ...
 """
 
@@ -89,13 +92,11 @@ def serve(options: Options, wished: Mapping[str, Any], limited: Mapping[str, Any
         raise TightfitError(f"{_INSTALL} ({error.name} is missing)") from None
     door = _door(options, limited)
     listening = _listening(options, door)
-    with listening:
-        service = _service(options, wished, limited)
-        try:
-            say(_greeting(service, door, listening))
-            running.run(service, door, listening, as_json=options.log_json)
-        finally:
-            service.close()
+    with listening, ExitStack() as ends:
+        service = _service(options, wished, limited, ends)
+        ends.callback(service.close)
+        say(_greeting(service, door, listening))
+        running.run(service, door, listening, as_json=options.log_json)
 
 
 def _door(options: Options, limited: Mapping[str, Any]) -> Door:
@@ -146,7 +147,9 @@ def _listening(options: Options, door: Door) -> socket.socket:
         ) from None
 
 
-def _service(options: Options, wished: Mapping[str, Any], limited: Mapping[str, Any]) -> Service:
+def _service(
+    options: Options, wished: Mapping[str, Any], limited: Mapping[str, Any], ends: ExitStack
+) -> Service:
     from ..asking import Shelves
     from ..machine.hardware import Hardware
     from ..models.hub import BUILT_IN, inspect, located
@@ -165,13 +168,42 @@ def _service(options: Options, wished: Mapping[str, Any], limited: Mapping[str, 
     inspect(place)  # fetched here, if it is to be: a request fetches nothing
     shelves.path(_named(options.model), Kind.MODEL)
     _check_room(Hardware.detect(options.device), Wishes(**wished))
-    return Service(
-        device=options.device,
-        folder=folder,
-        shelves=shelves,
-        limits=Limits(**{name: value for name, value in limits.items() if name in known}),
+    given = {
+        "device": options.device,
+        "folder": folder,
+        "shelves": shelves,
+        "limits": Limits(**{name: value for name, value in limits.items() if name in known}),
         **wished,
+    }
+    return _spreading(options, shelves, given, ends) if options.ray else Service(**given)
+
+
+def _spreading(options: Options, shelves: Shelves, given: Mapping[str, Any], ends: ExitStack) -> Service:
+    """Whose jobs are painted by the nodes of a Ray cluster."""
+    from ..batch.nodes import RayCrew
+    from ..batch.painting import Encoding
+    from ..batch.serving import Spreading
+    from ..batch.worker import Setup
+
+    budget = given.get("budget")
+    setup = Setup(
+        encoding=Encoding("picture"),
+        folder=str(Path.cwd()),
+        models_dirs=tuple(str(Path(place).absolute()) for place in options.models_dirs or ()),
+        device=options.device,
+        budget=None if budget is None else f"{budget}",
+        named=tuple(
+            (name, str(Path(place).expanduser().absolute())) for name, place in shelves.models.items()
+        ),
     )
+    crew = ends.enter_context(RayCrew(options.ray or "auto", setup, (), lambda text: say(text, err=True)))
+    abouts = [*crew.ready().values()]
+    service = Spreading(crew, **given)
+    roomiest = max(abouts, key=lambda about: about.budget_bytes)
+    # What the page plans for, and models are listed by.
+    name = f"{roomiest.machine} (the roomiest of {len(abouts)} nodes)"
+    service.hardware = replace(roomiest.hardware, name=name, free_bytes=roomiest.budget_bytes)
+    return service
 
 
 def _check_room(hardware: Hardware, wishes: Wishes) -> None:

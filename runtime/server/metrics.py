@@ -98,7 +98,7 @@ class _Now(Collector):
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         service = self._service
-        running = int(service.running is not None)
+        running = len(service.at_work)
         queue = GaugeMetricFamily("tightfit_queue_jobs", "Jobs that run or wait", labels=["state"])
         queue.add_metric([State.RUNNING.value], running)
         queue.add_metric([State.WAITING.value], len(service.active) - running)

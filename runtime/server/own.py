@@ -22,7 +22,7 @@ from starlette.concurrency import run_in_threadpool
 from ... import __version__
 from ..errors import TightfitError
 from ..fields import described
-from ..jobs import PICTURE, Record
+from ..jobs import PICTURE, Record, State
 from ..machine.hardware import Hardware
 from ..machine.profiles import profile
 from ..pipeline import Planned
@@ -211,8 +211,8 @@ def _is_picture(value: Any) -> bool:
 def _position(service: Service, record: Record) -> int | None:
     if record.state.is_end:
         return None
-    active = [ticket.id for ticket in service.active]
-    return active.index(record.id) if record.id in active else 0
+    waiting = [ticket.id for ticket in service.active]
+    return waiting.index(record.id) if record.state is State.WAITING and record.id in waiting else 0
 
 
 def _data_url(image: Image.Image) -> str:
@@ -321,7 +321,7 @@ def models(request: Request) -> dict[str, Any]:
 @router.get("/info")
 def info(service: Served, door: Doored) -> dict[str, Any]:
     """What serves: the machine, what is free and loaded, versions, limits, and the queue."""
-    hardware, active = service.hardware, service.active
+    hardware, active, at_work = service.hardware, service.active, service.at_work
     return {
         "version": __version__,
         "versions": _versions(),
@@ -338,8 +338,8 @@ def info(service: Served, door: Doored) -> dict[str, Any]:
         "loaded": service.loaded(),
         "limits": asdict(service.limits) | {"body_bytes": door.body_bytes},
         "queue": {
-            "waiting": len(active) - (service.running is not None),
-            "running": service.running.id if service.running else None,
+            "waiting": len(active) - len(at_work),
+            "running": at_work[0].id if at_work else None,
         },
     }
 

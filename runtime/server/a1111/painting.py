@@ -134,8 +134,8 @@ def timestamp(ticket: Ticket) -> str:
 
 
 @router.get("/progress")
-def progress(at: At, skip_current_image: bool = False) -> dict[str, Any]:
-    ticket = at.service.running
+def progress(at: At, request: Request, skip_current_image: bool = False) -> dict[str, Any]:
+    ticket = at.service.running_of(client_of(request))
     if ticket is None or ticket.state.is_end:
         return {
             "progress": 0.0,
@@ -175,7 +175,7 @@ def _state(ticket: Ticket | None) -> dict[str, Any]:
 @router.post("/interrupt")
 def interrupt(at: At, request: Request) -> dict[str, Any]:
     """Stop what runs of this client's, after its step: pictures that are painted are answered."""
-    ticket = at.service.running
+    ticket = at.service.running_of(client_of(request))
     if ticket and ticket.record.order.client == client_of(request):
         ticket.stop()
     return {}

@@ -149,14 +149,65 @@ def cluster(monkeypatch):
         whole.shutdown()
 
 
+def begun(cluster: Any, budget: str) -> Any:
+    """A node that may take so much."""
+    labels = {"tightfit-budget": budget}
+    return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, labels=labels)
+
+
+@pytest.mark.slow
+def test_a_cluster_serves(tmp_path, cluster):
+    """By one address: each job where it fits, and what a lost node had elsewhere."""
+    httpx = pytest.importorskip("httpx")
+    begun(cluster, "670MiB")
+    large = begun(cluster, "2GiB")
+    wished = [word for name, value in WISHES.items() for word in (f"--{name}", value)]
+    command = [sys.executable, "-m", "tightfit", "serve", "--ray", cluster.address, "--port", "0"]
+    state = ["--state", str(tmp_path), "--device", "cpu", "--no-ui"]
+    with subprocess.Popen([*command, *state, *wished], stdout=subprocess.PIPE, text=True) as serving:
+        try:
+            assert serving.stdout
+            address = serving.stdout.readline().split(" at ")[1].split()[0]
+
+            def submitted(**more: Any) -> str:
+                told = httpx.post(f"{address}/v1/tightfit/jobs", json=OPTIONS | more)
+                assert told.status_code == 202, told.text
+                return told.json()["id"]
+
+            def ended(name: str) -> dict[str, Any]:
+                end = time.monotonic() + 60
+                while True:
+                    told = httpx.get(f"{address}/v1/tightfit/jobs/{name}").json()
+                    if told["state"] not in ("waiting", "running"):
+                        return told
+                    assert time.monotonic() < end, told
+                    time.sleep(0.05)
+
+            wide = ended(submitted(width=384, height=384))
+            assert wide["state"] == "done", wide
+            (roomy,) = wide["summary"]["machines"]
+            both = [ended(name) for name in [submitted(num_images=2, num_inference_steps=30) for _ in "ab"]]
+            assert {one["summary"]["machines"][0] for one in both} > {roomy}
+            png = httpx.get(address + both[0]["pictures"][1])
+            assert png.content.startswith(b"\x89PNG")
+            jobs = [submitted(num_inference_steps=300) for _ in "ab"]
+            while len(httpx.get(f"{address}/v1/tightfit/jobs/{jobs[1]}").json()["plan"] or ()) == 0:
+                time.sleep(0.05)
+            cluster.remove_node(large, allow_graceful=False)
+            every = [ended(name) for name in jobs]
+            assert [one["state"] for one in every] == ["done", "done"]
+            assert sorted(one["tries"] for one in every) == [1, 2]
+            refused = ended(submitted(width=384, height=384))
+            assert refused["state"] == "failed" and "runs on no machine" in refused["error"]
+        finally:
+            serving.terminate()
+            serving.wait(60)
+
+
 @pytest.mark.slow
 def test_a_cluster_loses_a_node_and_gets_another(tmp_path, cluster):
-    def begun(budget):
-        labels = {"tightfit-budget": budget}
-        return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, labels=labels)
-
-    begun("2GiB")
-    lost = begun("1500MiB")
+    begun(cluster, "2GiB")
+    lost = begun(cluster, "1500MiB")
     row = {**OPTIONS, "seed": "1..200", "num_inference_steps": 8}
     (tmp_path / "t.jsonl").write_text(json.dumps(row))
     command = [
@@ -175,7 +226,7 @@ def test_a_cluster_loses_a_node_and_gets_another(tmp_path, cluster):
     ) as running:  # fmt: skip
         while running.poll() is None and len([*(tmp_path / "d").glob("*.png")]) < 40:
             time.sleep(0.1)
-        begun("1GiB")
+        begun(cluster, "1GiB")
         cluster.remove_node(lost, allow_graceful=False)
         report = json.loads(running.communicate(timeout=200)[0])
     assert (report["done"], report["painted"]) == (200, 200)
