@@ -80,9 +80,12 @@ def _dequantising(args: Any, _: Any) -> int:
 
 
 def _linear_int8(args: Any, out: torch.Tensor) -> int:
-    """The codes, and the scales of tokens and channels."""
+    """The codes and tokens' scales; beside them what makes the codes of some tokens, before there is an
+    answer, or the scales of channels."""
     x, channels = args[0], out.shape[-1]
-    return x.numel() + x.numel() // x.shape[-1] * x.element_size() + 12 * channels
+    codes = x.numel() + x.numel() // x.shape[-1] * x.element_size()
+    making = 4 * min(x.numel(), max(1, AT_ONCE // x.shape[-1]) * x.shape[-1])
+    return codes + max(12 * channels, making - out.nbytes)
 
 
 def _convolution_int8(args: Any, out: torch.Tensor) -> int:
