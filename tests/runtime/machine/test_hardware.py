@@ -6,16 +6,19 @@ import json
 import math
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
+from tightfit.runtime.costs.latency import attention_seconds
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine import detect, hardware, process
 from tightfit.runtime.machine.hardware import GIB, Hardware, half_is_broken
 from tightfit.runtime.machine.process import cgroup_cores, cgroup_memory
 from tightfit.runtime.machine.profiles import profile
+from tightfit.runtime.placement import ATTENTIONS, Placement
 
 # What each version calls its folder's controllers, and its files of limit, use and the pages of files that
 # can be dropped.
@@ -36,6 +39,18 @@ def test_cpu():
         assert cpu.total_bytes == pytest.approx(
             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), rel=0.01
         )
+
+
+@pytest.mark.parametrize(("tiles", "faster"), [((), "sliced"), (("amx_bf16", "amx_int8"), "sdpa")])
+def test_the_attention_that_was_measured_to_be_faster(monkeypatch, tiles, faster):
+    """Uncalibrated, with AMX and without, of SD 1.5's largest at 512x512."""
+    monkeypatch.setattr(detect, "cpu_flags", lambda: frozenset({"avx512f", "avx512_bf16", *tiles}))
+    cpu, way = detect._cpu(""), Placement("torch", "bf16", "bf16", "staged", "sdpa", "whole")
+    seconds = {
+        kind: attention_seconds(cpu, replace(way, attention=kind), (2, 8, 4096, 4096, 40))
+        for kind in ATTENTIONS
+    }
+    assert min(seconds, key=lambda kind: seconds[kind]) == faster
 
 
 def test_what_is_not_here():
