@@ -67,7 +67,7 @@ class Request:
     height: int | None = option(None, "Pixels; default: model's.", "N", bounds=_SIDES, costs=True)
     num_inference_steps: int | None = option(
         None,
-        "Default 20; 4 for LCM.",
+        "Default 20, or model's.",
         "N",
         options=("--num-inference-steps", "--steps"),
         bounds=(1, 1000),

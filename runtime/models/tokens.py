@@ -66,11 +66,17 @@ class Reader:
         return self.taught.get(token, [token])
 
 
+def _reader(spec: ModelSpec, encoder: Component) -> Reader:
+    """Kept: a tokenizer takes 2 ms to copy and to list its words, as long as a small picture's text takes to
+    encode, and a language model's is read for longer."""
+    return encoder.once(("reader", spec.folder), lambda: Reader(spec, encoder))
+
+
 def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> Tokens:
     """Tokens of the named `texts` for one text encoder, padded or cut to its length."""
     import numpy as np
 
-    reader = Reader(spec, encoder)
+    reader = _reader(spec, encoder)
     if reading := encoder.network.reading:
         return _told(reader, reading, texts)
     whole, length = reader.ids([*texts.values()]), reader.length
@@ -120,8 +126,7 @@ def chunked(spec: ModelSpec, encoder: Component, texts: Sequence[str]) -> dict[s
     """Each of `texts`, in A1111's syntax, in as many chunks as it takes."""
     import numpy as np
 
-    # A tokenizer takes 2 ms to copy and to list its words, as long as a small picture's text takes to encode.
-    reader: Reader = encoder.once(("reader", spec.folder), lambda: Reader(spec, encoder))
+    reader = _reader(spec, encoder)
     length = spec.text_length
     if length < 3:
         raise TightfitError(

@@ -302,6 +302,10 @@ class Flux2Klein(Family):
         config, folder = spec.denoiser.config, spec.folder
         if config["guidance_embeds"] or config["patch_size"] != 1:
             raise TightfitError(f"{folder} is a Flux.2 that is not klein: tightfit runs klein")
+        if (vae := spec.vae.get("_class_name")) != "AutoencoderKLFlux2":
+            raise TightfitError(
+                f"{folder} has a {vae}, not klein's AutoencoderKLFlux2: copy or download it again"
+            )
         reads, channels = config["joint_attention_dim"], spec.latents.channels
         if (reads, config["in_channels"]) != (spec.text_width, channels) or config["out_channels"] not in (
             None,

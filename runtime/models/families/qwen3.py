@@ -73,7 +73,7 @@ def text_encoder(read: Sequence[int], build: Any, call: Any, length: int) -> Net
         name="text_encoder",
         folder="text_encoder",
         role=Role.TEXT,
-        listed=r"transformers Qwen3(ForCausalLM|Model)",
+        listed=r"transformers Qwen3ForCausalLM",
         fields=FIELDS,
         defaults=DEFAULTS,
         layers=lambda config: {"num_hidden_layers": config["num_hidden_layers"]},

@@ -589,7 +589,7 @@ def test_terms_of_nothing_are_left_out(call, sd1, card, holder):
 
 def test_help_says_the_steps_of_each_kind(call):
     for name in ("generate", "plan"):
-        assert "Default 20; 4 for LCM." in call(name, "--help")[1]
+        assert "Default 20, or model's." in call(name, "--help")[1]
 
 
 def test_what_is_imported_before_ctrl_c_is_ours():
