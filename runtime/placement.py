@@ -36,7 +36,9 @@ class Placement:
     residency: `resident` (stays loaded), `staged` (loaded for its stage, freed after it) or `streamed` (its
     weights flow through it block by block, but for `kept_bytes` of its largest blocks, which are loaded for
     the stage). attention: torch's `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or
-    `tiled`, in strips of rows (kernels/strips.py). provider: ONNX Runtime's, empty for torch.
+    `tiled`, in strips of rows (kernels/strips.py). provider: ONNX Runtime's, empty for torch. packed: weights
+    in fp32 lie as oneDNN multiplies by them on a CPU, which is faster and rounds otherwise than diffusers; in
+    bf16 they always do.
     """
 
     backend: str
@@ -47,6 +49,7 @@ class Placement:
     tiling: str
     provider: str = ""
     kept_bytes: int = 0
+    packed: bool = False
 
     @property
     def arithmetic(self) -> str:

@@ -126,6 +126,8 @@ def _operation_seconds(
         {kind: hardware.rate(kind or placement.compute) for kind in ("", "int8", "unpack", "unpack4")},
         hardware.bandwidth,
     )
+    if placement.packed:
+        rates[""] = hardware.rates.get(f"{placement.compute}/packed", rates[""])
     if placement.backend in GRAPHS and hardware.device == "cpu":
         share_of_torchs = SHARES[placement.backend][placement.compute]
         rates = {kind: rate / share_of_torchs for kind, rate in rates.items()}

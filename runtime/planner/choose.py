@@ -15,12 +15,13 @@ from ..budget import BUILDING
 from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..machine.process import PROCESS, address_space, process_context
+from ..models.families.family import Role
 from ..models.spec import ModelSpec
 from ..placement import GRAPHS
 from ..request import Job, Request
 from ..units import shown
 from .candidates import ways
-from .estimate import ESTIMATOR, Estimate, cached_psnr, holder
+from .estimate import ESTIMATOR, PSNR, Estimate, cached_psnr, holder
 from .plan import MOST_PER_CALL, Plan, Verdict
 from .saved import checked as checked  # a plan from a file is a choice as well
 from .saved import continued as continued
@@ -72,6 +73,7 @@ def plan(
             f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
         )
     found += [wider for p in _fastest(found, _residency) for wider in _wider(p, estimate)]
+    found += [packed for p in _fastest(found, _arithmetic) for packed in _packed(p, estimate)]
     found += [cached for p in _fastest(found, _arithmetic) for cached in _cached(p, estimate)]
     fitting = sorted(
         (p for p in found if p.fits),
@@ -127,6 +129,24 @@ def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
     decoded = min(most, _DECODED) if may_decode else 1
     if decoded > 1 and (wide := better(best.images_per_call, decoded)):
         yield wide
+
+
+def _packed(plain: Plan, estimate: Estimate) -> Iterator[Plan]:
+    """The same in fp32 by weights that are packed for oneDNN, where pictures need not be diffusers' to the
+    last bit."""
+    floor, unet = PREFERENCES.get(estimate.wishes.prefer), plain.denoiser
+    if floor is None or PSNR["packed"] < floor or plain.device != "cpu" or unet.residency == "streamed":
+        return
+    if (unet.backend, unet.precision) == ("torch", "fp32"):
+        stepping = (*estimate.spec.of_role(Role.DENOISER), *estimate.spec.of_role(Role.CONTROL))
+        packs = {each.name for each in stepping if plain.placements[each.name].precision == "fp32"}
+        placements = {
+            name: replace(placement, packed=name in packs) for name, placement in plain.placements.items()
+        }
+        wide = replace(
+            estimate, images_per_call=plain.images_per_call, images_per_decode=plain.images_per_decode
+        )
+        yield wide.plan(plain.cfg, placements, plain.budget_bytes)
 
 
 def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:

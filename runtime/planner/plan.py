@@ -109,7 +109,8 @@ class Plan:
         vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
         at_once = f", {self.images_per_call} pictures a call" if self.images_per_call > 1 else ""
         at_once += f", {self.images_per_decode} decoded at once" if self.images_per_decode > 1 else ""
-        return f"{how}, VAE {vaes}{self.elsewhere}{at_once}{self.cached}"
+        packed = ", packed" if unet.packed else ""
+        return f"{how}{packed}, VAE {vaes}{self.elsewhere}{at_once}{self.cached}"
 
     @property
     def cached(self) -> str:
@@ -221,8 +222,12 @@ def _problem(plan: Plan) -> str | None:
             if getattr(placement, field) not in names:
                 return f"it has the {field} {getattr(placement, field)!r}"
         kept = placement.kept_bytes
-        if not isinstance(kept, int) or kept < 0 or (kept and placement.residency != "streamed"):
+        streams = placement.residency == "streamed"
+        if not isinstance(kept, int) or kept < 0 or (kept and not streams):
             return f"it keeps {kept!r} bytes of a component that is {placement.residency}"
+        may_pack = (placement.backend, placement.precision) == ("torch", "fp32") and not streams
+        if type(placement.packed) is not bool or (placement.packed and not may_pack):
+            return f"packed of {placement.residency} {placement.precision} is {placement.packed!r}"
         if bool(placement.provider) != (placement.backend == "onnx"):
             return f"it has the provider {placement.provider!r} for {placement.backend}"
     for count in (plan.images_per_call, plan.images_per_decode):

@@ -12,8 +12,8 @@ from ..request import MOST_CACHED
 from ..units import parse_bytes
 
 _PANEL = "Machine"
-# Least decibels, against the same with all steps in full, that step caching may have: where none is said, no
-# step is cached.
+# Least decibels, against the same with all steps in full, that step caching may have, and packed fp32 against
+# plain: where none is said, no step is cached and nothing packed.
 PREFERENCES = {"quality": None, "balanced": 45.0, "speed": 30.0}
 
 
@@ -27,12 +27,12 @@ class Wishes:
 
     `backend` is of every component that is there for it, `provider` ONNX Runtime's, by its name or a part of
     that such as cuda. `budget` is bytes or text such as "4GiB", context included; `min_psnr` decibels against
-    fp32. `prefer` says how much quality the caching of steps may cost where a request leaves it open: none,
-    hardly any, or some. `requests` says how many will run with the components that stay loaded, which share
-    the time of loading them; `images_per_call` how many pictures may go through the U-Net at once;
-    `cache_every` of how many steps one is taken in full, where a request leaves that open; `loaded` how those
-    are placed that a pass before leaves loaded, by name; `after` how the U-Net ran in that pass, in whose
-    precision this one runs if it fits.
+    fp32. `prefer` says how much quality may go for speed, by the caching of steps where a request leaves it
+    open, and by fp32 in oneDNN's order: none, hardly any, or some. `requests` says how many will run with the
+    components that stay loaded, which share the time of loading them; `images_per_call` how many pictures may
+    go through the U-Net at once; `cache_every` of how many steps one is taken in full, where a request leaves
+    that open; `loaded` how those are placed that a pass before leaves loaded, by name; `after` how the U-Net
+    ran in that pass, in whose precision this one runs if it fits.
     """
 
     backend: str = _word(f"auto, {', '.join(BACKENDS)}.", BACKENDS)

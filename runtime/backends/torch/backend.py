@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 
+from ....kernels import onednn
 from ....kernels.dequantise import triton_problem
 from ...costs.footprint import Footprint
 from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
@@ -130,6 +131,10 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: (
             f"fp16 convolutions return NaN on {case.hardware.name}: choose {_instead(case.hardware)}"
         ),
+    ),
+    Rule(
+        lambda case: case.placement.packed and not onednn.multiplies(torch.float32),
+        "torch has no products by packed weights for this processor: make a plan without --prefer",
     ),
     Rule(
         lambda case: case.streamed and case.hardware.unified and case.hardware.device == "cuda",

@@ -25,6 +25,8 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
     machine."""
     import torch
 
+    from ....kernels import onednn
+
     device, rates, moves = torch.device(hardware.device), {}, {}
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     preferred, attentions, on_cpu = dtypes[hardware.precisions[0]], {}, device.type == "cpu"
@@ -32,7 +34,10 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
         starts = _starts(hardware, device, preferred)
         for precision in hardware.precisions:
             dtype = dtypes[precision]
-            rates[precision] = _mixed_rate(device, dtype)
+            packs = on_cpu and onednn.multiplies(dtype)
+            rates[precision] = _mixed_rate(device, dtype, packs and precision == "bf16")
+            if packs and precision == "fp32":
+                rates["fp32/packed"] = _mixed_rate(device, dtype, packs)
             attentions |= {f"{precision}/{kind}": rate for kind, rate in _attention_rates(device, dtype)}
             if on_cpu:
                 plain = f"{precision}/plain"
@@ -124,19 +129,19 @@ def _read_rate() -> float:
         return len(target) / _fastest(read, None)
 
 
-def _mixed_rate(device: Any, dtype: Any) -> float:
+def _mixed_rate(device: Any, dtype: Any, packs: bool) -> float:
     """FLOP/s over a linear layer and two convolutions of SD 1.5's U-Net at 512x512, timed together."""
     import torch
     from torch import nn
 
-    from .packed import pack, pays
+    from .packed import pack
 
     convolutions = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for channels in (320, 1280))
     layers = nn.ModuleList((nn.Linear(640, 2560, bias=False), *convolutions)).to(device, dtype)
     layers.requires_grad_(False)
     shapes = (4096, 640), (2, 320, 64, 64), (2, 1280, 16, 16)
     inputs = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
-    if device.type == "cpu" and pays(dtype):  # as a denoiser's are, between others with channels last
+    if packs:  # as a denoiser's are, between others with channels last
         pack(layers)
         maps = (each.contiguous(memory_format=torch.channels_last) for each in inputs[1:])
         inputs = [inputs[0], *maps]

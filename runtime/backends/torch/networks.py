@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ....kernels import attention
+from ....kernels import attention, onednn
 from ....kernels.formats import FORMATS
 from ....kernels.recipe import recipe
 from ...errors import TightfitError, explained
@@ -86,7 +86,8 @@ def packs(component: Component, placement: Placement) -> bool:
     times."""
     plain = component.formats is None and placement.precision == placement.compute
     stays = component.role in (Role.DENOISER, Role.CONTROL) and placement.residency != "streamed"
-    return plain and stays and packed.pays(DTYPES[placement.compute])
+    asked = placement.packed or placement.compute == "bf16"
+    return plain and stays and asked and onednn.multiplies(DTYPES[placement.compute])
 
 
 def _in_nf4(module: torch.nn.Module, formats: Mapping[str, str]) -> dict[str, str]:

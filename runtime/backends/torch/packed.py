@@ -95,12 +95,6 @@ class PackedGate(PackedLinear):
 _KINDS = {nn.Conv2d: PackedConv2d, nn.Linear: PackedLinear}
 
 
-def pays(dtype: torch.dtype) -> bool:
-    """Whether layers are packed here. Not in fp32, where pictures are diffusers' to the last bit: oneDNN's
-    products of matrices round otherwise than MKL's."""
-    return dtype is torch.bfloat16 and onednn.multiplies(dtype)
-
-
 def pack_layers(module: nn.Module) -> None:
     """Make the layers that fill oneDNN's blocks packed ones. If there are any, the other convolutions answer
     with channels last too."""

@@ -362,7 +362,8 @@ def test_plan(call, tiny_models):
         assert each.keys() >= {"chosen", "fits", "reason", "predicted", "placements"}
         assert each["predicted"]["stages"].keys() == {"encode", "denoise", "decode"}
         assert each["placements"]["unet"].keys() == {
-            "backend", "precision", "compute", "residency", "attention", "tiling", "provider", "kept_bytes"
+            "backend", "precision", "compute", "residency", "attention", "tiling", "provider", "kept_bytes",
+            "packed",
         }  # fmt: skip
 
 

@@ -268,6 +268,9 @@ def test_what_is_kept_is_bytes_of_what_streams(sd1):
         made["placements"]["unet"] |= {"residency": residency, "kept_bytes": kept}
         with pytest.raises(TightfitError, match="it keeps"):
             Plan.from_json(json.dumps(made))
+    made["placements"]["unet"] |= {"kept_bytes": 0, "packed": True}
+    with pytest.raises(TightfitError, match="packed of staged fp16 is True"):
+        Plan.from_json(json.dumps(made))
 
 
 def test_nothing_fits_says_what_would(sd1):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from safetensors.torch import save_file
 from tightfit.kernels import onednn
@@ -11,8 +14,13 @@ from tightfit.runtime.adapters.lora import Lora
 from tightfit.runtime.backends.torch import networks, packed
 from tightfit.runtime.backends.torch.backend import TorchBackend
 from tightfit.runtime.backends.torch.cpu_kernels import own_bytes
+from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.placement import Placement
+from tightfit.runtime.planner.choose import plan
+from tightfit.runtime.planner.wishes import Wishes
+from tightfit.runtime.request import Request
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -125,3 +133,33 @@ def test_what_is_read_again_and_again_stays_plain(sd1):
     for name, way in [("unet", one) for one in (streamed, quantised, exact)] + plain:
         assert not packed.packed_layers(networks.build(spec.components[name], way, "cpu"))
     assert packed.packed_layers(networks.build(spec.denoiser, staged, "cpu"))
+
+
+@pytest.mark.skipif(torch.float32 not in DTYPES, reason="torch has no oneDNN for this processor")
+def test_fp32_is_packed_where_pictures_may_differ(sd1):
+    """As `prefer` allows and where it is faster: diffusers' U-Net in fp64, in the bytes that were
+    predicted."""
+    spec, request = inspect(str(sd1)), Request("a", width=64, height=64, num_inference_steps=1, seed=0)
+    cpu = Hardware.detect("cpu")
+    cpu = replace(cpu, rates=cpu.rates | {"fp32/packed": 9 * cpu.rates["fp32"]})
+    wishes = Wishes(precision="fp32", residency="staged", attention="sdpa", tiling="whole", cfg="batched")
+    exact, best = (plan(cpu, spec, request, replace(wishes, prefer=kind))[0] for kind in ("quality", "speed"))
+    assert [name for name, placement in best.placements.items() if placement.packed] == ["unet"]
+    assert best.predicted.seconds < exact.predicted.seconds
+    assert 90 < best.predicted.psnr < exact.predicted.psnr
+    assert not exact.denoiser.packed
+    slow = replace(cpu, rates=cpu.rates | {"fp32/packed": cpu.rates["fp32"] / 9})
+    assert not plan(slow, spec, request, replace(wishes, prefer="speed"))[0].denoiser.packed
+
+    with Pipeline(spec, cpu, plan=best) as pipe:
+        stage = pipe.generate(request).stages["denoise"]
+    assert stage.peak_bytes == pytest.approx(best.predicted.stages["denoise"], rel=0.05)
+    arrays = {n: torch.randn(shape) for n, shape in spec.inputs(spec.denoiser, 2, 64, 64).items()}
+    session = TorchBackend("cpu").load(spec.denoiser, best.denoiser)
+    assert session.module is not None
+    assert packed.packed_layers(session.module)
+    out = torch.from_numpy(session(**{name: array.numpy() for name, array in arrays.items()})[0])
+    unet = UNet2DConditionModel.from_pretrained(sd1 / "unet").double()
+    with torch.no_grad():
+        right = unet(*(arrays[n].double() for n in ("sample", "timestep", "encoder_hidden_states"))).sample
+    assert (out - right).norm() < 1e-5 * right.norm()
