@@ -16,6 +16,7 @@ from typing import Any
 
 from ..errors import TightfitError
 from ..files import JSON_BYTES, cache_folder, read_bytes, replacing
+from ..models.families.family import Network
 from ..models.spec import Component
 from ..versions import installed
 from .footprint import Arrival, Footprint, Operation, Trace
@@ -56,7 +57,7 @@ class Known:
         content = _content(component) if self._folder else None
         if not self._folder or content is None:
             return compute()
-        name = hashlib.sha256(repr((_versions(), content, environment)).encode()).hexdigest()
+        name = hashlib.sha256(repr((versions(), content, environment)).encode()).hexdigest()
         if name not in self._files:
             if len(self._files) >= _MOST_OPEN:
                 self._files.pop(next(iter(self._files))).write()
@@ -165,11 +166,16 @@ def _content(component: Component) -> str | None:
     """What a component is, as far as its footprint depends on it. None for what is not kept: networks that
     are not of this package, and those with what adapters and encodings change, of which there are too
     many."""
-    network, package = component.network, __name__.partition(".runtime.")[0]
-    own = all(one.__module__.startswith(f"{package}.runtime.") for one in (network.build, network.call))
-    if not own or component.words or any(one.patches or one.encoding for one in component.tensors.values()):
+    changed = any(one.patches or one.encoding for one in component.tensors.values())
+    if not is_own(component.network) or component.words or changed:
         return None
     return component.once("content", lambda: _described(component))
+
+
+def is_own(network: Network) -> bool:
+    """Whether it is of this package, whose version says what it computes."""
+    package = __name__.partition(".runtime.")[0]
+    return all(one.__module__.startswith(f"{package}.runtime.") for one in (network.build, network.call))
 
 
 def _described(component: Component) -> str:
@@ -190,8 +196,8 @@ def _described(component: Component) -> str:
 
 
 @cache
-def _versions() -> tuple[Any, ...]:
-    """Of all that computes footprints: the libraries, Python, and the files of this package."""
+def versions() -> tuple[Any, ...]:
+    """Of all that computes footprints, and answers: the libraries, Python, and the files of this package."""
     stamps = [
         (str(file.relative_to(_PACKAGE)), file.stat().st_size, file.stat().st_mtime_ns)
         for room in _SOURCES

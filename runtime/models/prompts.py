@@ -15,6 +15,8 @@ from .prompt_syntax import Line, fits, line, lines
 from .tokens import Chunks, Tokens
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .spec import ModelSpec
 
 SYNTAXES = ("a1111", "plain")
@@ -122,8 +124,21 @@ class Prompting:
     def encodings(self) -> int:
         """Calls of each text encoder: each text once, and an empty one that fills up."""
         counts = {text: self._count(text) for text in self.texts}
-        short = any(counts[text] < self.counts(branch) for branch in self.lines for text in branch.texts)
-        return sum(counts.values()) + (short and "" not in counts)
+        return sum(counts.values()) + (self._fills_up and "" not in counts)
+
+    @property
+    def _fills_up(self) -> bool:
+        """Whether the empty text is encoded, as a text of a branch is shorter than another."""
+        return any(self._count(text) < self.counts(branch) for branch in self.lines for text in branch.texts)
+
+    @functools.cached_property
+    def rows(self) -> Mapping[str, tuple[np.ndarray, ...]]:
+        """The tokens (length,) of each call of a text encoder, by its name; some may come twice. Raises
+        TightfitError as `read`."""
+        texts = (*self.texts, *([""] if self._fills_up else []))
+        return {
+            name: tuple(row for text in texts for row in read[text].ids) for name, read in self.read.items()
+        }
 
     def notices(self) -> Iterator[str]:
         """What of the prompts does nothing, or is read otherwise than it was meant."""

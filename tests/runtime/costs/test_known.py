@@ -64,7 +64,7 @@ def test_what_is_damaged_is_computed_again(planned, tmp_path, damage):
 
 def test_other_versions_are_told_apart(planned, monkeypatch):
     fresh = planned("emoji")
-    monkeypatch.setattr(known, "_versions", lambda: ("another torch",))
+    monkeypatch.setattr(known, "versions", lambda: ("another torch",))
     assert planned("emoji") == fresh
 
 
