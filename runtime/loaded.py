@@ -30,14 +30,14 @@ class Loaded:
     def take(self, plan: Plan, spec: ModelSpec, beside_bytes: int = 0) -> None:
         """Make way for `plan` of `spec`: what is placed otherwise, or of other tensors, is freed, and each
         engine is held to what it may take, beside what another model of the same run holds."""
-        for engine in {placement.backend for placement in plan.placements.values()} - self.backends.keys():
+        for engine in {placement.backend for placement in plan.loaded.values()} - self.backends.keys():
             self.backends[engine] = backend(engine, plan.device)
         for name, (component, placement, _) in list(self.sessions.items()):
             new = spec.components.get(name)
-            if placement != plan.placements.get(name) or not new or not new.adapts(component):
+            if placement != plan.loaded.get(name) or not new or not new.adapts(component):
                 self.drop(name)
         for engine in self.backends.values():
-            engine.keep(plan.placements)
+            engine.keep(plan.loaded)
             for name in engine.trim(plan.predicted.peak_bytes):
                 self.drop(name)
         wanted_bytes = plan.budget_bytes - plan.predicted.context_bytes - beside_bytes

@@ -175,7 +175,7 @@ def wishes_after(first: Job, plan: Plan, second: Job, wishes: Wishes) -> Wishes:
     wishes = replace(wishes, cache_every=plan.step_cache)  # pictures carry one for both
     if first.model is not second.model:
         return replace(wishes, requests=1)
-    return replace(wishes, loaded=left(first, plan.placements, second), after=plan.denoiser)
+    return replace(wishes, loaded=left(first, plan.loaded, second), after=plan.denoiser)
 
 
 def mixed(first: Plan, second: Plan) -> tuple[str, ...]:

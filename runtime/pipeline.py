@@ -28,6 +28,7 @@ from .planner.wishes import Wishes
 from .recent import Recent
 from .request import Job, Request
 from .run import OnStage, Passes, Run, Ways
+from .texts import TEXTS
 
 # Requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them.
 MANY = 100
@@ -136,7 +137,7 @@ class Pipeline:
         return self._planned_by(job, wishes_after(first.job, first.plans[0], job, self.wishes))
 
     def _plans(self, job: Job) -> list[Plan]:
-        key = _costs_of(job)
+        key = (*_costs_of(job), TEXTS.known(job, self.hardware))
         with self._using:
             (spec, *known), _ = self._planned
             if spec is not job.spec or (*known,) != key:
@@ -147,7 +148,7 @@ class Pipeline:
     def _plans_after(self, first: Run, job: Job) -> list[Plan]:
         """Every way to run the second pass, beside what the first leaves loaded."""
         wishes = wishes_after(first.job, first.plan, job, self.wishes)
-        key = (*_costs_of(job), wishes)
+        key = (*_costs_of(job), TEXTS.known(job, self.hardware), wishes)
         with self._using:
             (spec, *known), _ = self._planned_next
             if spec is not job.spec or (*known,) != key:

@@ -29,6 +29,7 @@ from .models.spec import ModelSpec
 from .passes import left, mixed
 from .planner.plan import Plan
 from .request import Job
+from .texts import TEXTS, Chunk, machine
 from .units import shown
 
 T = TypeVar("T")
@@ -85,6 +86,7 @@ class Run:
         self._load_seconds, self._announced = 0.0, 0
         self._finished: list[sampling.Step] = []
         self._conditionings: list[Conditioning] = []  # of each picture
+        self._known: Mapping[tuple[str, bytes], tuple[np.ndarray, ...]] = {}  # by text encoder and tokens
         self._together = Together()
         self._steering = Steerings(())
         # What full steps have kept, which is on the device, by the number of a picture, then of a branch.
@@ -128,7 +130,7 @@ class Run:
         else:
             with self._measured("prepare"):
                 self._plan_all()
-                self._take(self.plan)
+                self._begin()
         with self._measured("encode") if self.plan.predicted.stages["encode"] else nullcontext():
             self._conditionings = self._encode()
             self._steering = self._steer()
@@ -166,6 +168,16 @@ class Run:
         conditions = tuple(condition.after(painted) for condition in self.job.conditions)
         self.job = replace(self.job, conditions=conditions)
         self._note(*mixed(before.plan, self.plan))
+        self._begin()
+
+    def _begin(self) -> None:
+        """Take the plan: where it counts on texts that are known, these, or the plan without if they are
+        not any more."""
+        while self.plan.texts_known and self.job.share.encodes:
+            if (answers := TEXTS.read(self.job, self.plan)) is not None:
+                self._known = answers
+                break
+            self._plan = self._ways.first(self.job)
         self._take(self.plan)
 
     def _prepare(self) -> None:
@@ -192,6 +204,7 @@ class Run:
                 answers[words].append(encoded(job, job.prompting.read[name], encode))
             if self.plan.placements[name].residency != "resident":
                 self.loaded.drop(name)
+        self._known = {}
         made = {words: Conditioning(job, answers[words]) for words, job in jobs.items()}
         return [made[job.words] for job in pictures]
 
@@ -217,7 +230,15 @@ class Run:
         return self._surviving(lambda: self._session(name)(**arrays))
 
     def _encoded(self, name: str, ids: np.ndarray) -> tuple[np.ndarray, ...]:
-        return self._called(name, tokens=ids[None])
+        """What a text encoder answers, or has answered before."""
+        if (known := self._known.get((name, ids.tobytes()))) is not None:
+            return known
+        answers = self._called(name, tokens=ids[None])
+        placement = self.plan.placements[name]
+        if placement.residency != "resident":  # else there is nothing to gain
+            own = machine(self.plan.device, self.plan.hardware)
+            TEXTS.put(Chunk(self.spec.components[name], own, ids), placement, answers)
+        return answers
 
     def _denoise(self) -> Iterator[Event]:
         """The latents of the pictures of the next call; all that are left, unless U-Net and VAE stay loaded
@@ -516,8 +537,11 @@ class Run:
         now, stage = self.plan, self.stage
         needs = now.predicted.stages[stage]
         self._features.clear()
+        unread = stage == "encode" and not now.texts_known  # texts that are known otherwise
         lower = [
-            plan for plan in self._ways.every(self.job) if plan.fits and plan.predicted.stages[stage] < needs
+            plan
+            for plan in self._ways.every(self.job)
+            if plan.fits and plan.predicted.stages[stage] < needs and not (unread and plan.texts_known)
         ]
         self.loaded.free()
         if self._before:  # if it is of another model

@@ -52,6 +52,7 @@ def own_cache(monkeypatch, tmp_path_factory):
     """Measurements, settings and models of whoever runs the tests are not looked at."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
+    monkeypatch.setenv("TIGHTFIT_TEXT_CACHE", "0")
     monkeypatch.delenv("TIGHTFIT_MODELS", raising=False)
 
 

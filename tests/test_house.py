@@ -43,7 +43,7 @@ FLOORS = (
     ("runtime.models",),
     ("runtime.costs",),
     ("runtime.adapters", "runtime.conditions", "runtime.previews"),
-    ("runtime.request", "runtime.asking"),
+    ("runtime.request", "runtime.asking", "runtime.texts"),
     ("runtime.backends",),
     ("runtime.planner",),
     ("runtime.settings", "runtime.passes"),

@@ -16,11 +16,13 @@ from ..pictures import METADATA
 from ..planner.plan import MOST_PER_CALL
 from ..planner.wishes import Wishes
 from ..request import Request
+from ..texts import TEXTS
 from .naming import Template
 from .options import (
     ADAPTERS_IN_ORDER,
     ASKING_IN_ORDER,
     MODEL,
+    NO_TEXT_CACHE,
     WILDCARDS,
     Adapting,
     Asking,
@@ -89,6 +91,7 @@ class Options:
     ray: Annotated[str | None, _Ray] = None
     stage_models: Annotated[bool, _Stage] = False
     wildcards: Annotated[Path | None, WILDCARDS] = None
+    no_text_cache: Annotated[bool, NO_TEXT_CACHE] = False
     name: Annotated[str, _Name] = _NAME
     format: Annotated[str | None, _Format] = None
     quality: Annotated[int | None, _Quality] = None
@@ -120,7 +123,7 @@ negative_prompt num_inference_steps guidance_scale width height seed scheduler n
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
 precision compute backend provider device budget images_per_call residency attention tiling prefer
-min_psnr ... name format quality metadata as_json
+min_psnr ... no_text_cache name format quality metadata as_json
 """
 
 
@@ -135,6 +138,7 @@ def batch(
     """Paint a table of requests into a folder, a line each. The same command goes on where it was.
 
     Columns are the options of a request by their names; docs/batch.md has the rest."""
+    TEXTS.keep(not options.no_text_cache)
     check_address_space()
     options.checked()
     wishes(wished)  # raises here for what no plan knows

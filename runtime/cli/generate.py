@@ -25,12 +25,14 @@ from ..planner.plan import Plan
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..settings import idle
+from ..texts import TEXTS
 from ..units import shown
 from ..wildcards import variants
 from .options import (
     ADAPTERS_IN_ORDER,
     ASKING_IN_ORDER,
     MODEL,
+    NO_TEXT_CACHE,
     WILDCARDS,
     Adapting,
     Asking,
@@ -86,6 +88,7 @@ class Options:
     device: Device = "auto"
     plan_file: Annotated[Path | None, _PlanFile] = None
     connect: Annotated[str | None, _Connect] = None
+    no_text_cache: Annotated[bool, NO_TEXT_CACHE] = False
     output: Annotated[Path | None, _Output] = None
     wildcards: Annotated[Path | None, WILDCARDS] = None
     overwrite: Annotated[bool, _Overwrite] = False
@@ -109,7 +112,7 @@ negative_prompt num_inference_steps guidance_scale width height seed scheduler n
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
 precision compute backend provider device budget residency attention tiling prefer min_psnr ...
-plan_file connect output overwrite format quality metadata grid as_json
+plan_file connect no_text_cache output overwrite format quality metadata grid as_json
 """
 
 
@@ -125,6 +128,7 @@ def generate(
     if options.connect is not None:
         _paint_there(options, {**adapting, **asking, **asked}, wished)
         return
+    TEXTS.keep(not options.no_text_cache)
     check_address_space()  # numpy's library ends the process where it has no room
     from ..pipeline import load
 
@@ -175,7 +179,13 @@ def generate(
 
 
 # Options that are of this machine, or of its files.
-_HERE = {"source": "--from", "plan_file": "--plan", "models_dirs": "--models-dir", "wildcards": "--wildcards"}
+_HERE = {
+    "source": "--from",
+    "plan_file": "--plan",
+    "models_dirs": "--models-dir",
+    "wildcards": "--wildcards",
+    "no_text_cache": "--no-text-cache",
+}
 
 
 def _paint_there(options: Options, asked: Mapping[str, Any], wished: Mapping[str, Any]) -> None:

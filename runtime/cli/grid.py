@@ -12,11 +12,13 @@ import typer
 from ..machine.process import check_address_space
 from ..planner.wishes import Wishes
 from ..request import Request
+from ..texts import TEXTS
 from .batch import Options as BatchOptions
 from .options import (
     ADAPTERS_IN_ORDER,
     ASKING_IN_ORDER,
     MODEL,
+    NO_TEXT_CACHE,
     Adapting,
     Asking,
     Device,
@@ -56,6 +58,7 @@ class Options:
     model: Annotated[str | None, MODEL] = None
     models_dirs: ModelsDirs = None
     device: Device = "auto"
+    no_text_cache: Annotated[bool, NO_TEXT_CACHE] = False
     dry_run: Annotated[bool, _DryRun] = False
     price: Annotated[str | None, _Price] = None
     as_json: Annotated[bool, _Json] = False
@@ -67,7 +70,7 @@ negative_prompt num_inference_steps guidance_scale width height seed scheduler
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
 precision compute backend provider device budget residency attention tiling prefer min_psnr ...
-dry_run price as_json
+no_text_cache dry_run price as_json
 """
 
 
@@ -81,6 +84,7 @@ def grid(
 ) -> None:
     """Paint one request along axes: columns of a batch, words of the prompt (prompt_sr=cat,dog), or ways to
     run (precision=fp32,int8,int4), with the PSNR of each cell."""
+    TEXTS.keep(not options.no_text_cache)
     check_address_space()
     wishes(wished)  # raises here for what no plan knows
     from ..batch.grid import Grid

@@ -41,6 +41,7 @@ ModelsDirs = Annotated[
         rich_help_panel="Model",
     ),
 ]
+NO_TEXT_CACHE = typer.Option("--no-text-cache", help="Encode anew, keep nothing.", rich_help_panel="Machine")
 WILDCARDS = typer.Option(
     help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
 )

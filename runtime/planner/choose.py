@@ -19,6 +19,7 @@ from ..models.families.family import Role
 from ..models.spec import ModelSpec
 from ..placement import GRAPHS
 from ..request import Job, Request
+from ..texts import TEXTS
 from ..units import shown
 from .candidates import ways
 from .estimate import ESTIMATOR, PSNR, Estimate, cached_psnr, holder
@@ -117,7 +118,9 @@ def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
         return  # what conditions do to a step is of one picture
 
     def better(calls: int, decoded: int) -> Plan | None:
-        wider = replace(estimate, images_per_call=calls, images_per_decode=decoded)
+        wider = replace(
+            estimate, images_per_call=calls, images_per_decode=decoded, texts_known=narrow.texts_known
+        )
         plan = wider.plan(narrow.cfg, narrow.placements, narrow.budget_bytes)
         return plan if plan.fits and plan.predicted.seconds * WIDER <= best.predicted.seconds else None
 
@@ -161,6 +164,7 @@ def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
             images_per_call=whole.images_per_call,
             images_per_decode=whole.images_per_decode,
             step_cache=every,
+            texts_known=whole.texts_known,
         )
         if cached_psnr(every, job.steps_taken) >= floor and whole.denoiser.backend not in GRAPHS:
             yield cached.plan(whole.cfg, whole.placements, whole.budget_bytes)
@@ -230,7 +234,20 @@ def none_fits(plans: Sequence[Plan], hardware: Hardware, job: Job, wishes: Wishe
     elif smaller := _largest_of_this_shape(hardware, job, wishes, plans):
         cure = f"the largest of this shape that fits is {smaller}, or {cure}"
     said = f"{spec.name} does not fit {shown(budget_bytes)}: {cure} (with {least.summary()})"
-    return NoneFitsError(said, plans)
+    return NoneFitsError(said + _once_known(large, hardware, job), plans)
+
+
+def _once_known(large: Sequence[Plan], hardware: Hardware, job: Job) -> str:
+    """What to add where it is the text encoders alone that do not fit, and may run once."""
+    if not TEXTS.most_bytes or job.spec.of_role(Role.ENCODER):
+        return ""
+    for plan in sorted(large, key=lambda plan: plan.predicted.peak_bytes):
+        painting = max(count for stage, count in plan.predicted.stages.items() if stage != "encode")
+        budget_bytes = plan.predicted.peak_bytes + plan.predicted.context_bytes
+        if painting + plan.predicted.context_bytes <= plan.budget_bytes < budget_bytes <= hardware.free_bytes:
+            once = f"{_option(hardware)} {-(-budget_bytes // 2**20)}MiB --precision {plan.precision}"
+            return f"; after a picture with {once} its texts are known, and fit"
+    return ""
 
 
 def _context_from_now_on(hardware: Hardware, context_bytes: int) -> int:
@@ -340,7 +357,7 @@ def _largest_that_fits(hardware: Hardware, job: Job, wishes: Wishes, least: Plan
             middle = (low + high) // 2
             smaller = replace(job, width=sizes[middle][0], height=sizes[middle][1])
             estimate = ESTIMATOR.estimate(hardware, smaller, wishes)
-            if estimate.plan(least.cfg, least.placements, budget).fits:
+            if estimate.best(least.cfg, least.placements, budget).fits:
                 best, low = f"{sizes[middle][0]}x{sizes[middle][1]}", middle + 1
             else:
                 high = middle - 1

@@ -31,6 +31,7 @@ from ..models.tensors import Tensor
 from ..placement import DYNAMIC, GRAPHS, QUANTISED, STAGES, STORED, Placement
 from ..recent import Recent
 from ..request import Job
+from ..texts import TEXTS, Known, arithmetic
 from ..units import shown
 from .plan import Plan, Predicted, Verdict, refused
 from .wishes import Wishes
@@ -92,7 +93,8 @@ class Estimator:
         key = (job.width, job.height, job.branches, job.prompting.chunks, *job.sides.items())
         step_cache = job.step_cache or wishes.cache_every or 1
         known = self.costs.get(key, dict, hardware, job.spec)
-        return Estimate(hardware, job, wishes, known, step_cache=step_cache)
+        texts = TEXTS.known(job, hardware)
+        return Estimate(hardware, job, wishes, known, step_cache=step_cache, texts=texts)
 
 
 ESTIMATOR = Estimator()  # the one of this process
@@ -100,7 +102,8 @@ ESTIMATOR = Estimator()  # the one of this process
 
 @dataclass(frozen=True)
 class Estimate:
-    """One job on one machine, and what it costs to run it in one way or another."""
+    """One job on one machine, and what it costs to run it in one way or another. `texts`: in which
+    arithmetics its texts are known. `texts_known`: no text encoder is loaded for them."""
 
     hardware: Hardware
     job: Job
@@ -109,6 +112,8 @@ class Estimate:
     images_per_call: int = 1
     images_per_decode: int = 1
     step_cache: int = 1
+    texts: Known = frozenset()
+    texts_known: bool = False
 
     @property
     def spec(self) -> ModelSpec:
@@ -132,16 +137,28 @@ class Estimate:
             images_per_call=self.images_per_call,
             images_per_decode=self.images_per_decode,
             step_cache=self.step_cache,
+            texts_known=self.texts_known,
         )
+
+    def best(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> Plan:
+        """Without the text encoders where the texts are known. Those that stay loaded are for other requests
+        too, so this goes without them only where they do not fit."""
+        encoders = {name: own for name, own in placements.items() if self._role(name) is Role.TEXT}
+        known = {(name, arithmetic(own)) for name, own in encoders.items()} <= self.texts
+        if not known or any(own.residency == "resident" for own in encoders.values()):
+            plan = self.plan(cfg, placements, budget_bytes)
+            if not known or plan.fits:
+                return plan
+        return replace(self, texts_known=True).plan(cfg, placements, budget_bytes)
 
     def plans(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> list[Plan]:
         """This way of running. Where its weights stream, also with as many kept loaded as the budget has room
         for, and with half of those."""
-        plan = self.plan(cfg, placements, budget_bytes)
-        room = budget_bytes - plan.predicted.context_bytes
-        if plan.predicted.peak_bytes > room or not self._may_keep(cfg, placements):
+        plan = self.best(cfg, placements, budget_bytes)
+        own, room = replace(self, texts_known=plan.texts_known), budget_bytes - plan.predicted.context_bytes
+        if plan.predicted.peak_bytes > room or not own._may_keep(cfg, placements):
             return [plan]
-        return [plan, *(self.plan(cfg, kept, budget_bytes) for kept in self._keeping(cfg, placements, room))]
+        return [plan, *(own.plan(cfg, kept, budget_bytes) for kept in own._keeping(cfg, placements, room))]
 
     def _may_keep(self, cfg: str, placements: Mapping[str, Placement]) -> bool:
         if placements[self.spec.denoiser.name].residency != "streamed":
@@ -157,7 +174,9 @@ class Estimate:
         these."""
         room = int(room * (1 - SLACK))
         filled, denoiser = dict(placements), self.spec.denoiser.name
-        for name in sorted(placements, key=lambda name: name != denoiser):  # what it leaves is for the others
+        for name in sorted(
+            self._needed(placements), key=lambda name: name != denoiser
+        ):  # what it leaves is for the others
             filled[name] = self._filled(name, placements[name], cfg, filled, room)
         most = filled[denoiser].kept_bytes
         sums = accumulate(self._footprint(denoiser, placements[denoiser], cfg).units)
@@ -233,7 +252,8 @@ class Estimate:
         return self.step_cache > 1 and self.spec.components[name].network.call_cached is not None
 
     def _predict(self, cfg: str, placements: Mapping[str, Placement]) -> Predicted:
-        footprints = {name: self._footprint(name, placement, cfg) for name, placement in placements.items()}
+        needed = self._needed(placements)
+        footprints = {name: self._footprint(name, placement, cfg) for name, placement in needed.items()}
         stages: dict[str, int] = dict.fromkeys(STAGES, 0)
         for name in self._called(placements):
             stage = self._role(name).stage
@@ -242,7 +262,7 @@ class Estimate:
             peak_bytes=max(stages.values()),
             stages=stages,
             context_bytes=self.hardware.context_bytes,
-            host_bytes=_host_bytes(placements, footprints),
+            host_bytes=_host_bytes(needed, footprints),
             seconds=self._seconds(cfg, placements, footprints),
             psnr=self._quality(placements),
         )
@@ -343,7 +363,12 @@ class Estimate:
 
     def _is_loaded(self, name: str) -> bool:
         """Whether it is called in this pass, or in another by the same model."""
-        return self.job.whole.refiner is None or self._is_called(name)
+        idle = self.texts_known and self._role(name) is Role.TEXT
+        return not idle and (self.job.whole.refiner is None or self._is_called(name))
+
+    def _needed(self, placements: Mapping[str, Placement]) -> dict[str, Placement]:
+        """All but text encoders whose texts are known."""
+        return {n: p for n, p in placements.items() if not self.texts_known or self._role(n) is not Role.TEXT}
 
     def _called(self, placements: Mapping[str, Placement]) -> list[str]:
         return list(filter(self._is_called, placements))
@@ -355,7 +380,7 @@ class Estimate:
         if role is Role.PREVIEW:
             return {cfg: job.previews}
         if role not in STEPPING:
-            texts = job.text_encodings if job.share.encodes else 0  # one by one
+            texts = job.text_encodings if job.share.encodes and not self.texts_known else 0  # one by one
             pictures = job.num_images / self.images_per_decode if job.share.decodes else 0
             return {cfg: {Role.TEXT: texts, Role.ENCODER: job.encodings(name), Role.DECODER: pictures}[role]}
         calls, guided = job.calls_with(name)
@@ -406,7 +431,7 @@ class Estimate:
         """Why an engine cannot run its component so, or None."""
         if self.step_cache > 1 and self.spec.denoiser.network.call_cached is None:
             return f"{self.spec.name} keeps nothing from step to step: leave out --step-cache"
-        for name, placement in placements.items():
+        for name, placement in self._needed(placements).items():
             component = self.spec.components[name]
             for mode, cache in product(self._calls(name, cfg), CACHES if self._caches(name) else CACHES[:1]):
                 extent = self._extent(name, mode, cache)

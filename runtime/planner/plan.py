@@ -58,7 +58,8 @@ class Plan:
     `cfg` is batched or sequential. `budget_bytes` is what it had to fit in, context included. `verdict` says
     whether it can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
     `images_per_call` is how many pictures of a request go through the U-Net at once, `images_per_decode` how
-    many through the VAE. Of `step_cache` steps one is taken in full; 1: all are.
+    many through the VAE. Of `step_cache` steps one is taken in full; 1: all are. `texts_known`: what the text
+    encoders answer is kept from before, so that none is loaded; they are placed as they ran then.
     """
 
     model: str
@@ -75,6 +76,7 @@ class Plan:
     images_per_call: int = 1
     images_per_decode: int = 1
     step_cache: int = 1
+    texts_known: bool = False
 
     @property
     def fits(self) -> bool:
@@ -84,6 +86,12 @@ class Plan:
     def cause(self) -> str:
         """The reason, of a refused plan what the engine said alone."""
         return self.reason.removeprefix(_REFUSED)
+
+    @property
+    def loaded(self) -> Mapping[str, Placement]:
+        """The placements of what is loaded: all networks but text encoders whose texts are known."""
+        idle = {Role.TEXT} if self.texts_known else set[Role]()
+        return {name: own for name, own in self.placements.items() if network_role(name) not in idle}
 
     @property
     def denoiser(self) -> Placement:
@@ -110,12 +118,17 @@ class Plan:
         at_once = f", {self.images_per_call} pictures a call" if self.images_per_call > 1 else ""
         at_once += f", {self.images_per_decode} decoded at once" if self.images_per_decode > 1 else ""
         packed = ", packed" if unet.packed else ""
-        return f"{how}{packed}, VAE {vaes}{self.elsewhere}{at_once}{self.cached}"
+        return f"{how}{packed}, VAE {vaes}{self.elsewhere}{at_once}{self.cached}{self.knowing}"
 
     @property
     def cached(self) -> str:
         """', 1 step of 3 in full', where steps are cached."""
         return f", 1 step of {self.step_cache} in full" if self.step_cache > 1 else ""
+
+    @property
+    def knowing(self) -> str:
+        """', texts known', where no text encoder is loaded."""
+        return ", texts known" if self.texts_known else ""
 
     @property
     def residency(self) -> str:
@@ -235,6 +248,8 @@ def _problem(plan: Plan) -> str | None:
             return f"it has {count!r} pictures a call"
     if type(plan.step_cache) is not int or not 1 <= plan.step_cache <= MOST_CACHED:
         return f"it has 1 step of {plan.step_cache!r} in full"
+    if type(plan.texts_known) is not bool:
+        return f"it has texts_known {plan.texts_known!r}"
     numbers = (
         plan.budget_bytes,
         plan.predicted.peak_bytes,

@@ -153,9 +153,9 @@ def checked(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> Plan:
         )
     painting = _painting(plan.placements)
     estimate = replace(estimate, step_cache=job.step_cache or wishes.cache_every or plan.step_cache)
-    new = estimate.plan(plan.cfg, with_previews(hardware, job.spec, painting), budget_bytes)
+    new = estimate.best(plan.cfg, with_previews(hardware, job.spec, painting), budget_bytes)
     if not new.fits:
-        new = estimate.plan(plan.cfg, painting, budget_bytes)
+        new = estimate.best(plan.cfg, painting, budget_bytes)
     if not new.fits:
         raise TightfitError(
             f"this plan, made for {plan.hardware}, does not run here: it {new.reason}; {_AGAIN}"
@@ -171,7 +171,7 @@ def continued(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> list[
     alike = replace(wishes, **choices, tiling=plan.decoder.tiling, cfg=plan.cfg)
     estimate, budget_bytes = ESTIMATOR.estimate(hardware, job, wishes), _budget(plan, hardware, wishes)
     found = [
-        estimate.plan(cfg, {name: plan.placements.get(name, own) for name, own in way.items()}, budget_bytes)
+        estimate.best(cfg, {name: plan.placements.get(name, own) for name, own in way.items()}, budget_bytes)
         for cfg, way in ways(hardware, job, alike)
     ]
     order = sorted(found, key=lambda new: (-len(new.placements), new.predicted.seconds))
