@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .costs import known
 from .errors import TightfitError
 from .files import cache_folder, read_bytes, replacing
-from .machine.process import cores
 from .models.families.family import Role
 from .models.spec import Component
 from .models.tensors import Tensor
@@ -84,7 +83,7 @@ class Texts:
         for name, rows in _rows(job).items():
             chunks = (Chunk(job.spec.components[name], own, row) for row in rows)
             every = [there.get(_digest(chunk) or "", set()) for chunk in chunks]
-            result.update((name, arithmetic) for arithmetic in set.intersection(*every))
+            result.update((name, how) for how in set.intersection(*every))
         return frozenset(result)
 
     def read(self, job: Job, plan: Plan) -> dict[tuple[str, bytes], Answers] | None:
@@ -105,7 +104,6 @@ class Texts:
             return None
         try:
             answers = _decoded(path.name, read_bytes(path, _FILE_BYTES), chunk.ids)
-            os.utime(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, LookupError, TightfitError):
@@ -113,6 +111,8 @@ class Texts:
             with suppress(OSError):
                 path.unlink()
             return None
+        with suppress(OSError):
+            os.utime(path)
         return answers
 
     def put(self, chunk: Chunk, placement: Placement, answers: Answers) -> None:
@@ -154,8 +154,10 @@ TEXTS = Texts()  # those of this process
 
 
 def machine(device: str, name: str) -> tuple[Any, ...]:
-    """What of a machine changes the last bits of an answer: how many threads share a sum, too."""
-    return device, name, cores()
+    """What of a machine changes the last bits of an answer: how many threads share a sum, too, as libraries
+    take them."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return device, name, count, *map(os.environ.get, ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
 
 
 def arithmetic(placement: Placement) -> str:

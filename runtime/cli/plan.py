@@ -21,6 +21,7 @@ from ..passes import mixed, passes, wishes_after
 from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Job, Request
+from ..texts import TEXTS
 from ..units import shown
 from .options import (
     ADAPTERS_IN_ORDER,
@@ -46,6 +47,7 @@ _WIDE = 130  # columns of a terminal that has room for the table
 class Options:
     """Options of `plan` besides those of Request and Wishes."""
 
+    prompt: Annotated[str | None, typer.Option(help="Of that text.", metavar="TEXT")] = None
     model: Annotated[str, MODEL] = "emoji"
     models_dirs: ModelsDirs = None
     hardware: Annotated[str | None, HARDWARE] = None
@@ -56,7 +58,7 @@ class Options:
 
 
 _ORDER = f"""
-model models_dirs {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
+model models_dirs prompt {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
 width height num_inference_steps step_cache guidance_scale {SECOND_PASS} hardware
 device budget precision compute backend provider residency attention tiling prefer min_psnr
 every save as_json
@@ -84,7 +86,9 @@ def show_plan(
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
     adapters, asked = written(adapting, models_dirs), with_paths(asked, models_dirs)
     conditions = conditions_of({**asking, "models_dirs": models_dirs})
-    wish = Request("a", **asked, scheduler=sampler, adapters=adapters, conditions=conditions)
+    text = "a" if options.prompt is None else options.prompt
+    TEXTS.keep(options.prompt is not None)  # what is said of no text is of none that is known
+    wish = Request(text, **asked, scheduler=sampler, adapters=adapters, conditions=conditions)
     planned = _planned(machine, wish.resolve(spec), wanted)
     (job, plans), *_ = planned
     of_model = list(dict.fromkeys(note for one, ways in planned for note in _of_model(one, ways[0])))
@@ -233,7 +237,7 @@ def _cells(p: Plan) -> list[str]:
     """What the columns of the table say of a plan, but for the reason."""
     unet, vae = p.denoiser, p.decoder
     precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
-    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere + p.cached
+    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere + p.cached + p.knowing
     stages = [_cell(count) for count in p.predicted.stages.values()]
     figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
     return [precision, p.residency, p.cfg, unet.attention, vae.tiling, *stages, *figures]

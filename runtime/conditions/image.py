@@ -29,7 +29,7 @@ class Options:
 
     image: str | None = option(None, "Begin with this one.", "FILE", panel=PANEL)
     strength: float | None = option(
-        None, "How much to change, to 1.", "X", bounds=(0, 1), panel=PANEL, carried=True
+        None, "Share to change, to 1.", "X", bounds=(0, 1), panel=PANEL, carried=True
     )
     resize: str | None = option(
         None, f"{', '.join(RESIZES)}.", "HOW", choices=RESIZES, panel=PANEL, carried=True

@@ -424,6 +424,23 @@ def test_help_fits_a_screen(call):
     assert "0.1.0" in call("--version")[1]
 
 
+def test_a_plan_of_a_text_says_whether_it_is_known(call, sd1, monkeypatch):
+    monkeypatch.setenv("TIGHTFIT_TEXT_CACHE", "64MiB")
+    ways = ("--model", str(sd1), "--precision", "fp32", *FAST)
+    assert call("a red heart", *ways)[0] == 0
+
+    def planned(*more: str) -> bool:
+        code, out, _ = call("plan", *ways, "--json", *more)
+        assert code == 0
+        return json.loads(out)["plans"][0]["texts_known"]
+
+    assert planned("--prompt", "a red heart")
+    assert not planned("--prompt", "a blue heart")
+    assert not planned()
+    painted = json.loads(call("a red heart", *ways, "--no-text-cache", "--json")[1])
+    assert not painted["plan"]["texts_known"]
+
+
 def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "tightfit", *arguments]
 
