@@ -228,21 +228,9 @@ def _problem(plan: Plan) -> str | None:
         or not {network_role(name) for name in plan.placements} >= IN_EVERY_PLAN
     ):
         return "it leaves open how something runs"
-    for placement in plan.placements.values():
-        if placement.precision not in (*QUANTISED, placement.compute):
-            return f"it computes in {placement.compute!r} with weights in {placement.precision!r}"
-        for field, names in CHOICES.items():
-            if getattr(placement, field) not in names:
-                return f"it has the {field} {getattr(placement, field)!r}"
-        kept = placement.kept_bytes
-        streams = placement.residency == "streamed"
-        if not isinstance(kept, int) or kept < 0 or (kept and not streams):
-            return f"it keeps {kept!r} bytes of a component that is {placement.residency}"
-        may_pack = (placement.backend, placement.precision) == ("torch", "fp32") and not streams
-        if type(placement.packed) is not bool or (placement.packed and not may_pack):
-            return f"packed of {placement.residency} {placement.precision} is {placement.packed!r}"
-        if bool(placement.provider) != (placement.backend == "onnx"):
-            return f"it has the provider {placement.provider!r} for {placement.backend}"
+    of_parts = (found for placement in plan.placements.values() if (found := _problem_of(placement)))
+    if problem := next(of_parts, None):
+        return problem
     for count in (plan.images_per_call, plan.images_per_decode):
         if type(count) is not int or not 1 <= count <= MOST_PER_CALL:
             return f"it has {count!r} pictures a call"
@@ -257,3 +245,22 @@ def _problem(plan: Plan) -> str | None:
         *plan.predicted.stages.values(),
     )
     return None if all(isinstance(number, int | float) for number in numbers) else "it has no figures"
+
+
+def _problem_of(placement: Placement) -> str | None:
+    """The same of a component's."""
+    if placement.precision not in (*QUANTISED, placement.compute):
+        return f"it computes in {placement.compute!r} with weights in {placement.precision!r}"
+    for field, names in CHOICES.items():
+        if getattr(placement, field) not in names:
+            return f"it has the {field} {getattr(placement, field)!r}"
+    kept = placement.kept_bytes
+    streams = placement.residency == "streamed"
+    if not isinstance(kept, int) or kept < 0 or (kept and not streams):
+        return f"it keeps {kept!r} bytes of a component that is {placement.residency}"
+    may_pack = (placement.backend, placement.precision) == ("torch", "fp32") and not streams
+    if type(placement.packed) is not bool or (placement.packed and not may_pack):
+        return f"packed of {placement.residency} {placement.precision} is {placement.packed!r}"
+    if bool(placement.provider) != (placement.backend == "onnx"):
+        return f"it has the provider {placement.provider!r} for {placement.backend}"
+    return None
