@@ -186,17 +186,17 @@ for _tiny in TINY.values():
         "text_encoder": _TINY_TEXT,
         "vae": _VAE_TINY,
     }
-# Layers enough for those that are read, and one that is not; heads of the widths that the axes have.
+# Layers enough for those that are read, and one that is not, and so wide that most are quantised.
 TINY["flux2-klein"] = {
     "transformer": {
         "in_channels": 32, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
-        "num_attention_heads": 2, "joint_attention_dim": 96, "axes_dims_rope": (4, 4, 4, 4),
+        "num_attention_heads": 4, "joint_attention_dim": 192, "axes_dims_rope": (4, 4, 4, 4),
         "timestep_guidance_channels": 32,
     },
     "vae": {"latent_channels": 8, **_VAE_TINY},
     "text_encoder": {
-        "vocab_size": 272, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 28,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024,
+        "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 28,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
     },
 }  # fmt: skip
 
