@@ -1,7 +1,6 @@
-"""Group norm, then SiLU: what a ResNet block does before each of its convolutions, two thirds of a U-Net's
-passes over its maps that are no product.
+"""Group norm, then SiLU, as a ResNet block has it before each of its convolutions.
 
-torch's two operators read and write a map twice and hold one map more than the answer. Here the answer of the
+torch's two operators read and write a map twice, and make one more than the answer. Here the answer of the
 norm is overwritten, and on a GPU one Triton kernel does both (triton_norms.py), where it was tried and right.
 """
 

@@ -36,6 +36,7 @@ RANDOM_SEED = -1  # as A1111 has it: the seed that is drawn is told, and written
 _SIDES = 1, 2**16
 MOST_CACHED = 10
 """Steps of which one is taken in full."""
+_FEW_FULL = 4
 _SEEDS = 0, 2**63 - 1
 
 
@@ -384,14 +385,16 @@ class Job(Request):
         return range(max(first - before, 0) + 1, min(last - before, taken) + 1)
 
     def full_steps(self, every: int) -> frozenset[int]:
-        """The steps, from 1, that are taken in full where one of `every` is, counted back from the last but
-        one, which is worth up to 11 dB. The first is, too, and that in which guidance begins or ends, as what
-        is kept is of the same branches."""
+        """The steps, from 1, that are taken in full where one of `every` is: the first, and others counted
+        back from the last but one, which is worth up to 11 dB. A few lie at even distances, worth up to 9.
+        Those in which guidance begins or ends are, too, as what is kept is of the same branches."""
         if every not in self._full:  # asked for in each step, and for each of a hundred candidates
             last, guided = self.steps_taken, self.guided
             bounds = (guided.start, guided.stop) if self.branches > 1 else ()
-            spaced = range(last - 1, 0, -every)
-            self._full[every] = frozenset({1, *spaced, *bounds}).intersection(range(1, last + 1))
+            spaced = {1, *range(last - 1, 0, -every)}
+            if 2 < (count := len(spaced)) <= _FEW_FULL:
+                spaced = {1 + round(place * (last - 2) / (count - 1)) for place in range(count)}
+            self._full[every] = frozenset({*spaced, *bounds}).intersection(range(1, last + 1))
         return self._full[every]
 
     @functools.cached_property

@@ -201,6 +201,20 @@ def test_which_steps_are_full(sd1, calls, options, expected):
             assert full <= calls.count("full") <= rows * full
 
 
+def test_full_steps_end_with_the_last_but_one_and_few_are_even():
+    """As many as counted back, and none further from the one before than that."""
+    spec = tightfit.inspect("emoji")
+    for steps in (3, 4, 8, 10, 25, 50):
+        job = Request("a", num_inference_steps=steps, scheduler="ddim").resolve(spec)
+        for every in (2, 3, 5, 10):
+            full, back = sorted(job.full_steps(every)), {1, *range(steps - 1, 0, -every)}
+            assert (len(full), full[0], full[-1]) == (len(back), 1, steps - 1)
+            gaps = np.diff(full)
+            assert gaps.max() <= every
+            assert {*full} == back if len(full) > 4 else gaps.max() - gaps.min() <= 1
+    assert sorted(job.full_steps(10)) == [1, 9, 19, 29, 39, 49]
+
+
 def test_after_memory_ran_out_the_next_step_is_full(sd1, calls, monkeypatch):
     with tightfit.load(str(sd1), device="cpu", **ONE_WAY) as pipe:
         expected = pixels(pipe.generate(replace(CACHED, step_cache=1)))[0]
