@@ -72,7 +72,7 @@ class Keeping:
     """What a run of a batch keeps of its news.
 
     place: where pictures go. tell: called with all that happens. retries: how often one that failed is tried
-    again. fail_fast: end at the first that failed.
+    again. fail_fast: end at the first that failed. copy: called with the file of each picture.
     """
 
     ledger: Ledger
@@ -80,8 +80,9 @@ class Keeping:
     tell: Callable[[News], object] = lambda _: None
     retries: int = 0
     fail_fast: bool = False
+    copy: Callable[[Path], object] = lambda _: None
     painted: int = field(default=0, init=False)
-    begun_again: int = 0
+    begun_again: int = field(default=0, init=False)
     """Pictures whose process has ended while they were painted, in this run or before."""
 
     def _keep(self, news: News, for_good: bool = False) -> None:
@@ -108,6 +109,7 @@ class Keeping:
         except NotADirectoryError as error:
             return f"{error}: name it otherwise"
         self.painted += 1
+        self.copy(file)
         return None
 
     def _twins(self) -> None:

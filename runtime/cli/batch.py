@@ -41,6 +41,7 @@ _Folder = typer.Option(
     "-o", "--output", help="Folder.", metavar="DIR", readable=False, rich_help_panel=_OUTPUT
 )
 KIND = typer.Option("--table", help="jsonl, csv, txt.", metavar="NAME", rich_help_panel=_BATCH)
+_Upload = typer.Option(help="Copy them to s3://…, …", metavar="URL", rich_help_panel=_OUTPUT)
 _Name = typer.Option(help="Of files: a template.", metavar="TEXT", rich_help_panel=_OUTPUT)
 REPEAT = typer.Option(help="Each row; 1.", show_default=False, metavar="N", rich_help_panel=_BATCH)
 _DryRun = typer.Option("--dry-run", help="Say what would run.", rich_help_panel=_BATCH)
@@ -90,6 +91,7 @@ class Options:
     fail_fast: Annotated[bool, _FailFast] = False
     ray: Annotated[str | None, _Ray] = None
     stage_models: Annotated[bool, _Stage] = False
+    upload: Annotated[str | None, _Upload] = None
     wildcards: Annotated[Path | None, WILDCARDS] = None
     no_text_cache: Annotated[bool, NO_TEXT_CACHE] = False
     name: Annotated[str, _Name] = _NAME
@@ -104,9 +106,10 @@ class Options:
         if self.stage_models and not self.ray:
             raise TightfitError("--stage-models sends models to a cluster: say which, by --ray auto")
         if re.match(r"[a-z][a-z\d+.-]+:/", str(self.output)):
-            raise TightfitError(
-                f"--output {self.output} is an address: name a folder, and copy it from there"
-            )
+            said = f"--output {self.output} is an address"
+            raise TightfitError(f"{said}: name a folder, where the ledger is, and the address by --upload")
+        if self.upload is not None and "://" not in self.upload:
+            raise TightfitError(f"--upload {self.upload} is no address: give such as s3://bucket/folder")
         if self.output.exists() and not self.output.is_dir():
             raise TightfitError(f"--output {self.output} is no folder: name one")
         from ..batch.requests import place_of
@@ -123,7 +126,7 @@ negative_prompt num_inference_steps guidance_scale width height seed scheduler n
 {ASKING_IN_ORDER}
 model models_dirs {ADAPTERS_IN_ORDER}
 precision compute backend provider device budget images_per_call residency attention tiling prefer
-min_psnr ... no_text_cache name format quality metadata as_json
+min_psnr ... no_text_cache name format quality metadata upload as_json
 """
 
 

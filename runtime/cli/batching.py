@@ -20,7 +20,9 @@ from ..batch.requests import Reading
 from ..batch.running import Batch, Group, planned
 from ..batch.spread import Spread
 from ..batch.table import Row, RowError, rows
+from ..batch.uploading import Upload
 from ..errors import TightfitError, printable
+from ..jobs import State
 from ..open_models import OpenModels
 from ..pictures import METADATA
 from ..pipeline import MANY
@@ -41,7 +43,15 @@ _WIDE = 110
 def run_batch(options: Options, defaults: Mapping[str, Any], budget: str | None) -> None:
     """Paint a table. `defaults` are of every row, by their columns."""
     reading = Reading(defaults, options.repeat, options.wildcards, options.models_dirs or ())
-    paint(options, reading, rows(options.table, options.kind), budget)
+    table = rows(options.table, options.kind)
+    if not options.upload or options.dry_run:
+        return paint(options, reading, table, budget)
+    with Upload(options.output, options.upload) as upload:
+
+        def finish(ledger: Ledger) -> None:
+            upload.finish(one["file"] for one in ledger.records() if one["state"] == State.DONE)
+
+        return paint(options, reading, table, budget, finish, upload.begin)
 
 
 def paint(
@@ -50,15 +60,16 @@ def paint(
     table: Iterator[Row],
     budget: str | None,
     finish: Callable[[Ledger], object] = lambda _: None,
+    copy: Callable[[Path], object] = lambda _: None,
 ) -> None:
-    """Take in a table, plan it, paint it, `finish`, and report."""
+    """Take in a table, plan it, paint it, `copy` each picture, `finish`, and report."""
     price = hourly(options.price) if options.price else None
     here = None if options.ray else _here(options, reading, budget)
     interrupts.tidily()
     with Ledger(options.output, keep=not options.dry_run) as ledger, ExitStack() as ends:
         refuse(ledger.ask(_named(reading.pictures(table))))
         begun_again = ledger.resume(options.retries)
-        how: Any = {"retries": options.retries, "fail_fast": options.fail_fast, "begun_again": begun_again}
+        how: Any = {"retries": options.retries, "fail_fast": options.fail_fast, "copy": copy}
         if here:
             ends.callback(here.models.close)
             planner, where = here, here.models.hardware.name
@@ -67,6 +78,7 @@ def paint(
             planner = ends.enter_context(_crew(options, reading, budget, ledger))
             where = f"{len(planner.ready())} nodes of {options.ray}"
             work = Spread(ledger, Places(options), crew=planner, **how)
+        work.begun_again = begun_again
         groups, others, errors = planned(ledger, planner)
         refuse(errors)
         if options.dry_run:

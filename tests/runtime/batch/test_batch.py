@@ -10,6 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import tightfit
@@ -120,7 +121,11 @@ def test_a_changed_table_and_a_lost_file(table):
 def test_twins_in_a_format_without_text(table):
     """The copy is the file's bytes: it has no text that could name it."""
     table.write_text("\n".join(map(json.dumps, [{"prompt": "cat", "seed": 1}] * 2)))
-    batch(table, "--format", "jpeg", "--metadata", "none")
+    url = f"memory://{table.parent}/there"
+    batch(table, "--format", "jpeg", "--metadata", "none", "--upload", url)
+    there, root = fsspec.core.url_to_fs(url)
+    uploaded = {name.removeprefix(f"{root}/"): there.cat_file(name) for name in there.find(root)}
+    assert {name: hashlib.sha256(content).hexdigest() for name, content in uploaded.items()} == files(table)
     assert len(files(table)) == 2 and len({*files(table).values()}) == 1
     agrees(table)
 

@@ -128,7 +128,9 @@ def test_what_is_asked_of_a_cluster_is_checked(tmp_path):
         (["--ray", "127.0.0.1:99999"], "no Ray cluster answers"),
         (["--ray", "10.0.0.1"], "is no address"),
         (["--ray", "ray://10.0.0.1:10001"], "is no address"),
-        (["-o", "s3://bucket/x"], "is an address"),
+        (["-o", "s3://bucket/x"], "and the address by --upload"),
+        (["--upload", "bucket/x"], "is no address"),
+        (["--upload", "no-such-protocol://x"], "no-such-protocol"),
     ):
         result = CliRunner().invoke(app(), ["batch", str(tmp_path / "t.txt"), "-o", str(tmp_path), *more])
         assert isinstance(result.exception, TightfitError) and said in str(result.exception)

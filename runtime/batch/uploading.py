@@ -1,0 +1,69 @@
+"""Copies of a batch's pictures at an address that fsspec knows: s3://, gs://, sftp:// and many others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from ..errors import TightfitError, first_line
+
+_AT_ONCE = 4  # a small file waits for answers, not for bandwidth
+
+
+class Upload:
+    """What is in a folder, and is to be at an address by the same names. Use as a context manager."""
+
+    def __init__(self, folder: Path, url: str) -> None:
+        """Raises TightfitError for an address that cannot be read."""
+        import fsspec
+
+        self._folder, self._url = folder, url
+        try:
+            self._there, root = fsspec.core.url_to_fs(url)
+            self._root = root.rstrip("/")
+            self._sizes = self._listed()
+        except ImportError as error:  # which names the package
+            raise TightfitError(f"--upload {url}: {first_line(error)}") from None
+        except Exception as error:  # whatever the protocol's package raises
+            raise TightfitError(f"--upload {url} cannot be reached: {first_line(error)}") from None
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="tightfit-upload")
+        self._coming: list[Future[None]] = []
+
+    def __enter__(self) -> Upload:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def begin(self, file: Path) -> None:
+        """Copy one, while others are painted."""
+        self._coming.append(self._pool.submit(self._put, file))
+
+    def finish(self, files: Iterable[str]) -> None:
+        """Wait for those, and copy what of `files` is not there, once more what failed. Raises TightfitError
+        where that fails again; the next time goes on."""
+        wait(self._coming)
+        places = [self._folder / file for file in files]
+        missing = [file for file in places if self._sizes.get(self._place(file)) != file.stat().st_size]
+        again = [self._pool.submit(self._put, file) for file in missing]
+        errors = [error for one in again if (error := one.exception())]
+        if errors:
+            said = f"{len(errors)} pictures are not at {self._url} ({first_line(errors[0])})"
+            raise TightfitError(f"{said}: the same command uploads them")
+
+    def _put(self, file: Path) -> None:
+        place = self._place(file)
+        self._there.makedirs(place.rpartition("/")[0], exist_ok=True)
+        self._there.pipe_file(place, content := file.read_bytes())
+        self._sizes[place] = len(content)
+
+    def _place(self, file: Path) -> str:
+        return f"{self._root}/{file.relative_to(self._folder).as_posix()}"
+
+    def _listed(self) -> dict[str, int]:
+        try:
+            found = self._there.find(self._root, detail=True)
+        except FileNotFoundError:
+            return {}
+        return {name: about["size"] for name, about in found.items()}

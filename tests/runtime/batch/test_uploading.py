@@ -1,0 +1,51 @@
+"""Copies at an address: each once, whole, and what failed the next time."""
+
+from __future__ import annotations
+
+import fsspec
+import pytest
+from tightfit.runtime.batch.uploading import Upload
+from tightfit.runtime.errors import TightfitError
+
+
+@pytest.mark.parametrize("protocol", ["memory", "file"])
+def test_what_is_missing_there_is_copied(tmp_path, monkeypatch, protocol):
+    there, root = fsspec.core.url_to_fs(url := f"{protocol}://{tmp_path}/there")
+    folder = tmp_path / "d"
+    contents = {f"{name}.png": name.encode() * 1000 for name in ("a", "b/c", "b/d/e")}
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    def uploaded(*begun: str) -> int:
+        """How many files were written there."""
+        writes = []
+        write = type(there).pipe_file
+        with monkeypatch.context() as patch, Upload(folder, f"{url}/") as upload:
+            patch.setattr(
+                type(there), "pipe_file", lambda *given, **more: [writes.append(1), write(*given, **more)]
+            )
+            for name in begun:
+                upload.begin(folder / name)
+            upload.finish(contents)
+        assert {name: there.cat_file(f"{root}/{name}") for name in contents} == contents
+        return len(writes)
+
+    assert uploaded("b/c.png") == 3
+    assert uploaded() == 0
+    there.rm(f"{root}/a.png")
+    there.pipe_file(f"{root}/b/c.png", b"half")
+    assert uploaded() == 2
+    there.rm(f"{root}/a.png")
+
+    def denied(*_: object) -> None:
+        raise OSError("denied\nby x")
+
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(TightfitError, match=r"1 pictures are not at .* \(denied\): the same command uploads"),
+        Upload(folder, url) as upload,
+    ):
+        patch.setattr(type(there), "pipe_file", denied)
+        upload.finish(contents)
+    assert uploaded() == 1
