@@ -113,7 +113,7 @@ class Spreading(Service):
         try:
             return [*self._crew.wait()]
         except TightfitError as error:  # no machine is left: jobs wait until there is one
-            if self.problem != str(error):
+            if not self.problem:
                 _log.warning("%s", error)
             self.problem = str(error)
             return []

@@ -80,6 +80,18 @@ def test_the_pixels_of_a_picture_are_of_its_last_pass(tmp_path, monkeypatch):
     assert here.pixels(items(1, hires=2.0)[0]) == 128 * 128
 
 
+def test_strangers_name_models_and_open_no_path(tmp_path, monkeypatch):
+    """As `tightfit serve --ray` has it; of a batch each row is the person's own."""
+    monkeypatch.chdir(Path.cwd())
+    place = str(BUILT_IN["emoji"])
+    painter = worker(tmp_path, named=(("mine", place),))
+    assert painter.here.pixels(items(1, "mine")[0]) == 64 * 64
+    for asked in (items(1, place)[0], items(1, "mine", image=f"{place}/../emoji.png")[0]):
+        assert isinstance(painter.predicted(asked, 1), str)
+    assert "must be a picture itself" in f"{painter.predicted(asked, 1)}"
+    assert worker(tmp_path).here.pixels(items(1, place)[0]) == 64 * 64
+
+
 def test_what_is_stopped_gives_back_what_it_has_not_painted(tmp_path, monkeypatch):
     monkeypatch.chdir(Path.cwd())
     painter = worker(tmp_path)
