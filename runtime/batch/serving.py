@@ -92,6 +92,10 @@ class Spreading(Service):
         running = [ticket for ticket in every.values() if not ticket.state.is_end]
         return sorted(running, key=lambda ticket: ticket.record.started or math.inf)
 
+    @property
+    def _is_enlarging(self) -> bool:
+        return self._enlarging is not None and self._enlarging.is_alive()
+
     # ---------------------------------------------------------------------------------------- the worker
 
     def _work(self) -> None:
@@ -133,7 +137,7 @@ class Spreading(Service):
                 self._give_up(task.ticket)
             if task.ticket.ending or (task.ticket in self._lost and task.ticket.wanted):
                 self._finish(task)
-        if self._unloading and not self._enlarging:
+        if self._unloading and not self._is_enlarging:
             self._unloading = False
             self.models.free()
         if self._unwritten:
@@ -239,7 +243,7 @@ class Spreading(Service):
 
     def _may(self, ticket: Ticket, idle: list[str]) -> bool:
         if ticket.record.order.does == "upscale":
-            return not (self._enlarging and self._enlarging.is_alive())
+            return not self._is_enlarging
         task = self._tasks.get(ticket.id)
         if task is None:
             return True

@@ -187,3 +187,26 @@ def test_jobs_wait_in_the_folder_for_the_next_start(served, tmp_path):
         node, items = crew.taken()
         crew.done(node, items)
     until(lambda: [record.state for record in service.records()] == [State.DONE] * 2)
+
+
+def test_pictures_are_enlarged_here_while_others_are_painted(served, monkeypatch):
+    service, crew = served(a=(1.0, 64))
+    release = threading.Event()
+
+    def enlarge(ticket, order):
+        assert release.wait(20)
+        service._tell(ticket, Event("upscale", 1, 1, picture=order.options["image"]))
+        service._end(ticket, State.DONE, summary={})
+
+    monkeypatch.setattr(service, "_enlarge", enlarge)
+    monkeypatch.setattr(service, "_check_upscaling", lambda order: None)
+    options = {"image": Image.new("RGB", (8, 8))}
+    first, second = (service.submit("any", options, does="upscale") for _ in range(2))
+    painted = service.submit("emoji", SMALL)
+    node, items = crew.taken()
+    until(lambda: {*service.at_work} == {first, painted})
+    crew.done(node, items)
+    assert painted.wait(20) is State.DONE and second.state is State.WAITING
+    release.set()
+    assert [ticket.wait(20) for ticket in (first, second)] == [State.DONE] * 2
+    assert len(first.images) == 1
