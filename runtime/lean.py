@@ -12,13 +12,13 @@ from __future__ import annotations
 import gc
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from importlib import import_module
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from importlib import import_module, metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from typing import Any
+from typing import Any, Unpack
 
 from .versions import installed
 
@@ -29,23 +29,51 @@ def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
 
 
 _COMPILER = "torch._dynamo"
+_META = "torch._meta_registrations"  # kernels for `meta` that are Python: of the dry run alone
+# What takes for granted that they are there, with the operators that they are made of: as a module, or as a
+# face that is read.
+_ON_META = {"torch._decomp.decompositions", "torch._inductor", "torch._refs"}
+_ON_META_READ = {_COMPILER, "torch._export", "torch.export"}
 _ALONE = f"{_COMPILER}._trace_wrapped_higher_order_op"  # transformers', which imports nothing of the compiler
 _MARKS = "allow_in_graph", "assume_constant_result", "disable", "forbid_in_graph"
-# Packages of which one or two modules are needed, but whose __init__ looks for or imports all of them. In
-# seconds of a core, beside 1.3 for torch: torch's compiler (1.1), diffusers' networks (0.5), the list of
-# transformers' models (0.6), and scipy, for samplers with beta sigmas and for LMS (0.5). Each with what
-# others of these files ask of it: of the compiler what diffusers has where there is none.
+# Packages of which one or two modules are needed, but whose __init__ looks for or imports all of them, and
+# modules that others import and a picture has no use for. In seconds of a core, beside 1.3 for torch: torch's
+# compiler (1.1), diffusers' networks (0.5), the list of transformers' models (0.6), and scipy, for samplers
+# with beta sigmas and for LMS (0.5). Of torch itself 0.3 and 28 MiB of 220, two thirds of it with the kernels
+# for `meta`. Each with what others of these files ask of it: of the compiler what diffusers has where there
+# is none.
 FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
+    "pynvml": dict,
+    "requests": dict,
     "diffusers.models.autoencoders": dict,
     "diffusers.models.controlnets": dict,
     "diffusers.models.transformers": dict,
     "diffusers.models.unets": dict,
     "scipy.integrate": dict,
     "scipy.stats": dict,
+    "torch._export": dict,
     _COMPILER: lambda: dict.fromkeys(_MARKS, _as_it_is),
-    "transformers": lambda: {"__version__": installed("transformers")},
+    _META: dict,
+    "torch._prims": dict,
+    "torch.ao": dict,
+    "torch.distributions": dict,
+    "torch.export": dict,
+    "torch.masked": dict,
+    "torch.nn.intrinsic": dict,
+    "torch.nn.qat": dict,
+    "torch.nn.quantizable": dict,
+    "torch.nn.quantized": dict,
+    "torch.optim": dict,
+    "torch.profiler": dict,
+    "torch.quantization": dict,
+    "torch.testing": dict,
+    # The second reads what looks for nudity in pictures, by a loader of diffusers that nothing here calls.
+    "transformers": lambda: {"__version__": installed("transformers"), "AutoImageProcessor": None},
     "transformers.models": dict,
+    "transformers.processing_utils": lambda: {"Unpack": Unpack},
 }
+# Where a face has a name that is asked of it, so that the others stay unread.
+_HOMES = {("transformers", "PreTrainedModel"): "transformers.modeling_utils"}
 # Python's search for cycles takes a third of the time of imports, of which hardly anything is ever freed.
 _READING = threading.RLock()
 _SELDOM, _USUALLY = (50_000, 20, 100), (700, 10, 10)
@@ -66,23 +94,84 @@ def settle() -> None:
         gc.set_threshold(*_USUALLY)
 
 
+def have_meta_kernels() -> bool:
+    """Have torch's kernels for `meta` that are Python, which register as they are imported. Whether they were
+    not there before."""
+    face = sys.modules.get(_META)
+    return isinstance(face, _Face) and face.read()
+
+
 class _Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname == "transformers":
             _stay_alone()
+        if fullname in _ON_META:
+            have_meta_kernels()
         if fullname.startswith(f"{_COMPILER}.") and fullname != _ALONE:
             face = sys.modules.get(_COMPILER)
             if isinstance(face, _Face):
                 face.read()  # its files import one another, in the order that its __init__ has
-        if fullname not in FACES:
+        if fullname not in FACES and fullname not in _AROUND:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec and spec.loader and spec.submodule_search_locations:
-            spec.loader = _Later(spec.loader)
+        if spec and spec.loader:
+            around = _AROUND.get(fullname)
+            spec.loader = _Around(spec.loader, around) if around else _Later(spec.loader)
             return spec
         return None  # another version's, or none: as without this
+
+
+@contextmanager
+def _packages_uncounted(_: ModuleType) -> Iterator[None]:
+    """For the names of three packages that nothing here uses, diffusers looks at each file of all that is
+    installed, which takes 0.2 s."""
+    known = metadata.packages_distributions
+    metadata.packages_distributions = dict
+    try:
+        yield
+    finally:
+        metadata.packages_distributions = known
+
+
+@contextmanager
+def _undocumented(module: ModuleType) -> Iterator[None]:
+    """transformers writes docstrings as it is imported, from its sources and its list of models: 0.4 s."""
+    yield
+    module.__dict__["auto_docstring"] = _as_it_is
+
+
+@contextmanager
+def _generating(_: ModuleType) -> Iterator[None]:
+    """A part of those kernels tells torch what a Generator is, and nobody else does: 2 ms."""
+    yield
+    with suppress(ImportError):
+        import_module("torch._prims.rng_prims")
+
+
+_AROUND = {
+    "diffusers.utils.import_utils": _packages_uncounted,
+    "torch": _generating,
+    "transformers.utils.auto_docstring": _undocumented,
+}
+
+
+class _Around(Loader):
+    """Reads a module in a context."""
+
+    def __init__(self, loader: Loader, around: Callable[[ModuleType], AbstractContextManager[None]]) -> None:
+        self._loader, self._around = loader, around
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        with self._around(module):
+            self._loader.exec_module(module)
+
+    def __getattr__(self, name: str) -> Any:  # as of _Later
+        return getattr(self._loader, name)
 
 
 class _Later(Loader):
@@ -104,17 +193,22 @@ class _Later(Loader):
 
 
 class _Face(ModuleType):
-    def read(self) -> None:
-        """Run the package's __init__, once."""
+    def read(self) -> bool:
+        """Run the package's __init__, once. Whether that was now."""
         with _READING:
+            if self.__name__ in _ON_META_READ:
+                have_meta_kernels()
             if loader := self.__dict__.pop("_unread", None):
                 loader.exec_module(self)
                 # Some put another module in their place.
                 self.__dict__["_read"] = sys.modules.get(self.__name__, self)
+            return loader is not None
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
         if "_unread" in own and not _is_of_python(name):
+            if home := _HOMES.get((self.__name__, name)):
+                return getattr(import_module(home), name)
             if self.__name__ != _COMPILER:
                 with suppress(ModuleNotFoundError):
                     return import_module(f"{self.__name__}.{name}")

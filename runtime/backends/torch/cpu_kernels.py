@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._prims_common import suggest_memory_format
 
 from ....kernels import onednn
 from ....kernels.attention import sdpa_cpu_bytes
@@ -63,8 +62,19 @@ def _convolution_packed(args: Any, _: Any) -> int:
 
 
 def channels_last(x: torch.Tensor) -> bool:
-    """Whether torch would compute a convolution of `x` with channels last."""
-    return x.ndim == 4 and suggest_memory_format(x) is torch.channels_last
+    """Whether torch would compute a convolution of `x` with channels last: of its strides, channels' reach
+    the least, then those of columns, of rows, and of pictures. torch's own function imports sympy.
+
+    Where sides are 1, strides may say either; a single value a picture is not with channels last.
+    """
+    if x.ndim != 4 or 0 in x.shape or not x.stride(1):
+        return False
+    reach = 0
+    for place in (1, 3, 2):
+        if x.stride(place) < reach:
+            return False
+        reach = x.stride(place) * x.shape[place]
+    return x.stride(0) >= reach != x.stride(1)
 
 
 def _upsampling(args: Any, out: torch.Tensor) -> int:

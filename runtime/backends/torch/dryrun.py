@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, replace
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Opera
 from ...costs.known import KNOWN
 from ...costs.latency import converted_values, patching_seconds, read_bytes
 from ...errors import explained
+from ...lean import have_meta_kernels
 from ...machine.hardware import Hardware
 from ...models.families.family import KEPT, RESIDUAL, SHALLOW, Extent, Role
 from ...models.spec import Component, ModelSpec
@@ -73,7 +74,7 @@ class Recorder(LiveBytes):
             return tuple(map(like, outs)) if isinstance(outs, list) else like(outs)
         # torch's meta kernels of what changes its first argument in place are Python too
         out = args[0] if func._schema.name.endswith("_") else _plainly(func, args)
-        out = func(*args, **kwargs) if out is None else out
+        out = _on_meta(func, args, kwargs) if out is None else out
         # The CPU's kernels keep this layout, or take that of the weight; meta's do not.
         if (self._channels_last and func in (CONVOLUTION, GROUP_NORM) and channels_last(args[0])) or (
             func is CONVOLUTION and args[1].shape[2:].numel() > 1 and channels_last(args[1])
@@ -125,19 +126,63 @@ class Recorder(LiveBytes):
         super()._freed(key)
 
 
-# Operators that answer as their first argument is, whose meta kernels take 0.6 to 1.3 ms in Python.
-_AS_FIRST = {GROUP_NORM, torch.ops.aten.layer_norm.default, torch.ops.aten.gelu.default}
+# torch's meta kernels of these are Python and take 0.6 to 1.3 ms, and 0.65 s and 50 MiB to be imported, with
+# sympy.
+_NORMS = {GROUP_NORM, torch.ops.aten.layer_norm.default}
+_EMBEDDING, _GELU = torch.ops.aten.embedding.default, torch.ops.aten.gelu.default
+_LINEAR = torch.ops.aten.linear.default
 
 
 def _plainly(func: Any, args: Any) -> torch.Tensor | None:
-    """What some operators make of plain tensors, which are contiguous and of one type; None for all else."""
+    """What some operators make of tensors of one type, as torch's meta kernels would; None for all else."""
     tensors = tensors_in(args)
-    if not all(one.is_contiguous() and one.dtype is tensors[0].dtype for one in tensors):
+    if func is _EMBEDDING:
+        return args[0].new_empty(*args[1].shape, args[0].shape[1])
+    if any(one.dtype is not tensors[0].dtype for one in tensors):
         return None
-    if func in _AS_FIRST:
+    if func in _NORMS:
+        return tensors[0].new_empty(tensors[0].shape)
+    if func is CONVOLUTION:
+        return _convolved(*args)
+    if func is onednn.CONVOLUTION:
+        x, weight, bias, padding, stride, dilation, groups = args[:7]
+        out = _convolved(x, weight, bias, stride, padding, dilation, groups)
+        return None if out is None else out.to(memory_format=torch.channels_last)
+    if func is onednn.LINEAR:
+        return tensors[0].new_empty(*tensors[0].shape[:-1], len(tensors[1]))
+    if not all(one.is_contiguous() for one in tensors):
+        return None
+    if func is _GELU:
         return torch.empty_like(tensors[0])
-    is_linear = func is torch.ops.aten.linear.default
-    return tensors[0].new_empty(*tensors[0].shape[:-1], len(tensors[1])) if is_linear else None
+    return tensors[0].new_empty(*tensors[0].shape[:-1], len(tensors[1])) if func is _LINEAR else None
+
+
+def _convolved(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    _: torch.Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+) -> torch.Tensor | None:
+    """The shape of a convolution's answer; None for what is none, which torch says."""
+    sizes = zip(x.shape[2:], weight.shape[2:], stride, padding, dilation, strict=False)
+    sides = [
+        (side + 2 * beside - apart * (width - 1) - 1) // by + 1 for side, width, by, beside, apart in sizes
+    ]
+    fits = x.dim() == 4 and len(sides) == 2 and x.shape[1] == groups * weight.shape[1] and min(sides) > 0
+    return x.new_empty(len(x), len(weight), *sides) if fits else None
+
+
+def _on_meta(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+    """By torch's own kernel, which may have to be imported first."""
+    try:
+        return func(*args, **kwargs)
+    except NotImplementedError:
+        if not have_meta_kernels():
+            raise
+        return func(*args, **kwargs)
 
 
 _NAMES = {dtype: name for name, dtype in weights.DTYPES.items()}
@@ -417,6 +462,10 @@ def attention_bytes(
     q, k = (
         torch.empty(batch, length, heads, d, dtype=dtype, device="meta").transpose(1, 2) for length in (n, m)
     )
-    with torch.inference_mode(), LiveBytes(device) as live:
-        attend(q, k, k)
-    return max(0, live.peak - batch * heads * n * d * dtype.itemsize)
+
+    def peak_bytes() -> int:
+        with torch.inference_mode(), LiveBytes(device) as live:
+            attend(q, k, k)
+        return live.peak
+
+    return max(0, _on_meta(peak_bytes, (), {}) - batch * heads * n * d * dtype.itemsize)

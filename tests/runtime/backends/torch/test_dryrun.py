@@ -1,18 +1,21 @@
-"""What a dry run remembers of operators is what following each of them would have given."""
+"""What a dry run remembers of operators, or answers itself, is what torch's own kernels would have given."""
 
 from __future__ import annotations
 
 import gc
+import random
 
 import pytest
 import torch
 from tightfit.runtime.backends.torch import dryrun
+from tightfit.runtime.backends.torch.cpu_kernels import channels_last
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner.choose import plan
 from tightfit.runtime.planner.wishes import Wishes
+from torch._prims_common import suggest_memory_format
 
 
 class Forgetful(dict):
@@ -40,7 +43,20 @@ def test_remembered_operators_leave_the_same_trace(monkeypatch, tiny_models, mac
     once, again = traces(), traces()
     assert dryrun._answers
     monkeypatch.setattr(dryrun, "_answers", Forgetful())
+    monkeypatch.setattr(dryrun, "_plainly", lambda *_: None)
     assert once == again == traces()
+
+
+def test_channels_are_last_where_torch_says_so():
+    draw, seen = random.Random(0), set()
+    for _ in range(1000):
+        sides = [draw.choice((0, 1, 1, 2, 3)) for _ in range(4)]
+        x = torch.empty(sides, device="meta")
+        x = draw.choice((x, x.to(memory_format=torch.channels_last), x.permute(draw.sample(range(4), 4))))
+        x = draw.choice((x, x[:, : sides[1] // 2], x[:1].expand(2, *x.shape[1:]) if len(x) else x))
+        seen.add(is_last := suggest_memory_format(x) is torch.channels_last)
+        assert channels_last(x) == is_last, (x.shape, x.stride())
+    assert len(seen) == 2
 
 
 def test_equal_arguments_of_other_types_are_others():
