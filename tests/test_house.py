@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -88,9 +89,16 @@ def floor(module: str) -> int:
     )
 
 
+@cache
 def sources() -> dict[str, Path]:
     files = [file for room in ROOMS for file in sorted((ROOT / room).rglob("*.py"))]
     return {".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): f for f in files}
+
+
+@cache
+def parsed(text: str) -> ast.Module:
+    """Of each source once: several rules look at all of them."""
+    return ast.parse(text)
 
 
 def imports(name: str, file: Path, top_level_only: bool = False) -> set[str]:
@@ -118,7 +126,7 @@ def imports(name: str, file: Path, top_level_only: bool = False) -> set[str]:
             elif not (top_level_only and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)):
                 visit(ast.iter_child_nodes(node))
 
-    visit(ast.parse(file.read_text()).body)
+    visit(parsed(file.read_text()).body)
     return {module.removeprefix("tightfit.") for module in found}
 
 
@@ -225,7 +233,7 @@ def decisions_from_prose(text: str) -> list[str]:
     """Expressions of a source file that decide by what a sentence says: how it begins, what is in it, whether
     it is this."""
     found = []
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(parsed(text)):
         read: list[ast.AST] = []
         if isinstance(node, ast.Compare):
             words = {ast.In: node.comparators, ast.NotIn: node.comparators}
@@ -284,7 +292,7 @@ def names_of_models(text: str) -> set[str]:
         (name for network in networks for name in (network.name, network.folder)), "networks"
     )
     kinds |= dict.fromkeys((family.name for family in FAMILIES), "families")
-    constants = (node.value for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Constant))
+    constants = (node.value for node in ast.walk(parsed(text)) if isinstance(node, ast.Constant))
     return {kinds[value] for value in constants if isinstance(value, str) and value in kinds}
 
 
