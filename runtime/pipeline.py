@@ -103,6 +103,7 @@ class Pipeline:
         self._planned_next: tuple[tuple[Any, ...], list[Plan]] = (spec,), []  # the same of a second pass
         self._is_wanted: Callable[[], bool] = lambda: True  # what is planned now
         self._planned_before: Recent[list[Plan]] = Recent(_MOST_PLANNED)
+        self._found_before: Recent[Plan] = Recent(_MOST_PLANNED)
         # Held while something of this pipeline is read or changed, not between two events.
         self._using = threading.RLock()
         self._current: tuple[Passes, Turn] | None = None
@@ -112,6 +113,11 @@ class Pipeline:
         Raises TightfitError if none fits."""
         first, *_ = passes(self._job(request))
         return self._plans(first)
+
+    def plan(self, request: Request) -> Plan:
+        """The plan that will be taken, the first of `plans`, which takes less time to find than all."""
+        first, *_ = passes(self._job(request))
+        return self._first(first)
 
     def planned(self, request: Request, is_wanted: Callable[[], bool] = lambda: True) -> list[Planned]:
         """Each pass of `request` with every way to run it here, the one that will be taken first. The last
@@ -130,6 +136,10 @@ class Pipeline:
                 self._is_wanted = lambda: True
         return planned
 
+    def _costs_of(self, job: Job) -> tuple[Any, ...]:
+        """What the plans of a job depend on, besides its model."""
+        return *_costs_of(job), TEXTS.known(job, self.hardware)
+
     def _plans_of_pass(self, job: Job, before: Sequence[Planned]) -> list[Plan]:
         if not before:
             return self._plans(job)
@@ -137,7 +147,7 @@ class Pipeline:
         return self._planned_by(job, wishes_after(first.job, first.plans[0], job, self.wishes))
 
     def _plans(self, job: Job) -> list[Plan]:
-        key = (*_costs_of(job), TEXTS.known(job, self.hardware))
+        key = self._costs_of(job)
         with self._using:
             (spec, *known), _ = self._planned
             if spec is not job.spec or (*known,) != key:
@@ -148,7 +158,7 @@ class Pipeline:
     def _plans_after(self, first: Run, job: Job) -> list[Plan]:
         """Every way to run the second pass, beside what the first leaves loaded."""
         wishes = wishes_after(first.job, first.plan, job, self.wishes)
-        key = (*_costs_of(job), TEXTS.known(job, self.hardware), wishes)
+        key = (*self._costs_of(job), wishes)
         with self._using:
             (spec, *known), _ = self._planned_next
             if spec is not job.spec or (*known,) != key:
@@ -197,7 +207,19 @@ class Pipeline:
 
     def _first(self, job: Job) -> Plan:
         """The plan to begin with."""
-        return (self._checked(job) or self._plans(job))[0]
+        if saved := self._checked(job):
+            return saved[0]
+        key = self._costs_of(job)
+        with self._using:
+            (spec, *known), plans = self._planned
+            if spec is job.spec and (*known,) == key:
+                return plans[0]
+            return self._found_before.get(key, partial(self._found, job), job.spec)
+
+    def _found(self, job: Job) -> Plan:
+        planner.refuse_hopeless(self.hardware, job, self.wishes)
+        found = planner.first(self.hardware, job, self.wishes, self._is_wanted)
+        return found or self._plans(job)[0]
 
     def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
@@ -307,7 +329,7 @@ def _before(saved: list[Plan], plans: list[Plan]) -> list[Plan]:
 
 
 def _costs_of(job: Job) -> tuple[Any, ...]:
-    """What the plans of a job depend on, besides its model."""
+    """The same, but for what is known."""
     words, share = job.prompting, job.share
     encodings = (job.text_encodings, *(job.encodings(name) for name in job.spec.components))
     calls = [job.calls_with(name) for name in job.spec.components]

@@ -537,15 +537,15 @@ class Run:
         now, stage = self.plan, self.stage
         needs = now.predicted.stages[stage]
         self._features.clear()
+        self.loaded.free()
+        if self._before:  # if it is of another model
+            self._before.loaded.free()
         unread = stage == "encode" and not now.texts_known  # texts that are known otherwise
         lower = [
             plan
             for plan in self._ways.every(self.job)
             if plan.fits and plan.predicted.stages[stage] < needs and not (unread and plan.texts_known)
         ]
-        self.loaded.free()
-        if self._before:  # if it is of another model
-            self._before.loaded.free()
         if not lower:
             raise OutOfMemoryError(
                 f"out of memory to {stage} ({failure}), and no plan takes less: {CURE}", complete=True

@@ -536,7 +536,7 @@ class Service:
         pipeline = self.models.pipeline(order.model, self.models.wished(order.wishes))
         job = request.resolve(pipeline.spec)
         self.limits.check(job)
-        ticket.plan = pipeline.plans(job)[0]
+        ticket.plan = pipeline.plan(job)
         freed = self.models.beside(pipeline)
         with closing(pipeline.run(job)) as events:
             advance: Callable[[], Event] = partial(next, events)

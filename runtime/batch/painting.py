@@ -133,10 +133,7 @@ class Here:
         pipeline, job = self._pipeline(item), self._job(item)
         # Runs are as long as one another, so that all fill the plan's calls.
         most = -(-count // -(-count // MOST_TOGETHER)) if may_join(job) else 1
-        planned = pipeline.planned(replace(job, num_images=most))
-        if refusal := planned[-1].refusal:
-            raise refusal
-        plans = [one.plans[0] for one in planned]
+        plans = _planned(pipeline, replace(job, num_images=most))
         seconds, at_once = sum(plan.predicted.seconds for plan in plans) / most, plans[0].images_per_call
         calls = max(1, min(most, int(LOST_SECONDS / max(seconds, 1e-9))) // at_once)
         return Predicted(plans[0], seconds, min(most, calls * at_once))
@@ -198,6 +195,16 @@ class Here:
                     advance = partial(events.throw, interrupt)
                 if event.picture:
                     made.add(items[event.image].number)
+
+
+def _planned(pipeline: Pipeline, job: Job) -> list[Plan]:
+    """The plan of each pass. Raises NoneFitsError."""
+    if may_join(job):
+        return [pipeline.plan(job)]
+    passes = pipeline.planned(job)
+    if refusal := passes[-1].refusal:
+        raise refusal
+    return [one.plans[0] for one in passes]
 
 
 def _news(event: Event, items: tuple[Item, ...], joules: float | None) -> News:

@@ -62,7 +62,7 @@ class Footprint:
     `ring` the bytes of the buffer they flow through; `stored` the files' bytes that they are read from.
     `patching_seconds`: to apply patches to what is read, of a streamed one in each call on a CPU, else once;
     `kept_patching_seconds`: to those of its weights that do not flow, once. `converted`: values of those that
-    flow which are stored in another type than they are held in.
+    flow which are stored in another type than they are held in. `modules`: that are built, and meet an input.
     """
 
     held: tuple[int, ...]
@@ -78,6 +78,7 @@ class Footprint:
     patching_seconds: float = 0.0
     kept_patching_seconds: float = 0.0
     converted: int = 0
+    modules: int = 0
 
     @property
     def held_bytes(self) -> int:

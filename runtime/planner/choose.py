@@ -6,7 +6,7 @@ from __future__ import annotations
 import gc
 import math
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -17,7 +17,7 @@ from ..machine.hardware import Hardware
 from ..machine.process import PROCESS, address_space, process_context
 from ..models.families.family import Role
 from ..models.spec import ModelSpec
-from ..placement import GRAPHS
+from ..placement import DYNAMIC, GRAPHS, Placement
 from ..request import Job, Request
 from ..texts import TEXTS
 from ..units import shown
@@ -34,6 +34,7 @@ CACHED = 2, 3, 5  # steps of which one is taken in full, that the planner tries
 WIDER = 1.02  # times as fast, twice as many pictures a call have to be
 # The emoji's VAE takes 20 ms for a picture of 96x96 alone, 11 each for 4 at once, and 11 for 16 (2 cores).
 _DECODED = 4
+_FEW_CALLS = 2  # of a U-Net, which streams faster than it is loaded where it is called once
 SAME = 0.001  # a share of the seconds: what differs by less is as fast, and then quality and memory decide
 
 
@@ -70,26 +71,95 @@ def plan(
     estimate = ESTIMATOR.estimate(hardware, job, wishes)
     found = _costed(estimate, is_wanted)
     if not found:
-        raise TightfitError(
-            f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
-        )
+        raise _no_way(spec)
+    fitting = _fitting(found, estimate)
+    if fitting:
+        best = _best(fitting, estimate)
+        rest = [beaten(p, best) for p in fitting if p is not best]
+        fitting = [_chosen(best, estimate), *rest]
+    every = fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+    return [_saving(p, every) if p.chosen and p.step_cache > 1 else p for p in every]
+
+
+def first(
+    hardware: Hardware, job: Job, wishes: Wishes, is_wanted: Callable[[], bool] = _always
+) -> Plan | None:
+    """The plan that `plan` would put first, where a few ways tell: a seventh of the dry runs. None where not.
+
+    They are those that no other way is faster than, in the same arithmetic: whatever takes less memory, by
+    streaming, by rounding weights as they are loaded, by one half of guidance after the other, or by strips,
+    pays with time. So others matter only where one of these is as fast, and does not fit.
+    """
+    estimate = ESTIMATOR.estimate(hardware, job, wishes)
+    if job.calls < _FEW_CALLS or wishes.after is not None:
+        return None
+    found = _costed(estimate, is_wanted, lambda cfg, way: _is_fast(job.spec, wishes, cfg, way))
+    if not (fitting := _fitting(found, estimate)):
+        return None
+    best = _best(fitting, estimate)
+    most = estimate.painting_seconds(best) * (1 + SAME)
+    short = (p for p in found if p.verdict in (Verdict.TOO_LARGE, Verdict.REFUSED))
+    if any(estimate.painting_seconds(p) <= most for p in short):
+        return None
+    best = _chosen(best, estimate)
+    return _saving(best, found) if best.step_cache > 1 else best
+
+
+def _is_fast(spec: ModelSpec, wishes: Wishes, cfg: str, placements: Mapping[str, Placement]) -> bool:
+    """Whether no way of the same arithmetic that may be taken in its place is faster."""
+    unet, tilings = placements[spec.denoiser.name], {one.tiling for one in placements.values()}
+    rounds = unet.precision not in (unet.compute, DYNAMIC) and unet.backend not in GRAPHS
+    slower = {
+        "cfg": cfg == "sequential",
+        "residency": unet.residency == "streamed",
+        "tiling": "tiled" in tilings,
+        "precision": rounds and not spec.precision,
+    }
+    return not any(is_slower and getattr(wishes, name) == "auto" for name, is_slower in slower.items())
+
+
+def _fitting(found: list[Plan], estimate: Estimate) -> list[Plan]:
+    """Those of `found` that fit, the fastest first, once it has those for more pictures at once, and with
+    cached steps, too."""
     found += [wider for p in _fastest(found, _residency) for wider in _wider(p, estimate)]
     found += [packed for p in _fastest(found, _arithmetic) for packed in _packed(p, estimate)]
     found += [cached for p in _fastest(found, _arithmetic) for cached in _cached(p, estimate)]
-    fitting = sorted(
+    return sorted(
         (p for p in found if p.fits),
         key=lambda p: (estimate.painting_seconds(p), -len(p.placements), p.predicted.peak_bytes),
     )
-    if fitting:
-        alike = [p for p in fitting if _goes_on(p, wishes)] or fitting
-        alike = _as_to_previews(alike, estimate)
-        fastest = alike[0].predicted.seconds
-        equal = [p for p in alike if p.predicted.seconds <= fastest * (1 + SAME)]
-        best = min(equal, key=_burden)
-        rest = [beaten(p, best) for p in fitting if p is not best]
-        fitting = [replace(best, chosen=True, reason=_praise(best, wishes, hardware)), *rest]
-    every = fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
-    return [_saving(p, every) if p.chosen and p.step_cache > 1 else p for p in every]
+
+
+def _best(fitting: Sequence[Plan], estimate: Estimate) -> Plan:
+    """Of plans that fit, the fastest first, the one to take."""
+    alike = [p for p in fitting if _goes_on(p, estimate.wishes)] or [*fitting]
+    alike = _as_to_previews(alike, estimate)
+    fastest = alike[0].predicted.seconds
+    equal = [p for p in alike if p.predicted.seconds <= fastest * (1 + SAME)]
+    return min(equal, key=_burden)
+
+
+def _chosen(best: Plan, estimate: Estimate) -> Plan:
+    return replace(best, chosen=True, reason=_praise(best, estimate.wishes, estimate.hardware))
+
+
+def _no_way(spec: ModelSpec) -> TightfitError:
+    return TightfitError(
+        f"no way to run {spec.name} has all that was asked for: leave one of the choices on auto"
+    )
+
+
+def refuse_impossible(hardware: Hardware, job: Job, wishes: Wishes) -> None:
+    """Raise TightfitError for what runs nowhere as it is asked for, whatever the memory. Nothing is
+    costed."""
+    estimate, refusal = ESTIMATOR.estimate(hardware, job, wishes), ""
+    with BUILDING:
+        for way in ways(hardware, job, wishes):
+            if (refusal := estimate.refusal(*way)) is None:
+                return
+    if not refusal:
+        raise _no_way(job.spec)
+    raise TightfitError(f"nothing runs {job.spec.name} as asked: {refusal}")
 
 
 def _residency(plan: Plan) -> Hashable:
@@ -122,12 +192,15 @@ def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
             estimate, images_per_call=calls, images_per_decode=decoded, texts_known=narrow.texts_known
         )
         plan = wider.plan(narrow.cfg, narrow.placements, narrow.budget_bytes)
-        return plan if plan.fits and plan.predicted.seconds * WIDER <= best.predicted.seconds else None
+        return plan if plan.predicted.seconds * WIDER <= best.predicted.seconds else None
 
     while (calls := min(2 * best.images_per_call, most)) > best.images_per_call:
         if not (wide := better(calls, 1)):
             break
-        yield (best := wide)
+        yield wide
+        if not wide.fits:
+            break
+        best = wide
     may_decode = narrow.decoder.tiling == "whole" and narrow.decoder.backend not in GRAPHS
     decoded = min(most, _DECODED) if may_decode else 1
     if decoded > 1 and (wide := better(best.images_per_call, decoded)):
@@ -147,7 +220,10 @@ def _packed(plain: Plan, estimate: Estimate) -> Iterator[Plan]:
             name: replace(placement, packed=name in packs) for name, placement in plain.placements.items()
         }
         wide = replace(
-            estimate, images_per_call=plain.images_per_call, images_per_decode=plain.images_per_decode
+            estimate,
+            images_per_call=plain.images_per_call,
+            images_per_decode=plain.images_per_decode,
+            texts_known=plain.texts_known,
         )
         yield wide.plan(plain.cfg, placements, plain.budget_bytes)
 
@@ -186,8 +262,12 @@ def _way(plan: Plan) -> tuple[Any, ...]:
     return plan.placements, plan.cfg, plan.images_per_call, plan.images_per_decode
 
 
-def _costed(estimate: Estimate, is_wanted: Callable[[], bool]) -> list[Plan]:
-    """Every way. Other threads may plan, or load, between two of them."""
+def _costed(
+    estimate: Estimate,
+    is_wanted: Callable[[], bool],
+    matters: Callable[[str, Mapping[str, Placement]], bool] = lambda *_: True,
+) -> list[Plan]:
+    """Every way that matters. Other threads may plan, or load, between two of them."""
     budget = budget_of(estimate.hardware, estimate.wishes)
     found, every = [], ways(estimate.hardware, estimate.job, estimate.wishes)
     with _cycles_left():
@@ -198,7 +278,8 @@ def _costed(estimate: Estimate, is_wanted: Callable[[], bool]) -> list[Plan]:
             with BUILDING:
                 if (way := next(every, None)) is None:
                     return found
-                found += estimate.plans(*way, budget)
+                if matters(*way):
+                    found += estimate.plans(*way, budget)
             if time.perf_counter() - start > _LONG_SECONDS:
                 time.sleep(_YIELD_SECONDS)  # who takes a lock again at once takes it from all who wait
 
@@ -372,6 +453,7 @@ def _burden(plan: Plan) -> tuple[float, ...]:
         -plan.predicted.psnr,
         streamed,
         plan.cfg == "sequential",
+        plan.decoder.tiling == "tiled",
         plan.predicted.peak_bytes,
         plan.predicted.seconds,
     )

@@ -16,8 +16,11 @@ from ..budget import BUILDING
 from ..costs.footprint import Footprint, peak
 from ..costs.latency import (
     PACK_SECONDS,
+    PICTURE_SECONDS,
     PIN_SECONDS,
+    PIXEL_SECONDS,
     QUANTISE_SECONDS,
+    STEP_SECONDS,
     call_seconds,
     converted_values,
     filling_seconds,
@@ -165,7 +168,7 @@ class Estimate:
             return False
         # who asks for streaming, and names no budget, wants the least memory
         wanted = self.wishes.residency == "auto" or self.wishes.budget is not None
-        return wanted and not self._refused(cfg, placements)
+        return wanted and not self.refusal(cfg, placements)
 
     def _keeping(
         self, cfg: str, placements: Mapping[str, Placement], room: int
@@ -339,7 +342,13 @@ class Estimate:
                 total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
             if placement.backend in GRAPHS and all(modes.values()):
                 total += (len(modes) - 1) * self._changing_seconds(self.spec.components[name], placement)
-        return total
+        return total + self._beside_seconds()
+
+    def _beside_seconds(self) -> float:
+        """Of all pictures, what is not in a network."""
+        job = self.job
+        picture = PICTURE_SECONDS + PIXEL_SECONDS * job.width * job.height if job.share.decodes else 0.0
+        return job.num_images * (picture + STEP_SECONDS * job.calls)
 
     def _changing_seconds(self, component: Component, placement: Placement) -> float:
         """To go over to another shape in each picture, and back."""
@@ -427,7 +436,7 @@ class Estimate:
             loading += size * count / order if component.role in STEPPING else 0.0
         return loading
 
-    def _refused(self, cfg: str, placements: Mapping[str, Placement]) -> str | None:
+    def refusal(self, cfg: str, placements: Mapping[str, Placement]) -> str | None:
         """Why an engine cannot run its component so, or None."""
         if self.step_cache > 1 and self.spec.denoiser.network.call_cached is None:
             return f"{self.spec.name} keeps nothing from step to step: leave out --step-cache"
@@ -446,7 +455,7 @@ class Estimate:
         self, cfg: str, placements: Mapping[str, Placement], predicted: Predicted, budget_bytes: int
     ) -> tuple[Verdict, str]:
         """Whether this plan can be taken, and the reason in words."""
-        if refusal := self._refused(cfg, placements):
+        if refusal := self.refusal(cfg, placements):
             return Verdict.REFUSED, refused(refusal)
         if self.wishes.min_psnr is not None and predicted.psnr < self.wishes.min_psnr:
             return (

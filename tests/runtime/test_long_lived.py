@@ -190,11 +190,11 @@ def test_words_for_no_memory_step_down(monkeypatch, sd1, error, where):
 
 @pytest.mark.parametrize("error", NO_MEMORY, ids=str)
 def test_no_memory_to_plan_is_one_line(monkeypatch, sd1, error):
-    monkeypatch.setattr(planner, "plan", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(planner, "first", lambda *_: (_ for _ in ()).throw(error))
     line = r"^out of memory to prepare \(.+\): make the picture smaller"
     with tightfit.load(str(sd1), device="cpu") as pipe, pytest.raises(TightfitError, match=line):
         pipe.generate(Request("a"))
-    monkeypatch.setattr(planner, "plan", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
+    monkeypatch.setattr(planner, "first", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
     with tightfit.load(str(sd1), device="cpu") as pipe, pytest.raises(RuntimeError, match="something else"):
         pipe.generate(Request("a"))
 

@@ -272,9 +272,8 @@ def _followed(
         module, dtype, device, "loading", lambda: weights.loading_bytes(module, stored, dtype, device)
     )
     patching = _kept(module, dtype, device, "patching", lambda: patching_seconds(stored.values()))
-    return Footprint(
-        (*held, *_beside(module, dtype, device)), loading, trace, scratch, patching_seconds=patching
-    )
+    held = (*held, *_beside(module, dtype, device))
+    return Footprint(held, loading, trace, scratch, patching_seconds=patching, modules=_working(module))
 
 
 def call_order(component: Component, placement: Placement, device: str) -> tuple[str, ...]:
@@ -318,7 +317,13 @@ def _streamed(
     return Footprint(
         tuple(held), 0, trace, scratch, host, **streams, converted=converted_values(flowing, _NAMES[dtype]),
         patching_seconds=patching_seconds(flowing), kept_patching_seconds=patching_seconds(staying),
+        modules=_working(module),
     )  # fmt: skip
+
+
+def _working(module: torch.nn.Module) -> int:
+    """How many of its modules do something, which lists of others do not."""
+    return sum(type(part).forward is not torch.nn.Module.forward for part in module.modules())
 
 
 def _beside(module: torch.nn.Module, dtype: torch.dtype, device: torch.device) -> list[int]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from tightfit.runtime.backends.torch import dryrun
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models.hub import inspect
@@ -20,6 +22,20 @@ def forget() -> None:
     estimate.ESTIMATOR.costs.clear()
     for cache in (dryrun._modules, dryrun._sizes_of, dryrun._traces):
         cache.clear()
+
+
+@pytest.mark.parametrize(("side", "measured"), [(64, 7.6e-3), (96, 11.3e-3)])
+def test_a_picture_takes_time_beside_its_networks(shallow_models, side, measured):
+    """On a card that takes none for these: what batches of 16 emoji took, less calls of their networks."""
+    card = profile("rtx-3060-12gb")
+    endless = dict.fromkeys(card.rates, 1e30)
+    card = dataclasses.replace(
+        card, rates=endless, bandwidth=1e30, bus=1e30, read=1e30, call_seconds=0, operator_seconds=0
+    )
+    request = Request("a", width=side, height=side, num_inference_steps=4, num_images=16, scheduler="euler")
+    one_way = Wishes(precision="fp16", residency="resident", tiling="whole", attention="sdpa", cfg="batched")
+    (best, *_) = plan(card, inspect(shallow_models["sd1"]), request, one_way)
+    assert best.predicted.seconds / 16 == pytest.approx(measured, rel=0.25)
 
 
 def test_two_threads_plan_what_one_plans(shallow_models):

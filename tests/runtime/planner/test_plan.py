@@ -7,6 +7,7 @@ import json
 import random
 
 import pytest
+from tightfit.runtime.backends.torch import dryrun
 from tightfit.runtime.costs.footprint import Footprint, Operation, Trace
 from tightfit.runtime.costs.latency import call_seconds
 from tightfit.runtime.errors import TightfitError
@@ -14,9 +15,10 @@ from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.machine.profiles import cards, profile
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
-from tightfit.runtime.planner.choose import checked, none_fits, plan
+from tightfit.runtime.planner.choose import checked, first, none_fits, plan
 from tightfit.runtime.planner.plan import Plan, Verdict
 from tightfit.runtime.planner.wishes import Wishes
+from tightfit.runtime.recent import Recent
 from tightfit.runtime.request import Request
 
 GIB, MIB = 2**30, 2**20
@@ -177,10 +179,10 @@ def test_a_smaller_budget_never_takes_more(sd1):
 
 def test_random_requests_and_budgets(tiny_models):
     """Never over budget; never "does not fit" while a candidate that fits exists; never one slower than
-    another that fits."""
+    another that fits; and the same where a few candidates tell which."""
     draw = random.Random(0)
     specs = [inspect(folder) for folder in tiny_models.values()]
-    refused = 0
+    refused = told = 0
     machines = (RTX_3060, OLD_CPU, profile("rx-6600"))
     for _ in range(12):  # of which each is costed once for all its budgets
         spec, hardware = draw.choice(specs), draw.choice(machines)
@@ -202,7 +204,24 @@ def test_random_requests_and_budgets(tiny_models):
                 assert plans[0].predicted.seconds <= min(p.predicted.seconds for p in fitting) * 1.002
             else:
                 refused += 1
+            soon = first(hardware, request.resolve(spec), Wishes(budget=budget))
+            assert soon in (None, plans[0])
+            told += soon is not None
     assert 5 < refused < 55
+    assert told > 5
+
+
+def test_the_first_plan_takes_a_few_dry_runs(sd1, monkeypatch):
+    trace, taken = dryrun._trace, []
+    monkeypatch.setattr(dryrun.KNOWN, "_folder", None)
+    monkeypatch.setattr(dryrun, "_traces", Recent(64))
+    monkeypatch.setattr(dryrun, "_trace", lambda *given: (taken.append(given), trace(*given))[1])
+    spec = inspect(sd1)
+    best = first(OLD_CPU, Request("a").resolve(spec), Wishes())
+    count = len(taken)
+    assert count == 3  # the text encoder, the U-Net, the VAE
+    assert plan(OLD_CPU, spec, Request("a"))[0] == best
+    assert len(taken) > 3 * count
 
 
 def test_the_cure_keeps_the_quality_floor(sd1):
@@ -223,12 +242,12 @@ def test_planning_one_precision_does_not_change_another(sd1_copy, precision):
 
     random_model.write("sd1", sd1_copy.parent / "halves", tiny=True, precision="fp16")
     peaks = []
-    for first in ((), ("bf16", "fp16")):
+    for before in ((), ("bf16", "fp16")):
         spec, hardware = (
             inspect(sd1_copy.parent / "halves"),
             dataclasses.replace(OLD_CPU, precisions=("bf16", "fp16", "fp32")),
         )
-        for each in (*first, precision):
+        for each in (*before, precision):
             found = plan(hardware, spec, wishes=Wishes(precision=each))
         peaks.append(sorted(p.predicted.peak_bytes for p in found))
     assert peaks[0] == peaks[1]
