@@ -26,6 +26,7 @@ from .open_models import ASKABLE, OpenModels
 from .passes import passes
 from .pictures import PARAMETERS, save
 from .pipeline import MANY, Pipeline, Planned
+from .planner.choose import refuse_impossible
 from .planner.plan import Plan
 from .planner.wishes import Wishes
 from .request import Job, Request
@@ -345,8 +346,9 @@ class Service:
                 self._news.notify_all()
 
     def _request(self, order: Order) -> Request | None:
-        """What the order asks, checked as far as can be without its model."""
-        self.models.wished(order.wishes)
+        """What the order asks, checked as far as can be without its model; where it says how to run it, by
+        that too."""
+        wishes = self.models.wished(order.wishes)
         if order.does == "upscale":
             self._check_upscaling(order)
             return None
@@ -354,6 +356,9 @@ class Service:
         previews = {"preview_every": order.preview_every} if order.preview_every else {}
         request = request_of({**order.options, **previews}, self.shelves)
         self.limits.check(request)
+        if order.wishes:
+            spec = self.models.spec(order.model)
+            refuse_impossible(self.hardware, request.resolve(spec), wishes)
         return request
 
     def _check_upscaling(self, order: Order) -> None:

@@ -304,17 +304,21 @@ class Ledger:
         return dict(zip(names, sums, strict=True))
 
     def slowest(self, since: float, most: int) -> list[dict[str, Any]]:
-        """Of the same the slowest."""
-        names = "row", "file", "seconds", "predicted_seconds", "plan"
+        """Of the same the slowest; of those that took equally long together, the first."""
+        names = "row", "file", "seconds", "predicted_seconds", "plan", "together"
         rows = self._all(
-            f"select {', '.join(names)} from pictures where run = ? and state = ? and ended >= ? "
-            "and seconds is not null order by seconds desc, number limit ?",
+            "select options, row, file, seconds, predicted_seconds, plan, count(*), min(number) "
+            "from pictures where run = ? and state = ? and ended >= ? and seconds is not null "
+            "group by grp, seconds order by seconds desc, min(number) limit ?",
             self._run,
             _DONE,
             since,
             most,
         )
-        return [dict(zip(names, row, strict=True)) for row in rows]
+        return [
+            {**dict(zip(names, row, strict=True)), "seed": json.loads(options).get("seed")}
+            for options, *row, _ in rows
+        ]
 
     def rows(self, group: int, most: int) -> list[int]:
         """Rows of this run's table that ask for pictures of a group."""

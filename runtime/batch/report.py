@@ -90,8 +90,7 @@ class Report:
             lines.append(pace)
         if said["painting_seconds"]:
             was = f"painting took {said['painting_seconds']:.1f} s, {said['predicted_seconds']:.1f} predicted"
-            slow = ", ".join(f"row {one['row']} {one['seconds']:.1f} s" for one in said["slowest"])
-            lines.append(f"{was}; slowest: {slow}")
+            lines.append(f"{was}; slowest: {', '.join(map(_slow, said['slowest']))}")
         if count := said["joules_pictures"]:
             joules, part = said["joules"], "" if count == self.painted else f" of {count} of the pictures"
             lines.append(f"energy{part}: {joules / 3600:.3g} Wh, {joules / count:.3g} J each")
@@ -99,6 +98,12 @@ class Report:
         lines += [f"row {row}: {error}" for row, error in self.failures]
         more = said["failed"] - len(self.failures)
         return lines + ([f"… and {more} more failed"] if more > 0 else [])
+
+
+def _slow(one: Mapping[str, Any]) -> str:
+    """Which picture it was, and how many took as long with it."""
+    beside = f" and {one['together'] - 1} with it" if one["together"] > 1 else ""
+    return f"{one['file']} (row {one['row']}{beside}) {one['seconds']:.1f} s"
 
 
 def _shared(name: str, share: Share, painted: int) -> str:

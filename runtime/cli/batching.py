@@ -134,8 +134,8 @@ def _named(pictures: Any) -> Any:
 
 
 def refuse(errors: Sequence[RowError]) -> None:
-    """End with a line for each row that is wrong."""
-    *some, last = errors or [None]
+    """End with a line for each row that is wrong, in the table's order."""
+    *some, last = sorted(errors, key=lambda error: error.number) or [None]
     if last is None:
         return
     for error in some:

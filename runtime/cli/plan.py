@@ -41,6 +41,7 @@ from .options import (
 from .output import say, say_json, show_table, write
 
 _WIDE = 130  # columns of a terminal that has room for the table
+_REASON = 44  # columns of a reason, after which it is broken: with steps that are cached one has 110
 
 
 @dataclass(frozen=True)
@@ -229,7 +230,7 @@ def _empty_table() -> Any:
         table.add_column(column, no_wrap=True)
     for column in ("encode", "denoise", "decode", "seconds", "dB"):
         table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", min_width=24)
+    table.add_column("", min_width=24, max_width=_REASON)
     return table
 
 
@@ -237,7 +238,8 @@ def _cells(p: Plan) -> list[str]:
     """What the columns of the table say of a plan, but for the reason."""
     unet, vae = p.denoiser, p.decoder
     precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
-    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere + p.cached + p.knowing
+    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere + p.knowing
+    precision += f", 1 of {p.step_cache}" if p.step_cache > 1 else ""  # what of, its reason says
     stages = [_cell(count) for count in p.predicted.stages.values()]
     figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
     return [precision, p.residency, p.cfg, unet.attention, vae.tiling, *stages, *figures]

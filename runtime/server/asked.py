@@ -74,7 +74,7 @@ class Asked:
         """Raises TightfitError for a number that no order has."""
         numbers = {name: self.others.get(name) or 0 for name in ("priority", "preview_every")}
         for name, least in (("priority", -_MOST), ("preview_every", 0)):
-            if not least <= numbers[name] <= _MOST:
+            if isinstance(numbers[name], bool) or not least <= numbers[name] <= _MOST:
                 raise TightfitError(f"{name} must be from {least} to {_MOST}, not {numbers[name]}")
         does = self.others.get("does") or "paint"
         if does not in DOES:
@@ -224,6 +224,9 @@ def _checked(values: Mapping[str, Any], model: type[BaseModel], default: str, mo
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         raise TightfitError(in_one_line(errors)) from None
     given = {name: getattr(read, name) for name in read.model_fields_set}
+    given |= {
+        name: value for name, value in values.items() if isinstance(value, bool)
+    }  # it makes them numbers
     given = {name: value for name, value in given.items() if value is not None}
     wishes = {name: given.pop(name) for name in described(Wishes) if name in given}
     options = {name: given.pop(name) for name in asking.names() if name in given}

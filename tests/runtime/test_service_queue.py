@@ -188,6 +188,11 @@ def test_who_has_waited_longest_is_next(service):
         ({"wishes": {"precision": "fp3"}}, "unknown precision 'fp3'"),
         ({"wishes": {"min_psnr": "x"}}, "min_psnr cannot be 'x'"),
         ({"wishes": {"provider": {}}}, "provider cannot be {}"),
+        ({"wishes": {"backend": "onnx"}}, "emoji has no weights that onnx reads: export it with --to onnx"),
+        (
+            {"wishes": {"precision": "fp16", "attention": "sliced"}},
+            "nothing runs emoji as asked: ",
+        ),
         ({"options": {"prompt": "a" * 300_000}}, "300.* characters are asked for, and 262144 are taken"),
         ({"note": {"a": "b" * 300_000}}, "characters are asked for"),
         (

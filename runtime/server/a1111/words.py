@@ -16,7 +16,7 @@ from ...errors import TightfitError
 from ...files import shortened
 from ...jobs import Order
 from ...models.samplers.names import AUTOMATIC, SAMPLERS, of_a1111, schedule_of, split
-from ...request import RANDOM_SEED, drawn
+from ...request import PLAIN, RANDOM_SEED, drawn
 from ...service import Limits
 from ...settings import idle
 from .control import SCRIPT, controls
@@ -141,23 +141,27 @@ class ImageToImage(_model("img2img")):
 
 @dataclass(frozen=True)
 class Asked:
-    """A request: what it asks for, and all its fields, none of which is unknown."""
+    """A request: what it asks for, all its fields, none of which is unknown, and options of ours for which
+    A1111 has no word."""
 
     what: str
     fields: Mapping[str, Any]
+    ours: Mapping[str, Any]
 
     @classmethod
     def read(cls, what: str, body: BaseModel) -> Asked:
         """Raises TightfitError for a field that asks for what there is not."""
-        if body.model_extra:
-            LOG.info("fields of %s that are not A1111's: %s", what, shortened(", ".join(body.model_extra)))
+        extra = body.model_extra or {}
+        ours = {name: value for name, value in extra.items() if name in PLAIN and value is not None}
+        if others := ", ".join(name for name in extra if name not in PLAIN):
+            LOG.info("fields of %s that are not A1111's: %s", what, shortened(others))
         known = FIELDS[what]
         fields = {name: getattr(body, name) for name in known}
         for name, field in known.items():
             if field.only and fields[name] not in field.only:
                 said = f"{name} {shortened(fields[name])}"
                 raise TightfitError(f"{said} is not there in tightfit: leave it out")
-        return cls(what, fields)
+        return cls(what, fields, ours)
 
     def __getitem__(self, name: str) -> Any:
         return self.fields[name]
@@ -219,6 +223,7 @@ def order_of(asked: Asked, desk: Desk, client: str) -> Order:
         options["refiner"] = desk.shelf.checkpoint(refiner).name
     for name in idle(options):  # A1111's clients send some of them whatever the sampler
         del options[name]
+    options |= asked.ours
     every = values[PREVIEW_EVERY] if values[PREVIEWS] else 0
     note = {"job": f"scripts_{asked.what}"}
     return Order(item.name, options, client=client, preview_every=max(0, every), note=note)

@@ -19,6 +19,7 @@ from tightfit.__main__ import app
 from tightfit.runtime import infotext
 from tightfit.runtime.batch import ledger, painting, running
 from tightfit.runtime.batch.ledger import FILE, Ledger
+from tightfit.runtime.batch.report import Report
 from tightfit.runtime.batch.requests import Reading
 from tightfit.runtime.errors import TightfitError
 from typer.testing import CliRunner
@@ -80,7 +81,11 @@ def test_each_picture_is_as_it_is_alone_and_once(table):
     took = [one for one in records if one["seconds"] is not None]
     assert report["painting_seconds"] == pytest.approx(sum(one["seconds"] for one in took))
     assert report["peak_bytes"] == max(one["peak_bytes"] for one in took)
-    assert report["slowest"][0]["seconds"] == max(one["seconds"] for one in took)
+    slowest = report["slowest"]
+    assert slowest[0]["seconds"] == max(one["seconds"] for one in took)
+    assert len({(one["seconds"], one["plan"]) for one in slowest}) == len(slowest) > 1  # a run once
+    seeds = {one["file"]: one["seed"] for one in records}
+    assert all(one["seed"] == seeds[one["file"]] for one in slowest)
     assert {"cats/cat-1.png", "cats/cat-2.png"} <= files(table).keys()
     with closing(sqlite3.connect(table.parent / "d" / FILE)) as ledger:
         plans = [plan for (plan,) in ledger.execute("select plan from pictures where plan is not null")]
@@ -97,6 +102,16 @@ def test_each_picture_is_as_it_is_alone_and_once(table):
     before = files(table)
     assert batch(table)["painted"] == 0
     assert files(table) == before
+
+
+def test_people_are_told_which_picture_was_slowest():
+    slowest = [{"file": "a.png", "row": 3, "seconds": 1.5, "together": 4}]
+    slowest += [{"file": "b.png", "row": 1, "seconds": 0.5, "together": 1}]
+    sums = {"seconds": 6.5, "predicted_seconds": 6.0, "peak_bytes": 1}
+    said = Report({"done": 5}, 5, 7.0, sums, slowest, [], None).lines()
+    assert any(
+        line.endswith("slowest: a.png (row 3 and 3 with it) 1.5 s, b.png (row 1) 0.5 s") for line in said
+    )
 
 
 def test_a_changed_table_and_a_lost_file(table):
@@ -193,12 +208,12 @@ def test_the_same_command_goes_on(table, monkeypatch, ends):
 
 def test_what_runs_nowhere_is_said_before_any_work(table):
     table.write_text(
-        '{"prompt": "a", "width": 60}\n{"prompt": "b"}\n{"prompt": "c", "model": "no-such-model"}'
+        '{"prompt": "c", "model": "no-such-model"}\n{"prompt": "b"}\n{"prompt": "a", "width": 60}'
     )
     result = CliRunner().invoke(app(), ["batch", str(table), "-o", str(table.parent / "d"), *ONE_WAY])
     said = f"{result.stderr}{result.exception}"
-    assert "row 1: width 60 is not a multiple of 8" in said
-    assert "row 3: " in said
+    assert "row 3: width 60 is not a multiple of 8" in said
+    assert 0 <= said.find("row 1: ") < said.index("row 3: ")  # in the table's order
     assert not (table.parent / "d").exists()
 
 

@@ -596,6 +596,11 @@ def test_rows_that_are_the_same_are_shown_once(sd1, capsys):
     assert out.count(f" {first.placements['unet'].attention} ") == 2
     assert "fits, no better" in out  # of the slower one
     assert "1 more are the same in all that is shown here" in out
+    why = "the fastest that fits, with 12.00 GiB to spare; 1 step of 3 in full saves 10.0 s of 20.0, 52 dB"
+    cli_plan.print_plans([replace(first, step_cache=3, reason=why)], machine, request, True)
+    out = capsys.readouterr().out
+    assert "saves" in out and ", 1 of 3 " in out
+    assert max(map(len, out.splitlines())) < 150
 
 
 @pytest.mark.parametrize(

@@ -303,6 +303,8 @@ def test_a_word_that_an_embedding_teaches_and_a_refiner(api, pipe, folder, serve
     ours = {"embedding": str(file), "refiner": "emoji", "refiner_start": 0.5, "scheduler": "ddim"}
     assert same(answer.image, pipe("a (Slice:1.2)", seed=1, **OURS, **ours))
     assert "embedding" not in asked_of(server, prompt="a slicer").options
+    ours = asked_of(server, prompt="a", step_cache=3, guidance_rescale=0.5, no_such=1).options
+    assert (ours["step_cache"], ours["guidance_rescale"]) == (3, 0.5)  # for which A1111 has no word
 
 
 def test_extras_are_the_upscaler_s(api, folder, server):
@@ -577,6 +579,8 @@ BAD = [
     ("txt2img", {"steps": "many"}, 422),
     ("txt2img", {"steps": 10**9}, 422),
     ("txt2img", {"steps": -1}, 422),
+    ("txt2img", {"step_cache": True}, 422),
+    ("txt2img", {"step_cache": 99}, 422),
     ("txt2img", {"width": 10**30}, 422),
     ("txt2img", {"width": 63}, 422),
     ("txt2img", {"width": 4096, "height": 4096}, 422),

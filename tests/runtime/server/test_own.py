@@ -157,6 +157,13 @@ def test_what_there_is(own, server):
         ({"prompt": "a", "does": "explode"}, "paint or upscale"),
         ({"prompt": "a", "does": "upscale"}, "upscaler"),
         ({"prompt": "a", "priority": 5000}, "from -1000 to 1000"),
+        ({"prompt": "a", "priority": True}, "from -1000 to 1000"),
+        ({"prompt": "a", "step_cache": True}, "step_cache must be a whole number from 1 to 10, not True"),
+        (
+            {"prompt": "a", "guidance_scale": False},
+            "guidance_scale must be a number from 0 to 1000, not False",
+        ),
+        ({"prompt": "a", "backend": "onnx"}, "no weights that onnx reads: export it with --to onnx"),
         ({"prompt": "a", "control": ["/etc/passwd"]}, "unknown option"),
     ],
 )
