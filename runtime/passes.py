@@ -59,7 +59,8 @@ def _check(job: Job) -> None:
 
 def _larger(job: Job) -> tuple[Job, Job]:
     """As A1111: so many steps are taken as are asked for, the last of a schedule that is longer by the
-    strength."""
+    strength. The second takes them all in full: where every second one was cached there, the emoji at twice
+    its size had 30 dB, and 59 where it was cached in the first alone."""
     taken = job.hires_steps or job.num_inference_steps
     steps = _steps(job.hires_strength, taken)
     height, width = _size(job)
@@ -69,6 +70,7 @@ def _larger(job: Job) -> tuple[Job, Job]:
         prompt=job.prompt if job.hires_prompt is None else job.hires_prompt,
         scheduler=job.hires_scheduler or job.scheduler,
         num_inference_steps=steps,
+        step_cache=1,
         height=height,
         width=width,
         conditions=(*job.conditions, enlarging(job.hires_upscaler)),

@@ -427,8 +427,8 @@ class Run:
 
     @property
     def step_cache(self) -> int | None:
-        """Of how many steps one is taken in full, as a picture carries it."""
-        every = self.plan.step_cache
+        """Of how many steps one is taken in full, as a picture carries it. A larger pass caches none."""
+        every = max(run.plan.step_cache for run in (self, self._before) if run)
         return self.job.whole.step_cache if every == 1 else every
 
     def _finished_picture(self, values: np.ndarray, index: int) -> Image.Image:

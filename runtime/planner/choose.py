@@ -22,7 +22,7 @@ from ..request import Job, Request
 from ..texts import TEXTS
 from ..units import shown
 from .candidates import ways
-from .estimate import ESTIMATOR, PSNR, Estimate, cached_psnr, holder
+from .estimate import ESTIMATOR, PSNR, Estimate, caching_psnr, holder
 from .plan import MOST_PER_CALL, Plan, Verdict
 from .saved import checked as checked  # a plan from a file is a choice as well
 from .saved import continued as continued
@@ -242,7 +242,7 @@ def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
             step_cache=every,
             texts_known=whole.texts_known,
         )
-        if cached_psnr(every, job.steps_taken) >= floor and whole.denoiser.backend not in GRAPHS:
+        if caching_psnr(every, job) >= floor and whole.denoiser.backend not in GRAPHS:
             yield cached.plan(whole.cfg, whole.placements, whole.budget_bytes)
 
 

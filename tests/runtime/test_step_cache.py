@@ -22,6 +22,7 @@ from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models.families import step_cache
 from tightfit.runtime.models.families.controlnet import _answer
 from tightfit.runtime.models.families.family import KEPT, Extent
+from tightfit.runtime.passes import passes, wishes_after
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner.choose import plan as plans_of
 from tightfit.runtime.planner.plan import Plan
@@ -184,7 +185,7 @@ def test_a_picture_carries_it(sd1, tmp_path):
         ({"guidance_end": 0.4}, "full shallow full full shallow"),
         ({"guidance_end": 0.4, "cfg": "sequential"}, "full full shallow shallow full full shallow"),
         ({"num_images": 2}, "full shallow shallow full shallow " * 2),
-        ({"hires": 1.5, "hires_steps": 2}, "full shallow shallow full shallow full shallow"),
+        ({"hires": 1.5, "hires_steps": 2}, "full shallow shallow full shallow whole whole"),
     ],
 )
 def test_which_steps_are_full(sd1, calls, options, expected):
@@ -192,8 +193,9 @@ def test_which_steps_are_full(sd1, calls, options, expected):
     asked = {name: options[name] for name in options if name != "cfg"}
     with tightfit.load(str(sd1), device="cpu", residency="resident", **ONE_WAY, **ways) as pipe:
         request = replace(CACHED, **asked)
-        pipe.generate(request)
+        result = pipe.generate(request)
         assert calls == expected.split()
+        assert "Step cache: 3" in result.images[0].info["parameters"]
         if "hires" not in asked:
             (job,) = {request.resolve(pipe.spec)}
             full = job.full_calls(3, "unet")[0] * job.num_images
@@ -281,6 +283,18 @@ def test_what_the_planner_prefers(capsys):
     assert len(told) == 4 * len(kinds)
     fp16 = [float(cells[-1]) for cells in told if cells[0] == "fp16,"]
     assert fp16 == sorted(fp16, reverse=True)  # all in full, then 1 of 2, 3 and 5
+
+
+def test_what_a_larger_pass_goes_on_from_is_known_to_lose_more():
+    spec, card = tightfit.inspect("emoji"), profile("rtx-2060")
+    wishes = Wishes(prefer="balanced", precision="fp16", residency="staged", attention="sdpa", tiling="whole")
+    first, second = passes(Request("a", num_inference_steps=25, hires=1.5).resolve(spec))
+    for prefer, caches in (("balanced", False), ("speed", True)):
+        plan = plans_of(card, spec, first, replace(wishes, prefer=prefer))[0]
+        assert (plan.step_cache > 1) == caches
+    assert plan.predicted.psnr < 36
+    after = wishes_after(first, plan, second, replace(wishes, prefer="speed"))
+    assert {one.step_cache for one in plans_of(card, spec, second, after)} == {1}
 
 
 @pytest.mark.parametrize(("prompt", "steps"), [("a AND b", 25), ("[a|b]", 25), ("[a:b:0.5]", 25), ("a", 4)])
