@@ -2,9 +2,10 @@
 
     python -m tightfit.benchmarks.cluster --pictures 200
 
-`apart`: a process for each node, which paints its part of the table as `tightfit batch` does. `spread`: the
-same by `--ray`, with nodes of unlike budgets. `lossy`: one of them is killed half-way, and another is added.
-Seconds are from the plan to the last picture, loading included, but not imports, nor the start of Ray.
+`apart`: a process for each node, in its budget, which paints its part of the table as `tightfit batch` does.
+`spread`: the same by `--ray`. `lossy`: one node is killed half-way, and another is added. `planned`: what
+`tightfit cluster plan` would say of two such nodes. Seconds begin after 32 pictures more than `--pictures`,
+with which each process imports and loads.
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from .batch import BySeed, rows
 from .record import record
 
 _BUDGETS = ("4GiB", "650MiB")
+_WARM = 32  # pictures of all before the clock begins: each process imports and loads with its first run
 _STORE_BYTES = 80 * 2**20
 
 
@@ -41,27 +46,74 @@ def _asked(table: Sequence[dict[str, Any]]) -> Any:
     )
 
 
-def alone(pictures: int, steps: int, part: int, of: int, folder: Path) -> float:
-    """One part of the table here, in seconds. It begins when all others are ready, too."""
-    from ..runtime.batch.ledger import Ledger
-    from ..runtime.batch.painting import Here
+def _ask(ledger: Any, pictures: int, steps: int) -> None:
     from ..runtime.batch.requests import Reading
-    from ..runtime.batch.running import Batch, planned
+
+    assert not ledger.ask(Reading().pictures(_asked(rows(pictures, [(64, 64)], steps))))
+
+
+class _Clock:
+    """Seconds since so many pictures were made."""
+
+    def __init__(self, warm: int) -> None:
+        self._warm, self.made, self._start = warm, 0, 0.0
+
+    def __call__(self, news: Any) -> None:
+        from ..runtime.batch.painting import Encoded
+
+        self.made += isinstance(news, Encoded)
+        if self.made == self._warm and not self._start:
+            self._start = time.perf_counter()
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._start
+
+
+def _here(part: int) -> Any:
+    """A painter in the budget of one node."""
+    from ..runtime.batch.painting import Here
     from ..runtime.machine.hardware import Hardware
     from ..runtime.open_models import OpenModels
     from ..runtime.pipeline import MANY
     from ..runtime.planner.wishes import Wishes
 
-    here = Here(OpenModels(Hardware.detect("cpu"), None, Wishes(requests=MANY, images_per_call=16)))
+    wishes = Wishes(budget=_BUDGETS[part], requests=MANY, images_per_call=16)
+    return Here(OpenModels(Hardware.detect("cpu"), None, wishes))
+
+
+def alone(pictures: int, steps: int, part: int, folder: Path) -> float:
+    """One part of the table here, in seconds. It begins when all others are ready, too."""
+    from ..runtime.batch.ledger import Ledger
+    from ..runtime.batch.requests import Reading
+    from ..runtime.batch.running import Batch, planned
+
+    here = _here(part)
     with Ledger(folder) as ledger:
-        assert not ledger.ask(Reading().pictures(_asked(rows(pictures, [(64, 64)], steps)[part::of])))
+        table = rows(pictures + _WARM, [(64, 64)], steps)[part :: len(_BUDGETS)]
+        assert not ledger.ask(Reading().pictures(_asked(table)))
         planned(ledger, here)
         sys.stdout.write("ready\n")
         sys.stdout.flush()
         sys.stdin.readline()
-        start = time.perf_counter()
-        Batch(ledger, BySeed(folder), painter=here).run()
-        return time.perf_counter() - start
+        clock = _Clock(_WARM // len(_BUDGETS))
+        Batch(ledger, BySeed(folder), clock, painter=here).run()
+        return clock.seconds()
+
+
+def on_paper(args: argparse.Namespace, _: Path) -> dict[str, Any]:
+    """The same two nodes as `tightfit cluster plan` has them: nothing is painted."""
+    from ..runtime.batch.fleet import Card, Site, schedule
+    from ..runtime.batch.kinds import kinds_of
+    from ..runtime.batch.ledger import Ledger
+
+    painters = {budget: _here(part) for part, budget in enumerate(_BUDGETS)}
+    with Ledger(None) as ledger:
+        _ask(ledger, args.pictures, args.steps)
+        kinds, errors = kinds_of(ledger, painters)
+    assert not errors, errors
+    planned = schedule([Card(budget, 1) for budget in _BUDGETS], kinds, Site())
+    shares = {share.card.name: sum(share.pictures) for share in planned.shares}
+    return {"seconds": planned.seconds, "pictures": planned.pictures, "shares": shares}
 
 
 def apart(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -70,7 +122,7 @@ def apart(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     given = [sys.executable, "-m", "tightfit.benchmarks.cluster", "--pictures", str(args.pictures)]
     processes = [
         subprocess.Popen(
-            [*given, "--steps", str(args.steps), "--part", str(part), str(count), str(folder / str(part))],
+            [*given, "--steps", str(args.steps), "--part", str(part), str(folder / str(part))],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )
         for part in range(count)
@@ -92,7 +144,6 @@ def spread(
     from ..runtime.batch.ledger import Ledger
     from ..runtime.batch.nodes import RayCrew
     from ..runtime.batch.painting import Encoded, Encoding
-    from ..runtime.batch.requests import Reading
     from ..runtime.batch.running import planned
     from ..runtime.batch.spread import Spread
     from ..runtime.batch.worker import Setup
@@ -106,23 +157,22 @@ def spread(
         with RayCrew(f"{cluster.address}", setup, (), note) as crew, Ledger(folder) as ledger:
             begun = time.perf_counter()
             abouts = crew.ready()
-            assert not ledger.ask(Reading().pictures(_asked(rows(args.pictures, [(64, 64)], args.steps))))
+            _ask(ledger, args.pictures + _WARM, args.steps)
             ready_seconds = time.perf_counter() - begun
             planned(ledger, crew)
             planned_seconds = time.perf_counter() - begun - ready_seconds
-            made = 0
+            clock, used = _Clock(_WARM), _cpu_seconds()
 
             def tell(news: Any) -> None:
-                nonlocal made
-                made += isinstance(news, Encoded)
-                if halfway and isinstance(news, Encoded) and made == args.pictures // 2:
+                clock(news)
+                if halfway and isinstance(news, Encoded) and clock.made == _WARM + args.pictures // 2:
                     halfway(cluster, nodes[-1])
 
             work = Spread(ledger, BySeed(folder), tell, crew=crew)
-            start = time.perf_counter()
             work.run()
-            seconds = time.perf_counter() - start
+            seconds, now = clock.seconds(), _cpu_seconds()
             plans = sorted({record["plan"] for record in ledger.records() if record["plan"]})
+            sums = ledger.sums(0)  # of runs, as the workers clock them
     finally:
         cluster.shutdown()
     pictures = len([*folder.rglob("*.png")])
@@ -130,7 +180,18 @@ def spread(
     shares = [asdict(share) for share in work.shares.values()]
     before = {"ready_seconds": ready_seconds, "planned_seconds": planned_seconds}
     said = {"seconds": seconds, **before, "pictures": pictures, "budgets": budgets}
-    return {**said, "nodes": shares, "plans": plans}
+    cpu = {name: now[name] - used[name] for name in now}
+    return {**said, "nodes": shares, "plans": plans, "painting": sums["seconds"], "cpu_seconds": cpu}
+
+
+def _cpu_seconds() -> dict[str, float]:
+    """Of this process, of those that paint, and of Ray's own."""
+    used = {"driver": sum(psutil.Process().cpu_times()[:2]), "painting": 0.0, "ray": 0.0}
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            is_actor = "ray::" in " ".join(process.cmdline())
+            used["painting" if is_actor else "ray"] += sum(process.cpu_times()[:2])
+    return used
 
 
 def _added(cluster: Any, budget: str) -> Any:
@@ -145,7 +206,7 @@ def lossy(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return spread(args, folder, halfway)
 
 
-WAYS = {"apart": apart, "spread": spread, "lossy": lossy}
+WAYS = {"planned": on_paper, "apart": apart, "spread": spread, "lossy": lossy}
 
 
 def main() -> None:
@@ -153,11 +214,11 @@ def main() -> None:
     parse.add_argument("--pictures", type=int, default=200)
     parse.add_argument("--steps", type=int, default=8)
     parse.add_argument("--ways", nargs="+", choices=WAYS, default=[*WAYS])
-    parse.add_argument("--part", nargs=3, help=argparse.SUPPRESS)
+    parse.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     args = parse.parse_args()
     if args.part:
-        part, of, folder = int(args.part[0]), int(args.part[1]), Path(args.part[2])
-        sys.stdout.write(f"{alone(args.pictures, args.steps, part, of, folder)}\n")
+        part, folder = int(args.part[0]), Path(args.part[1])
+        sys.stdout.write(f"{alone(args.pictures, args.steps, part, folder)}\n")
         return
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
     results: dict[str, Any] = {}
