@@ -87,9 +87,9 @@ def show_plan(
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
     adapters, asked = written(adapting, models_dirs), with_paths(asked, models_dirs)
     conditions = conditions_of({**asking, "models_dirs": models_dirs})
-    text = "a" if options.prompt is None else options.prompt
     TEXTS.keep(options.prompt is not None)  # what is said of no text is of none that is known
-    wish = Request(text, **asked, scheduler=sampler, adapters=adapters, conditions=conditions)
+    texts = {"prompt": "a", **asked}
+    wish = Request(**texts, scheduler=sampler, adapters=adapters, conditions=conditions)
     planned = _planned(machine, wish.resolve(spec), wanted)
     (job, plans), *_ = planned
     of_model = list(dict.fromkeys(note for one, ways in planned for note in _of_model(one, ways[0])))

@@ -95,8 +95,8 @@ def test_names_of_options_stay():
 prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan --connect -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise
         --zero-snr --guidance-rescale --guidance-start --guidance-end --noise-source --subseed
-        --subseed-strength --seed-resize --ensd --format --quality --metadata --grid"""
-    for command, more in (("generate", of_generate), ("plan", "--hardware --all --save")):
+        --subseed-strength --seed-resize --ensd --format --quality --metadata --grid --no-text-cache"""
+    for command, more in (("generate", of_generate), ("plan", "--prompt --hardware --all --save")):
         names = {name for opts in options_of(command).values() for name in opts}
         assert names == {*of_both.split(), *more.split()}
 
