@@ -77,7 +77,7 @@ _PARTS = (
     (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE, None),
     (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", UNET, Kind.UNET),
 )
-OURS = "tightfit runs SD 1.x, SD 2.x and SDXL base models"
+OURS = "in one file tightfit runs SD 1.x, SD 2.x and SDXL"
 _WORDS = (
     *((pattern, f"is {name}: {OURS}") for pattern, name in _MODELS),
     *((pattern, f"is {name}, which is no whole model: {cure}") for pattern, name, cure, _ in _PARTS),
