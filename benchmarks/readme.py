@@ -26,6 +26,7 @@ from .peers.__main__ import REFERENCE, contenders
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
 BEGIN, END = "<!-- made by python -m tightfit.benchmarks.readme -->", "<!-- until here -->"
+MACHINE = "EPYC"  # in the name of the one that docs/results.md has first
 Row = dict[str, Any]
 # README.md's contenders: for each program its least memory and its usual precisions, whoever is ahead.
 README_CONTENDERS = (
@@ -84,8 +85,16 @@ def tables() -> str:
 
 def results(name: str, contains: str = "") -> list[Any]:
     """Results in NAME.jsonl from commands that contain a text, the newest last."""
-    lines = map(json.loads, (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())
-    return [line["results"] for line in lines if contains in line["command"] + " "]
+    return [line["results"] for line in recorded(name) if contains in line["command"] + " "]
+
+
+def recorded(name: str) -> list[Row]:
+    return [*map(json.loads, (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines())]
+
+
+def elsewhere(line: Row) -> str:
+    """', on Intel …' where a result is not of the machine that a page names."""
+    return "" if MACHINE in line["hardware"]["name"] else f", on {line['hardware']['name']}"
 
 
 def table(head: str, rows: list[str]) -> str:
@@ -102,9 +111,11 @@ def whole_peers() -> Row:
 
 
 def beside_openvino() -> str:
-    """The newest run with OpenVINO, if that is not the whole one."""
-    run = next((run for run in reversed(results("peers")) if "OpenVINO bf16" in run["rows"]), None)
-    return "" if run is None or run == whole_peers() else f"Beside OpenVINO: {peers(run=run)}\n"
+    """The newest run with OpenVINO of each machine, but for the whole one."""
+    with_it = (line for line in recorded("peers") if "OpenVINO" in "".join(line["results"]["rows"]))
+    newest = {elsewhere(line): line["results"] for line in with_it}
+    runs = ((machine, run) for machine, run in newest.items() if run != whole_peers())
+    return "".join(f"Beside OpenVINO{machine}: {peers(run=run)}\n" for machine, run in runs)
 
 
 def peers(names: Collection[str] | None = None, run: Row | None = None) -> str:

@@ -31,8 +31,9 @@ DECODE_SECONDS = 5e-9  # per weight that is stored encoded
 # of the scheduler. In batches of 16 emoji, 4 steps, that is 7.6 ms at 64x64 and 11 at 96x96 (one core).
 PICTURE_SECONDS, PIXEL_SECONDS, STEP_SECONDS = 3e-3, 0.3e-6, 0.8e-3
 # Seconds of engines that run graphs, of torch's on a CPU, by what they compute in. ONNX Runtime takes 4.0 s
-# of 6.0 a step of SD 1.5 at 512 (benchmarks/onnx.py), OpenVINO 3.53 of 5.9 in fp32.
-SHARES = {"onnx": dict.fromkeys(COMPUTES, 0.67), "openvino": {"fp32": 0.60, "bf16": 0.63, "fp16": 0.63}}
+# of 6.0 a step of SD 1.5 at 512 (benchmarks/onnx.py), OpenVINO 0.92 of torch in bf16 and 0.67 in fp32
+# on an AMD EPYC, 1.0 and 0.9 on a Xeon with AMX (docs/decisions.md).
+SHARES = {"onnx": dict.fromkeys(COMPUTES, 0.67), "openvino": {"fp32": 0.80, "bf16": 0.97, "fp16": 0.97}}
 PAGEABLE = 2.0  # times as long as from pinned memory: assumed, benchmarks/gpu_probe.py measures it
 PIN_SECONDS = 1 / 3e9  # per byte, once per pipeline: assumed too
 BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference, exponential, sum, products
