@@ -15,10 +15,11 @@ from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 
+from .. import lean
 from ..costs.known import KNOWN
 from ..errors import TightfitError, first_line
 from .ledger import Item
-from .painting import Predicted
+from .painting import News, Predicted
 from .spread import Foreseen, Happened, Joined, Lost, Told
 from .staging import Parcel, parts
 from .worker import About, Setup, Worker, versions
@@ -64,6 +65,7 @@ class _Actor(Worker):
     once, so that the next one plans in seconds."""
 
     def __init__(self, setup: Setup, budget: str) -> None:
+        lean.begin()  # torch and diffusers are not imported yet
         super().__init__(setup, budget)
         KNOWN.keep()
 
@@ -71,6 +73,11 @@ class _Actor(Worker):
         predicted = super().predicted(item, count)
         KNOWN.write()
         return predicted
+
+    def news(self) -> tuple[list[News], bool]:
+        news = super().news()
+        lean.settle()  # all is imported, or nearly
+        return news
 
 
 @dataclass
