@@ -131,6 +131,7 @@ class OfTime(nn.Module):
 def activate(part: Any) -> None:
     """Let the group norms of a ResNet block, or before a last convolution, do the SiLU that follows them, so
     that no map is held twice."""
+    norms: tuple[Any, ...]
     if type(part).__name__ == "ResnetBlock2D":
         norms, follows = (part.norm1, part.norm2), "nonlinearity"
         plain = part.time_embedding_norm == "default"  # else norm2 is scaled by the time first
