@@ -75,8 +75,9 @@ def plan(
     fitting = _fitting(found, estimate)
     if fitting:
         best = _best(fitting, estimate)
-        rest = [beaten(p, best) for p in fitting if p is not best]
-        fitting = [_chosen(best, estimate), *rest]
+        chosen = _chosen(best, estimate)
+        rest = [p for p in fitting if p is not best or p.texts_known != chosen.texts_known]
+        fitting = [chosen, *(beaten(p, chosen) for p in rest)]
     every = fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
     return [_saving(p, every) if p.chosen and p.step_cache > 1 else p for p in every]
 
@@ -94,8 +95,9 @@ def first(
     if job.calls < _FEW_CALLS or wishes.after is not None:
         return None
     found = _costed(estimate, is_wanted, lambda cfg, way: _is_fast(job.spec, wishes, cfg, way))
-    if not (fitting := _fitting(found, estimate)):
+    if not any(p.fits for p in found):
         return None
+    fitting = _fitting(found, estimate)
     best = _best(fitting, estimate)
     most = estimate.painting_seconds(best) * (1 + SAME)
     short = (p for p in found if p.verdict in (Verdict.TOO_LARGE, Verdict.REFUSED))
@@ -124,6 +126,8 @@ def _fitting(found: list[Plan], estimate: Estimate) -> list[Plan]:
     found += [wider for p in _fastest(found, _residency) for wider in _wider(p, estimate)]
     found += [packed for p in _fastest(found, _arithmetic) for packed in _packed(p, estimate)]
     found += [cached for p in _fastest(found, _arithmetic) for cached in _cached(p, estimate)]
+    if not any(p.fits for p in found):
+        found += [known for p in found if (known := estimate.knowing(p))]
     return sorted(
         (p for p in found if p.fits),
         key=lambda p: (estimate.painting_seconds(p), -len(p.placements), p.predicted.peak_bytes),
@@ -140,6 +144,9 @@ def _best(fitting: Sequence[Plan], estimate: Estimate) -> Plan:
 
 
 def _chosen(best: Plan, estimate: Estimate) -> Plan:
+    """It was found as if no text were known, so that a text that comes again is painted alike to the last
+    bit."""
+    best = estimate.knowing(best) or best
     return replace(best, chosen=True, reason=_praise(best, estimate.wishes, estimate.hardware))
 
 
@@ -188,9 +195,7 @@ def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
         return  # what conditions do to a step is of one picture
 
     def better(calls: int, decoded: int) -> Plan | None:
-        wider = replace(
-            estimate, images_per_call=calls, images_per_decode=decoded, texts_known=narrow.texts_known
-        )
+        wider = replace(estimate, images_per_call=calls, images_per_decode=decoded)
         plan = wider.plan(narrow.cfg, narrow.placements, narrow.budget_bytes)
         return plan if plan.predicted.seconds * WIDER <= best.predicted.seconds else None
 
@@ -223,7 +228,6 @@ def _packed(plain: Plan, estimate: Estimate) -> Iterator[Plan]:
             estimate,
             images_per_call=plain.images_per_call,
             images_per_decode=plain.images_per_decode,
-            texts_known=plain.texts_known,
         )
         yield wide.plan(plain.cfg, placements, plain.budget_bytes)
 
@@ -240,7 +244,6 @@ def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
             images_per_call=whole.images_per_call,
             images_per_decode=whole.images_per_decode,
             step_cache=every,
-            texts_known=whole.texts_known,
         )
         if caching_psnr(every, job) >= floor and whole.denoiser.backend not in GRAPHS:
             yield cached.plan(whole.cfg, whole.placements, whole.budget_bytes)

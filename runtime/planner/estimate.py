@@ -153,24 +153,35 @@ class Estimate:
         )
 
     def best(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> Plan:
-        """Without the text encoders where the texts are known. Those that stay loaded are for other requests
-        too, so this goes without them only where they do not fit."""
-        encoders = {name: own for name, own in placements.items() if self._role(name) is Role.TEXT}
-        known = {(name, arithmetic(own)) for name, own in encoders.items()} <= self.texts
-        if not known or any(own.residency == "resident" for own in encoders.values()):
-            plan = self.plan(cfg, placements, budget_bytes)
-            if not known or plan.fits:
-                return plan
-        return replace(self, texts_known=True).plan(cfg, placements, budget_bytes)
+        """Without the text encoders, if that goes."""
+        plan = self.plan(cfg, placements, budget_bytes)
+        return self.knowing(plan) or plan
+
+    def knowing(self, plan: Plan) -> Plan | None:
+        """The same without the text encoders, where all texts are known, and if it fits. Those that stay
+        loaded are for other requests too, so they are left out only where they do not fit."""
+        encoders = {name: own for name, own in plan.placements.items() if self._role(name) is Role.TEXT}
+        stays = plan.fits and any(own.residency == "resident" for own in encoders.values())
+        if stays or not {(name, arithmetic(own)) for name, own in encoders.items()} <= self.texts:
+            return None
+        own = replace(
+            self,
+            images_per_call=plan.images_per_call,
+            images_per_decode=plan.images_per_decode,
+            step_cache=plan.step_cache,
+            texts_known=True,
+        )
+        known = own.plan(plan.cfg, plan.placements, plan.budget_bytes)
+        return known if known.fits else None
 
     def plans(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> list[Plan]:
         """This way of running. Where its weights stream, also with as many kept loaded as the budget has room
         for, and with half of those."""
-        plan = self.best(cfg, placements, budget_bytes)
-        own, room = replace(self, texts_known=plan.texts_known), budget_bytes - plan.predicted.context_bytes
-        if plan.predicted.peak_bytes > room or not own._may_keep(cfg, placements):
+        plan = self.plan(cfg, placements, budget_bytes)
+        room = budget_bytes - plan.predicted.context_bytes
+        if plan.predicted.peak_bytes > room or not self._may_keep(cfg, placements):
             return [plan]
-        return [plan, *(own.plan(cfg, kept, budget_bytes) for kept in own._keeping(cfg, placements, room))]
+        return [plan, *(self.plan(cfg, kept, budget_bytes) for kept in self._keeping(cfg, placements, room))]
 
     def _may_keep(self, cfg: str, placements: Mapping[str, Placement]) -> bool:
         if placements[self.spec.denoiser.name].residency != "streamed":

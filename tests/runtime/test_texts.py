@@ -123,6 +123,19 @@ def plan_without_room(pipeline, plan):
     return tightfit.plan(pipeline.hardware, pipeline.spec, HEART, wishes)
 
 
+def test_what_is_chosen_does_not_depend_on_what_is_known(folder, monkeypatch):
+    """So that what comes again is painted alike to the last bit."""
+    wishes = Wishes(**{**STAGED, "residency": "auto"})
+    with tightfit.load("emoji", device="cpu", **STAGED) as pipeline:
+        pipeline.generate(HEART)
+    known, *others = tightfit.plan(pipeline.hardware, pipeline.spec, HEART, wishes)
+    monkeypatch.setenv(ENVIRONMENT, "0")
+    plans = tightfit.plan(pipeline.hardware, pipeline.spec, HEART, wishes)
+    assert known.texts_known
+    assert (known.placements, known.cfg) == (plans[0].placements, plans[0].cfg)
+    assert [other.placements for other in others] == [plan.placements for plan in plans]
+
+
 def test_a_text_that_is_gone_is_encoded(folder, monkeypatch):
     with tightfit.load("emoji", device="cpu", **STAGED) as pipeline:
         first = pipeline.generate(HEART)
