@@ -160,6 +160,8 @@ class Estimate:
     def knowing(self, plan: Plan) -> Plan | None:
         """The same without the text encoders, where all texts are known, and if it fits. Those that stay
         loaded are for other requests too, so they are left out only where they do not fit."""
+        if not self.texts:
+            return None
         encoders = {name: own for name, own in plan.placements.items() if self._role(name) is Role.TEXT}
         stays = plan.fits and any(own.residency == "resident" for own in encoders.values())
         if stays or not {(name, arithmetic(own)) for name, own in encoders.items()} <= self.texts:
