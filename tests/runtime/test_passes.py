@@ -264,7 +264,8 @@ def test_out_of_memory_anywhere(way, method, tiny_models, monkeypatch, opened):
             with monkeypatch.context() as patch:
                 failing(patch, number, method)
                 result = pipe.generate(request)
-            assert psnr(result.images[0], whole) > 75
+            # Strips round otherwise than the whole: 0.3 % of the values are one off on a Xeon, which is 73 dB.
+            assert psnr(result.images[0], whole) > 70
             (notice,) = result.notices
             assert notice.startswith("out of memory to ")
             assert all(placed.residency == "resident" for _, placed, _ in pipe.loaded.sessions.values())
