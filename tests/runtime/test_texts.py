@@ -44,6 +44,7 @@ def folder(monkeypatch, tmp_path):
     """Where texts are kept; they are, from here on."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(ENVIRONMENT, "1MiB")
+    monkeypatch.setattr(texts.TEXTS, "_asked", None)  # whatever command another test ran here
     return tmp_path / "tightfit" / "texts"
 
 
