@@ -91,7 +91,8 @@ class Tensor:
 
     transposed: the file has the transpose of these two sides. patches: applied to its values in order,
     whenever they are read. written_ns: when the file was last written, as its header was read; 0 is unknown.
-    encoding: how its bytes become values, if they are no plain numbers.
+    encoding: how its bytes become values, if they are no plain numbers. turned_bytes: so many of the bytes
+    that the file begins it with are its last.
     """
 
     dtype: str
@@ -103,6 +104,7 @@ class Tensor:
     patches: tuple[Patch, ...] = ()
     written_ns: int = 0
     encoding: Encoding | None = None
+    turned_bytes: int = 0
 
     @property
     def count(self) -> int:
@@ -125,8 +127,13 @@ class Tensor:
             with open_regular(self.file, WEIGHTS_BYTES) as stream:
                 if self.written_ns not in (0, os.fstat(stream.fileno()).st_mtime_ns):
                     raise TightfitError(f"{self.file} was written again since it was opened: load it anew")
-                stream.seek(self.offset)
-                if stream.readinto(buffer) != self.stored_bytes:
+                first, whole = self.stored_bytes - self.turned_bytes, memoryview(buffer).cast("B")
+                stream.seek(self.offset + self.turned_bytes)
+                read = stream.readinto(whole[:first])
+                if self.turned_bytes:
+                    stream.seek(self.offset)
+                    read += stream.readinto(whole[first:])
+                if read != self.stored_bytes:
                     raise TightfitError(
                         f"{self.file} was cut short while it was read: copy or download it again"
                     )

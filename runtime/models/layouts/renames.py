@@ -1,4 +1,5 @@
-"""Names of CompVis's, Stability's and open_clip's code, as diffusers and transformers spell them.
+"""Names of CompVis's, Stability's, Black Forest Labs', open_clip's and llama.cpp's code, as diffusers and
+transformers spell them.
 
 Each function takes the tensors of one network by their original names, and answers them by the new ones.
 Names that the network does not have are left out: averages, positions, what training left there.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from ...errors import TightfitError
@@ -43,6 +44,11 @@ _DOWNSAMPLER = re.compile(r"input_blocks\.(\d{1,4})\.0\.op\.weight")
 _HINT = re.compile(r"input_hint_block\.(\d{1,4})\.(.+)")
 _ADDED = re.compile(r"zero_convs\.(\d{1,4})\.0\.(.+)")
 _BODY = re.compile(r"body\.(\d{1,4})\.(.+)")
+_VAE_WHOLE: Words = (
+    ("encoder.quant_conv.", "quant_conv."),  # as Black Forest Labs has it, and some tools keep it
+    ("decoder.post_quant_conv.", "post_quant_conv."),
+    *((name, name) for name in ("quant_conv.", "post_quant_conv.", "bn.running_")),
+)
 _VAE_ENDS: Words = (
     ("mid.block_1.", "mid_block.resnets.0."),
     ("mid.block_2.", "mid_block.resnets.1."),
@@ -83,6 +89,65 @@ _OPEN_CLIP_LAYER: Words = (
     ("mlp.c_proj.", "mlp.fc2."),
 )
 _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.(.+)")
+# Black Forest Labs' layers of Flux.2. Of several, each has as many rows of the one there.
+_BFL = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+    "final_layer.linear": "proj_out",
+}
+_BFL_LAST = "final_layer.adaLN_modulation.1", "norm_out.linear"  # shifts before scales, and after them
+_BFL_BLOCKS = {
+    "double": (
+        "transformer_blocks",
+        {
+            "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+            "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+            "img_attn.norm.query_norm": ("attn.norm_q",),
+            "img_attn.norm.key_norm": ("attn.norm_k",),
+            "img_attn.proj": ("attn.to_out.0",),
+            "img_mlp.0": ("ff.linear_in",),
+            "img_mlp.2": ("ff.linear_out",),
+            "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+            "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+            "txt_attn.proj": ("attn.to_add_out",),
+            "txt_mlp.0": ("ff_context.linear_in",),
+            "txt_mlp.2": ("ff_context.linear_out",),
+        },
+    ),
+    "single": (
+        "single_transformer_blocks",
+        {
+            "linear1": ("attn.to_qkv_mlp_proj",),
+            "linear2": ("attn.to_out",),
+            "norm.query_norm": ("attn.norm_q",),
+            "norm.key_norm": ("attn.norm_k",),
+        },
+    ),
+}
+_BFL_BLOCK = re.compile(r"(double|single)_blocks\.(\d{1,4})\.(.+)")
+_TRANSFORMER_BLOCK = re.compile(r"(?:single_)?transformer_blocks\.(\d{1,4})\.")
+_LLAMA_CPP = {"token_embd": "embed_tokens", "output_norm": "norm"}
+_LLAMA_CPP_LAYER = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_LLAMA_CPP_BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)")
 _JOINED = "attn.in_proj_"  # weight or bias of queries, keys and values, one below the other
 
 
@@ -186,6 +251,59 @@ def resampler(tensors: Tensors) -> dict[str, Tensor]:
     return renamed
 
 
+def bfl(tensors: Tensors) -> dict[str, Tensor]:
+    """A transformer's of Flux.2, of whose joint blocks queries, keys and values are rows of one tensor."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf not in ("weight", "bias", "scale"):
+            continue
+        if layer == _BFL_LAST[0]:
+            half = split(tensor, 2)[0].stored_bytes
+            renamed[f"{_BFL_LAST[1]}.{leaf}"] = replace(tensor, turned_bytes=half)
+        elif places := _of_bfl(layer):
+            parts = split(tensor, len(places)) if places[1:] else (tensor,)
+            leaf = "weight" if leaf == "scale" else leaf
+            renamed |= {f"{place}.{leaf}": part for place, part in zip(places, parts, strict=True)}
+    return renamed
+
+
+def bfl_layers(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The layers of a transformer of Flux.2 by Black Forest Labs' names, but the one whose rows lie otherwise
+    there; empty for other networks."""
+    known = {*paths}
+    blocks = {int(found[1]) for path in paths if (found := _TRANSFORMER_BLOCK.match(path))}
+    names = (
+        f"{kind}_blocks.{block}.{layer}"
+        for kind, (_, layers) in _BFL_BLOCKS.items()
+        for block in blocks
+        for layer in layers
+    )
+    return {name: places for name in (*_BFL, *names) if known.issuperset(places := _of_bfl(name))}
+
+
+def _of_bfl(layer: str) -> tuple[str, ...]:
+    if layer in _BFL:
+        return (_BFL[layer],)
+    if not (found := _BFL_BLOCK.fullmatch(layer)):
+        return ()
+    blocks, layers = _BFL_BLOCKS[found[1]]
+    return tuple(f"{blocks}.{int(found[2])}.{place}" for place in layers.get(found[3], ()))
+
+
+def llama_cpp(tensors: Tensors) -> dict[str, Tensor]:
+    """A language model's."""
+
+    def renamed(name: str) -> str:
+        layer, _, leaf = name.rpartition(".")
+        if found := _LLAMA_CPP_BLOCK.fullmatch(layer):
+            place = _LLAMA_CPP_LAYER.get(found[2])
+            return f"model.layers.{int(found[1])}.{place}.{leaf}" if place else ""
+        return f"model.{_LLAMA_CPP[layer]}.{leaf}" if layer in _LLAMA_CPP else ""
+
+    return _renamed(tensors, renamed)
+
+
 def thirds(tensor: Tensor) -> tuple[Tensor, ...]:
     """The tensor's rows in three equal parts."""
     return split(tensor, 3)
@@ -253,8 +371,8 @@ def _resnet(where: str, leaf: str) -> str:
 
 def _of_vae(name: str, last: int) -> str:
     half, _, rest = name.partition(".")
-    if half in ("quant_conv", "post_quant_conv"):
-        return name
+    if whole := _begun(name, _VAE_WHOLE):
+        return whole
     if half not in ("encoder", "decoder"):
         return ""
     if found := _VAE_BLOCK.fullmatch(rest):
