@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..models.layouts.renames import split
 from ..models.tensors import Patch, Tensor
 
 _EPSILON = 2**-23  # beside a norm, as LyCORIS has it
@@ -35,6 +36,35 @@ class Change(Patch):
         """Whether it is for a weight of that shape."""
         return len(shape) > 1 and self.sides == (shape[0], math.prod(shape[1:]))
 
+    def part(self, number: int, count: int) -> Change:
+        """What it does to one of so many equal parts of the rows. ValueError where there are none."""
+        return Part(self.tensors, self.scale, self, number, count)
+
+
+@dataclass(frozen=True)
+class Part(Change):
+    """What another change does to one of `count` equal parts of the rows."""
+
+    of: Change
+    number: int
+    count: int
+
+    def _sides(self) -> tuple[int, int]:
+        rows, row = self.of.sides
+        if self.of.whole or not rows or rows % self.count:
+            raise ValueError("a change of no equal parts")
+        return rows // self.count, row
+
+    @property
+    def flops(self) -> int:
+        return self.of.flops
+
+    def prepared(self, parts: Parts) -> Parts:
+        return self.of.prepared(parts)
+
+    def apply(self, rows: Any, start: int, parts: Parts) -> None:
+        self.of.apply(rows, start + self.number * self.sides[0], parts)
+
 
 class LowRank(Change):
     """LoRA and LoCon: up @ down, or up @ middle @ down of a convolution in three."""
@@ -42,6 +72,12 @@ class LowRank(Change):
     @property
     def low_rank(self) -> bool:
         return len(self.tensors) == 2
+
+    def part(self, number: int, count: int) -> Change:
+        up, *others = self.tensors
+        if up.shape[0] % count:
+            raise ValueError("a change of no equal parts")
+        return LowRank((split(up, count)[number], *others), self.scale)
 
     def _sides(self) -> tuple[int, int]:
         up, down, *middle = self.tensors

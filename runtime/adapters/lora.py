@@ -23,7 +23,7 @@ from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 from .changes import Added, Change, Decomposed, Hadamard, Kronecker, LowRank, Scaled
 from .header import Stamp, a1111_hash, contents, exists, located, stamp
-from .names import Places, split
+from .names import Paths, Places, split
 
 _NUMBERS = {
     "F64": "<d",
@@ -122,10 +122,10 @@ class Lora:
             if place is None:
                 left += stored.values()
                 continue
-            component, path = place
-            self._check_family(spec, layer, component, path)
+            component, paths = place
+            self._check_family(spec, layer, component, paths[0])
             try:
-                applied += self._change(layer, stored, component, path, changed[component.name])
+                applied += self._change(layer, stored, component, paths, changed[component.name])
             except ValueError:
                 left += stored.values()
         if not applied:
@@ -143,16 +143,16 @@ class Lora:
         layer: str,
         stored: Mapping[str, str],
         component: Component,
-        path: str,
+        paths: Paths,
         tensors: dict[str, Tensor],
     ) -> int:
-        """Patch one layer's tensors, and count the keys of the file that did it. ValueError where a shape
-        does not fit, before anything is patched."""
+        """Patch one layer's tensors, and count the keys of the file that did it. `paths` are of parts of its
+        rows, most often of all. ValueError where a shape does not fit, before anything is patched."""
         contents = self._layers
         strength = self.text_weight if component.role is Role.TEXT else self.weight
         patches: list[tuple[str, Change]] = []
-        weight = "weight" if f"{path}.weight" in tensors else "packed"
-        target = tensors.get(f"{path}.{weight}")
+        weight = "weight" if f"{paths[0]}.weight" in tensors else "packed"
+        target = tensors.get(f"{paths[0]}.{weight}")
         change = _of_weight(contents, layer, stored, strength, target)
         if change:
             patches.append((weight, change))
@@ -161,12 +161,16 @@ class Lora:
                 scale = contents.scale(layer, stored) if kind == "up_bias" else 1.0
                 added = Added(contents.parts(stored, kind), strength * scale)
                 patches.append((weight if leaf == "weight" else leaf, added))
-        for leaf, patch in patches:
-            if f"{path}.{leaf}" not in tensors or not _fits(patch, tensors[f"{path}.{leaf}"], leaf):
-                raise ValueError(f"{layer} does not fit {path}.{leaf}")
-        for leaf, patch in patches if strength else ():
-            tensor = tensors[f"{path}.{leaf}"]
-            tensors[f"{path}.{leaf}"] = replace(tensor, patches=(*tensor.patches, patch))
+        places = [
+            (f"{path}.{leaf}", leaf, patch if len(paths) == 1 else patch.part(number, len(paths)))
+            for leaf, patch in patches
+            for number, path in enumerate(paths)
+        ]
+        for name, leaf, patch in places:
+            if name not in tensors or not _fits(patch, tensors[name], leaf):
+                raise ValueError(f"{layer} does not fit {name}")
+        for name, _, patch in places if strength else ():
+            tensors[name] = replace(tensors[name], patches=(*tensors[name].patches, patch))
         return len(stored) if patches else 0
 
     def _check_family(self, spec: ModelSpec, layer: str, component: Component, path: str) -> None:

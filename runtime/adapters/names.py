@@ -1,5 +1,5 @@
-"""Names in adapters' files, in kohya's, SGM's, diffusers', PEFT's and OneTrainer's spelling: of layers, and
-of what is stored for them."""
+"""Names in adapters' files, in kohya's, SGM's, Black Forest Labs', diffusers', PEFT's and OneTrainer's
+spelling: of layers, and of what is stored for them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..models.families.family import Role
+from ..models.layouts.renames import bfl_layers
 from ..models.spec import Component, ModelSpec
 
 # What is stored for a layer, by how its key ends.
@@ -55,11 +56,14 @@ def split(key: str) -> tuple[str, str] | None:
     return None
 
 
+Paths = tuple[str, ...]
+
+
 class Places:
     """The layers of a model by the names that adapters' files have for them."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._layers: list[tuple[Component, tuple[str, ...], Mapping[str, str]]] = []
+        self._layers: list[tuple[Component, tuple[str, ...], Mapping[str, Paths]]] = []
         texts = 0
         for component in spec.components.values():
             texts += component.role is Role.TEXT
@@ -67,15 +71,17 @@ class Places:
             if prefixes:
                 self._layers.append((component, prefixes, _aliases(component)))
 
-    def find(self, layer: str) -> tuple[Component, str] | None:
-        """The component and the path of a layer there, as that component's own files spell it."""
+    def find(self, layer: str) -> tuple[Component, Paths] | None:
+        """The component and the path of a layer there, as that component's own files spell it; several paths
+        where the file has their rows in one."""
         name = _squashed(layer.replace(".processor", ""))
         name = name[match.end() :] if (match := _OUTER.match(name)) else name
         named = [entry for entry in self._layers if name.startswith(entry[1])]
         for component, prefixes, aliases in named or self._layers:
             prefix = max((each for each in prefixes if name.startswith(each)), key=len, default="")
-            if path := aliases.get(_bare(name.removeprefix(prefix))):
-                return component, path
+            for known in (name.removeprefix(prefix), name):  # some layers are called as the prefix
+                if paths := aliases.get(_bare(known)):
+                    return component, paths
         return None
 
 
@@ -89,14 +95,15 @@ def _prefixes(component: Component, number: int) -> tuple[str, ...]:
     return ()
 
 
-def _aliases(component: Component) -> dict[str, str]:
+def _aliases(component: Component) -> dict[str, Paths]:
     paths = {name.rpartition(".")[0] for name in component.tensors}
-    spelled = {_bare(_squashed(path)): path for path in paths if path}
+    spelled: dict[str, Paths] = {_bare(_squashed(path)): (path,) for path in paths if path}
     for path in paths:
         if path.endswith("to_out.0"):  # the processors of diffusers 0.1x
-            spelled.setdefault(_bare(_squashed(path))[: -len("_0")], path)
+            spelled.setdefault(_bare(_squashed(path))[: -len("_0")], (path,))
     if component.role is Role.DENOISER:
-        spelled = {_squashed(name): path for name, path in _sgm(paths, component.config)} | spelled
+        theirs = {name: (path,) for name, path in _sgm(paths, component.config)} | bfl_layers(paths)
+        spelled = {_squashed(name): found for name, found in theirs.items()} | spelled
     return spelled
 
 

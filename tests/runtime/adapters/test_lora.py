@@ -128,7 +128,7 @@ def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, deep_models):
     places = Places(spec)
     for number, name in ((1, "text_encoder"), (2, "text_encoder_2")):
         for prefix in (f"lora_te{number}_", f"{name}."):
-            component, path = places.find(f"{prefix}text_model.encoder.layers.0.mlp.fc1") or (None, "")
+            component, (path,) = places.find(f"{prefix}text_model.encoder.layers.0.mlp.fc1") or (None, ("",))
             assert (component and component.name, path) == (name, "text_model.encoder.layers.0.mlp.fc1")
     config = type("Config", (), {**spec.unet})()
     stability = [
@@ -142,7 +142,7 @@ def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, deep_models):
     )
     assert len(mapped) == len(stability)
     for key, name in mapped.items():
-        component, path = places.find(name) or (None, "")
+        component, (path,) = places.find(name) or (None, ("",))
         assert component is spec.denoiser
         blocks = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
         theirs = re.sub(
@@ -158,7 +158,7 @@ def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, deep_models):
         ("time_embed_2", "time_embedding.linear_2"),
         ("label_emb_0_0", "add_embedding.linear_1"),
     ):
-        assert places.find(f"lora_unet_{name}") == (spec.denoiser, path), name
+        assert places.find(f"lora_unet_{name}") == (spec.denoiser, (path,)), name
     assert places.find("lora_unet_middle_block_9_emb_layers_1") is None
 
 
@@ -173,7 +173,7 @@ def test_every_layer_of_a_unet_is_found_by_both_names(deep_models):
         assert len({*stability.values()}) == len(stability) == len(paths)
         for name, path in stability.items():
             for spelled in (f"lora_unet_{name.replace('.', '_')}", f"unet.{path}"):
-                assert places.find(spelled) == (spec.denoiser, path), spelled
+                assert places.find(spelled) == (spec.denoiser, (path,)), spelled
 
 
 def test_every_form_is_read(tmp_path, spec):
