@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from ..runtime.errors import TightfitError
-from ..runtime.files import inside, read_bytes, read_json
+from ..runtime.files import JSON_BYTES, inside, open_regular, read_bytes, read_json
 from ..runtime.models import vocabulary
 from ..runtime.models.families.family import Role
 from ..runtime.models.tokenizer import NAMES
@@ -69,7 +69,11 @@ def described(spec: ModelSpec) -> Iterator[Path]:
         _write_json(folder / "scheduler" / "scheduler_config.json", spec.scheduler)
         for component in spec.components.values():
             name, config = component.network.folder, dict(component.config)
-            if component.role is Role.TEXT:
+            if component.tokenizer:
+                _copy_tokenizer(component.tokenizer, folder / component.network.tokenizer)
+                index[component.network.tokenizer] = ["transformers", component.config["tokenizer_class"]]
+                index[name] = ["transformers", config["architectures"][0]]
+            elif component.role is Role.TEXT:
                 vocabulary.write(
                     folder / component.network.tokenizer,
                     vocabulary.clip_merges(),
@@ -82,8 +86,17 @@ def described(spec: ModelSpec) -> Iterator[Path]:
             else:
                 index[name] = ["diffusers", config["_class_name"]]
             _write_json(folder / name / "config.json", config)
-        _write_json(folder / "model_index.json", index | {"force_zeros_for_empty_prompt": spec.force_zeros})
+        _write_json(folder / "model_index.json", index | dict(spec.settings))
         yield folder
+
+
+def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
+    """Raises TightfitError for a file that is not regular, or too large."""
+    folder.mkdir()
+    for name in NAMES:
+        if (tokenizer / name).exists():
+            with open_regular(tokenizer / name, JSON_BYTES) as stream:
+                (folder / name).write_bytes(stream.read())
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:

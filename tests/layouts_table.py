@@ -3,6 +3,8 @@ measured ones.
 
     python tests/layouts_table.py [FAMILY…] > docs/layouts.md
 
+Families are SD 1.x, SD 2.x and SDXL, and by its name flux2-klein, of which files of ComfyUI are written.
+
 Models are narrow and random; they are written with the tests' own writers.
 """
 
@@ -34,9 +36,9 @@ from tightfit.runtime.files import read_json
 from tightfit.runtime.units import shown
 
 HERE = Path(__file__).parent / "runtime/models"
-NARROW, GGUF, BNB, SINGLE = (
-    runpy.run_path(str(HERE / name))
-    for name in ("conftest.py", "test_gguf.py", "test_bitsandbytes.py", "test_single_file.py")
+NARROW, GGUF, BNB, SINGLE, SPLIT = (
+    runpy.run_path(str(HERE / f"{name}.py"))
+    for name in ("conftest", "test_gguf", "test_bitsandbytes", "test_single_file", "test_split_file")
 )
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "width": 64, "height": 64, "guidance_scale": 6.0}
 PRECISIONS = {
@@ -111,6 +113,33 @@ def cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
     yield from quantised(family, folder, root)
 
 
+def split_cases(folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
+    """Of Flux.2 klein."""
+    yield "diffusers folder, fp32", Case(folder, partial(of_folder, folder))
+    parts = SPLIT["parts_of"](folder)
+    state = SPLIT["published"](parts["transformer"])
+    stored = {
+        "fp32": (state, state),
+        "bf16": SPLIT["in_bf16"](state),
+        "fp8 with scales": SPLIT["in_fp8"](state),
+    }
+    for name, (written, meant) in stored.items():
+        file = SPLIT["write_comfy"](root / name, folder, written)
+        theirs = partial(of_folder, folder, {"transformer": SPLIT["converted"](meant)})
+        yield f"files of ComfyUI, {name}", Case(file, theirs)
+    for kind in ("Q8_0", "Q4_K"):
+        (place := root / kind).mkdir()
+        meant, texts = SPLIT["gguf_files"](parts, place, kind)
+        values = {"transformer": SPLIT["converted"](meant), "text_encoder": texts}
+        options = {"text_encoder": [str(place / "qwen.gguf")], "vae": [str(root / "fp32/vae" / SPLIT["VAE"])]}
+        shutil.copytree(folder / "tokenizer", place / "tokenizer")
+        beside = adapters.written(options)
+        yield (
+            f"files of ComfyUI, GGUF, {kind}",
+            Case(place / "klein.gguf", partial(of_folder, folder, values), beside),
+        )
+
+
 def quantised(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
     parts = {"unet": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
     parts |= {"text_encoder_2": "model.safetensors"} if family == "sdxl" else {}
@@ -168,7 +197,7 @@ def painted(case: Case, **wishes: Any) -> tuple[np.ndarray, int, int]:
 def by_diffusers(case: Case) -> np.ndarray:
     pipe = case.theirs()
     pipe.set_progress_bar_config(disable=True)
-    answer = pipe("a cat", generator=torch.Generator().manual_seed(3), output_type="np", **OPTIONS)
+    answer = pipe(prompt="a cat", generator=torch.Generator().manual_seed(3), output_type="np", **OPTIONS)
     return (answer.images[0] * 255).round().astype(float)
 
 
@@ -207,12 +236,17 @@ def main() -> None:
     lines(HEAD.format(command=command, machine=machine, date=date, versions=versions))
     with tempfile.TemporaryDirectory() as made, pytest.MonkeyPatch.context() as patch:
         for family in families:
-            patch.setitem(random_model.TINY, family, NARROW["narrow"](family))
             root = Path(made) / family
             folder = root / "folder"
             root.mkdir()
-            NARROW["written"](family, folder)
-            for name, case in cases(family, folder, root):
+            if family in NARROW["FAMILIES"]:
+                patch.setitem(random_model.TINY, family, NARROW["narrow"](family))
+                NARROW["written"](family, folder)
+                found = cases(family, folder, root)
+            else:
+                SPLIT["write_folder"](folder)
+                found = split_cases(folder, root)
+            for name, case in found:
                 say(row(name, family, case))
 
 

@@ -301,6 +301,7 @@ _MEASURED = "the random models that it writes and measures are called so"
 # What else may name networks or families, and why.
 MAY_NAME = (
     ("runtime.adapters.vae", "networks", "an option that people type"),
+    ("runtime.adapters.text_encoder", "networks", "an option that people type"),
     ("runtime.programs", "networks", "what InvokeAI and Fooocus call a file in their pictures"),
     ("runtime.adapters.unet", "networks", "an option that people type"),
     ("export.random_model", "networks", "writes folders as diffusers lays them out"),

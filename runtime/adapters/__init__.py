@@ -12,7 +12,7 @@ from ..errors import TightfitError
 from ..models.layouts import library
 from ..models.spec import ModelSpec
 from ..recent import Recent
-from . import ip_adapter, lora, prediction, textual_inversion, unet, vae
+from . import ip_adapter, lora, prediction, text_encoder, textual_inversion, unet, vae
 from .header import contents, located, stamp
 
 MOST = 100
@@ -52,9 +52,15 @@ class Kind:
     """Whether all that it changes are weights, so that an export may hold it."""
 
 
-# In the order in which they are applied: a LoRA changes the U-Net that takes the place of the model's own.
+# In the order in which they are applied: a LoRA changes networks that take the place of the model's own.
 ADAPTERS = (
     Kind(unet.Unet.option, unet.written, "In place of the model's.", library.Kind.UNET, in_weights=True),
+    Kind(
+        text_encoder.TextEncoder.option,
+        text_encoder.written,
+        "In place of the model's.",
+        library.Kind.TEXT_ENCODER,
+    ),
     Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable.", library.Kind.LORA, in_weights=True),
     Kind(
         textual_inversion.TextualInversion.option,
@@ -125,7 +131,10 @@ def read_adapter(path: str | Path, weight: float = 1.0, text_weight: float | Non
 
 def check_whole(spec: ModelSpec) -> None:
     """Raise TightfitError for a model that lacks a network, after its adapters."""
-    if not spec.decoder.engines:
+    lacking = [component for component in spec.components.values() if not component.engines]
+    if reasons := [component.unreadable for component in lacking if component.unreadable]:
+        raise TightfitError("; ".join(reasons))
+    if lacking:
         raise TightfitError(
             f"{spec.name} is a single file without a VAE: name one by --vae, "
             "or take a checkpoint that has all networks inside"

@@ -1,4 +1,5 @@
-"""Another U-Net in place of the model's own: from a file of that alone, or from inside a checkpoint."""
+"""Another denoiser in place of the model's own, most often a U-Net: from a file of that alone, or from inside
+a checkpoint."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..errors import TightfitError
 from ..models.families import known_by
-from ..models.layouts import single_file
+from ..models.layouts import single_file, split_file
 from ..models.spec import ModelSpec
 from ..models.tensors import Tensor
 from .header import Stamp, contents, located, stamp
@@ -45,7 +46,7 @@ class Unet:
                 f"name {spec.source or 'the model'}, from which that was made, by --model"
             )
         stored, metadata = contents(self.path, stamp(self.path))
-        tensors = single_file.denoiser(stored)
+        tensors = split_file.transformer(stored) or single_file.denoiser(stored)
         self._check(spec, tensors)
         denoiser = replace(own, folder=self.path, tensors=tensors, graph=None, unreadable="")
         trained = single_file.told(self.path, stored, metadata)
@@ -62,7 +63,7 @@ class Unet:
         if not tensors:
             raise TightfitError(f"{self.path} holds no U-Net of SD: name one, in GGUF or safetensors")
         width, ours = _text_width(tensors), _text_width(own)
-        if width != ours:
+        if ours and width != ours:
             kind, other = (known_by(side) or f"texts {side} wide" for side in (width, ours))
             raise TightfitError(
                 f"{self.path} is a U-Net of {kind}, and {spec.name} has one of {other}: "

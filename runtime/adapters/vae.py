@@ -17,6 +17,7 @@ from ..models.families.tiny import TINY_DECODER
 from ..models.layouts import renames
 from ..models.layouts.bitsandbytes import tensors_of
 from ..models.layouts.single_file import vae_config
+from ..models.layouts.split_file import vae
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 from .header import Stamp, contents, exists, path_of, stamp
@@ -57,19 +58,24 @@ class Vae:
         """The model with its decoder. Raises TightfitError for one of other latents, or that is no VAE."""
         if spec.decoder.network is TINY_DECODER:
             raise TightfitError(f"{self.path} is a second VAE beside {spec.decoder.folder}: give one")
-        config, stored = self._folder() if self.path.is_dir() else self._file(spec)
+        config, stored = self._folder(spec) if self.path.is_dir() else self._file(spec)
         tiny = config.get("_class_name") == _TINY
         if tiny:  # as diffusers has it, whatever the file says
             config = {**TINY_DECODER.defaults, **config}
             config["block_out_channels"] = config["decoder_block_out_channels"]
+        if tiny and spec.latents.channels != spec.vae["latent_channels"]:
+            raise TightfitError(
+                f"{self.path} is a tiny decoder, and {spec.name} takes a whole VAE: leave it out"
+            )
         decoder = self._component(config, stored, TINY_DECODER if tiny else spec.decoder.network)
         latents, ours = decoder.setting("latent_channels"), spec.decoder.setting("latent_channels")
         factor = 2 ** (len(decoder.setting("block_out_channels")) - 1)
-        wanted_factor = spec.downsampling if spec.decoder.engines else factor  # a file without a VAE has none
+        own_factor = 2 ** (len(spec.vae["block_out_channels"]) - 1)
+        wanted_factor = own_factor if spec.decoder.engines else factor  # a file without a VAE has none
         if (latents, factor, decoder.setting("out_channels")) != (ours, wanted_factor, 3):
             raise TightfitError(
                 f"{self.path} decodes {latents} channels to {factor} times their size, "
-                f"{spec.name} has {ours}, {spec.downsampling} times: take a VAE of the same family"
+                f"{spec.name} has {ours}, {own_factor} times: take a VAE of the same family"
             )
         notes = spec.notes
         if decoder.network is TINY_DECODER:
@@ -78,11 +84,11 @@ class Vae:
         spare = spec.spare if tiny else partial(self._component, config, stored)
         return replace(spec, components=components, notes=notes, spare=spare)
 
-    def _folder(self) -> Stored:
+    def _folder(self, spec: ModelSpec) -> Stored:
         config = read_json(self.path / "config.json")
-        named = config.get("_class_name")
-        if named not in (_TINY, _WHOLE):
-            raise TightfitError(f"{self.path} holds a {str(named)[:40]}: a VAE is an {_WHOLE} or {_TINY}")
+        named, whole = config.get("_class_name"), spec.vae.get("_class_name", _WHOLE)
+        if named not in (_TINY, whole):
+            raise TightfitError(f"{self.path} holds a {str(named)[:40]}: a VAE is an {whole} or {_TINY}")
         return config, tensors_of(self.path)
 
     def _file(self, spec: ModelSpec) -> Stored:
@@ -91,11 +97,16 @@ class Vae:
             return {"_class_name": _TINY}, _renamed(stored)
         if any(name.startswith("decoder.layers.") for name in stored):
             return {"_class_name": _TINY}, stored
+        config, whole = vae(stored)
+        if config:
+            return config | {"norm_num_groups": spec.vae.get("norm_num_groups", 32)}, whole
         whole = {name.removeprefix(_INSIDE): tensor for name, tensor in stored.items()}
         if any(name.startswith("decoder.mid.") for name in whole):
             whole = renames.vae(whole)
         shapes = {} if spec.decoder.engines else vae_config(whole)
-        return {**spec.decoder.config, **shapes}, whole
+        first = whole.get("decoder.conv_in.weight")
+        latents = {"latent_channels": first.shape[1]} if first and len(first.shape) > 1 else {}
+        return {**spec.decoder.config, **shapes, **latents}, whole
 
     def _component(
         self, config: Mapping[str, Any], stored: Mapping[str, Tensor], network: Network

@@ -13,9 +13,10 @@ from .layouts import Layout, Source
 from .layouts.diffusers import DiffusersLayout
 from .layouts.gguf import GGUFLayout
 from .layouts.single_file import SingleFileLayout
+from .layouts.split_file import SplitLayout
 from .spec import Component, ModelSpec
 
-LAYOUTS: tuple[Layout, ...] = (SingleFileLayout(), GGUFLayout(), DiffusersLayout())
+LAYOUTS: tuple[Layout, ...] = (SplitLayout(), SingleFileLayout(), GGUFLayout(), DiffusersLayout())
 
 
 def read_source(path: Path) -> Source:

@@ -25,12 +25,12 @@ ZEROED = "force_zeros_for_empty_prompt"  # of model_index.json
 class Component:
     """One network of the model: the folder it lives in, its config and its tensors by their names in the
     safetensors files, none if it is there as ONNX alone; `graph` is that, and `unreadable` says why there is
-    none though there is a file.
+    none though there is a file, or that nothing of it is there, and what to do.
 
     `words` are what a text encoder was taught besides its vocabulary: for each word its vectors (n, width).
     `formats` says in which of kernels/formats.py's each quantised layer is stored; None in a model that is
     not quantised. `pad` is the token that fills up the texts of an encoder of CLIP's own vocabulary; None
-    where the model has a tokenizer in a folder.
+    where the model has a tokenizer in a folder: `tokenizer`, or where that is None, the model's own.
     """
 
     network: Network
@@ -41,6 +41,7 @@ class Component:
     graph: Graph | None = None
     unreadable: str = ""
     pad: str | None = None
+    tokenizer: Path | None = None
     words: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -29,11 +29,16 @@ NAMES = (
 _ARGUMENTS = {"vocab_file": "vocab.json", "merges_file": "merges.txt", "tokenizer_file": "tokenizer.json"}
 
 
+def folder_of(spec: ModelSpec, encoder: Component) -> Path:
+    """Where a text encoder's tokenizer is, if it has one of its own."""
+    return encoder.tokenizer or spec.folder / encoder.network.tokenizer
+
+
 def tokenizer_of(spec: ModelSpec, encoder: Component) -> Any:
     """The text encoder's: the model's own, or CLIP's where the model brings none."""
     if encoder.pad is None:
         reading = encoder.network.reading
-        folder = spec.folder / encoder.network.tokenizer
+        folder = folder_of(spec, encoder)
         return read_tokenizer(folder, reading.open_tokenizer) if reading else read_tokenizer(folder)
     return copy.deepcopy(_clip(encoder.pad))  # words may be added to it
 

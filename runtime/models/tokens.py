@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import TightfitError, explained
 from .prompt_syntax import Piece, sections
 from .spec import Component, ModelSpec
-from .tokenizer import tokenizer_of
+from .tokenizer import folder_of, tokenizer_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,7 +34,7 @@ class Reader:
     cannot be read."""
 
     def __init__(self, spec: ModelSpec, encoder: Component) -> None:
-        self.folder, self._encoder = spec.folder / encoder.network.tokenizer, encoder
+        self.folder, self._encoder = folder_of(spec, encoder), encoder
         self._turn = threading.Lock()  # transformers changes its tokenizers while they read
         self.tokenizer = tokenizer_of(spec, encoder)
         with self.explained():

@@ -293,7 +293,7 @@ class Flux2Klein(Family):
     on_demand = (_ENCODER,)
     first_step_is_known = True
     needs_range = True
-    takes = frozenset()
+    takes = frozenset({"lora", "text_encoder", "unet", "vae"})
 
     def claims(self, source: Source) -> bool:
         return source.config(_TRANSFORMER).get("_class_name") == "Flux2Transformer2DModel"

@@ -22,7 +22,6 @@ _MODELS = (
     (r"(?:model\.diffusion_model\.label_emb\.weight$|low_scale_model\.)", "SD's x4 upscaler"),
     (rf"{_IN}joint_blocks\.", "SD 3"),
     (rf"{_IN}early_stream_modulations\.", "Flux 3"),
-    (rf"{_IN}(?:single_stream_modulation|double_stream_modulation_img)\.", "Flux 2"),
     (rf"{_IN}distilled_guidance_layer\.", "Chroma"),
     (rf"{_IN}txt_in\.individual_token_refiner\.", "HunyuanVideo"),
     (rf"{_IN}double_blocks\.\d+\.img_attn\.", "Flux"),
@@ -75,9 +74,15 @@ _PARTS = (
     (r"(?:(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?)?\d+\.", "a tiny autoencoder", _VAE, Kind.VAE),
     (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _VAE, Kind.VAE),
     (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE, None),
+    (
+        r"(?:model\.layers\.\d+\.self_attn|blk\.\d+\.attn_q)\.",
+        "a language model",
+        f"{_BESIDE}, and this by --text-encoder",
+        Kind.TEXT_ENCODER,
+    ),
     (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", UNET, Kind.UNET),
 )
-OURS = "in one file tightfit runs SD 1.x, SD 2.x and SDXL"
+OURS = "of files tightfit runs SD 1.x, SD 2.x, SDXL and Flux.2 klein"
 _WORDS = (
     *((pattern, f"is {name}: {OURS}") for pattern, name in _MODELS),
     *((pattern, f"is {name}, which is no whole model: {cure}") for pattern, name, cure, _ in _PARTS),

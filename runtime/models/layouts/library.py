@@ -4,8 +4,10 @@ file a name means."""
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from enum import Enum
@@ -23,6 +25,7 @@ _ENDINGS = (*SINGLE, *_PICKLES)
 _MOST_FILES, _MOST_DEPTH = 50_000, 8  # entries of all folders, and folders in folders
 _TEXT_BYTES = 2**16  # limit of a config; ComfyUI's example has 1 kB
 _WHOLE, _PART = "model_index.json", "diffusion_pytorch_model*.safetensors"
+_PART_OF = re.compile(r"-\d{5}-of-\d{5}$")  # how names end of files that hold a part of one network
 _COMFY = "extra_model_paths.yaml"
 
 
@@ -35,6 +38,7 @@ class Kind(Enum):
     EMBEDDING = "embedding"
     CONTROLNET = "ControlNet"
     UNET = "U-Net"
+    TEXT_ENCODER = "text encoder"
     UPSCALER = "upscaler"
     IP_ADAPTER = "IP-Adapter"
 
@@ -54,12 +58,16 @@ _SHELVES = {
     "vae_approx": Kind.VAE,
     "unet": Kind.UNET,
     "diffusion_models": Kind.UNET,
+    "text_encoders": Kind.TEXT_ENCODER,
+    "text_encoder": Kind.TEXT_ENCODER,
+    "clip": Kind.TEXT_ENCODER,
     "esrgan": Kind.UPSCALER,
     "realesrgan": Kind.UPSCALER,
     "upscale_models": Kind.UPSCALER,
     "ipadapter": Kind.IP_ADAPTER,
 }
-_ALSO_IN = {Kind.IP_ADAPTER: Kind.CONTROLNET}  # A1111 has both in one folder
+# A1111 has two in one folder, and a denoiser alone is a model where its other networks are beside.
+_ALSO_IN = {Kind.IP_ADAPTER: Kind.CONTROLNET, Kind.MODEL: Kind.UNET}
 
 
 @dataclass(frozen=True)
@@ -287,8 +295,8 @@ def called(name: str, kind: Kind, library: Library) -> Path | None:
     named = [entry for entry in _of_kind(library, kind) if entry.is_called(name)]
     if not named:
         return None
-    best = min(map(_rank, named))
-    first, *others = (entry for entry in named if _rank(entry) == best)
+    best = min(_rank(entry, kind) for entry in named)
+    first, *others = (entry for entry in named if _rank(entry, kind) == best)
     if others:
         more = f" ({len(others) - 1} more)" if others[1:] else ""
         cure = "rename one, or give its path, or its folder before its name"
@@ -296,15 +304,34 @@ def called(name: str, kind: Kind, library: Library) -> Path | None:
     return first.path
 
 
+def near(file: Path, kind: Kind) -> list[Path]:
+    """Whole files of a kind: in the folder of `file`, where any may be, on shelves there, beside that folder
+    or beside the one that it is in, and in the user's folders of models."""
+    beside = Library([file.parent])
+    for folder in file.absolute().parents[:3]:
+        with suppress(OSError):
+            shelves = [place for place in folder.iterdir() if _SHELVES.get(place.name.lower()) is kind]
+            for place in filter(Path.is_dir, shelves):
+                beside.walk(place, place, kind)
+    entries = [entry for library in (beside, scan(folders())) for entry in library.entries]
+    there = [path for path in file.parent.iterdir() if path.suffix.lower() in SINGLE and path.is_file()]
+    named = [*there, *(entry.path for entry in entries if entry.shelf is kind)]
+    whole = (path for path in named if path.suffix.lower() in SINGLE and not _PART_OF.search(path.stem))
+    files = {path.resolve(): path for path in whole}
+    return sorted(path for real, path in files.items() if real != file.resolve())
+
+
 def _of_kind(library: Library, kind: Kind) -> list[Entry]:
     return [entry for entry in library.entries if entry.shelf in (None, kind, _ALSO_IN.get(kind))]
 
 
-def _rank(entry: Entry) -> tuple[bool, int]:
-    """What is in a folder for its kind comes before what is in any, then by endings; a folder before a
-    file."""
+def _rank(entry: Entry, kind: Kind) -> tuple[int, int]:
+    """What is in a folder for its kind comes before what is in any, and that before others, then by endings;
+    a folder before a file."""
     ending = entry.path.suffix.lower()
-    return entry.shelf is None, _ENDINGS.index(ending) if ending in _ENDINGS else -1
+    return [kind, None, _ALSO_IN.get(kind)].index(entry.shelf), _ENDINGS.index(
+        ending
+    ) if ending in _ENDINGS else -1
 
 
 def _asked_by(shelf: Kind) -> str:

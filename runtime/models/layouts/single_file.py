@@ -334,7 +334,7 @@ class Checkpoint:
 # --------------------------------------------------------------------------------------- configs from shapes
 
 
-class _Shapes:
+class Shapes:
     """Sides of a network's tensors. A name that is missing, or of fewer sides, is said."""
 
     def __init__(self, tensors: Tensors) -> None:
@@ -357,7 +357,7 @@ class _Shapes:
 
 
 def _text(tensors: Tensors, name: str, original: Original) -> Config:
-    shapes = _Shapes(tensors)
+    shapes = Shapes(tensors)
     layer = "text_model.encoder.layers.0"
     tokens = "text_model.embeddings.token_embedding.weight"
     width = shapes.side(tokens, 1)
@@ -389,7 +389,7 @@ def _is_read(name: str, config: Config) -> bool:
 
 
 def _unet(tensors: Tensors, original: Original, pooled: int) -> Config:
-    shapes, half = _Shapes(tensors), _down_half(tensors)
+    shapes, half = Shapes(tensors), _down_half(tensors)
     kinds, widths = half["down_block_types"], half["block_out_channels"]
     reads = next((name for name in tensors if name.endswith(READS)), f"an {READS[1:]}")
     config: Config = {
@@ -414,7 +414,7 @@ def _unet(tensors: Tensors, original: Original, pooled: int) -> Config:
 
 def _down_half(tensors: Tensors) -> Config:
     """What a U-Net and its ControlNets have in common: all until the sides grow again."""
-    shapes = _Shapes(tensors)
+    shapes = Shapes(tensors)
     blocks = range(shapes.count(r"down_blocks\.(\d+)\.resnets\.") or 1)  # without any, the first is missed
     widths = [shapes.side(f"down_blocks.{block}.resnets.0.conv1.weight") for block in blocks]
     inner = [
@@ -443,7 +443,7 @@ _AS_UNET = (
 def control_config(tensors: Tensors, unet: Mapping[str, Any]) -> Config:
     """What the shapes of a ControlNet's tensors, under diffusers' names, say of it, and the config of the
     U-Net that it is for."""
-    shapes, hint = _Shapes(tensors), "controlnet_cond_embedding"
+    shapes, hint = Shapes(tensors), "controlnet_cond_embedding"
     wider = range(1, shapes.count(rf"{hint}\.blocks\.(\d+)\."), 2)
     names = [f"{hint}.conv_in.weight", *(f"{hint}.blocks.{block}.weight" for block in wider)]
     middle = any(name.startswith("mid_block.attentions.") for name in tensors)
@@ -473,7 +473,7 @@ _USUAL_VAE: Config = {
 
 def vae_config(tensors: Tensors) -> Config:
     """What the shapes of a VAE's tensors, under diffusers' names, say of it."""
-    shapes = _Shapes(tensors)
+    shapes = Shapes(tensors)
     blocks = range(shapes.count(r"decoder\.up_blocks\.(\d+)\.resnets\.") or 1)
     widths = [shapes.side(f"decoder.up_blocks.{block}.resnets.0.conv1.weight") for block in reversed(blocks)]
     return {

@@ -87,10 +87,10 @@ def test_names_of_options_stay():
     of_both = """\
 --width --height --num-inference-steps --steps --guidance-scale --model --precision --compute --backend
         --provider --device --vram --ram --residency --attention --tiling --min-psnr --lora --embedding --vae
-        --prediction --unet --models-dir --json --image --strength --resize --mask-image --mask --mask-blur
-        --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale --ip-adapter --ip-image
-        --control --hires --hires-size --hires-strength --hires-steps --hires-upscaler --hires-prompt
-        --hires-scheduler --refiner --refiner-start --step-cache --prefer"""
+        --prediction --unet --text-encoder --models-dir --json --image --strength --resize --mask-image --mask
+        --mask-blur --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale --ip-adapter
+        --ip-image --control --hires --hires-size --hires-strength --hires-steps --hires-upscaler
+        --hires-prompt --hires-scheduler --refiner --refiner-start --step-cache --prefer"""
     of_generate = """\
 prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan --connect -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise

@@ -473,7 +473,7 @@ def test_files_that_are_cut_or_something_else(small, tmp_path):
         with pytest.raises(TightfitError, match=said):
             tightfit.inspect(str(tmp_path / "other.gguf"))
     writer = gguf.GGUFWriter(str(tmp_path / "llm.gguf"), "llama")
-    writer.add_tensor("blk.0.attn_q.weight", np.zeros((32, 32), np.float32))
+    writer.add_tensor("output.weight", np.zeros((32, 32), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

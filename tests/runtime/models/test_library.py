@@ -41,7 +41,7 @@ COMFY = {
     "models/embeddings/easynegative.safetensors": ("easynegative", Kind.EMBEDDING),
     "models/upscale_models/4x.safetensors": ("4x", Kind.UPSCALER),
     "models/ipadapter/plus.safetensors": ("plus", Kind.IP_ADAPTER),
-    "models/clip/l.safetensors": ("clip/l", None),
+    "models/clip/l.safetensors": ("l", Kind.TEXT_ENCODER),
 }
 
 

@@ -357,7 +357,7 @@ NAMES = {
     "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": "SD 3",
     "double_blocks.0.img_attn.norm.key_norm.scale": "Flux",
     "model.diffusion_model.distilled_guidance_layer.in_proj.bias": "Chroma",
-    "model.diffusion_model.single_stream_modulation.lin.weight": "Flux 2",
+    "model.layers.0.self_attn.q_proj.weight": "a language model",
     "double_layers.0.attn.w2q.weight": "AuraFlow",
     "model.diffusion_model.layers.0.adaLN_modulation.0.weight": "Z-Image",
     "cap_embedder.0.weight": "Lumina 2",
