@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -30,7 +31,7 @@ class Conditioning:
         lines = self._job.prompting.lines
         texts = tuple(line.at(call) for line in lines)
         if texts != self._texts:
-            self._texts, self._parts = texts, _parts(self._joined([*zip(lines, texts, strict=True)]))
+            self._texts, self._parts = texts, self._parted([*zip(lines, texts, strict=True)])
         return self._parts[cfg]
 
     def given(self, call: int) -> Sequence[Mapping[str, np.ndarray]]:
@@ -38,12 +39,18 @@ class Conditioning:
         parts = self.of("sequential", call)
         return [parts[row] for row in self._job.prompted]
 
+    def _parted(self, texts: Sequence[tuple[Line, str]]) -> dict[str, Sequence[Mapping[str, np.ndarray]]]:
+        """Branches of different lengths go into no call together."""
+        if self._job.prompting.is_even:
+            return _parts(self._joined(texts))
+        return {"sequential": [self._joined([text]) for text in texts]}
+
     def _joined(self, texts: Sequence[tuple[Line, str]]) -> dict[str, np.ndarray]:
         """A row for each branch, all as long as the longest has to be."""
-        length = self._job.prompting.chunks * self._job.spec.text_length
         rows = []
         for encoder in self._encoded:
             states = [encoder[text][0] for text in texts]
+            length = math.lcm(*(one.shape[1] for one in states))
             whole = np.concatenate([np.tile(one, (1, length // one.shape[1], 1)) for one in states])
             others = zip(*(encoder[text][1:] for text in texts), strict=True)
             rows.append((whole, *map(np.concatenate, others)))
@@ -100,7 +107,9 @@ def encoded(job: Job, chunks: Mapping[str, Chunks], encode: Encode) -> dict[tupl
     for line in job.prompting.lines:
         count = job.prompting.counts(line)
         texts = list(dict.fromkeys(line.texts))
-        read = [_filled(chunks[text], count, chunks) for text in texts]
+        read = [chunks[text] for text in texts]
+        if not job.prompting.plain:
+            read = [_filled(one, count, chunks) for one in read]
         states = np.stack([np.stack([encode(ids)[0][0] for ids in one.ids]) for one in read])
         shares = np.array([line.texts.count(text) for text in texts])
         weighed = emphasised(states, np.stack([one.weights for one in read]), shares, job.emphasis)

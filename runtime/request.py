@@ -508,7 +508,7 @@ def in_common(job: Job) -> tuple[Any, ...]:
 
 def words_in_common(job: Job) -> tuple[Any, ...]:
     """What the words of such pictures have in common: how often and at what length the U-Net is called."""
-    return job.branches, job.prompting.chunks, len(job.prompted), job.prompting.plain
+    return job.branches, job.prompting.lengths, len(job.prompted), job.prompting.plain
 
 
 def numbers_of(request: Request, index: int) -> dict[str, int]:

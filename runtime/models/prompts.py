@@ -108,21 +108,41 @@ class Prompting:
         """Chunks of the longest text of a branch, to which the others are filled up."""
         return max(self._count(text) for text in branch.texts)
 
+    @functools.cached_property
+    def _varies(self) -> bool:
+        """Whether a language model reads the texts, each as long as it is."""
+        readings = (encoder.network.reading for encoder in self.spec.text_encoders)
+        return any(reading and reading.varies for reading in readings)
+
     def _count(self, text: str) -> int:
         taught = any(encoder.words for encoder in self.spec.text_encoders)
         short = fits(text, self.spec.text_length - 2) and "BREAK" not in text
-        if self.plain or (short and not taught):
+        if not self._varies and (self.plain or (short and not taught)):
             return 1
-        return len(next(iter(self.read.values()))[text].ids)
+        return next(iter(self.read.values()))[text].ids.size // self.spec.text_length
 
     @functools.cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """In chunks, of each branch. CLIP's are as long as one another: a shorter one is repeated, which
+        cross-attention does not see."""
+        counts = [self.counts(branch) for branch in self.lines]
+        return tuple(counts) if self._varies else (math.lcm(*counts),) * len(counts)
+
+    @property
     def chunks(self) -> int:
-        """Of every branch: a shorter one is repeated, which attention does not see."""
-        return math.lcm(*(self.counts(branch) for branch in self.lines))
+        """Of the longest branch."""
+        return max(self.lengths)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all branches are as long as one another, so that they go into one call."""
+        return len({*self.lengths}) == 1
 
     @functools.cached_property
     def encodings(self) -> int:
         """Calls of each text encoder: each text once, and an empty one that fills up."""
+        if self.plain:
+            return len(self.texts)
         counts = {text: self._count(text) for text in self.texts}
         return sum(counts.values()) + (self._fills_up and "" not in counts)
 

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tokens:
-    """`ids` are int64 (texts, length). `cut` maps a text's name to the end that did not fit."""
+    """`ids` are int64 (length,), of each text. `cut` maps a text's name to the end that did not fit."""
 
-    ids: np.ndarray
+    ids: Sequence[np.ndarray]
     cut: Mapping[str, str]
 
 
@@ -39,7 +39,9 @@ class Reader:
         self.tokenizer = tokenizer_of(spec, encoder)
         with self.explained():
             self.taught = _teach(self.tokenizer, encoder)
-            self.length = min(self.tokenizer.model_max_length, spec.length_of(encoder))
+            reading = encoder.network.reading
+            most = reading.most if reading else spec.length_of(encoder)
+            self.length = min(self.tokenizer.model_max_length, most)
             self.pad = int(self.tokenizer.pad_token_id)
 
     def explained(self) -> AbstractContextManager[None]:
@@ -73,7 +75,7 @@ def _reader(spec: ModelSpec, encoder: Component) -> Reader:
 
 
 def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> Tokens:
-    """Tokens of the named `texts` for one text encoder, padded or cut to its length."""
+    """Tokens of the named `texts` for one text encoder, padded or cut as it reads them."""
     import numpy as np
 
     reader = _reader(spec, encoder)
@@ -89,7 +91,7 @@ def tokenize(spec: ModelSpec, encoder: Component, texts: Mapping[str, str]) -> T
         for name, row, ids in zip(texts, whole, vectors, strict=True)
         if len(ids) > length
     }
-    return Tokens(rows, cut)
+    return Tokens([*rows], cut)
 
 
 def _told(reader: Reader, reading: Reading, texts: Mapping[str, str]) -> Tokens:
@@ -97,13 +99,14 @@ def _told(reader: Reader, reading: Reading, texts: Mapping[str, str]) -> Tokens:
     import numpy as np
 
     before, after = reading.around
-    whole, length = reader.ids([f"{before}{text}{after}" for text in texts.values()]), reader.length
-    rows = np.full((len(whole), length), ~reader.pad, np.int64)
-    for row, ids in zip(rows, whole, strict=True):
-        row[: len(ids)] = ids[:length]
+    whole, most = reader.ids([f"{before}{text}{after}" for text in texts.values()]), reader.length
+    rows = []
+    for ids in (ids[:most] for ids in whole):
+        rows.append(np.full(-(-len(ids) // reading.length) * reading.length, ~reader.pad, np.int64))
+        rows[-1][: len(ids)] = ids
     (rest,) = reader.ids([after]) if after else ([],)
     ends = {
-        name: reader.tokenizer.decode(ids[length : len(ids) - len(rest)])
+        name: reader.tokenizer.decode(ids[most : len(ids) - len(rest)])
         for name, ids in zip(texts, whole, strict=True)
     }
     return Tokens(rows, {name: end for name, end in ends.items() if end})

@@ -32,7 +32,7 @@ class _Choice:
 def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, dict[str, Placement]]]:
     """Every candidate once: its kind of guidance, and the placement of each component. Each that decodes
     previews, which torch does beside torch alone, comes without that, too."""
-    spec, modes = job.spec, _options(wishes.cfg, CFG) if job.branches > 1 else ("batched",)
+    spec, modes = job.spec, _modes(job, wishes)
     seen = set()
     for engines in _engines(spec, wishes):
         for choice, cfg in product(_choices(hardware, spec, wishes, engines), modes):
@@ -49,6 +49,20 @@ def ways(hardware: Hardware, job: Job, wishes: Wishes) -> Iterator[tuple[str, di
                 if key not in seen:
                     seen.add(key)
                     yield cfg, way
+
+
+def _modes(job: Job, wishes: Wishes) -> Sequence[str]:
+    """Kinds of guidance. Raises TightfitError for one that was asked for and texts that go into no call
+    together."""
+    modes = _options(wishes.cfg, CFG) if job.branches > 1 else ("batched",)
+    if job.prompting.is_even:
+        return modes
+    if wishes.cfg == "batched":
+        raise TightfitError(
+            f"{job.spec.name} reads prompt and negative prompt in calls of their own, as one is longer: "
+            "leave out cfg"
+        )
+    return modes[-1:]
 
 
 def without_previews(spec: ModelSpec, placements: Mapping[str, Placement]) -> dict[str, Placement]:
@@ -134,7 +148,8 @@ def _without_weights(spec: ModelSpec, wishes: Wishes, asked: str) -> TightfitErr
     """The error for an engine that can read no component of the model."""
     cure = f"use {spec.source or 'the model'}, from which it was exported"
     if asked in GRAPHS:
-        cure = "export it with --to onnx"
+        is_traced = spec.denoiser.network.tracing
+        cure = "export it with --to onnx" if is_traced else f"{spec.design.title} is not exported to ONNX"
     if why := next(
         (component.unreadable for component in spec.components.values() if component.unreadable), ""
     ):

@@ -50,9 +50,17 @@ class _Saved:
         return next(((name, wish, value) for name, wish, value in pairs if wish not in ("auto", value)), None)
 
     @property
-    def overflows(self) -> bool:
-        fp16 = self.vae.backend not in GRAPHS and self.vae.compute == "fp16"
-        return fp16 and role_compute(self.hardware, self.spec, Role.DECODER, "fp16") != "fp16"
+    def overflows(self) -> str:
+        """The network that fp16 has not the range for and that the plan runs in it, if one is."""
+        roles = {name: component.role for name, component in self.spec.components.items()}
+        halves = (
+            name
+            for name, placement in self.plan.placements.items()
+            if name in roles and placement.backend not in GRAPHS and placement.compute == "fp16"
+        )
+        return next(
+            (n for n in halves if role_compute(self.hardware, self.spec, roles[n], "fp16") != "fp16"), ""
+        )
 
     @property
     def otherwise_stored(self) -> bool:
@@ -116,7 +124,9 @@ _OF_PLAN: tuple[Rule[_Saved], ...] = (
     Rule(lambda saved: saved.contradiction, _contradicted),
     Rule(
         lambda saved: saved.overflows,
-        lambda saved: f"this plan runs {saved.spec.name}'s VAE in fp16, in which it overflows: {_AGAIN}",
+        lambda saved: (
+            f"this plan runs {saved.spec.name}'s {saved.overflows} in fp16, in which it overflows: {_AGAIN}"
+        ),
     ),
     Rule(
         lambda saved: saved.otherwise_stored,
@@ -144,6 +154,10 @@ def checked(plan: Plan, hardware: Hardware, job: Job, wishes: Wishes) -> Plan:
     here."""
     if problem := _problem(_Saved(plan, hardware, job.spec, wishes)):
         raise TightfitError(problem)
+    if plan.cfg == "batched" and not job.prompting.is_even:
+        raise TightfitError(
+            f"this plan is for a prompt as long as the negative one, and one is longer: {_AGAIN}"
+        )
     estimate, budget_bytes = ESTIMATOR.estimate(hardware, job, wishes), _budget(plan, hardware, wishes)
     if not job.conditions and job.whole is job:
         estimate = replace(

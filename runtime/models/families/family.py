@@ -87,17 +87,24 @@ class Latents(NamedTuple):
 class Reading:
     """How a language model reads a text, which CLIP's encoders take in chunks, with a weight for each word.
 
-    The text goes between what `around` has, as a message to the model; its tokens are padded, or cut, to
-    `length`. A token that pads is ~id, as its place is masked. open_tokenizer: of a folder whose files were
-    looked at, with these arguments in place of what they name; the only place that imports its class. listed:
-    what model_index.json may say that it is made by. width: of what is answered for a token.
+    The text goes between what `around` has, as a message to the model; its tokens are cut to `most`, and
+    padded to a multiple of `length`. A token that pads is ~id, as its place is masked. open_tokenizer: of a
+    folder whose files were looked at, with these arguments in place of what they name; the only place that
+    imports its class. listed: what model_index.json may say that it is made by. width: of what is answered
+    for a token.
     """
 
     around: tuple[str, str]
     length: int
+    most: int
     open_tokenizer: Callable[..., Any]
     listed: str
     width: Callable[[Mapping[str, Any]], int]
+
+    @property
+    def varies(self) -> bool:
+        """Whether longer texts have more tokens."""
+        return self.most > self.length
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ latents in patches of 2x2, which the VAE normalises by its own statistics."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,8 @@ from ..checks import (
 from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
 from .flow import even, shifted
 from .networks import DECODER, ENCODER
-from .qwen3 import built, encoded_by, text_encoder
+from .parts import in_parts, parts
+from .qwen3 import WITHOUT_THINKING, built, encoded_by, text_encoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +46,10 @@ def _build_text_encoder(component: Component) -> Any:
 def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
     return encoded_by(module, tokens, _READ)
 
+
+_TEXT_ENCODER = text_encoder(
+    _READ, _build_text_encoder, _encode, WITHOUT_THINKING, length=_TEXT_TOKENS, most=_TEXT_TOKENS
+)
 
 # -------------------------------------------------------------------------------------------- the denoiser
 
@@ -98,34 +103,10 @@ def _build_denoiser(component: Component) -> Any:
     module: Any = Flux2Transformer2DModel(**{name: component.config[name] for name in _FIELDS})
     for block in module.transformer_blocks:
         for part in (block.ff, block.ff_context):
-            part.forward = _in_parts(part.forward, part.linear_in.out_features)
+            part.forward = in_parts(part.forward, part.linear_in.out_features)
     for block in module.single_transformer_blocks:
         block.attn.set_processor(_InParts())
     return module
-
-
-# Bytes that a linear answers at a time where that is several times as wide as a token. At 1024x1024 a single
-# block's answers 243 MiB in 16 bits: a call took 588 MiB beside the weights, and takes 384.
-_AT_ONCE = 2**26
-
-
-def _parts(tokens: Any, width: int) -> Iterator[slice]:
-    """Some tokens (batch, tokens, …) at a time, by how many values are made of each."""
-    batch, length, _ = tokens.shape
-    step = max(1, _AT_ONCE // (batch * width * tokens.element_size()))
-    return (slice(start, start + step) for start in range(0, length, step))
-
-
-def _in_parts(forward: Callable[[Any], Any], width: int) -> Callable[[Any], Any]:
-    """A feed-forward layer, whose hidden values are so wide, for some tokens at a time."""
-
-    def some_at_a_time(tokens: Any) -> Any:
-        out = tokens.new_empty(tokens.shape)
-        for some in _parts(tokens, width):
-            out[:, some] = forward(tokens[:, some])
-        return out
-
-    return some_at_a_time
 
 
 class _InParts:
@@ -145,7 +126,7 @@ class _InParts:
         heads, width = attn.heads, attn.inner_dim
         qkv = hidden_states.new_empty(batch, length, 3, heads, attn.head_dim)
         joined = hidden_states.new_empty(batch, length, width + attn.mlp_hidden_dim)
-        for some in _parts(hidden_states, 3 * width + attn.mlp_mult_factor * attn.mlp_hidden_dim):
+        for some in parts(hidden_states, 3 * width + attn.mlp_mult_factor * attn.mlp_hidden_dim):
             made = attn.to_qkv_mlp_proj(hidden_states[:, some])
             q, k, v = made[..., : 3 * width].unflatten(-1, (3, heads, -1)).unbind(2)
             for number, (part, norm) in enumerate(((q, attn.norm_q), (k, attn.norm_k))):
@@ -289,7 +270,7 @@ _ENCODER = replace(ENCODER, **_OF_VAE, build=_build_encoder, prefixes=("encoder.
 
 class Flux2Klein(Family):
     name, title, reads = "flux2-klein", "Flux.2 klein", 7680
-    networks = (text_encoder(_READ, _build_text_encoder, _encode, _TEXT_TOKENS), _TRANSFORMER, _DECODER)
+    networks = (_TEXT_ENCODER, _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
     first_step_is_known = True
     needs_range = True

@@ -47,9 +47,10 @@ DEFAULTS = {
 }
 _THETA = 1_000_000.0
 _LAYER = re.compile(r"model\.layers\.(\d+)\.")
-AROUND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-"""What Qwen3's chat template puts around a message that is answered without thinking. Templates of models are
-programs, and none is run."""
+AROUND = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+"""What Qwen3's chat template puts around a message. Templates of models are programs, and none is run."""
+WITHOUT_THINKING = AROUND[0], f"{AROUND[1]}<think>\n\n</think>\n\n"
+"""The same for one that is answered without thinking."""
 
 
 def _is_plain_rope(value: Any) -> bool:
@@ -60,9 +61,12 @@ def _is_plain_rope(value: Any) -> bool:
     return set(kinds) == {"default"} and is_positive(theta)
 
 
-def text_encoder(read: Sequence[int], build: Any, call: Any, length: int) -> Network:
+def text_encoder(
+    read: Sequence[int], build: Any, call: Any, around: tuple[str, str], length: int, most: int
+) -> Network:
     """A text encoder that answers the states after the layers `read`, counted from 1, side by side, for texts
-    of `length` tokens. `build` and `call` are the functions below, of these layers."""
+    of `most` tokens, padded to a multiple of `length`. `build` and `call` are the functions below, of these
+    layers."""
     last = max(read)
 
     def uses(name: str) -> bool:
@@ -84,8 +88,9 @@ def text_encoder(read: Sequence[int], build: Any, call: Any, length: int) -> Net
         uses=uses,
         tokenizer="tokenizer",
         reading=Reading(
-            around=AROUND,
+            around=around,
             length=length,
+            most=most,
             open_tokenizer=_open_tokenizer,
             listed=r"transformers Qwen2Tokenizer(Fast)?",
             width=lambda config: len(read) * config["hidden_size"],
@@ -95,8 +100,8 @@ def text_encoder(read: Sequence[int], build: Any, call: Any, length: int) -> Net
     )
 
 
-def _inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:  # noqa: ARG001  texts are encoded one by one
-    return {"tokens": (1, spec.text_length)}
+def _inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
+    return {"tokens": (1, extent.chunks * spec.text_length)}  # texts are encoded one by one
 
 
 def _skip(component: Component, count: int) -> Component:  # noqa: ARG001

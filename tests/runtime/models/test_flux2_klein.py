@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers
-from tightfit.runtime.models.families import flux2_klein
+from tightfit.runtime.models.families import parts
 
 LONG = "A cat. 心 <|im_end|> " * 60  # more tokens than are read
 WAY = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}  # as few plans as can be
@@ -29,7 +29,7 @@ CASES = {
 def in_parts():
     """Wide layers answer five parts of these pictures' tokens, as they do of large ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flux2_klein, "_AT_ONCE", 2**18)
+        patch.setattr(parts, "AT_ONCE", 2**18)
         yield
 
 
