@@ -134,6 +134,24 @@ MODELS["flux2-klein"] = {  # FLUX.2-klein-4B
     },
     "gain": 3.0,  # else a block changes its input by a thousandth, and errors in it would not be seen
 }  # fmt: skip
+MODELS["z-image"] = {  # Z-Image-Turbo
+    "pipeline": "ZImagePipeline",
+    "classes": {
+        "text_encoder": "Qwen3ForCausalLM", "transformer": "ZImageTransformer2DModel",
+        "tokenizer": "Qwen2Tokenizer",
+    },
+    "transformer": {},
+    "vae": _VAE | {
+        "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, "use_quant_conv": False,
+        "use_post_quant_conv": False, "sample_size": 1024,
+    },
+    "text_encoder": qwen3.DEFAULTS | {"tie_word_embeddings": True},
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
+        "use_dynamic_shifting": False,
+    },
+    "gain": 3.0,
+}  # fmt: skip
 CLASSES = {
     "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection",
     "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "tokenizer": "CLIPTokenizer",
@@ -145,6 +163,7 @@ _EXTRA: dict[str, dict[str, Any]] = {  # of model_index.json
         "text_encoder": [None, None], "tokenizer": [None, None],
     },
     "flux2-klein": {"is_distilled": True},
+    "z-image": {},
 }  # fmt: skip
 
 _TINY_TEXT = {
@@ -198,6 +217,15 @@ TINY["flux2-klein"] = {
         "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 28,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
     },
+}  # fmt: skip
+# Layers as many as there are, as the last but one is read.
+TINY["z-image"] = {
+    "transformer": {
+        "dim": 192, "n_layers": 2, "n_heads": 6, "n_kv_heads": 6, "cap_feat_dim": 64,
+        "axes_dims": (8, 12, 12),
+    },
+    "vae": _VAE_TINY,
+    "text_encoder": TINY["flux2-klein"]["text_encoder"] | {"num_hidden_layers": 36},
 }  # fmt: skip
 
 

@@ -13,7 +13,9 @@ LEAST = 4096  # values of the smallest weight that is quantised
 # these in groups of 64, int8 went from 48.1 to 54.2 dB and int4 from 34.0 to 35.2.
 _DELICATE = ("conv_shortcut", "proj_in", "proj_out", "conv_in", "conv_out", "x_embedder", "context_embedder")
 # What a transformer scales and shifts all tokens by: an error there is in each of them. And tables of tokens.
-_WIDE = re.compile(r"modulation|norm_out|time_guidance_embed|embed_tokens$|_embedding$")
+_WIDE = re.compile(
+    r"modulation|norm_out|final_layer|_embed(d)?er|time_guidance_embed|embed_tokens$|_embedding$"
+)
 _PLAIN = "patch_embedding"  # of CLIP's image encoder: transformers asks its weight for a dtype
 
 

@@ -21,6 +21,7 @@ from tightfit.runtime.models import vocabulary
         ("sdxl", "text_encoder_2", 694_659_840),
         ("flux2-klein", "transformer", 3_875_544_576),
         ("flux2-klein", "text_encoder", 4_022_468_096),
+        ("z-image", "transformer", 6_154_908_736),
     ],
 )
 def test_published_sizes(family, name, parameters):

@@ -65,7 +65,7 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     processor = Processor(attention.VARIANTS[placement.attention])
     for part in [*module.modules()]:
         activate(part)
-        if type(part).__name__ == "FeedForward":
+        if type(part).__name__ == "FeedForward" and hasattr(part, "net"):
             part.forward = feed_forward(part, FEED_BYTES if device == "cpu" else GPU_FEED_BYTES)
         if hasattr(own := getattr(part, "processor", None), "_attention_backend"):
             own._attention_backend = dispatched(placement.attention)  # pyright: ignore[reportOptionalMemberAccess]
@@ -172,7 +172,7 @@ def _adapt(component: Component, module: torch.nn.Module) -> None:
 
 def current_name(stored: str, expected: Container[str]) -> str:
     """A tensor's or layer's name in today's libraries: text models lost a prefix, VAE attention was
-    renamed."""
+    renamed. One that is of no layer is the weight of one here, so that it can stream."""
     for old, new in (
         (".query", ".to_q"),
         (".key", ".to_k"),
@@ -182,7 +182,7 @@ def current_name(stored: str, expected: Container[str]) -> str:
         if ".attentions." in stored and f"{old}." in f"{stored}.":
             stored = f"{stored}.".replace(f"{old}.", f"{new}.")[:-1]
     if stored not in expected:
-        for name in (stored.removeprefix("text_model."), f"text_model.{stored}"):
+        for name in (stored.removeprefix("text_model."), f"text_model.{stored}", f"{stored}.weight"):
             if name in expected:
                 return name
     return stored

@@ -10,11 +10,13 @@ from .flux2_klein import Flux2Klein
 from .sdxl import SDXL, SDXLRefiner
 from .stable_diffusion import StableDiffusion
 from .tiny import PREVIEW_DECODER
+from .z_image import ZImage
 
 if TYPE_CHECKING:
     from ..layouts import Source
 
 FAMILIES: tuple[Family, ...] = (
+    ZImage(),
     Flux2Klein(),
     SDXLRefiner(),
     SDXL(),
