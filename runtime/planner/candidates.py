@@ -148,13 +148,16 @@ def _without_weights(spec: ModelSpec, wishes: Wishes, asked: str) -> TightfitErr
     """The error for an engine that can read no component of the model."""
     cure = f"use {spec.source or 'the model'}, from which it was exported"
     if asked in GRAPHS:
-        is_traced = spec.denoiser.network.tracing
-        cure = "export it with --to onnx" if is_traced else f"{spec.design.title} is not exported to ONNX"
+        cure = "export it with --to onnx"
     if why := next(
         (component.unreadable for component in spec.components.values() if component.unreadable), ""
     ):
         cure = f"{why}; or {cure}"
     option = "--backend" if wishes.backend != "auto" else "--provider"
+    if asked in GRAPHS and not spec.denoiser.network.tracing:
+        return TightfitError(
+            f"{spec.name} cannot be exported to ONNX, which {asked} runs: leave out {option}"
+        )
     return TightfitError(f"{spec.name} has no weights that {asked} reads: {cure}, or leave out {option}")
 
 
