@@ -357,9 +357,12 @@ class Service:
         request = request_of({**order.options, **previews}, self.shelves)
         self.limits.check(request)
         if order.wishes:
-            spec = self.models.spec(order.model)
-            refuse_impossible(self.hardware, request.resolve(spec), wishes)
+            self._check_possible(order, request, wishes)
         return request
+
+    def _check_possible(self, order: Order, request: Request, wishes: Wishes) -> None:
+        """Raise TightfitError for what runs nowhere here, whatever the memory."""
+        refuse_impossible(self.hardware, request.resolve(self.models.spec(order.model)), wishes)
 
     def _check_upscaling(self, order: Order) -> None:
         if unknown := next((name for name in order.options if name not in ("image", "scale")), None):

@@ -7,7 +7,8 @@ import itertools
 import logging
 import math
 import threading
-from contextlib import ExitStack
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any
@@ -16,8 +17,9 @@ from PIL import Image
 
 from ..errors import TightfitError, first_line
 from ..events import Event
-from ..jobs import State
-from ..request import numbers_of
+from ..jobs import Order, State
+from ..planner.wishes import Wishes
+from ..request import Request, numbers_of
 from ..service import TRIES, OverError, Service, Ticket
 from .ledger import Item, Measures
 from .painting import Encoded, Failed, News, Predicted, Stepped, Took, may_join
@@ -96,6 +98,9 @@ class Spreading(Service):
     def _is_enlarging(self) -> bool:
         return self._enlarging is not None and self._enlarging.is_alive()
 
+    def _check_possible(self, order: Order, request: Request, wishes: Wishes) -> None:
+        """Each machine says that for itself."""
+
     # ---------------------------------------------------------------------------------------- the worker
 
     def _work(self) -> None:
@@ -166,15 +171,22 @@ class Spreading(Service):
 
     def _hear(self, told: Told, hand: _Hand) -> None:
         task = hand.task
-        for news in told.news if task else ():
-            try:
-                self._take_in(task, news)  # pyright: ignore[reportArgumentType]
-            except OverError:
-                break
+        if task:
+            self._take_all(task, told.news)
         if told.is_over:
             hand.task, hand.is_stopping = None, False
             if task:
                 self._finish(task)
+
+    def _take_all(self, task: _Task, every: Sequence[News]) -> None:
+        try:
+            for news in every:
+                self._take_in(task, news)
+        except OverError:
+            pass
+        except Exception as error:  # of one job, which is no reason to end
+            _log.exception("the job failed", extra={"job": task.ticket.id})
+            self._end(task.ticket, State.FAILED, error)
 
     def _take_in(self, task: _Task, news: News) -> None:
         ticket = task.ticket
@@ -200,7 +212,8 @@ class Spreading(Service):
         elif task.error and not ticket.wanted:
             self._end(ticket, State.FAILED, TightfitError(task.error))
         elif task.left and ticket.wanted is State.STOPPED:
-            self._stopped(ticket)
+            with suppress(OverError):
+                self._stopped(ticket)
         elif task.left:
             self._end(ticket, State.FAILED, TightfitError("it was given up by the machine that painted it"))
         else:
@@ -224,7 +237,8 @@ class Spreading(Service):
     # ---------------------------------------------------------------------------------------- who is next
 
     def _give_out(self) -> None:
-        while idle := [name for name, hand in self._hands.items() if hand.is_idle]:
+        while True:
+            idle = [name for name, hand in self._hands.items() if hand.is_idle]
             if (ticket := self._turn(idle)) is None:
                 return
             if ticket.record.order.does == "upscale":
@@ -243,7 +257,9 @@ class Spreading(Service):
 
     def _may(self, ticket: Ticket, idle: list[str]) -> bool:
         if ticket.record.order.does == "upscale":
-            return not self._is_enlarging
+            return not self._is_enlarging  # here, whoever else is busy
+        if not idle:
+            return False
         task = self._tasks.get(ticket.id)
         if task is None:
             return True
@@ -332,7 +348,10 @@ class Spreading(Service):
     def _enlarge_beside(self, ticket: Ticket) -> None:
         """Here, in a thread of its own, as others are heard meanwhile."""
         with self._news:
-            self._running = self._taken(ticket)
+            if ticket not in self._waiting:  # it was cancelled meanwhile
+                return
+            self._running = ticket  # before it waits no more: see `active`
+            self._taken(ticket)
 
         def enlarge() -> None:
             with self._told(ticket):

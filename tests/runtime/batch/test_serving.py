@@ -134,6 +134,19 @@ def test_what_fits_no_machine_fails_and_says_why(served):
         ticket.result()
 
 
+def test_each_machine_says_itself_what_it_cannot_do(served):
+    """Here is a CPU, for which 16 bits by half are nothing; and one job's error is no other's."""
+    service, crew = served(a=(1.0, 64))
+    ticket = service.submit("emoji", SMALL, wishes={"compute": "fp16"})
+    node, items = crew.taken()
+    crew.tell(node, Encoded(items[0], b"no picture", ""), is_over=True)
+    with pytest.raises(OSError, match="cannot identify"):
+        ticket.result()
+    ticket = service.submit("emoji", SMALL)
+    crew.done(*crew.taken())
+    assert ticket.wait(20) is State.DONE
+
+
 def test_another_machine_paints_what_is_left_of_a_lost_one(served, tmp_path):
     service, crew = served(tmp_path, a=(1.0, 64), b=(2.0, 64))
     ticket = service.submit("emoji", SMALL | {"num_images": 2})
@@ -201,9 +214,9 @@ def test_pictures_are_enlarged_here_while_others_are_painted(served, monkeypatch
     monkeypatch.setattr(service, "_enlarge", enlarge)
     monkeypatch.setattr(service, "_check_upscaling", lambda order: None)
     options = {"image": Image.new("RGB", (8, 8))}
-    first, second = (service.submit("any", options, does="upscale") for _ in range(2))
     painted = service.submit("emoji", SMALL)
-    node, items = crew.taken()
+    node, items = crew.taken()  # so that no machine is idle
+    first, second = (service.submit("any", options, does="upscale") for _ in range(2))
     until(lambda: {*service.at_work} == {first, painted})
     crew.done(node, items)
     assert painted.wait(20) is State.DONE and second.state is State.WAITING
