@@ -34,7 +34,7 @@ class Upload:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._pool.shutdown()
+        self._pool.shutdown(cancel_futures=True)  # after an error the same command goes on
 
     def begin(self, file: Path) -> None:
         """Copy one, while others are painted."""
@@ -54,6 +54,7 @@ class Upload:
 
     def _put(self, file: Path) -> None:
         place = self._place(file)
+        self._sizes.pop(place, None)  # of what is replaced: it may be as large
         self._there.makedirs(place.rpartition("/")[0], exist_ok=True)
         self._there.pipe_file(place, content := file.read_bytes())
         self._sizes[place] = len(content)

@@ -49,3 +49,18 @@ def test_what_is_missing_there_is_copied(tmp_path, monkeypatch, protocol):
         patch.setattr(type(there), "pipe_file", denied)
         upload.finish(contents)
     assert uploaded() == 1
+
+    write, failures = type(there).pipe_file, [OSError("denied once")]
+
+    def denied_once(*given: object) -> None:
+        if failures:
+            raise failures.pop()
+        write(*given)
+
+    contents["a.png"] = b"A" * 1000  # painted anew, as large
+    (folder / "a.png").write_bytes(contents["a.png"])
+    with monkeypatch.context() as patch, Upload(folder, url) as upload:
+        patch.setattr(type(there), "pipe_file", denied_once)
+        upload.begin(folder / "a.png")
+        upload.finish(contents)
+    assert there.cat_file(f"{root}/a.png") == contents["a.png"]
