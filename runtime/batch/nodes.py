@@ -32,6 +32,7 @@ _EMPTY_SECONDS = 60.0  # without any node, until the batch gives up
 _LOOK_SECONDS = 2.0  # between looks at which nodes there are
 _WAIT_SECONDS = 1.0
 _CONNECT_SECONDS = 10.0
+_KNOWN = 100  # answers of a node that are kept: each job of a server is a group of its own
 _TRIES = 3  # how often a node may fail to start
 _ADDRESS = re.compile(r"auto|(?:[\w.-]+|\[[0-9a-fA-F:]+\]):\d{1,5}")
 _INSTALL = "--ray needs a package that is not installed: pip install 'tightfit[cluster]'"
@@ -198,6 +199,8 @@ class RayCrew:
     def predict(self, node: str, item: Item, count: int) -> None:
         def heed(answer: Predicted | str) -> None:
             asked.known[item.group] = answer
+            if len(asked.known) > _KNOWN:
+                del asked.known[next(iter(asked.known))]
             self._happened.append(Foreseen(node, item.group, answer))
             self._note_refusals(item.group)
 

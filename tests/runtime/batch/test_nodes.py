@@ -4,6 +4,7 @@ objects of this process, each of whose answers is there at once; test_worker.py 
 from __future__ import annotations
 
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -154,6 +155,16 @@ def test_each_node_has_its_budget_and_its_name(crew_of):
         crew.predicted(item("nowhere"), 3)
     joined = [one for one in crew.wait() if isinstance(one, Joined)]
     assert [one.node for one in joined] == [*abouts]
+
+
+def test_what_a_node_has_answered_is_not_kept_for_ever(crew_of):
+    """A server asks for each job."""
+    crew, _ = crew_of(Ray(entry(1)))
+    crew.ready()
+    for group in range(nodes._KNOWN + 1):
+        assert crew.predicted(replace(item(), group=group), 1)
+    (node,) = crew._nodes.values()
+    assert [*node.known] == [*range(1, nodes._KNOWN + 1)]
 
 
 def test_a_model_is_sent_once_a_node(crew_of):
