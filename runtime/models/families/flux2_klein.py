@@ -185,7 +185,7 @@ _OF_VAE = {
         **DECODER.fields,
         "decoder_block_out_channels": or_none(many(is_count)),
         "batch_norm_eps": is_positive,
-        "patch_size": lambda value: many(is_count, 2)(value) and len(value) == 2,
+        "patch_size": lambda value: many(is_count, 2)(value) and len(value) == 2 and value[0] == value[1],
     },
     "defaults": {
         **{name: value for name, value in DECODER.defaults.items() if name != "scaling_factor"},

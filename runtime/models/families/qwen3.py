@@ -54,11 +54,10 @@ WITHOUT_THINKING = AROUND[0], f"{AROUND[1]}<think>\n\n</think>\n\n"
 
 
 def _is_plain_rope(value: Any) -> bool:
-    kinds = (
-        (value.get("rope_type", "default"), value.get("type", "default")) if isinstance(value, dict) else ()
-    )
-    theta = value.get("rope_theta", _THETA) if isinstance(value, dict) else None
-    return set(kinds) == {"default"} and is_positive(theta)
+    if not isinstance(value, dict):
+        return False
+    kinds = value.get("rope_type", "default"), value.get("type", "default")
+    return kinds == ("default", "default") and is_positive(value.get("rope_theta", _THETA))
 
 
 def text_encoder(

@@ -6,6 +6,7 @@ import functools
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ import torch
 from PIL import Image
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers
-from tightfit.runtime.models.families import parts
+from tightfit.runtime.models.checks import check_fields
+from tightfit.runtime.models.families import flux2_klein, parts, qwen3
 
 LONG = "A cat. 心 <|im_end|> " * 60  # more tokens than are read
 WAY = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}  # as few plans as can be
@@ -84,6 +86,19 @@ def test_pictures_are_diffusers(klein, pipe):
                 assert decibels(result.images[0], wanted[name]) >= 75, (name, residency)
                 check_predicted(result)
                 assert any("too long" in notice for notice in result.notices) == (name == "cut")
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "value"),
+    [
+        (qwen3.FIELDS, "rope_scaling", {"rope_type": []}),
+        (qwen3.FIELDS, "rope_parameters", {"rope_type": "yarn"}),
+        (flux2_klein._DECODER.fields, "patch_size", [2, 4]),
+    ],
+)
+def test_impossible_configs_are_refused(fields, name, value):
+    with pytest.raises(TightfitError, match=f"impossible {name}"):
+        check_fields(Path("config.json"), {name: value}, fields)
 
 
 def test_a_model_that_is_not_distilled_is_guided(klein, pipe, tmp_path):
