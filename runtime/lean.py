@@ -199,24 +199,37 @@ class _Face(ModuleType):
             if self.__name__ in _ON_META_READ:
                 have_meta_kernels()
             if loader := self.__dict__.pop("_unread", None):
-                loader.exec_module(self)
+                try:
+                    loader.exec_module(self)
+                except BaseException:  # tried again at the next look, as a module that fails is forgotten
+                    self.__dict__["_unread"] = loader
+                    raise
                 # Some put another module in their place.
                 self.__dict__["_read"] = sys.modules.get(self.__name__, self)
             return loader is not None
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
-        if "_unread" in own and not _is_of_python(name):
-            if home := _HOMES.get((self.__name__, name)):
-                return getattr(import_module(home), name)
-            if self.__name__ != _COMPILER:
-                with suppress(ModuleNotFoundError):
-                    return import_module(f"{self.__name__}.{name}")
-            self.read()
-            return getattr(own.get("_read", self), name)
+        if "_read" not in own and not _is_of_python(name):
+            with _READING:  # another thread may be reading it
+                unread = "_unread" in own
+            if unread:
+                return self._looked_for(name)
+            if name in own:
+                return own[name]
         if own.get("_read", self) is not self:
             return getattr(own["_read"], name)
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+
+    def _looked_for(self, name: str) -> Any:
+        """What an unread package has by that name: it is read, unless a file of its own is that."""
+        if home := _HOMES.get((self.__name__, name)):
+            return getattr(import_module(home), name)
+        if self.__name__ != _COMPILER:
+            with suppress(ModuleNotFoundError):
+                return import_module(f"{self.__name__}.{name}")
+        self.read()
+        return getattr(self.__dict__.get("_read", self), name)
 
 
 def _is_of_python(name: str) -> bool:

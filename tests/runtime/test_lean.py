@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from importlib.abc import Loader
+from types import ModuleType
+
+import pytest
+from tightfit.runtime import lean
 
 BEGIN = "from tightfit.runtime import lean; lean.begin(); import sys\n"
 
@@ -56,3 +62,29 @@ def test_what_was_put_off_comes_when_it_is_looked_for():
         "assert not hasattr(sys.modules['diffusers.models.unets'], 'NoSuchNet')\n"
         "assert torch._dynamo.allow_in_graph(len) is not None and 'torch._dynamo.eval_frame' in sys.modules"
     )
+
+
+class Slow(Loader):
+    """A package that fails at first; then another thread looks into it while this one reads it."""
+
+    def __init__(self) -> None:
+        self.times, self.seen = 0, []
+
+    def exec_module(self, module: ModuleType) -> None:
+        self.times += 1
+        if self.times == 1:
+            raise MemoryError
+        self.other = threading.Thread(target=lambda: self.seen.append(getattr(module, "name", None)))
+        self.other.start()
+        self.other.join(0.2)  # in which it would come back without
+        module.__dict__["name"] = "it"
+
+
+def test_two_threads_look_at_what_was_put_off_and_failed_once():
+    face, loader = lean._Face("tightfit_made_up"), Slow()
+    face.__dict__["_unread"] = loader
+    with pytest.raises(MemoryError):
+        face.name  # noqa: B018
+    assert face.name == "it"
+    loader.other.join()
+    assert (loader.seen, loader.times) == (["it"], 2)
