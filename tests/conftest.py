@@ -53,6 +53,7 @@ def own_cache(monkeypatch, tmp_path_factory):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "config"))
     monkeypatch.setenv("TIGHTFIT_TEXT_CACHE", "0")
+    monkeypatch.setattr("tightfit.runtime.texts.TEXTS._asked", None)  # whatever a command before has said
     monkeypatch.delenv("TIGHTFIT_MODELS", raising=False)
 
 
