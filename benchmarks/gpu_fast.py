@@ -181,4 +181,4 @@ def _seconds(card: Card, call: Callable[[], Any]) -> float:
         if card.is_gpu:
             card.torch.synchronize()
         least = min(least, time.perf_counter() - start) if turn else least
-    return round(least, 4)
+    return float(f"{least:.4g}")  # not 0, which `overlap` divides by
