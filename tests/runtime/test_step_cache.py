@@ -22,7 +22,9 @@ from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models.families import step_cache
 from tightfit.runtime.models.families.controlnet import _answer
 from tightfit.runtime.models.families.family import KEPT, Extent
+from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.passes import passes, wishes_after
+from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner.choose import plan as plans_of
 from tightfit.runtime.planner.plan import Plan
@@ -339,3 +341,13 @@ def test_what_it_cannot_be(every):
     if every in (0, 11):
         with pytest.raises(TightfitError, match="cache_every must be a whole number from 1 to 10"):
             Wishes(cache_every=every)
+
+
+def test_a_picture_that_is_enlarged_has_a_plan_of_its_own():
+    """Of the same size and calls as one that is not."""
+    plain = Request("a", width=64, height=64, num_inference_steps=25)
+    larger = replace(plain, hires=2.0, hires_upscaler="lanczos")
+    wishes = Wishes(prefer="balanced", residency="staged", cfg="batched", **ONE_WAY)
+    with Pipeline(inspect("emoji"), Hardware.detect("cpu"), wishes) as pipeline:
+        plans = pipeline.plan(plain), pipeline.plan(larger)
+    assert [plan.step_cache > 1 for plan in plans] == [True, False]
