@@ -22,6 +22,7 @@ from ..runtime.machine.hardware import Hardware
 from ..runtime.planner.plan import Plan
 from ..runtime.planner.wishes import Wishes
 from ..runtime.request import Request
+from ..runtime.texts import TEXTS
 from ..runtime.units import parse_bytes
 
 if TYPE_CHECKING:
@@ -121,6 +122,7 @@ def bench(options: Options) -> None:
 
 def _bench(options: Options) -> None:
     options.check()
+    TEXTS.keep(False)  # nor do the processes that measure
     suite = _suite()
     efforts = options.efforts(suite)
     from ..runtime.models.hub import inspect

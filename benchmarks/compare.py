@@ -44,9 +44,14 @@ def name(row: Row) -> str:
 def identity(row: Row, step_cache: int | None = None) -> str:
     """Key of what a row measured, equal across machines; with another `step_cache`, of what that would be."""
     plan = row["plan"]
-    placements = {part: {**how, "provider": ""} for part, how in plan["placements"].items()}
+    placements = {part: {**as_before(how), "provider": ""} for part, how in plan["placements"].items()}
     facts = [Path(row["model"]).name, row["request"], row["budget"], plan["cfg"], placements]
     return json.dumps([*facts, step_cache or plan.get("step_cache", 1)], sort_keys=True)
+
+
+def as_before(placement: Mapping[str, Any]) -> dict[str, Any]:
+    """A placement without `packed` where nothing is: rows of before have no such field."""
+    return {name: value for name, value in placement.items() if name != "packed" or value}
 
 
 def by_identity(rows: Iterable[Row]) -> dict[str, Row]:

@@ -17,10 +17,12 @@ from typing import Any
 from .. import Plan, Request, Result, TightfitError, load
 from ..runtime.errors import OutOfMemoryError, first_line
 from ..runtime.machine.detect import driver
+from ..runtime.texts import TEXTS
 
 
 def main() -> None:
     job = json.load(sys.stdin)
+    TEXTS.keep(False)  # else the first picture of a text would do more than the others
     try:
         answer = run(job)
     except (OutOfMemoryError, MemoryError) as error:

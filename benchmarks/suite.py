@@ -32,6 +32,7 @@ from ..runtime.placement import BACKENDS, PRECISIONS, STAGES
 from ..runtime.planner.choose import plan as every_plan
 from ..runtime.planner.plan import Verdict
 from ..runtime.planner.wishes import Wishes
+from .compare import as_before
 from .record import named
 
 VERSION = 2
@@ -108,7 +109,7 @@ class Job:
             self.plan.cfg,
             _age(self.spec),
         ]
-        facts += [asdict(placement) for placement in self.plan.placements.values()]
+        facts += [as_before(asdict(placement)) for placement in self.plan.placements.values()]
         facts += [self.request.width, self.request.height, self.effort.steps, self.effort.pictures]
         facts += [self.plan.cached] if self.plan.cached else []  # keys of others are as they were
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -599,6 +599,19 @@ def test_cached_steps_are_an_axis(measured):
     assert "saves" not in report.table(rows)[0]
 
 
+def test_what_is_not_packed_is_as_rows_of_before(measured):
+    """These have no such field."""
+    jobs, _, rows = measured
+    before = deepcopy(rows[1])
+    for placement in before["plan"]["placements"].values():
+        assert placement.pop("packed") is False
+    assert compare.identity(before) == compare.identity(rows[1])
+    placements = {
+        name: replace(placement, packed=True) for name, placement in jobs[1].plan.placements.items()
+    }
+    assert replace(jobs[1], plan=replace(jobs[1].plan, placements=placements)).key != jobs[1].key
+
+
 def test_axes():
     linear = plots.axis("x", [3.0, 7.0], str)
     assert (linear.low, linear.logarithmic) == (0.0, False)
