@@ -97,9 +97,10 @@ def first(
     found = _costed(estimate, is_wanted, lambda cfg, way: _is_fast(job.spec, wishes, cfg, way))
     if not any(p.fits for p in found):
         return None
-    fitting = _fitting(found, estimate)
-    best = _best(fitting, estimate)
-    most = estimate.painting_seconds(best) * (1 + SAME)
+    plain = min(estimate.painting_seconds(p) for p in found if p.fits)
+    best = _best(_fitting(found, estimate), estimate)
+    # Ways that do not fit were not costed with cached steps or more pictures a call, as the best may be.
+    most = max(estimate.painting_seconds(best), plain) * (1 + SAME)
     short = (p for p in found if p.verdict in (Verdict.TOO_LARGE, Verdict.REFUSED))
     if any(estimate.painting_seconds(p) <= most for p in short):
         return None
