@@ -2,9 +2,10 @@
 their package, and never used.
 
 All that this package changes in how libraries are imported is here. It is for commands, whose process is
-ours: in another program's the libraries are imported as they are. Nothing is taken away but torch's
-distributed part, without which torch is built too, for some systems; what is put off comes with the first
-look at it.
+ours: in another program's the libraries are imported as they are. What is put off comes with the first look
+at it, but for torch's kernels for `meta`, which `have_meta_kernels` has to be asked for. Taken away are
+torch's distributed part, without which torch is built too, for some systems; transformers' docstrings; and
+its AutoImageProcessor, until the others of its names are read.
 """
 
 from __future__ import annotations
