@@ -104,12 +104,11 @@ class Texts:
             return None
         try:
             answers = _decoded(path.name, read_bytes(path, _FILE_BYTES), chunk.ids)
-        except FileNotFoundError:
-            return None
         except (OSError, ValueError, LookupError, TightfitError):
-            self._bad.add(path.name)
-            with suppress(OSError):
-                path.unlink()
+            if os.path.lexists(path):  # a link to nowhere, too
+                self._bad.add(path.name)
+                with suppress(OSError):
+                    path.unlink()
             return None
         with suppress(OSError):
             os.utime(path)

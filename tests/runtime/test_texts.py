@@ -256,6 +256,18 @@ def test_what_is_damaged_is_as_if_it_were_not_there(folder, encoder, damage):
     assert same(kept.get(chunk(encoder), FP32), answers())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="a link may take rights")
+def test_a_link_to_nowhere_is_removed(folder, encoder):
+    """Else the text would be known each time that it is planned, and never be there."""
+    kept = Texts()
+    kept.put(chunk(encoder), FP32, answers())
+    (file,) = folder.iterdir()
+    file.unlink()
+    file.symlink_to(folder / "nowhere")
+    assert kept.get(chunk(encoder), FP32) is None
+    assert not list(folder.iterdir())
+
+
 def test_a_file_of_another_text_is_no_answer(folder, encoder):
     kept = Texts()
     for number in range(2):
