@@ -53,7 +53,7 @@ def _normalise(
     sums, squares = tl.full((block,), 0, tl.float32), tl.full((block,), 0, tl.float32)
     for start in range(0, count, block):
         e = start + place
-        at = e // width * (width * groups) + e % width if last else e
+        at = (e // width).to(tl.int64) * (width * groups) + e % width if last else e
         value = tl.load(x + begin + at, mask=e < count, other=0).to(tl.float32)
         value = tl.where(e < count, value - first, 0.0)
         sums += value
@@ -63,7 +63,7 @@ def _normalise(
     factor = 1.0 / tl.sqrt(tl.where(variance > 0.0, variance, 0.0) + eps)
     for start in range(0, count, block):
         e = start + place
-        at = e // width * (width * groups) + e % width if last else e
+        at = (e // width).to(tl.int64) * (width * groups) + e % width if last else e
         channel = group * width + (e % width if last else e // pixels)
         value = tl.load(x + begin + at, mask=e < count, other=0).to(tl.float32)
         value = (value - first - mean) * factor

@@ -152,11 +152,14 @@ class Texts:
 TEXTS = Texts()  # those of this process
 
 
+_CHOSEN_BY = "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR"
+
+
 def machine(device: str, name: str) -> tuple[Any, ...]:
-    """What of a machine changes the last bits of an answer: how many threads share a sum, too, as libraries
-    take them."""
+    """What of a machine changes the last bits of an answer: how many threads share a sum, and which kernels
+    libraries choose, as far as the environment says."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return device, name, count, *map(os.environ.get, ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    return device, name, count, *map(os.environ.get, _CHOSEN_BY)
 
 
 def arithmetic(placement: Placement) -> str:

@@ -53,7 +53,7 @@ class Options:
     models_dirs: ModelsDirs = None
     hardware: Annotated[str | None, HARDWARE] = None
     device: Device = "auto"
-    every: Annotated[bool, typer.Option("--all", help="Also what others beat in all respects.")] = False
+    every: Annotated[bool, typer.Option("--all", help="Also what others beat.")] = False
     save: Annotated[Path | None, typer.Option(help="Write the chosen plan.", metavar="FILE")] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False
 
@@ -214,10 +214,12 @@ def print_choices(plans: Sequence[Plan]) -> None:
     for (arithmetic, _), plan in sorted(fastest.items()):
         said, style = f"{arithmetic}{plan.cached or ', all in full'}", "bold" if plan.chosen else None
         seconds = plan.predicted.seconds
-        saved = round(full[0].seconds - seconds, 1) + 0.0  # never -0.0
+        saved = round(full[0].seconds - seconds, 1)
+        saves = f"{saved:.1f} s" if saved > 0 else ""
         times, decibels = f"{full[0].seconds / seconds:.2f}", f"{plan.predicted.psnr:.0f}"
-        table.add_row(said, f"{seconds:.1f}", f"{saved:.1f} s", times, decibels, style=style)
-        lines.append(((f"{said}: {seconds:.1f} s, saves {saved:.1f} s, {decibels} dB",), style))
+        table.add_row(said, f"{seconds:.1f}", saves, times, decibels, style=style)
+        gain = f", saves {saves}" if saves else ""
+        lines.append(((f"{said}: {seconds:.1f} s{gain}, {decibels} dB",), style))
     show_table("What cached steps save and cost, each the fastest of its kind that fits", table, lines, 110)
 
 

@@ -35,7 +35,7 @@ class Options:
         None, f"{', '.join(RESIZES)}.", "HOW", choices=RESIZES, panel=PANEL, carried=True
     )
     image_guidance_scale: float | None = option(
-        None, "Of editing models; 1.5.", "X", bounds=(0, _MOST_SCALE), panel=PANEL, carried=True
+        None, "To edit by: 1.5.", "X", bounds=(0, _MOST_SCALE), panel=PANEL, carried=True
     )
 
 

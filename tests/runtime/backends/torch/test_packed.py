@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from safetensors.torch import save_file
 from tightfit.kernels import onednn
@@ -138,7 +139,8 @@ def test_what_is_read_again_and_again_stays_plain(sd1):
 
 @pytest.mark.skipif(torch.float32 not in DTYPES, reason="torch has no oneDNN for this processor")
 def test_fp32_is_packed_where_pictures_may_differ(sd1):
-    """As `prefer` allows and where it is faster, in the bytes that were predicted."""
+    """As `prefer` allows and where it is faster: diffusers' U-Net in fp64, in the bytes that were
+    predicted."""
     spec, request = inspect(str(sd1)), Request("a", width=64, height=64, num_inference_steps=1, seed=0)
     cpu = Hardware.detect("cpu")
     cpu = replace(cpu, rates=cpu.rates | {"fp32/packed": 9 * cpu.rates["fp32"]})
@@ -154,5 +156,13 @@ def test_fp32_is_packed_where_pictures_may_differ(sd1):
     with Pipeline(spec, cpu, plan=best) as pipe:
         stage = pipe.generate(request).stages["denoise"]
     assert stage.peak_bytes == pytest.approx(best.predicted.stages["denoise"], rel=0.05)
-    module = networks.build(spec.denoiser, best.denoiser, "cpu")
-    assert packed.packed_layers(module)
+    session = TorchBackend("cpu").load(spec.denoiser, best.denoiser)
+    assert session.module is not None
+    assert packed.packed_layers(session.module)
+    shapes = spec.inputs(spec.denoiser, 2, 64, 64)
+    arrays = {name: torch.randn(shape) for name, shape in shapes.items()} | {"timestep": torch.tensor(500.0)}
+    (out,) = session(**{name: array.numpy() for name, array in arrays.items()})
+    unet = UNet2DConditionModel.from_pretrained(sd1 / "unet").double()
+    with torch.no_grad():
+        right = unet(*(arrays[name].double() for name in ("sample", "timestep", "hidden"))).sample
+    assert (torch.from_numpy(out) - right).norm() < 1e-5 * right.norm()
