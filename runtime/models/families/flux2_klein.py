@@ -129,12 +129,12 @@ class _InParts:
         for some in parts(hidden_states, 3 * width + attn.mlp_mult_factor * attn.mlp_hidden_dim):
             made = attn.to_qkv_mlp_proj(hidden_states[:, some])
             q, k, v = made[..., : 3 * width].unflatten(-1, (3, heads, -1)).unbind(2)
-            for number, (part, norm) in enumerate(((q, attn.norm_q), (k, attn.norm_k))):
-                places = tuple(values[some] for values in image_rotary_emb)
-                qkv[:, some, number] = apply_rotary_emb(norm(part), places, sequence_dim=1)
+            places = tuple(values[some] for values in image_rotary_emb)
+            qkv[:, some, 0] = apply_rotary_emb(attn.norm_q(q), places, sequence_dim=1)
+            qkv[:, some, 1] = apply_rotary_emb(attn.norm_k(k), places, sequence_dim=1)
             qkv[:, some, 2] = v
             joined[:, some, width:] = attn.mlp_act_fn(made[..., 3 * width :])
-            del made, q, k, v, part
+            del made, q, k, v
         answer = dispatch_attention_fn(*qkv.unbind(2), backend=self._attention_backend)
         joined[..., :width] = answer.flatten(2)
         del qkv, answer
