@@ -21,6 +21,7 @@ from ..open_models import OpenModels
 from ..pipeline import MANY
 from ..planner.choose import budget_of
 from ..planner.wishes import Wishes
+from ..texts import TEXTS
 from .ledger import Item
 from .painting import Encoding, Failed, Here, Made, News, Predicted, Stepped
 from .staging import Stage
@@ -33,7 +34,8 @@ class Setup:
     """What every machine is told before it paints. folder: where the command was given, from where paths
     count. budget: of each machine, at most; its own may be less. staged: digests of models that are sent, by
     the names that rows have for them. named: where rows are a stranger's, the models by their paths that may
-    be named besides those of models_dirs."""
+    be named besides those of models_dirs. keeps_texts: what text encoders answer; None is as the machine's
+    environment says."""
 
     encoding: Encoding
     folder: str
@@ -43,6 +45,7 @@ class Setup:
     images_per_call: int = 1
     staged: tuple[tuple[str, str], ...] = ()
     named: tuple[tuple[str, str], ...] | None = None
+    keeps_texts: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,8 @@ class Worker:
         setup = self._setup
         with suppress(OSError):  # then paths without a root are not found here, which is said of each
             os.chdir(setup.folder)
+        if setup.keeps_texts is not None:
+            TEXTS.keep(setup.keeps_texts)
         machine = Hardware.detect(setup.device)
         wishes = Wishes(budget=self._least_budget(), requests=MANY, images_per_call=setup.images_per_call)
         shelves = None if setup.named is None else Shelves(setup.models_dirs, dict(setup.named))

@@ -110,6 +110,7 @@ def _crew(options: Options, reading: Reading, budget: str | None, ledger: Ledger
         budget=budget,
         images_per_call=options.images_per_call,
         staged=tuple((model, parcel.digest) for model, parcel in sent.items()),
+        keeps_texts=not options.no_text_cache,
     )
     return RayCrew(options.ray or "auto", setup, [*sent.values()], _say_note)
 
