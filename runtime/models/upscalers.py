@@ -159,7 +159,7 @@ def alone(component: Component) -> ModelSpec:
 
     design: Any = _Alone()
     networks = {component.name: component}
-    return ModelSpec(component.folder.stem, component.folder, design, networks, {}, False, {})
+    return ModelSpec(component.folder.stem, component.folder, design, networks, scheduler={}, defaults={})
 
 
 def enlarged(
