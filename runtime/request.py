@@ -459,6 +459,11 @@ class Job(Request):
                 f"{self.spec.name} was distilled for its guidance: "
                 f"--guidance-scale {self.guidance_scale:g} changes nothing"
             )
+        elif self.negative_prompt and self.guidance_scale <= 1 == self.spec.default_guidance:
+            yield (
+                f"{self.spec.name} is not guided by default, so the negative prompt changes nothing: "
+                "give --guidance-scale above 1"
+            )
 
     @property
     def tuning(self) -> Tuning:

@@ -241,6 +241,7 @@ def _cells(p: Plan) -> list[str]:
     unet, vae = p.denoiser, p.decoder
     precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
     precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere + p.knowing
+    precision += ", packed" if unet.packed else ""
     precision += f", 1 of {p.step_cache}" if p.step_cache > 1 else ""  # what of, its reason says
     stages = [_cell(count) for count in p.predicted.stages.values()]
     figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"

@@ -217,6 +217,12 @@ def test_what_it_does_not_do_is_refused(z_image, asked, why):
         replace(CASES["oblong"], **asked).resolve(tightfit.inspect(str(z_image)))
 
 
+def test_a_negative_prompt_that_changes_nothing_is_told(z_image):
+    job = replace(CASES["oblong"], negative_prompt="ugly").resolve(tightfit.inspect(str(z_image)))
+    assert [notice.endswith("give --guidance-scale above 1") for notice in job.notices()] == [True]
+    assert not [*GUIDED.resolve(job.spec).notices()]
+
+
 @pytest.mark.parametrize(
     ("folder", "changes", "why"),
     [
