@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, linalg
 from torch.nn import functional
 
+from . import onednn
+
 BF16_BYTES = 2**22  # of scores in `sliced_bf16` at a time
 BLOCK_BYTES = 2**23  # of fp32 values in `chunked`, of scores in `sliced`, at a time (docs/decisions.md)
 
@@ -119,19 +121,30 @@ def block(heads: int, m: int, d: int) -> tuple[int, int]:
     return max(1, BLOCK_BYTES // (4 * heads * (columns + 3 * d))), columns
 
 
-def sdpa_cpu_bytes(heads: int, n: int, m: int, d: int, element_size: int, threads: int) -> int:
+def sdpa_cpu_bytes(heads: int, n: int, m: int, d: int, dtype: torch.dtype, threads: int) -> int:
     """Bytes that torch's CPU kernel allocates beside its answer; `heads` counts those of the whole batch.
 
     That is the log-sum of each query, and per thread a block of fp32 scores with its maxima, sums and
-    answers. In 16 bits there is a copy of the scores too. From
-    aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (torch 2.13).
+    answers. In 16 bits there is a copy of the scores too, and where the CPU multiplies tiles, keys and values
+    in their order, with a block of them per thread. From
+    aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (torch 2.13); the order was found by measuring.
     """
     rows = min(256 if n >= 768 else 64 if n >= 192 else 32, n)
     columns = min(512, m)
     per_thread = 4 * rows * (columns + 2 + d)
-    if element_size == 2:
+    packed = 0
+    if dtype.itemsize == 2:
         per_thread += 2 * rows * columns
-    return 4 * heads * n + threads * per_thread
+    if min(n, m) >= _LEAST_PACKED and onednn.in_tiles(dtype):
+        per_thread += 2 * rows * (columns % 2) + 2 * d * columns + 2 * rows * (d + 1) * (d % 2)
+        blocks, rest = divmod(m - 1, columns)
+        even = blocks * (columns + columns % 2) + rest + 1 + (rest + 1) % 2
+        packed = 2 * heads * ((d + d % 2) * m + d * even)
+    return 4 * heads * n + threads * per_thread + packed
+
+
+# Queries, and keys, from which on torch has these in an order for tiles.
+_LEAST_PACKED = 64
 
 
 # Scores this near to 0 are 2^-75 to 2^75 without a maximum: their sums are far from where bf16 ends.

@@ -27,6 +27,14 @@ def multiplies(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and (dtype is torch.float32 or in_half)
 
 
+@functools.cache
+def in_tiles(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices of `dtype` in tiles (AMX), for which libraries put them in
+    another order first."""
+    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return dtype is torch.bfloat16 and has_tiles is not None and has_tiles()
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
     """(…, in) and (out, in), plain or packed → (…, out). `then`: "gelu", the exact one, of the sums."""
     return LINEAR(x, weight, bias, then, [], "none")

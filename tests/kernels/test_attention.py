@@ -162,11 +162,12 @@ def test_twice_the_tokens_take_no_more_memory_in_chunks(monkeypatch):
         (2, 2, 767, 77, 40),
         (1, 2, 768, 600, 40),
         (1, 1, 1024, 1024, 160),
+        (1, 3, 64, 65, 41),
     ],
     ids=str,
 )
 def test_what_the_cpu_kernel_takes_is_foretold(shape, dtype):
     batch, heads, n, m, d = shape
     q, k, v = made(*shape, dtype)
-    foretold = attention.sdpa_cpu_bytes(batch * heads, n, m, d, q.element_size(), torch.get_num_threads())
+    foretold = attention.sdpa_cpu_bytes(batch * heads, n, m, d, dtype, torch.get_num_threads())
     assert peak(attention.sdpa, q, k, v) == foretold

@@ -32,7 +32,7 @@ def own_bytes(func: Any, args: Any, out: Any) -> int:
 
 def _attention(args: Any, _: Any) -> int:
     (batch, heads, n, d), m = args[0].shape, args[1].shape[2]
-    return sdpa_cpu_bytes(batch * heads, n, m, d, args[0].element_size(), torch.get_num_threads())
+    return sdpa_cpu_bytes(batch * heads, n, m, d, args[0].dtype, torch.get_num_threads())
 
 
 def _convolution(args: Any, out: torch.Tensor) -> int:

@@ -452,7 +452,7 @@ def attention_bytes(
     """
     batch, heads, n, m, d = shape
     if kind == "sdpa" and device == "cpu":
-        return attention.sdpa_cpu_bytes(batch * heads, n, m, d, dtype.itemsize, torch.get_num_threads())
+        return attention.sdpa_cpu_bytes(batch * heads, n, m, d, dtype, torch.get_num_threads())
     if kind == "sdpa" and fused:
         wide = device == "cuda" and dtype.itemsize == 2 and d > (256 if flash else 128)
         return 4 * batch * heads * n * (1 + d if wide else 1)

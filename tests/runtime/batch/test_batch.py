@@ -107,7 +107,7 @@ def test_each_picture_is_as_it_is_alone_and_once(table):
 def test_people_are_told_which_picture_was_slowest():
     slowest = [{"file": "a.png", "row": 3, "seconds": 1.5, "together": 4}]
     slowest += [{"file": "b.png", "row": 1, "seconds": 0.5, "together": 1}]
-    sums = {"seconds": 6.5, "predicted_seconds": 6.0, "peak_bytes": 1}
+    sums = {"seconds": 6.5, "predicted_seconds": 6.0, "peak_bytes": 1, "joules": None, "joules_pictures": 0}
     said = Report({"done": 5}, 5, 7.0, sums, slowest, [], None).lines()
     assert any(
         line.endswith("slowest: a.png (row 3 and 3 with it) 1.5 s, b.png (row 1) 0.5 s") for line in said
