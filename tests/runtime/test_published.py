@@ -3,8 +3,6 @@ without weights."""
 
 from __future__ import annotations
 
-import json
-import struct
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -30,24 +28,11 @@ CUBLAS = 8_519_680  # bytes that it keeps for itself (hardware.workspaces_of)
 def full_models(tmp_path_factory):
     """SD 1.5's and SDXL's folders with true configs and headers, in fp16; their weights are holes that take
     no disk."""
-    from tightfit.export import folder, random_model
-
-    def hollow(tensors, file, metadata):
-        header, end = {"__metadata__": metadata}, 0
-        for name, tensor in tensors.items():
-            begin, end = end, end + 2 * tensor.numel()
-            header[name] = {"dtype": "F16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        text = json.dumps(header).encode()
-        with Path(file).open("wb") as stream:
-            stream.write(struct.pack("<Q", len(text)) + text)
-            stream.truncate(8 + len(text) + end)
+    from tightfit.export import random_model
 
     root = tmp_path_factory.mktemp("full")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folder, "save_file", hollow)
-        patch.setattr(random_model, "random_weights", lambda module, *_: dict(module.named_parameters()))
-        for family in ("sd1", "sdxl"):
-            random_model.write(family, root / family)
+    for family in ("sd1", "sdxl"):
+        random_model.write(family, root / family, precision="fp16", sparse=True)
     return {family: inspect(root / family) for family in ("sd1", "sdxl")}
 
 
