@@ -121,6 +121,10 @@ def block(heads: int, m: int, d: int) -> tuple[int, int]:
     return max(1, BLOCK_BYTES // (4 * heads * (columns + 3 * d))), columns
 
 
+# Queries, and keys, from which on torch has these in an order for tiles.
+_LEAST_PACKED = 64
+
+
 def sdpa_cpu_bytes(heads: int, n: int, m: int, d: int, dtype: torch.dtype, threads: int) -> int:
     """Bytes that torch's CPU kernel allocates beside its answer; `heads` counts those of the whole batch.
 
@@ -141,10 +145,6 @@ def sdpa_cpu_bytes(heads: int, n: int, m: int, d: int, dtype: torch.dtype, threa
         even = blocks * (columns + columns % 2) + rest + 1 + (rest + 1) % 2
         packed = 2 * heads * ((d + d % 2) * m + d * even)
     return 4 * heads * n + threads * per_thread + packed
-
-
-# Queries, and keys, from which on torch has these in an order for tiles.
-_LEAST_PACKED = 64
 
 
 # Scores this near to 0 are 2^-75 to 2^75 without a maximum: their sums are far from where bf16 ends.

@@ -41,7 +41,7 @@ _MOST_SHARE = 0.999  # as A1111 has it
 def passes(job: Job) -> tuple[Job, ...]:
     """The jobs that `job` takes, one after another: itself, or two. Raises TightfitError for a second that
     cannot be done."""
-    if job.hires is None and job.hires_size is None and job.refiner is None:
+    if not job.is_enlarged and job.refiner is None:
         return (job,)
     _check(job)
     return _larger(job) if job.refiner is None else _refined(job, job.refiner)

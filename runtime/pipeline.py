@@ -136,10 +136,6 @@ class Pipeline:
                 self._is_wanted = lambda: True
         return planned
 
-    def _costs_of(self, job: Job) -> tuple[Any, ...]:
-        """What the plans of a job depend on, besides its model."""
-        return *_costs_of(job), TEXTS.known(job, self.hardware)
-
     def _plans_of_pass(self, job: Job, before: Sequence[Planned]) -> list[Plan]:
         if not before:
             return self._plans(job)
@@ -147,7 +143,7 @@ class Pipeline:
         return self._planned_by(job, wishes_after(first.job, first.plans[0], job, self.wishes))
 
     def _plans(self, job: Job) -> list[Plan]:
-        key = self._costs_of(job)
+        key = _costs_of(job, self.hardware)
         with self._using:
             (spec, *known), _ = self._planned
             if spec is not job.spec or (*known,) != key:
@@ -158,7 +154,7 @@ class Pipeline:
     def _plans_after(self, first: Run, job: Job) -> list[Plan]:
         """Every way to run the second pass, beside what the first leaves loaded."""
         wishes = wishes_after(first.job, first.plan, job, self.wishes)
-        key = (*self._costs_of(job), wishes)
+        key = (*_costs_of(job, self.hardware), wishes)
         with self._using:
             (spec, *known), _ = self._planned_next
             if spec is not job.spec or (*known,) != key:
@@ -209,7 +205,7 @@ class Pipeline:
         """The plan to begin with."""
         if saved := self._checked(job):
             return saved[0]
-        key = self._costs_of(job)
+        key = _costs_of(job, self.hardware)
         with self._using:
             (spec, *known), plans = self._planned
             if spec is job.spec and (*known,) == key:
@@ -328,8 +324,8 @@ def _before(saved: list[Plan], plans: list[Plan]) -> list[Plan]:
     return [*saved, *(replace(plan, chosen=False) for plan in plans)] if saved else plans
 
 
-def _costs_of(job: Job) -> tuple[Any, ...]:
-    """The same, but for what is known."""
+def _costs_of(job: Job, hardware: Hardware) -> tuple[Any, ...]:
+    """What the plans of a job depend on, besides its model and what else was asked of the pipeline."""
     words, share = job.prompting, job.share
     encodings = (job.text_encodings, *(job.encodings(name) for name in job.spec.components))
     calls = [job.calls_with(name) for name in job.spec.components]
@@ -338,4 +334,5 @@ def _costs_of(job: Job) -> tuple[Any, ...]:
     parts = (share.encodes, share.decodes, job.whole.refiner is None, job.whole is job)
     full = job.full_calls(job.step_cache or 2, job.spec.denoiser.name)
     cached = (job.step_cache, job.steps_taken, *full, job.is_steady)
-    return (job.width, job.height, job.num_images, job.branches, *counts, *parts, *cached)
+    known = TEXTS.known(job, hardware)
+    return (job.width, job.height, job.num_images, job.branches, *counts, *parts, *cached, known)

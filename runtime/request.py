@@ -156,6 +156,11 @@ class Request:
         }
         return dataclasses.replace(self, **texts, **numbers, **whole)
 
+    @property
+    def is_enlarged(self) -> bool:
+        """Whether a second, larger pass goes on from its picture."""
+        return self.hires is not None or self.hires_size is not None
+
     def to_json(self) -> dict[str, Any]:
         """Its numbers and texts by field, and the names of its adapters and conditions, if it has any."""
         fields: dict[str, Any] = {name: getattr(self, name) for name in PLAIN if self.is_written(name)}
@@ -664,9 +669,8 @@ def _check_channels(spec: ModelSpec, conditions: Sequence[Condition]) -> None:
 
 def _check_passes(request: Request) -> None:
     """Raise TightfitError for options of a second pass that change nothing, or contradict one another."""
-    is_hires = request.hires is not None or request.hires_size is not None
     asked = [name for name in _HIRES if getattr(request, name) != _DEFAULTS[name]]
-    if asked and not is_hires:
+    if asked and not request.is_enlarged:
         raise TightfitError(f"{asked[0]} is of a second pass: give --hires 2 too, or leave it out")
     if request.hires is not None and request.hires_size is not None:
         raise TightfitError("hires and hires_size say both how large the second pass is: give one of them")
@@ -674,7 +678,7 @@ def _check_passes(request: Request) -> None:
         raise TightfitError("hires_strength must be a number above 0, up to 1: 0 paints nothing anew")
     if request.refiner_start != _DEFAULTS["refiner_start"] and request.refiner is None:
         raise TightfitError("refiner_start is of another model that goes on: give --refiner MODEL too")
-    if is_hires and request.refiner is not None:
+    if request.is_enlarged and request.refiner is not None:
         raise TightfitError("hires and refiner are both second passes: leave one of them out")
 
 

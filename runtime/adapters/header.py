@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import TightfitError
@@ -16,6 +17,18 @@ from ..models.tensors import Tensor
 _LONGEST = 4096  # bytes of a path, as Linux has it
 Stamp = tuple[int, int]
 """A file's size and time: one that was written again is another."""
+
+
+@dataclass(frozen=True)
+class OfFile:
+    """An adapter that is a file. `written` is the file's size and time when it was named."""
+
+    path: Path
+    written: Stamp
+
+    @property
+    def name(self) -> str:
+        return str(self.path)
 
 
 def path_of(text: str | Path) -> Path:

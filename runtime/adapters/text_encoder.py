@@ -10,23 +10,16 @@ from ..errors import TightfitError
 from ..models.families.networks import check_config
 from ..models.layouts import split_file
 from ..models.spec import Component, ModelSpec
-from .header import Stamp, contents, located, stamp
+from .header import OfFile, contents, located, stamp
 
 IN_FOLDERS = ("model.safetensors",)  # as transformers names a file that is not in parts
 
 
 @dataclass(frozen=True)
-class TextEncoder:
-    """The text encoder in a file. `written` is the file's size and time when it was named."""
+class TextEncoder(OfFile):
+    """The text encoder in a file."""
 
     option: ClassVar = "text_encoder"
-
-    path: Path
-    written: Stamp
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
         """The model with it. Raises TightfitError for another kind than the model's, and where there is no

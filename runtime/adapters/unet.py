@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 from ..errors import TightfitError
@@ -13,7 +12,7 @@ from ..models.families import known_by
 from ..models.layouts import single_file, split_file
 from ..models.spec import ModelSpec
 from ..models.tensors import Tensor
-from .header import Stamp, contents, located, stamp
+from .header import OfFile, contents, located, stamp
 
 # As diffusers names the file in a network's folder.
 IN_FOLDERS = tuple(f"diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16"))
@@ -21,17 +20,10 @@ _READS = ".attn2.to_k.weight"  # its rows are as wide as texts
 
 
 @dataclass(frozen=True)
-class Unet:
-    """The U-Net in a file. `written` is the file's size and time when it was named."""
+class Unet(OfFile):
+    """The U-Net in a file."""
 
     option: ClassVar = "unet"
-
-    path: Path
-    written: Stamp
-
-    @property
-    def name(self) -> str:
-        return str(self.path)
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
         """The model with its U-Net. Raises TightfitError for one of another kind than the model's own, or

@@ -217,7 +217,7 @@ def _news(event: Event, items: tuple[Item, ...], joules: float | None) -> News:
 
 def may_join(job: Job) -> bool:
     """Whether it can be painted in a run with others."""
-    return not job.conditions and job.hires is None and job.hires_size is None and job.refiner is None
+    return not job.conditions and not job.is_enlarged and job.refiner is None
 
 
 def _likeness(pair: tuple[Item, Job]) -> str:

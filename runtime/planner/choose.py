@@ -225,12 +225,7 @@ def _packed(plain: Plan, estimate: Estimate) -> Iterator[Plan]:
         placements = {
             name: replace(placement, packed=name in packs) for name, placement in plain.placements.items()
         }
-        wide = replace(
-            estimate,
-            images_per_call=plain.images_per_call,
-            images_per_decode=plain.images_per_decode,
-        )
-        yield wide.plan(plain.cfg, placements, plain.budget_bytes)
+        yield estimate.of(plain).plan(plain.cfg, placements, plain.budget_bytes)
 
 
 def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
@@ -240,12 +235,7 @@ def _cached(whole: Plan, estimate: Estimate) -> Iterator[Plan]:
     if floor is None or job.step_cache or estimate.wishes.cache_every or not job.is_steady:
         return
     for every in CACHED:
-        cached = replace(
-            estimate,
-            images_per_call=whole.images_per_call,
-            images_per_decode=whole.images_per_decode,
-            step_cache=every,
-        )
+        cached = replace(estimate.of(whole), step_cache=every)
         if caching_psnr(every, job) >= floor and whole.denoiser.backend not in GRAPHS:
             yield cached.plan(whole.cfg, whole.placements, whole.budget_bytes)
 

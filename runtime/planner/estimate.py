@@ -81,9 +81,8 @@ def cached_psnr(every: int, steps: int) -> float:
 
 def caching_psnr(every: int, job: Job) -> float:
     """The same of a job, whose picture a larger pass may go on from."""
-    known, whole = cached_psnr(every, job.steps_taken), job.whole
-    is_enlarged = whole.hires is not None or whole.hires_size is not None
-    return min(known, CACHED_BEFORE_HIRES_PSNR) if is_enlarged else known
+    known = cached_psnr(every, job.steps_taken)
+    return min(known, CACHED_BEFORE_HIRES_PSNR) if job.whole.is_enlarged else known
 
 
 def holder(hardware: Hardware) -> str:
@@ -152,6 +151,15 @@ class Estimate:
             texts_known=self.texts_known,
         )
 
+    def of(self, plan: Plan) -> Estimate:
+        """What it costs with as many pictures a call, and steps cached, as that plan has."""
+        return replace(
+            self,
+            images_per_call=plan.images_per_call,
+            images_per_decode=plan.images_per_decode,
+            step_cache=plan.step_cache,
+        )
+
     def best(self, cfg: str, placements: Mapping[str, Placement], budget_bytes: int) -> Plan:
         """Without the text encoders, if that goes."""
         plan = self.plan(cfg, placements, budget_bytes)
@@ -166,13 +174,7 @@ class Estimate:
         stays = plan.fits and any(own.residency == "resident" for own in encoders.values())
         if stays or not {(name, arithmetic(own)) for name, own in encoders.items()} <= self.texts:
             return None
-        own = replace(
-            self,
-            images_per_call=plan.images_per_call,
-            images_per_decode=plan.images_per_decode,
-            step_cache=plan.step_cache,
-            texts_known=True,
-        )
+        own = replace(self.of(plan), texts_known=True)
         known = own.plan(plan.cfg, plan.placements, plan.budget_bytes)
         return known if known.fits else None
 
