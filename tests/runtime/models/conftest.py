@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tightfit
 import torch
 from safetensors.torch import load_file, save_file
 from tightfit.export import random_model
@@ -179,3 +182,47 @@ def open_clip(tensors, start: str) -> dict[str, torch.Tensor]:
         state |= {name.replace(".22.", ".23."): torch.full_like(t, torch.nan) for name, t in last.items()}
         state["text_projection"] = torch.full((64, 64), torch.nan)
     return {start + name: tensor for name, tensor in state.items()}
+
+
+def _decibels(image, wanted) -> float:
+    error = np.square(np.asarray(image, float) - wanted).mean()
+    return 10 * np.log10(255**2 / error) if error else np.inf
+
+
+def _check_predicted(result) -> None:
+    for stage, predicted in result.plan.predicted.stages.items():
+        measured = result.stages[stage].peak_bytes
+        assert abs(measured - predicted) <= 0.05 * predicted, (stage, measured, predicted)
+
+
+@pytest.fixture(scope="session")
+def decibels():
+    """PSNR of a picture to wanted values of 0 to 255; infinite for the same."""
+    return _decibels
+
+
+@pytest.fixture(scope="session")
+def check_predicted():
+    """Called with a result: each stage took what was predicted, within 5 %."""
+    return _check_predicted
+
+
+@pytest.fixture(scope="session")
+def check_pictures():
+    """Called with a folder, requests by name ("oblong" and "cut" among them) and what paints one by
+    diffusers: ours are those, staged and streamed, within what was predicted."""
+
+    def check(folder, cases, reference) -> None:
+        wanted = {name: reference(request) for name, request in cases.items()}
+        other = reference(replace(cases["oblong"], prompt="a dog"))
+        assert _decibels(other, wanted["oblong"]) < 40  # the text is seen
+        way = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}  # as few plans as can be
+        for residency, names in {"staged": [*cases], "streamed": ["oblong"]}.items():
+            with tightfit.load(str(folder), precision="fp32", residency=residency, **way) as ours:
+                for name, request in ((name, cases[name]) for name in names):
+                    result = ours.generate(request)
+                    assert _decibels(result.images[0], wanted[name]) >= 75, (name, residency)
+                    _check_predicted(result)
+                    assert any("too long" in notice for notice in result.notices) == (name == "cut")
+
+    return check

@@ -64,28 +64,8 @@ def reference(pipe, request, **options):
     return (image * 255).round()
 
 
-def decibels(image, wanted):
-    error = np.square(np.asarray(image, float) - wanted).mean()
-    return 10 * np.log10(255**2 / error) if error else np.inf
-
-
-def check_predicted(result):
-    for stage, predicted in result.plan.predicted.stages.items():
-        measured = result.stages[stage].peak_bytes
-        assert abs(measured - predicted) <= 0.05 * predicted, (stage, measured, predicted)
-
-
-def test_pictures_are_diffusers(klein, pipe):
-    wanted = {name: reference(pipe, request) for name, request in CASES.items()}
-    other = reference(pipe, replace(CASES["oblong"], prompt="a dog"))
-    assert decibels(other, wanted["oblong"]) < 40  # the text is seen
-    for residency, names in {"staged": [*CASES], "streamed": ["oblong"]}.items():
-        with tightfit.load(str(klein), precision="fp32", residency=residency, **WAY) as ours:
-            for name, request in ((name, CASES[name]) for name in names):
-                result = ours.generate(request)
-                assert decibels(result.images[0], wanted[name]) >= 75, (name, residency)
-                check_predicted(result)
-                assert any("too long" in notice for notice in result.notices) == (name == "cut")
+def test_pictures_are_diffusers(klein, pipe, check_pictures):
+    check_pictures(klein, CASES, lambda request: reference(pipe, request))
 
 
 @pytest.mark.parametrize(
@@ -101,7 +81,7 @@ def test_impossible_configs_are_refused(fields, name, value):
         check_fields(Path("config.json"), {name: value}, fields)
 
 
-def test_a_model_that_is_not_distilled_is_guided(klein, pipe, tmp_path):
+def test_a_model_that_is_not_distilled_is_guided(klein, pipe, tmp_path, decibels):
     shutil.copytree(klein, base := tmp_path / "base")
     index = json.loads((base / "model_index.json").read_text())
     (base / "model_index.json").write_text(json.dumps(index | {"is_distilled": False}))
@@ -143,7 +123,7 @@ def test_samplers_of_flows_follow_a_straight_line_to_its_end(klein, name):
     torch.testing.assert_close(latents, data, atol=1e-4, rtol=0)
 
 
-def test_image_to_image_begins_with_the_encoded_picture(klein, pipe):
+def test_image_to_image_begins_with_the_encoded_picture(klein, pipe, decibels, check_predicted):
     from tightfit.runtime.conditions.image import ImageToImage
     from tightfit.runtime.conditions.input_pictures import open_picture
 
@@ -176,7 +156,7 @@ def int4(klein, made_once):
     )
 
 
-def test_an_export_streams_and_has_what_is_read_alone(int4):
+def test_an_export_streams_and_has_what_is_read_alone(int4, check_predicted):
     """Of the text encoder's 28 layers 27, and of its two halves no head."""
     spec = tightfit.inspect(str(int4))
     text, denoiser = spec.text_encoders[0], spec.denoiser
@@ -197,7 +177,7 @@ def test_an_export_streams_and_has_what_is_read_alone(int4):
 
 
 @pytest.mark.parametrize(("precision", "residency"), [("bf16", "streamed"), ("int8-dynamic", "staged")])
-def test_what_other_precisions_take_is_known(klein, precision, residency):
+def test_what_other_precisions_take_is_known(klein, precision, residency, check_predicted):
     with tightfit.load(str(klein), precision=precision, residency=residency, **WAY) as ours:
         check_predicted(ours.generate(CASES["oblong"]))
 
