@@ -131,7 +131,11 @@ def conv2d_int8_onednn(
     stride: Pair = (1, 1),
     padding: Pair = (0, 0),
 ) -> Tensor:
-    """`conv2d_int8` of packed weights, sample by sample. `x` is channels_last, and so is the answer."""
+    """`conv2d_int8` of packed weights, sample by sample. `x` is channels_last, and so is the answer.
+
+    For kernels and strides that are square. With AMX oneDNN 3.12 answers wrongly for some others, and for a
+    stride over 1 whose answer is one pixel wide (patches.never_narrow).
+    """
     many, zeros = scale.float().view(-1), torch.zeros(len(scale), dtype=torch.int64)
     rest = list(stride), list(padding), [1, 1], 1, 1.0, 0, _made(x), "none", [], ""
     bias, answers = None if bias is None else bias.float(), None

@@ -28,11 +28,16 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
+def has_tiles() -> bool:
+    """Whether this CPU multiplies matrices in tiles (AMX): bf16 and whole numbers."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()
+
+
 def in_tiles(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of `dtype` in tiles (AMX), for which libraries put them in
-    another order first."""
-    has_tiles = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return dtype is torch.bfloat16 and has_tiles is not None and has_tiles()
+    """Whether this CPU multiplies matrices of `dtype` in tiles, for which libraries put them in another order
+    first."""
+    return dtype is torch.bfloat16 and has_tiles()
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:

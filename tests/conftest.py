@@ -10,6 +10,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples each time, so that a failure is of the change at hand. `--hypothesis-profile default`
+# looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.load_profile("same")
 
 # Before torch is imported: workers that have two threads each wait for one another.
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -25,6 +25,7 @@ from .patches import (
     activate,
     dispatched,
     feed_forward,
+    never_narrow,
     to_maps,
     with_words,
 )
@@ -45,6 +46,7 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
         torch.device("meta"),
     ):
         module = component.network.build(component).eval().requires_grad_(False)
+    strides = {path: part.stride[1] for path, part in module.named_modules() if type(part) is torch.nn.Conv2d}
     # Strips use each weight many times.
     formats, used_often = (
         _formats(component, module, placement.precision),
@@ -58,6 +60,10 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     )
     if device == "cpu" and packs(component, placement):
         packed.pack_layers(module)
+    for path, stride in strides.items():
+        if stride > 1 and device == "cpu" and onednn.has_tiles():
+            layer = module.get_submodule(path)
+            layer.forward = never_narrow(layer.forward, stride)
     _adapt(component, module)
     if component.words:
         _teach(component, module)
