@@ -67,8 +67,10 @@ def own_cache(monkeypatch, tmp_path_factory):
 def dry_runs_once():
     """Tests of a file follow a network and size once, as commands do from one process to the next. Those of
     another file, which may have changed what computes it, follow it again."""
+    from tightfit.runtime.backends.torch import dryrun
     from tightfit.runtime.costs import known
 
+    dryrun._traces.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(known, "_MOST_OPEN", 10**6)
         patch.setattr(known.KNOWN, "_files", {})
