@@ -75,18 +75,16 @@ def test_what_does_not_fit_is_refused(kernels):
 
 def compile_all() -> None:
     """For GPUs of each kind, in fp16 and in fp32, in both layouts: whether there is one store a value."""
-    for capability in (70, 80, 90):
-        for kind in ("*fp16", "*fp32"):
-            for last in (False, True):
-                types = *[kind] * 4, "i32", "fp32"
-                text = beside["ptx"](triton_norms._normalise, capability, *types, 10, 32, last, 1024)
-                sys.stdout.write(f"{capability} {kind} {last} {'st.global' in text}\n")
+    for capability, kind, last in ((70, "*fp16", True), (80, "*fp32", True), (90, "*fp16", False)):
+        types = *[kind] * 4, "i32", "fp32"
+        text = beside["ptx"](triton_norms._normalise, capability, *types, 10, 32, last, 1024)
+        sys.stdout.write(f"{capability} {kind} {last} {'st.global' in text}\n")
 
 
 def test_compiles_for_gpus(tmp_path):
     pytest.importorskip("triton", reason="triton is not installed")
     lines = beside["run"](__file__, TRITON_CACHE_DIR=str(tmp_path)).splitlines()
-    assert len(lines) == 12
+    assert len(lines) == 3
     assert all(line.endswith("True") for line in lines)
 
 

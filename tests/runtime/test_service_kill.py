@@ -118,7 +118,7 @@ def trial(folder: Path, kills: int, moments: random.Random, longest: float) -> T
 
 
 def test_a_service_that_is_killed_loses_nothing(tmp_path):
-    one = trial(tmp_path / "state", 3, random.Random(1), 3.0)
+    one = trial(tmp_path / "state", 2, random.Random(1), 3.0)
     assert len(one.submitted) >= JOBS
     one.check()
 

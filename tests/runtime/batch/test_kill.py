@@ -90,8 +90,8 @@ def killed(folder: Path, kills: int, pictures: int) -> dict[str, int]:
 
 
 def test_killed(tmp_path):
-    told = killed(tmp_path, 1, 30)
-    assert 0 < told["before_the_last_start"] <= 30
+    told = killed(tmp_path, 1, 12)
+    assert 0 < told["before_the_last_start"] <= 12
 
 
 if __name__ == "__main__":

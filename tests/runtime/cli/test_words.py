@@ -334,7 +334,7 @@ os.environ.pop("HOME", None)
 from tightfit.__main__ import app
 from tightfit.runtime.cli.app import main
 import tightfit.runtime.backends.torch.calibration as calibration
-calibration._LEAST_SECONDS = 0
+calibration._fastest = lambda work, _: (work(), 1e-3)[1]  # each once
 app()
 for words in COMMANDS:
     sys.argv = ["tightfit", *words]

@@ -144,24 +144,6 @@ def test_seconds_are_those_of_the_calls(tiny_models):
             assert own[way] == pytest.approx(first + (times - 100) * call, rel=1e-6), name
 
 
-def test_plan_counts_the_calls_too(sd1_copy):
-    from tightfit.__main__ import app
-    from typer.testing import CliRunner
-
-    def seconds(kind):
-        (sd1_copy / "scheduler/scheduler_config.json").write_text(json.dumps(BETAS | {"_class_name": kind}))
-        asked = ["plan", "--model", str(sd1_copy), "--steps", "1000", "--json", "--hardware", "cpu-16gb"]
-        answer = CliRunner().invoke(app(), asked, catch_exceptions=False)
-        assert answer.exit_code == 0, answer.output
-        return min(plan["predicted"]["seconds"] for plan in json.loads(answer.stdout)["plans"])
-
-    once, twice, unknown = (
-        seconds(kind) for kind in ("EulerDiscreteScheduler", "HeunDiscreteScheduler", "FooScheduler")
-    )
-    assert 1.5 < twice / once < 2
-    assert unknown == once
-
-
 def test_what_is_no_scheduler_of_these_models(pipes):
     for kind in (
         "FooScheduler",

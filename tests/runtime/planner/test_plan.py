@@ -184,7 +184,7 @@ def test_random_requests_and_budgets(tiny_models):
     specs = [inspect(folder) for folder in tiny_models.values()]
     refused = told = 0
     machines = (RTX_3060, OLD_CPU, profile("rx-6600"))
-    for _ in range(12):  # of which each is costed once for all its budgets
+    for _ in range(6):  # of which each is costed once for all its budgets
         spec, hardware = draw.choice(specs), draw.choice(machines)
         width, height = draw.choice(((64, 64), (256, 192)))
         request = Request(
@@ -207,8 +207,8 @@ def test_random_requests_and_budgets(tiny_models):
             soon = first(hardware, request.resolve(spec), Wishes(budget=budget))
             assert soon in (None, plans[0])
             told += soon is not None
-    assert 5 < refused < 55
-    assert told > 5
+    assert 3 < refused < 27
+    assert told > 3
 
 
 def test_the_first_plan_takes_a_few_dry_runs(sd1, monkeypatch):
