@@ -245,7 +245,7 @@ def _cells(p: Plan) -> list[str]:
     precision += f", 1 of {p.step_cache}" if p.step_cache > 1 else ""  # what of, its reason says
     stages = [_cell(count) for count in p.predicted.stages.values()]
     figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
-    return [precision, p.residency, p.cfg, unet.attention, vae.tiling, *stages, *figures]
+    return [precision, p.residency, p.cfg if p.guided else "–", unet.attention, vae.tiling, *stages, *figures]
 
 
 def _cell(count: int) -> str:

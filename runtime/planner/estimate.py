@@ -149,6 +149,7 @@ class Estimate:
             images_per_decode=self.images_per_decode,
             step_cache=self.step_cache,
             texts_known=self.texts_known,
+            guided=self.job.branches > 1,
         )
 
     def of(self, plan: Plan) -> Estimate:

@@ -55,7 +55,7 @@ class Predicted:
 class Plan:
     """One way to run a request for one model on one machine.
 
-    `cfg` is batched or sequential. `budget_bytes` is what it had to fit in, context included. `verdict` says
+    `cfg` is batched or sequential, which decides nothing where no step is `guided`. `budget_bytes` is what it had to fit in, context included. `verdict` says
     whether it can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
     `images_per_call` is how many pictures of a request go through the U-Net at once, `images_per_decode` how
     many through the VAE. Of `step_cache` steps one is taken in full; 1: all are. `texts_known`: what the text
@@ -77,6 +77,7 @@ class Plan:
     images_per_decode: int = 1
     step_cache: int = 1
     texts_known: bool = False
+    guided: bool = True
 
     @property
     def fits(self) -> bool:
@@ -110,10 +111,11 @@ class Plan:
         return self.denoiser.precision
 
     def summary(self) -> str:
-        """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa attention, VAE whole'."""
+        """One phrase: 'torch bf16 on cpu, staged, batched CFG, sdpa, VAE whole'."""
         unet, vae = self.denoiser, self.decoder
         run_by = f"{unet.backend} {unet.arithmetic} on {self.device}"
-        how = f"{run_by}, {self.residency}, {self.cfg} CFG, {unet.attention}"
+        guidance = f"{self.cfg} CFG, " if self.guided else ""
+        how = f"{run_by}, {self.residency}, {guidance}{unet.attention}"
         vaes = vae.tiling if vae.compute == unet.compute else f"{vae.compute} {vae.tiling}"
         at_once = f", {self.images_per_call} pictures a call" if self.images_per_call > 1 else ""
         at_once += f", {self.images_per_decode} decoded at once" if self.images_per_decode > 1 else ""
@@ -236,8 +238,9 @@ def _problem(plan: Plan) -> str | None:
             return f"it has {count!r} pictures a call"
     if type(plan.step_cache) is not int or not 1 <= plan.step_cache <= MOST_CACHED:
         return f"it has 1 step of {plan.step_cache!r} in full"
-    if type(plan.texts_known) is not bool:
-        return f"it has texts_known {plan.texts_known!r}"
+    for name in ("texts_known", "guided"):
+        if type(value := getattr(plan, name)) is not bool:
+            return f"it has {name} {value!r}"
     numbers = (
         plan.budget_bytes,
         plan.predicted.peak_bytes,

@@ -58,7 +58,8 @@ class _Case:
             hardware=self.hardware.name,
             device=self.hardware.device,
             budget_bytes=budget,
-            cfg=CFG[0],  # nothing is guided
+            cfg=CFG[0],
+            guided=False,
             placements={component.name: placement},
             predicted=predicted,
             verdict=verdict,

@@ -162,7 +162,9 @@ def test_residency_pays_only_when_it_is_used_again(sd1):
 
 
 def test_no_guidance_no_second_half(sd1):
-    assert {p.cfg for p in plan(RTX_3060, inspect(sd1), Request("a", guidance_scale=1.0))} == {"batched"}
+    plans = plan(RTX_3060, inspect(sd1), Request("a", guidance_scale=1.0))
+    assert {(p.cfg, p.guided) for p in plans} == {("batched", False)}
+    assert "CFG" not in plans[0].summary()
 
 
 def test_a_smaller_budget_never_takes_more(sd1):
@@ -409,6 +411,7 @@ def test_damaged_plans(text):
         ('"sdpa"', '"flash3"'),
         ('"whole"', "null"),
         ('"version": 5', '"version": 1'),
+        ('"guided": true', '"guided": "yes"'),
         ('"seconds": ', '"seconds": "soon", "x": '),
     ],
 )
