@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -21,6 +21,7 @@ from .files import shortened
 from .models.hub import BESIDE, BUILT_IN
 from .models.layouts import library
 from .models.layouts.library import Entry, Kind
+from .models.spec import ModelSpec
 from .request import RANDOM_SEED, Request, drawn
 
 REFRESH_SECONDS = 2.0
@@ -99,18 +100,23 @@ def names() -> tuple[str, ...]:
 
 
 def request_of(
-    options: Mapping[str, Any], shelves: Shelves | None = None, models_dirs: Sequence[str | Path] = ()
+    options: Mapping[str, Any],
+    shelves: Shelves | None = None,
+    models_dirs: Sequence[str | Path] = (),
+    model: Callable[[], ModelSpec] | None = None,
 ) -> Request:
     """The request that these options ask, by the names of Request's fields, of conditions' options, and of
     adapters' (`lora`: a list of "FILE:0.8").
 
     With `shelves`, names are of what lies there, and pictures are PIL images: no path is opened. Without them
     names are looked for in `models_dirs`, too. Raises TightfitError for an option that there is not, and for
-    whatever no model could do.
+    whatever no model could do, or not the `model` that it is for.
     """
     known = [*names(), "conditions"]
     if unknown := [name for name in options if name not in known]:
         raise spelling.unknown(unknown[0], [name for name in known if name != "prompt"], spelling.OF_REQUESTS)
+    if model:
+        check_taken(model, options)
     given = dict(options if shelves is None else _shelved(options, shelves))
     roots = shelves.roots if shelves else tuple(models_dirs)
     adapting = {kind.option: _texts(given.pop(kind.option, ())) for kind in ADAPTERS}
@@ -124,6 +130,17 @@ def request_of(
     asked = conditions.asked({**asking, "models_dirs": roots} if asking and shelves else asking)
     every = (*given.pop("conditions", ()), *asked)
     return Request(prompt, adapters=adapters, conditions=every, **given).checked()  # pyright: ignore[reportArgumentType]
+
+
+def check_taken(model: Callable[[], ModelSpec], options: Mapping[str, Any]) -> None:
+    """Raise TightfitError for an adapter or a condition that is not for models of that family, whatever its
+    file is: that it cannot be read would be no help. The model is read where one is given."""
+    given = {name for name, value in options.items() if _several(value)}
+    asking = (kind.limited[0] for kind in conditions.CONDITIONS if given & {*kind.limited})
+    if limited := [*(kind.option for kind in ADAPTERS if kind.option in given), *asking]:
+        spec = model()
+        for option in limited:
+            spec.check_takes(option)
 
 
 def seeded(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -225,7 +225,7 @@ class Pipeline:
         others of conditions, whose pictures are files, PIL images or arrays; and lora and the others of
         adapters, as on the command line: "FILE:0.8", or a list of such texts.
         """
-        images = self.generate(request_of({"prompt": prompt, **options})).images
+        images = self.generate(request_of({"prompt": prompt, **options}, model=lambda: self.spec)).images
         return images[0] if len(images) == 1 else list(images)
 
     def generate(self, request: Request, on_event: Callable[[Event], object] | None = None) -> Result:

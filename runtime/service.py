@@ -237,7 +237,7 @@ class Service:
         """What plans it, and what is asked, within the limits."""
         if not isinstance(asked, Request):
             self.limits.check_order(Order(model, asked, wishes))
-            asked = request_of(asked, self.shelves)
+            asked = request_of(asked, self.shelves, model=partial(self.models.spec, model))
         self.limits.check(asked)
         pipeline = self.models.planning(model, self.models.wished(wishes), hardware)
         job = asked.resolve(pipeline.spec)
@@ -354,7 +354,8 @@ class Service:
             return None
         self.models.place(order.model, Kind.MODEL)
         previews = {"preview_every": order.preview_every} if order.preview_every else {}
-        request = request_of({**order.options, **previews}, self.shelves)
+        read = partial(self.models.spec, order.model)
+        request = request_of({**order.options, **previews}, self.shelves, model=read)
         self.limits.check(request)
         if order.wishes:
             self._check_possible(order, request, wishes)

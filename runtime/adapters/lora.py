@@ -53,6 +53,7 @@ _FOREIGN = (
     (re.compile(r"joint_blocks|lora_te3|text_encoder_3"), "SD 3"),
     (re.compile(r"lora_transformer|transformer[._]transformer_blocks"), "a diffusion transformer"),
 )
+_READS = re.compile(r"attn2[._](processor[._])?to_[kv]$")  # what of a U-Net reads texts
 _PATTERNS = "alpha_pattern"
 _ALONE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias", "up_bias": "bias"}
 
@@ -186,12 +187,15 @@ class Lora:
                 f"{self.title} changes weights, and {spec.name} is here as ONNX only: "
                 "use the model that it was exported from"
             )
+        reading = (layer for layer in self._layers.by_name if _READS.search(layer))
+        if width := next(filter(None, map(self._layers.inputs, reading)), None):
+            return self._other_family(spec, f"is for {reads_texts(width)}")
         kind = next((kind for pattern, kind in _FOREIGN if any(map(pattern.search, layers))), None)
         example = f"such as {layers[0][:80]}" if layers else "as it holds nothing"
         return self._other_family(spec, f"is for {kind}" if kind else f"fits nothing of the model, {example}")
 
     def _other_family(self, spec: ModelSpec, what: str) -> TightfitError:
-        family = reads_texts(spec.text_width)
+        family = f"{spec.design.title or spec.family}, with texts {spec.text_width} wide"
         return TightfitError(f"{self.title} {what}; {spec.name} is {family}: take an adapter made for that")
 
     def _notes(self, left: list[str], applied: int) -> Iterator[str]:

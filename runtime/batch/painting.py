@@ -172,8 +172,8 @@ class Here:
         return self.models.pipeline(item.model, self.models.wished(item.wishes))
 
     def _job(self, item: Item) -> Job:
-        request = request_of(item.options, self.models.shelves, self._models_dirs)
-        return request.resolve(self._pipeline(item).spec)
+        spec = self._pipeline(item).spec
+        return request_of(item.options, self.models.shelves, self._models_dirs, lambda: spec).resolve(spec)
 
     def _run(self, pairs: Sequence[tuple[Item, Job]], made: set[int]) -> Generator[News, None, None]:
         """What is thrown in is thrown into the run. The numbers of those that are made come into `made`."""

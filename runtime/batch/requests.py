@@ -7,8 +7,9 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -17,6 +18,7 @@ from ..adapters.prompt import WORD
 from ..asking import request_of, seeded
 from ..errors import TightfitError
 from ..files import shortened
+from ..models.spec import ModelSpec
 from ..open_models import ASKABLE
 from ..pictures import FORMATS
 from ..planner.wishes import Wishes
@@ -53,12 +55,14 @@ class Picture:
 @dataclass
 class Reading:
     """How rows are read. defaults: options of every row, by their columns. repeat: how often each is painted,
-    with the next seeds. wildcards: a folder for __name__. models_dirs: where names are looked for."""
+    with the next seeds. wildcards: a folder for __name__. models_dirs: where names are looked for. opened:
+    what reads a model by its name, where they are here."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     repeat: int = 1
     wildcards: Path | None = None
     models_dirs: Sequence[Path] = ()
+    opened: Callable[[str], ModelSpec] | None = None
     _checked: dict[Any, None] = field(default_factory=dict)
     _groups: dict[bytes, str] = field(default_factory=dict)
     _counts: dict[bytes, int] = field(default_factory=dict)
@@ -102,7 +106,7 @@ class Reading:
         if not isinstance(model, str):
             raise TightfitError(f"model must be a name, not {shortened(model)}")
         common = _digest([model, wishes, options])
-        self._check(common, wishes, options, own, images * self.repeat)
+        self._check(common, model, wishes, {**options, **own, "num_images": images * self.repeat})
         place = place_of(name, differ | {"seed"} if images * self.repeat > 1 else differ)
         for index in range(images * self.repeat):
             whole, open_seed = self._alone(options, own, index)
@@ -116,24 +120,23 @@ class Reading:
                 self._unlike(place.format(next(places)) if place else "", number),
             )
 
-    def _check(
-        self,
-        common: bytes,
-        wishes: Mapping[str, Any],
-        options: Mapping[str, Any],
-        own: Mapping[str, Any],
-        count: int,
-    ) -> None:
-        """Raise TightfitError for what no model could do. What differs in prompt and seed alone is looked at
-        once: of a million rows that takes seconds."""
-        prompt, seeds = own.get("prompt"), [own.get("seed"), own.get("subseed")]
+    def _check(self, common: bytes, model: str, wishes: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+        """Raise TightfitError for what no model could do, or not this one, where it is here. What differs in
+        prompt and seed alone is looked at once: of a million rows that takes seconds."""
+        prompt, seeds, count = (
+            asked.get("prompt"),
+            [asked.get("seed"), asked.get("subseed")],
+            asked["num_images"],
+        )
         plain = isinstance(prompt, str) and "<" not in prompt and "\\ud" not in ascii(prompt)
         usual = all(seed is None or (type(seed) is int and 0 <= seed < 2**62) for seed in seeds)
-        mark = common, (*sorted(own),), count, plain and usual
+        mark = common, *(key in asked for key in _APART), count, plain and usual
         if plain and usual and mark in self._checked:
             return
         Wishes(**wishes)
-        request_of({**options, **own, "num_images": min(count, 10_000)}, models_dirs=self.models_dirs)
+        read = partial(self.opened, model) if self.opened else None
+        few = {**asked, "num_images": min(count, 10_000)}
+        request_of(few, models_dirs=self.models_dirs, model=read)
         self._checked[mark] = None
 
     def _alone(

@@ -65,6 +65,7 @@ def paint(
     """Take in a table, plan it, paint it, `copy` each picture, `finish`, and report."""
     price = hourly(options.price) if options.price else None
     here = None if options.ray else _here(options, reading, budget)
+    reading.opened = here and here.models.spec
     interrupts.tidily()
     with Ledger(options.output, keep=not options.dry_run) as ledger, ExitStack() as ends:
         refuse(ledger.ask(_named(reading.pictures(table))))

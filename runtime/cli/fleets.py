@@ -43,7 +43,7 @@ def forecast(options: Options, defaults: Mapping[str, Any], budget: str | None) 
         painters: dict[str, Here] = {}
         for card in cards:
             models = stack.enter_context(closing(OpenModels(profile(card.name), None, wished)))
-            painters[card.name] = Here(models, reading.models_dirs)
+            painters[card.name], reading.opened = Here(models, reading.models_dirs), models.spec
         # In a temporary file: rows need no memory.
         ledger = stack.enter_context(Ledger(None))
         refuse(ledger.ask(reading.pictures(rows(options.table, options.kind))))

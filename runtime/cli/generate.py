@@ -13,12 +13,13 @@ import typer
 from .. import interrupts, lean
 from ..adapters import written
 from ..adapters.prompt import WORD, from_words
+from ..asking import check_taken
 from ..conditions import asked as conditions_of
 from ..conditions.controlnet import CONTROL, again
 from ..errors import TightfitError, printable
 from ..events import Event, Result, joined
 from ..machine.process import check_address_space
-from ..models.hub import located
+from ..models.hub import inspect, located
 from ..models.samplers.names import AUTOMATIC, schedule_of, split
 from ..pictures import METADATA
 from ..planner.plan import Plan
@@ -137,6 +138,9 @@ def generate(
         options = replace(options, model=located(options.model, models_dirs))
     prompt = read_prompt(options.prompt, options.prompt_file)
     carried = _carried(options, adapting)
+    plan = Plan.read(options.plan_file) if options.plan_file else None
+    model, offline = _model(options, carried, plan)
+    check_taken(partial(inspect, model, local_files_only=offline), {**carried.asking, **adapting, **asking})
     said = carried.request.get("prompt") if prompt is None else prompt
     if carried.asking.keys() - {CONTROL} and "image" not in asking:
         painted = f"{options.source} was painted over another picture, which it does not carry"
@@ -154,15 +158,7 @@ def generate(
     count = wanted.num_images
     writing = options.writing
     saver = Saver(target(options.output, WORD.sub("", wanted.prompt), count, writing.form), count, writing)
-    if options.source and options.model is None and carried.model is None:
-        said = f"was painted with {carried.model_said}, which is in no folder of models"
-        lost = said if carried.model_said else "does not say where its model is"
-        raise TightfitError(f"{options.source} {lost}: name it with --model")
     fields = wishes(wished, _carried_precision(options, carried, wished))
-    plan = Plan.read(options.plan_file) if options.plan_file else None
-    names = options.model, carried.model, plan.model if plan else "emoji"
-    model = next(name for name in names if name is not None)
-    offline = options.source is not None and options.model is None  # a picture alone never starts a download
     with load(model, device=options.device, plan=plan, local_files_only=offline, **fields) as pipeline:
         for note in (*pipeline.hardware.passed_over, *pipeline.spec.notes):
             say(f"note: {note}", err=True)
@@ -258,6 +254,18 @@ def _carried(options: Options, adapting: Mapping[str, Any]) -> Carried:
     for notice in carried.notices:
         say(f"note: {notice}", err=True)
     return carried
+
+
+def _model(options: Options, carried: Carried, plan: Plan | None) -> tuple[str, bool]:
+    """Its name, and whether nothing is fetched: a picture alone never starts a download. Raises TightfitError
+    for the model of a picture that is not here."""
+    if options.model is not None:
+        return options.model, False
+    if options.source and carried.model is None:
+        said = f"was painted with {carried.model_said}, which is in no folder of models"
+        lost = said if carried.model_said else "does not say where its model is"
+        raise TightfitError(f"{options.source} {lost}: name it with --model")
+    return carried.model or (plan.model if plan else "emoji"), options.source is not None
 
 
 def _carried_precision(options: Options, carried: Carried, wished: Mapping[str, Any]) -> str | None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..adapters import written
+from ..asking import check_taken
 from ..conditions import asked as conditions_of
 from ..errors import printable
 from ..fields import described
@@ -85,6 +86,7 @@ def show_plan(
     spec = inspect(located(options.model, models_dirs))
     # Others paint with a --scheduler, most of which call the U-Net once a step.
     sampler = None if spec.scheduler.get("_class_name") in KINDS else "euler"
+    check_taken(lambda: spec, {**adapting, **asking})
     adapters, asked = written(adapting, models_dirs), with_paths(asked, models_dirs)
     conditions = conditions_of({**asking, "models_dirs": models_dirs})
     TEXTS.keep(options.prompt is not None)  # what is said of no text is of none that is known

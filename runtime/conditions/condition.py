@@ -78,6 +78,9 @@ class Condition:
     """All that a condition of this kind may call besides the family's."""
     options: ClassVar[type | None] = None
     """A dataclass of what is typed or sent to ask it, in the words of fields.py; None in Python alone."""
+    limited: ClassVar[tuple[str, ...]] = ()
+    """Of the options those by which it is asked, if not every family takes it; the first is how it is typed,
+    and what a family's `takes` says."""
 
     @classmethod
     def asked(cls, given: Mapping[str, Any]) -> Condition | None:

@@ -223,6 +223,7 @@ class ControlNets(Condition):
 
     networks: ClassVar = (*CONTROLNETS, *T2I_ADAPTERS)
     options: ClassVar = Options
+    limited: ClassVar = (CONTROL, "control_image", "controlnet")
 
     @classmethod
     def asked(cls, given: Mapping[str, Any]) -> ControlNets | None:

@@ -43,6 +43,7 @@ class ImagePrompt(Condition):
 
     networks: ClassVar = (IMAGE_ENCODER,)
     options: ClassVar = Options
+    limited: ClassVar = ("ip_image", "ip_adapter_image")
 
     @classmethod
     def asked(cls, given: Mapping[str, Any]) -> ImagePrompt | None:

@@ -3,6 +3,7 @@ merged by hand in fp64."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -344,9 +345,18 @@ def other_family(tmp_path, spec, width):
 
 def test_another_familys_is_refused_with_both_named(tmp_path, spec):
     with pytest.raises(
-        TightfitError, match=r"a is for SDXL, with texts 2048 wide; .* is a model, with texts 32 wide"
+        TightfitError, match=r"a is for SDXL, with texts 2048 wide; .* is SD 1\.x, with texts 32 wide"
     ):
         Lora.read(other_family(tmp_path, spec, 2048)).apply(spec)
+
+
+def test_one_of_a_unet_is_refused_by_a_transformer_with_both_named(tmp_path, spec, made_once):
+    from tightfit.export import random_model
+
+    write = functools.partial(random_model.write, "flux2-klein", tiny=True, precision="fp32")
+    klein = inspect(made_once("models/flux2-klein", write))
+    with pytest.raises(TightfitError, match=r"a is for SD 1\.x, with texts 768 wide; .* is Flux\.2 klein"):
+        Lora.read(other_family(tmp_path, spec, 768)).apply(klein)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +365,7 @@ def test_another_familys_is_refused_with_both_named(tmp_path, spec):
         ({"model.diffusion_model.out.2.weight": torch.ones(2, 2)}, "is no LoRA or the like: a whole model"),
         (
             {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(2, 2)},
-            "is for Flux; .* is a model",
+            r"is for Flux; .* is SD 1\.x",
         ),
         ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "fits nothing of the model, such as lora_unet_x"),
         ({"lora_unet_x.alpha": torch.tensor(float("nan"))}, "values that are not finite"),

@@ -1,0 +1,46 @@
+"""Options by their names: what a model's family does not take is said before what is wrong with a file."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import tightfit
+from tightfit.export import random_model
+from tightfit.runtime.asking import request_of
+from tightfit.runtime.batch.requests import Reading
+from tightfit.runtime.cli import app
+from tightfit.runtime.errors import TightfitError
+
+
+@pytest.fixture(scope="module")
+def klein(made_once):
+    write = functools.partial(random_model.write, "flux2-klein", tiny=True, precision="fp32")
+    return made_once("models/flux2-klein", write)
+
+
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("--control", "control"),
+        ("--control", "control_image"),
+        ("--ip-image", "ip_adapter_image"),
+        ("--ip-adapter", "ip_adapter"),
+        ("--embedding", "embedding"),
+    ],
+)
+def test_the_familys_refusal_comes_first(klein, typed, name, capsys, monkeypatch):
+    said = f"{typed} is not for Flux.2 klein"
+    for command in (["a heart"], ["plan"]):
+        monkeypatch.setattr("sys.argv", ["tightfit", *command, "--model", str(klein), typed, "missing.png"])
+        with pytest.raises(SystemExit):
+            app.main()
+        assert said in capsys.readouterr().err
+    value = "missing.png" if name == "ip_adapter_image" else ["missing.png"]
+    asked = {"prompt": "a heart", name: value}
+    with pytest.raises(TightfitError, match=said):
+        request_of(asked, model=lambda: tightfit.inspect(klein))
+    (row,) = Reading(opened=tightfit.inspect).pictures(iter([(1, {**asked, "model": str(klein)})]))
+    assert said in str(row)
+    with pytest.raises(TightfitError, match="missing"):
+        request_of(asked, model=lambda: tightfit.inspect("emoji"))
