@@ -51,6 +51,10 @@ def parcel(model: str, models_dirs: Sequence[Path] = ()) -> Parcel | None:
     kept = [file for file in every if file.is_file() and inside(file, path) and _is_name(named[file])]
     if len(kept) > _FILES:
         raise TightfitError(f"{path} has {len(kept)} files, and a model {_FILES} at most: name its folder")
+    if not kept and any(file.is_file() and not inside(file, path) for file in every):
+        raise TightfitError(
+            f"{path} is links out of it, which are not sent: put what they lead to there itself"
+        )
     if not kept:
         raise TightfitError(f"{path} has no file that can be sent: rename it, with letters and digits")
     files = {named[file]: file for file in kept}

@@ -137,11 +137,12 @@ def _configured() -> list[str]:
 
 @dataclass
 class Library:
-    """What is in folders of models, and notes on what was left out."""
+    """What is in folders of models, and notes on what was left out; of that `links` may be asked for."""
 
     roots: Sequence[Path]
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    links: list[Entry] = field(default_factory=list)
     _left: int = _MOST_FILES
 
     def walk(self, folder: Path, home: Path, shelf: Kind | None, depth: int = 0) -> None:
@@ -150,7 +151,7 @@ class Library:
             with os.scandir(folder) as places:
                 paths = sorted(Path(place) for place in places if not place.name.startswith("."))
             is_model = _is_model(folder)
-            entered = [] if is_model else [path for path in paths if self._may_enter(path)]
+            entered = [] if is_model else [path for path in paths if self._may_enter(path, home, shelf)]
         except OSError as error:
             self.notes.append(f"{folder} cannot be read ({error.strerror}): allow it, or name another folder")
             return
@@ -171,16 +172,21 @@ class Library:
         elif path.suffix.lower() in _ENDINGS and path.is_file():
             self.entries.append(Entry(path, home, shelf))
 
-    def _may_enter(self, path: Path) -> bool:
+    def _may_enter(self, path: Path, home: Path, shelf: Kind | None) -> bool:
         """Whether it is no link, or a link to a file in one of the folders. Folders there are met anyway."""
         if not path.is_symlink():
             return True
         if any(inside(path, root) for root in self.roots):
             return path.is_file()
         if path.is_dir() or path.suffix.lower() in _ENDINGS:
-            cure = f"--models-dir {path.resolve() if path.is_dir() else path.resolve().parent} adds that"
-            self.notes.append(f"{path} leads out of the folder, and is not followed: {cure}")
+            self.links.append(Entry(path, home, shelf))
+            self.notes.append(_left_out(path))
         return False
+
+
+def _left_out(link: Path) -> str:
+    place = link.resolve() if link.is_dir() else link.resolve().parent
+    return f"{link} leads out of the folder, and is not followed: --models-dir {place} adds that"
 
 
 def scan(roots: Sequence[Path]) -> Library:
@@ -344,6 +350,8 @@ def missing(name: str, kind: Kind, roots: Sequence[Path], library: Library | Non
     library = library or scan(roots)
     places = ", ".join(map(str, roots))
     said = f"no {kind.value} in {places} is called {shortened(name)}"
+    if link := next((link for link in library.links if link.is_called(name)), None):
+        return TightfitError(f"{said}: {_left_out(link.path)}")
     if other := next((entry for entry in library.entries if entry.is_called(name)), None):
         kind_there = other.shelf.value if other.shelf else "other"
         cure = f"{_asked_by(other.shelf)}, or as its path" if other.shelf else "as its path"
@@ -354,6 +362,8 @@ def missing(name: str, kind: Kind, roots: Sequence[Path], library: Library | Non
 def missing_here(name: str, kind: Kind, library: Library) -> TightfitError:
     """The same for a client of a server, who is told no path."""
     said = f"no {kind.value} here is called {shortened(name)}{_meant(name, kind, library)}"
+    if any(link.is_called(name) for link in library.links):
+        return TightfitError(f"{said}: a link that leads out of the folder is, and is not followed")
     if other := next((entry for entry in library.entries if entry.is_called(name)), None):
         return TightfitError(
             f"{said}: one is in a folder for {other.shelf.value if other.shelf else 'other'} files"

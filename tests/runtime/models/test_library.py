@@ -254,6 +254,11 @@ def test_links_that_lead_out_are_not_followed(tmp_path):
     ):
         assert note.startswith(f"{store / name} leads out of the folder")
     assert str(out) in found.notes[1]
+    for name, kind in (("loras", Kind.MODEL), ("x", Kind.LORA)):
+        with pytest.raises(
+            TightfitError, match=f"{store / name}.* leads out .*: --models-dir {out} adds that"
+        ):
+            library.located(name, kind, [store])
     both = scan([store, out])
     assert {entry.path.resolve().name for entry in both.entries} == {
         "m.safetensors",
