@@ -8,7 +8,9 @@ from pathlib import Path
 
 from ..errors import TightfitError, first_line
 
-_AT_ONCE = 4  # a small file waits for answers, not for bandwidth
+# A small file waits for answers, not for bandwidth. What fsspec runs on its own loop takes several calls at
+# once; others, such as ftp, have one connection, on which two threads' commands would mix.
+_AT_ONCE, _ONE = 4, 1
 
 
 class Upload:
@@ -27,8 +29,10 @@ class Upload:
             raise TightfitError(f"--upload {url}: {first_line(error)}") from None
         except Exception as error:  # whatever the protocol's package raises
             raise TightfitError(f"--upload {url} cannot be reached: {first_line(error)}") from None
-        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="tightfit-upload")
+        at_once = _AT_ONCE if self._there.async_impl else _ONE
+        self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="tightfit-upload")
         self._coming: list[Future[None]] = []
+        self._copied: set[str] = set()
 
     def __enter__(self) -> Upload:
         return self
@@ -40,9 +44,9 @@ class Upload:
         """Copy one, while others are painted."""
         self._coming.append(self._pool.submit(self._put, file))
 
-    def finish(self, files: Iterable[str]) -> None:
-        """Wait for those, and copy what of `files` is not there, once more what failed. Raises TightfitError
-        where that fails again; the next time goes on."""
+    def finish(self, files: Iterable[str]) -> str:
+        """Wait for those, and copy what of `files` is not there, once more what failed; a line that says so.
+        Raises TightfitError where that fails again; the next time goes on."""
         wait(self._coming)
         places = [self._folder / file for file in files]
         missing = [file for file in places if self._sizes.get(self._place(file)) != file.stat().st_size]
@@ -51,6 +55,7 @@ class Upload:
         if errors:
             said = f"{len(errors)} pictures are not at {self._url} ({first_line(errors[0])})"
             raise TightfitError(f"{said}: the same command uploads them")
+        return f"{len(places)} pictures are at {self._url}, {len(self._copied)} of them copied now"
 
     def _put(self, file: Path) -> None:
         place = self._place(file)
@@ -58,6 +63,7 @@ class Upload:
         self._there.makedirs(place.rpartition("/")[0], exist_ok=True)
         self._there.pipe_file(place, content := file.read_bytes())
         self._sizes[place] = len(content)
+        self._copied.add(place)
 
     def _place(self, file: Path) -> str:
         return f"{self._root}/{file.relative_to(self._folder).as_posix()}"

@@ -49,7 +49,8 @@ def run_batch(options: Options, defaults: Mapping[str, Any], budget: str | None)
     with Upload(options.output, options.upload) as upload:
 
         def finish(ledger: Ledger) -> None:
-            upload.finish(one["file"] for one in ledger.records() if one["state"] == State.DONE)
+            files = (one["file"] for one in ledger.records() if one["state"] == State.DONE)
+            say(upload.finish(files), err=options.as_json)
 
         return paint(options, reading, table, budget, finish, upload.begin)
 
