@@ -43,7 +43,7 @@ class Way:
 class Kind:
     """Pictures of one plan. rows: those that ask for them, or the first. model_bytes: weights that a node
     reads before its first. pixels: of one picture. ways: by the name of a card. refusals: why it does not fit
-    others, the roomiest first."""
+    others, the roomiest card first, processors last."""
 
     rows: tuple[int, ...]
     pictures: int

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 from ..errors import TightfitError
 from ..files import shortened
+from ..machine.hardware import Hardware
 from ..machine.profiles import profile
 from ..models.spec import ModelSpec
 from ..placement import GRAPHS
@@ -56,7 +57,7 @@ def kinds_of(ledger: Ledger, painters: Mapping[str, Here]) -> tuple[list[Kind], 
     whatever the memory. Beyond the first kinds, others are taken to be as the mean of these."""
     kinds, errors, waiting = [], [], ledger.groups()
     most = max(1, MOST_CHECKED // len(painters))
-    roomiest = sorted(painters.items(), key=lambda pair: (-pair[1].models.hardware.free_bytes, pair[0]))
+    roomiest = sorted(painters.items(), key=lambda pair: (_room(pair[1].models.hardware), pair[0]))
     for id_, pictures in waiting[:most]:
         item = ledger.peek(id_)
         try:
@@ -67,6 +68,11 @@ def kinds_of(ledger: Ledger, painters: Mapping[str, Here]) -> tuple[list[Kind], 
         kinds.append(kind if kind.ways else replace(kind, rows=tuple(ledger.rows(id_, _MOST_ROWS))))
     others = sum(pictures for _, pictures in waiting[most:])
     return ([*kinds, _mean(kinds, others)] if others and kinds else kinds), errors
+
+
+def _room(hardware: Hardware) -> tuple[bool, int]:
+    """To sort by: the roomiest card first, then processors, whose bytes say nothing beside a card's."""
+    return hardware.device == "cpu", -hardware.free_bytes
 
 
 def _kind(item: Item, pictures: int, painters: Sequence[tuple[str, Here]]) -> Kind:

@@ -7,9 +7,9 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
 from typing import Any
 
@@ -18,12 +18,14 @@ from PIL import Image
 from ..errors import TightfitError, first_line
 from ..events import Event
 from ..jobs import Order, State
+from ..machine.hardware import Hardware
 from ..planner.wishes import Wishes
 from ..request import Request, numbers_of
 from ..service import TRIES, OverError, Service, Ticket
 from .ledger import Item, Measures
 from .painting import Encoded, Failed, News, Predicted, Stepped, Took, may_join
 from .spread import Crew, Foreseen, Happened, Joined, Lost, Told
+from .worker import About
 
 _log = logging.getLogger("tightfit.service")
 
@@ -284,7 +286,9 @@ class Spreading(Service):
             self._end(ticket, State.FAILED, error)
             return None
         wishes, group = {**self._wishes, **order.wishes}, next(self._groups)
-        options = {**order.options, "num_images": 1, "preview_every": order.preview_every}
+        asked = order.options or {field.name: getattr(request, field.name) for field in fields(Request)}
+        previews = max(order.preview_every, request.preview_every)
+        options = {**asked, "num_images": 1, "preview_every": previews}
         items = [
             Item(
                 next(self._numbers), 0, group, order.model, wishes, {**options, **numbers_of(job, place)}, ""
@@ -361,6 +365,19 @@ class Spreading(Service):
 
         self._enlarging = threading.Thread(target=enlarge, name="tightfit-upscale", daemon=True)
         self._enlarging.start()
+
+
+def foremost(abouts: Sequence[About], seconds: Callable[[Hardware], float]) -> Hardware:
+    """Of machines the one that paints soonest, by what is predicted of each; of those that are as fast, or
+    where none paints, the roomiest. Bytes alone do not tell: a processor has more than a card."""
+    within = {
+        (about.machine, about.budget_bytes): replace(about.hardware, free_bytes=about.budget_bytes)
+        for about in abouts
+    }
+    machines = [*within.values()]
+    if len(machines) == 1:
+        return machines[0]
+    return min(machines, key=lambda machine: (seconds(machine), -machine.free_bytes))
 
 
 def _placed(task: _Task, place: int, event: Event) -> Event:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import math
 import os
 import socket
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, make_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +21,7 @@ from ..errors import TightfitError
 from ..fields import option
 from ..files import state_folder
 from ..planner.wishes import Wishes
+from ..request import Request
 from ..units import parse_bytes
 from .options import MODEL, Device, ModelsDirs, taking
 from .output import say
@@ -182,7 +185,7 @@ def _spreading(options: Options, shelves: Shelves, given: Mapping[str, Any], end
     """Whose jobs are painted by the nodes of a Ray cluster."""
     from ..batch.nodes import RayCrew
     from ..batch.painting import Encoding
-    from ..batch.serving import Spreading
+    from ..batch.serving import Spreading, foremost
     from ..batch.worker import Setup
 
     budget = given.get("budget")
@@ -199,11 +202,18 @@ def _spreading(options: Options, shelves: Shelves, given: Mapping[str, Any], end
     crew = ends.enter_context(RayCrew(options.ray or "auto", setup, (), lambda text: say(text, err=True)))
     abouts = [*crew.ready().values()]
     service = Spreading(crew, **given)
-    roomiest = max(abouts, key=lambda about: about.budget_bytes)
+    machine = foremost(abouts, partial(_seconds, service, _named(options.model)))
     # What the page plans for, and models are listed by.
-    name = f"{roomiest.machine} (the roomiest of {len(abouts)} nodes)"
-    service.hardware = replace(roomiest.hardware, name=name, free_bytes=roomiest.budget_bytes)
+    service.hardware = replace(machine, name=f"{machine.name} (the fastest of {len(abouts)} nodes)")
     return service
+
+
+def _seconds(service: Service, model: str, machine: Hardware) -> float:
+    """Of a picture of the model's own size there; endless where it does not fit."""
+    try:
+        return service.models.planning(model, service.wishes, machine).plan(Request("")).predicted.seconds
+    except TightfitError:
+        return math.inf
 
 
 def _check_room(hardware: Hardware, wishes: Wishes) -> None:

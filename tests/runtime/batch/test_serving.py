@@ -5,19 +5,23 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from typing import Any
 
 import pytest
 from PIL import Image, PngImagePlugin
+from tightfit.runtime.asking import request_of
 from tightfit.runtime.batch.ledger import Item, Measures
 from tightfit.runtime.batch.painting import Encoded, Failed, Predicted, Stepped, Took
-from tightfit.runtime.batch.serving import Spreading
+from tightfit.runtime.batch.serving import Spreading, foremost
 from tightfit.runtime.batch.spread import Foreseen, Joined, Lost, Told
+from tightfit.runtime.batch.worker import About, versions
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.events import Event
 from tightfit.runtime.jobs import State
+from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.request import Request
 from tightfit.runtime.service import TRIES
 
 SMALL = {"prompt": "a heart", "width": 64, "height": 64, "num_inference_steps": 2, "seed": 5}
@@ -121,6 +125,32 @@ def test_a_job_goes_to_the_soonest_that_it_fits(served, tmp_path):
     with pytest.raises(queue.Empty):  # "fast" is idle, and too small
         crew.given.get(timeout=0.1)
     assert waits.state is State.WAITING
+
+
+def test_a_request_of_python_is_painted_as_it_was_asked(served):
+    service, crew = served(a=(1.0, 64))
+    asked = Request("a heart", "blue", width=64, height=64, num_inference_steps=2, seed=5, num_images=2)
+    ticket = service.submit("emoji", asked)
+    node, items = crew.taken()
+    assert [request_of(item.options) for item in items] == [
+        replace(asked, num_images=1, seed=s) for s in (5, 6)
+    ]
+    crew.done(node, items)
+    assert ticket.wait(20) is State.DONE
+
+
+def test_the_foremost_machine_is_the_soonest_then_the_roomiest():
+    def about(device, seconds, gigabytes):
+        hardware = Hardware(device, f"{device} {seconds}", 2**40, 2**40, ("fp32",))
+        return About(versions(), hardware.name, gigabytes * 2**30, (), hardware)
+
+    def seconds(machine):
+        return float(machine.name.split()[1])
+
+    processor, card, roomier = about("cpu", 30.0, 64), about("cuda", 2.0, 8), about("cuda", 2.00, 24)
+    assert foremost([processor], seconds).free_bytes == 64 * 2**30
+    assert foremost([processor, card], seconds).device == "cuda"
+    assert foremost([processor, card, roomier], seconds).free_bytes == 24 * 2**30
 
 
 def test_what_fits_no_machine_fails_and_says_why(served):
