@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ..errors import TightfitError
+
 _PICKLE = "a pickle can run any code when it is opened, so models are not read from one"
 _PLAIN = re.compile(r"[\w./\\:~ +@-]{1,200}")  # safe between quotes in a shell
 
@@ -20,6 +22,11 @@ def of_pickles(repository: str) -> str:
 def of_pickle(file: Path) -> str:
     """Cure for a checkpoint, an embedding or one network's weights."""
     return f'{_PICKLE}; write it as safetensors once, which runs none: tightfit convert "{_shown(file)}"'
+
+
+def of_mixed(found: str) -> TightfitError:
+    """The error for parts of a model that do not belong together, by what was found."""
+    return TightfitError(f"{found}: files of different models were mixed; copy or download it again")
 
 
 def is_adapter(tensors: frozenset[str]) -> bool:

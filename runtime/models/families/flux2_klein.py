@@ -19,6 +19,7 @@ from ..checks import (
     or_none,
     whole,
 )
+from ..cures import of_mixed
 from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
 from .flow import even, shifted
 from .networks import DECODER, ENCODER
@@ -292,10 +293,9 @@ class Flux2Klein(Family):
             None,
             channels,
         ):
-            raise TightfitError(
+            raise of_mixed(
                 f"{folder} has texts {spec.text_width} wide and latents of {channels} channels, "
-                f"and a transformer for {reads} and {config['in_channels']}: "
-                "files of different models were mixed; copy or download it again"
+                f"and a transformer for {reads} and {config['in_channels']}"
             )
 
     def default_guidance(self, spec: ModelSpec) -> float:

@@ -31,6 +31,7 @@ from ..checks import (
     or_none,
     whole,
 )
+from ..cures import of_mixed
 from .family import FEATURE, KEPT, RESIDUAL, SHALLOW, Extent, GraphNames, Network, Role, Shape, Tracing
 from .image_prompt import SCALE, TOKENS, with_images
 from .step_cache import kept_shape, predict
@@ -179,10 +180,8 @@ def check_config(component: Component) -> None:
     most_layers = min(tensors if component.tensors else MOST_ALL, MOST_ALL) // LEAST_TENSORS
     for field, count in network.layers(config).items():
         if count > most_layers:
-            raise TightfitError(
-                f"{file} has {field} {brief(config.get(field))}, "
-                f"more layers than {tensors} tensors can be of: "
-                "files of different models were mixed; copy or download it again"
+            raise of_mixed(
+                f"{file} has {field} {brief(config.get(field))}, more layers than {tensors} tensors can be of"
             )
     for field in ("latents_mean", "latents_std"):
         if (given := config.get(field)) and len(given) != config["latent_channels"]:

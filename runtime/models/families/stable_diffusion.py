@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ...errors import TightfitError
+from ..cures import of_mixed
 from .family import Family
 from .networks import DECODER, ENCODER, TEXT_ENCODER, UNET
 
@@ -116,9 +117,8 @@ def check_parts(spec: ModelSpec) -> None:
         (width for width in ([reads] if isinstance(reads, int) else reads) if width != spec.text_width), None
     )
     if other is not None and not unet.get("encoder_hid_dim"):
-        raise TightfitError(
-            f"{folder} has texts {spec.text_width} wide from its text encoders, {other} wide in its U-Net: "
-            "files of different models were mixed; copy or download it again"
+        raise of_mixed(
+            f"{folder} has texts {spec.text_width} wide from its text encoders, {other} wide in its U-Net"
         )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_positive, is_truth, many, or_none, whole
+from ..cures import of_mixed
 from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
 from .flow import even, shifted
 from .networks import DECODER, ENCODER
@@ -254,10 +255,9 @@ class ZImage(Family):
         reads, layers = config["cap_feat_dim"], spec.text_encoders[0].config["num_hidden_layers"]
         wanted, there = (reads, config["in_channels"]), (spec.text_width, spec.latents.channels)
         if wanted != there or layers != _LAYERS:
-            raise TightfitError(
+            raise of_mixed(
                 f"{folder} has texts {there[0]} wide of {layers} layers and latents of {there[1]} channels, "
-                f"and a transformer for {wanted[0]} of {_LAYERS} and {wanted[1]}: "
-                "files of different models were mixed; copy or download it again"
+                f"and a transformer for {wanted[0]} of {_LAYERS} and {wanted[1]}"
             )
 
     def default_guidance(self, spec: ModelSpec) -> float:
