@@ -29,6 +29,7 @@ from .options import (
     ASKING_IN_ORDER,
     HARDWARE,
     MODEL,
+    NO_TEXT_CACHE,
     SECOND_PASS,
     Adapting,
     Asking,
@@ -50,6 +51,7 @@ class Options:
     """Options of `plan` besides those of Request and Wishes."""
 
     prompt: Annotated[str | None, typer.Option(help="Of that text.", metavar="TEXT")] = None
+    no_text_cache: Annotated[bool, NO_TEXT_CACHE] = False
     model: Annotated[str, MODEL] = "emoji"
     models_dirs: ModelsDirs = None
     hardware: Annotated[str | None, HARDWARE] = None
@@ -60,10 +62,10 @@ class Options:
 
 
 _ORDER = f"""
-model models_dirs prompt {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
+model models_dirs prompt negative_prompt {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
 width height num_inference_steps step_cache guidance_scale {SECOND_PASS} hardware
 device budget precision compute backend provider residency attention tiling prefer min_psnr
-every save as_json
+no_text_cache every save as_json
 """
 
 
@@ -89,7 +91,8 @@ def show_plan(
     check_taken(lambda: spec, {**adapting, **asking})
     adapters, asked = written(adapting, models_dirs), with_paths(asked, models_dirs)
     conditions = conditions_of({**asking, "models_dirs": models_dirs})
-    TEXTS.keep(options.prompt is not None)  # what is said of no text is of none that is known
+    # What is said of no text is of none that is known.
+    TEXTS.keep(options.prompt is not None and not options.no_text_cache)
     texts = {"prompt": "a", **asked}
     wish = Request(**texts, scheduler=sampler, adapters=adapters, conditions=conditions)
     planned = _planned(machine, wish.resolve(spec), wanted)
@@ -132,7 +135,16 @@ def _of_model(job: Job, plan: Plan) -> list[str]:
     beside = [
         f"with the {part.name} in {part.folder}, {shown(part.stored_bytes)} of weights" for part in added
     ]
-    return [*beside, *encodings(job.spec, plan.placements), *job.spec.notes]
+    return [*beside, *_of_texts(job, plan), *encodings(job.spec, plan.placements), *job.spec.notes]
+
+
+def _of_texts(job: Job, plan: Plan) -> list[str]:
+    """Why there is no text encoder in the plan."""
+    if not plan.texts_known:
+        return []
+    count = len(job.prompting.texts)
+    said = {1: "the text is", 2: "both texts are"}.get(count, f"all {count} texts are")
+    return [f"{said} in the text cache: no text encoder is needed"]
 
 
 def _of_adapters(job: Job) -> list[str]:
@@ -242,7 +254,7 @@ def _cells(p: Plan) -> list[str]:
     """What the columns of the table say of a plan, but for the reason."""
     unet, vae = p.denoiser, p.decoder
     precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
-    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere + p.knowing
+    precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
     precision += ", packed" if unet.packed else ""
     precision += f", 1 of {p.step_cache}" if p.step_cache > 1 else ""  # what of, its reason says
     stages = [_cell(count) for count in p.predicted.stages.values()]

@@ -321,7 +321,7 @@ def _once_known(large: Sequence[Plan], hardware: Hardware, job: Job) -> str:
         budget_bytes = plan.predicted.peak_bytes + plan.predicted.context_bytes
         if painting + plan.predicted.context_bytes <= plan.budget_bytes < budget_bytes <= hardware.free_bytes:
             once = f"{_option(hardware)} {-(-budget_bytes // 2**20)}MiB --precision {plan.precision}"
-            return f"; after a picture with {once} its texts are known, and fit"
+            return f"; after a picture with {once} its texts are in the text cache, and it fits"
     return ""
 
 

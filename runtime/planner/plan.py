@@ -55,11 +55,12 @@ class Predicted:
 class Plan:
     """One way to run a request for one model on one machine.
 
-    `cfg` is batched or sequential, which decides nothing where no step is `guided`. `budget_bytes` is what it had to fit in, context included. `verdict` says
-    whether it can be taken, `reason` says why in words. `chosen` marks the best of those it was planned with.
-    `images_per_call` is how many pictures of a request go through the U-Net at once, `images_per_decode` how
-    many through the VAE. Of `step_cache` steps one is taken in full; 1: all are. `texts_known`: what the text
-    encoders answer is kept from before, so that none is loaded; they are placed as they ran then.
+    `cfg` is batched or sequential, which decides nothing where steps are not `guided`. `budget_bytes` is what
+    it had to fit in, context included. `verdict` says whether it can be taken, `reason` says why in words.
+    `chosen` marks the best of those it was planned with. `images_per_call` is how many pictures of a request
+    go through the U-Net at once, `images_per_decode` how many through the VAE. Of `step_cache` steps one is
+    taken in full; 1: all are. `texts_known`: what the text encoders answer is kept from before, so that none
+    is loaded; they are placed as they ran then.
     """
 
     model: str
@@ -129,8 +130,8 @@ class Plan:
 
     @property
     def knowing(self) -> str:
-        """', texts known', where no text encoder is loaded."""
-        return ", texts known" if self.texts_known else ""
+        """', texts from the cache', where no text encoder is loaded."""
+        return ", texts from the cache" if self.texts_known else ""
 
     @property
     def residency(self) -> str:

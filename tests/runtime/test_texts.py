@@ -95,7 +95,7 @@ def test_a_repeated_text_needs_no_encoder(folder, loaded, tiny_models, monkeypat
     assert again.images[0].tobytes() == first.images[0].tobytes() == without.images[0].tobytes()
     assert again.images[0].info == first.images[0].info
     assert "encode" in first.stages and "encode" not in again.stages
-    assert again.plan.summary() == f"{first.plan.summary()}, texts known"
+    assert again.plan.summary() == f"{first.plan.summary()}, texts from the cache"
     assert again.plan.predicted.seconds < first.plan.predicted.seconds
     for stage, measured in again.stages.items():
         if stage != "prepare":
@@ -172,7 +172,9 @@ def test_a_budget_that_only_a_known_text_fits(folder, wordy):
         assert plan.stages["encode"] == plan.peak_bytes
         budget = plan.context_bytes + max(plan.stages["denoise"], plan.stages["decode"])
         with Pipeline(spec, hardware, Wishes(**STAGED, budget=budget)) as tight:
-            with pytest.raises(TightfitError, match=r"; after .* its texts are known, and fit"):
+            with pytest.raises(
+                TightfitError, match=r"; after .* its texts are in the text cache, and it fits"
+            ):
                 tight.plans(HEART)
             first = roomy.generate(HEART)
             roomy.close()

@@ -421,7 +421,7 @@ def test_help_fits_a_screen(call):
     for arguments in (["--help"], ["generate", "--help"], ["plan", "--help"]):
         code, out, _ = call(*arguments)
         assert code == 0
-        assert out.count("\n") <= 76 + 32 * (arguments[0] == "generate")  # which has panels
+        assert out.count("\n") <= 78 + 32 * (arguments[0] == "generate")  # which has panels
     assert "0.1.0" in call("--version")[1]
 
 
@@ -435,8 +435,11 @@ def test_a_plan_of_a_text_says_whether_it_is_known(call, sd1, monkeypatch):
         assert code == 0
         return json.loads(out)["plans"][0]["texts_known"]
 
-    assert planned("--prompt", "a red heart")
-    assert not planned("--prompt", "a blue heart")
+    known = "--prompt", "a red heart"
+    assert planned(*known)
+    assert "• both texts are in the text cache: no text encoder is needed\n" in call("plan", *ways, *known)[1]
+    assert not planned(*known, "--negative-prompt", "blue")
+    assert not planned(*known, "--no-text-cache")
     assert not planned()
     painted = json.loads(call("a red heart", *ways, "--no-text-cache", "--json")[1])
     assert not painted["plan"]["texts_known"]
