@@ -17,6 +17,7 @@ from ..conditions import asked as conditions_of
 from ..errors import printable
 from ..fields import described
 from ..machine.hardware import Hardware
+from ..models.cures import exporting
 from ..models.schedulers import KINDS
 from ..passes import mixed, passes, wishes_after
 from ..planner.plan import Plan, Verdict
@@ -189,8 +190,8 @@ def print_plans(plans: list[Plan], machine: Hardware, request: Job, every: bool)
         notes.append(f"{hidden} more candidates {beaten}: --all lists them")
     if same := len(kept) - len(rows):
         notes.append(f"{same} more are the same in all that is shown here: --json lists them")
-    of_memory, *others = _notes(first, machine)
-    for note in (of_memory, *notes, *others):
+    of_memory, of_seconds, *others = _notes(first, machine)
+    for note in (of_memory, of_seconds, *notes, *others):
         say(f"• {note}")
 
 
@@ -280,12 +281,26 @@ def _short_reasons(plans: list[Plan]) -> tuple[dict[str, str], list[str]]:
 
 
 def _notes(plan: Plan, machine: Hardware) -> list[str]:
-    """What a plan has to fit in, and what is known of the machine."""
+    """What a plan has to fit in, what its seconds are of, and what is known of the machine."""
     room = f"{shown(plan.budget_bytes)} to fit in"
     if context := plan.predicted.context_bytes:
         holder = "the process itself" if plan.device == "cpu" else "the device's context"
         room += f", {shown(context)} of it for {holder}"
-    return [room, *machine.notes]
+    return [room, _of_seconds(plan), *machine.notes]
+
+
+def _of_seconds(plan: Plan) -> str:
+    predicted, precision = plan.predicted, plan.precision
+    parts = {
+        "to read the weights": predicted.reading_seconds,
+        f"to quantise them to {precision}": predicted.quantising_seconds,
+        "to paint": predicted.painting_seconds,
+    }
+    said = ", ".join(f"{seconds:.1f} {what}" for what, seconds in parts.items() if seconds >= 0.05)
+    said = f"{predicted.seconds:.1f} s: {said}"
+    if predicted.quantising_seconds <= predicted.seconds / 2:
+        return said
+    return f"{said}; {exporting(plan.model, precision.partition('-')[0])} quantises them once"
 
 
 def _sized(request: Request) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What to do with a model in a format that is not read: a command that turns it into one that is."""
+"""What to do with a model that is not read, or does not fit: a command that turns it into one that is, or
+does."""
 
 from __future__ import annotations
 
@@ -22,6 +23,11 @@ def of_pickles(repository: str) -> str:
 def of_pickle(file: Path) -> str:
     """Cure for a checkpoint, an embedding or one network's weights."""
     return f'{_PICKLE}; write it as safetensors once, which runs none: tightfit convert "{_shown(file)}"'
+
+
+def exporting(model: str | Path, precision: str) -> str:
+    """Command that writes a model in 8 or 4 bits: it is read faster, streams, and is not quantised again."""
+    return f'tightfit export "{_shown(model)}" --precision {precision} -o DIR'
 
 
 def of_mixed(found: str) -> TightfitError:

@@ -286,13 +286,17 @@ class Estimate:
         for name in self._called(placements):
             stage = self._role(name).stage
             stages[stage] = max(stages[stage], self._peak(name, cfg, placements))
+        painting = self._calling_seconds(cfg, placements)
+        reading, quantising = self._preparing_seconds(placements, footprints)
         return Predicted(
             peak_bytes=max(stages.values()),
             stages=stages,
             context_bytes=self.hardware.context_bytes,
             host_bytes=_host_bytes(needed, footprints),
-            seconds=self._seconds(cfg, placements, footprints),
+            seconds=painting + reading + quantising,
             psnr=self._quality(placements),
+            reading_seconds=reading,
+            quantising_seconds=quantising,
         )
 
     def _quality(self, placements: Mapping[str, Placement]) -> float:
@@ -348,10 +352,9 @@ class Estimate:
         calls = self.job.branches * self.images_per_call // extent.batch
         return [kept_bytes] * (calls - (name == denoiser))
 
-    def _seconds(
-        self, cfg: str, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
-    ) -> float:
-        total = 0.0
+    def _calling_seconds(self, cfg: str, placements: Mapping[str, Placement]) -> float:
+        """With all that is needed loaded."""
+        total = self._beside_seconds()
         for name in self._called(placements):
             placement, modes = placements[name], self._calls(name, cfg)
             for cache in CACHES if self._caches(name) else CACHES[:1]:
@@ -363,11 +366,24 @@ class Estimate:
                             self.hardware, p, self._footprint(n, p, m, c)
                         ),
                     )
-            if (name, placement) not in self.wishes.loaded:
-                total += self._loading_seconds(self.spec.components[name], placement, footprints[name])
             if placement.backend in GRAPHS and all(modes.values()):
                 total += (len(modes) - 1) * self._changing_seconds(self.spec.components[name], placement)
-        return total + self._beside_seconds()
+        return total
+
+    def _preparing_seconds(
+        self, placements: Mapping[str, Placement], footprints: Mapping[str, Footprint]
+    ) -> tuple[float, float]:
+        """To load what is not loaded yet, and to quantise it."""
+        new = [
+            name for name in self._called(placements) if (name, placements[name]) not in self.wishes.loaded
+        ]
+        parts = [(self.spec.components[name], placements[name], footprints[name]) for name in new]
+        loading = sum(self._loading_seconds(*part) for part in parts)
+        quantising = sum(
+            self._for_one(placement, self._quantising_seconds(component, placement))
+            for component, placement, _ in parts
+        )
+        return loading - quantising, quantising
 
     def _beside_seconds(self) -> float:
         """Of all pictures, what is not in a network."""
@@ -440,7 +456,24 @@ class Estimate:
             return loading + once / self.wishes.requests
         loading = self._reading_seconds(component, placement) + footprint.patching_seconds
         loading += filling_seconds(self.hardware, placement, footprint)
-        return loading / (self.wishes.requests if placement.residency == "resident" else 1)
+        return self._for_one(placement, loading)
+
+    def _for_one(self, placement: Placement, seconds: float) -> float:
+        """Of one request's, what loading takes."""
+        return seconds / (self.wishes.requests if placement.residency == "resident" else 1)
+
+    @staticmethod
+    def _quantising_seconds(component: Component, placement: Placement) -> float:
+        """As it is loaded. What streams is not."""
+        if (
+            placement.precision not in QUANTISED
+            or component.formats is not None
+            or placement.backend in GRAPHS
+            or placement.residency == "streamed"
+        ):
+            return 0.0
+        kept, _ = _kept_values(component, placement.precision)
+        return (_count(component) - kept) * QUANTISE_SECONDS[placement.precision]
 
     def _reading_seconds(self, component: Component, placement: Placement) -> float:
         if placement.backend in GRAPHS:
@@ -450,10 +483,8 @@ class Estimate:
             return graph.stored_bytes / self.hardware.read + preparing
         compute, converted = placement.compute, _converted(component, placement.compute)
         loading = reading_seconds(self.hardware, _read_bytes(component), converted, compute)
-        count = component.once("count", lambda: sum(t.count for t in component.tensors.values()))
-        if placement.precision in QUANTISED and component.formats is None:
-            kept, _ = _kept_values(component, placement.precision)
-            loading += (count - kept) * QUANTISE_SECONDS[placement.precision]
+        loading += self._quantising_seconds(component, placement)
+        count = _count(component)
         if placement.precision == DYNAMIC and self.hardware.device == "cpu":
             loading += count * PACK_SECONDS
         if placement.precision == compute and (placement.packed or compute == "bf16"):
@@ -514,6 +545,10 @@ class Estimate:
 def _read_bytes(component: Component) -> int:
     tensors = *component.tensors.values(), *component.words.values()
     return component.once("read", lambda: read_bytes(tensors))
+
+
+def _count(component: Component) -> int:
+    return component.once("count", lambda: sum(tensor.count for tensor in component.tensors.values()))
 
 
 def _converted(component: Component, compute: str) -> int:

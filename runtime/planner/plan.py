@@ -40,8 +40,9 @@ class Verdict(Enum):
 class Predicted:
     """What a plan will take: bytes that torch's allocator reserves on a GPU, or bytes of tensors alive on a
     CPU, at most in each of STAGES and in all; `context_bytes` of the same memory before any tensor (the CUDA
-    context, or the process); `host_bytes` that wait in the host's memory; seconds of one request; decibels of
-    PSNR against fp32 (99 is the same)."""
+    context, or the process); `host_bytes` that wait in the host's memory; seconds of one request, of which
+    `reading_seconds` load the weights but for `quantising_seconds`; decibels of PSNR against fp32 (99 is the
+    same)."""
 
     peak_bytes: int
     stages: Mapping[str, int]
@@ -49,6 +50,12 @@ class Predicted:
     host_bytes: int
     seconds: float
     psnr: float
+    reading_seconds: float = 0.0
+    quantising_seconds: float = 0.0
+
+    @property
+    def painting_seconds(self) -> float:
+        return self.seconds - self.reading_seconds - self.quantising_seconds
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,8 @@ class _Case:
         loading = read_bytes(self.component.tensors.values()) / hardware.read
         seconds = sum(call_seconds(hardware, placement, footprint) for footprint in footprints) + loading
         stages, psnr = {STAGE: peak_bytes}, PSNR[placement.compute]
-        return Predicted(peak_bytes, stages, hardware.context_bytes, footprints[0].host, seconds, psnr)
+        context_bytes, host_bytes = hardware.context_bytes, footprints[0].host
+        return Predicted(peak_bytes, stages, context_bytes, host_bytes, seconds, psnr, loading)
 
     def _verdict(self, predicted: Predicted, budget_bytes: int) -> tuple[Verdict, str]:
         floor, over = self.wishes.min_psnr, predicted.peak_bytes + predicted.context_bytes - budget_bytes
