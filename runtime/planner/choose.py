@@ -15,14 +15,16 @@ from ..budget import BUILDING
 from ..errors import TightfitError
 from ..machine.hardware import Hardware
 from ..machine.process import PROCESS, address_space, process_context
+from ..models.cures import exporting
 from ..models.families.family import Role
 from ..models.spec import ModelSpec
-from ..placement import DYNAMIC, GRAPHS, Placement
+from ..placement import DYNAMIC, GRAPHS, STORED, Placement
 from ..request import Job, Request
 from ..texts import TEXTS
 from ..units import shown
 from .candidates import ways
 from .estimate import ESTIMATOR, PSNR, Estimate, caching_psnr, holder
+from .exported import exported, may_export
 from .plan import MOST_PER_CALL, Plan, Verdict
 from .saved import checked as checked  # a plan from a file is a choice as well
 from .saved import continued as continued
@@ -296,12 +298,16 @@ def none_fits(plans: Sequence[Plan], hardware: Hardware, job: Job, wishes: Wishe
     runs nowhere."""
     spec, asked = job.spec, f"{job.width}x{job.height}"
     large = [plan for plan in plans if plan.verdict is Verdict.TOO_LARGE]
+    least = min(large or plans, key=lambda plan: plan.predicted.peak_bytes)
+    fewer_bits = _once_exported(hardware, job, wishes, least)
     if not large:  # no memory would help
-        return NoneFitsError(f"nothing runs {spec.name} at {asked} as asked: {plans[0].cause}", plans)
-    least = min(large, key=lambda plan: plan.predicted.peak_bytes)
+        return NoneFitsError(
+            f"nothing runs {spec.name} at {asked} as asked: {plans[0].cause}{fewer_bits}", plans
+        )
     budget_bytes, context_bytes = least.budget_bytes, least.predicted.context_bytes
     if least.predicted.peak_bytes + context_bytes <= budget_bytes:  # it is not the memory of the device
-        return NoneFitsError(f"nothing runs {spec.name} at {asked} as asked: it {least.reason}", plans)
+        said = f"nothing runs {spec.name} at {asked} as asked: it {least.reason}"
+        return NoneFitsError(said + fewer_bits, plans)
     context_bytes = _context_from_now_on(hardware, context_bytes)
     cure = _more_memory(hardware, asked, least.predicted.peak_bytes + context_bytes)
     if least.predicted.context_bytes >= budget_bytes:
@@ -309,7 +315,25 @@ def none_fits(plans: Sequence[Plan], hardware: Hardware, job: Job, wishes: Wishe
     elif smaller := _largest_of_this_shape(hardware, job, wishes, plans):
         cure = f"the largest of this shape that fits is {smaller}, or {cure}"
     said = f"{spec.name} does not fit {shown(budget_bytes)}: {cure} (with {least.summary()})"
-    return NoneFitsError(said + _once_known(large, hardware, job), plans)
+    return NoneFitsError(said + fewer_bits + _once_known(large, hardware, job), plans)
+
+
+def _once_exported(hardware: Hardware, job: Job, wishes: Wishes, least: Plan) -> str:
+    """What to add where the model would fit if it streamed in fewer bits, else as `least` does: weights that
+    are quantised as they are loaded do not stream."""
+    ways = {"residency": "streamed", "attention": least.denoiser.attention, "cfg": least.cfg}
+    asked = {
+        name: value for name in (*ways, "backend", "provider") if (value := getattr(wishes, name)) != "auto"
+    }
+    is_whole = job.spec is job.model and job.whole is job
+    if not may_export(job.spec) or not is_whole or asked.items() - {"backend": "torch", **ways}.items():
+        return ""
+    ways |= {"tiling": least.decoder.tiling, "precision": "auto"}
+    for precision in STORED if wishes.precision == "auto" else {*STORED} & {wishes.precision}:
+        small = job.request.resolve(exported(job.spec, precision))
+        if plan(hardware, small.model, small, replace(wishes, **ways))[0].fits:
+            return f"; in {precision} it fits, once it is written so: {exporting(job.spec.name, precision)}"
+    return ""
 
 
 def _once_known(large: Sequence[Plan], hardware: Hardware, job: Job) -> str:

@@ -1,0 +1,73 @@
+"""An export that is planned before it is made."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import replace
+
+import pytest
+import tightfit
+from tightfit.export import random_model
+from tightfit.runtime.cli.plan import _of_seconds
+from tightfit.runtime.machine.profiles import profile
+from tightfit.runtime.planner.choose import none_fits, plan
+from tightfit.runtime.planner.exported import exported, may_export
+from tightfit.runtime.planner.wishes import Wishes
+
+
+@pytest.fixture(scope="module")
+def klein(made_once):
+    write = functools.partial(random_model.write, "flux2-klein", tiny=True, precision="fp32")
+    return tightfit.inspect(made_once("models/flux2-klein", write))
+
+
+@pytest.fixture(scope="module")
+def int4(klein, made_once):
+    write = functools.partial(tightfit.export_model, klein.name, precision="int4")
+    return tightfit.inspect(made_once("models/flux2-klein-int4", write))
+
+
+def test_it_has_the_tensors_that_an_export_has(klein, int4):
+    def stored(spec):
+        return {
+            (name, key): (tensor.dtype, tensor.shape, tensor.stored_bytes)
+            for name, component in spec.components.items()
+            for key, tensor in component.tensors.items()
+        }
+
+    made = exported(klein, "int4")
+    assert stored(made) == stored(int4)
+    assert made is exported(klein, "int4")
+    assert all(made.components[name].formats == part.formats for name, part in int4.components.items())
+    assert may_export(klein) and not may_export(int4)
+
+
+def test_an_export_is_named_where_it_fits_and_the_model_does_not(klein, int4):
+    wishes = Wishes(residency="streamed", attention="sdpa", tiling="tiled")
+    job = tightfit.Request("a heart", width=64, height=64).resolve(klein)
+    card = profile("rtx-3060-12gb")
+    small = plan(card, int4, job.request, wishes)[0].predicted
+    card = replace(card, host_bytes=small.host_bytes)
+    wishes = replace(wishes, budget=small.peak_bytes + card.context_bytes)
+    plans = plan(card, klein, job, wishes)
+    assert not plans[0].fits
+    said = str(none_fits(plans, card, job, wishes))
+    assert said.endswith(
+        f'; in int4 it fits, once it is written so: tightfit export "{klein.name}" --precision int4 -o DIR'
+    )
+    assert plan(card, int4, job.request, wishes)[0].fits
+    less = replace(card, host_bytes=small.host_bytes // 2)
+    assert "tightfit export" not in str(none_fits(plan(less, klein, job, wishes), less, job, wishes))
+
+
+def test_seconds_are_split_and_the_export_is_named_where_quantising_is_most(klein, int4):
+    job = tightfit.Request("a heart", width=64, height=64).resolve(klein)
+    wishes = Wishes(precision="int4", residency="staged", attention="sdpa", tiling="whole")
+    card = profile("rtx-3060-12gb")
+    anew, once = (plan(card, spec, job.request, wishes)[0] for spec in (klein, int4))
+    assert anew.predicted.quantising_seconds > 0 == once.predicted.quantising_seconds
+    assert anew.predicted.painting_seconds == pytest.approx(once.predicted.painting_seconds)
+    assert anew.predicted.reading_seconds > once.predicted.reading_seconds > 0
+    slow = replace(anew, predicted=replace(anew.predicted, seconds=9.0, quantising_seconds=5.0))
+    assert f'tightfit export "{klein.name}" --precision int4' in _of_seconds(slow)
+    assert "export" not in _of_seconds(once)
