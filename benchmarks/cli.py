@@ -16,7 +16,7 @@ import typer
 
 from ..runtime import interrupts
 from ..runtime.cli.options import MODEL, taking
-from ..runtime.cli.output import progress_bar, say, say_json, show_table, write
+from ..runtime.cli.output import TEXT, progress_bar, say, say_json, show_table, write
 from ..runtime.errors import TightfitError, explained, printable
 from ..runtime.machine.hardware import Hardware
 from ..runtime.planner.plan import Plan
@@ -229,10 +229,10 @@ def _runs(row: Mapping[str, Any]) -> int:
 
 def _side_by_side(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]]) -> None:
     from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from rich.table import Column, Table
 
     table = Table(
-        "plan",
+        Column("plan", max_width=TEXT),
         *("\n".join(map(printable, head.split("\n"))) for head in heads),
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -241,7 +241,7 @@ def _side_by_side(heads: Sequence[str], lines: Sequence[tuple[str, list[str]]]) 
         table.add_row(*map(printable, (text, *row)))
     texts = [((f"{text}: {' | '.join(row)}",), None) for text, row in lines]
     columns = " | ".join(head.replace("\n", " ") for head in heads)
-    show_table(None, table, [((columns,), None), *texts], 100 + 30 * len(heads))
+    show_table(None, table, [((columns,), None), *texts])
 
 
 def _detected(device: str) -> Hardware:
@@ -416,13 +416,13 @@ def _print(rows: Sequence[dict[str, Any]], machine: Hardware, chosen: set[str]) 
         ]
         title = f"{report.title(group)} on {machine.name}"
         table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.add_column("plan")
+        table.add_column("plan", max_width=TEXT)
         for i in kept:
             table.add_column(columns[i], justify="right", no_wrap=True)
         for row, cells in lines:
             name = f"{row['summary']}: {row['outcome']}" if not cells else row["summary"]
             table.add_row(printable(name), *(cells[i] for i in kept if cells), style=None if cells else "dim")
-        show_table(title, table, [((_line(row),), None) for row, _ in lines], 100)
+        show_table(title, table, [((_line(row),), None) for row, _ in lines])
         for line in report.advice(group):
             say(line)
         ran = [row for row in group if row["outcome"] == "ok"]

@@ -30,14 +30,12 @@ from ..planner.wishes import Wishes
 from ..units import shown
 from .naming import Template, values
 from .options import machine_of
-from .output import progress_bar, say, say_json, show_table
+from .output import TEXT, progress_bar, say, say_json, show_table
 from .saving import ENDINGS
 
 if TYPE_CHECKING:
     from ..batch.nodes import RayCrew
     from .batch import Options
-
-_WIDE = 110
 
 
 def run_batch(options: Options, defaults: Mapping[str, Any], budget: str | None) -> None:
@@ -247,7 +245,7 @@ def show_foreseen(said: Mapping[str, Any], as_json: bool, where: str) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("pictures", "model", "first row", "seconds", "peak"):
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
-    table.add_column("plan")
+    table.add_column("plan", max_width=TEXT)
     lines: list[tuple[Sequence[str], str | None]] = []
     for kind in said["kinds"][:50]:
         peak = shown(kind["peak_bytes"])
@@ -261,7 +259,7 @@ def show_foreseen(said: Mapping[str, Any], as_json: bool, where: str) -> None:
         ]
         table.add_row(*map(printable, cells))
         lines.append(((f"{cells[0]} of {cells[1]}, {cells[3]} s, {cells[4]}", cells[5]), None))
-    show_table(f"{said['pictures']} pictures on {where}", table, lines, _WIDE)
+    show_table(f"{said['pictures']} pictures on {where}", table, lines)
     if (more := len(said["kinds"]) - 50) > 0:
         say(f"… and {more} more kinds: --json lists them")
     if said["unplanned"]:

@@ -24,12 +24,11 @@ from ..pipeline import MANY
 from ..planner.wishes import Wishes
 from ..units import parse_bytes, shown
 from .batching import refuse
-from .output import say, say_json, show_table
+from .output import TEXT, say, say_json, show_table
 
 if TYPE_CHECKING:
     from .cluster import Options
 
-_WIDE = 130
 _MOST_SAID = 10  # kinds of pictures
 
 
@@ -105,7 +104,7 @@ def _show_cards(title: str, planned: Schedule) -> None:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in ("card", "nodes", "pictures", "share", "each", "busy", "peak"):
         table.add_column(column, justify="left" if column == "card" else "right", no_wrap=True)
-    table.add_column("how it paints most of them")
+    table.add_column("how it paints most of them", max_width=TEXT)
     lines: list[tuple[Sequence[str], str | None]] = []
     for share in planned.shares:
         cells = _cells(planned, share)
@@ -113,7 +112,7 @@ def _show_cards(title: str, planned: Schedule) -> None:
         lines.append(
             ((f"{cells[1]} {cells[0]}: {cells[2]} pictures, {cells[4]}, {cells[6]}", cells[7]), None)
         )
-    show_table(title, table, lines, _WIDE)
+    show_table(title, table, lines)
 
 
 def _cells(planned: Schedule, share: Share) -> list[str]:

@@ -15,15 +15,15 @@ from ..models.layouts.library import CONFIG, ENVIRONMENT, folders, scan
 from ..planner.wishes import Wishes
 from ..units import shown
 from .options import HARDWARE, Device, ModelsDirs, machine_of, wishes
-from .output import progress_bar, say, say_json, show_table
+from .output import TEXT, progress_bar, say, say_json, show_table
 
 if TYPE_CHECKING:
     from ..catalogue import Model, Planner
     from ..kept import Hashes
 
-_WIDE = 130  # columns of a terminal that has room for the table
 _DIGITS = 10  # of a hash, as A1111 shows it
 _COLUMNS = ("name", "kind", "family", "size", "hash", "trigger words", "runs as")
+_WRAPPED = ("trigger words", "runs as")
 _Dirs = typer.Argument(help="Folders; default: those that are set up.", metavar="[DIR]…", show_default=False)
 _Budget = typer.Option(
     "--vram", "--ram", help="Memory to fit in, e.g. 4GiB.", metavar="BYTES", rich_help_panel="Machine"
@@ -93,7 +93,8 @@ def _print(title: str, found: Sequence[Model], hashes: Hashes) -> None:
 
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in _COLUMNS:
-        table.add_column(column, justify="right" if column == "size" else "left", no_wrap=column != "runs as")
+        justify, wraps = "right" if column == "size" else "left", column in _WRAPPED
+        table.add_column(column, justify=justify, no_wrap=not wraps, max_width=TEXT if wraps else None)
     lines: list[tuple[Sequence[str], str | None]] = []
     for model in found:
         cells = [printable(cell) for cell in _cells(model, hashes)]
@@ -101,7 +102,7 @@ def _print(title: str, found: Sequence[Model], hashes: Hashes) -> None:
         table.add_row(*cells, style=style)
         name, *others = cells
         lines.append(((name, ", ".join(filter(None, others))), style))
-    show_table(title, table, lines, _WIDE)
+    show_table(title, table, lines)
 
 
 def _cells(model: Model, hashes: Hashes) -> list[str]:

@@ -14,7 +14,10 @@ from .. import interrupts
 from ..errors import TightfitError, printable
 from ..files import replacing
 
-_PLAIN = 180  # columns of a table that goes to a file
+_FILE, _NARROW_FILE = 180, 100  # columns of a table that goes to a file, and of one for less room
+_ENDLESS = 10_000
+TEXT = 44
+"""Columns of a text in a table, after which it may be broken where there is no more room."""
 
 
 def say(text: object, err: bool = False) -> None:
@@ -40,16 +43,19 @@ def _json(value: Any) -> str:
     return json.dumps(value).replace("\x7f", "\\u007f")
 
 
-def show_table(
-    title: str | None, table: Any, lines: Sequence[tuple[Sequence[str], str | None]], columns: int
-) -> None:
-    """Print a rich table where there are so many columns, or where it is no terminal; else `lines`, each with
-    its style.
+Lines = Sequence[tuple[Sequence[str], str | None]]
+"""Texts below one another, and their style."""
 
-    Both below the title. Cells of the table are `printable` text; that of the title and of `lines` is made so
+
+def show_table(title: str | None, table: Any, narrow: Any) -> None:
+    """Print a rich table where a terminal has room for it, columns that wrap as wide as their max_width; else
+    `narrow`: lines, or another table, which is also what goes to a file.
+
+    Both below the title. Cells of tables are `printable` text; that of the title and of lines is made so
     here.
     """
     from rich.console import Console
+    from rich.measure import Measurement
 
     # A model may be called [bold] or :heart:
     plain: dict[str, Any] = {
@@ -60,17 +66,22 @@ def show_table(
     console = Console(**plain)
     if title and console.is_terminal:
         console.print(printable(title), style="bold", soft_wrap=True)
-    if console.is_terminal and console.width >= columns:
-        console.print(table)
-    elif console.is_terminal:
-        for texts, style in lines:
-            console.print(*map(printable, texts), sep="\n  ", style=style)
+    has_lines = isinstance(narrow, Sequence)
+    if console.is_terminal:
+        needed = Measurement.get(console, console.options.update_width(_ENDLESS), table).maximum
+        for column in table.columns:
+            column.max_width = None  # they take what room there is
+        if needed <= console.width or not has_lines:
+            console.print(table if needed <= console.width else narrow)
+        else:
+            for texts, style in narrow:
+                console.print(*map(printable, texts), sep="\n  ", style=style)
     else:
         if title:
             say(title)
-        wide = Console(**plain, width=_PLAIN)
-        with wide.capture() as captured:
-            wide.print(table)
+        file = Console(**plain, width=_FILE if has_lines else _NARROW_FILE)
+        with file.capture() as captured:
+            file.print(table if has_lines else narrow)
         typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 

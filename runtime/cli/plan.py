@@ -20,6 +20,7 @@ from ..machine.hardware import Hardware
 from ..models.cures import exporting
 from ..models.schedulers import KINDS
 from ..passes import mixed, passes, wishes_after
+from ..placement import STAGES
 from ..planner.plan import Plan, Verdict
 from ..planner.wishes import Wishes
 from ..request import Job, Request
@@ -41,10 +42,9 @@ from .options import (
     wishes,
     with_paths,
 )
-from .output import say, say_json, show_table, write
+from .output import TEXT, say, say_json, show_table, write
 
-_WIDE = 130  # columns of a terminal that has room for the table
-_REASON = 44  # columns of a reason, after which it is broken: with steps that are cached one has 110
+_NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -196,18 +196,18 @@ def print_plans(plans: list[Plan], machine: Hardware, request: Job, every: bool)
 
 
 def _print_table(title: str, rows: Mapping[tuple[str, ...], Plan], reasons: Mapping[str, str]) -> None:
-    """The plans by their cells, each with its reason or what is short for it."""
-    table = _empty_table()
-    lines: list[tuple[Sequence[str], str | None]] = []
+    """The plans by their cells, each with its reason or what is short for it; where there is less room,
+    in lines beside the figures."""
+    wide, narrow = _tables()
     for (*cells, _), plan in rows.items():
         reason = f"✓ {plan.reason}" if plan.chosen else reasons.get(plan.reason, plan.reason)
-        style = "bold" if plan.chosen else None
-        table.add_row(*cells, printable(reason), style=style or (None if plan.fits else "dim"))
-        predicted = plan.predicted
-        stages = ", ".join(f"{name} {_cell(count)}" for name, count in predicted.stages.items())
-        text = f"{plan.summary()}: {stages}, {predicted.seconds:.1f} s, {predicted.psnr:.0f} dB"
-        lines.append(((text, reason), style))
-    show_table(title, table, lines, _WIDE)
+        style = "bold" if plan.chosen else None if plan.fits else "dim"
+        wide.add_row(*cells, printable(reason), style=style)
+        *how, encode, denoise, decode, seconds, psnr = cells
+        words = ", ".join(_in_words(how))
+        why = f"{words}:\n{printable(reason)}"
+        narrow.add_row(seconds, encode, denoise, decode, psnr, why, style=style)
+    show_table(title, wide, narrow)
 
 
 def print_choices(plans: Sequence[Plan]) -> None:
@@ -235,20 +235,33 @@ def print_choices(plans: Sequence[Plan]) -> None:
         table.add_row(said, f"{seconds:.1f}", saves, times, decibels, style=style)
         gain = f", saves {saves}" if saves else ""
         lines.append(((f"{said}: {seconds:.1f} s{gain}, {decibels} dB",), style))
-    show_table("What cached steps save and cost, each the fastest of its kind that fits", table, lines, 110)
+    show_table("What cached steps save and cost, each the fastest of its kind that fits", table, lines)
 
 
-def _empty_table() -> Any:
+_HOW = ("precision", "residency", "CFG", "attention", "VAE")
+
+
+def _tables() -> tuple[Any, Any]:
+    """Two empty ones: with a column for each choice, and with one for all."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("precision", "residency", "CFG", "attention", "VAE"):
-        table.add_column(column, no_wrap=True)
-    for column in ("encode", "denoise", "decode", "seconds", "dB"):
-        table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("", min_width=24, max_width=_REASON)
-    return table
+    wide, narrow = (Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0)) for _ in range(2))
+    for column in _HOW:
+        wide.add_column(column, no_wrap=True)
+    for table, figures in ((wide, (*STAGES, "seconds", "dB")), (narrow, ("seconds", *STAGES, "dB"))):
+        for column in figures:
+            table.add_column(column, justify="right", no_wrap=True)
+    wide.add_column("", max_width=TEXT)
+    narrow.add_column("how it runs")
+    return wide, narrow
+
+
+def _in_words(how: Sequence[str]) -> list[str]:
+    """What _HOW says of a plan, where no column does."""
+    precision, residency, cfg, attention, vae = how
+    guidance = [] if cfg == _NONE else [f"{cfg} CFG"]
+    return [precision, residency, *guidance, attention, f"VAE {vae}"]
 
 
 def _cells(p: Plan) -> list[str]:
@@ -260,12 +273,20 @@ def _cells(p: Plan) -> list[str]:
     precision += f", 1 of {p.step_cache}" if p.step_cache > 1 else ""  # what of, its reason says
     stages = [_cell(count) for count in p.predicted.stages.values()]
     figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
-    return [precision, p.residency, p.cfg if p.guided else "–", unet.attention, vae.tiling, *stages, *figures]
+    return [
+        precision,
+        p.residency,
+        p.cfg if p.guided else _NONE,
+        unet.attention,
+        vae.tiling,
+        *stages,
+        *figures,
+    ]
 
 
 def _cell(count: int) -> str:
     """Of a stage, which a pass may not have."""
-    return shown(count) if count else "–"
+    return shown(count) if count else _NONE
 
 
 def _short_reasons(plans: list[Plan]) -> tuple[dict[str, str], list[str]]:

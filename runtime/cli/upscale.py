@@ -19,7 +19,7 @@ from ..pictures import METADATA
 from ..planner.wishes import Wishes
 from ..units import shown
 from .options import Device, ModelsDirs, machine_of, taking, wishes
-from .output import progress_bar, say, say_json, show_table
+from .output import TEXT, progress_bar, say, say_json, show_table
 from .saving import FORMATS, Saver, Writing, target
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..upscale import Enlarged, Upscaler
     from .naming import Template
 
-_WIDE = 100  # columns of a terminal that has room for the table
 _OUTPUT = "Output"
 _Pictures = typer.Argument(help="Pictures to enlarge.", metavar="PICTURE…", readable=False)
 _Model = typer.Option(help="ESRGAN or Real-ESRGAN: file, or name.", metavar="MODEL", rich_help_panel="Model")
@@ -185,7 +184,7 @@ def _print(title: str, plans: Sequence[Plan]) -> None:
         table.add_column(
             column, justify="left" if column in ("precision", "picture") else "right", no_wrap=True
         )
-    table.add_column("", min_width=24)
+    table.add_column("", max_width=TEXT)
     lines: list[tuple[Sequence[str], str | None]] = []
     for plan in plans:
         (placement,) = plan.placements.values()
@@ -195,7 +194,7 @@ def _print(title: str, plans: Sequence[Plan]) -> None:
         style = "bold" if plan.chosen else None if plan.fits else "dim"
         table.add_row(placement.precision, parts, *figures, printable(reason), style=style)
         lines.append(((f"{placement.precision} {parts}: {', '.join(figures)}", reason), style))
-    show_table(title, table, lines, _WIDE)
+    show_table(title, table, lines)
     first = plans[0]
     holder = "the process itself" if first.device == "cpu" else "the device's context"
     say(f"• {shown(first.budget_bytes)} to fit in, {shown(first.predicted.context_bytes)} of it for {holder}")

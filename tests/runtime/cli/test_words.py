@@ -97,16 +97,16 @@ def test_what_a_picture_says_is_harmless(tmp_path, capsys):
 def test_a_table_of_foreign_names_is_harmless(capsys, monkeypatch):
     """On a terminal of any width and in a file; names that rich would read as markup are shown as they
     are."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     title = f"[bold]{EVIL}[/nothing] :heart:"
     for width, terminal in ((80, True), (120, True), (200, True), (80, False)):
         monkeypatch.setenv("COLUMNS", str(width))
-        table = Table("plan [/x]")
-        table.add_row("x [/y]")
+        table = Table(Column("plan [/x]", no_wrap=True))
+        table.add_row(f"x [/y]{'-' * 120}")
         monkeypatch.setattr("rich.console.Console.is_terminal", terminal)
         monkeypatch.setenv("NO_COLOR", "1")
-        cli_output.show_table(title, table, [((f"how {EVIL}", "why [/z]"), None)], 130)
+        cli_output.show_table(title, table, [((f"how {EVIL}", "why [/z]"), None)])
         shown = capsys.readouterr().out
         unstyled = shown.replace("\x1b[1m", "").replace("\x1b[0m", "")  # rich's own, around the title
         assert is_harmless(unstyled)
