@@ -23,12 +23,12 @@ from .models.hub import inspect
 from .models.spec import ModelSpec
 from .passes import passes, wishes_after
 from .planner import choose as planner
+from .planner.estimate import ESTIMATOR, Estimate
 from .planner.plan import Plan
 from .planner.wishes import Wishes
 from .recent import Recent
 from .request import Job, Request
 from .run import OnStage, Passes, Run, Ways
-from .texts import TEXTS
 
 # Requests that a pipeline in Python is taken to serve: what stays loaded is loaded once for all of them.
 MANY = 100
@@ -140,25 +140,30 @@ class Pipeline:
         if not before:
             return self._plans(job)
         first = before[0]
-        return self._planned_by(job, wishes_after(first.job, first.plans[0], job, self.wishes))
+        wishes = wishes_after(first.job, first.plans[0], job, self.wishes)
+        return self._planned_by(ESTIMATOR.estimate(self.hardware, job, wishes))
 
     def _plans(self, job: Job) -> list[Plan]:
-        key = _costs_of(job, self.hardware)
+        return self._every(ESTIMATOR.estimate(self.hardware, job, self.wishes))
+
+    def _every(self, estimate: Estimate) -> list[Plan]:
+        spec, key = estimate.spec, _costs_of(estimate)
         with self._using:
-            (spec, *known), _ = self._planned
-            if spec is not job.spec or (*known,) != key:
-                plans = self._planned_before.get(key, partial(self._planned_anew, job), job.spec)
-                self._planned = (job.spec, *key), plans
+            (known_spec, *known), _ = self._planned
+            if known_spec is not spec or (*known,) != key:
+                plans = self._planned_before.get(key, partial(self._planned_anew, estimate), spec)
+                self._planned = (spec, *key), plans
             return list(self._planned[1])
 
     def _plans_after(self, first: Run, job: Job) -> list[Plan]:
         """Every way to run the second pass, beside what the first leaves loaded."""
         wishes = wishes_after(first.job, first.plan, job, self.wishes)
-        key = (*_costs_of(job, self.hardware), wishes)
+        estimate = ESTIMATOR.estimate(self.hardware, job, wishes)
+        key = (*_costs_of(estimate), wishes)
         with self._using:
             (spec, *known), _ = self._planned_next
             if spec is not job.spec or (*known,) != key:
-                plans = _before(self._continued(job, wishes), self._planned_by(job, wishes))
+                plans = _before(self._continued(job, wishes), self._planned_by(estimate))
                 self._planned_next = (job.spec, *key), plans
             return list(self._planned_next[1])
 
@@ -175,11 +180,12 @@ class Pipeline:
         planner.refuse_hopeless(self.hardware, job, wishes)
         return planner.continued(self._saved, self.hardware, job, wishes)
 
-    def _planned_by(self, job: Job, wishes: Wishes) -> list[Plan]:
-        planner.refuse_hopeless(self.hardware, job, wishes)
-        plans = planner.plan(self.hardware, job.model, job, wishes, self._is_wanted)
+    def _planned_by(self, estimate: Estimate) -> list[Plan]:
+        asked = self.hardware, estimate.job, estimate.wishes
+        planner.refuse_hopeless(*asked)
+        plans = planner.every(estimate, self._is_wanted)
         if not plans[0].fits:
-            raise planner.none_fits(plans, self.hardware, job, wishes)
+            raise planner.none_fits(plans, *asked)
         return plans
 
     def _job(self, request: Request, preview_every: int = 0) -> Job:
@@ -190,10 +196,10 @@ class Pipeline:
         asked = replace(asked, preview_every=preview_every or asked.preview_every)
         return replace(asked, adapters=(*self._adapters, *asked.adapters)).resolve(self.spec)
 
-    def _planned_anew(self, job: Job) -> list[Plan]:
-        if not (saved := self._checked(job)):
-            return self._planned_by(job, self.wishes)
-        return _before(saved, planner.plan(self.hardware, self.spec, job, self.wishes))
+    def _planned_anew(self, estimate: Estimate) -> list[Plan]:
+        if not (saved := self._checked(estimate.job)):
+            return self._planned_by(estimate)
+        return _before(saved, planner.every(estimate))
 
     def _checked(self, job: Job) -> list[Plan]:
         """The plan that was given for all requests, predicted for this one; nothing without one."""
@@ -205,17 +211,17 @@ class Pipeline:
         """The plan to begin with."""
         if saved := self._checked(job):
             return saved[0]
-        key = _costs_of(job, self.hardware)
+        estimate = ESTIMATOR.estimate(self.hardware, job, self.wishes)
+        key = _costs_of(estimate)
         with self._using:
             (spec, *known), plans = self._planned
             if spec is job.spec and (*known,) == key:
                 return plans[0]
-            return self._found_before.get(key, partial(self._found, job), job.spec)
+            return self._found_before.get(key, partial(self._found, estimate), job.spec)
 
-    def _found(self, job: Job) -> Plan:
-        planner.refuse_hopeless(self.hardware, job, self.wishes)
-        found = planner.first(self.hardware, job, self.wishes, self._is_wanted)
-        return found or self._plans(job)[0]
+    def _found(self, estimate: Estimate) -> Plan:
+        planner.refuse_hopeless(self.hardware, estimate.job, self.wishes)
+        return planner.first(estimate, self._is_wanted) or self._every(estimate)[0]
 
     def __call__(self, prompt: str, **options) -> Image.Image | list[Image.Image]:
         """Paint `prompt`: a picture, or a list of them with num_images above one.
@@ -324,8 +330,9 @@ def _before(saved: list[Plan], plans: list[Plan]) -> list[Plan]:
     return [*saved, *(replace(plan, chosen=False) for plan in plans)] if saved else plans
 
 
-def _costs_of(job: Job, hardware: Hardware) -> tuple[Any, ...]:
+def _costs_of(estimate: Estimate) -> tuple[Any, ...]:
     """What the plans of a job depend on, besides its model and what else was asked of the pipeline."""
+    job = estimate.job
     words, share = job.prompting, job.share
     encodings = (job.text_encodings, *(job.encodings(name) for name in job.spec.components))
     calls = [job.calls_with(name) for name in job.spec.components]
@@ -334,5 +341,5 @@ def _costs_of(job: Job, hardware: Hardware) -> tuple[Any, ...]:
     parts = (share.encodes, share.decodes, job.whole.refiner is None, job.whole is job)
     full = job.full_calls(job.step_cache or 2, job.spec.denoiser.name)
     cached = (job.step_cache, job.steps_taken, *full, job.is_steady)
-    known = TEXTS.known(job, hardware)
-    return (job.width, job.height, job.num_images, job.branches, *counts, *parts, *cached, known)
+    size = job.width, job.height, job.num_images, job.branches
+    return (*size, *counts, *parts, *cached, estimate.texts)

@@ -68,32 +68,33 @@ def plan(
 
     Raises UnwantedError once `is_wanted` says no, which is asked before each way is costed.
     """
-    wishes = wishes or Wishes()
     job = (request or Request("a")).resolve(spec)
-    estimate = ESTIMATOR.estimate(hardware, job, wishes)
+    return every(ESTIMATOR.estimate(hardware, job, wishes or Wishes()), is_wanted)
+
+
+def every(estimate: Estimate, is_wanted: Callable[[], bool] = _always) -> list[Plan]:
+    """As `plan`."""
     found = _costed(estimate, is_wanted)
     if not found:
-        raise _no_way(spec)
+        raise _no_way(estimate.spec)
     fitting = _fitting(found, estimate)
     if fitting:
         best = _best(fitting, estimate)
         chosen = _chosen(best, estimate)
         rest = [p for p in fitting if p is not best or p.texts_known != chosen.texts_known]
         fitting = [chosen, *(beaten(p, chosen) for p in rest)]
-    every = fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
-    return [_saving(p, every) if p.chosen and p.step_cache > 1 else p for p in every]
+    plans = fitting + sorted((p for p in found if not p.fits), key=lambda p: p.predicted.peak_bytes)
+    return [_saving(p, plans) if p.chosen and p.step_cache > 1 else p for p in plans]
 
 
-def first(
-    hardware: Hardware, job: Job, wishes: Wishes, is_wanted: Callable[[], bool] = _always
-) -> Plan | None:
+def first(estimate: Estimate, is_wanted: Callable[[], bool] = _always) -> Plan | None:
     """The plan that `plan` would put first, where a few ways tell: a seventh of the dry runs. None where not.
 
     They are those that no other way is faster than, in the same arithmetic: whatever takes less memory, by
     streaming, by rounding weights as they are loaded, by one half of guidance after the other, or by strips,
     pays with time. So others matter only where one of these is as fast, and does not fit.
     """
-    estimate = ESTIMATOR.estimate(hardware, job, wishes)
+    job, wishes = estimate.job, estimate.wishes
     if job.calls < _FEW_CALLS or wishes.after is not None:
         return None
     found = _costed(estimate, is_wanted, lambda cfg, way: _is_fast(job.spec, wishes, cfg, way))

@@ -16,6 +16,7 @@ from tightfit.runtime.machine.profiles import cards, profile
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner.choose import checked, first, none_fits, plan
+from tightfit.runtime.planner.estimate import ESTIMATOR
 from tightfit.runtime.planner.plan import Plan, Verdict
 from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.recent import Recent
@@ -206,7 +207,7 @@ def test_random_requests_and_budgets(tiny_models):
                 assert plans[0].predicted.seconds <= min(p.predicted.seconds for p in fitting) * 1.002
             else:
                 refused += 1
-            soon = first(hardware, request.resolve(spec), Wishes(budget=budget))
+            soon = first(ESTIMATOR.estimate(hardware, request.resolve(spec), Wishes(budget=budget)))
             assert soon in (None, plans[0])
             told += soon is not None
     assert 3 < refused < 27
@@ -219,7 +220,7 @@ def test_the_first_plan_takes_a_few_dry_runs(sd1, monkeypatch):
     monkeypatch.setattr(dryrun, "_traces", Recent(64))
     monkeypatch.setattr(dryrun, "_trace", lambda *given: (taken.append(given), trace(*given))[1])
     spec = inspect(sd1)
-    best = first(OLD_CPU, Request("a").resolve(spec), Wishes())
+    best = first(ESTIMATOR.estimate(OLD_CPU, Request("a").resolve(spec), Wishes()))
     count = len(taken)
     assert count == 3  # the text encoder, the U-Net, the VAE
     assert plan(OLD_CPU, spec, Request("a"))[0] == best
@@ -235,7 +236,7 @@ def test_the_first_plan_with_cached_steps(tiny_models):
         p.predicted.peak_bytes + p.predicted.context_bytes for p in plan(RTX_3060, spec, job, wishes)
     }:
         tight = dataclasses.replace(wishes, budget=budget)
-        assert first(RTX_3060, job, tight) in (None, plan(RTX_3060, spec, job, tight)[0])
+        assert first(ESTIMATOR.estimate(RTX_3060, job, tight)) in (None, plan(RTX_3060, spec, job, tight)[0])
 
 
 def test_the_cure_keeps_the_quality_floor(sd1):
