@@ -43,13 +43,10 @@ def _json(value: Any) -> str:
     return json.dumps(value).replace("\x7f", "\\u007f")
 
 
-Lines = Sequence[tuple[Sequence[str], str | None]]
-"""Texts below one another, and their style."""
-
-
 def show_table(title: str | None, table: Any, narrow: Any) -> None:
-    """Print a rich table where a terminal has room for it, columns that wrap as wide as their max_width; else
-    `narrow`: lines, or another table, which is also what goes to a file.
+    """Print a rich table where a terminal has room for it, texts that wrap taken to be as wide as their
+    column's max_width. Else print `narrow`: another table, which then goes to files, too, or
+    lines: texts below one another, and their style.
 
     Both below the title. Cells of tables are `printable` text; that of the title and of lines is made so
     here.
@@ -58,31 +55,27 @@ def show_table(title: str | None, table: Any, narrow: Any) -> None:
     from rich.measure import Measurement
 
     # A model may be called [bold] or :heart:
-    plain: dict[str, Any] = {
-        "highlight": False,
-        "markup": False,
-        "emoji": False,
-    }
+    plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
     console = Console(**plain)
-    if title and console.is_terminal:
-        console.print(printable(title), style="bold", soft_wrap=True)
+    needed = Measurement.get(console, console.options.update_width(_ENDLESS), table).maximum
+    for column in table.columns:
+        column.max_width = None  # they take what room there is
     has_lines = isinstance(narrow, Sequence)
-    if console.is_terminal:
-        needed = Measurement.get(console, console.options.update_width(_ENDLESS), table).maximum
-        for column in table.columns:
-            column.max_width = None  # they take what room there is
-        if needed <= console.width or not has_lines:
-            console.print(table if needed <= console.width else narrow)
-        else:
-            for texts, style in narrow:
-                console.print(*map(printable, texts), sep="\n  ", style=style)
-    else:
+    if not console.is_terminal:
         if title:
             say(title)
         file = Console(**plain, width=_FILE if has_lines else _NARROW_FILE)
         with file.capture() as captured:
             file.print(table if has_lines else narrow)
         typer.echo("\n".join(line.rstrip() for line in captured.get().splitlines()))
+        return
+    if title:
+        console.print(printable(title), style="bold", soft_wrap=True)
+    if needed <= console.width or not has_lines:
+        console.print(table if needed <= console.width else narrow)
+        return
+    for texts, style in narrow:
+        console.print(*map(printable, texts), sep="\n  ", style=style)
 
 
 def progress_bar(width: int, left: bool = False) -> Any:
