@@ -3,7 +3,8 @@ measured ones.
 
     python tests/layouts_table.py [FAMILY…] > docs/layouts.md
 
-Families are SD 1.x, SD 2.x and SDXL, and by its name flux2-klein, of which files of ComfyUI are written.
+Families are SD 1.x, SD 2.x and SDXL, and by name flux2-klein and z-image, of which files of ComfyUI are
+written.
 
 Models are narrow and random; they are written with the tests' own writers.
 """
@@ -36,10 +37,13 @@ from tightfit.runtime.files import read_json
 from tightfit.runtime.units import shown
 
 HERE = Path(__file__).parent / "runtime/models"
-NARROW, GGUF, BNB, SINGLE, SPLIT = (
-    runpy.run_path(str(HERE / f"{name}.py"))
-    for name in ("conftest", "test_gguf", "test_bitsandbytes", "test_single_file", "test_split_file")
+_TESTS = "test_gguf", "test_bitsandbytes", "test_single_file", "test_split_file", "test_z_image_files"
+NARROW, GGUF, BNB, SINGLE, SPLIT, Z_IMAGE = (
+    runpy.run_path(str(HERE / f"{name}.py")) for name in ("conftest", *_TESTS)
 )
+# By family: how its files are called and written, what these stand for, and GGUF's word for it.
+SPLITS = {"flux2-klein": (SPLIT, "flux"), "z-image": (Z_IMAGE, "lumina2")}
+FROM_NONE = {"z-image": 1.0}  # of guidance: what diffusers calls 0
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "width": 64, "height": 64, "guidance_scale": 6.0}
 PRECISIONS = {
     "fp32": {"precision": "fp32"},
@@ -113,30 +117,31 @@ def cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
     yield from quantised(family, folder, root)
 
 
-def split_cases(folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
-    """Of Flux.2 klein."""
+def split_cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
+    """Of a model that is published as files side by side."""
+    own, arch = SPLITS[family]
     yield "diffusers folder, fp32", Case(folder, partial(of_folder, folder))
     parts = SPLIT["parts_of"](folder)
-    state = SPLIT["published"](parts["transformer"])
+    state = own["published"](parts["transformer"])
     stored = {
         "fp32": (state, state),
         "bf16": SPLIT["in_bf16"](state),
-        "fp8 with scales": SPLIT["in_fp8"](state),
+        "fp8 with scales": own["in_fp8"](state),
     }
     for name, (written, meant) in stored.items():
-        file = SPLIT["write_comfy"](root / name, folder, written)
-        theirs = partial(of_folder, folder, {"transformer": SPLIT["converted"](meant)})
+        file = SPLIT["write_comfy"](root / name, folder, written, own["NAMES"])
+        theirs = partial(of_folder, folder, {"transformer": own["converted"](meant)})
         yield f"files of ComfyUI, {name}", Case(file, theirs)
     for kind in ("Q8_0", "Q4_K"):
         (place := root / kind).mkdir()
-        meant, texts = SPLIT["gguf_files"](parts, place, kind)
-        values = {"transformer": SPLIT["converted"](meant), "text_encoder": texts}
-        options = {"text_encoder": [str(place / "qwen.gguf")], "vae": [str(root / "fp32/vae" / SPLIT["VAE"])]}
+        meant, texts = SPLIT["gguf_files"](parts, place, kind, own["published"], arch)
+        values = {"transformer": own["converted"](meant), "text_encoder": texts}
+        options = {"text_encoder": [str(place / "qwen.gguf")], "vae": [str(root / "fp32/vae" / own["VAE"])]}
         shutil.copytree(folder / "tokenizer", place / "tokenizer")
         beside = adapters.written(options)
         yield (
             f"files of ComfyUI, GGUF, {kind}",
-            Case(place / "klein.gguf", partial(of_folder, folder, values), beside),
+            Case(place / "denoiser.gguf", partial(of_folder, folder, values), beside),
         )
 
 
@@ -194,17 +199,18 @@ def painted(case: Case, **wishes: Any) -> tuple[np.ndarray, int, int]:
     return np.asarray(result.images[0], float), predicted, measured
 
 
-def by_diffusers(case: Case) -> np.ndarray:
+def by_diffusers(case: Case, family: str) -> np.ndarray:
     pipe = case.theirs()
     pipe.set_progress_bar_config(disable=True)
-    answer = pipe(prompt="a cat", generator=torch.Generator().manual_seed(3), output_type="np", **OPTIONS)
+    options = OPTIONS | {"guidance_scale": OPTIONS["guidance_scale"] - FROM_NONE.get(family, 0)}
+    answer = pipe(prompt="a cat", generator=torch.Generator().manual_seed(3), output_type="np", **options)
     return (answer.images[0] * 255).round().astype(float)
 
 
 def row(name: str, family: str, case: Case) -> str:
     exact = {"precision": case.stored, "compute": "fp32"} if case.stored else PRECISIONS["fp32"]
     picture, *peaks = painted(case, **exact)
-    error = np.square(picture - by_diffusers(case)).mean()
+    error = np.square(picture - by_diffusers(case, family)).mean()
     cells = ["identical" if not error else f"{10 * math.log10(255**2 / error):.1f}"]
     for precision, wishes in PRECISIONS.items():
         if case.stored not in ("", precision):
@@ -244,8 +250,8 @@ def main() -> None:
                 NARROW["written"](family, folder)
                 found = cases(family, folder, root)
             else:
-                SPLIT["write_folder"](folder)
-                found = split_cases(folder, root)
+                SPLIT["write_folder"](folder, family)
+                found = split_cases(family, folder, root)
             for name, case in found:
                 say(row(name, family, case))
 

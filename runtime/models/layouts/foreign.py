@@ -27,7 +27,7 @@ _MODELS = (
     (rf"{_IN}double_blocks\.\d+\.img_attn\.", "Flux"),
     (rf"{_IN}(?:double_layers|cond_seq_linear)\b", "AuraFlow"),
     (rf"{_IN}double_stream_blocks\.", "HiDream"),
-    (rf"{_IN}layers\.\d+\.adaLN_modulation\.0\.", "Z-Image"),
+    (rf"{_IN}layers\.\d+\.adaLN_modulation\.0\.", "a part of Z-Image's transformer"),
     (rf"{_IN}cap_embedder\.", "Lumina 2"),
     (rf"{_IN}(?:transformer_blocks\.\d+\.img_mod|txt_in\.text_norm)\.", "Qwen-Image"),
     (rf"{_IN}txtfusion\.", "Krea 2"),
@@ -82,7 +82,7 @@ _PARTS = (
     ),
     (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", UNET, Kind.UNET),
 )
-OURS = "of files tightfit runs SD 1.x, SD 2.x, SDXL and Flux.2 klein"
+OURS = "of files tightfit runs SD 1.x, SD 2.x, SDXL, Flux.2 klein and Z-Image"
 _WORDS = (
     *((pattern, f"is {name}: {OURS}") for pattern, name in _MODELS),
     *((pattern, f"is {name}, which is no whole model: {cure}") for pattern, name, cure, _ in _PARTS),

@@ -133,6 +133,23 @@ _BFL_BLOCKS = {
 }
 _BFL_BLOCK = re.compile(r"(double|single)_blocks\.(\d{1,4})\.(.+)")
 _TRANSFORMER_BLOCK = re.compile(r"(?:single_)?transformer_blocks\.(\d{1,4})\.")
+# Z-Image's own layers where diffusers has others; what else it has begins so.
+_Z_IMAGE = {
+    "x_embedder": "all_x_embedder.2-1",
+    "final_layer.linear": "all_final_layer.2-1.linear",
+    "final_layer.adaLN_modulation.1": "all_final_layer.2-1.adaLN_modulation.1",
+}
+_Z_IMAGE_ATTENTION = {
+    "qkv": ("to_q", "to_k", "to_v"),
+    "out": ("to_out.0",),
+    "q_norm": ("norm_q",),
+    "k_norm": ("norm_k",),
+}
+_Z_IMAGE_LAYER = re.compile(r"(.+\.attention)\.(\w+)")
+_Z_IMAGE_PADS = "x_pad_token", "cap_pad_token"
+_Z_IMAGE_REST = (
+    "layers.", "noise_refiner.", "context_refiner.", "t_embedder.", "cap_embedder.", "all_", "siglip_",
+)  # fmt: skip
 _LLAMA_CPP = {"token_embd": "embed_tokens", "output_norm": "norm"}
 _LLAMA_CPP_LAYER = {
     "attn_norm": "input_layernorm",
@@ -289,6 +306,38 @@ def _of_bfl(layer: str) -> tuple[str, ...]:
         return ()
     blocks, layers = _BFL_BLOCKS[found[1]]
     return tuple(f"{blocks}.{int(found[2])}.{place}" for place in layers.get(found[3], ()))
+
+
+def z_image(tensors: Tensors) -> dict[str, Tensor]:
+    """A transformer's of Z-Image, by the names of its own code or diffusers'. stable-diffusion.cpp writes the
+    tokens that pad without their side of 1."""
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        layer, _, leaf = name.rpartition(".")
+        if name in _Z_IMAGE_PADS:
+            renamed[name] = replace(tensor, shape=(1, *tensor.shape[-1:]))
+        elif places := _of_z_image(layer):
+            parts = split(tensor, len(places)) if places[1:] else (tensor,)
+            renamed |= {f"{place}.{leaf}": part for place, part in zip(places, parts, strict=True)}
+        elif name.startswith(_Z_IMAGE_REST):
+            renamed[name] = tensor
+    return renamed
+
+
+def z_image_layers(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """The layers of a transformer of Z-Image by the names of its own code; empty for other networks."""
+    known = {*paths}
+    attentions = {found[1] for path in paths if (found := _Z_IMAGE_LAYER.match(path))}
+    names = (f"{attention}.{layer}" for attention in attentions for layer in _Z_IMAGE_ATTENTION)
+    return {name: places for name in (*_Z_IMAGE, *names) if known.issuperset(places := _of_z_image(name))}
+
+
+def _of_z_image(layer: str) -> tuple[str, ...]:
+    if layer in _Z_IMAGE:
+        return (_Z_IMAGE[layer],)
+    if not (found := _Z_IMAGE_LAYER.fullmatch(layer)):
+        return ()
+    return tuple(f"{found[1]}.{place}" for place in _Z_IMAGE_ATTENTION.get(found[2], ()))
 
 
 def llama_cpp(tensors: Tensors) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ Which model it is, and its config, are told from names and shapes. What no shape
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,46 +27,57 @@ from .weights import read_file
 
 _BEFORE = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
 _BEFORE_VAE = ("first_stage_model.", "vae.", "")
-_THEIRS, _OURS = "single_stream_modulation.lin.weight", "single_stream_modulation.linear.weight"
-_READ = 3  # layers of the text encoder, whose states are read side by side
+_BASE = r"(?:^|[\W_])base(?:[\W_]|$)"
 _PATCH = 4  # latents that are one of the transformer's
-# As published. No tensor says it.
-_SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "time_shift_type": "exponential",
-    "use_dynamic_shifting": True,
-}
-_BASE = re.compile(r"(?i)(?:^|[\W_])base(?:[\W_]|$)")
 TOKENIZER = "tokenizer"
 _QUERY_NORM = "model.layers.0.self_attn.q_norm.weight"
 
 
 class SplitLayout:
     def claims(self, path: Path) -> bool:
-        return path.suffix.lower() in SINGLE and path.is_file() and bool(transformer(read_file(path)[0]))
+        return path.suffix.lower() in SINGLE and path.is_file() and any(_told(read_file(path)[0]))
 
     def read(self, path: Path) -> SplitFile:
-        return SplitFile(path, transformer(read_file(path)[0]))
+        return SplitFile(path, *next(_told(read_file(path)[0])))
+
+
+@dataclass(frozen=True)
+class Published:
+    """A transformer as it is published, alone in a file.
+
+    names: by a tensor that it alone has, how its names become diffusers'. config: of its tensors. reads: the
+    text encoder's width. beside: what the VAE's config has. vae: how its file is called. base: what is in the
+    names of files with the model that was not distilled, which no tensor says. settings, scheduler: the
+    model's, by whether it was.
+    """
+
+    names: Mapping[str, Callable[[Tensors], dict[str, Tensor]]]
+    config: Callable[[Tensors], Config]
+    reads: Callable[[Config], int]
+    beside: Callable[[Config], Config]
+    vae: str
+    pipeline: str
+    base: re.Pattern[str]
+    settings: Callable[[bool], Mapping[str, Any]]
+    scheduler: Callable[[bool], Mapping[str, Any]]
 
 
 # ------------------------------------------------------------------------------ networks by diffusers' names
 
 
 def transformer(tensors: Tensors) -> dict[str, Tensor]:
-    """Flux.2's, empty for a file of another network."""
+    """One that is published alone, empty for a file of another network."""
+    return next((named for _, named in _told(tensors)), {})
+
+
+def _told(tensors: Tensors) -> Iterator[tuple[Published, dict[str, Tensor]]]:
+    """Which one it is, and its tensors; nothing for a file of another network."""
     for start in _BEFORE:
         own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-        if _THEIRS in own:
-            return renames.bfl(scaled(own))
-        if _OURS in own:
-            return scaled(own)
-    return {}
+        for kind in PUBLISHED:
+            for mark, renamed in kind.names.items():
+                if mark in own:
+                    yield kind, renamed(scaled(own))
 
 
 def text_encoder(tensors: Tensors) -> tuple[Config, dict[str, Tensor]]:
@@ -95,16 +106,19 @@ def text_encoder(tensors: Tensors) -> tuple[Config, dict[str, Tensor]]:
 
 
 def vae(tensors: Tensors) -> tuple[Config, dict[str, Tensor]]:
-    """The config and the tensors of Flux.2's, both empty for a file of another network."""
+    """The config and the tensors of Flux.2's, or of one without convolutions around its latents, as Flux.1's;
+    both empty for a file of another network."""
     for start in _BEFORE_VAE:
         own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-        if "bn.running_mean" in own:
-            named = renames.vae(own) if "decoder.mid.block_1.norm1.weight" in own else own
-            return _of_vae(named), named
+        named = renames.vae(own) if "decoder.mid.block_1.norm1.weight" in own else own
+        if "bn.running_mean" in named:
+            return _of_flux2_vae(named), named
+        if "decoder.conv_norm_out.weight" in named and "post_quant_conv.weight" not in named:
+            return vae_config(named) | {"use_quant_conv": False, "use_post_quant_conv": False}, named
     return {}, {}
 
 
-def _of_vae(tensors: Tensors) -> Config:
+def _of_flux2_vae(tensors: Tensors) -> Config:
     """Some have a narrower decoder than the first."""
     config, shapes = vae_config(tensors), Shapes(tensors)
     down = "encoder.down_blocks.{}.resnets.0.conv1.weight"
@@ -120,7 +134,7 @@ def _of_vae(tensors: Tensors) -> Config:
     }
 
 
-def _of_transformer(tensors: Tensors) -> Config:
+def _of_flux2(tensors: Tensors) -> Config:
     shapes = Shapes(tensors)
     width = shapes.side("x_embedder.weight")
     head = shapes.side("single_transformer_blocks.0.attn.norm_q.weight")
@@ -139,6 +153,69 @@ def _of_transformer(tensors: Tensors) -> Config:
         "axes_dims_rope": [max(1, head // 4)] * 4,
         "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in tensors,
     }
+
+
+def _of_z_image(tensors: Tensors) -> Config:
+    shapes, attention = Shapes(tensors), "layers.0.attention"
+    width, head = shapes.side("cap_embedder.1.weight"), shapes.side(f"{attention}.norm_q.weight")
+    reads_pictures = any(name.startswith("siglip_") for name in tensors)
+    return {
+        "_class_name": "ZImageTransformer2DModel",
+        "in_channels": shapes.side("all_x_embedder.2-1.weight", 1) // _PATCH,
+        "dim": width,
+        "n_layers": shapes.count(r"layers\.(\d+)\."),
+        "n_refiner_layers": shapes.count(r"noise_refiner\.(\d+)\."),
+        "n_heads": width // max(1, head),
+        "n_kv_heads": shapes.side(f"{attention}.to_k.weight") // max(1, head),
+        "cap_feat_dim": shapes.side("cap_embedder.1.weight", 1),
+        "axes_dims": [max(1, head // 4), *[max(1, 3 * head // 8)] * 2],
+        "siglip_feat_dim": shapes.side("siglip_embedder.1.weight", 1) if reads_pictures else None,
+    }
+
+
+_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+_KLEIN = Published(
+    names={
+        "single_stream_modulation.lin.weight": renames.bfl,
+        "single_stream_modulation.linear.weight": dict,
+    },
+    config=_of_flux2,
+    reads=lambda config: config["joint_attention_dim"] // 3,  # the states after three layers, side by side
+    beside=lambda config: {
+        "_class_name": "AutoencoderKLFlux2",
+        "latent_channels": config["in_channels"] // _PATCH,
+    },
+    vae="flux2-vae.safetensors",
+    pipeline="Flux2KleinPipeline",
+    base=re.compile(_BASE, re.IGNORECASE),
+    settings=lambda is_distilled: {"is_distilled": is_distilled},
+    scheduler=lambda _: {
+        **_FLOW,
+        "base_image_seq_len": 256,
+        "base_shift": 0.5,
+        "max_image_seq_len": 4096,
+        "max_shift": 1.15,
+        "shift": 3.0,
+        "time_shift_type": "exponential",
+        "use_dynamic_shifting": True,
+    },
+)
+_Z_IMAGE = Published(
+    names={"layers.0.adaLN_modulation.0.weight": renames.z_image},
+    config=_of_z_image,
+    reads=lambda config: config["cap_feat_dim"],
+    beside=lambda config: {"_class_name": "AutoencoderKL", "latent_channels": config["in_channels"]},
+    vae="ae.safetensors",
+    pipeline="ZImagePipeline",
+    base=re.compile(rf"{_BASE}|^(?!.*turbo).*z[-_ ]?image", re.IGNORECASE),
+    settings=lambda _: {},
+    scheduler=lambda is_distilled: {
+        **_FLOW,
+        "shift": 3.0 if is_distilled else 6.0,
+        "use_dynamic_shifting": False,
+    },
+)
+PUBLISHED = _KLEIN, _Z_IMAGE
 
 
 # ---------------------------------------------------------------------------------- files beside
@@ -202,19 +279,23 @@ class SplitFile:
     """A Source: see layouts/__init__.py. `tensors` are the transformer's, by diffusers' names."""
 
     folder: Path
+    kind: Published
     tensors: Tensors
 
     manifest = MappingProxyType({})
     sides = MappingProxyType({})
-    pipeline = "Flux2KleinPipeline"
+
+    @property
+    def pipeline(self) -> str:
+        return self.kind.pipeline
 
     @property
     def is_distilled(self) -> bool:
-        return not _BASE.search(self.folder.stem)
+        return not self.kind.base.search(self.folder.stem)
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        return {"is_distilled": self.is_distilled}
+        return self.kind.settings(self.is_distilled)
 
     @property
     def listed(self) -> Mapping[str, Any]:
@@ -222,8 +303,8 @@ class SplitFile:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        kind, other = ("distilled", "has no") if self.is_distilled else ("the base model", "has the")
-        own = f"{self.folder.name} is taken for {kind}, as its name {other} word base: no tensor says it"
+        kind = "distilled" if self.is_distilled else "the base model"
+        own = f"{self.folder.name} is taken for {kind}, by its name: no tensor says it"
         beside = (
             part.file.name for part in self._parts.values() if part.tensors and part.file != self.folder
         )
@@ -233,14 +314,14 @@ class SplitFile:
     @cached_property
     def _parts(self) -> Mapping[str, _Part]:
         """By the folder that each would have."""
-        config = _of_transformer(self.tensors)
-        width, channels = config["joint_attention_dim"] // _READ, config["in_channels"] // _PATCH
+        config = self.kind.config(self.tensors)
+        width, of_vae = self.kind.reads(config), self.kind.beside(config)
         encoder = _found(
             self.folder,
             Kind.TEXT_ENCODER,
             text_encoder,
             {"hidden_size": width},
-            f"its text encoder, a Qwen3 {width} wide (of klein 4B qwen_3_4b.safetensors),",
+            f"its text encoder, a Qwen3 {width} wide (such as qwen_3_4b.safetensors),",
         )
         if encoder.tensors and (lacking := tokenizer_for(encoder.file, self.folder)[1]):
             encoder = encoder._replace(tensors={}, lacking=lacking)
@@ -248,8 +329,8 @@ class SplitFile:
             self.folder,
             Kind.VAE,
             vae,
-            {"_class_name": "AutoencoderKLFlux2", "latent_channels": channels},
-            f"its VAE, of {channels} channels (flux2-vae.safetensors),",
+            of_vae,
+            f"its VAE, of {of_vae['latent_channels']} channels ({self.kind.vae}),",
         )
         own = _Part(self.folder, config, self.tensors)
         return {"transformer": own, "text_encoder": encoder, "vae": decoder}
@@ -271,4 +352,4 @@ class SplitFile:
         return {name: tensor for name, tensor in tensors.items() if network.uses(name)}
 
     def scheduler(self) -> Mapping[str, Any]:
-        return _SCHEDULER
+        return self.kind.scheduler(self.is_distilled)

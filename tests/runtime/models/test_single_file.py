@@ -359,7 +359,7 @@ NAMES = {
     "model.diffusion_model.distilled_guidance_layer.in_proj.bias": "Chroma",
     "model.layers.0.self_attn.q_proj.weight": "a language model",
     "double_layers.0.attn.w2q.weight": "AuraFlow",
-    "model.diffusion_model.layers.0.adaLN_modulation.0.weight": "Z-Image",
+    "model.diffusion_model.layers.1.adaLN_modulation.0.weight": "a part of Z-Image's transformer",
     "cap_embedder.0.weight": "Lumina 2",
     "clip_txt_mapper.weight": "Stable Cascade",
     "down_blocks.1.0.channelwise.0.weight": "Stable Cascade",

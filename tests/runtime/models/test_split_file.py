@@ -25,7 +25,8 @@ from transformers import Qwen2Tokenizer
 
 REQUEST = tightfit.Request("a red heart", width=64, height=96, num_inference_steps=2, seed=5)
 WAY = {"device": "cpu", "attention": "sdpa", "tiling": "whole", "residency": "staged"}
-DENOISER, ENCODER, VAE = "flux-2-klein-4b.safetensors", "qwen_3_4b.safetensors", "flux2-vae.safetensors"
+NAMES = "flux-2-klein-4b.safetensors", "qwen_3_4b.safetensors", "flux2-vae.safetensors"
+DENOISER, ENCODER, VAE = NAMES
 SHELVES = {DENOISER: "diffusion_models", ENCODER: "text_encoders", VAE: "vae"}
 
 
@@ -46,14 +47,14 @@ def comfy(folder, parts, made_once):
     )
 
 
-def write_folder(place) -> None:
+def write_folder(place, family="flux2-klein") -> None:
     """Tiny, but with what no shape tells as published."""
-    tiny = random_model.TINY["flux2-klein"]
+    tiny = random_model.TINY[family]
     vae = tiny["vae"] | {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 32}
     texts = tiny["text_encoder"] | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(random_model.TINY, "flux2-klein", tiny | {"vae": vae, "text_encoder": texts})
-        random_model.write("flux2-klein", place, tiny=True, precision="fp32")
+        patch.setitem(random_model.TINY, family, tiny | {"vae": vae, "text_encoder": texts})
+        random_model.write(family, place, tiny=True, precision="fp32")
 
 
 def parts_of(folder) -> dict[str, dict[str, torch.Tensor]]:
@@ -61,19 +62,18 @@ def parts_of(folder) -> dict[str, dict[str, torch.Tensor]]:
     return {name: load_file(next((folder / name).glob("*.safetensors"))) for name in names}
 
 
-def write_comfy(models, folder, transformer):
+def write_comfy(models, folder, transformer, names=NAMES):
     """The folder `models` of ComfyUI with the three files. The denoiser's is answered."""
     parts = parts_of(folder)
-    for shelf in SHELVES.values():
+    states = transformer, parts["text_encoder"], published_vae(parts["vae"])
+    for shelf, name, state in zip(SHELVES.values(), names, states, strict=True):
         (models / shelf).mkdir(parents=True)
-    save_file(transformer, file := models / SHELVES[DENOISER] / DENOISER)
-    save_file(parts["text_encoder"], models / SHELVES[ENCODER] / ENCODER)
-    save_file(published_vae(parts["vae"]), models / SHELVES[VAE] / VAE)
+        save_file(state, models / shelf / name)
     Qwen2Tokenizer.from_pretrained(folder / "tokenizer").save_pretrained(
         models / SHELVES[ENCODER] / "tokenizer"
     )
     (models / SHELVES[ENCODER] / "tokenizer/tokenizer_config.json").unlink()  # one file is enough
-    return file
+    return models / SHELVES[DENOISER] / names[0]
 
 
 # ------------------------------------------------------- the test's own mapping, of Black Forest Labs' code
@@ -115,7 +115,8 @@ def published_vae(state) -> dict[str, torch.Tensor]:
     words = (("mid_block.attentions.0", "mid.attn_1"), ("resnets", "block"), ("samplers.0", "sample"),
              ("group_norm", "norm"), ("to_out.0", "proj_out"), ("conv_norm_out", "norm_out"),
              ("conv_shortcut", "nin_shortcut"), ("to_", ""))  # fmt: skip
-    made = {"bn.num_batches_tracked": torch.zeros((), dtype=torch.int64)}
+    batch_norm = {"bn.num_batches_tracked": torch.zeros((), dtype=torch.int64)}
+    made = batch_norm if "bn.running_mean" in state else {}
     for name, tensor in state.items():
         pixel = ".attentions." in name and tensor.ndim == 2
         old = re.sub(r"down_blocks\.(\d)\.", r"down.\1.", name)
@@ -261,7 +262,7 @@ def in_fp8(state) -> tuple[dict, dict]:
     """Matrices as Black Forest Labs writes them: fp8 with a scale, and one for what the layer is given."""
     stored, meant = dict(state), dict(state)
     for name, tensor in state.items():
-        if "_blocks" in name and tensor.ndim == 2:
+        if re.search(r"_blocks|layers", name) and tensor.ndim == 2:
             layer, scale = name.removesuffix(".weight"), tensor.abs().max() / 448
             stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
             meant[name] = stored[name].float() * scale
@@ -293,7 +294,7 @@ def in_gguf(state, file, kind, names=lambda name: name, arch="flux") -> dict:
         else:  # gguf writes none of these: random codes
             draw = np.random.default_rng(data.size)
             blocks = draw.integers(0, 256, (len(rows), rows.shape[1] // values * size), np.uint8)
-            blocks[:, :4] = np.array([0.0004, 0.003], np.float16).view(np.uint8)
+            blocks.reshape(-1, size)[:, :4] = np.array([0.0004, 0.003], np.float16).view(np.uint8)
         writer.add_tensor(stored, blocks, raw_dtype=Type[kind])
         meant[name] = torch.from_numpy(dequantize(blocks, Type[kind])).view(tensor.shape)
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
@@ -325,10 +326,10 @@ def test_formats_are_read_as_what_they_stand_for(written, comfy, folder, parts, 
     check_values(spec.denoiser, converted(meant))
 
 
-def gguf_files(parts, root, kind) -> tuple[dict, dict]:
+def gguf_files(parts, root, kind, denoiser=published, arch="flux") -> tuple[dict, dict]:
     """Write a denoiser and a text encoder; what each stands for."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 28)
-    meant = in_gguf(published(parts["transformer"]), root / "klein.gguf", kind)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, 36)
+    meant = in_gguf(denoiser(parts["transformer"]), root / "denoiser.gguf", kind, arch=arch)
     texts = in_gguf(parts["text_encoder"], root / "qwen.gguf", kind, arch="qwen3",
                     names=lambda name: names.get_name(name, (".weight",)))  # fmt: skip
     return meant, texts
@@ -337,7 +338,7 @@ def gguf_files(parts, root, kind) -> tuple[dict, dict]:
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_K"])
 def test_gguf_is_read_as_what_it_stands_for(kind, folder, parts, tmp_path):
     meant, texts = gguf_files(parts, tmp_path, kind)
-    named = given(unet=tmp_path / "klein.gguf", text_encoder=tmp_path / "qwen.gguf")
+    named = given(unet=tmp_path / "denoiser.gguf", text_encoder=tmp_path / "qwen.gguf")
     spec = replace(REQUEST, adapters=named).resolve(tightfit.inspect(str(folder))).spec
     check_values(spec.denoiser, converted(meant))
     check_values(spec.text_encoders[0], texts)
