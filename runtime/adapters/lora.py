@@ -118,12 +118,13 @@ class Lora:
         layers, places = self._layers, Places(spec)
         changed = {name: dict(component.tensors) for name, component in spec.components.items()}
         left, applied = [*layers.unknown], 0
+        placed = {layer: place for layer in layers.by_name if (place := places.find(layer))}
+        repeated = _repeated(placed, layers.by_name)
         for layer, stored in layers.by_name.items():
-            place = places.find(layer)
-            if place is None:
+            if layer not in placed or layer in repeated:
                 left += stored.values()
                 continue
-            component, paths = place
+            component, paths = placed[layer]
             self._check_family(spec, layer, component, paths[0])
             try:
                 applied += self._change(layer, stored, component, paths, changed[component.name])
@@ -267,6 +268,22 @@ class _Layers:
             if kind in stored and len(shape := self.tensors[stored[kind]].shape) > 1:
                 return shape[1]
         return None
+
+
+def _repeated(
+    placed: Mapping[str, tuple[Component, Paths]], stored: Mapping[str, Mapping[str, str]]
+) -> set[str]:
+    """Layers that the file has under another name too. Some trainers write one under two, and joined rows
+    beside their parts, which are taken."""
+    seen: set[tuple[str, str, str]] = set()
+    repeated = set()
+    for layer in sorted(placed, key=lambda one: len(placed[one][1])):
+        component, paths = placed[layer]
+        changed = {(component.name, path, kind) for path in paths for kind in stored[layer]}
+        if changed & seen:
+            repeated.add(layer)
+        seen |= changed
+    return repeated
 
 
 def _of_weight(

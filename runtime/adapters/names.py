@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..models.families.family import Role
-from ..models.layouts.renames import bfl_layers
+from ..models.layouts.renames import bfl_layers, z_image_layers
 from ..models.spec import Component, ModelSpec
 
 # What is stored for a layer, by how its key ends.
@@ -102,7 +102,8 @@ def _aliases(component: Component) -> dict[str, Paths]:
         if path.endswith("to_out.0"):  # the processors of diffusers 0.1x
             spelled.setdefault(_bare(_squashed(path))[: -len("_0")], (path,))
     if component.role is Role.DENOISER:
-        theirs = {name: (path,) for name, path in _sgm(paths, component.config)} | bfl_layers(paths)
+        theirs = {name: (path,) for name, path in _sgm(paths, component.config)}
+        theirs |= bfl_layers(paths) | z_image_layers(paths)
         spelled = {_squashed(name): found for name, found in theirs.items()} | spelled
     return spelled
 

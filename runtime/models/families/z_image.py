@@ -233,7 +233,7 @@ class ZImage(Family):
     on_demand = (_ENCODER,)
     first_step_is_known = True
     needs_range = True
-    takes = frozenset({"text_encoder", "unet", "vae"})
+    takes = frozenset({"lora", "text_encoder", "unet", "vae"})
 
     def claims(self, source: Source) -> bool:
         return source.config(_TRANSFORMER).get("_class_name") == "ZImageTransformer2DModel"

@@ -1,4 +1,4 @@
-"""Z-Image as ComfyUI has it, in three files: what diffusers' own conversions make of them."""
+"""Z-Image as ComfyUI has it, in three files, and its LoRAs: what diffusers' own conversions make of them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import pytest
 import tightfit
 import torch
 from safetensors.torch import save_file
+from tightfit.runtime import adapters
 from tightfit.runtime.errors import TightfitError
 
 SPLIT = runpy.run_path(str(Path(__file__).with_name("test_split_file.py")))
-REQUEST, painted = SPLIT["REQUEST"], SPLIT["painted"]
+REQUEST, painted, values = (SPLIT[name] for name in ("REQUEST", "painted", "values"))
 NAMES = DENOISER, ENCODER, VAE = "z_image_turbo_bf16.safetensors", "qwen_3_4b.safetensors", "ae.safetensors"
 # diffusers' words beside those of Z-Image's own code, which ComfyUI kept.
 WORDS = {
@@ -141,3 +142,81 @@ def test_parts_of_a_file_are_refused(key, why, tmp_path):
     save_file({key: torch.zeros(4, 4)}, file := tmp_path / "part.safetensors")
     with pytest.raises(TightfitError, match=why):
         tightfit.inspect(str(file))
+
+
+# ------------------------------------------------------------------------------------------- LoRAs
+
+# How names begin, the ends of both factors, whether layers are those of Z-Image's own code, an alpha, and
+# whether diffusers' conversion reads it.
+FORMS = {
+    "kohya": ("lora_unet_", "lora_up", "lora_down", True, 1.5, True),
+    "kohya of diffusers' code": ("lora_unet_", "lora_up", "lora_down", False, 1.5, True),
+    "ai-toolkit": ("diffusion_model.", "lora_B", "lora_A", False, None, True),
+    "ComfyUI": ("diffusion_model.", "lora_B", "lora_A", True, None, False),
+    "PEFT": ("base_model.model.", "lora_B.default", "lora_A.default", False, None, False),
+    "diffusers": ("transformer.", "lora_B", "lora_A", False, None, True),
+    "LyCORIS": ("lycoris_", "lora_up", "lora_down", False, 1.5, False),
+}
+
+
+def adapter(form, parts, file) -> dict[str, torch.Tensor]:
+    """Write a LoRA of all layers of blocks; what it adds to the folder's weights."""
+    before, up, down, theirs, alpha, _ = FORMS[form]
+    weights = published(parts["transformer"]) if theirs else parts["transformer"]
+    draw, stored, added = torch.Generator().manual_seed(3), {}, {}
+    for name, tensor in weights.items():
+        layer = name.removesuffix(".weight")
+        if tensor.ndim != 2 or not layer.startswith(("layers.", "noise_", "context_")):
+            continue
+        (rows, columns), spelled = tensor.shape, layer.replace(".", "_") if before.endswith("_") else layer
+        wide, narrow = torch.randn(rows, 3, generator=draw), torch.randn(3, columns, generator=draw) / 30
+        stored |= {f"{before}{spelled}.{up}.weight": wide, f"{before}{spelled}.{down}.weight": narrow}
+        stored |= {f"{before}{spelled}.alpha": torch.tensor(alpha)} if alpha else {}
+        added[name] = wide @ narrow * (alpha / 3 if alpha else 1)
+    save_file(stored, file)
+    return converted(added) if theirs else added
+
+
+def by_diffusers(file) -> dict[str, torch.Tensor]:
+    from diffusers import ZImagePipeline
+
+    state = {name.removeprefix("transformer."): t for name, t in ZImagePipeline.lora_state_dict(file).items()}
+    ends = ".lora_A.weight", ".lora_B.weight"
+    layers = {name.removesuffix(ends[0]) for name in state if name.endswith(ends[0])}
+    return {f"{layer}.weight": state[layer + ends[1]] @ state[layer + ends[0]] for layer in layers}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_loras_add_what_they_hold(form, folder, parts, tmp_path):
+    added = adapter(form, parts, file := tmp_path / "style.safetensors")
+    if FORMS[form][-1]:
+        theirs = by_diffusers(file)
+        assert theirs.keys() == added.keys()
+        assert all(torch.allclose(theirs[name], rows, atol=1e-6) for name, rows in added.items())
+    spec = tightfit.inspect(str(folder))
+    changed = replace(REQUEST, adapters=(adapters.read_adapter(file),)).resolve(spec).spec
+    assert changed.notes == spec.notes  # as each key fits
+    assert all(patch.low_rank for patch in changed.denoiser.patches)  # so beside quantised weights, too
+    for name, rows in added.items():
+        meant = parts["transformer"][name] + rows
+        torch.testing.assert_close(values(changed.denoiser.tensors[name]), meant, rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_under_two_names_counts_once(folder, parts, tmp_path):
+    """As some trainers write it, joined rows beside their parts."""
+    layer, draw = "diffusion_model.layers.0.attention.", torch.Generator().manual_seed(5)
+    down, up = torch.randn(2, 192, generator=draw), torch.randn(576, 2, generator=draw)
+    stored = {f"{layer}qkv.lora.down.weight": down, f"{layer}qkv.lora.up.weight": up}
+    for part, rows in zip("qkv", up.chunk(3), strict=True):
+        stored |= {f"{layer}to_{part}.lora.down.weight": down}
+        stored |= {f"{layer}to_{part}.lora.up.weight": rows}
+    for name in ("out", "to_out.0"):
+        stored |= {f"{layer}{name}.lora.down.weight": down}
+        stored |= {f"{layer}{name}.lora.up.weight": up[:192]}
+    save_file({name: one.clone() for name, one in stored.items()}, file := tmp_path / "style.safetensors")
+    spec = tightfit.inspect(str(folder))
+    changed = replace(REQUEST, adapters=(adapters.read_adapter(file),)).resolve(spec).spec
+    assert any("4 of 12 keys" in note for note in changed.notes)
+    for name, rows in by_diffusers(file).items():
+        meant = parts["transformer"][name] + rows
+        torch.testing.assert_close(values(changed.denoiser.tensors[name]), meant, rtol=1e-5, atol=1e-5)
