@@ -8,9 +8,14 @@ import json
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tightfit
 import torch
+from PIL import Image
+from tightfit.runtime.conditions.image import ImageToImage
+from tightfit.runtime.conditions.input_pictures import open_picture
+from tightfit.runtime.conditions.mask import Inpainting
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models import schedulers
@@ -88,6 +93,33 @@ def test_tokens_that_pad_are_seen(pipe, decibels):
             now = reference(pipe, CASES["oblong" if name.startswith("cap") else "32 tokens"])
             token.copy_(kept)
             assert decibels(now, before) < 70
+
+
+@pytest.mark.parametrize(("what", "strength"), [("Img2Img", 0.5), ("Inpaint", 1.0)])
+def test_pictures_to_begin_with_are_diffusers(z_image, pipe, what, strength, decibels, check_predicted):
+    import diffusers
+
+    draw = np.random.default_rng(1)
+    picture = Image.fromarray(draw.integers(0, 256, (12, 8, 3), np.uint8)).resize((64, 96), 3)
+    white = np.zeros((96, 64), np.uint8)
+    white[16:50, 8:40] = 255
+    mask, painted = Image.fromarray(white), slice(None)
+    condition, given = ImageToImage(open_picture(picture), strength), {"image": picture, "strength": strength}
+    if what == "Inpaint":
+        condition = Inpainting(open_picture(picture), mask=open_picture(mask), strength=strength, blur=0)
+        given["mask_image"], painted = mask, white > 0
+    request = replace(GUIDED, conditions=(condition,), num_inference_steps=6)
+    theirs = getattr(diffusers, f"ZImage{what}Pipeline")(**pipe.components)
+    theirs.set_progress_bar_config(disable=True)
+    wanted = theirs(
+        prompt=request.prompt, negative_prompt=request.negative_prompt, width=64, height=96,
+        guidance_scale=request.guidance_scale - 1, num_inference_steps=6, output_type="np",
+        generator=torch.Generator().manual_seed(request.seed), **given,
+    ).images[0]  # fmt: skip
+    with tightfit.load(str(z_image), precision="fp32", residency="staged", **WAY) as ours:
+        result = ours.generate(request)
+    check_predicted(result)
+    assert decibels(np.asarray(result.images[0])[painted], (wanted * 255).round()[painted]) >= 75
 
 
 @pytest.mark.parametrize("request_", [GUIDED, UNEVEN, LONGER], ids=["even", "negative", "longer"])
