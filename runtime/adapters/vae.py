@@ -94,9 +94,9 @@ class Vae:
     def _file(self, spec: ModelSpec) -> Stored:
         stored, _ = contents(self.path, stamp(self.path))
         if all(_NUMBERED.fullmatch(name) for name in stored):
-            return {"_class_name": _TINY}, _renamed(stored)
+            stored = _renamed(stored)
         if any(name.startswith("decoder.layers.") for name in stored):
-            return {"_class_name": _TINY}, stored
+            return {"_class_name": _TINY, **_latents(stored.get("decoder.layers.0.weight"))}, stored
         config, whole = vae(stored)
         if config:
             return config | {"norm_num_groups": spec.vae.get("norm_num_groups", 32)}, whole
@@ -104,9 +104,7 @@ class Vae:
         if any(name.startswith("decoder.mid.") for name in whole):
             whole = renames.vae(whole)
         shapes = {} if spec.decoder.engines else vae_config(whole)
-        first = whole.get("decoder.conv_in.weight")
-        latents = {"latent_channels": first.shape[1]} if first and len(first.shape) > 1 else {}
-        return {**spec.decoder.config, **shapes, **latents}, whole
+        return {**spec.decoder.config, **shapes, **_latents(whole.get("decoder.conv_in.weight"))}, whole
 
     def _component(
         self, config: Mapping[str, Any], stored: Mapping[str, Tensor], network: Network
@@ -118,6 +116,11 @@ class Vae:
         component = Component(network, self.path, {**network.defaults, **config}, tensors)
         check_config(component)
         return component
+
+
+def _latents(first: Tensor | None) -> dict[str, int]:
+    """What a decoder's first convolution says of the latents."""
+    return {"latent_channels": first.shape[1]} if first and len(first.shape) > 1 else {}
 
 
 def _renamed(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -149,7 +149,7 @@ def _of_texts(job: Job, plan: Plan) -> list[str]:
 
 
 def _of_adapters(job: Job) -> list[str]:
-    return [f"with --{given.option} {given.name}" for given in job.adapters]
+    return [f"with --{given.option.replace('_', '-')} {given.name}" for given in job.adapters]
 
 
 def _of_passes(planned: Planned) -> list[str]:

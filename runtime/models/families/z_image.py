@@ -231,6 +231,7 @@ class ZImage(Family):
     name, title, reads = "z-image", "Z-Image", 2560
     networks = (_TEXT_ENCODER, _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
+    tiny_decoder = "taef1"  # its VAE is Flux.1's
     first_step_is_known = True
     needs_range = True
     takes = frozenset({"lora", "text_encoder", "unet", "vae"})

@@ -13,6 +13,7 @@ import pytest
 import tightfit
 import torch
 from PIL import Image
+from tightfit.runtime.adapters.vae import Vae
 from tightfit.runtime.conditions.image import ImageToImage
 from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.conditions.mask import Inpainting
@@ -120,6 +121,21 @@ def test_pictures_to_begin_with_are_diffusers(z_image, pipe, what, strength, dec
         result = ours.generate(request)
     check_predicted(result)
     assert decibels(np.asarray(result.images[0])[painted], (wanted * 255).round()[painted]) >= 75
+
+
+def test_the_tiny_decoder_of_its_vae_paints_what_diffusers_paints(z_image, pipe, tmp_path, decibels):
+    """Flux.1's, in one file: a convolution there says how many channels latents have."""
+    from diffusers import AutoencoderTiny, ZImagePipeline
+
+    torch.manual_seed(4)
+    AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path)
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    request = replace(CASES["empty"], adapters=(Vae(file),))
+    theirs = ZImagePipeline(**pipe.components | {"vae": AutoencoderTiny.from_pretrained(tmp_path)})
+    theirs.set_progress_bar_config(disable=True)
+    with tightfit.load(str(z_image), precision="fp32", residency="staged", **WAY) as ours:
+        image = ours.generate(request).images[0]
+    assert decibels(image, reference(theirs, request)) >= 75
 
 
 @pytest.mark.parametrize("request_", [GUIDED, UNEVEN, LONGER], ids=["even", "negative", "longer"])
