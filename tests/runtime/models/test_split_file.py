@@ -403,9 +403,3 @@ def test_other_forms_change_parts_of_rows(folder, parts, tmp_path):
     ):
         name = f"transformer_blocks.1.attn.{part}.weight"
         torch.testing.assert_close(values(spec.denoiser.tensors[name]), parts["transformer"][name] + rows)
-
-
-def test_a_lora_paints_in_a_split_file_as_in_the_folder(comfy, folder, parts, tmp_path):
-    adapter("kohya", published(parts["transformer"]), parts["transformer"], tmp_path / "style.safetensors")
-    request = replace(REQUEST, adapters=(adapters.read_adapter(tmp_path / "style.safetensors"),))
-    check_same(painted(comfy / SHELVES[DENOISER] / DENOISER, request), painted(folder, request))

@@ -138,16 +138,16 @@ def test_the_tiny_decoder_of_its_vae_paints_what_diffusers_paints(z_image, pipe,
     assert decibels(image, reference(theirs, request)) >= 75
 
 
-@pytest.mark.parametrize("request_", [GUIDED, UNEVEN, LONGER], ids=["even", "negative", "longer"])
+@pytest.mark.parametrize("request_", [UNEVEN, LONGER], ids=["negative", "longer"])
 def test_guidance_is_diffusers(z_image, pipe, request_, decibels, check_predicted):
-    """Texts of two lengths go into a call each."""
+    """Texts of two lengths go into a call each. Pictures above are guided by two of one length."""
     wanted = reference(pipe, request_)
     assert decibels(reference(pipe, replace(request_, guidance_scale=1.0)), wanted) < 40
     with tightfit.load(str(z_image), precision="fp32", residency="staged", **WAY) as ours:
         result = ours.generate(request_)
     assert decibels(result.images[0], wanted) >= 75
     check_predicted(result)
-    assert request_ is GUIDED or result.plan.cfg == "sequential"
+    assert result.plan.cfg == "sequential"
 
 
 def test_texts_of_two_lengths_go_into_no_call_together(z_image):
