@@ -25,7 +25,7 @@ from .models.spec import ModelSpec
 from .request import RANDOM_SEED, Request, drawn
 
 REFRESH_SECONDS = 2.0
-PICTURES = ("image", "mask_image", "control_image", "ip_adapter_image")
+PICTURES = ("image", "mask_image", "control_image", "ip_adapter_image", "reference")
 """Options that are pictures, or lists of them."""
 _PATHS = ("control",)  # a text that begins with the path of a picture
 _NAMED = {"refiner": Kind.MODEL, "hires_upscaler": Kind.UPSCALER, "controlnet": Kind.CONTROLNET}
@@ -168,7 +168,7 @@ def _shelved(options: Mapping[str, Any], shelves: Shelves) -> dict[str, Any]:
     if path := next((name for name in (*_PATHS, "adapters", "conditions") if given.get(name)), None):
         raise TightfitError(f"{path} is not taken from a client: give control_image and controlnet, or lora")
     for name in PICTURES:
-        if not all(map(_is_image, _several(given.get(name)))):
+        if not all(map(_is_image, several(given.get(name)))):
             raise TightfitError(f"{name} must be a picture itself, not the name of one")
     for name, kind in _NAMED.items():
         if given.get(name) is not None:
@@ -182,7 +182,8 @@ def _shelved(options: Mapping[str, Any], shelves: Shelves) -> dict[str, Any]:
     return given
 
 
-def _several(value: Any) -> Sequence[Any]:
+def several(value: Any) -> Sequence[Any]:
+    """The values of what may be one, a list, or none."""
     return value if isinstance(value, list | tuple) else () if value is None else (value,)
 
 

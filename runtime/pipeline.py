@@ -341,5 +341,5 @@ def _costs_of(estimate: Estimate) -> tuple[Any, ...]:
     parts = (share.encodes, share.decodes, job.whole.refiner is None, job.whole is job)
     full = job.full_calls(job.step_cache or 2, job.spec.denoiser.name)
     cached = (job.step_cache, job.steps_taken, *full, job.is_steady)
-    size = job.width, job.height, job.num_images, job.branches
-    return (*size, *counts, *parts, *cached, estimate.texts)
+    sizes = (job.width, job.height, *job.references)
+    return (*sizes, job.num_images, job.branches, *counts, *parts, *cached, estimate.texts)

@@ -339,6 +339,11 @@ class Job(Request):
             return self.share.begin
         return max((condition.skipped(self.num_inference_steps) for condition in self.conditions), default=0)
 
+    @property
+    def references(self) -> tuple[tuple[int, int], ...]:
+        """Height and width in pixels of each picture that the denoiser reads beside its latents."""
+        return tuple(size for condition in self.conditions for size in condition.references(self.spec))
+
     def encodings(self, name: str) -> int:
         """How often its conditions call the encoder of that name."""
         return sum(condition.encodings(name, self) for condition in self.conditions)

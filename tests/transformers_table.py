@@ -23,10 +23,18 @@ import torch
 from tightfit.benchmarks.record import envelope
 from tightfit.export import random_model
 from tightfit.runtime.cli.output import say
+from tightfit.runtime.conditions.input_pictures import open_picture
+from tightfit.runtime.conditions.reference import References
 from tightfit.runtime.placement import RESIDENCIES
 from tightfit.runtime.units import shown
 
 FAMILIES = ("flux2-klein", "z-image")
+_EDIT = tightfit.Request("make it red", width=160, height=96, seed=2)
+_NOISE = np.random.default_rng(0)
+_PICTURES = tuple(
+    open_picture(_NOISE.integers(0, 256, (height, width, 3), np.uint8))
+    for height, width in ((70, 100), (130, 64))
+)
 CASES = (
     ("as it is", tightfit.Request("a red heart", width=64, height=96, seed=5)),
     ("cut at 512 tokens", tightfit.Request("a cat 心 " * 100, width=128, height=64, seed=7)),
@@ -40,6 +48,8 @@ CASES = (
         ),
     ),
     ("nine steps", tightfit.Request("a dog", width=160, height=96, seed=2, num_inference_steps=9)),
+    ("one reference", replace(_EDIT, conditions=(References(_PICTURES[:1]),))),
+    ("two references", replace(_EDIT, conditions=(References(_PICTURES),))),
     ("256x192", tightfit.Request("a red heart", width=256, height=192, seed=3)),
 )
 FROM_NONE = {"z-image": 1.0}  # what diffusers calls 0
@@ -55,6 +65,8 @@ def by_diffusers(pipe: Any, request: tightfit.Request, spec: tightfit.ModelSpec)
     how = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
     if request.negative_prompt is not None:
         how["negative_prompt"] = request.negative_prompt
+    if references := [one for one in request.conditions if isinstance(one, References)]:
+        how["image"] = [picture.image for picture in references[0].pictures]
     return (pipe(prompt=request.prompt, latents=noise, **size, **how).images[0] * 255).round()
 
 
@@ -62,7 +74,12 @@ def pictures(family: str, folder: Path) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     spec = tightfit.inspect(folder)
-    cases = [(name, one) for name, one in CASES if not (one.guidance_scale and spec.is_distilled)]
+    cases = [
+        (name, one)
+        for name, one in CASES
+        if not (one.guidance_scale and spec.is_distilled)
+        and (spec.design.reference_pixels or not one.conditions)
+    ]
     cells = {name: [] for name, _ in cases}
     for residency in RESIDENCIES:
         with tightfit.load(str(folder), precision="fp32", device="cpu", residency=residency) as ours:

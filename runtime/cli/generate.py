@@ -16,6 +16,8 @@ from ..adapters.prompt import WORD, from_words
 from ..asking import check_taken
 from ..conditions import asked as conditions_of
 from ..conditions.controlnet import CONTROL, again
+from ..conditions.reference import OPTION as REFERENCE
+from ..conditions.reference import check_carried
 from ..errors import TightfitError, printable
 from ..events import Event, Result, joined
 from ..machine.process import check_address_space
@@ -142,7 +144,8 @@ def generate(
     model, offline = _model(options, carried, plan)
     check_taken(partial(inspect, model, local_files_only=offline), {**carried.asking, **adapting, **asking})
     said = carried.request.get("prompt") if prompt is None else prompt
-    if carried.asking.keys() - {CONTROL} and "image" not in asking:
+    check_carried(carried.asking.get(REFERENCE, ()), asking.get(REFERENCE, ()), options.source)
+    if carried.asking.keys() - {CONTROL, REFERENCE} and "image" not in asking:
         painted = f"{options.source} was painted over another picture, which it does not carry"
         raise TightfitError(f"{painted}: give that by --image, and a mask by --mask")
     controls = again(carried.asking.get(CONTROL, ()), asking.get(CONTROL, ()), options.source)

@@ -14,13 +14,16 @@ from .controlnet import ControlNets
 from .handed import EnlargedByNetwork
 from .image_prompt import ImagePrompt
 from .outpaint import Outpainting
+from .reference import References
 
 __all__ = [
     "CONDITIONS", "Arrays", "Call", "Condition", "Draw", "Painted", "Steering", "Steerings", "asked",
     "networks",
 ]  # fmt: skip
 
-CONDITIONS: tuple[type[Condition], ...] = (Outpainting, ImagePrompt, ControlNets, EnlargedByNetwork)
+CONDITIONS: tuple[type[Condition], ...] = (
+    Outpainting, References, ImagePrompt, ControlNets, EnlargedByNetwork,
+)  # fmt: skip
 
 
 def networks() -> dict[str, Network]:

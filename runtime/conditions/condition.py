@@ -116,6 +116,10 @@ class Condition:
         """How many it puts after the texts."""
         return 0
 
+    def references(self, spec: ModelSpec) -> tuple[tuple[int, int], ...]:  # noqa: ARG002
+        """Height and width in pixels of each picture that the denoiser reads beside its latents."""
+        return ()
+
     def scales(self) -> tuple[float, ...]:
         """Of guidance by what it asks. Each takes a branch more: the unguided one, which lacks just that."""
         return ()

@@ -159,12 +159,13 @@ class ModelSpec:
         return replace(self, components={component.name: component for component in order})
 
     def on_demand(self, network: Network) -> Component:
-        """One of the networks that not every picture needs, as its family has it: the same object for the
-        same model. Raises TightfitError for a model that has it not."""
-        spare, own = self.spare, next((n for n in self.design.on_demand if n.name == network.name), None)
+        """One of the networks that not every picture needs, as its family has it, by this one's name: the
+        same object for the same model. Raises TightfitError for a model that has it not."""
+        place, spare = (network.folder, network.role), self.spare
+        own = next((n for n in self.design.on_demand if (n.folder, n.role) == place), None)
         if spare is None or own is None:
             raise TightfitError(f"{self.name} has no {network.name}: use the model it was made from")
-        return _SPARE.get(network.name, lambda: spare(own), self)
+        return _SPARE.get(network.name, lambda: spare(replace(own, name=network.name)), self)
 
     def of_role(self, role: Role) -> tuple[Component, ...]:
         """Its networks that do this, in order."""
@@ -294,12 +295,9 @@ class ModelSpec:
         guidance."""
         return self.unet.get("time_cond_proj_dim")
 
-    def inputs(
-        self, component: Component, batch: int, height: int, width: int, chunks: int = 1, cache: str = ""
-    ) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of what a session is called with, by their names there, for a picture of `height` x `width`
-        pixels, and texts of so many `chunks`; `cache` as of an Extent."""
-        return component.network.inputs(self, Extent(batch, height, width, chunks, cache))
+    def inputs(self, component: Component, *extent: Any) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of what a session is called with, by their names there, for what an Extent has."""
+        return component.network.inputs(self, Extent(*extent))
 
 
 _EXTENDED: Recent[ModelSpec] = Recent(16)

@@ -101,7 +101,7 @@ class Estimator:
         self.costs: Recent[dict[Any, Any]] = Recent(most)
 
     def estimate(self, hardware: Hardware, job: Job, wishes: Wishes) -> Estimate:
-        key = (job.width, job.height, job.branches, job.prompting.chunks, *job.sides.items())
+        key = (job.width, job.height, job.branches, job.prompting.chunks, *job.sides.items(), *job.references)
         step_cache = job.step_cache or wishes.cache_every or 1
         known = self.costs.get(key, dict, hardware, job.spec)
         texts = TEXTS.known(job, hardware)
@@ -267,7 +267,8 @@ class Estimate:
         height, width = job.sides.get(name, (job.height, job.width))
         whole = cache == FULL and role is Role.CONTROL
         cached = cache if self._caches(name) and not whole else ""
-        return Extent(rows * self._pictures(role), height, width, job.prompting.chunks, cached)
+        references = job.references if role in _BRANCHING else ()
+        return Extent(rows * self._pictures(role), height, width, job.prompting.chunks, cached, references)
 
     def _pictures(self, role: Role) -> int:
         """That go through a network of such a role at once."""

@@ -10,7 +10,7 @@ import base64
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastapi.responses import StreamingResponse
 from PIL import Image
 from starlette.concurrency import run_in_threadpool
 
+from ..asking import several
 from ..conditions.input_pictures import open_picture
 from ..errors import TightfitError
 from ..files import shortened
@@ -114,7 +115,8 @@ async def generations(request: Request, service: Served, door: Doored) -> Respon
 
 @router.post("/images/edits", openapi_extra=_SENT)
 async def edits(request: Request, service: Served, door: Doored) -> Response:
-    """Paint a picture anew: where the mask is transparent, or all of it."""
+    """Paint a picture anew: where the mask is transparent, or all of it; or, by a model that reads such, one
+    that refers to pictures."""
     return await _painted(request, service, door, "image_edit", needs="image")
 
 
@@ -197,7 +199,8 @@ def _order(
     if share != 1:
         options.setdefault("num_inference_steps", max(1, round(spec.default_steps * share)))
     options |= _size(others.get("size"), spec) | {"num_images": _count(others, options)}
-    options |= _begun(options, others)
+    if images := several(options.pop("image", None)):
+        options |= _given_pictures(images, options, others, spec)
     partial = others.get("partial_images") or 0
     if not 0 <= partial <= _MOST_PARTIAL:
         raise RefusedError(f"partial_images must be from 0 to {_MOST_PARTIAL}", param="partial_images")
@@ -210,10 +213,11 @@ def _order(
 
 def _counting(answering: Answering, options: Mapping[str, Any], spec: ModelSpec) -> Answering:
     """With the tokens of what is asked."""
-    reader, image = Reader(spec, spec.text_encoders[0]), options.get("image")
+    reader = Reader(spec, spec.text_encoders[0])
+    images = (one for name in ("image", "reference") for one in several(options.get(name)))
     words = len(reader.ids([str(options.get("prompt") or "")], ends=False)[0])
     factor = spec.downsampling**2
-    seen = image.width * image.height // factor if image is not None else 0
+    seen = sum(image.width * image.height // factor for image in images)
     return replace(answering, words=words, seen=seen, factor=factor)
 
 
@@ -256,17 +260,19 @@ def _size(text: str | None, spec: ModelSpec) -> dict[str, int]:
     return dict(zip(("width", "height"), rounded, strict=False))
 
 
-def _begun(options: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-    """A picture to begin with, and its mask as ours has it: white where to paint."""
-    image, mask = options.get("image"), others.get(MASK)
-    if isinstance(image, list):
-        if len(image) > 1:
-            raise RefusedError("one picture is edited here, not several: send one image", param="image")
-        image = image[0]
-    if image is None:
-        return {}
-    begun: dict[str, Any] = {"image": image}
-    alpha = open_picture(image if mask is None else mask).alpha
+def _given_pictures(
+    images: Sequence[Image.Image], options: Mapping[str, Any], others: Mapping[str, Any], spec: ModelSpec
+) -> dict[str, Any]:
+    """Those that a prompt refers to, of a model that reads such. Else one to begin with, and its mask as ours
+    has it: white where to paint."""
+    mask, is_one = others.get(MASK), len(images) == 1
+    alpha = open_picture(images[0] if mask is None else mask).alpha
+    refers = spec.design.reference_pixels and options.get("prompt") and not (is_one and alpha is not None)
+    if refers and mask is None and not {"mask_image", "strength"} & {*options}:
+        return {"reference": images}
+    if not is_one:
+        raise RefusedError("one picture is edited here, not several: send one image", param="image")
+    begun: dict[str, Any] = {"image": images[0]}
     if mask is not None and alpha is None:
         raise RefusedError("the mask must be transparent where to paint, and this one is nowhere", param=MASK)
     if alpha is not None and "mask_image" not in options:

@@ -196,7 +196,7 @@ def settings_in(content: bytes, shelves: Shelves | None) -> dict[str, Any]:
         with suppress(TightfitError):  # of a version that knows it
             sampler, schedule = split(name)
             options |= {"scheduler": sampler.name} | ({} if schedule == AUTOMATIC else {"schedule": schedule})
-    asked = {name: value for name, value in carried.asking.items() if name != "control"}
+    asked = {name: value for name, value in carried.asking.items() if name not in ("control", "reference")}
     if carried.asking:
         notices.append(f"{_OWN} was painted after another, which it does not carry: give that too")
     model = carried.model and finder.name(carried.model, Kind.MODEL)

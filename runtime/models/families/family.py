@@ -56,6 +56,8 @@ RESIDUAL = "residual_"
 """How inputs of a denoiser are called that its control networks answer: these never leave the device."""
 FEATURE = "feature_"
 """How inputs of a denoiser are called that are answered once for a picture to follow."""
+REFERENCE = "reference_"
+"""How inputs of a denoiser are called that are latents of pictures, which it reads beside its own."""
 KEPT = "kept"
 """How the input of a shallow call of a denoiser is called that a full one has answered: it never leaves the
 device."""
@@ -65,13 +67,15 @@ CACHES = FULL, SHALLOW = "full", "shallow"
 
 class Extent(NamedTuple):
     """What the inputs of one call depend on: rows of a batch, the picture's height and width in pixels, and
-    how many times a text encoder's length the texts are. `cache`: of CACHES, where steps are cached."""
+    how many times a text encoder's length the texts are. `cache`: of CACHES, where steps are cached.
+    `references`: height and width in pixels of each picture that the denoiser reads beside its latents."""
 
     batch: int
     height: int
     width: int
     chunks: int = 1
     cache: str = ""
+    references: tuple[tuple[int, int], ...] = ()
 
 
 class Latents(NamedTuple):
@@ -214,7 +218,8 @@ class Family:
     whose range its values may need, so that fp16 is taken only where there is no bf16. takes: the adapters
     and conditions that are for its models, by their options; None is all. tiny_decoder: what files of such
     are called, as a regular expression. latent_rgb: of latents' channels, and a constant: red, green and blue
-    in -1..1. align_your_steps: noise levels that were found best for it, if any were.
+    in -1..1. align_your_steps: noise levels that were found best for it, if any were. reference_pixels: at
+    most of each picture that its denoiser reads beside its latents; 0: it reads none.
     """
 
     name: str
@@ -228,6 +233,7 @@ class Family:
     tiny_decoder: str = ""
     latent_rgb: tuple[tuple[float, ...], ...] = ()
     align_your_steps: tuple[float, ...] = ()
+    reference_pixels: int = 0
 
     def claims(self, source: Source) -> bool:
         """Whether the model is of this family. The first of FAMILIES that claims it has it."""

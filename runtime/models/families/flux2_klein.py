@@ -20,7 +20,7 @@ from ..checks import (
     whole,
 )
 from ..cures import of_mixed
-from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
+from .family import NO_GRAPH, REFERENCE, Extent, Family, Latents, Network, Role, Shape
 from .flow import even, shifted
 from .networks import DECODER, ENCODER
 from .parts import in_parts, parts
@@ -95,6 +95,10 @@ def _inputs(spec: ModelSpec, extent: Extent) -> dict[str, Shape]:
         "sample": (extent.batch, *spec.latent_shape(extent)),
         "timestep": (),
         "hidden": (extent.batch, spec.text_length, spec.text_width),
+        **{
+            f"{REFERENCE}{number}": (1, *spec.latent_shape(extent._replace(height=height, width=width)))
+            for number, (height, width) in enumerate(extent.references)
+        },
     }
 
 
@@ -142,26 +146,43 @@ class _InParts:
         return attn.to_out(joined)
 
 
-def _predict(module: Any, sample: Any, timestep: Any, hidden: Any) -> tuple[Any, ...]:
-    """Of latents (batch, channels, height, width). A token's place has four axes: a picture's number, row,
-    column, and a text's place."""
+_BETWEEN = 10  # places of the first axis, from one picture to the next
+
+
+def _predict(module: Any, sample: Any, timestep: Any, hidden: Any, **references: Any) -> tuple[Any, ...]:
+    """Of latents (batch, channels, height, width), beside those of references (1, channels, any, any)."""
     import torch
 
-    batch, channels, height, width = sample.shape
-    device, length = sample.device, hidden.shape[1]
-    picture, text = (torch.zeros(count, 4, device=device) for count in (height * width, length))
-    picture[:, 1] = torch.arange(height, device=device).repeat_interleave(width, output_size=height * width)
-    picture[:, 2] = torch.arange(width, device=device).repeat(height)
-    text[:, 3] = torch.arange(length, device=device)
+    batch, count, length = len(sample), sample[0, 0].numel(), hidden.shape[1]
+    pictures = [sample, *(references[f"{REFERENCE}{number}"] for number in range(len(references)))]
+    tokens = [picture.flatten(2).transpose(1, 2).expand(batch, -1, -1) for picture in pictures]
+    places = [_places(picture, _BETWEEN * number) for number, picture in enumerate(pictures)]
+    text = torch.zeros(length, 4, device=sample.device)
+    text[:, 3] = torch.arange(length, device=sample.device)
     (predicted,) = module(
-        sample.flatten(2).transpose(1, 2),
+        torch.cat(tokens, 1) if references else tokens[0],
         encoder_hidden_states=hidden,
         timestep=timestep.expand(batch) / 1000,
-        img_ids=picture,
+        img_ids=torch.cat(places) if references else places[0],
         txt_ids=text,
         return_dict=False,
     )
-    return (predicted.transpose(1, 2).reshape(batch, channels, height, width),)
+    return (predicted[:, :count].transpose(1, 2).reshape(sample.shape),)
+
+
+def _places(picture: Any, number: int) -> Any:
+    """(tokens, 4) of a picture's latents. A place has four axes: the picture's number, row, column, and a
+    text's place."""
+    import torch
+
+    height, width = picture.shape[2:]
+    places = torch.zeros(height * width, 4, device=picture.device)
+    places[:, 0] = number
+    places[:, 1] = torch.arange(height, device=picture.device).repeat_interleave(
+        width, output_size=height * width
+    )
+    places[:, 2] = torch.arange(width, device=picture.device).repeat(height)
+    return places
 
 
 _TRANSFORMER = Network(
@@ -276,6 +297,7 @@ class Flux2Klein(Family):
     first_step_is_known = True
     needs_range = True
     takes = frozenset({"lora", "text_encoder", "unet", "vae"})
+    reference_pixels = 1024**2  # diffusers'
 
     def claims(self, source: Source) -> bool:
         return source.config(_TRANSFORMER).get("_class_name") == "Flux2Transformer2DModel"

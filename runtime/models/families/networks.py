@@ -536,3 +536,4 @@ ENCODER = replace(
         checked=(_OTHER_PIXELS,),
     ),
 )
+REFERENCE_ENCODER = replace(ENCODER, name="reference_encoder")  # the same, at sizes of its own

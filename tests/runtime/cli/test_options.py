@@ -89,7 +89,7 @@ def test_names_of_options_stay():
         --provider --device --vram --ram --residency --attention --tiling --min-psnr --lora --embedding --vae
         --prediction --unet --text-encoder --models-dir --json --image --strength --resize --mask-image --mask
         --mask-blur --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale --ip-adapter
-        --ip-image --control --hires --hires-size --hires-strength --hires-steps --hires-upscaler
+        --ip-image --control --reference --hires --hires-size --hires-strength --hires-steps --hires-upscaler
         --hires-prompt --hires-scheduler --refiner --refiner-start --step-cache --prefer"""
     of_generate = """\
 prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan --connect -o --output

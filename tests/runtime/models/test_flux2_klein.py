@@ -13,6 +13,10 @@ import pytest
 import tightfit
 import torch
 from PIL import Image
+from tightfit.runtime import infotext
+from tightfit.runtime.asking import request_of
+from tightfit.runtime.conditions.input_pictures import open_picture
+from tightfit.runtime.conditions.reference import References, check_carried
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers
 from tightfit.runtime.models.checks import check_fields
@@ -125,7 +129,6 @@ def test_samplers_of_flows_follow_a_straight_line_to_its_end(klein, name):
 
 def test_image_to_image_begins_with_the_encoded_picture(klein, pipe, decibels, check_predicted):
     from tightfit.runtime.conditions.image import ImageToImage
-    from tightfit.runtime.conditions.input_pictures import open_picture
 
     pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
     condition = ImageToImage(open_picture(Image.fromarray(pixels)), strength=0.5)
@@ -147,6 +150,56 @@ def test_image_to_image_begins_with_the_encoded_picture(klein, pipe, decibels, c
     ).images[0]  # fmt: skip
     pipe.scheduler = whole
     assert decibels(result.images[0], (image * 255).round()) >= 75
+
+
+def picture(height, width):
+    return open_picture(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+REFERENCES = picture(70, 100), picture(130, 64)  # of which the sides are cut
+
+
+def test_reference_pictures_are_read_as_diffusers_does(klein, pipe, decibels, check_predicted):
+    request = replace(CASES["oblong"], num_inference_steps=2)
+    wanted = {
+        count: reference(pipe, request, image=[one.image for one in REFERENCES[:count]]) for count in (1, 2)
+    }
+    assert decibels(wanted[1], wanted[2]) < 60  # both are seen
+    for residency, counts in {"staged": (1, 2), "streamed": (2,)}.items():
+        with tightfit.load(str(klein), precision="fp32", residency=residency, **WAY) as ours:
+            for count in counts:
+                asked = replace(request, conditions=(References(REFERENCES[:count]),))
+                result = ours.generate(asked)
+                assert decibels(result.images[0], wanted[count]) >= 75, (residency, count)
+                check_predicted(result)
+    carried = infotext.parse(result.images[0].info["parameters"], "a.png")
+    assert "Reference pictures: 2" in result.images[0].info["parameters"]
+    assert not carried.notices
+    with pytest.raises(TightfitError, match=r"a\.png was painted after 2 reference pictures"):
+        check_carried(carried.asking["reference"], (), "a.png")
+
+
+@pytest.mark.parametrize("sides", [(70, 100), (900, 1300), (64, 64)])
+def test_reference_pictures_are_made_smaller_as_diffusers_does(klein, pipe, sides):
+    from tightfit.runtime.conditions.reference import pixels
+
+    whole, spec, processor = picture(*sides), tightfit.inspect(str(klein)), pipe.image_processor
+    (ours, size) = pixels(whole, spec), References((whole,)).size(spec)
+    image = processor._resize_if_exceeds_area(whole.image)
+    width, height = (side // 16 * 16 for side in image.size)
+    theirs = processor.preprocess(image, height=height, width=width, resize_mode="crop")
+    assert size == (height, width)
+    assert np.array_equal(ours, theirs.numpy())
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "why"),
+    [("emoji", 1, "--reference is not for"), (None, 9, "at most 8"), (None, 0, "64 a side or more")],
+)
+def test_reference_pictures_that_cannot_be_read_are_refused(klein, model, count, why):
+    pictures = [REFERENCES[0].image] * count or Image.new("RGB", (32, 64))
+    with pytest.raises(TightfitError, match=why):
+        request_of({"prompt": "a cat", "reference": pictures}).resolve(tightfit.inspect(model or str(klein)))
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 from io import BytesIO
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -101,6 +103,20 @@ def test_edits_paint_where_the_mask_is_transparent(client, local, pizza):
     assert pixels(painted) == pixels(expected)
     kept, was = np.asarray(painted.convert("RGB"))[:, :28], np.asarray(pizza)[:, :28]
     assert (kept == was).all()
+
+
+def test_edits_refer_to_pictures_where_the_model_reads_such(pizza):
+    from tightfit.runtime.server.openai import _given_pictures
+
+    spec: Any = SimpleNamespace(design=SimpleNamespace(reference_pixels=1))
+    hole = Image.fromarray(np.zeros((64, 64, 4), np.uint8))
+
+    def names(images, others=None, **options):
+        return {*_given_pictures(images, options, others or {}, spec)}
+
+    assert names([pizza, hole], prompt="a") == names([pizza], prompt="a") == {"reference"}
+    assert names([pizza], prompt="") == names([pizza], prompt="a", strength=0.5) == {"image", "strength"}
+    assert names([hole], prompt="a") == names([pizza], {"mask": hole}, prompt="a") == {"image", "mask_image"}
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
