@@ -26,6 +26,7 @@ from .single_file import Config, Shapes, Tensors, vae_config
 from .weights import read_file
 
 _BEFORE = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
+_IN_CHECKPOINT = re.compile(r"text_encoders\.\w+\.transformer\.")  # of ComfyUI, with all networks inside
 _BEFORE_VAE = ("first_stage_model.", "vae.", "")
 _BASE = r"(?:^|[\W_])base(?:[\W_]|$)"
 _PATCH = 4  # latents that are one of the transformer's
@@ -82,7 +83,8 @@ def _told(tensors: Tensors) -> Iterator[tuple[Published, dict[str, Tensor]]]:
 
 def text_encoder(tensors: Tensors) -> tuple[Config, dict[str, Tensor]]:
     """The config and the tensors of Qwen3, both empty for a file of another network."""
-    named = renames.llama_cpp(tensors) if "token_embd.weight" in tensors else scaled(tensors)
+    inside = {name[found.end() :]: tensors[name] for name in tensors if (found := _IN_CHECKPOINT.match(name))}
+    named = renames.llama_cpp(tensors) if "token_embd.weight" in tensors else scaled(inside or tensors)
     if _QUERY_NORM not in named:
         return {}, {}
     shapes, layer = Shapes(named), "model.layers.0"
@@ -234,18 +236,22 @@ _Reads = Callable[[Tensors], tuple[Config, dict[str, Tensor]]]
 
 
 def _found(file: Path, kind: Kind, reads: _Reads, usual: Config, needs: str) -> _Part:
-    """The one file of a kind, of those near `file`, whose config has what `usual` has, which the transformer
-    needs."""
+    """What is inside `file`, or the one file of a kind near it, whose config has what `usual` has, which the
+    transformer needs."""
     fitting: list[_Part] = []
     unread = ""
-    for path in near(file, kind):
+    for path in (file, *near(file, kind)):
         try:
-            config, tensors = reads(read_file(path)[0])
+            stored = read_file(path)[0]
+            is_beside = path == file or not transformer(stored)  # else it is another whole model's
+            config, tensors = reads(stored) if is_beside else ({}, {})
         except TightfitError as error:  # of a file that nobody named: it may be of another model
             unread = unread or f" ({error})"
             continue
         if config and all(config[name] == usual[name] for name in usual):
             fitting.append(_Part(path, config, tensors))
+            if path == file:
+                break
     if len(fitting) == 1:
         return fitting[0]
     option = kind.name.lower().replace("_", "-")

@@ -403,3 +403,36 @@ def test_other_forms_change_parts_of_rows(folder, parts, tmp_path):
     ):
         name = f"transformer_blocks.1.attn.{part}.weight"
         torch.testing.assert_close(values(spec.denoiser.tensors[name]), parts["transformer"][name] + rows)
+
+
+# ------------------------------------------------------------------------------- several in one, in NF4
+
+
+def in_one(parts, written, before_vae) -> tuple[dict, dict]:
+    """All three in one file, as ComfyUI saves a checkpoint; what each stands for."""
+    state, meant = written(published(parts["transformer"]))
+    texts, said = written(parts["text_encoder"])
+    vae, seen = in_bf16(parts["vae"])
+    stored = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
+    stored |= {f"text_encoders.qwen3_4b.transformer.{name}": tensor for name, tensor in texts.items()}
+    stored |= {f"{before_vae}{name}": tensor for name, tensor in published_vae(vae).items()}
+    stored |= {"text_encoders.qwen3_4b.logit_scale": torch.ones(())}
+    return stored, {"transformer": converted(meant), "text_encoder": said, "vae": seen}
+
+
+@pytest.mark.parametrize(("written", "before"), [(in_bf16, "vae."), (in_fp8, "first_stage_model.")])
+def test_a_checkpoint_with_all_networks_inside_is_the_model(
+    written, before, comfy, folder, parts, tmp_path, check_predicted
+):
+    stored, meant = in_one(parts, written, before)
+    save_file(stored, file := tmp_path / "klein-aio.safetensors")
+    with pytest.raises(TightfitError, match=r"aio\.safetensors has no tokenizer beside it"):
+        REQUEST.resolve(tightfit.inspect(str(file)))
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    spec = tightfit.inspect(str(file))
+    for component in spec.components.values():
+        check_values(component, meant[component.network.folder])
+    check_predicted(painted(file))
+    alone = shutil.copy(comfy / SHELVES[DENOISER] / DENOISER, tmp_path / DENOISER)
+    with pytest.raises(TightfitError, match="neither beside it"):  # what is inside another model is that's
+        REQUEST.resolve(tightfit.inspect(str(alone)))
