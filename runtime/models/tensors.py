@@ -66,6 +66,11 @@ class Encoding:
     form: str = ""
     """In kernels/formats.py: what a layer can keep just these values in, none rounded; "" for none."""
 
+    def begun(self, values: int) -> Encoding:  # noqa: ARG002
+        """That of a tensor which begins so many values later, and ends with what was before these. Raises
+        ValueError where no block begins there."""
+        return self
+
     def prepared(self, parts: tuple[Any, ...]) -> Any:
         """What `decode` and `packed` take for all blocks, made of `tensors` as they are stored."""
         return parts

@@ -1,4 +1,4 @@
-"""Networks in folders that bitsandbytes quantised: its codes and what lies beside them, as one tensor each.
+"""Networks that bitsandbytes quantised: its codes and what lies beside them, as one tensor each.
 
 In 4 bits `X.weight` has two codes in a byte, the first in the high bits, whatever the shape; blocks of values
 go through the weight in torch's order. `X.weight.absmax` has a scale for each block, as fp32, or as codes of
@@ -47,7 +47,7 @@ _STATE_FIELDS = {
 @dataclass(frozen=True, kw_only=True)
 class Blocks(Encoding):
     """4-bit codes, of which `size` in a row share a scale; `nested_size` scales share one if they are codes
-    themselves, and `offset` is then added to them."""
+    themselves, and `offset` is then added to them. `first`: the scale that is stored as that is its own."""
 
     kind: str
     values: int
@@ -56,16 +56,20 @@ class Blocks(Encoding):
     form: str
     nested_size: int = 0
     offset: float = 0.0
+    first: int = 0
+
+    def begun(self, values: int) -> Blocks:
+        return replace(self, first=self.first + _whole(values, self.size))
 
     def prepared(self, parts: tuple[Any, ...]) -> Any:
         """The scales, fp32."""
         absmax, *nested = (part.flatten() for part in parts)
         if not nested:
-            return absmax.float()
+            return absmax.float().roll(-self.first)
         largest, table = (part.float() for part in nested)
         scales = table[absmax.int()]
         scales *= largest.repeat_interleave(self.nested_size)[: len(scales)]
-        return scales.add_(self.offset)
+        return scales.add_(self.offset).roll(-self.first)
 
     def decode(self, raw: Any, first: int, parts: Any) -> Any:
         from ....kernels.formats import NF4
@@ -83,21 +87,26 @@ class Blocks(Encoding):
         packed = raw.new_empty(shape[0], shape[1] // 2)
         packed[:, ::2] = low >> 4 | high & 0xF0
         packed[:, 1::2] = low & 15 | high << 4
-        return {"packed": packed, "scale": parts.view(shape[0], -1)}
+        scales = parts[: math.prod(shape) // self.size]
+        return {"packed": packed, "scale": scales.view(shape[0], -1)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rows(Encoding):
-    """int8 codes, of which a row of `size` shares a scale."""
+    """int8 codes, of which a row of `size` shares a scale. `first`: as of Blocks."""
 
     values: int
     tensors: tuple[Tensor, ...]
     size: int
     form: str = "int8-wide"
+    first: int = 0
+
+    def begun(self, values: int) -> Rows:
+        return replace(self, first=self.first + _whole(values, self.size))
 
     def prepared(self, parts: tuple[Any, ...]) -> Any:
         """127 times the scales, fp32."""
-        return parts[0].float().flatten()
+        return parts[0].float().flatten().roll(-self.first)
 
     def decode(self, raw: Any, first: int, parts: Any) -> Any:
         import torch
@@ -109,7 +118,15 @@ class Rows(Encoding):
     def packed(self, raw: Any, shape: Sequence[int], parts: Any) -> Mapping[str, Any]:
         import torch
 
-        return {"packed": raw.view(torch.int8).view(*shape).clone(), "scale": (parts * _A_127TH)[:, None]}
+        scales = parts[: shape[0], None]
+        return {"packed": raw.view(torch.int8).view(*shape).clone(), "scale": scales * _A_127TH}
+
+
+def _whole(values: int, size: int) -> int:
+    """How many of such a size these are. Raises ValueError for parts of one."""
+    if values % size:
+        raise ValueError(values)
+    return values // size
 
 
 def _scales_of(scales: Any, blocks: int, first: int, count: int) -> Any:
@@ -122,9 +139,13 @@ def _scales_of(scales: Any, blocks: int, first: int, count: int) -> Any:
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     """What the safetensors files of one component's folder hold, by the names that plain models have. Raises
     TightfitError for what does not fit together, or if something else than bitsandbytes quantised it."""
-    if not _is_quantised(folder / "config.json"):
-        return all_tensors(folder)
     stored = all_tensors(folder)
+    return joined(stored) if _is_quantised(folder / "config.json") else stored
+
+
+def joined(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one network or several, each weight with what lies beside it, by the names that plain
+    models have. Raises TightfitError for what does not fit together."""
     orders = _contents(stored, ".weight_format")
     for name, state in _states(stored).items():
         del stored[name]

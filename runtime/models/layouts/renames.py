@@ -276,8 +276,9 @@ def bfl(tensors: Tensors) -> dict[str, Tensor]:
         if leaf not in ("weight", "bias", "scale"):
             continue
         if layer == _BFL_LAST[0]:
-            half = split(tensor, 2)[0].stored_bytes
-            renamed[f"{_BFL_LAST[1]}.{leaf}"] = replace(tensor, turned_bytes=half)
+            half = split(tensor, 2)[1]  # which diffusers has first
+            turned = replace(tensor, turned_bytes=half.stored_bytes, encoding=half.encoding)
+            renamed[f"{_BFL_LAST[1]}.{leaf}"] = turned
         elif places := _of_bfl(layer):
             parts = split(tensor, len(places)) if places[1:] else (tensor,)
             leaf = "weight" if leaf == "scale" else leaf
@@ -367,14 +368,19 @@ def split(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
 def _part(tensor: Tensor, shape: tuple[int, ...], number: int = 0, parts: int = 1) -> Tensor:
     """One of so many equal parts of a tensor's bytes, of that shape. Raises TightfitError if these have
     another size, or are no whole blocks."""
-    values = tensor.encoding.values if tensor.encoding else 1
-    if parts * math.prod(shape) != tensor.count or (parts > 1 and math.prod(shape) % values):
+    count, encoding = math.prod(shape), tensor.encoding
+    try:
+        if parts * count != tensor.count or (encoding and parts > 1 and count % encoding.values):
+            raise ValueError
+        encoding = encoding and encoding.begun(number * count)
+    except ValueError:
         raise TightfitError(
             f"{tensor.file} has a tensor of shape {list(tensor.shape)} in place of {parts} of shape "
             f"{list(shape)}: copy or download it again"
-        )
+        ) from None
     size = tensor.stored_bytes // parts
-    return replace(tensor, shape=shape, offset=tensor.offset + number * size, stored_bytes=size)
+    offset = tensor.offset + number * size
+    return replace(tensor, shape=shape, offset=offset, stored_bytes=size, encoding=encoding)
 
 
 def transposed(tensor: Tensor) -> Tensor:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..tensors import Tensor
-from . import gguf, safetensors
+from . import bitsandbytes, gguf, safetensors
 
 
 def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What its header promises, and what it says of it. Raises TightfitError."""
-    return (gguf if file.suffix.lower() == ".gguf" else safetensors).read_file(file)
+    if file.suffix.lower() == ".gguf":
+        return gguf.read_file(file)
+    tensors, said = safetensors.read_file(file)
+    return bitsandbytes.joined(tensors), said

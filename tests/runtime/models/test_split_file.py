@@ -4,8 +4,10 @@ the diffusers folder of these weights, whose pictures are diffusers' (test_flux2
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -16,6 +18,7 @@ from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 from safetensors.torch import load_file, save_file
 from tightfit.export import random_model
+from tightfit.kernels.formats import FORMATS, dequantise
 from tightfit.runtime import adapters
 from tightfit.runtime.backends.torch import loading
 from tightfit.runtime.catalogue import described
@@ -145,8 +148,8 @@ def check_values(component, meant) -> None:
         torch.testing.assert_close(values(tensor).flatten(), meant[name].float().flatten(), rtol=0, atol=0)
 
 
-def painted(model, request=REQUEST):
-    with tightfit.load(str(model), precision="fp32", **WAY) as ours:
+def painted(model, request=REQUEST, precision="fp32"):
+    with tightfit.load(str(model), precision=precision, **WAY) as ours:
         return ours.generate(request)
 
 
@@ -407,6 +410,8 @@ def test_other_forms_change_parts_of_rows(folder, parts, tmp_path):
 
 # ------------------------------------------------------------------------------- several in one, in NF4
 
+BITSANDBYTES = runpy.run_path(str(Path(__file__).with_name("test_bitsandbytes.py")))  # its writer
+
 
 def in_one(parts, written, before_vae) -> tuple[dict, dict]:
     """All three in one file, as ComfyUI saves a checkpoint; what each stands for."""
@@ -436,3 +441,26 @@ def test_a_checkpoint_with_all_networks_inside_is_the_model(
     alone = shutil.copy(comfy / SHELVES[DENOISER] / DENOISER, tmp_path / DENOISER)
     with pytest.raises(TightfitError, match="neither beside it"):  # what is inside another model is that's
         REQUEST.resolve(tightfit.inspect(str(alone)))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "nf4-nested", "int8"])
+def test_files_of_bitsandbytes_are_read_as_what_they_stand_for(
+    kind, folder, parts, tmp_path, check_predicted
+):
+    """Of a tensor that is three here, and of one whose halves are turned, the scales are too."""
+    state = published(parts["transformer"])
+    layers = [name.removesuffix(".weight") for name in state if "blocks" in name and state[name].ndim == 2]
+    stored, means = BITSANDBYTES["quantised"](state, kind, [*layers, "final_layer.adaLN_modulation.1"])
+    save_file({f"model.diffusion_model.{name}": t for name, t in stored.items()}, file := tmp_path / DENOISER)
+    request, meant = replace(REQUEST, adapters=given(unet=file)), converted(state | means)
+    spec = request.resolve(tightfit.inspect(str(folder))).spec
+    check_values(spec.denoiser, meant)
+    kept = {name: tensor for name, tensor in spec.denoiser.tensors.items() if tensor.form}
+    assert len(kept) == len(layers) + 1 + 2 * 4  # of four tensors each is three
+    for name, tensor in kept.items():
+        raw = torch.empty(tensor.stored_bytes, dtype=torch.uint8)
+        tensor.read_into(raw.numpy().data)
+        codes = tensor.encoding.packed(raw, tensor.shape, loading._stored_beside(tensor.encoding))
+        torch.testing.assert_close(dequantise(codes, FORMATS[tensor.form], tensor.shape), meant[name])
+    if kind == "nf4-nested":
+        check_predicted(painted(folder, request, "int4"))
