@@ -128,6 +128,7 @@ def split_cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Ca
         "bf16": SPLIT["in_bf16"](state),
         "fp8 with scales": own["in_fp8"](state),
     }
+    yield from others_of_klein(folder, parts, state, root)
     for name, (written, meant) in stored.items():
         file = SPLIT["write_comfy"](root / name, folder, written, own["NAMES"])
         theirs = partial(of_folder, folder, {"transformer": own["converted"](meant)})
@@ -143,6 +144,32 @@ def split_cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Ca
             f"files of ComfyUI, GGUF, {kind}",
             Case(place / "denoiser.gguf", partial(of_folder, folder, values), beside),
         )
+
+
+def others_of_klein(folder: Path, parts: Parts, state: State, root: Path) -> Iterator[tuple[str, Case]]:
+    """Checkpoints with all networks inside, and what bitsandbytes quantised."""
+    if "single_blocks.0.linear1.weight" not in state:
+        return
+    (place := root / "inside").mkdir()
+    shutil.copytree(folder / "tokenizer", place / "tokenizer")
+    for name, way, before in (("bf16", "in_bf16", "vae."), ("fp8", "in_fp8", "first_stage_model.")):
+        stored, meant = SPLIT["in_one"](parts, SPLIT[way], before)
+        file = saved(stored, place / f"{name}.safetensors")
+        yield f"checkpoint of ComfyUI, {name}", Case(file, partial(of_folder, folder, meant))
+    for kind in ("nf4", "nf4-nested", "int8"):
+        stored, meant = BNB["quantised"](state, kind, BNB["linears"](state))
+        file = SPLIT["write_comfy"](root / kind, folder, stored)
+        values = {"transformer": SPLIT["converted"](state | meant)}
+        yield f"files of ComfyUI, bitsandbytes' {kind}", Case(file, partial(of_folder, folder, values))
+    copy, values = Path(shutil.copytree(folder, root / "bnb-nf4")), {}
+    for part in ("transformer", "text_encoder"):
+        (file,) = (copy / part).glob("*.safetensors")
+        tensors = load_file(file)
+        layers = [layer for layer in BNB["linears"](tensors) if "embed" not in layer]
+        stored, values[part] = BNB["quantised"](tensors, "nf4", layers)
+        BNB["save"](file.parent, file.name, stored)
+        BNB["configured"](file.parent, load_in_4bit=True)
+    yield "bitsandbytes folder, nf4", Case(copy, partial(of_folder, folder, values))
 
 
 def quantised(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
