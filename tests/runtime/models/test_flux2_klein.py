@@ -7,13 +7,15 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import tightfit
 import torch
 from PIL import Image
-from tightfit.runtime import infotext
+from tightfit.runtime import infotext, previews
 from tightfit.runtime.asking import request_of
 from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.conditions.reference import References, check_carried
@@ -200,6 +202,18 @@ def test_reference_pictures_that_cannot_be_read_are_refused(klein, model, count,
     pictures = [REFERENCES[0].image] * count or Image.new("RGB", (32, 64))
     with pytest.raises(TightfitError, match=why):
         request_of({"prompt": "a cat", "reference": pictures}).resolve(tightfit.inspect(model or str(klein)))
+
+
+def test_previews_are_the_colours_of_patches():
+    latents = np.random.default_rng(0).normal(size=(1, 128, 2, 3)).astype(np.float32)
+    (whole,) = flux2_klein.unpack(torch.from_numpy(latents), (2, 2))
+    colours = torch.zeros(3, 32)
+    for channel, values in flux2_klein._COLOURS.items():
+        colours[:, channel] = torch.tensor(values)
+    wanted = torch.nn.functional.avg_pool2d(torch.einsum("rc,chw->rhw", colours, whole), 2)
+    wanted += torch.tensor(flux2_klein._CONSTANT)[:, None, None]
+    spec: Any = SimpleNamespace(design=flux2_klein.Flux2Klein(), folder=None, source=None)
+    np.testing.assert_allclose(previews.mapped(spec, latents), wanted.permute(1, 2, 0), atol=1e-6)
 
 
 @pytest.fixture(scope="module")
