@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from importlib import import_module, metadata
@@ -76,7 +75,6 @@ FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
 # Where a face has a name that is asked of it, so that the others stay unread.
 _HOMES = {("transformers", "PreTrainedModel"): "transformers.modeling_utils"}
 # Python's search for cycles takes a third of the time of imports, of which hardly anything is ever freed.
-_READING = threading.RLock()
 _SELDOM, _USUALLY = (50_000, 20, 100), (700, 10, 10)
 
 
@@ -109,11 +107,11 @@ class _Finder(MetaPathFinder):
         if fullname == "transformers":
             _stay_alone()
         if fullname in _ON_META:
-            have_meta_kernels()
+            _begin_reading(_META)
         if fullname.startswith(f"{_COMPILER}.") and fullname != _ALONE:
-            face = sys.modules.get(_COMPILER)
-            if isinstance(face, _Face):
-                face.read()  # its files import one another, in the order that its __init__ has
+            _begin_reading(_COMPILER)  # its files import one another, in the order that its __init__ has
+        if fullname in _INSIDES:
+            return ModuleSpec(fullname, _INSIDES[fullname])
         if fullname not in FACES and fullname not in _AROUND:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -122,6 +120,13 @@ class _Finder(MetaPathFinder):
             spec.loader = _Around(spec.loader, around) if around else _Later(spec.loader)
             return spec
         return None  # another version's, or none: as without this
+
+
+def _begin_reading(name: str) -> None:
+    """Read a face, unless that is done or a thread is at it, which may wait for what is being found here."""
+    face = sys.modules.get(name)
+    if isinstance(face, _Face) and not face._is_begun:
+        face.read()
 
 
 @contextmanager
@@ -187,34 +192,55 @@ class _Later(Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__dict__["_unread"] = self._loader
+        assert isinstance(module, _Face)
+        _INSIDES[module._inside] = _Inside(self._loader, module)
 
     def __getattr__(self, name: str) -> Any:  # get_source, get_resource_reader …
         return getattr(self._loader, name)
 
 
+class _Inside(Loader):
+    """Runs a face's __init__ as if it were a module of its own. So whoever reads it has one of Python's locks
+    of imports, and these know when two threads wait for one another."""
+
+    def __init__(self, loader: Loader, face: _Face) -> None:
+        self._loader, self._face = loader, face
+
+    def exec_module(self, _: ModuleType) -> None:
+        face = self._face
+        if face.__name__ in _ON_META_READ:
+            have_meta_kernels()
+        self._loader.exec_module(face)
+        # Some put another module in their place.
+        face.__dict__["_read"] = sys.modules.get(face.__name__, face)
+
+
+_INSIDES: dict[str, _Inside] = {}
+
+
 class _Face(ModuleType):
+    @property
+    def _inside(self) -> str:
+        """A name without dots, so without a package."""
+        return f"{self.__name__.replace('.', '/')}/__init__"
+
+    @property
+    def _is_begun(self) -> bool:
+        return self._inside in sys.modules
+
     def read(self) -> bool:
-        """Run the package's __init__, once. Whether that was now."""
-        with _READING:
-            if self.__name__ in _ON_META_READ:
-                have_meta_kernels()
-            if loader := self.__dict__.pop("_unread", None):
-                try:
-                    loader.exec_module(self)
-                except BaseException:  # tried again at the next look, as a module that fails is forgotten
-                    self.__dict__["_unread"] = loader
-                    raise
-                # Some put another module in their place.
-                self.__dict__["_read"] = sys.modules.get(self.__name__, self)
-            return loader is not None
+        """Run the package's __init__, once. Whether it was not read before. Where another thread reads it, and
+        waits for this one, it is read in part after this."""
+        unread = "_read" not in self.__dict__
+        __import__(self._inside)  # import_module would raise in that case
+        return unread
 
     def __getattr__(self, name: str) -> Any:
         own = self.__dict__
         if "_read" not in own and not _is_of_python(name):
-            with _READING:  # another thread may be reading it
-                unread = "_unread" in own
-            if unread:
+            if self._is_begun:
+                self.read()  # by another thread, or by this one further up
+            if not self._is_begun:
                 return self._looked_for(name)
             if name in own:
                 return own[name]

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
-from importlib.abc import Loader
-from types import ModuleType
 
 import pytest
-from tightfit.runtime import lean
 
 BEGIN = "from tightfit.runtime import lean; lean.begin(); import sys\n"
 
 
 def ran(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -64,27 +60,79 @@ def test_what_was_put_off_comes_when_it_is_looked_for():
     )
 
 
-class Slow(Loader):
-    """A package that fails at first; then another thread looks into it while this one reads it."""
+# `late` and `later` are put off. `late` fails at first; once it is read, another thread looks into it.
+FAILING = {
+    "late/__init__": "import signs\nif signs.fails: raise signs.fails.pop()\nsigns.look()\nname = 'it'",
+    "signs": """
+import threading
+fails, seen = [MemoryError()], []
+def look():
+    global other
+    import late
+    other = threading.Thread(target=lambda: seen.append(getattr(late, "name", None)))
+    other.start()
+    other.join(0.2)  # in which it would come back without
+""",
+    "main": """
+import late, signs
+try:
+    late.name
+except MemoryError:
+    assert late.name == "it"
+    signs.other.join()
+    print(signs.seen)
+""",
+}
+# What reads `late` imports two modules that other threads import already: one of them looks into `late` itself
+# and into another package, the other is being found, for which `late` is to be read first.
+IN_CIRCLES = {
+    "late/__init__": """
+import signs
+first = "it"
+signs.reading.set()
+signs.looking.wait(), signs.finding.wait()
+import middle, late.child
+last = True
+""",
+    "late/child": "name = 'child'",
+    "later/__init__": "name = 'too'",
+    "middle": """
+import late, later, signs
+signs.looking.set(), signs.reading.wait()
+seen = later.name, late.first
+""",
+    "signs": "from threading import Event\nreading, looking, finding = Event(), Event(), Event()",
+    "main": """
+import importlib, sys, threading
+import late, signs
+class Finding:
+    def find_spec(name, path, target=None):
+        if name == "late.child":
+            signs.finding.set()
+sys.meta_path.insert(0, Finding)
+def find():
+    signs.reading.wait()
+    importlib.import_module("late.child")
+lean._COMPILER = "late"
+others = [threading.Thread(target=importlib.import_module, args=["middle"]), threading.Thread(target=find)]
+for other in others:
+    other.start()
+late.last
+for other in others:
+    other.join()
+print([*sys.modules["middle"].seen, late.child.name])
+""",
+}
 
-    def __init__(self) -> None:
-        self.times, self.seen = 0, []
 
-    def exec_module(self, module: ModuleType) -> None:
-        self.times += 1
-        if self.times == 1:
-            raise MemoryError
-        self.other = threading.Thread(target=lambda: self.seen.append(getattr(module, "name", None)))
-        self.other.start()
-        self.other.join(0.2)  # in which it would come back without
-        module.__dict__["name"] = "it"
-
-
-def test_two_threads_look_at_what_was_put_off_and_failed_once():
-    face, loader = lean._Face("tightfit_made_up"), Slow()
-    face.__dict__["_unread"] = loader
-    with pytest.raises(MemoryError):
-        face.name  # noqa: B018
-    assert face.name == "it"
-    loader.other.join()
-    assert (loader.seen, loader.times) == (["it"], 2)
+@pytest.mark.parametrize(
+    ("files", "seen"), [(FAILING, ["it"]), (IN_CIRCLES, ["too", "it", "child"])], ids=["failing", "in circles"]
+)
+def test_two_threads_look_at_what_was_put_off(files, seen, tmp_path):
+    for name, text in files.items():
+        path = tmp_path / f"{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text)
+    code = f"{BEGIN}from pathlib import Path\nlean.FACES = {{'late': dict, 'later': dict}}\n"
+    code += f"sys.path.insert(0, {str(tmp_path)!r})\nexec(Path({str(tmp_path / 'main.py')!r}).read_text())"
+    assert ran(code) == str(seen)
