@@ -18,6 +18,7 @@ from uuid import uuid4
 from ..runtime.errors import TightfitError
 from ..runtime.files import JSON_BYTES, inside, open_regular, read_bytes, read_json
 from ..runtime.models import vocabulary
+from ..runtime.models.families import FAMILIES
 from ..runtime.models.families.family import Role
 from ..runtime.models.tokenizer import NAMES
 from .safetensors_file import Promised, SafetensorsFile
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from ..runtime.models.spec import ModelSpec
 
 # Files that are copied beside the weights, by folder. No other file of a model is read.
-_COPIED = {"tokenizer": NAMES, "tokenizer_2": NAMES, "scheduler": ("scheduler_config.json",)}
+_COPIED = {"scheduler": ("scheduler_config.json",)} | {
+    network.tokenizer: NAMES for family in FAMILIES for network in family.networks if network.tokenizer
+}
 _OF_A_NETWORK = ("config.json",)
 _PARTIAL = re.compile(r"\.tightfit-[0-9a-f]{32}\.partial")
 

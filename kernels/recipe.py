@@ -14,7 +14,8 @@ LEAST = 4096  # values of the smallest weight that is quantised
 _DELICATE = ("conv_shortcut", "proj_in", "proj_out", "conv_in", "conv_out", "x_embedder", "context_embedder")
 # What a transformer scales and shifts all tokens by: an error there is in each of them. And tables of tokens.
 _WIDE = re.compile(
-    r"modulation|norm_out|final_layer|_embed(d)?er|time_guidance_embed|embed_tokens$|_embedding$"
+    r"modulation|norm\w*\.linear$|final_layer|_embed(d)?er|time_guidance_embed|pos_embed"
+    r"|embed_tokens$|_embedding$|^shared$"
 )
 _PLAIN = "patch_embedding"  # of CLIP's image encoder: transformers asks its weight for a dtype
 

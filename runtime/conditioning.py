@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from .models.families.family import SHARED
 from .models.prompt_syntax import Line
 from .models.tokens import Chunks
 from .request import Job
@@ -56,7 +57,10 @@ class Conditioning:
             rows.append((whole, *map(np.concatenate, others)))
         arrays = self._job.spec.design.condition(self._job, rows)
         more = len(self._job.scales)
-        return {name: np.concatenate([array, *[array[:1]] * more]) for name, array in arrays.items()}
+        return {
+            name: array if _is_shared(name) else np.concatenate([array, *[array[:1]] * more])
+            for name, array in arrays.items()
+        }
 
     def again(self, job: Job) -> Conditioning:
         """Of another job, whose prompts say the same."""
@@ -83,7 +87,10 @@ class Together:
         if key not in self._known:
             while len(self._known) >= _MOST_TOGETHER:
                 del self._known[next(iter(self._known))]
-            rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            rows = {
+                name: one if _is_shared(name) else np.concatenate([part[name] for part in parts])
+                for name, one in parts[0].items()
+            }
             self._known[key] = parts, rows
         return self._known[key][1]
 
@@ -91,9 +98,17 @@ class Together:
 _MOST_TOGETHER = 8  # parts of a call, one for each branch
 
 
+def _is_shared(name: str) -> bool:
+    """Whether an input is one row for all."""
+    return name.startswith(SHARED)
+
+
 def _parts(arrays: Mapping[str, np.ndarray]) -> dict[str, Sequence[Mapping[str, np.ndarray]]]:
     rows = range(max((len(array) for array in arrays.values()), default=0))
-    sequential = [{name: array[i : i + 1] for name, array in arrays.items()} for i in rows]
+    sequential = [
+        {name: array if _is_shared(name) else array[i : i + 1] for name, array in arrays.items()}
+        for i in rows
+    ]
     return {"batched": [arrays], "sequential": sequential}
 
 

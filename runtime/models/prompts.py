@@ -173,9 +173,13 @@ class Prompting:
                 yield _unloaded(name, names[0])
 
     def _ends(self) -> Iterator[str]:
-        for whole in self._whole.values():
-            for name, end in whole.cut.items():
-                yield f"the {name} is too long; this end of it was cut: {end}"
+        cut: dict[tuple[str, str], list[str]] = {}
+        for encoder, whole in self._whole.items():
+            for name_and_end in whole.cut.items():
+                cut.setdefault(name_and_end, []).append(encoder)
+        for (name, end), encoders in cut.items():
+            where = "" if len(encoders) == len(self._whole) else f" for {' and '.join(encoders)}"
+            yield f"the {name} is too long{where}; this end of it was cut: {end}"
 
 
 def _unloaded(name: str, word: str) -> str:
@@ -191,7 +195,7 @@ def prompting(spec: ModelSpec, wanted: Wanted, calls: int) -> Prompting:
     """The prompts of one picture, whose denoiser is called so often. Raises TightfitError for a syntax that
     cannot be followed."""
     prompt = wanted.prompt
-    plain = wanted.plain or any(encoder.network.reading for encoder in spec.text_encoders)
+    plain = wanted.plain or spec.design.reads_plainly(spec)
     given = (Line((prompt,)),) if plain else lines(_NETWORK.sub("", prompt), calls)
     if len(given) > 1 and spec.is_distilled:
         raise TightfitError(f"{spec.name} takes one text, as it was distilled for it: leave AND out")

@@ -285,9 +285,8 @@ class ModelSpec:
 
     @property
     def text_width(self) -> int:
-        """Of the texts that the U-Net reads: all text encoders' side by side."""
-        readings = ((encoder.network.reading, encoder.config) for encoder in self.text_encoders)
-        return sum(one.width(config) if one else config["hidden_size"] for one, config in readings)
+        """Of the texts that the denoiser reads."""
+        return self.design.text_width(self)
 
     @property
     def guidance_width(self) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,22 @@ class Tensor:
         """In kernels/formats.py: what a layer can keep its values in as they are stored; "" for none."""
         decodes = any(patch.decodes for patch in self.patches)
         return self.encoding.form if self.encoding and not (self.transposed or decodes) else ""
+
+    def floats(self, start: int, count: int) -> Any:
+        """Some values in fp32, as numpy has them, of which alone the bytes are read. Raises TightfitError for
+        values that are no plain numbers."""
+        import torch
+
+        kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        if not self.as_stored or self.turned_bytes or self.dtype not in kinds:
+            raise TightfitError(
+                f"{self.file} has a table as {self.dtype}, which is read from 16 or 32 bits alone: "
+                "take another copy of it"
+            )
+        size = STORED_BYTES[self.dtype]
+        raw, offset = bytearray(count * size), self.offset + start * size
+        replace(self, offset=offset, shape=(count,), stored_bytes=len(raw)).read_into(raw)
+        return torch.frombuffer(raw, dtype=kinds[self.dtype]).float().numpy()
 
     def read_into(self, buffer: Any) -> None:
         """Fill a writable buffer of `stored_bytes` bytes: read, not mapped, so that it is in memory once."""

@@ -100,14 +100,16 @@ def _told(reader: Reader, reading: Reading, texts: Mapping[str, str]) -> Tokens:
 
     before, after = reading.around
     whole, most = reader.ids([f"{before}{text}{after}" for text in texts.values()]), reader.length
+    (rest,) = reader.ids([after])
+    room = most - len(rest) if reading.closed else most
     rows = []
-    for ids in (ids[:most] for ids in whole):
+    for ids in (ids if len(ids) <= most else [*ids[:room], *rest[: most - room]] for ids in whole):
         rows.append(np.full(-(-len(ids) // reading.length) * reading.length, ~reader.pad, np.int64))
         rows[-1][: len(ids)] = ids
-    (rest,) = reader.ids([after]) if after else ([],)
     ends = {
-        name: reader.tokenizer.decode(ids[most : len(ids) - len(rest)])
+        name: reader.tokenizer.decode(ids[room : len(ids) - len(rest)])
         for name, ids in zip(texts, whole, strict=True)
+        if len(ids) > most
     }
     return Tokens(rows, {name: end for name, end in ends.items() if end})
 

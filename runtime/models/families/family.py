@@ -61,6 +61,8 @@ REFERENCE = "reference_"
 KEPT = "kept"
 """How the input of a shallow call of a denoiser is called that a full one has answered: it never leaves the
 device."""
+SHARED = "shared_"
+"""How inputs of a denoiser are called that are alike in all rows of a batch: there is one row of them."""
 CACHES = FULL, SHALLOW = "full", "shallow"
 """How a denoiser that caches steps is called: all of it, which answers what is kept, or around that."""
 
@@ -95,7 +97,7 @@ class Reading:
     padded to a multiple of `length`. A token that pads is ~id, as its place is masked. open_tokenizer: of a
     folder whose files were looked at, with these arguments in place of what they name; the only place that
     imports its class. listed: what model_index.json may say that it is made by. width: of what is answered
-    for a token.
+    for a token. closed: whether a text that is cut keeps its last tokens, those after the text.
     """
 
     around: tuple[str, str]
@@ -104,6 +106,7 @@ class Reading:
     open_tokenizer: Callable[..., Any]
     listed: str
     width: Callable[[Mapping[str, Any]], int]
+    closed: bool = False
 
     @property
     def varies(self) -> bool:
@@ -255,6 +258,16 @@ class Family:
     def corrects_configs(self, spec: ModelSpec) -> bool:
         """Whether diffusers' pipeline corrects configs of 2022 as it loads them."""
         return False
+
+    def text_width(self, spec: ModelSpec) -> int:
+        """Of the texts that the denoiser reads: all text encoders' side by side, unless they are joined
+        otherwise."""
+        readings = ((encoder.network.reading, encoder.config) for encoder in spec.text_encoders)
+        return sum(one.width(config) if one else config["hidden_size"] for one, config in readings)
+
+    def reads_plainly(self, spec: ModelSpec) -> bool:
+        """Whether a text is plain words in one piece, without weights: a language model knows none."""
+        return any(encoder.network.reading for encoder in spec.text_encoders)
 
     def latents(self, spec: ModelSpec) -> Latents:
         """What the denoiser takes the noise out of: the VAE's latents, unless it takes them otherwise."""
