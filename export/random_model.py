@@ -21,8 +21,9 @@ import torch
 import transformers
 
 from ..runtime.models import vocabulary
-from ..runtime.models.families import qwen3
+from ..runtime.models.families import qwen3, t5
 from .folder import appearing, write_component
+from .safetensors_file import first_side
 
 Merges = Sequence[tuple[str, str]]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -152,6 +153,27 @@ MODELS["z-image"] = {  # Z-Image-Turbo
     },
     "gain": 3.0,
 }  # fmt: skip
+MODELS["sd3"] = {  # stable-diffusion-3.5-medium
+    "pipeline": "StableDiffusion3Pipeline",
+    "classes": {
+        "text_encoder": "CLIPTextModelWithProjection", "text_encoder_3": "T5EncoderModel",
+        "transformer": "SD3Transformer2DModel", "tokenizer_3": "T5TokenizerFast",
+    },
+    "transformer": {
+        "sample_size": 128, "num_layers": 24, "attention_head_dim": 64, "num_attention_heads": 24,
+        "joint_attention_dim": 4096, "caption_projection_dim": 1536, "pooled_projection_dim": 2048,
+        "pos_embed_max_size": 384, "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
+    },
+    "vae": MODELS["z-image"]["vae"] | {"scaling_factor": 1.5305, "shift_factor": 0.0609},
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": MODELS["sdxl"]["text_encoder_2"],
+    "text_encoder_3": t5.DEFAULTS,
+    "scheduler": {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0,
+    },
+    "gain": 3.0,
+}  # fmt: skip
+MODELS["sd3-without-t5"] = {name: part for name, part in MODELS["sd3"].items() if name != "text_encoder_3"}
 CLASSES = {
     "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection",
     "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "tokenizer": "CLIPTokenizer",
@@ -164,6 +186,8 @@ _EXTRA: dict[str, dict[str, Any]] = {  # of model_index.json
     },
     "flux2-klein": {"is_distilled": True},
     "z-image": {},
+    "sd3": {},
+    "sd3-without-t5": {"text_encoder_3": [None, None], "tokenizer_3": [None, None]},
 }  # fmt: skip
 
 _TINY_TEXT = {
@@ -227,6 +251,22 @@ TINY["z-image"] = {
     "vae": _VAE_TINY,
     "text_encoder": TINY["flux2-klein"]["text_encoder"] | {"num_hidden_layers": 36},
 }  # fmt: skip
+# A block of each kind: with dual attention, without, and the last. Texts are padded to T5's width.
+TINY["sd3"] = {
+    "transformer": {
+        "sample_size": 32, "num_layers": 3, "attention_head_dim": 16, "num_attention_heads": 4,
+        "joint_attention_dim": 128,
+        "caption_projection_dim": 64, "pooled_projection_dim": 64, "pos_embed_max_size": 24,
+        "dual_attention_layers": (0,),
+    },
+    "vae": _VAE_TINY,
+    "text_encoder": _TINY_TEXT,
+    "text_encoder_2": _TINY_TEXT,
+    "text_encoder_3": {
+        "vocab_size": 104, "d_model": 128, "d_kv": 16, "d_ff": 256, "num_layers": 3, "num_heads": 4,
+    },
+}  # fmt: skip
+TINY["sd3-without-t5"] = TINY["sd3"]
 
 
 def build(kind: str, config: dict[str, Any]) -> Any:
@@ -277,10 +317,16 @@ class Weights:
             return torch.full(shape, float(name.endswith("weight")))
         is_table = "embedding" in name and "time" not in name
         deviation = 0.02 if is_table else (self.gain / (3 * math.prod(shape[1:]))) ** 0.5
-        rows = max(1, _SPARSE // math.prod(shape[1:])) if self.sparse else shape[0]
-        return torch.randn((min(rows, shape[0]), *shape[1:]), generator=generator) * deviation
+        if name.endswith("pos_embed"):
+            deviation = 0.5  # as of sines and cosines
+        if self.sparse:
+            first = first_side(shape)
+            rows = max(1, _SPARSE // math.prod(shape[first + 1 :]))
+            shape = (*shape[:first], min(rows, shape[first]), *shape[first + 1 :])
+        return torch.randn(shape, generator=generator) * deviation
 
 
+_TOKENIZERS = {"Qwen2Tokenizer": vocabulary.write_qwen, "T5TokenizerFast": vocabulary.write_t5}
 _SPARSE = 2**16  # values of each tensor, where all others are holes
 
 
@@ -311,7 +357,7 @@ def write(
         "scheduler": ["diffusers", model["scheduler"]["_class_name"]],
     }
     with appearing(folder) as partial:
-        for name in ("text_encoder", "text_encoder_2", "unet", "transformer", "vae"):
+        for name in ("text_encoder", "text_encoder_2", "text_encoder_3", "unet", "transformer", "vae"):
             if name not in model:
                 continue
             module = build(classes[name], model[name] | (TINY[family].get(name, {}) if tiny else {}))
@@ -320,12 +366,13 @@ def write(
             )
             if name.startswith("text_encoder"):
                 tokenizer = name.replace("text_encoder", "tokenizer")
-                index[tokenizer] = ["transformers", classes["tokenizer"]]
-                if classes["tokenizer"] == "CLIPTokenizer":
+                kind = classes.get(tokenizer, classes["tokenizer"])
+                index[tokenizer] = ["transformers", kind]
+                if kind == "CLIPTokenizer":
                     pad = "!" if name.endswith("2") else vocabulary.END
                     vocabulary.write(partial / tokenizer, merges, 77, pad)
                 else:
-                    vocabulary.write_qwen(partial / tokenizer)
+                    _TOKENIZERS[kind](partial / tokenizer)
             counts[name] = sum(p.numel() for p in module.parameters())
         (partial / "scheduler").mkdir()
         (partial / "scheduler" / "scheduler_config.json").write_text(json.dumps(model["scheduler"], indent=2))

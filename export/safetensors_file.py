@@ -23,6 +23,11 @@ Promised = Mapping[str, tuple[torch.dtype, Sequence[int]]]
 """Of tensors that are yet to be written, by their names: dtypes and shapes."""
 
 
+def first_side(shape: Sequence[int]) -> int:
+    """Which side of a tensor its rows are counted along: the first that is not 1."""
+    return next((number for number, side in enumerate(shape) if side > 1), 0)
+
+
 class SafetensorsFile:
     """A file whose tensors are promised first, and then written one by one in that order."""
 
@@ -42,8 +47,8 @@ class SafetensorsFile:
         """The next tensor, which must be the one that was promised; or its first rows, after which a hole
         is left, that reads as zeros and takes no disk."""
         promised, (dtype, shape) = next(iter(self._left.items()), ("nothing", (None, ())))
-        given = tuple(tensor.shape)
-        is_part = bool(shape) and given[1:] == tuple(shape[1:]) and given[0] < shape[0]
+        given, first = tuple(tensor.shape), first_side(shape)
+        is_part = bool(shape) and given == (*shape[:first], *given[first : first + 1], *shape[first + 1 :])
         if (promised, dtype) != (name, tensor.dtype) or not (given == tuple(shape) or is_part):
             raise ValueError(
                 f"{name} {tensor.dtype} {given} comes where {promised} {dtype} {shape} was promised"

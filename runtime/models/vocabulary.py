@@ -44,6 +44,45 @@ def write(folder: Path, merges: Sequence[tuple[str, str]], length: int, pad: str
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
+# Of T5, in the order of their ids, and the logarithms of how likely they are. "▁" is a space.
+_T5_MARKS = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -2.0}
+
+
+def write_t5(folder: Path) -> None:
+    """Write the file of a tokenizer as T5 has it, in which each printable letter of ASCII is a token."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [(letter, -3.0) for letter in map(chr, range(33, 127))]
+    spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    ends = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    described = {
+        "version": "1.0",
+        "added_tokens": [
+            {"id": number, "content": mark, "special": True, **plain}
+            for number, mark in enumerate([*_T5_MARKS][:3])
+        ],
+        "pre_tokenizer": spaces,
+        "decoder": spaces,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": ends,
+            "pair": ends,
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": [*_T5_MARKS.items(), *letters]},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "model_max_length": 512,
+        "extra_ids": 0,
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
 # Of Qwen3, in the order of their ids. The second half of them are words as others, but in one piece.
 _MARKS = {END: True, "<|im_start|>": True, "<|im_end|>": True, "<think>": False, "</think>": False}
 _TEMPLATE = """\

@@ -22,6 +22,8 @@ from tightfit.runtime.models import vocabulary
         ("flux2-klein", "transformer", 3_875_544_576),
         ("flux2-klein", "text_encoder", 4_022_468_096),
         ("z-image", "transformer", 6_154_908_736),
+        ("sd3", "transformer", 2_243_171_520),
+        ("sd3", "text_encoder_3", 4_762_310_656),
     ],
 )
 def test_published_sizes(family, name, parameters):

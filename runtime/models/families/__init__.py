@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ...errors import TightfitError
 from .family import Family, Network, Role
 from .flux2_klein import Flux2Klein
+from .sd3 import SD3, SD3WithoutT5
 from .sdxl import SDXL, SDXLRefiner
 from .stable_diffusion import StableDiffusion
 from .tiny import PREVIEW_DECODER
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 FAMILIES: tuple[Family, ...] = (
     ZImage(),
     Flux2Klein(),
+    SD3(),
+    SD3WithoutT5(),
     SDXLRefiner(),
     SDXL(),
     StableDiffusion("sd2", True, "SD 2.x", 1024),

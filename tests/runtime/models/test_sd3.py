@@ -1,0 +1,220 @@
+"""SD 3.5, tiny and random: diffusers' own pipelines are the reference, with T5 and without, and plans know
+what it takes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tightfit
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.machine.profiles import profile
+from tightfit.runtime.models import schedulers
+from tightfit.runtime.planner.candidates import computes
+
+WAY = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}  # as few plans as can be
+OBLONG = tightfit.Request("a red heart", width=64, height=96, num_inference_steps=3, seed=5)
+CASES = {
+    "oblong": OBLONG,
+    "cut": tightfit.Request(
+        "A cat. 心 </s> " * 60, width=128, height=64, num_inference_steps=2, seed=7, guidance_scale=7.0
+    ),
+    "empty": tightfit.Request("", width=64, height=64, num_inference_steps=1, seed=1, guidance_scale=1.0),
+    "negative": replace(OBLONG, negative_prompt="ugly, and blurred", num_inference_steps=2),
+}
+
+
+@pytest.fixture(scope="module")
+def sd3(made_once):
+    return _written(made_once, "sd3")
+
+
+def _written(made_once, name):
+    from tightfit.export import random_model
+
+    write = functools.partial(random_model.write, name, tiny=True, precision="fp32")
+    return made_once(f"models/{name}", write)
+
+
+@pytest.fixture(scope="module")
+def pipe(sd3):
+    return opened("StableDiffusion3Pipeline", sd3)
+
+
+def opened(kind, *of, **parts):
+    import diffusers
+
+    made = getattr(diffusers, kind)
+    pipe = made.from_pretrained(*of, **parts) if of else made(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def reference(pipe, request, **options):
+    image = pipe(
+        prompt=request.prompt, negative_prompt=request.negative_prompt, output_type="np",
+        num_inference_steps=request.num_inference_steps, guidance_scale=request.guidance_scale or 4.5,
+        width=request.width, height=request.height,
+        generator=torch.Generator().manual_seed(request.seed), **options,
+    ).images[0]  # fmt: skip
+    return (image * 255).round()
+
+
+def test_pictures_are_diffusers(sd3, pipe, check_pictures):
+    check_pictures(sd3, CASES, lambda request: reference(pipe, request))
+
+
+@pytest.fixture(scope="module")
+def without_t5(made_once):
+    return _written(made_once, "sd3-without-t5")
+
+
+def test_without_t5_its_tokens_are_zeros(without_t5, pipe, decibels, check_predicted):
+    parts = {"text_encoder_3": None, "tokenizer_3": None}
+    alone = opened("StableDiffusion3Pipeline", without_t5, **parts)
+    with tightfit.load(str(without_t5), precision="fp32", residency="staged", **WAY) as ours:
+        result = ours.generate(OBLONG)
+        assert not [*replace(OBLONG, prompt="(a:1.5) BREAK b AND c").resolve(ours.spec).prompting.texts][2:]
+    assert decibels(result.images[0], reference(alone, OBLONG)) >= 75
+    assert decibels(result.images[0], reference(pipe, OBLONG)) < 40
+    check_predicted(result)
+
+
+def test_clip_skip_is_of_clip_alone(sd3, pipe, decibels):
+    """A1111 counts from the last layer, diffusers from the last but one."""
+    request = replace(CASES["oblong"], num_inference_steps=1, guidance_scale=1.0, clip_skip=3)
+    with tightfit.load(str(sd3), precision="fp32", residency="staged", **WAY) as ours:
+        image = ours.generate(request).images[0]
+    assert decibels(image, reference(pipe, request, clip_skip=1)) >= 75
+    assert decibels(image, reference(pipe, request)) < 60
+
+
+def test_image_to_image_is_diffusers(sd3, pipe, decibels, check_predicted):
+    from tightfit.runtime.conditions.image import ImageToImage
+    from tightfit.runtime.conditions.input_pictures import open_picture
+
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
+    picture = Image.fromarray(pixels)
+    request = replace(OBLONG, num_inference_steps=4)
+    painted = replace(request, conditions=(ImageToImage(open_picture(picture), strength=0.5),))
+    with tightfit.load(str(sd3), precision="fp32", residency="staged", **WAY) as ours:
+        result = ours.generate(painted)
+    check_predicted(result)
+    theirs = opened("StableDiffusion3Img2ImgPipeline", **pipe.components)
+    assert decibels(result.images[0], reference(theirs, request, image=picture, strength=0.5)) >= 75
+
+
+@pytest.mark.parametrize("steps", [1, 28])
+def test_noise_levels_are_the_schedulers(sd3, pipe, steps):
+    pipe.scheduler.set_timesteps(steps)
+    spec = tightfit.inspect(str(sd3))
+    ours = schedulers.make(schedulers.default(spec), spec, steps, size=(64, 64))
+    assert torch.equal(ours.sigmas, pipe.scheduler.sigmas)
+    assert torch.equal(ours.timesteps, pipe.scheduler.timesteps)
+
+
+def test_t5_in_fp16_is_as_in_fp32(sd3):
+    """Where transformers' overflows, unless its last weights are in fp32."""
+    from transformers import T5EncoderModel
+
+    component = tightfit.inspect(str(sd3)).text_encoders[2]
+    ours = component.network.build(component).eval()
+    weights = load_file(sd3 / "text_encoder_3" / "model.safetensors")
+    loud = {name: value * 1e5 if ".wo." in name else value for name, value in weights.items()}
+    theirs = T5EncoderModel.from_pretrained(sd3 / "text_encoder_3").eval()
+    for model in (ours, theirs):
+        model.load_state_dict(loud, strict=False)
+    tokens = torch.tensor([[40, 41, 42, 1, ~0, ~0]])
+    with torch.inference_mode():
+        wanted = theirs(tokens.clamp(min=0)).last_hidden_state
+        assert torch.equal(ours(tokens), wanted)
+        torch.testing.assert_close(ours.half()(tokens).float(), wanted, atol=0.02, rtol=0.02)
+        overflown = theirs.half()(tokens.clamp(min=0)).last_hidden_state.float()
+    assert not torch.allclose(overflown, wanted, atol=0.2, rtol=0.2)
+
+
+@pytest.fixture(scope="module")
+def int4(sd3, made_once):
+    return made_once("models/sd3-int4", lambda folder: tightfit.export_model(str(sd3), folder, "int4"))
+
+
+def test_an_export_streams(int4, check_predicted):
+    """What all tokens are scaled by, both ends and tables of tokens stay int8."""
+    spec = tightfit.inspect(str(int4))
+    formats = spec.denoiser.formats | spec.text_encoders[2].formats
+    wide = {name for name, form in formats.items() if form == "int8"}
+    assert {
+        "pos_embed.proj",
+        "transformer_blocks.1.norm1_context.linear",
+        "norm_out.linear",
+        "shared",
+    } <= wide
+    block, layer = "transformer_blocks.0", "encoder.block.1.layer"
+    few = (
+        f"{block}.attn2.to_q",
+        f"{block}.ff.net.2",
+        f"{layer}.0.SelfAttention.q",
+        f"{layer}.1.DenseReluDense.wo",
+    )
+    assert {formats[name] for name in few} == {"int4-g64"}
+    assert {"position_embedding" in name for name in spec.text_encoders[0].formats} == {False}
+    images = {}
+    for residency in ("resident", "streamed"):
+        with tightfit.load(str(int4), residency=residency, **WAY | {"tiling": "tiled"}) as ours:
+            if residency == "resident":
+                ours.generate(OBLONG)  # what stays is loaded
+            result = ours.generate(OBLONG)
+        check_predicted(result)
+        images[residency] = result.images[0].tobytes()
+    assert images["resident"] == images["streamed"]
+
+
+@pytest.mark.parametrize(("precision", "residency"), [("bf16", "streamed"), ("int8-dynamic", "staged")])
+def test_what_other_precisions_take_is_known(sd3, precision, residency, check_predicted):
+    with tightfit.load(str(sd3), precision=precision, residency=residency, cfg="sequential", **WAY) as ours:
+        check_predicted(ours.generate(OBLONG))
+
+
+def test_fp16_is_taken_where_there_is_no_bf16(sd3):
+    spec = tightfit.inspect(str(sd3))
+    assert [computes(profile(name), spec)[0] for name in ("rtx-3060-12gb", "rtx-2060")] == ["bf16", "fp16"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"width": 72}, "not a multiple of 16"),
+        ({"width": 400}, "pictures up to 384 pixels a side, not 400x96"),
+        ({"scheduler": "ddim"}, "trained by flow matching"),
+    ],
+)
+def test_what_it_does_not_do_is_refused(sd3, asked, why):
+    with tightfit.load(str(sd3), **WAY) as ours, pytest.raises(TightfitError, match=why):
+        ours.plans(replace(OBLONG, **asked))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "why"),
+    [
+        ("transformer/config.json", {"joint_attention_dim": 96}, "files of different models were mixed"),
+        ("transformer/config.json", {"pos_embed_max_size": 23}, "not of one width"),
+        ("text_encoder/config.json", {"projection_dim": 16}, "files of different models were mixed"),
+        ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"]}, "no projection"),
+        ("text_encoder_3/config.json", {"feed_forward_proj": "relu"}, "impossible feed_forward_proj"),
+        ("vae/config.json", {"_class_name": "AutoencoderKLFlux2"}, r"not SD 3\.5's AutoencoderKL"),
+    ],
+)
+def test_other_models_are_refused(sd3, tmp_path, file, changes, why):
+    mixed = tmp_path / "mixed"
+    shutil.copytree(sd3, mixed)
+    file = mixed / file
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(TightfitError, match=why):
+        tightfit.inspect(str(mixed))
