@@ -206,6 +206,8 @@ class Estimate:
             self._needed(placements), key=lambda name: name != denoiser
         ):  # what it leaves is for the others
             filled[name] = self._filled(name, placements[name], cfg, filled, room)
+        if filled[denoiser].residency == "staged":  # as all are in another candidate
+            return [filled] if any(own.residency == "streamed" for own in filled.values()) else []
         most = filled[denoiser].kept_bytes
         sums = accumulate(self._footprint(denoiser, placements[denoiser], cfg).units)
         half = max((kept for kept in sums if kept <= most / 2), default=0)
@@ -216,9 +218,8 @@ class Estimate:
     def _filled(
         self, name: str, own: Placement, cfg: str, placements: Mapping[str, Placement], room: int
     ) -> Placement:
-        """With as much kept loaded as goes into `room` bytes. Where that is all, a text encoder is staged. A
-        U-Net is left alone, as staging it is another candidate, or, if streaming is asked for, streams its
-        smallest unit."""
+        """With as much kept loaded as goes into `room` bytes. Where that is all, it is staged; a denoiser
+        streams its smallest unit then, if streaming is asked for."""
         if own.residency != "streamed":
             return own
         units = self._footprint(name, own, cfg).units
@@ -226,7 +227,7 @@ class Estimate:
         count = bisect_right(list(accumulate(units)), spare)
         if count == len(units) and self._role(name) is Role.DENOISER:
             if self.wishes.residency == "auto":
-                return own
+                return replace(own, residency="staged")
             count -= 1
         while count:
             kept = replace(own, kept_bytes=sum(units[:count]))

@@ -142,9 +142,14 @@ class Plan:
 
     @property
     def residency(self) -> str:
-        """The U-Net's: 'streamed, keeps 1.20 GiB'."""
+        """The denoiser's: 'streamed, keeps 1.20 GiB'; and that of text encoders that stream beside one that
+        does not."""
         unet = self.denoiser
-        return unet.residency + (f", keeps {shown(unet.kept_bytes)}" if unet.kept_bytes else "")
+        if unet.kept_bytes:
+            return f"{unet.residency}, keeps {shown(unet.kept_bytes)}"
+        texts = (own for name, own in self.loaded.items() if network_role(name) is Role.TEXT)
+        beside = unet.residency != "streamed" and any(own.residency == "streamed" for own in texts)
+        return f"{unet.residency}, texts streamed" if beside else unet.residency
 
     @property
     def elsewhere(self) -> str:

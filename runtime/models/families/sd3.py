@@ -276,7 +276,7 @@ class SD3WithoutT5(Family):
         if spec.scheduler.get("use_dynamic_shifting"):
             return None
         count = spec.scheduler.get("num_train_timesteps", 1000)
-        least = float(shifted(np.float32(1) / np.float32(count), spec.scheduler, 0.0))
+        least = float(shifted(np.array(1 / count, np.float32), spec.scheduler, 0.0))
         return shifted(np.linspace(count, least * count, steps) / count, spec.scheduler, 0.0).astype(
             np.float32
         )

@@ -77,7 +77,7 @@ def text_encoder(place: str, length: int) -> Network:
 
 
 def _open_tokenizer(folder: Path, **arguments: Any) -> Any:
-    from transformers.models.t5 import T5TokenizerFast
+    from transformers import T5TokenizerFast
 
     return T5TokenizerFast.from_pretrained(folder, **arguments)
 

@@ -182,6 +182,20 @@ def test_what_other_precisions_take_is_known(sd3, precision, residency, check_pr
         check_predicted(ours.generate(OBLONG))
 
 
+def test_texts_stream_beside_a_denoiser_that_fits(sd3):
+    """T5 takes the most, as it does of the published model."""
+    machine, spec = replace(profile("cpu-8gb"), context_bytes=0, read=1e8), tightfit.inspect(str(sd3))
+    wishes = tightfit.Wishes(precision="fp32", attention="sdpa", tiling="whole", cfg="batched")
+    staged = tightfit.plan(machine, spec, OBLONG, replace(wishes, residency="staged"))[0].predicted.stages
+    assert staged["denoise"] < 0.9 * staged["encode"]
+    budget = round(0.99 * staged["encode"])
+    best, *_ = tightfit.plan(machine, spec, OBLONG, replace(wishes, budget=budget))
+    assert best.residency == "staged, texts streamed"
+    assert best.predicted.stages["denoise"] == staged["denoise"]
+    assert 0.9 * budget < best.predicted.stages["encode"] <= budget
+    assert best.placements["text_encoder_3"].kept_bytes
+
+
 def test_fp16_is_taken_where_there_is_no_bf16(sd3):
     spec = tightfit.inspect(str(sd3))
     assert [computes(profile(name), spec)[0] for name in ("rtx-3060-12gb", "rtx-2060")] == ["bf16", "fp16"]
