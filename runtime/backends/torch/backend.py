@@ -369,7 +369,7 @@ class TorchSession:
                     streaming.ring_bytes(streamed, self.device), dtype=torch.uint8, device=self.device
                 )
                 self.streamer = streaming.Streamer(
-                    module, streamed, lane(streamed, scratch), self.dtype, buffer, order
+                    streamed, lane(streamed, scratch), self.dtype, buffer, order
                 )
 
     def _module(self) -> torch.nn.Module:
@@ -392,6 +392,8 @@ class TorchSession:
         assert forward
         with tf32_off(self.device), _memory_errors_explained(self.device):
             tensors = {name: self._input(name, array) for name, array in arrays.items()}
+            if self.streamer:
+                self.streamer.begin((caching, *arrays))
             outs = self.meter.during(
                 self._calls,
                 key,

@@ -3,7 +3,7 @@ keep."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -248,12 +248,12 @@ class Streamer:
     what comes next, as it came in the pass before, is copied as far as there is room.
 
     What is copied over waits until what computed with it is done, whatever the order of calls: a unit that is
-    called twice, in another order, or whose pass failed has its weights all the same, at worst later.
+    called twice, in another order, or whose pass failed has its weights all the same, at worst later. Whoever
+    calls the module says before that a pass begins.
     """
 
     def __init__(
         self,
-        module: nn.Module,
         parts: Parts,
         lane: Lane,
         dtype: torch.dtype,
@@ -273,13 +273,14 @@ class Streamer:
         self._copied: dict[nn.Module, Any] = {}
         by_path = {unit.path: part for part, unit in parts.items()}
         self._order = [by_path[path] for path in order if path in by_path]
-        self._orders: dict[nn.Module, list[nn.Module]] = {}  # of each way through the module
+        self._orders: dict[Hashable, list[nn.Module]] = {}  # of each way through the module
         self._seen: list[nn.Module] = []
         self._open: nn.Module | None = None
         self._failed: list[Any] = []
-        self._hooks: list[Any] = [module.register_forward_pre_hook(self._begin)]
         # A block with some of its layers has the hooks of the whole one, which is the unit.
-        self._hooks += [part.register_forward_pre_hook(partial(self._bring, part)) for part in parts]
+        self._hooks: list[Any] = [
+            part.register_forward_pre_hook(partial(self._bring, part)) for part in parts
+        ]
         self._hooks += [part.register_forward_hook(partial(self._take, part)) for part in parts]
 
     def close(self) -> None:
@@ -292,10 +293,10 @@ class Streamer:
             self._put_away(self._open)
         self._lane.finish()
 
-    def _begin(self, module: nn.Module, _: Any) -> None:
-        """A new pass; what the last one through this module called is what this one is expected to."""
+    def begin(self, way: Hashable = None) -> None:
+        """A new pass; what the last one this way called is what this one is expected to."""
         self._seen = []
-        self._order, self._orders[module] = self._orders.get(module) or self._order, self._seen
+        self._order, self._orders[way] = self._orders.get(way) or self._order, self._seen
 
     def _bring(self, part: nn.Module, *_given: Any) -> None:
         if self._open is not None:  # its pass failed

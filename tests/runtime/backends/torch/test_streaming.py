@@ -7,6 +7,7 @@ import random
 from collections import deque
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -139,10 +140,11 @@ def test_each_unit_computes_with_its_own_weights(kind):
         }
         parts = streaming.units(network, stored, F32)
         buffer = torch.empty(2 * max(unit.bytes for unit in parts.values()), dtype=torch.uint8)
-        streamer = streaming.Streamer(network, parts, device, F32, buffer)
+        streamer = streaming.Streamer(parts, device, F32, buffer)
         for order in passes(chance, len(network.layers), kind):
             if kind == "a copy failed":
                 device.copies_left = chance.randint(0, 2 * len(order))
+            streamer.begin()
             with suppress(ArithmeticError):
                 network(order)
         streamer.close()
@@ -168,8 +170,9 @@ def test_the_simulation_can_fail():
                 for n, p in network.named_parameters()
             }
             parts = streaming.units(network, stored, F32)
-            streaming.Streamer(network, parts, device, F32, torch.empty(2 * 1280, dtype=torch.uint8))
+            streamer = streaming.Streamer(parts, device, F32, torch.empty(2 * 1280, dtype=torch.uint8))
             for _ in range(4):
+                streamer.begin()
                 network(range(4))
             device.run()
 
@@ -181,7 +184,7 @@ def test_what_comes_next_is_there_before_it_is_called():
     network = Network([64] * 6, device)
     stored = {n: Stored("F32", tuple(p.shape), None, 0, 4 * p.numel()) for n, p in network.named_parameters()}
     streamer = streaming.Streamer(
-        network, streaming.units(network, stored, F32), device, F32, torch.empty(512, dtype=torch.uint8)
+        streaming.units(network, stored, F32), device, F32, torch.empty(512, dtype=torch.uint8)
     )
     late, put = [], streamer._ring.put
     streamer._ring.put = lambda part, count, needed=None: (
@@ -189,14 +192,15 @@ def test_what_comes_next_is_there_before_it_is_called():
         put(part, count, needed or ()),
     )[1]
     order = [0, 1, 0, 1, 2, 3, 4, 5]
-    network(order)
-    assert len(late) == 6
-    network(order)  # whose first unit nobody could foretell
-    assert len(late) == 7
-    late.clear()
-    for _ in range(3):
+
+    def called():
+        streamer.begin()
         network(order)
-    assert not late
+        return len(late)
+
+    assert called() == 6
+    assert called() == 7  # whose first unit nobody could foretell
+    assert [called() for _ in range(3)] == [7, 7, 7]
 
 
 def test_the_largest_stay():
@@ -277,7 +281,7 @@ def test_files_are_read_each_time(tmp_path):
     lane = streaming.FileLane(
         F32, torch.empty(weights.scratch_bytes(network, stored, F32, torch.device("cpu")), dtype=torch.uint8)
     )
-    streaming.Streamer(network, parts, lane, F32, buffer)
+    streaming.Streamer(parts, lane, F32, buffer)
     network()
     network()
     assert all(
@@ -292,7 +296,7 @@ def test_the_order_may_be_known_before(tmp_path):
     stored = {n: Stored("F32", tuple(p.shape), None, 0, 4 * p.numel()) for n, p in network.named_parameters()}
     order = ["", "layers", *(f"layers.{i}" for i in range(6))]
     buffer = torch.empty(512, dtype=torch.uint8)
-    streamer = streaming.Streamer(network, streaming.units(network, stored, F32), device, F32, buffer, order)
+    streamer = streaming.Streamer(streaming.units(network, stored, F32), device, F32, buffer, order)
     late, put = [], streamer._ring.put
     streamer._ring.put = lambda part, count, needed=None: (
         needed is None and late.append(part),
@@ -300,6 +304,22 @@ def test_the_order_may_be_known_before(tmp_path):
     )[1]
     network(range(6))
     assert late == [network.layers[0]]
+
+
+def test_each_call_of_a_session_is_a_pass():
+    """Also of a network whose parts are called one by one."""
+    from types import SimpleNamespace
+
+    from tightfit.runtime.backends.torch.backend import TorchSession
+    from tightfit.runtime.backends.torch.meter import meter
+
+    device, ways = torch.device("cpu"), []
+    module = nn.Sequential(nn.Identity())
+    session = TorchSession(module, lambda parts, sample: (parts[0](sample),), F32, device, meter(device))
+    session.streamer = SimpleNamespace(begin=ways.append)
+    for _ in range(2):
+        session(sample=np.zeros((1, 2), np.float32))
+    assert ways == [(False, "sample")] * 2
 
 
 def test_one_store_for_a_pipeline(sd1, monkeypatch):
