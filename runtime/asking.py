@@ -135,7 +135,7 @@ def request_of(
 def check_taken(model: Callable[[], ModelSpec], options: Mapping[str, Any]) -> None:
     """Raise TightfitError for an adapter or a condition that is not for models of that family, whatever its
     file is: that it cannot be read would be no help. The model is read where one is given."""
-    given = {name for name, value in options.items() if _several(value)}
+    given = {name for name, value in options.items() if several(value)}
     asking = (kind.limited[0] for kind in conditions.CONDITIONS if given & {*kind.limited})
     if limited := [*(kind.option for kind in ADAPTERS if kind.option in given), *asking]:
         spec = model()
