@@ -553,6 +553,7 @@ def test_export(call, sd1, tmp_path):
 def test_the_plan_says_its_size_and_its_notes(call, sd1):
     """Memory and seconds depend on the size, and the notes say what they were worked out from."""
     arguments = ("plan", "--model", str(sd1), "--hardware", "rtx-2060", "--width", "128", "--steps", "7")
+    arguments += ("--attention", "sdpa", "--tiling", "whole", "--precision", "fp16")
     data = json.loads(call(*arguments, "--json")[1])
     size = {"width": 128, "height": 64, "num_images": 1, "num_inference_steps": 7, "guidance_scale": 7.5}
     assert data["request"].items() >= size.items()
@@ -568,7 +569,8 @@ def test_the_table_is_whole_at_every_width(sd1, capsys, monkeypatch):
     from tightfit.runtime.planner import choose as planner
     from tightfit.runtime.planner.wishes import Wishes
 
-    plans = planner.plan(profile("gtx-1650"), inspect(str(sd1)), None, Wishes(attention="sdpa"))
+    one_way = Wishes(precision="fp32", attention="sdpa", tiling="whole")
+    plans = planner.plan(profile("gtx-1650"), inspect(str(sd1)), None, one_way)
     rows = {(*cli_plan._cells(p), p.reason): p for p in plans}
     monkeypatch.setenv("NO_COLOR", "1")
     for columns, is_wide in ((80, False), (100, False), (None, False), (160, True)):
