@@ -90,12 +90,13 @@ def test_names_of_options_stay():
         --prediction --unet --text-encoder --models-dir --json --image --strength --resize --mask-image --mask
         --mask-blur --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale --ip-adapter
         --ip-image --control --reference --hires --hires-size --hires-strength --hires-steps --hires-upscaler
-        --hires-prompt --hires-scheduler --refiner --refiner-start --step-cache --prefer"""
+        --hires-prompt --hires-scheduler --refiner --refiner-start --step-cache --prefer --negative-prompt
+        --no-text-cache"""
     of_generate = """\
-prompt --prompt-file --from --negative-prompt --seed --scheduler --num-images --plan --connect -o --output
+prompt --prompt-file --from --seed --scheduler --num-images --plan --connect -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise
         --zero-snr --guidance-rescale --guidance-start --guidance-end --noise-source --subseed
-        --subseed-strength --seed-resize --ensd --format --quality --metadata --grid --no-text-cache"""
+        --subseed-strength --seed-resize --ensd --format --quality --metadata --grid"""
     for command, more in (("generate", of_generate), ("plan", "--prompt --hardware --all --save")):
         names = {name for opts in options_of(command).values() for name in opts}
         assert names == {*of_both.split(), *more.split()}
