@@ -317,6 +317,8 @@ def z_image(tensors: Tensors) -> dict[str, Tensor]:
         layer, _, leaf = name.rpartition(".")
         if name in _Z_IMAGE_PADS:
             renamed[name] = replace(tensor, shape=(1, *tensor.shape)) if len(tensor.shape) == 1 else tensor
+        elif leaf not in ("weight", "bias"):
+            continue
         elif places := _of_z_image(layer):
             parts = split(tensor, len(places)) if places[1:] else (tensor,)
             renamed |= {f"{place}.{leaf}": part for place, part in zip(places, parts, strict=True)}
