@@ -229,6 +229,9 @@ for _tiny in TINY.values():
         "text_encoder": _TINY_TEXT,
         "vae": _VAE_TINY,
     }
+# Of those that follow what no shape tells is as published, so that files of ComfyUI can be them: groups
+# of 32 in the VAE, and how fast positions turn.
+_VAE_32 = _VAE_TINY | {"block_out_channels": (32, 32, 64, 64), "norm_num_groups": 32}
 # Layers enough for those that are read, and one that is not, and so wide that most are quantised.
 TINY["flux2-klein"] = {
     "transformer": {
@@ -236,10 +239,11 @@ TINY["flux2-klein"] = {
         "num_attention_heads": 4, "joint_attention_dim": 192, "axes_dims_rope": (4, 4, 4, 4),
         "timestep_guidance_channels": 32,
     },
-    "vae": {"latent_channels": 8, **_VAE_TINY},
+    "vae": {"latent_channels": 8, **_VAE_32},
     "text_encoder": {
         "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 28,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
 }  # fmt: skip
 # Layers as many as there are, as the last but one is read.
@@ -248,7 +252,7 @@ TINY["z-image"] = {
         "dim": 192, "n_layers": 2, "n_heads": 6, "n_kv_heads": 6, "cap_feat_dim": 64,
         "axes_dims": (8, 12, 12),
     },
-    "vae": _VAE_TINY,
+    "vae": _VAE_32,
     "text_encoder": TINY["flux2-klein"]["text_encoder"] | {"num_hidden_layers": 36},
 }  # fmt: skip
 # A block of each kind: with dual attention, without, and the last. Texts are padded to T5's width.

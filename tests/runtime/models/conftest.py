@@ -184,6 +184,22 @@ def open_clip(tensors, start: str) -> dict[str, torch.Tensor]:
     return {start + name: tensor for name, tensor in state.items()}
 
 
+@pytest.fixture(scope="module")
+def parts_at_once():
+    """Called with a count of bytes: wide layers answer some tokens at a time, and are not taken for those of
+    the same model that were followed before."""
+    from tightfit.runtime.backends.torch import dryrun
+    from tightfit.runtime.models.families import parts
+    from tightfit.runtime.recent import Recent
+
+    def set_to(count: int) -> None:
+        patch.setattr(parts, "AT_ONCE", count)
+        patch.setattr(dryrun, "_traces", Recent(64))
+
+    with pytest.MonkeyPatch.context() as patch:
+        yield set_to
+
+
 def _decibels(image, wanted) -> float:
     error = np.square(np.asarray(image, float) - wanted).mean()
     return 10 * np.log10(255**2 / error) if error else np.inf

@@ -22,7 +22,7 @@ from tightfit.runtime.conditions.reference import References, check_carried
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers
 from tightfit.runtime.models.checks import check_fields
-from tightfit.runtime.models.families import flux2_klein, parts, qwen3
+from tightfit.runtime.models.families import flux2_klein, qwen3
 
 LONG = "A cat. 心 <|im_end|> " * 60  # more tokens than are read
 WAY = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}  # as few plans as can be
@@ -33,12 +33,17 @@ CASES = {
 }
 
 
+def picture(height, width):
+    return open_picture(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
+
+
+REFERENCES = picture(70, 100), picture(130, 64)  # of which the sides are cut
+
+
 @pytest.fixture(scope="module", autouse=True)
-def in_parts():
+def in_parts(parts_at_once):
     """Wide layers answer five parts of these pictures' tokens, as they do of large ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "AT_ONCE", 2**18)
-        yield
+    parts_at_once(2**18)
 
 
 @pytest.fixture(scope="module")
@@ -94,13 +99,15 @@ def test_a_model_that_is_not_distilled_is_guided(klein, pipe, tmp_path, decibels
     spec = tightfit.inspect(str(base))
     assert (spec.default_steps, spec.default_guidance) == (50, 4.0)
     pipe.register_to_config(is_distilled=False)
-    request = replace(CASES["oblong"], num_inference_steps=3)
+    shown = References(REFERENCES[:1])  # in both halves
+    request = replace(CASES["oblong"], num_inference_steps=3, conditions=(shown,))
     with tightfit.load(str(base), precision="fp32", residency="staged", **WAY) as ours:
         image = ours.generate(request).images[0]
-    wanted = reference(pipe, request, guidance_scale=4.0)
+    images = [one.image for one in shown.pictures]
+    wanted = reference(pipe, request, guidance_scale=4.0, image=images)
     pipe.register_to_config(is_distilled=True)
     assert decibels(image, wanted) >= 75
-    assert decibels(image, reference(pipe, request)) < 40
+    assert decibels(image, reference(pipe, request, image=images)) < 40
 
 
 @pytest.mark.parametrize(("size", "steps"), [((1024, 1024), 4), ((64, 96), 9), ((1088, 1088), 50)])
@@ -152,13 +159,6 @@ def test_image_to_image_begins_with_the_encoded_picture(klein, pipe, decibels, c
     ).images[0]  # fmt: skip
     pipe.scheduler = whole
     assert decibels(result.images[0], (image * 255).round()) >= 75
-
-
-def picture(height, width):
-    return open_picture(np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8))
-
-
-REFERENCES = picture(70, 100), picture(130, 64)  # of which the sides are cut
 
 
 def test_reference_pictures_are_read_as_diffusers_does(klein, pipe, decibels, check_predicted):

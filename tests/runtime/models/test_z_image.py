@@ -20,7 +20,6 @@ from tightfit.runtime.conditions.mask import Inpainting
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models import schedulers
-from tightfit.runtime.models.families import parts
 from tightfit.runtime.planner.candidates import computes, role_compute
 from tightfit.runtime.request import together
 
@@ -43,11 +42,9 @@ LONGER = replace(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_parts():
+def in_parts(parts_at_once):
     """Wide layers answer some of these pictures' tokens at a time, as they do of large ones."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "AT_ONCE", 2**17)
-        yield
+    parts_at_once(2**17)
 
 
 @pytest.fixture(scope="module")
