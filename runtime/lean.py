@@ -4,13 +4,14 @@ their package, and never used.
 All that this package changes in how libraries are imported is here. It is for commands, whose process is
 ours: in another program's the libraries are imported as they are. What is put off comes with the first look
 at it, but for torch's kernels for `meta`, which `have_meta_kernels` has to be asked for. Taken away are
-torch's distributed part, without which torch is built too, for some systems; transformers' docstrings; and
-its AutoImageProcessor, until the others of its names are read.
+torch's distributed part, without which torch is built too, for some systems; transformers' docstrings and
+templates of chats; and what `FACES` has in place of a name, until the others of its package are read.
 """
 
 from __future__ import annotations
 
 import gc
+import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -28,6 +29,10 @@ def _as_it_is(function: Any = None, *_: Any, **__: Any) -> Any:
     return _as_it_is if function is None else function
 
 
+class _Unused:
+    """A class that others of their package name, and that no picture needs."""
+
+
 _COMPILER = "torch._dynamo"
 _META = "torch._meta_registrations"  # kernels for `meta` that are Python: of the dry run alone
 # What takes for granted that they are there, with the operators that they are made of: as a module, or as a
@@ -40,15 +45,20 @@ _MARKS = "allow_in_graph", "assume_constant_result", "disable", "forbid_in_graph
 # modules that others import and a picture has no use for. In seconds of a core, beside 1.3 for torch: torch's
 # compiler (1.1), diffusers' networks (0.5), the list of transformers' models (0.6), and scipy, for samplers
 # with beta sigmas and for LMS (0.5). Of torch itself 0.3 and 28 MiB of 220, two thirds of it with the kernels
-# for `meta`. Each with what others of these files ask of it: of the compiler what diffusers has where there
-# is none.
+# for `meta`. Quantisers, lists of models, losses and pages of caches, which these libraries import for each
+# of their models, are 9 MiB more, and 130 modules. Each with what others of these files ask of it: of the
+# compiler what diffusers has where there is none.
 FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
     "pynvml": dict,
     "requests": dict,
+    "unittest": dict,
+    "unittest.mock": dict,
+    "diffusers.hooks": dict,
     "diffusers.models.autoencoders": dict,
     "diffusers.models.controlnets": dict,
     "diffusers.models.transformers": dict,
     "diffusers.models.unets": dict,
+    "diffusers.quantizers": lambda: {"DiffusersAutoQuantizer": _Unused, "DiffusersQuantizer": _Unused},
     "scipy.integrate": dict,
     "scipy.stats": dict,
     "torch._export": dict,
@@ -58,6 +68,7 @@ FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
     "torch.ao": dict,
     "torch.distributions": dict,
     "torch.export": dict,
+    "torch.fx.passes": dict,
     "torch.masked": dict,
     "torch.nn.intrinsic": dict,
     "torch.nn.qat": dict,
@@ -67,10 +78,17 @@ FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
     "torch.profiler": dict,
     "torch.quantization": dict,
     "torch.testing": dict,
+    "torch.utils.data": dict,
     # The second reads what looks for nudity in pictures, by a loader of diffusers that nothing here calls.
     "transformers": lambda: {"__version__": installed("transformers"), "AutoImageProcessor": None},
+    "transformers.generation.continuous_batching": dict,
+    "transformers.generation.continuous_batching.cache": lambda: {"PagedAttentionCache": _Unused},
+    "transformers.loss.loss_utils": lambda: {"LOSS_MAPPING": {}},
     "transformers.models": dict,
+    "transformers.models.auto": lambda: {"AutoModel": _Unused},
     "transformers.processing_utils": lambda: {"Unpack": Unpack},
+    "transformers.quantizers": lambda: {"HfQuantizer": _Unused},
+    "transformers.quantizers.auto": lambda: {"get_hf_quantizer": None},
 }
 # Where a face has a name that is asked of it, so that the others stay unread.
 _HOMES = {("transformers", "PreTrainedModel"): "transformers.modeling_utils"}
@@ -89,6 +107,7 @@ def settle() -> None:
     """Have Python search for cycles as ever, but for those in what is here already. Nothing without
     `begin`."""
     if gc.get_threshold() == _SELDOM:
+        linecache.clearcache()  # sources, which torch and transformers have read of themselves: 2.5 MiB
         gc.freeze()
         gc.set_threshold(*_USUALLY)
 
@@ -133,12 +152,25 @@ def _begin_reading(name: str) -> None:
 def _packages_uncounted(_: ModuleType) -> Iterator[None]:
     """For the names of three packages that nothing here uses, diffusers looks at each file of all that is
     installed, which takes 0.2 s."""
-    known = metadata.packages_distributions
-    metadata.packages_distributions = dict
+    with _meanwhile(metadata, "packages_distributions", dict):
+        yield
+
+
+@contextmanager
+def _without_templates(_: ModuleType) -> Iterator[None]:
+    """transformers does without jinja2, which writes chats: 24 modules, 1.8 MiB."""
+    with _meanwhile(sys.modules["transformers.utils.import_utils"], "is_jinja_available", lambda: False):
+        yield
+
+
+@contextmanager
+def _meanwhile(module: ModuleType, name: str, function: Callable[[], Any]) -> Iterator[None]:
+    known = getattr(module, name)
+    setattr(module, name, function)
     try:
         yield
     finally:
-        metadata.packages_distributions = known
+        setattr(module, name, known)
 
 
 @contextmanager
@@ -160,6 +192,7 @@ _AROUND = {
     "diffusers.utils.import_utils": _packages_uncounted,
     "torch": _generating,
     "transformers.utils.auto_docstring": _undocumented,
+    "transformers.utils.chat_template_utils": _without_templates,
 }
 
 
@@ -206,7 +239,7 @@ class _Inside(Loader):
     def __init__(self, loader: Loader, face: _Face) -> None:
         self._loader, self._face = loader, face
 
-    def exec_module(self, _: ModuleType) -> None:
+    def exec_module(self, module: ModuleType) -> None:  # noqa: ARG002
         face = self._face
         if face.__name__ in _ON_META_READ:
             have_meta_kernels()
@@ -229,7 +262,7 @@ class _Face(ModuleType):
         return self._inside in sys.modules
 
     def read(self) -> bool:
-        """Run the package's __init__, once. Whether it was not read before. Where another thread reads it, and
+        """Run the package's __init__, once. Whether it was not read before. Where another thread reads it and
         waits for this one, it is read in part after this."""
         unread = "_read" not in self.__dict__
         __import__(self._inside)  # import_module would raise in that case

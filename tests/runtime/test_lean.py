@@ -11,7 +11,9 @@ BEGIN = "from tightfit.runtime import lean; lean.begin(); import sys\n"
 
 
 def ran(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -22,7 +24,9 @@ def test_painting_imports_no_compiler_and_nothing_distributed(tmp_path):
         "def tell(): print(sorted({'torch._dynamo.eval_frame', 'torch.distributed.tensor', "
         "'scipy.stats._stats_py', 'diffusers.models.transformers.transformer_flux', 'torch.optim.adam', "
         "'torch.distributions.normal', 'transformers.image_processing_utils', 'requests.api', 'sympy', "
-        "'torch._refs'} "
+        "'torch._refs', 'jinja2', 'unittest.case', 'torch.utils.data.dataloader', "
+        "'diffusers.hooks.faster_cache', 'diffusers.quantizers.base', 'transformers.quantizers.base', "
+        "'transformers.models.auto.modeling_auto', 'transformers.loss.loss_for_object_detection'} "
         "& sys.modules.keys()))\n"
         "atexit.register(tell)\n"
         "sys.argv[1:] = ['a', '--steps', '2', '--width', '64', '--height', '64', '-o', "
@@ -48,6 +52,11 @@ def test_what_was_put_off_comes_when_it_is_looked_for():
         "assert a is UNet2DConditionModel\n"
         "from transformers import CLIPTextModel, CLIPTextConfig; assert b is CLIPTextModel\n"
         "import torch; from torch.optim import Adam; assert torch.distributions.Normal and torch.testing\n"
+        "from torch.utils.data import DataLoader; assert len(DataLoader([1, 2])) == 2\n"
+        "import unittest.mock; assert unittest.mock.patch and unittest.TestCase\n"
+        "from transformers import AutoModel; assert AutoModel.from_config\n"
+        "from diffusers.quantizers import PipelineQuantizationConfig, DiffusersAutoQuantizer as c\n"
+        "assert c.from_config\n"
         "row = torch.empty(2, device='meta')\n"
         "assert torch.Generator().manual_seed(1)\n"
         "assert torch.compile(lambda x: x + 1, backend='eager')(torch.ones(1)).item() == 2\n"
@@ -83,8 +92,8 @@ except MemoryError:
     print(signs.seen)
 """,
 }
-# What reads `late` imports two modules that other threads import already: one of them looks into `late` itself
-# and into another package, the other is being found, for which `late` is to be read first.
+# What reads `late` imports two modules that other threads import already: one of them looks into `late` and
+# into another package, the other is being found, for which `late` is to be read first.
 IN_CIRCLES = {
     "late/__init__": """
 import signs
@@ -126,7 +135,9 @@ print([*sys.modules["middle"].seen, late.child.name])
 
 
 @pytest.mark.parametrize(
-    ("files", "seen"), [(FAILING, ["it"]), (IN_CIRCLES, ["too", "it", "child"])], ids=["failing", "in circles"]
+    ("files", "seen"),
+    [(FAILING, ["it"]), (IN_CIRCLES, ["too", "it", "child"])],
+    ids=["failing", "in circles"],
 )
 def test_two_threads_look_at_what_was_put_off(files, seen, tmp_path):
     for name, text in files.items():
