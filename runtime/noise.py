@@ -12,27 +12,29 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
 
-Draw = Callable[[Sequence[int]], np.ndarray]
+Draw = Callable[[Sequence[int]], "np.ndarray"]
 CPU, GPU, NV = SOURCES = ("cpu", "gpu", "nv")  # gpu: a card of NVIDIA; nv: that, computed by A1111
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85
-_LOW = np.uint64(2**32 - 1)
 _NO_ARC = 1e-6  # its sine
 _ALIKE = 0.9995  # cosine above which two noises are mixed in a line
 
 
 def philox(counters: np.ndarray, key: tuple[int, int], rounds: int = 10) -> np.ndarray:
     """Random words (4, n) of counters (4, n), all of 32 bits."""
+    import numpy as np
+
     a, b, c, d = (row.astype(np.uint64) for row in counters)
-    first, second = key
+    (first, second), low = key, np.uint64(2**32 - 1)
     for _ in range(rounds):
         left, right = a * np.uint64(_MULTIPLIERS[0]), c * np.uint64(_MULTIPLIERS[1])
-        a, b = (right >> np.uint64(32)) ^ b ^ np.uint64(first), right & _LOW
-        c, d = (left >> np.uint64(32)) ^ d ^ np.uint64(second), left & _LOW
+        a, b = (right >> np.uint64(32)) ^ b ^ np.uint64(first), right & low
+        c, d = (left >> np.uint64(32)) ^ d ^ np.uint64(second), left & low
         first, second = (first + _WEYL[0]) % 2**32, (second + _WEYL[1]) % 2**32
     return np.stack([a, b, c, d]).astype(np.uint32)
 
@@ -65,6 +67,8 @@ class Philox:
         self.token = torch.Generator("cpu")  # stands for this one
 
     def normal(self, shape: Sequence[int]) -> np.ndarray:
+        import numpy as np
+
         count = math.prod(shape)
         counters = np.zeros((4, count), np.uint32)
         counters[0], counters[2] = self._drawn, np.arange(count)
@@ -130,6 +134,8 @@ class Noise:
 
 def _between(noise: np.ndarray, other: np.ndarray, share: float) -> np.ndarray:
     """On the arc from one noise to another. A1111 turns columns of a picture, not the whole."""
+    import numpy as np
+
     lengths = [np.linalg.norm(array, axis=2, keepdims=True) for array in (noise, other)]
     cosine = (noise / lengths[0] * (other / lengths[1])).sum(2, keepdims=True)
     if cosine.mean() > _ALIKE:

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from .adapters.vae import Vae
 from .errors import TightfitError, explained
 from .models.families.tiny import PREVIEW_DECODER, TINY_DECODER
@@ -20,6 +18,8 @@ from .models.layouts.library import Kind, folders, scan
 from .recent import Recent
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .models.spec import Component, ModelSpec
 
 # Of latents' channels, and a constant, as families have it. Least squares over 7680 blocks of 8x8 pixels, of
@@ -78,12 +78,16 @@ def _is_whole(component: Component) -> bool:
 
 def decodable(component: Component, latents: np.ndarray) -> np.ndarray:
     """A denoiser's latents as this decoder takes them."""
+    import numpy as np
+
     return latents / np.float32(component.setting("scaling_factor"))
 
 
 def mapped(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:
     """(height, width, 3) in -1..1 of latents (1, channels, height, width), one pixel for each: in the colours
     of the family's map, else in grey."""
+    import numpy as np
+
     rows = np.array(_EMOJI if _is_built_in(spec) else spec.design.latent_rgb, np.float32)
     (channels,) = latents
     if rows.shape != (3, len(channels) + 1):

@@ -357,6 +357,8 @@ def test_import_is_lean():
     loaded = run("import sys, tightfit; print(*sorted({m.split('.')[0] for m in sys.modules}))").split()
     assert "tightfit" in loaded
     assert not {*ENGINES, "numpy", "PIL", "typer", "rich"} & set(loaded)
+    loaded = run("import sys, tightfit.runtime.cli.app; print(*sys.modules)").split()
+    assert not {*ENGINES, "numpy", "PIL", "rich"} & set(loaded)  # which take longer than --help itself
 
 
 def test_import_takes_under_a_fifth_of_a_second():

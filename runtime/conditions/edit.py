@@ -6,14 +6,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..errors import TightfitError
 from ..models.spec import ModelSpec
 from .condition import Arrays, Call, Steering
 from .image import ENCODER, STRENGTH, ImageToImage, edits, pixels_of
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..request import Job
 
 
@@ -47,6 +47,8 @@ class Editing(ImageToImage):
             )
 
     def prepare(self, job: Job, call: Call) -> Steering:
+        import numpy as np
+
         (moments,) = call(ENCODER.name, pixels=pixels_of(self.image, job, self.resize))
         latents, _ = np.split(moments, 2, axis=1)  # as the VAE has them, and none is drawn
         texts = len(job.prompting.lines)
@@ -60,6 +62,8 @@ class Shown(Steering):
         self._latents = latents
 
     def inputs(self, arrays: Arrays, rows: range) -> Arrays:
+        import numpy as np
+
         sample = arrays["sample"]
         beside = self._latents[rows.start : rows.stop].astype(sample.dtype)
         return {**arrays, "sample": np.concatenate([sample, beside], 1)}

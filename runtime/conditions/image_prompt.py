@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from ..errors import TightfitError
 from ..fields import option
 from ..models.families.image_prompt import IMAGE_ENCODER, TOKENS
@@ -16,6 +14,8 @@ from .condition import Arrays, Call, Condition, Steering
 from .input_pictures import Picture, open_picture
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..request import Job
 
 # CLIP's, of red, green and blue
@@ -65,6 +65,7 @@ class ImagePrompt(Condition):
 
 def _pixels(picture: Picture, side: int) -> np.ndarray:
     """(1, 3, side, side), its middle, as CLIPImageProcessor makes it."""
+    import numpy as np
     from PIL import Image
 
     factor = side / min(picture.width, picture.height)
@@ -84,6 +85,8 @@ class Read(Steering):
         self._joined: dict[range, tuple[np.ndarray, np.ndarray]] = {}
 
     def inputs(self, arrays: Arrays, rows: range) -> Arrays:
+        import numpy as np
+
         texts = arrays["hidden"]
         before, joined = self._joined.get(rows, (None, texts))
         if before is not texts:  # the same array while texts stay, which an engine finds on its device

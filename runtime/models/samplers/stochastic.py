@@ -14,10 +14,6 @@ from collections.abc import Callable, Generator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from .levels import Trained
-
 
 class Options(NamedTuple):
     """eta: how much of the noise that a step takes out is drawn anew. s_noise: how strong that is."""
@@ -165,7 +161,10 @@ class _Stochastic:
         return 2 if self.sampler in _TWICE else 1
 
     def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        import numpy as np
         import torch
+
+        from .levels import Trained
 
         is_shortened = self.sampler == SHORTENED
         count = num_inference_steps + is_shortened
