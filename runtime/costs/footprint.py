@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from .allocator import Allocator, allocator
+from .allocator import Allocator, ExactAllocator, allocator
 
 END, ATTENTION, MOMENT = -1, -2, -3
 Shape = tuple[int, int, int, int, int]  # of an attention: batch, heads, queries, keys, head width
@@ -38,6 +39,19 @@ class Trace:
     attentions: tuple[Shape, ...]
     operations: tuple[Operation, ...]
     calls: tuple[tuple[str, int, int], ...] = ()
+
+    def alive_bytes(self, scratch: tuple[int, ...]) -> int:
+        """Peak bytes alive in the call, beside what was there before. `scratch` of each attention."""
+        if scratch not in self._alive:
+            memory = ExactAllocator()
+            replay(memory, self.events, scratch)
+            self._alive[scratch] = memory.peak
+        return self._alive[scratch]
+
+    @cached_property
+    def _alive(self) -> dict[tuple[int, ...], int]:
+        """Candidates share traces: 58 of 228 calls that are compared for SD 1.5."""
+        return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +110,10 @@ def peak(device: str, held: Iterable[int], component: Footprint, later: Iterable
         memory.moment(component.loading)
     for count in later:
         memory.allocate(next(names), count)
-    replay(memory, component.trace.events, component.scratch)
+    if isinstance(memory, ExactAllocator):  # adds up, whatever was there before
+        memory.moment(component.trace.alive_bytes(component.scratch))
+    else:
+        replay(memory, component.trace.events, component.scratch)
     return memory.peak
 
 

@@ -149,12 +149,15 @@ def _operation_seconds(
     plain = hardware.rates.get(f"{placement.compute}/plain", rates[""])
     order = hardware.moves.get(f"{placement.compute}/order", math.inf)
     light = hardware.moves.get(f"{placement.compute}/light", bandwidth) if summed else bandwidth
+    known: dict[int, float] = {}  # blocks that are alike share their operations
     for operation in footprint.trace.operations:
-        rate = plain if operation.packed else rates.get(operation.kind, rates[""])
-        moving = operation.bytes / (bandwidth if operation.kind else light)
-        work = max(operation.flops / rate, moving) / share + operation.packed / order
-        start = plain_start if operation.packed else starts[operation.kind]
-        yield work + start if summed else max(work, start)
+        if id(operation) not in known:
+            rate = plain if operation.packed else rates.get(operation.kind, rates[""])
+            moving = operation.bytes / (bandwidth if operation.kind else light)
+            work = max(operation.flops / rate, moving) / share + operation.packed / order
+            start = plain_start if operation.packed else starts[operation.kind]
+            known[id(operation)] = work + start if summed else max(work, start)
+        yield known[id(operation)]
 
 
 def streamed_seconds(footprint: Footprint, spans: Sequence[float], bus: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tightfit.runtime.costs.footprint import END, Footprint, Trace, peak
+from tightfit.runtime.costs.footprint import ATTENTION, END, Footprint, Trace, peak
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.process import ProcessPeak
 from tightfit.runtime.units import parse_bytes, shown
@@ -28,6 +28,12 @@ def test_what_is_loaded_later_is_not_beside_the_loading():
     assert peak("cpu", (1,), own, (4,)) == 1 + 2 + 8
     assert peak("cpu", (1,), own, (6,)) == 1 + 2 + 6 + 3
     assert peak("cpu", (1, 4), own) == 1 + 4 + 2 + 8
+
+
+def test_a_trace_is_shared_by_ways_of_attention():
+    trace = Trace(((1, 3), (0, ATTENTION), (1, END)), ((1, 1, 1, 1, 1),), ())
+    ways = (Footprint((2,), 0, trace, (scratch,)) for scratch in (5, 9, 5))
+    assert [peak("cpu", (1,), way) for way in ways] == [1 + 2 + 3 + scratch for scratch in (5, 9, 5)]
 
 
 def test_a_bare_number_is_bytes_and_not_a_few():
