@@ -117,9 +117,8 @@ def copy_the_rest(
     TightfitError for a link out of the model, as its target would be copied.
     """
     index = read_json(source / "model_index.json")
-    parts = {name: files for name, files in _COPIED.items() if index.get(name)} | dict.fromkeys(
-        components, _OF_A_NETWORK
-    )
+    parts = {name: files for name, files in _COPIED.items() if any(index.get(name) or ())}
+    parts |= dict.fromkeys(components, _OF_A_NETWORK)
     for name, value in index.items():
         if isinstance(value, list) and name not in parts:
             index[name] = [None, None]

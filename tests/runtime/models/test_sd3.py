@@ -87,6 +87,11 @@ def test_without_t5_its_tokens_are_zeros(without_t5, pipe, decibels, check_predi
     check_predicted(result)
 
 
+def test_an_export_without_t5_stays_without(without_t5, tmp_path):
+    exported = tightfit.inspect(str(tightfit.export_model(str(without_t5), tmp_path / "int8", "int8")))
+    assert (exported.family, len(exported.text_encoders)) == ("sd3-without-t5", 2)
+
+
 def test_clip_skip_is_of_clip_alone(sd3, pipe, decibels):
     """A1111 counts from the last layer, diffusers from the last but one."""
     request = replace(CASES["oblong"], num_inference_steps=1, guidance_scale=1.0, clip_skip=3)
