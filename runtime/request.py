@@ -694,7 +694,7 @@ def _check_guidance(job: Job) -> None:
             f"guidance_start {job.guidance_start:g} must be below guidance_end {job.guidance_end:g}: "
             "for no guidance give --guidance-scale 1"
         )
-    if job.negative_prompt and job.spec.takes_no_guidance:
+    if job.negative_prompt and job.spec.is_distilled:
         raise TightfitError(
             f"{job.spec.name} was distilled for its guidance, and takes no negative prompt: leave it out"
         )

@@ -260,7 +260,7 @@ class ModelSpec:
     @property
     def takes_no_guidance(self) -> bool:
         """Whether it is told nothing of a guidance scale either, as some distilled models are."""
-        return self.is_distilled and not self.guidance_width
+        return self.is_distilled and not self.design.is_told_guidance(self)
 
     @property
     def latent_affine(self) -> tuple[tuple[float, ...], float, tuple[float, ...]]:

@@ -255,6 +255,10 @@ class Family:
         """Whether the denoiser was distilled for its guidance, so that a step takes one prediction."""
         return False
 
+    def is_told_guidance(self, spec: ModelSpec) -> bool:
+        """Whether a denoiser that was distilled for its guidance reads how much is wanted."""
+        return bool(spec.guidance_width)
+
     def corrects_configs(self, spec: ModelSpec) -> bool:
         """Whether diffusers' pipeline corrects configs of 2022 as it loads them."""
         return False

@@ -12,7 +12,7 @@ from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_positive, is_truth, many, or_none, whole
 from ..cures import of_mixed
 from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
-from .flow import even, shifted
+from .flow import even, mu_of_tokens, shifted
 from .networks import DECODER, ENCODER
 from .parts import in_parts
 from .qwen3 import AROUND, built, encoded_by, text_encoder
@@ -281,7 +281,7 @@ class ZImage(Family):
 
     def levels(self, spec: ModelSpec, size: tuple[int, int], steps: int) -> np.ndarray:
         tokens = math.prod(side // spec.latents.multiple for side in size)
-        return shifted(even(steps), spec.scheduler, _mu(spec.scheduler, tokens))
+        return shifted(even(steps), spec.scheduler, mu_of_tokens(spec.scheduler, tokens))
 
     def condition(self, job: Job, encoded: Sequence[Sequence[np.ndarray]]) -> dict[str, np.ndarray]:
         ((hidden, known),) = encoded
@@ -292,11 +292,3 @@ def _is_base(spec: ModelSpec) -> bool:
     """Whether it is the model that Turbo was distilled from: nothing but the scheduler's shift says so, 6 in
     place of 3."""
     return spec.scheduler.get("shift") == 6.0
-
-
-def _mu(scheduler: Mapping[str, Any], tokens: int) -> float:
-    """How far levels are shifted, by the picture's tokens, where the scheduler says that it is by these: on a
-    line through two pictures."""
-    few, many_tokens = scheduler.get("base_image_seq_len", 256), scheduler.get("max_image_seq_len", 4096)
-    least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-    return least + (most - least) * (tokens - few) / (many_tokens - few)
