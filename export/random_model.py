@@ -174,6 +174,23 @@ MODELS["sd3"] = {  # stable-diffusion-3.5-medium
     "gain": 3.0,
 }  # fmt: skip
 MODELS["sd3-without-t5"] = {name: part for name, part in MODELS["sd3"].items() if name != "text_encoder_3"}
+MODELS["flux1-dev"] = {  # FLUX.1-dev
+    "pipeline": "FluxPipeline",
+    "classes": {
+        "text_encoder_2": "T5EncoderModel", "transformer": "FluxTransformer2DModel",
+        "tokenizer_2": "T5TokenizerFast",
+    },
+    "transformer": {"guidance_embeds": True},
+    "vae": MODELS["z-image"]["vae"],
+    "text_encoder": _CLIP_L,
+    "text_encoder_2": t5.DEFAULTS,
+    "scheduler": MODELS["flux2-klein"]["scheduler"],
+    "gain": 3.0,
+}  # fmt: skip
+MODELS["flux1-schnell"] = MODELS["flux1-dev"] | {  # FLUX.1-schnell
+    "transformer": {"guidance_embeds": False},
+    "scheduler": MODELS["flux2-klein"]["scheduler"] | {"shift": 1.0, "use_dynamic_shifting": False},
+}
 CLASSES = {
     "text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection",
     "unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "tokenizer": "CLIPTokenizer",
@@ -187,6 +204,8 @@ _EXTRA: dict[str, dict[str, Any]] = {  # of model_index.json
     "flux2-klein": {"is_distilled": True},
     "z-image": {},
     "sd3": {},
+    "flux1-dev": {},
+    "flux1-schnell": {},
     "sd3-without-t5": {"text_encoder_3": [None, None], "tokenizer_3": [None, None]},
 }  # fmt: skip
 
@@ -271,6 +290,16 @@ TINY["sd3"] = {
     },
 }  # fmt: skip
 TINY["sd3-without-t5"] = TINY["sd3"]
+TINY["flux1-dev"] = {
+    "transformer": {
+        "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 4,
+        "joint_attention_dim": 128, "pooled_projection_dim": 32, "axes_dims_rope": (4, 6, 6),
+    },
+    "vae": _VAE_TINY,
+    "text_encoder": _TINY_TEXT,
+    "text_encoder_2": TINY["sd3"]["text_encoder_3"],
+}  # fmt: skip
+TINY["flux1-schnell"] = TINY["flux1-dev"]
 
 
 def build(kind: str, config: dict[str, Any]) -> Any:

@@ -13,7 +13,6 @@ import json
 import math
 import sys
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from tightfit.runtime.conditions.reference import References
 from tightfit.runtime.placement import RESIDENCIES
 from tightfit.runtime.units import shown
 
-FAMILIES = ("flux2-klein", "z-image", "sd3", "sd3-without-t5")
+FAMILIES = ("flux2-klein", "z-image", "sd3", "sd3-without-t5", "flux1-dev", "flux1-schnell")
 _EDIT = tightfit.Request("make it red", width=160, height=96, seed=2)
 _NOISE = np.random.default_rng(0)
 _PICTURES = tuple(
@@ -54,21 +53,31 @@ CASES = (
     ("256x192", tightfit.Request("a red heart", width=256, height=192, seed=3)),
 )
 FROM_NONE = {"z-image": 1.0}  # what diffusers calls 0
+HOW = {"flux1-schnell": {"max_sequence_length": 256}}  # where diffusers has it by hand
 PRECISIONS = ("fp32", "bf16", "int8", "int4", "int8-dynamic")
 
 
 def by_diffusers(pipe: Any, request: tightfit.Request, spec: tightfit.ModelSpec) -> np.ndarray:
-    shape = replace(request).resolve(spec).noise.shape
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(request.seed or 0))
+    noise = torch.Generator().manual_seed(request.seed or 0)
     steps = request.num_inference_steps or spec.default_steps
     guidance = (request.guidance_scale or spec.default_guidance) - FROM_NONE.get(spec.family, 0)
     size = {"width": request.width, "height": request.height}
     how = {"num_inference_steps": steps, "guidance_scale": guidance, "output_type": "np"}
+    how |= HOW.get(spec.family, {})
     if request.negative_prompt is not None:
         how["negative_prompt"] = request.negative_prompt
     if references := [one for one in request.conditions if isinstance(one, References)]:
         how["image"] = [picture.image for picture in references[0].pictures]
-    return (pipe(prompt=request.prompt, latents=noise, **size, **how).images[0] * 255).round()
+    return (pipe(prompt=request.prompt, generator=noise, **size, **how).images[0] * 255).round()
+
+
+def _is_idle(request: tightfit.Request, spec: tightfit.ModelSpec) -> bool:
+    """Whether it asks for what the model does not do, as one that was distilled for its guidance."""
+    if request.conditions and not spec.design.reference_pixels:
+        return True
+    if request.negative_prompt and spec.is_distilled:
+        return True
+    return bool(request.guidance_scale) and spec.takes_no_guidance
 
 
 def pictures(family: str, folder: Path) -> None:
@@ -77,12 +86,7 @@ def pictures(family: str, folder: Path) -> None:
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, **left_out)
     pipe.set_progress_bar_config(disable=True)
     spec = tightfit.inspect(folder)
-    cases = [
-        (name, one)
-        for name, one in CASES
-        if not (one.guidance_scale and spec.is_distilled)
-        and (spec.design.reference_pixels or not one.conditions)
-    ]
+    cases = [(name, one) for name, one in CASES if not _is_idle(one, spec)]
     cells = {name: [] for name, _ in cases}
     for residency in RESIDENCIES:
         with tightfit.load(str(folder), precision="fp32", device="cpu", residency=residency) as ours:

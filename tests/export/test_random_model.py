@@ -24,6 +24,8 @@ from tightfit.runtime.models import vocabulary
         ("z-image", "transformer", 6_154_908_736),
         ("sd3", "transformer", 2_243_171_520),
         ("sd3", "text_encoder_3", 4_762_310_656),
+        ("flux1-dev", "transformer", 11_901_408_320),
+        ("flux1-schnell", "transformer", 11_891_178_560),
     ],
 )
 def test_published_sizes(family, name, parameters):

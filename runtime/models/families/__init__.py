@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import TightfitError
 from .family import Family, Network, Role
+from .flux1 import Flux1, Flux1Schnell
 from .flux2_klein import Flux2Klein
 from .sd3 import SD3, SD3WithoutT5
 from .sdxl import SDXL, SDXLRefiner
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 FAMILIES: tuple[Family, ...] = (
     ZImage(),
     Flux2Klein(),
+    Flux1Schnell(),
+    Flux1(),
     SD3(),
     SD3WithoutT5(),
     SDXLRefiner(),
