@@ -306,11 +306,16 @@ def emoji_rows() -> Iterator[tuple[str, str, str, str]]:
 
 def start_rows() -> Iterator[tuple[str, str, str, str]]:
     """Whole processes, beside one that imports torch and ends."""
-    run = results("start")[-1]
+    line = recorded("start")[-1]
+    run = line["results"]
     rows = {row["what"]: row for row in run["rows"]}
-    ours = [f"{name} {rows[name]['ratio']:.2f}" for name in (start.PAINT, start.PLAN, start.HELP)]
+    ours = [
+        f"{name} {rows[name]['ratio']:.2f}" for name in (start.PAINT, start.PLANNED, start.PLAN, start.HELP)
+    ]
     torch = f"{rows[start.TORCH]['seconds']:.2f} s"
-    title = f"a process, of one that imports torch and ends ({torch}); plans of {run['model']}"
+    title = (
+        f"a process, of one that imports torch and ends ({torch}){elsewhere(line)}; plans of {run['model']}"
+    )
     theirs = f"the same picture by diffusers {rows[start.THEIRS]['ratio']:.2f}"
     yield title, ", ".join(ours), theirs, f"`… start {run['model']}`"
     yield "the same: memory beside what it paints with", shown(rows[start.PROCESS]["bytes"]), "", "the same"

@@ -7,6 +7,7 @@ after, the work itself. Whole processes, in turns.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ ROUNDS = 5
 PAINTED = ("a red heart", "--seed", "0", "--overwrite", "--json")
 HELP, IMPORT, TORCH = "tightfit --help", "import tightfit", "import torch"
 PAINT, PLAN, THEIRS = 'tightfit "a red heart"', "tightfit plan", "diffusers"
+PLANNED = f"{PAINT} --plan FILE"
 PROCESS = "process"
 DIFFUSERS = """
 import sys, torch
@@ -35,21 +37,24 @@ pipe("a red heart", num_inference_steps=20, generator=seed).images[0].save(sys.a
 
 def commands(model: str, work: Path) -> dict[str, list[str]]:
     """What is started, by its name in the table."""
-    tightfit = [sys.executable, "-m", "tightfit"]
+    tightfit, saved = [sys.executable, "-m", "tightfit"], str(work / "plan.json")
+    seconds([*tightfit, "plan", "--save", saved])
     return {
         TORCH: [sys.executable, "-c", "import torch"],
         IMPORT: [sys.executable, "-c", "import tightfit"],
         HELP: [*tightfit, "--help"],
         PLAN: [*tightfit, "plan", "--model", model],
         PAINT: [*tightfit, *PAINTED, "-o", str(work / "ours.png")],
+        PLANNED: [*tightfit, *PAINTED, "--plan", saved, "-o", str(work / "planned.png")],
         THEIRS: [sys.executable, "-c", DIFFUSERS, str(BUILT_IN["emoji"]), str(work / "theirs.png")],
     }
 
 
 def seconds(command: list[str]) -> float:
-    """Of a process, from its start until it has ended."""
+    """Of a process, from its start until it has ended. Bytecode is written in the first, as for any user."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, check=True, capture_output=True, env=environment)
     return time.perf_counter() - start
 
 
