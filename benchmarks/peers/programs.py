@@ -306,8 +306,10 @@ def tightfit(job: Job, clock: Clock) -> list[str]:
 
 def tightfit_export(job: Job, _: Clock) -> list[str]:
     """Ours; `options` are the command line's."""
+    from ...__main__ import app  # pyright: ignore[reportMissingImports]
     from ...runtime.cli.app import main as tightfit_cli  # pyright: ignore[reportMissingImports]
 
+    app()  # with the commands of all rooms
     sys.argv = ["tightfit", "export", job["model"], *job["options"], "-o", job["to"]]
     try:
         tightfit_cli()
