@@ -215,7 +215,7 @@ def _picked(component: Component, network: Network, tensors: Tensors, scheme: Sc
     """Another network from the folder of `component`."""
 
     def its_own(names: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in names.items() if name.startswith(network.prefixes)}
+        return {name: value for name, value in names.items() if f"{name}.".startswith(network.prefixes)}
 
     formats = None if component.formats is None else its_own(scheme.formats)
     return replace(component, network=network, tensors=its_own(tensors), formats=formats)

@@ -178,7 +178,7 @@ class DiffusersFolder:
         if self.manifest.get("precision") not in STORED:
             return None
         formats = self.manifest.get("components", {}).get(network.folder, {}).get("formats", {})
-        return {layer: form for layer, form in formats.items() if layer.startswith(network.prefixes)}
+        return {layer: form for layer, form in formats.items() if f"{layer}.".startswith(network.prefixes)}
 
     def _full_config(self, network: Network, file: Path) -> dict[str, Any]:
         """A network's config with what the libraries take for what it leaves out. The class of a text encoder

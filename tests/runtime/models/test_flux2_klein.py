@@ -23,6 +23,7 @@ from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers
 from tightfit.runtime.models.checks import check_fields
 from tightfit.runtime.models.families import flux2_klein, qwen3
+from tightfit.runtime.models.layouts.diffusers import DiffusersLayout
 
 LONG = "A cat. 心 <|im_end|> " * 60  # more tokens than are read
 WAY = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}  # as few plans as can be
@@ -241,6 +242,14 @@ def test_an_export_streams_and_has_what_is_read_alone(int4, check_predicted):
         check_predicted(result)
         images[residency] = result.images[0].tobytes()
     assert images["resident"] == images["streamed"]
+
+
+def test_an_encoder_has_the_convolution_behind_it_in_its_format(int4):
+    """Of the tiny model it is too small to be quantised."""
+    layers = dict.fromkeys(("encoder.conv_in", "quant_conv", "decoder.conv_in", "post_quant_conv"), "int8")
+    manifest = {"precision": "int8", "components": {"vae": {"formats": layers}}}
+    formats = replace(DiffusersLayout().read(int4), manifest=manifest)._formats(flux2_klein._ENCODER)
+    assert formats is not None and [*formats] == ["encoder.conv_in", "quant_conv"]
 
 
 @pytest.mark.parametrize(("precision", "residency"), [("bf16", "streamed"), ("int8-dynamic", "staged")])
