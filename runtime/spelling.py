@@ -41,6 +41,7 @@ OF_REQUESTS = _by_name(
         "aesthetic_score negative_aesthetic_score",
     ),
     ("it is ip_adapter_image, a picture", "ip_adapter_image_embeds"),
+    ("it is reference, a picture or a list of them", "image_reference reference_image reference_images"),
     ("it is mask_image, beside image", "masked_image_latents mask"),
     ("it is controlnet_conditioning_scale", "adapter_conditioning_scale"),
     ("it is control_guidance_end", "adapter_conditioning_factor"),
