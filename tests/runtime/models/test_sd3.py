@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models import schedulers
+from tightfit.runtime.planner import choose
 from tightfit.runtime.planner.candidates import computes
 
 WAY = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}  # as few plans as can be
@@ -185,6 +186,17 @@ def test_an_export_streams(int4, check_predicted):
 def test_what_other_precisions_take_is_known(sd3, precision, residency, check_predicted):
     with tightfit.load(str(sd3), precision=precision, residency=residency, cfg="sequential", **WAY) as ours:
         check_predicted(ours.generate(OBLONG))
+
+
+def test_pictures_of_one_call_share_places(sd3, monkeypatch, check_predicted):
+    monkeypatch.setattr(choose, "WIDER", 0.0)  # however fast it is predicted to be
+    way = {**WAY, "precision": "fp32", "residency": "staged", "cfg": "batched"}
+    with tightfit.load(str(sd3), images_per_call=2, **way) as ours:
+        together = ours.generate(replace(OBLONG, num_images=2))
+        assert together.plan.images_per_call == 2
+        check_predicted(together)
+        second = ours.generate(replace(OBLONG, seed=OBLONG.seed + 1)).images[0]
+    assert np.abs(np.asarray(together.images[1], int) - np.asarray(second, int)).max() <= 1
 
 
 def test_texts_stream_beside_a_denoiser_that_fits(sd3):
