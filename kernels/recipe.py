@@ -17,6 +17,8 @@ _WIDE = re.compile(
     r"modulation|norm\w*\.linear$|final_layer|_embed(d)?er|time_guidance_embed|pos_embed"
     r"|embed_tokens$|_embedding$|^shared$"
 )
+# Of a transformer, whose proj_out is a feed-forward layer's second: a seventh of Flux.1.
+_BLOCK = "single_transformer_blocks."
 _PLAIN = "patch_embedding"  # of CLIP's image encoder: transformers asks its weight for a dtype
 
 
@@ -42,7 +44,7 @@ def _made(precision: str, layer: str, shape: Sequence[int], least_bits: int) -> 
     name = layer.rpartition(".")[2]
     if math.prod(shape) < LEAST or len(shape) not in (2, 4) or name == _PLAIN:
         return None
-    if name in _DELICATE:
+    if name in _DELICATE and not layer.startswith(_BLOCK):
         return "int8-g64"
     if precision == "int8" or least_bits > 4 or _WIDE.search(layer):
         return "int8"

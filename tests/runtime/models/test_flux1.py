@@ -136,7 +136,8 @@ def test_an_export_streams(int4, check_predicted):
         "norm_out.linear",
         "time_text_embed.guidance_embedder.linear_2",
     } <= wide
-    few = f"{single}.attn.to_q", f"{single}.proj_mlp", f"{joint}.attn.add_q_proj", f"{joint}.ff_context.net.2"
+    assert formats["proj_out"] == "int8-g64"
+    few = f"{single}.proj_mlp", f"{single}.proj_out", f"{joint}.attn.add_q_proj", f"{joint}.ff_context.net.2"
     assert {formats[name] for name in few} == {"int4-g64"}
     images = {}
     for residency in ("resident", "streamed"):
