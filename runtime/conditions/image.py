@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..errors import TightfitError
@@ -149,10 +149,13 @@ class Encoded:
 
 
 def narrowed(spec: ModelSpec, latents: np.ndarray) -> np.ndarray:
-    """Latents of the VAE as the denoiser takes them."""
+    """Latents that the VAE's encoder answers as the denoiser takes them. A tiny decoder, whose numbers are
+    others, has none of its own: beside it the model's encodes."""
     import numpy as np
 
-    deviation, scale, mean = spec.latent_affine
+    decoder = replace(spec.decoder, config=spec.on_demand(ENCODER).config)
+    whole = replace(spec, components={**spec.components, decoder.name: decoder})
+    deviation, scale, mean = whole.latent_affine
     shift, factor = (np.array(part, np.float32)[:, None, None] for part in (mean, deviation))
     return (latents - shift) * np.float32(scale) / factor
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -9,8 +10,10 @@ import pytest
 import tightfit
 import torch
 from safetensors.torch import save_file
+from tightfit.export import random_model
 from tightfit.runtime.adapters import adapted
 from tightfit.runtime.adapters.vae import Vae
+from tightfit.runtime.conditions.image import narrowed
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models.hub import inspect
 
@@ -57,6 +60,19 @@ def test_a_tiny_decoder_paints_what_diffusers_paints(tiny_models, tmp_path, fami
     for stage, measured in result.stages.items():
         if (predicted := result.plan.predicted.stages.get(stage)) and stage != "encode":
             assert abs(measured.peak_bytes - predicted) <= 0.05 * predicted, stage
+
+
+@pytest.mark.parametrize("family", ["sd1", "z-image"])
+def test_a_picture_to_begin_with_is_the_same_beside_a_tiny_decoder(family, tiny_models, made_once, tmp_path):
+    """The model's own encoder answers it, by whose numbers latents are scaled."""
+    write = functools.partial(random_model.write, family, tiny=True, precision="fp32")
+    spec = inspect(tiny_models["sd1"] if family == "sd1" else made_once(f"models/{family}", write))
+    tiny_vae(latent_channels=spec.latents.channels).save_pretrained(tmp_path / "tiny")
+    with_tiny = adapted(spec, [Vae(tmp_path / "tiny")])
+    assert with_tiny.latent_affine != spec.latent_affine
+    latents = np.random.default_rng(0).normal(size=(1, spec.latents.channels, 2, 3)).astype(np.float32)
+    wanted = (latents - (spec.vae.get("shift_factor") or 0)) * spec.vae["scaling_factor"]
+    np.testing.assert_allclose(narrowed(with_tiny, latents), wanted, rtol=1e-5)
 
 
 def test_the_tiny_decoders_own_file_and_precisions(sd1, tmp_path):
