@@ -267,9 +267,10 @@ def _given_pictures(
     has it: white where to paint."""
     mask, is_one = others.get(MASK), len(images) == 1
     alpha = open_picture(images[0] if mask is None else mask).alpha
+    fidelity = _choice(others, "input_fidelity", _STRENGTHS, "low")
     refers = spec.design.reference_pixels and options.get("prompt") and not (is_one and alpha is not None)
     if refers and mask is None and not {"mask_image", "strength"} & {*options}:
-        return {"reference": images}
+        return {"reference": [*images, *several(options.get("reference"))]}
     if not is_one:
         raise RefusedError("one picture is edited here, not several: send one image", param="image")
     begun: dict[str, Any] = {"image": images[0]}
@@ -277,7 +278,6 @@ def _given_pictures(
         raise RefusedError("the mask must be transparent where to paint, and this one is nowhere", param=MASK)
     if alpha is not None and "mask_image" not in options:
         return begun | {"mask_image": Image.fromarray(255 - alpha)}
-    fidelity = _choice(others, "input_fidelity", _STRENGTHS, "low")
     return (
         begun if "mask_image" in options else {"strength": fidelity, **begun, **_given(options, "strength")}
     )

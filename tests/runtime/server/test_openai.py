@@ -106,6 +106,7 @@ def test_edits_paint_where_the_mask_is_transparent(client, local, pizza):
 
 
 def test_edits_refer_to_pictures_where_the_model_reads_such(pizza):
+    from tightfit.runtime.server.failures import RefusedError
     from tightfit.runtime.server.openai import _given_pictures
 
     spec: Any = SimpleNamespace(design=SimpleNamespace(reference_pixels=1))
@@ -114,6 +115,10 @@ def test_edits_refer_to_pictures_where_the_model_reads_such(pizza):
     def names(images, others=None, **options):
         return {*_given_pictures(images, options, others or {}, spec)}
 
+    both = _given_pictures([pizza], {"prompt": "a", "reference": hole}, {}, spec)
+    assert both == {"reference": [pizza, hole]}  # one sent by our own name is not dropped
+    with pytest.raises(RefusedError, match="input_fidelity must be one of"):
+        names([pizza], {"input_fidelity": "lowest"}, prompt="a")
     assert names([pizza, hole], prompt="a") == names([pizza], prompt="a") == {"reference"}
     assert names([pizza], prompt="") == names([pizza], prompt="a", strength=0.5) == {"image", "strength"}
     assert names([hole], prompt="a") == names([pizza], {"mask": hole}, prompt="a") == {"image", "mask_image"}
