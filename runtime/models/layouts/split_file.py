@@ -240,7 +240,7 @@ def _found(file: Path, kind: Kind, reads: _Reads, usual: Config, needs: str) -> 
     transformer needs."""
     fitting: list[_Part] = []
     unread = ""
-    for path in (file, *near(file, kind)):
+    for path in _places(file, kind):
         try:
             stored = read_file(path)[0]
             is_beside = path == file or not transformer(stored)  # else it is another whole model's
@@ -260,6 +260,12 @@ def _found(file: Path, kind: Kind, reads: _Reads, usual: Config, needs: str) -> 
         return _Part(file, usual, {}, f"{said}: name one by --{option} FILE{unread}")
     names = " and ".join(str(part.file) for part in fitting[:2])
     return _Part(file, usual, {}, f"{names} are both for {file}: name one by --{option} FILE")
+
+
+def _places(file: Path, kind: Kind) -> Iterator[Path]:
+    """Where a network may be: folders are looked through only if it is not in `file` itself."""
+    yield file
+    yield from near(file, kind)
 
 
 def tokenizer_for(encoder: Path, *others: Path) -> tuple[Path, str]:
