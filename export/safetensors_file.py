@@ -48,8 +48,9 @@ class SafetensorsFile:
         is left, that reads as zeros and takes no disk."""
         promised, (dtype, shape) = next(iter(self._left.items()), ("nothing", (None, ())))
         given, first = tuple(tensor.shape), first_side(shape)
-        is_part = bool(shape) and given == (*shape[:first], *given[first : first + 1], *shape[first + 1 :])
-        if (promised, dtype) != (name, tensor.dtype) or not (given == tuple(shape) or is_part):
+        like = (*shape[:first], *given[first : first + 1], *shape[first + 1 :])
+        fits = len(given) == len(shape) and given == like and tensor.numel() <= math.prod(shape)
+        if (promised, dtype) != (name, tensor.dtype) or not fits:
             raise ValueError(
                 f"{name} {tensor.dtype} {given} comes where {promised} {dtype} {shape} was promised"
             )

@@ -244,6 +244,8 @@ def test_the_writer_keeps_its_promises(tmp_path):
     assert torch.equal(read["b"], b)
     with pytest.raises(ValueError, match="was promised"), SafetensorsFile(tmp_path / "y", promised) as file:
         file.write("b", b)
+    with pytest.raises(ValueError, match="was promised"), SafetensorsFile(tmp_path / "y", promised) as file:
+        file.write("a", torch.cat([a, a]))  # more rows, over what comes next
     with pytest.raises(ValueError, match="not written"), SafetensorsFile(tmp_path / "y", promised) as file:
         file.write("a", a)
 
