@@ -13,12 +13,12 @@ from .family import Network, Reading, Role
 if TYPE_CHECKING:
     from ..spec import Component
 
-_COUNTS = (
-    "vocab_size", "d_model", "d_kv", "d_ff", "num_heads", "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-)  # fmt: skip
+_COUNTS = "vocab_size", "d_model", "d_kv", "d_ff", "num_heads"
+# How far tokens are from one another is told in 32 steps, up to 128: every T5's. Others may divide by zero.
+_DISTANCES = {"relative_attention_num_buckets": 32, "relative_attention_max_distance": 128}
 FIELDS: Mapping[str, Check] = {
     **dict.fromkeys(_COUNTS, is_count),
+    **{name: whole(count, count) for name, count in _DISTANCES.items()},
     "num_layers": whole(1, MOST_LAYERS),
     "layer_norm_epsilon": is_positive,
     "feed_forward_proj": lambda value: value == "gated-gelu",
@@ -32,12 +32,11 @@ DEFAULTS = {
     "d_ff": 10240,
     "num_layers": 24,
     "num_heads": 64,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
+    **_DISTANCES,
     "layer_norm_epsilon": 1e-6,
     "feed_forward_proj": "gated-gelu",
 }
-_BUILT = (*_COUNTS, "num_layers", "layer_norm_epsilon", "feed_forward_proj")
+_BUILT = (*_COUNTS, *_DISTANCES, "num_layers", "layer_norm_epsilon", "feed_forward_proj")
 _USED = "shared.", "encoder.block.", "encoder.final_layer_norm."
 # In fp16 what feed-forward layers answer overflows. transformers keeps their last weight in fp32, 1.9 GiB
 # more of XXL; here its inputs are scaled by a power of two, which rounds nothing, and its answers back.
