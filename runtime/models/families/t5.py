@@ -39,7 +39,8 @@ DEFAULTS = {
 _BUILT = (*_COUNTS, *_DISTANCES, "num_layers", "layer_norm_epsilon", "feed_forward_proj")
 _USED = "shared.", "encoder.block.", "encoder.final_layer_norm."
 # In fp16 what feed-forward layers answer overflows. transformers keeps their last weight in fp32, 1.9 GiB
-# more of XXL; here its inputs are scaled by a power of two, which rounds nothing, and its answers back.
+# more of XXL; here its inputs are scaled by a power of two, and its answers back. That rounds only what is
+# below 2**-8, to multiples of 2**-18.
 _SCALE = 2.0**-6
 
 
