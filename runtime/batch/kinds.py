@@ -57,7 +57,7 @@ def kinds_of(ledger: Ledger, painters: Mapping[str, Here]) -> tuple[list[Kind], 
     whatever the memory. Beyond the first kinds, others are taken to be as the mean of these."""
     kinds, errors, waiting = [], [], ledger.groups()
     most = max(1, MOST_CHECKED // len(painters))
-    roomiest = sorted(painters.items(), key=lambda pair: (_room(pair[1].models.hardware), pair[0]))
+    roomiest = sorted(painters.items(), key=lambda pair: (room_of(pair[1].models.hardware), pair[0]))
     for id_, pictures in waiting[:most]:
         item = ledger.peek(id_)
         try:
@@ -70,7 +70,7 @@ def kinds_of(ledger: Ledger, painters: Mapping[str, Here]) -> tuple[list[Kind], 
     return ([*kinds, _mean(kinds, others)] if others and kinds else kinds), errors
 
 
-def _room(hardware: Hardware) -> tuple[bool, int]:
+def room_of(hardware: Hardware) -> tuple[bool, int]:
     """To sort by: the roomiest card first, then processors, whose bytes say nothing beside a card's."""
     return hardware.device == "cpu", -hardware.free_bytes
 

@@ -22,6 +22,7 @@ from ..machine.hardware import Hardware
 from ..planner.wishes import Wishes
 from ..request import Request, numbers_of
 from ..service import TRIES, OverError, Service, Ticket
+from .kinds import room_of
 from .ledger import Item, Measures
 from .painting import Encoded, Failed, News, Predicted, Stepped, Took, may_join
 from .spread import Crew, Foreseen, Happened, Joined, Lost, Told
@@ -369,7 +370,7 @@ class Spreading(Service):
 
 def foremost(abouts: Sequence[About], seconds: Callable[[Hardware], float]) -> Hardware:
     """Of machines the one that paints soonest, by what is predicted of each; of those that are as fast, or
-    where none paints, the roomiest. Bytes alone do not tell: a processor has more than a card."""
+    where none paints, the roomiest card."""
     within = {
         (about.machine, about.budget_bytes): replace(about.hardware, free_bytes=about.budget_bytes)
         for about in abouts
@@ -377,7 +378,7 @@ def foremost(abouts: Sequence[About], seconds: Callable[[Hardware], float]) -> H
     machines = [*within.values()]
     if len(machines) == 1:
         return machines[0]
-    return min(machines, key=lambda machine: (seconds(machine), -machine.free_bytes))
+    return min(machines, key=lambda machine: (seconds(machine), room_of(machine)))
 
 
 def _placed(task: _Task, place: int, event: Event) -> Event:

@@ -151,6 +151,7 @@ def test_the_foremost_machine_is_the_soonest_then_the_roomiest():
     assert foremost([processor], seconds).free_bytes == 64 * 2**30
     assert foremost([processor, card], seconds).device == "cuda"
     assert foremost([processor, card, roomier], seconds).free_bytes == 24 * 2**30
+    assert foremost([processor, card, roomier], lambda _: float("inf")).free_bytes == 24 * 2**30
 
 
 def test_what_fits_no_machine_fails_and_says_why(served):
