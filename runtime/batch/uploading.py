@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -11,6 +12,7 @@ from ..errors import TightfitError, first_line
 # A small file waits for answers, not for bandwidth. What fsspec runs on its own loop takes several calls at
 # once; others, such as ftp, have one connection, on which two threads' commands would mix.
 _AT_ONCE, _ONE = 4, 1
+_PASSWORD = re.compile(r"(://[^/@:]*:)[^/]*@")  # ftp://user:password@host: what is said goes into logs
 
 
 class Upload:
@@ -20,15 +22,15 @@ class Upload:
         """Raises TightfitError for an address that cannot be read."""
         import fsspec
 
-        self._folder, self._url = folder, url
+        self._folder, self._said = folder, _PASSWORD.sub(r"\1…@", url)
         try:
             self._there, root = fsspec.core.url_to_fs(url)
             self._root = root.rstrip("/")
             self._sizes = self._listed()
         except ImportError as error:  # which names the package
-            raise TightfitError(f"--upload {url}: {first_line(error)}") from None
+            raise TightfitError(f"--upload {self._said}: {first_line(error)}") from None
         except Exception as error:  # whatever the protocol's package raises
-            raise TightfitError(f"--upload {url} cannot be reached: {first_line(error)}") from None
+            raise TightfitError(f"--upload {self._said} cannot be reached: {first_line(error)}") from None
         at_once = _AT_ONCE if self._there.async_impl else _ONE
         self._pool = ThreadPoolExecutor(at_once, thread_name_prefix="tightfit-upload")
         self._coming: list[Future[None]] = []
@@ -53,9 +55,9 @@ class Upload:
         again = [self._pool.submit(self._put, file) for file in missing]
         errors = [error for one in again if (error := one.exception())]
         if errors:
-            said = f"{len(errors)} pictures are not at {self._url} ({first_line(errors[0])})"
+            said = f"{len(errors)} pictures are not at {self._said} ({first_line(errors[0])})"
             raise TightfitError(f"{said}: the same command uploads them")
-        return f"{len(places)} pictures are at {self._url}, {len(self._copied)} of them copied now"
+        return f"{len(places)} pictures are at {self._said}, {len(self._copied)} of them copied now"
 
     def _put(self, file: Path) -> None:
         place = self._place(file)

@@ -71,3 +71,10 @@ def test_what_is_missing_there_is_copied(tmp_path, monkeypatch, protocol):
         upload.begin(folder / "a.png")
         upload.finish(contents)
     assert there.cat_file(f"{root}/a.png") == contents["a.png"]
+
+
+def test_a_password_is_not_said(tmp_path):
+    said = "--upload nowhere://me:…@host/there cannot be reached"
+    with pytest.raises(TightfitError, match=said) as error:
+        Upload(tmp_path, "nowhere://me:se:cr@et@host/there")
+    assert "et@" not in str(error.value)
