@@ -188,12 +188,14 @@ class Lora:
                 f"{self.title} changes weights, and {spec.name} is here as ONNX only: "
                 "use the model that it was exported from"
             )
+        # Before widths: SD 3.5 has an attn2, too, which reads no texts.
+        if kind := next((kind for pattern, kind in _FOREIGN if any(map(pattern.search, layers))), None):
+            return self._other_family(spec, f"is for {kind}")
         reading = (layer for layer in self._layers.by_name if _READS.search(layer))
         if width := next(filter(None, map(self._layers.inputs, reading)), None):
             return self._other_family(spec, f"is for {reads_texts(width)}")
-        kind = next((kind for pattern, kind in _FOREIGN if any(map(pattern.search, layers))), None)
         example = f"such as {layers[0][:80]}" if layers else "as it holds nothing"
-        return self._other_family(spec, f"is for {kind}" if kind else f"fits nothing of the model, {example}")
+        return self._other_family(spec, f"fits nothing of the model, {example}")
 
     def _other_family(self, spec: ModelSpec, what: str) -> TightfitError:
         family = f"{spec.design.title or spec.family}, with texts {spec.text_width} wide"

@@ -367,6 +367,13 @@ def test_one_of_a_unet_is_refused_by_a_transformer_with_both_named(tmp_path, spe
             {"lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight": torch.ones(2, 2)},
             r"is for Flux; .* is SD 1\.x",
         ),
+        (
+            {
+                "transformer.transformer_blocks.0.attn2.to_k.lora_A.weight": torch.ones(2, 1536),
+                "transformer.transformer_blocks.0.attn2.to_k.lora_B.weight": torch.ones(1536, 2),
+            },
+            r"is for a diffusion transformer; .* is SD 1\.x",
+        ),
         ({"lora_unet_x.lora_up.weight": torch.ones(2, 2)}, "fits nothing of the model, such as lora_unet_x"),
         ({"lora_unet_x.alpha": torch.tensor(float("nan"))}, "values that are not finite"),
         ({"lora_unet_x.alpha": torch.ones(3)}, "no single number"),
