@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_layers, many, or_none, whole
+from ..cures import of_mixed
 from ..tensors import Tensor
 from .family import NO_GRAPH, SHARED, Extent, Family, Latents, Network, Role, Shape
 from .flow import shifted
@@ -234,11 +235,10 @@ class SD3WithoutT5(Family):
             or wide > reads
             or any(one != reads for one in of_t5)
         ):
-            raise TightfitError(
+            raise of_mixed(
                 f"{folder} has text encoders {wide} wide{''.join(f', {one} wide' for one in of_t5)}, pooled "
                 f"{pooled}, and latents of {channels} channels, and a transformer for {reads}, "
-                f"{config['pooled_projection_dim']} and {config['in_channels']}: "
-                "files of different models were mixed; copy or download it again"
+                f"{config['pooled_projection_dim']} and {config['in_channels']}"
             )
         for clip in clips:
             if "CLIPTextModelWithProjection" not in clip.config["architectures"]:
