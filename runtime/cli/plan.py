@@ -318,7 +318,7 @@ def _of_seconds(plan: Plan) -> str:
         "to paint": predicted.painting_seconds,
     }
     said = ", ".join(f"{seconds:.1f} {what}" for what, seconds in parts.items() if seconds >= 0.05)
-    said = f"{predicted.seconds:.1f} s: {said}"
+    said = f"{predicted.seconds:.1f} s{': ' if said else ''}{said}"
     if predicted.quantising_seconds <= predicted.seconds / 2:
         return said
     return f"{said}; {exporting(plan.model, precision.partition('-')[0])} quantises them once"

@@ -71,3 +71,5 @@ def test_seconds_are_split_and_the_export_is_named_where_quantising_is_most(klei
     slow = replace(anew, predicted=replace(anew.predicted, seconds=9.0, quantising_seconds=5.0))
     assert f'tightfit export "{klein.name}" --precision int4' in _of_seconds(slow)
     assert "export" not in _of_seconds(once)
+    few = replace(once.predicted, seconds=0.04, reading_seconds=0.02)
+    assert _of_seconds(replace(once, predicted=few)) == "0.0 s"
