@@ -77,7 +77,7 @@ def text_encoder(place: str, length: int) -> Network:
 
 
 def _open_tokenizer(folder: Path, **arguments: Any) -> Any:
-    from transformers import T5TokenizerFast
+    from transformers import T5TokenizerFast  # pyright: ignore[reportAttributeAccessIssue]
 
     return T5TokenizerFast.from_pretrained(folder, **arguments)
 
