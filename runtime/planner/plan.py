@@ -258,6 +258,8 @@ def _problem(plan: Plan) -> str | None:
         plan.budget_bytes,
         plan.predicted.peak_bytes,
         plan.predicted.seconds,
+        plan.predicted.reading_seconds,
+        plan.predicted.quantising_seconds,
         *plan.predicted.stages.values(),
     )
     return None if all(isinstance(number, int | float) for number in numbers) else "it has no figures"

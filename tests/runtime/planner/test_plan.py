@@ -413,7 +413,8 @@ def test_damaged_plans(text):
         ('"whole"', "null"),
         ('"version": 5', '"version": 1'),
         ('"guided": true', '"guided": "yes"'),
-        ('"seconds": ', '"seconds": "soon", "x": '),
+        ('"psnr": ', '"seconds": "soon", "psnr": '),  # of a name that comes twice the last counts
+        ('"quantising_seconds": ', '"reading_seconds": "soon", "quantising_seconds": '),
     ],
 )
 def test_plans_that_leave_something_open(spec, old, new):
