@@ -12,7 +12,7 @@ from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_truth, many, or_none, whole
 from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
 from .flow import even, mu_of_tokens, shifted
-from .networks import DECODER, ENCODER, TEXT_ENCODER
+from .networks import TEXT_ENCODER, wide_vae
 from .parts import in_parts, parts
 from .t5 import text_encoder
 
@@ -210,19 +210,7 @@ _TRANSFORMER = Network(
 # ------------------------------------------------------------------------------------------------- the VAE
 
 _VAE = "AutoencoderKL"
-_OF_VAE = {
-    "defaults": {
-        **DECODER.defaults,
-        "latent_channels": 16,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "scaling_factor": 0.3611,
-        "shift_factor": 0.1159,
-    },
-    "graph": NO_GRAPH,
-    "tracing": None,
-}
-_DECODER, _ENCODER = replace(DECODER, **_OF_VAE), replace(ENCODER, **_OF_VAE)
+_DECODER, _ENCODER = wide_vae(scale=0.3611, shift=0.1159)
 
 # ---------------------------------------------------------------------------------------------- the family
 

@@ -13,7 +13,7 @@ from ..cures import of_mixed
 from ..tensors import Tensor
 from .family import NO_GRAPH, SHARED, Extent, Family, Latents, Network, Role, Shape
 from .flow import shifted
-from .networks import DECODER, ENCODER
+from .networks import wide_vae
 from .sdxl import SDXL
 from .t5 import text_encoder
 
@@ -180,19 +180,7 @@ def _middle(table: Tensor, side: int, rows: int, columns: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------- the VAE
 
 _VAE = "AutoencoderKL"
-_OF_VAE = {
-    "defaults": {
-        **DECODER.defaults,
-        "latent_channels": 16,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "scaling_factor": 1.5305,
-        "shift_factor": 0.0609,
-    },
-    "graph": NO_GRAPH,
-    "tracing": None,
-}
-_DECODER, _ENCODER = replace(DECODER, **_OF_VAE), replace(ENCODER, **_OF_VAE)
+_DECODER, _ENCODER = wide_vae(scale=1.5305, shift=0.0609)
 
 # ---------------------------------------------------------------------------------------------- the family
 
