@@ -25,7 +25,7 @@ OBLONG = tightfit.Request("a red heart", width=64, height=96, num_inference_step
 CASES = {
     "oblong": OBLONG,
     "cut": tightfit.Request(
-        "A cat. 心 </s> " * 60, width=128, height=64, num_inference_steps=2, seed=7, guidance_scale=7.0
+        "A cat. 心 </s> " * 60, width=128, height=64, num_inference_steps=1, seed=7, guidance_scale=7.0
     ),
     "empty": tightfit.Request("", width=64, height=64, num_inference_steps=1, seed=1, guidance_scale=1.0),
     "negative": replace(OBLONG, negative_prompt="ugly, and blurred", num_inference_steps=2),
@@ -182,10 +182,9 @@ def test_an_export_streams(int4, check_predicted):
     assert images["resident"] == images["streamed"]
 
 
-@pytest.mark.parametrize(("precision", "residency"), [("bf16", "streamed"), ("int8-dynamic", "staged")])
-def test_what_other_precisions_take_is_known(sd3, precision, residency, check_predicted):
-    with tightfit.load(str(sd3), precision=precision, residency=residency, cfg="sequential", **WAY) as ours:
-        check_predicted(ours.generate(OBLONG))
+def test_what_another_precision_takes_is_known(sd3, check_predicted):
+    with tightfit.load(str(sd3), precision="bf16", residency="streamed", cfg="sequential", **WAY) as ours:
+        check_predicted(ours.generate(replace(OBLONG, num_inference_steps=1)))
 
 
 def test_pictures_of_one_call_share_places(sd3, monkeypatch, check_predicted):
