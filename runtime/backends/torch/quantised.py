@@ -499,7 +499,10 @@ def quantise_layers(
         if dynamic and name == "int8":
             kind = _integer_kind(layer, device) or kind
         kind = (kinds or {}).get(name, kind)
-        setattr(module.get_submodule(parent), leaf, kind(layer, form, shared, whole))
+        made = kind(layer, form, shared, whole)
+        # As a family packs latents behind its VAE's last convolution, and unpacks them before the first.
+        made._forward_hooks, made._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
+        setattr(module.get_submodule(parent), leaf, made)
     if formats and device == "cpu":
         for part in module.modules():
             if type(part) is nn.Conv2d:

@@ -36,6 +36,16 @@ def put_in(
     return network["layer"], dequantise(parts, FORMATS[name], weight.shape)
 
 
+def test_hooks_of_a_layer_are_its_quantised_ones():
+    network = torch.nn.ModuleDict({"layer": torch.nn.Conv2d(64, 64, 1)})
+    network["layer"].register_forward_hook(after := lambda *_: None)
+    network["layer"].register_forward_pre_hook(before := lambda *_: None)
+    quantised.quantise_layers(network, {"layer": "int8"}, "cpu")
+    made = network["layer"]
+    assert isinstance(made, quantised.Quantised)
+    assert ([*made._forward_hooks.values()], [*made._forward_pre_hooks.values()]) == ([after], [before])
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])  # in which order the weight is unpacked; both run here
 @pytest.mark.parametrize("at_once", [2**22, 700])
 @pytest.mark.parametrize("kind", LAYERS)
