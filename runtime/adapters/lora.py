@@ -121,7 +121,9 @@ class Lora:
         placed = {layer: place for layer in layers.by_name if (place := places.find(layer))}
         repeated = _repeated(placed, layers.by_name)
         for layer, stored in layers.by_name.items():
-            if layer not in placed or layer in repeated:
+            if layer in repeated:
+                continue
+            if layer not in placed:
                 left += stored.values()
                 continue
             component, paths = placed[layer]
@@ -138,7 +140,8 @@ class Lora:
             else replace(component, tensors=changed[name])
             for name, component in spec.components.items()
         }
-        return replace(spec, components=components, notes=(*spec.notes, *self._notes(left, applied)))
+        twice = sum(len(layers.by_name[layer]) for layer in repeated)
+        return replace(spec, components=components, notes=(*spec.notes, *self._notes(left, applied, twice)))
 
     def _change(
         self,
@@ -201,12 +204,14 @@ class Lora:
         family = f"{spec.design.title or spec.family}, with texts {spec.text_width} wide"
         return TightfitError(f"{self.title} {what}; {spec.name} is {family}: take an adapter made for that")
 
-    def _notes(self, left: list[str], applied: int) -> Iterator[str]:
+    def _notes(self, left: list[str], applied: int, twice: int) -> Iterator[str]:
+        count = len(left) + applied + twice
+        if twice:
+            yield f"{self.title}: {twice} of {count} keys are of layers that it has under another name too"
         if left:
             more = f" and {len(left) - _NAMED} more" if len(left) > _NAMED else ""
             names = ", ".join(key[:80] for key in left[:_NAMED])
-            count = f"{len(left)} of {len(left) + applied} keys"
-            yield f"{self.title}: {count} fit nothing and do nothing: {names}{more}"
+            yield f"{self.title}: {len(left)} of {count} keys fit nothing and do nothing: {names}{more}"
         words = " ".join([self.title, *map(str, self._layers.words)]).lower()
         spaced = re.sub(r"[_\W]+", " ", words)
         for pattern, kind, options in _FAST:
