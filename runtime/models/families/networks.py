@@ -127,7 +127,9 @@ SCHEDULER_FIELDS: Mapping[str, Check] = {
     "prediction_type": lambda value: value in ("epsilon", "sample", "v_prediction", "flow_prediction"),
     "trained_betas": or_none(many(is_number, MOST_LEVELS)),
     **dict.fromkeys(("solver_order", "predictor_order", "corrector_order"), whole(1, 16)),
-    **dict.fromkeys(("beta_start", "beta_end"), is_positive),
+    **dict.fromkeys(("beta_start", "beta_end", "shift"), is_positive),
+    "flow_shift": or_none(is_positive),
+    **dict.fromkeys(("base_shift", "max_shift"), is_number),
 }
 # What the libraries take for fields that a config leaves out.
 _UNET_DEFAULTS = {

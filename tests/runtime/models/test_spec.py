@@ -240,6 +240,8 @@ def test_shards_and_variants(sd1_copy):
         ("scheduler", {"prediction_type": "evil"}),
         ("scheduler", {"prediction_type": ["epsilon"]}),
         ("scheduler", {"beta_start": float("inf")}),
+        ("scheduler", {"shift": 0}),
+        ("scheduler", {"max_shift": "x"}),
     ],
 )
 def test_impossible_numbers(sd1_copy, file, changes):
