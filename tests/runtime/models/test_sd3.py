@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models import schedulers
+from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.planner import choose
 from tightfit.runtime.planner.candidates import computes
 
@@ -198,7 +199,7 @@ def test_pictures_of_one_call_share_places(sd3, monkeypatch, check_predicted):
     assert np.abs(np.asarray(together.images[1], int) - np.asarray(second, int)).max() <= 1
 
 
-def test_texts_stream_beside_a_denoiser_that_fits(sd3):
+def test_texts_stream_beside_a_denoiser_that_fits(sd3, check_predicted):
     """T5 takes the most, as it does of the published model."""
     machine, spec = replace(profile("cpu-8gb"), context_bytes=0, read=1e8), tightfit.inspect(str(sd3))
     wishes = tightfit.Wishes(precision="fp32", attention="sdpa", tiling="whole", cfg="batched")
@@ -210,6 +211,10 @@ def test_texts_stream_beside_a_denoiser_that_fits(sd3):
     assert best.predicted.stages["denoise"] == staged["denoise"]
     assert 0.9 * budget < best.predicted.stages["encode"] <= budget
     assert best.placements["text_encoder_3"].kept_bytes
+    with Pipeline(spec, machine, replace(wishes, budget=budget)) as ours:
+        result = ours.generate(OBLONG)
+    assert result.plan.placements == best.placements
+    check_predicted(result)
 
 
 def test_fp16_is_taken_where_there_is_no_bf16(sd3):
