@@ -42,6 +42,7 @@ class References(Condition):
 
     networks: ClassVar = (REFERENCE_ENCODER,)
     options: ClassVar = Options
+    limited: ClassVar = (OPTION,)
 
     @classmethod
     def asked(cls, given: Mapping[str, Any]) -> References | None:
@@ -64,10 +65,7 @@ class References(Condition):
                 )
 
     def resolved(self, spec: ModelSpec) -> References:
-        if not spec.design.reference_pixels:
-            raise TightfitError(
-                f"--{OPTION} is not for {spec.design.title}, which {spec.name} is: leave it out"
-            )
+        spec.check_takes(OPTION)
         return self
 
     def components(self, spec: ModelSpec) -> tuple[Component, ...]:

@@ -253,7 +253,7 @@ class ModelSpec:
     def check_takes(self, option: str) -> None:
         """Raise TightfitError for an adapter or a condition that is not for models of this family, by its
         option."""
-        if self.design.takes is not None and option not in self.design.takes:
+        if not self.design.is_taken(option):
             what = f"--{option.replace('_', '-')}"
             raise TightfitError(f"{what} is not for {self.design.title}, which {self.name} is: leave it out")
 

@@ -44,3 +44,8 @@ def test_the_familys_refusal_comes_first(klein, typed, name, capsys, monkeypatch
     assert said in str(row)
     with pytest.raises(TightfitError, match="missing"):
         request_of(asked, model=lambda: tightfit.inspect("emoji"))
+
+
+def test_references_are_refused_before_they_are_opened():
+    with pytest.raises(TightfitError, match="--reference is not for SD 1"):
+        request_of({"prompt": "a", "reference": ["missing.png"]}, model=lambda: tightfit.inspect("emoji"))

@@ -245,6 +245,12 @@ class Family:
     def check(self, spec: ModelSpec) -> None:
         """Raise TightfitError for networks that do not belong together, or do what is not run."""
 
+    def is_taken(self, option: str) -> bool:
+        """Whether an adapter or a condition is for its models, by its option."""
+        if option == "reference":
+            return self.reference_pixels > 0
+        return self.takes is None or option in self.takes
+
     def default_guidance(self, spec: ModelSpec) -> float:
         raise NotImplementedError
 
