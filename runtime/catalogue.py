@@ -130,7 +130,7 @@ def _opened(entry: Entry, model: Model) -> Model:
         return replace(model, problem=str(error))
     stored_bytes = model.stored_bytes or sum(c.stored_bytes for c in spec.components.values())
     kind = "diffusers folder" if entry.path.is_dir() else "checkpoint"
-    family = known_by(spec.text_width) or spec.family
+    family = spec.design.title or spec.family
     return replace(model, kind=kind, family=family, stored_bytes=stored_bytes, spec=spec)
 
 

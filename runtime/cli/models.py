@@ -59,7 +59,8 @@ def models(
         rows = [row(model, hashes) for model in found]
         say_json({"hardware": machine.name, "notes": [*machine.notes, *library.notes], "models": rows})
         return
-    _print(f"{len(found)} models in {', '.join(map(str, roots))}, on {machine.name}", found, hashes)
+    models = "model" if len(found) == 1 else "models"
+    _print(f"{len(found)} {models} in {', '.join(map(str, roots))}, on {machine.name}", found, hashes)
     for note in library.notes:
         say(f"• {note}")
     unknown = sum(_is_hashed(model) and not hashes.get(model.entry.path) for model in found)

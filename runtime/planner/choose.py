@@ -299,14 +299,22 @@ def none_fits(plans: Sequence[Plan], hardware: Hardware, job: Job, wishes: Wishe
     runs nowhere."""
     spec, asked = job.spec, f"{job.width}x{job.height}"
     large = [plan for plan in plans if plan.verdict is Verdict.TOO_LARGE]
-    least = min(large or plans, key=lambda plan: plan.predicted.peak_bytes)
+    on_device = [  # for which the host has not the memory
+        plan
+        for plan in large
+        if plan.predicted.peak_bytes + plan.predicted.context_bytes <= plan.budget_bytes
+    ]
+    if on_device:
+        least = min(on_device, key=lambda plan: plan.predicted.host_bytes)
+    else:
+        least = min(large or plans, key=lambda plan: plan.predicted.peak_bytes)
     fewer_bits = _once_exported(hardware, job, wishes, least)
     if not large:  # no memory would help
         return NoneFitsError(
             f"nothing runs {spec.name} at {asked} as asked: {plans[0].cause}{fewer_bits}", plans
         )
     budget_bytes, context_bytes = least.budget_bytes, least.predicted.context_bytes
-    if least.predicted.peak_bytes + context_bytes <= budget_bytes:  # it is not the memory of the device
+    if on_device:
         said = f"nothing runs {spec.name} at {asked} as asked: it {least.reason}"
         return NoneFitsError(said + fewer_bits, plans)
     context_bytes = _context_from_now_on(hardware, context_bytes)

@@ -149,7 +149,7 @@ def _model(spec: ModelSpec) -> dict[str, Any]:
     with suppress(TightfitError):  # of a class that does not run here: another must be named
         scheduler = schedulers.default(spec)
     return {
-        "family": known_by(spec.text_width),
+        "family": known_by(spec.text_width) and spec.design.title,
         "width": width,
         "height": height,
         "multiple": spec.latents.multiple,

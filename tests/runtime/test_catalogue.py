@@ -167,7 +167,7 @@ def test_thirty_files_and_what_each_is(store, monkeypatch):
     assert {name: (row["name"], row["kind"], row["problem"]) for name, row in families.items()} == {
         name: (name, "checkpoint", "was planned") for name in families
     }
-    assert [row["family"] for row in families.values()] == ["sd1", "sd1", "sd1", "sdxl"]  # narrow as they are
+    assert [row["family"] for row in families.values()] == ["SD 1.x", "SD 1.x", "SD 1.x", "SDXL"]
     assert rows[str(place / "copy")]["kind"] == "diffusers folder"
 
 

@@ -65,7 +65,6 @@ def reads_texts(width: int) -> str:
 
 
 def known_by(width: int) -> str:
-    """The family, in words, whose published models read texts so wide; '' for none."""
-    if not width:
-        return ""
-    return next((family.title for family in FAMILIES if family.reads == width), "")
+    """The families, in words, whose published models read texts so wide; '' for none."""
+    titles = (family.title for family in reversed(FAMILIES) if width and family.reads == width)
+    return " or ".join(dict.fromkeys(titles))
