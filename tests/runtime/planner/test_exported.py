@@ -12,6 +12,7 @@ from tightfit.runtime.cli.plan import _of_seconds
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.planner.choose import none_fits, plan
 from tightfit.runtime.planner.exported import exported, may_export
+from tightfit.runtime.planner.plan import Verdict
 from tightfit.runtime.planner.wishes import Wishes
 
 
@@ -58,6 +59,17 @@ def test_an_export_is_named_where_it_fits_and_the_model_does_not(klein, int4):
     assert plan(card, int4, job.request, wishes)[0].fits
     less = replace(card, host_bytes=small.host_bytes // 2)
     assert "tightfit export" not in str(none_fits(plan(less, klein, job, wishes), less, job, wishes))
+
+
+def test_the_least_that_the_host_lacks_is_said(klein):
+    """Of the plans that fit the card, not of the one that takes the least of it."""
+    job = tightfit.Request("a heart", width=64, height=64).resolve(klein)
+    card, wishes = replace(profile("rtx-3060-12gb"), host_bytes=0), Wishes(residency="streamed")
+    all_streams = next(one for one in plan(card, klein, job, wishes) if one.verdict is Verdict.TOO_LARGE)
+    had = all_streams.predicted
+    some = replace(had, host_bytes=had.host_bytes // 2, peak_bytes=had.peak_bytes * 2)
+    some_streams = replace(all_streams, predicted=some, reason="needs half of that")
+    assert "it needs half of that" in str(none_fits([all_streams, some_streams], card, job, wishes))
 
 
 def test_seconds_are_split_and_the_export_is_named_where_quantising_is_most(klein, int4):
