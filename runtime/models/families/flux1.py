@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_truth, many, or_none, whole
+from ..cures import of_mixed
 from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
 from .flow import even, mu_of_tokens, shifted
 from .networks import TEXT_ENCODER, wide_vae
@@ -252,10 +253,9 @@ class Flux1(Family):
             answers,
         )
         if config["patch_size"] != 1 or there != wanted:
-            raise TightfitError(
+            raise of_mixed(
                 f"{folder} has texts {there[0]} wide, pooled {there[1]}, and patches of {channels} values, "
-                f"and a transformer for {wanted[0]}, {wanted[1]} and {wanted[2]}: "
-                "files of different models were mixed; copy or download it again"
+                f"and a transformer for {wanted[0]}, {wanted[1]} and {wanted[2]}"
             )
         if "CLIPTextModel" not in clip.config.get("architectures", ["CLIPTextModel"]):
             raise TightfitError(
