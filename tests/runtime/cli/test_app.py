@@ -605,7 +605,7 @@ def test_a_reason_that_many_rows_have_is_said_once(call, sd1):
 
 
 def test_rows_that_are_the_same_are_shown_once(sd1, capsys):
-    """Of two text encoders' residencies no column tells."""
+    """Of two text encoders' attentions no column tells."""
     from dataclasses import replace
 
     from tightfit import inspect
@@ -616,7 +616,7 @@ def test_rows_that_are_the_same_are_shown_once(sd1, capsys):
     machine, spec, request = profile("cpu-16gb"), inspect(str(sd1)), Request("a")
     request = request.resolve(spec)
     (first, *_) = planner.plan(machine, spec, request)
-    other = replace(first.placements["text_encoder"], residency="streamed")
+    other = replace(first.placements["text_encoder"], attention="chunked")
     twin = replace(
         first, chosen=False, reason="fits, no better", placements={**first.placements, "text_encoder": other}
     )
