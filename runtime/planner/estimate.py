@@ -497,7 +497,7 @@ class Estimate:
     def refusal(self, cfg: str, placements: Mapping[str, Placement]) -> str | None:
         """Why an engine cannot run its component so, or None."""
         if self.step_cache > 1 and self.spec.denoiser.network.call_cached is None:
-            return f"{self.spec.name} keeps nothing from step to step: leave out --step-cache"
+            return "its denoiser keeps nothing from step to step: leave out --step-cache"
         for name, placement in self._needed(placements).items():
             component = self.spec.components[name]
             for mode, cache in product(self._calls(name, cfg), CACHES if self._caches(name) else CACHES[:1]):
