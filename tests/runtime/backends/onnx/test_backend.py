@@ -360,7 +360,8 @@ def test_residents_by_hand(onnx_models, monkeypatch):
         return Footprint((held,), loading, Trace(((1, kept),), (), ()), (), 0, kept=kept)
 
     monkeypatch.setattr(estimate.Estimate, "_footprint", footprint)
-    monkeypatch.setattr(estimate.Estimate, "_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(estimate.Estimate, "_calling_seconds", lambda *_: 1.0)
+    monkeypatch.setattr(estimate.Estimate, "_preparing_seconds", lambda *_: (0.0, 0.0))
     spec, here = tightfit.inspect(str(onnx_models("sd1", "fp32"))), Hardware.detect("cpu")
     plans = planner.plan(here, spec, None, Wishes(residency="resident", cfg="batched"))
     everything = 10 + 20 + 30 + 1 + 2 + 3
