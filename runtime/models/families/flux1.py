@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_truth, many, or_none, whole
 from ..cures import of_mixed
-from .family import NO_GRAPH, Extent, Family, Latents, Network, Role, Shape
+from .family import NO_GRAPH, Extent, Network, Role, Shape
 from .flow import even, mu_of_tokens, shifted
-from .networks import TEXT_ENCODER, wide_vae
+from .networks import TEXT_ENCODER
 from .parts import in_parts, parts
 from .t5 import text_encoder
+from .wide_vae import OfWideVae, wide_vae
 
 if TYPE_CHECKING:
     import numpy as np
@@ -210,20 +211,17 @@ _TRANSFORMER = Network(
 
 # ------------------------------------------------------------------------------------------------- the VAE
 
-_VAE = "AutoencoderKL"
 _DECODER, _ENCODER = wide_vae(scale=0.3611, shift=0.1159)
 
 # ---------------------------------------------------------------------------------------------- the family
 
 
-class Flux1(Family):
+class Flux1(OfWideVae):
     """dev, which was distilled for its guidance, and is told how much."""
 
     name, title, reads = "flux1-dev", "Flux.1", 4096
     networks = (_CLIP, text_encoder("_2", 512), _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
-    first_step_is_known = True
-    needs_range = True
     takes = frozenset()
 
     def claims(self, source: Source) -> bool:
@@ -231,8 +229,7 @@ class Flux1(Family):
 
     def check(self, spec: ModelSpec) -> None:
         config, folder = spec.denoiser.config, spec.folder
-        if (vae := spec.vae.get("_class_name", _VAE)) != _VAE:
-            raise TightfitError(f"{folder} has a {vae}, not Flux.1's {_VAE}: copy or download it again")
+        super().check(spec)
         channels, answers = _PATCH**2 * spec.latents.channels, config["out_channels"] or config["in_channels"]
         if config["in_channels"] > answers:
             raise TightfitError(
@@ -277,14 +274,6 @@ class Flux1(Family):
 
     def is_told_guidance(self, spec: ModelSpec) -> bool:
         return True
-
-    def latents(self, spec: ModelSpec) -> Latents:
-        channels, pixels, _ = super().latents(spec)
-        return Latents(channels, pixels, _PATCH * pixels)
-
-    def latent_affine(self, spec: ModelSpec) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-        channels, vae = spec.latents.channels, spec.vae
-        return (1.0,) * channels, vae["scaling_factor"], (vae.get("shift_factor") or 0.0,) * channels
 
     def levels(self, spec: ModelSpec, size: tuple[int, int], steps: int) -> np.ndarray:
         tokens = math.prod(side // spec.latents.multiple for side in size)

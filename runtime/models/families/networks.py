@@ -32,19 +32,7 @@ from ..checks import (
     whole,
 )
 from ..cures import of_mixed
-from .family import (
-    FEATURE,
-    KEPT,
-    NO_GRAPH,
-    RESIDUAL,
-    SHALLOW,
-    Extent,
-    GraphNames,
-    Network,
-    Role,
-    Shape,
-    Tracing,
-)
+from .family import FEATURE, KEPT, RESIDUAL, SHALLOW, Extent, GraphNames, Network, Role, Shape, Tracing
 from .image_prompt import SCALE, TOKENS, with_images
 from .step_cache import kept_shape, predict
 
@@ -551,18 +539,3 @@ ENCODER = replace(
     ),
 )
 REFERENCE_ENCODER = replace(ENCODER, name="reference_encoder")  # the same, at sizes of its own
-
-
-def wide_vae(scale: float, shift: float) -> tuple[Network, Network]:
-    """The decoder and the encoder of a VAE of 16 channels, as SD 3 and Flux.1 have it; no ONNX graph. Latents
-    are (encoded - shift) * scale."""
-    config = {
-        **DECODER.defaults,
-        "latent_channels": 16,
-        "block_out_channels": (128, 256, 512, 512),
-        "layers_per_block": 2,
-        "scaling_factor": scale,
-        "shift_factor": shift,
-    }
-    changed = {"defaults": config, "graph": NO_GRAPH, "tracing": None}
-    return replace(DECODER, **changed), replace(ENCODER, **changed)

@@ -11,11 +11,11 @@ from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_layers, many, or_none, whole
 from ..cures import of_mixed
 from ..tensors import Tensor
-from .family import NO_GRAPH, SHARED, Extent, Family, Latents, Network, Role, Shape
+from .family import NO_GRAPH, SHARED, Extent, Network, Role, Shape
 from .flow import shifted
-from .networks import wide_vae
 from .sdxl import SDXL
 from .t5 import text_encoder
+from .wide_vae import OfWideVae, wide_vae
 
 if TYPE_CHECKING:
     import numpy as np
@@ -179,20 +179,17 @@ def _middle(table: Tensor, side: int, rows: int, columns: int) -> np.ndarray:
 
 # ------------------------------------------------------------------------------------------------- the VAE
 
-_VAE = "AutoencoderKL"
 _DECODER, _ENCODER = wide_vae(scale=1.5305, shift=0.0609)
 
 # ---------------------------------------------------------------------------------------------- the family
 
 
-class SD3WithoutT5(Family):
+class SD3WithoutT5(OfWideVae):
     """As published, but for T5, which the model was trained to do without now and then."""
 
     name, title, reads = "sd3-without-t5", "SD 3.5", 4096
     networks = (*_CLIPS, _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
-    first_step_is_known = True
-    needs_range = True
     takes = frozenset()
 
     def claims(self, source: Source) -> bool:
@@ -200,8 +197,7 @@ class SD3WithoutT5(Family):
 
     def check(self, spec: ModelSpec) -> None:
         config, folder = spec.denoiser.config, spec.folder
-        if (vae := spec.vae.get("_class_name", _VAE)) != _VAE:
-            raise TightfitError(f"{folder} has a {vae}, not SD 3.5's {_VAE}: copy or download it again")
+        super().check(spec)
         width, side = (
             config["num_attention_heads"] * config["attention_head_dim"],
             config["pos_embed_max_size"],
@@ -248,13 +244,8 @@ class SD3WithoutT5(Family):
     def default_steps(self, spec: ModelSpec) -> int:
         return 28
 
-    def latents(self, spec: ModelSpec) -> Latents:
-        channels, pixels, _ = super().latents(spec)
-        return Latents(channels, pixels, spec.denoiser.config["patch_size"] * pixels)
-
-    def latent_affine(self, spec: ModelSpec) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-        channels, vae = spec.latents.channels, spec.vae
-        return (1.0,) * channels, vae["scaling_factor"], (vae.get("shift_factor") or 0.0,) * channels
+    def patch(self, spec: ModelSpec) -> int:
+        return spec.denoiser.config["patch_size"]
 
     def levels(self, spec: ModelSpec, size: tuple[int, int], steps: int) -> np.ndarray | None:
         """From 1 down to the least that the model was trained with, as its scheduler has them: that one is

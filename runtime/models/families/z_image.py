@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_positive, is_truth, many, or_none, whole
 from ..cures import of_mixed
-from .family import Extent, Family, Latents, Network, Role, Shape
+from .family import Extent, Network, Role, Shape
 from .flow import even, mu_of_tokens, shifted
-from .networks import wide_vae
 from .parts import in_parts
 from .qwen3 import AROUND, built, encoded_by, text_encoder
+from .wide_vae import OfWideVae, wide_vae
 
 if TYPE_CHECKING:
     import numpy as np
@@ -208,19 +208,16 @@ _TRANSFORMER = Network(
 
 # ------------------------------------------------------------------------------------------------- the VAE
 
-_VAE = "AutoencoderKL"
 _DECODER, _ENCODER = wide_vae(scale=0.3611, shift=0.1159)
 
 # ---------------------------------------------------------------------------------------------- the family
 
 
-class ZImage(Family):
+class ZImage(OfWideVae):
     name, title, reads = "z-image", "Z-Image", 2560
     networks = (_TEXT_ENCODER, _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
     tiny_decoder = "taef1"  # its VAE is Flux.1's
-    first_step_is_known = True
-    needs_range = True
     takes = frozenset({"lora", "text_encoder", "unet", "vae"})
 
     def claims(self, source: Source) -> bool:
@@ -228,8 +225,7 @@ class ZImage(Family):
 
     def check(self, spec: ModelSpec) -> None:
         config, folder = spec.denoiser.config, spec.folder
-        if (vae := spec.vae.get("_class_name", _VAE)) != _VAE:
-            raise TightfitError(f"{folder} has a {vae}, not Z-Image's {_VAE}: copy or download it again")
+        super().check(spec)
         if config["siglip_feat_dim"] or ([*config["all_patch_size"]], [*config["all_f_patch_size"]]) != (
             [_PATCH],
             [1],
@@ -257,14 +253,6 @@ class ZImage(Family):
     def overflows_in_half(self, spec: ModelSpec) -> frozenset[Role]:
         """The transformer and the text encoder, which were trained in bf16."""
         return frozenset({Role.TEXT, Role.DENOISER})
-
-    def latents(self, spec: ModelSpec) -> Latents:
-        channels, pixels, _ = super().latents(spec)
-        return Latents(channels, pixels, _PATCH * pixels)
-
-    def latent_affine(self, spec: ModelSpec) -> tuple[tuple[float, ...], float, tuple[float, ...]]:
-        channels, vae = spec.latents.channels, spec.vae
-        return (1.0,) * channels, vae["scaling_factor"], (vae.get("shift_factor") or 0.0,) * channels
 
     def levels(self, spec: ModelSpec, size: tuple[int, int], steps: int) -> np.ndarray:
         tokens = math.prod(side // spec.latents.multiple for side in size)
