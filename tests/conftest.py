@@ -109,6 +109,19 @@ def tiny_models(made_once) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(made_once) -> Callable[[str], Path]:
+    """Called with a family beside FAMILIES: its folder as `random_model --tiny` makes it, fp32, written once;
+    tests must not change it."""
+    from tightfit.export import random_model
+
+    def written(family: str) -> Path:
+        write = functools.partial(random_model.write, family, tiny=True, precision="fp32")
+        return made_once(f"models/{family}", write)
+
+    return written
+
+
+@pytest.fixture(scope="session")
 def deep_models(made_once) -> dict[str, Path]:
     """As `tiny_models`, with as many blocks and layers as published models have."""
     from tightfit.export import random_model

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import tightfit
-from tightfit.export import random_model
 from tightfit.runtime.asking import request_of
 from tightfit.runtime.batch.requests import Reading
 from tightfit.runtime.cli import app
@@ -14,9 +11,8 @@ from tightfit.runtime.errors import TightfitError
 
 
 @pytest.fixture(scope="module")
-def klein(made_once):
-    write = functools.partial(random_model.write, "flux2-klein", tiny=True, precision="fp32")
-    return made_once("models/flux2-klein", write)
+def klein(tiny_model):
+    return tiny_model("flux2-klein")
 
 
 @pytest.mark.parametrize(

@@ -34,11 +34,8 @@ KINDS = {
 
 
 @pytest.fixture(scope="module")
-def refiner(made_once):
-    from tightfit.export import random_model
-
-    write = functools.partial(random_model.write, "sdxl-refiner", tiny=True, precision="fp32")
-    return made_once("models/sdxl-refiner", write)
+def refiner(tiny_model):
+    return tiny_model("sdxl-refiner")
 
 
 @pytest.fixture(scope="module")

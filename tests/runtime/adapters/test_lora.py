@@ -3,7 +3,6 @@ merged by hand in fp64."""
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -350,11 +349,8 @@ def test_another_familys_is_refused_with_both_named(tmp_path, spec):
         Lora.read(other_family(tmp_path, spec, 2048)).apply(spec)
 
 
-def test_one_of_a_unet_is_refused_by_a_transformer_with_both_named(tmp_path, spec, made_once):
-    from tightfit.export import random_model
-
-    write = functools.partial(random_model.write, "flux2-klein", tiny=True, precision="fp32")
-    klein = inspect(made_once("models/flux2-klein", write))
+def test_one_of_a_unet_is_refused_by_a_transformer_with_both_named(tmp_path, spec, tiny_model):
+    klein = inspect(tiny_model("flux2-klein"))
     with pytest.raises(TightfitError, match=r"a is for SD 1\.x, with texts 768 wide; .* is Flux\.2 klein"):
         Lora.read(other_family(tmp_path, spec, 768)).apply(klein)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import tightfit
 import torch
 from safetensors.torch import save_file
-from tightfit.export import random_model
 from tightfit.runtime.adapters import adapted
 from tightfit.runtime.adapters.vae import Vae
 from tightfit.runtime.conditions.image import narrowed
@@ -63,10 +61,9 @@ def test_a_tiny_decoder_paints_what_diffusers_paints(tiny_models, tmp_path, fami
 
 
 @pytest.mark.parametrize("family", ["sd1", "z-image"])
-def test_a_picture_to_begin_with_is_the_same_beside_a_tiny_decoder(family, tiny_models, made_once, tmp_path):
+def test_a_picture_to_begin_with_is_the_same_beside_a_tiny_decoder(family, tiny_models, tiny_model, tmp_path):
     """The model's own encoder answers it, by whose numbers latents are scaled."""
-    write = functools.partial(random_model.write, family, tiny=True, precision="fp32")
-    spec = inspect(tiny_models["sd1"] if family == "sd1" else made_once(f"models/{family}", write))
+    spec = inspect(tiny_models[family] if family in tiny_models else tiny_model(family))
     tiny_vae(latent_channels=spec.latents.channels).save_pretrained(tmp_path / "tiny")
     with_tiny = adapted(spec, [Vae(tmp_path / "tiny")])
     assert with_tiny.latent_affine != spec.latent_affine

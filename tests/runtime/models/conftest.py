@@ -186,18 +186,12 @@ def open_clip(tensors, start: str) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def parts_at_once():
-    """Called with a count of bytes: wide layers answer some tokens at a time, and are not taken for those of
-    the same model that were followed before."""
-    from tightfit.runtime.backends.torch import dryrun
+    """Called with a count of bytes as a file begins (`dry_runs_once`): wide layers answer some tokens at a
+    time."""
     from tightfit.runtime.models.families import parts
-    from tightfit.runtime.recent import Recent
-
-    def set_to(count: int) -> None:
-        patch.setattr(parts, "AT_ONCE", count)
-        patch.setattr(dryrun, "_traces", Recent(64))
 
     with pytest.MonkeyPatch.context() as patch:
-        yield set_to
+        yield lambda count: patch.setattr(parts, "AT_ONCE", count)
 
 
 def _decibels(image, wanted) -> float:
@@ -209,6 +203,21 @@ def _check_predicted(result) -> None:
     for stage, predicted in result.plan.predicted.stages.items():
         measured = result.stages[stage].peak_bytes
         assert abs(measured - predicted) <= 0.05 * predicted, (stage, measured, predicted)
+
+
+@pytest.fixture(scope="session")
+def opened():
+    """Called with the name of a pipeline of diffusers', and its folder, or its parts: that, in silence."""
+
+    def made(kind, *of, **parts):
+        import diffusers
+
+        pipeline = getattr(diffusers, kind)
+        pipe = pipeline.from_pretrained(*of, **parts) if of else pipeline(**parts)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@ they take."""
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -39,33 +38,13 @@ def in_parts():
 
 
 @pytest.fixture(scope="module")
-def written(made_once):
-    from tightfit.export import random_model
-
-    def made(name):
-        write = functools.partial(random_model.write, name, tiny=True, precision="fp32")
-        return made_once(f"models/{name}", write)
-
-    return made
+def dev(tiny_model):
+    return tiny_model("flux1-dev")
 
 
 @pytest.fixture(scope="module")
-def dev(written):
-    return written("flux1-dev")
-
-
-@pytest.fixture(scope="module")
-def pipe(dev):
+def pipe(dev, opened):
     return opened("FluxPipeline", dev)
-
-
-def opened(kind, *of, **parts):
-    import diffusers
-
-    made = getattr(diffusers, kind)
-    pipe = made.from_pretrained(*of, **parts) if of else made(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def reference(pipe, request, **options):
@@ -83,8 +62,8 @@ def test_pictures_are_diffusers(dev, pipe, check_pictures, decibels):
     assert decibels(wanted, other) < 60  # which guidance changes
 
 
-def test_schnell_has_shorter_texts_and_no_guidance(written, decibels, check_predicted):
-    schnell = written("flux1-schnell")
+def test_schnell_has_shorter_texts_and_no_guidance(decibels, check_predicted, tiny_model, opened):
+    schnell = tiny_model("flux1-schnell")
     theirs = opened("FluxPipeline", schnell)
     with tightfit.load(str(schnell), precision="fp32", residency="staged", **WAY) as ours:
         result = ours.generate(replace(OBLONG, guidance_scale=2.0))
@@ -95,7 +74,7 @@ def test_schnell_has_shorter_texts_and_no_guidance(written, decibels, check_pred
     check_predicted(result)
 
 
-def test_image_to_image_is_diffusers(dev, pipe, decibels, check_predicted):
+def test_image_to_image_is_diffusers(dev, pipe, decibels, check_predicted, opened):
     pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
     picture = Image.fromarray(pixels)
     request = replace(OBLONG, num_inference_steps=4)
@@ -108,11 +87,11 @@ def test_image_to_image_is_diffusers(dev, pipe, decibels, check_predicted):
 
 
 @pytest.mark.parametrize(("name", "mu"), [("dev", 1.15), ("schnell", 0.0)])
-def test_noise_levels_are_the_schedulers(written, name, mu):
+def test_noise_levels_are_the_schedulers(name, mu, tiny_model):
     """1024x1024 has 4096 tokens, for which diffusers shifts dev's by 1.15."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    folder = written(f"flux1-{name}")
+    folder = tiny_model(f"flux1-{name}")
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.2, 5), mu=mu)
     spec = tightfit.inspect(str(folder))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -48,20 +47,13 @@ def in_parts(parts_at_once):
 
 
 @pytest.fixture(scope="module")
-def klein(made_once):
-    from tightfit.export import random_model
-
-    write = functools.partial(random_model.write, "flux2-klein", tiny=True, precision="fp32")
-    return made_once("models/flux2-klein", write)
+def klein(tiny_model):
+    return tiny_model("flux2-klein")
 
 
 @pytest.fixture(scope="module")
-def pipe(klein):
-    from diffusers import Flux2KleinPipeline
-
-    made = Flux2KleinPipeline.from_pretrained(klein)
-    made.set_progress_bar_config(disable=True)
-    return made
+def pipe(klein, opened):
+    return opened("Flux2KleinPipeline", klein)
 
 
 def noise(request, channels=32):

@@ -3,7 +3,6 @@ what it takes."""
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -34,29 +33,13 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def sd3(made_once):
-    return _written(made_once, "sd3")
-
-
-def _written(made_once, name):
-    from tightfit.export import random_model
-
-    write = functools.partial(random_model.write, name, tiny=True, precision="fp32")
-    return made_once(f"models/{name}", write)
+def sd3(tiny_model):
+    return tiny_model("sd3")
 
 
 @pytest.fixture(scope="module")
-def pipe(sd3):
+def pipe(sd3, opened):
     return opened("StableDiffusion3Pipeline", sd3)
-
-
-def opened(kind, *of, **parts):
-    import diffusers
-
-    made = getattr(diffusers, kind)
-    pipe = made.from_pretrained(*of, **parts) if of else made(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def reference(pipe, request, **options):
@@ -74,11 +57,11 @@ def test_pictures_are_diffusers(sd3, pipe, check_pictures):
 
 
 @pytest.fixture(scope="module")
-def without_t5(made_once):
-    return _written(made_once, "sd3-without-t5")
+def without_t5(tiny_model):
+    return tiny_model("sd3-without-t5")
 
 
-def test_without_t5_its_tokens_are_zeros(without_t5, pipe, decibels, check_predicted):
+def test_without_t5_its_tokens_are_zeros(without_t5, pipe, decibels, check_predicted, opened):
     parts = {"text_encoder_3": None, "tokenizer_3": None}
     alone = opened("StableDiffusion3Pipeline", without_t5, **parts)
     with tightfit.load(str(without_t5), precision="fp32", residency="staged", **WAY) as ours:
@@ -103,7 +86,7 @@ def test_clip_skip_is_of_clip_alone(sd3, pipe, decibels):
     assert decibels(image, reference(pipe, request)) < 60
 
 
-def test_image_to_image_is_diffusers(sd3, pipe, decibels, check_predicted):
+def test_image_to_image_is_diffusers(sd3, pipe, decibels, check_predicted, opened):
     from tightfit.runtime.conditions.image import ImageToImage
     from tightfit.runtime.conditions.input_pictures import open_picture
 

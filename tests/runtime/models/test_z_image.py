@@ -3,7 +3,6 @@ tokens are as many as a text has."""
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from dataclasses import replace
@@ -48,20 +47,13 @@ def in_parts(parts_at_once):
 
 
 @pytest.fixture(scope="module")
-def z_image(made_once):
-    from tightfit.export import random_model
-
-    write = functools.partial(random_model.write, "z-image", tiny=True, precision="fp32")
-    return made_once("models/z-image", write)
+def z_image(tiny_model):
+    return tiny_model("z-image")
 
 
 @pytest.fixture(scope="module")
-def pipe(z_image):
-    from diffusers import ZImagePipeline
-
-    made = ZImagePipeline.from_pretrained(z_image)
-    made.set_progress_bar_config(disable=True)
-    return made
+def pipe(z_image, opened):
+    return opened("ZImagePipeline", z_image)
 
 
 def reference(pipe, request):
@@ -94,9 +86,9 @@ def test_tokens_that_pad_are_seen(pipe, decibels):
 
 
 @pytest.mark.parametrize(("what", "strength"), [("Img2Img", 0.5), ("Inpaint", 1.0)])
-def test_pictures_to_begin_with_are_diffusers(z_image, pipe, what, strength, decibels, check_predicted):
-    import diffusers
-
+def test_pictures_to_begin_with_are_diffusers(
+    z_image, pipe, what, strength, decibels, check_predicted, opened
+):
     draw = np.random.default_rng(1)
     picture = Image.fromarray(draw.integers(0, 256, (12, 8, 3), np.uint8)).resize((64, 96), 3)
     white = np.zeros((96, 64), np.uint8)
@@ -107,8 +99,7 @@ def test_pictures_to_begin_with_are_diffusers(z_image, pipe, what, strength, dec
         condition = Inpainting(open_picture(picture), mask=open_picture(mask), strength=strength, blur=0)
         given["mask_image"], painted = mask, white > 0
     request = replace(GUIDED, conditions=(condition,), num_inference_steps=6)
-    theirs = getattr(diffusers, f"ZImage{what}Pipeline")(**pipe.components)
-    theirs.set_progress_bar_config(disable=True)
+    theirs = opened(f"ZImage{what}Pipeline", **pipe.components)
     wanted = theirs(
         prompt=request.prompt, negative_prompt=request.negative_prompt, width=64, height=96,
         guidance_scale=request.guidance_scale - 1, num_inference_steps=6, output_type="np",
@@ -120,16 +111,16 @@ def test_pictures_to_begin_with_are_diffusers(z_image, pipe, what, strength, dec
     assert decibels(np.asarray(result.images[0])[painted], (wanted * 255).round()[painted]) >= 75
 
 
-def test_the_tiny_decoder_of_its_vae_paints_what_diffusers_paints(z_image, pipe, tmp_path, decibels):
+def test_the_tiny_decoder_of_its_vae_paints_what_diffusers_paints(z_image, pipe, tmp_path, decibels, opened):
     """Flux.1's, in one file: a convolution there says how many channels latents have."""
-    from diffusers import AutoencoderTiny, ZImagePipeline
+    from diffusers import AutoencoderTiny
 
     torch.manual_seed(4)
     AutoencoderTiny(latent_channels=16).save_pretrained(tmp_path)
     file = tmp_path / "diffusion_pytorch_model.safetensors"
     request = replace(CASES["empty"], adapters=(Vae(file),))
-    theirs = ZImagePipeline(**pipe.components | {"vae": AutoencoderTiny.from_pretrained(tmp_path)})
-    theirs.set_progress_bar_config(disable=True)
+    parts = pipe.components | {"vae": AutoencoderTiny.from_pretrained(tmp_path)}
+    theirs = opened("ZImagePipeline", **parts)
     with tightfit.load(str(z_image), precision="fp32", residency="staged", **WAY) as ours:
         image = ours.generate(request).images[0]
     assert decibels(image, reference(theirs, request)) >= 75

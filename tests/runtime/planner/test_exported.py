@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import pytest
 import tightfit
-from tightfit.export import random_model
 from tightfit.runtime.cli.plan import _of_seconds
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.planner.choose import none_fits, plan
@@ -17,9 +16,8 @@ from tightfit.runtime.planner.wishes import Wishes
 
 
 @pytest.fixture(scope="module")
-def klein(made_once):
-    write = functools.partial(random_model.write, "flux2-klein", tiny=True, precision="fp32")
-    return tightfit.inspect(made_once("models/flux2-klein", write))
+def klein(tiny_model):
+    return tightfit.inspect(tiny_model("flux2-klein"))
 
 
 @pytest.fixture(scope="module")
