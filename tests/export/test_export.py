@@ -15,7 +15,7 @@ def test_a_model_is_exported_and_runs(sd1, tmp_path):
     assert folder == tmp_path / "small"
     assert [line.split(":")[0] for line in lines] == ["text_encoder", "unet", "vae"]
     assert tightfit.inspect(str(folder)).precision == "int8"
-    with tightfit.load(str(folder), device="cpu") as pipe:
+    with tightfit.load(str(folder), device="cpu", residency="staged", attention="sdpa") as pipe:
         assert pipe("a", num_inference_steps=1, seed=1).size == (64, 64)
     with pytest.raises(TightfitError, match="stored in int8 already"):
         tightfit.export_model(folder, tmp_path / "again", "int8")

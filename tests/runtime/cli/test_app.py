@@ -22,8 +22,9 @@ from tightfit.runtime.cli.app import main
 from tightfit.runtime.machine import detect
 
 STEP = ("--steps", "1")
-# One way to run each precision, so that little is planned.
-FAST = (*STEP, "--residency", "staged", "--attention", "sdpa", "--tiling", "whole")
+# One way to run each precision, and one in all, so that little is planned.
+ANY = (*STEP, "--residency", "staged", "--attention", "sdpa", "--tiling", "whole")
+FAST = (*ANY, "--precision", "fp32")
 
 
 @pytest.fixture
@@ -48,13 +49,11 @@ def call(monkeypatch, capsys, tmp_path):
 def test_another_models_precision_is_not_carried(call, tiny_models, tmp_path):
     """It may have no such weights. The same model by another way to write its folder is the same."""
     sd1, sd2 = tiny_models["sd1"], tiny_models["sd2"]
-    assert (
-        call("a", "--model", str(sd1), "--precision", "int8", "--seed", "7", *FAST, "-o", "one.png")[0] == 0
-    )
-    code, out, err = call("--from", "one.png", "--model", str(sd1), *FAST, "-o", "two.png", "--json")
+    assert call("a", "--model", str(sd1), "--precision", "int8", "--seed", "7", *ANY, "-o", "one.png")[0] == 0
+    code, out, err = call("--from", "one.png", "--model", str(sd1), *ANY, "-o", "two.png", "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] == "int8"
-    code, out, err = call("--from", "one.png", "--model", str(sd2), *FAST, "-o", "three.png", "--json")
+    code, out, err = call("--from", "one.png", "--model", str(sd2), *ANY, "-o", "three.png", "--json")
     assert code == 0
     assert "one.png was painted in int8, by another model" in err
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] != "int8"
@@ -116,7 +115,7 @@ def test_repeated_from_a_picture(call, sd1, tmp_path):
     assert (
         call("two\nlines", "--model", str(sd1), *FAST, "--negative-prompt", "blue", "-o", "one.png")[0] == 0
     )
-    assert call("--from", "one.png", *FAST, "-o", "two.png")[0] == 0
+    assert call("--from", "one.png", *ANY, "-o", "two.png")[0] == 0
     assert (tmp_path / "one.png").read_bytes() == (tmp_path / "two.png").read_bytes()
     assert call("--from", "one.png", "--guidance-scale", "2", "-o", "three.png")[0] == 0
     assert (tmp_path / "one.png").read_bytes() != (tmp_path / "three.png").read_bytes()
@@ -273,7 +272,8 @@ def test_with_a_memory_that_ends(tmp_path, mebibytes):
     code = f"""import resource, sys
 resource.setrlimit(resource.RLIMIT_AS, ({mebibytes} << 20, {mebibytes} << 20))
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-sys.argv = ["tightfit", "a cat", "--steps", "1", "-o", "a.png", "--residency", "staged"]
+sys.argv = ["tightfit", "a cat", "--steps", "1", "-o", "a.png", "--residency", "staged",
+            "--precision", "fp32", "--attention", "sdpa", "--tiling", "whole"]
 from tightfit.__main__ import main
 main()"""
     run = subprocess.run(
@@ -345,6 +345,7 @@ def test_folder_that_cannot_be_written(call, sd1, monkeypatch):
 
 def test_plan(call, tiny_models):
     model = ("--model", str(tiny_models["sdxl"]))
+    model += ("--precision", "fp16")
     code, out, _ = call("plan", *model, "--hardware", "rtx-2060", "--all")
     assert code == 0
     for word in (
@@ -385,7 +386,7 @@ def test_a_plan_is_saved_and_run(call, sd1, tmp_path):
 def test_budgets(call, sd1):
     from tightfit.runtime.machine.hardware import Hardware
 
-    for words in (("a", "--model", str(sd1)), ("plan", "--model", str(sd1))):
+    for words in (("a", "--model", str(sd1), *FAST[-2:]), ("plan", "--model", str(sd1), *FAST[-2:])):
         little = Hardware.detect("cpu").context_bytes + 40 * 2**20
         code, _, err = call(
             *words, "--device", "cpu", "--ram", str(little), "--width", "1024", "--height", "1024"
@@ -428,7 +429,7 @@ def test_help_fits_a_screen(call):
 
 def test_a_plan_of_a_text_says_whether_it_is_known(call, sd1, monkeypatch):
     monkeypatch.setenv("TIGHTFIT_TEXT_CACHE", "64MiB")
-    ways = ("--model", str(sd1), "--precision", "fp32", *FAST)
+    ways = ("--model", str(sd1), *FAST)
     assert call("a red heart", *ways)[0] == 0
 
     def planned(*more: str) -> bool:
@@ -519,10 +520,10 @@ def test_export(call, sd1, tmp_path):
     assert code == 0
     assert out.startswith("small · int4 · ")
     assert "unet: " in err
-    code, out, _ = call("a cat", "--model", "small", "--device", "cpu", *FAST, "--json")
+    code, out, _ = call("a cat", "--model", "small", "--device", "cpu", *ANY, "--json")
     assert code == 0
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] == "int4"
-    assert call("a cat", "--model", str(sd1), "--device", "cpu", *FAST, "--precision", "int8")[0] == 0
+    assert call("a cat", "--model", str(sd1), "--device", "cpu", *ANY, "--precision", "int8")[0] == 0
     for arguments, words in (
         ((str(sd1), "--precision", "int4", "-o", "small"), "there already"),
         (("small", "--precision", "int8", "-o", "smaller"), "stored in int4 already"),
@@ -545,7 +546,7 @@ def test_export(call, sd1, tmp_path):
         code, _, err = call("export", *arguments)
         assert (code, len(err.strip().splitlines())) == (2, 1)
         assert words in err
-    code, _, err = call("a cat", "--model", "small", "--precision", "fp16", *FAST)
+    code, _, err = call("a cat", "--model", "small", "--precision", "fp16", *ANY)
     assert code == 2
     assert "stored in int4" in err
 
@@ -638,7 +639,7 @@ def test_rows_that_are_the_same_are_shown_once(sd1, capsys):
     ("card", "holder"), [("m1-8gb", None), ("rtx-2060", "the device's context"), ("cpu-16gb", "the process")]
 )
 def test_terms_of_nothing_are_left_out(call, sd1, card, holder):
-    out = call("plan", "--model", str(sd1), "--hardware", card)[1]
+    out = call("plan", "--model", str(sd1), "--hardware", card, "--attention", "sdpa", "--tiling", "whole")[1]
     assert "0 bytes" not in out
     assert (f"of it for {holder}" in out) if holder else ("of it for" not in out)
     assert " to fit in" in out

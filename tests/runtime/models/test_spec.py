@@ -332,7 +332,7 @@ def test_labels_are_not_made(sd1, sd1_copy):
 
     edit(sd1_copy / "text_encoder/config.json", num_labels=10**9, id2label={"x": 1})
     with (
-        tightfit.load(str(sd1_copy), precision="fp32", device="cpu") as ours,
+        tightfit.load(str(sd1_copy), precision="fp32", device="cpu", attention="sdpa") as ours,
         tightfit.load(str(sd1), device="cpu") as theirs,
     ):
         ours("a cat", num_inference_steps=1)
