@@ -20,13 +20,15 @@ from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
 
 OPTIONS = {"seed": 1, "num_inference_steps": 1, "scheduler": "euler"}
+# Of one step every way would be costed.
+ONE_WAY = {"device": "cpu", "residency": "staged", "attention": "sdpa", "tiling": "whole", "cfg": "batched"}
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
 TEXT = "text_encoder/model.safetensors"
 
 
 def paint(folder) -> bytes:
-    with tightfit.load(str(folder), precision="fp32", device="cpu") as pipe:
+    with tightfit.load(str(folder), precision="fp32", **ONE_WAY) as pipe:
         return pipe("a cat", **OPTIONS).tobytes()
 
 
@@ -211,7 +213,7 @@ def test_overflow_is_said(sd1_copy):
     rewrite(sd1_copy / VAE, lambda w: w | {"decoder.conv_out.bias": torch.full((3,), torch.inf)})
     fails(sd1_copy, "overflowed in fp32: copy or download the model again")
     with (
-        tightfit.load(str(sd1_copy), device="cpu", precision="bf16") as pipe,
+        tightfit.load(str(sd1_copy), precision="bf16", **ONE_WAY) as pipe,
         pytest.raises(TightfitError, match="try --precision"),
     ):
         pipe("a cat", **OPTIONS)
