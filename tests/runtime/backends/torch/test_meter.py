@@ -69,7 +69,7 @@ TILES = "oneDNN's scratch for AMX's tiles, 0.1 to 2.2 MiB a convolution, is in n
         if called[0] == "unet" or arithmetic[0] != "int8-dynamic"  # only U-Nets run so
     ],
 )
-def test_against_the_profiler(deep_models, model, component, attention, tiling, batch, precision, compute):
+def test_against_the_profiler(tiny_models, model, component, attention, tiling, batch, precision, compute):
     if precision == "int8-dynamic" and "int8" not in Hardware.detect("cpu").rates:
         pytest.skip("this processor has no VNNI")
     if (
@@ -78,7 +78,7 @@ def test_against_the_profiler(deep_models, model, component, attention, tiling, 
         and onednn.in_tiles(torch.bfloat16)
     ):
         pytest.skip(TILES)
-    spec = inspect(deep_models.get(model, model))
+    spec = inspect(tiny_models.get(model, model))
     part, placement = (
         spec.components[component],
         Placement("torch", precision, compute, "staged", attention, tiling),
