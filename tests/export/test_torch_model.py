@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,12 @@ from tightfit.runtime.planner.choose import checked
 from tightfit.runtime.planner.wishes import Wishes
 
 OPTIONS = {"seed": 3, "num_inference_steps": 3, "scheduler": "euler"}
+ONE_WAY = {
+    "device": "cpu",
+    "residency": "staged",
+    "attention": "sdpa",
+    "tiling": "whole",
+}  # little is planned
 SILENT = lambda _: None  # noqa: E731
 
 
@@ -90,6 +97,13 @@ def test_the_manifest_says_what_is_in_the_files(exported, precision):
         )
 
 
+@functools.cache
+def painted(model: str, precision: str) -> np.ndarray:
+    compute = {} if precision == "fp32" else {"compute": "fp32"}
+    with tightfit.load(model, precision=precision, **compute, **ONE_WAY) as pipe:
+        return np.array(pipe("a red heart", **OPTIONS), np.float64)
+
+
 @pytest.mark.parametrize(
     ("stored", "precision", "least"),
     [("int8", "int8", 42), ("int8", "int8-dynamic", 40), ("int4", "int4", 27)],
@@ -98,36 +112,32 @@ def test_it_paints_what_the_original_paints(exported, stored, precision, least):
     """And what the original paints when it is quantised while it is loaded."""
     if precision == "int8-dynamic" and "int8" not in tightfit.Hardware.detect("cpu").rates:
         pytest.skip("this processor has no fast products of 8-bit whole numbers")
-    pictures = []
-    for model, asked in ((str(exported / stored), precision), ("emoji", precision), ("emoji", "fp32")):
-        with tightfit.load(
-            model, device="cpu", precision=asked, **({} if asked == "fp32" else {"compute": "fp32"})
-        ) as pipe:
-            pictures.append(np.array(pipe("a red heart", **OPTIONS), np.float64))
-    read, made, exact = pictures
+    read, made, exact = (
+        painted(*one)
+        for one in ((str(exported / stored), precision), ("emoji", precision), ("emoji", "fp32"))
+    )
     np.testing.assert_array_equal(read, made)
     assert 10 * np.log10(255**2 / ((read - exact) ** 2).mean()) > least
 
 
 def test_streamed_paints_the_same(exported):
     model = str(exported / "int4")
-    with tightfit.load(model, device="cpu", residency="staged", compute="fp32") as pipe:
+    with tightfit.load(model, compute="fp32", **ONE_WAY) as pipe:
         staged = pipe("a cat", **OPTIONS).tobytes()
-    with tightfit.load(model, device="cpu", residency="streamed", compute="fp32") as pipe:
+    with tightfit.load(model, compute="fp32", **ONE_WAY | {"residency": "streamed"}) as pipe:
         assert pipe("a cat", **OPTIONS).tobytes() == staged
         with pytest.raises(TightfitError, match=r"export the model first"):
-            tightfit.load("emoji", device="cpu", residency="streamed", precision="int4").plans(
-                tightfit.Request("a")
-            )
+            asked = ONE_WAY | {"residency": "streamed", "precision": "int4"}
+            tightfit.load("emoji", **asked).plans(tightfit.Request("a"))
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_every_family(tiny_models, tmp_path, family):
     export(tiny_models[family], tmp_path / "out", "int4")
-    with tightfit.load(str(tmp_path / "out"), device="cpu", compute="fp32") as pipe:
+    with tightfit.load(str(tmp_path / "out"), compute="fp32", **ONE_WAY) as pipe:
         assert pipe.plans(tightfit.Request("a"))[0].precision == "int4"
         ours = np.array(pipe("a cat", **OPTIONS), np.float64)
-    with tightfit.load(str(tiny_models[family]), device="cpu", precision="fp32") as pipe:
+    with tightfit.load(str(tiny_models[family]), precision="fp32", **ONE_WAY) as pipe:
         exact = np.array(pipe("a cat", **OPTIONS), np.float64)
     # Of noise with these weights; another seed gives 9.
     assert 10 * np.log10(255**2 / ((ours - exact) ** 2).mean()) > 15
@@ -143,7 +153,7 @@ def test_weights_in_bf16_and_fp32_and_old_names(sd1_copy, tmp_path):
 
     save_file(torch_weights, file)
     export(sd1_copy, tmp_path / "out", "int8")
-    with tightfit.load(str(tmp_path / "out"), device="cpu") as pipe:
+    with tightfit.load(str(tmp_path / "out"), **ONE_WAY) as pipe:
         pipe("a cat", **OPTIONS)
 
 
@@ -307,5 +317,5 @@ def test_a_scheme_of_its_own(tmp_path):
     schemes = recipes(spec, sources(spec), "int4")
     formats = dict.fromkeys(schemes["unet"].formats, "nf4-g64")
     export("emoji", tmp_path / "out", "int4", schemes | {"unet": replace(schemes["unet"], formats=formats)})
-    with tightfit.load(str(tmp_path / "out"), device="cpu", compute="fp32") as pipe:
+    with tightfit.load(str(tmp_path / "out"), compute="fp32", **ONE_WAY) as pipe:
         pipe("a cat", **OPTIONS)
