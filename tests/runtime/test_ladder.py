@@ -51,19 +51,21 @@ def failing(monkeypatch, numbers, method="__call__"):
     return count
 
 
-@pytest.mark.parametrize("number", range(2 + STEPS + 1))
 @pytest.mark.parametrize("family", ["sd1", "sdxl"])
-def test_at_every_call(tiny_models, whole, monkeypatch, family, number):
+def test_at_every_call(tiny_models, whole, monkeypatch, family):
     """Two texts (SDXL: four), each step, the decoding: the picture stays the same, and it is said once."""
-    failing(monkeypatch, {number})
+    calls = {"sd1": 2, "sdxl": 4}[family] + STEPS + 1
     with tightfit.load(str(tiny_models[family]), precision="fp32", device="cpu") as pipe:
-        events = list(pipe.run(REQUEST))
-    result = events[-1].result
-    assert psnr(result.images[0], whole[family]) > 75
-    (notice,) = result.notices
-    assert notice.startswith("out of memory to ")
-    assert [notice] == [each for event in events for each in event.notices]
-    assert [e.step for e in events if e.stage == "denoise"] == [1, 2, 3]
+        for number in range(calls):
+            with monkeypatch.context() as patch:
+                failing(patch, {number})
+                events = list(pipe.run(REQUEST))
+            result = events[-1].result
+            assert psnr(result.images[0], whole[family]) > 75
+            (notice,) = result.notices
+            assert notice.startswith("out of memory to ")
+            assert [notice] == [each for event in events for each in event.notices]
+            assert [e.step for e in events if e.stage == "denoise"] == [1, 2, 3]
 
 
 def test_on_every_rung(tiny_models, whole, monkeypatch):
@@ -85,7 +87,7 @@ def test_on_every_rung(tiny_models, whole, monkeypatch):
             assert len(needs) > 2
             assert needs == sorted(set(needs), reverse=True)
             rungs = count[0] - first
-            for fails in range(1, rungs):
+            for fails in {1, rungs // 2, rungs - 1}:
                 with monkeypatch.context() as patch:
                     failing(patch, range(first, first + fails))
                     result = pipe.generate(REQUEST)
@@ -118,12 +120,11 @@ def test_a_prediction_that_is_too_low(tiny_models, whole, monkeypatch):
     assert psnr(result.images[0], whole["sd1"]) > 75
 
 
-# With each of residency, attention and guidance one tiling: any two choices meet.
+# Any two choices meet: an orthogonal array of four columns, 9 ways in place of 36.
 WAYS = [
-    (residency, attention, cfg, TILINGS[(i + j + k) % len(TILINGS)])
+    (residency, attention, CFG[(i + j) % 3 % 2], TILINGS[(i + 2 * j) % 3 % 2])
     for i, residency in enumerate(RESIDENCIES)
     for j, attention in enumerate(ATTENTIONS)
-    for k, cfg in enumerate(CFG)
 ]
 
 
@@ -133,8 +134,9 @@ def test_every_way_paints_the_same_and_takes_what_was_predicted(
 ):
     choices = {"residency": residency, "attention": attention, "cfg": cfg, "tiling": tiling}
     with tightfit.load(str(tiny_models["sd1"]), precision="fp32", device="cpu", **choices) as pipe:
-        pipe.generate(REQUEST)
-        result = pipe.generate(REQUEST)  # in the second run all that stays is loaded
+        result = pipe.generate(REQUEST)
+        if residency == "resident":  # in the second run all that stays is loaded
+            result = pipe.generate(REQUEST)
     assert psnr(result.images[0], whole["sd1"]) > 75
     for stage, predicted in result.plan.predicted.stages.items():
         assert result.stages[stage].peak_bytes == pytest.approx(predicted, rel=0.05), stage
@@ -218,7 +220,7 @@ def test_previews_without_room_for_more(sd1, whole):
 def test_every_run_is_measured_alike(tiny_models):
     """What one session took is never taken for another's, whose place in memory it may have had."""
     with tightfit.load(str(tiny_models["sdxl"]), precision="fp32", device="cpu", residency="staged") as pipe:
-        peaks = {tuple(s.peak_bytes for s in pipe.generate(REQUEST).stages.values()) for _ in range(12)}
+        peaks = {tuple(s.peak_bytes for s in pipe.generate(REQUEST).stages.values()) for _ in range(6)}
     assert len(peaks) == 1
 
 
