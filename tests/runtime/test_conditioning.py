@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 
 import numpy as np
@@ -97,9 +98,14 @@ def test_chunks(tiny_models, family, count, commas, wanted):
 
 
 def tokenizer_of(spec, number):
+    return tokenizer_in(spec.folder / spec.text_encoders[number].network.tokenizer)
+
+
+@functools.cache
+def tokenizer_in(folder):
     from transformers import CLIPTokenizer
 
-    return CLIPTokenizer.from_pretrained(spec.folder / spec.text_encoders[number].network.tokenizer)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def test_break_begins_a_chunk(tiny_models):
@@ -145,14 +151,16 @@ WEIGHED = [
 ]
 
 
-@pytest.mark.parametrize(("prompt", "words", "weights"), WEIGHED)
-@pytest.mark.parametrize("kind", ["original", "no-norm", "ignore"])
+@pytest.mark.parametrize("case", range(len(WEIGHED)))
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_embeddings_beside_fp64(trained, family, prompt, words, weights, kind):
-    """transformers' own encoders in fp64, one chunk after the other, weighed and restored by hand."""
+def test_embeddings_beside_fp64(trained, family, case):
+    """transformers' own encoders in fp64, one chunk after the other, weighed and restored by hand. Any two of
+    family, prompt and emphasis meet."""
     import torch
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+    prompt, words, weights = WEIGHED[case]
+    kind = ("original", "no-norm", "ignore")[(case + [*trained].index(family)) % 3]
     pipe, arrays, pooled = trained[family], [], None
     spec = pipe.spec
     for number, encoder in enumerate(spec.text_encoders):
