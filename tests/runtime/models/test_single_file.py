@@ -117,9 +117,8 @@ def painted(model: Path, **wishes):
         return pipeline.generate(tightfit.Request("a cat", **SIZE))
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-def test_weights_are_quantised_as_the_folders_are(precision, files, folders):
-    one, other = (painted(model["sdxl"], precision=precision, compute="fp32") for model in (folders, files))
+def test_weights_are_quantised_as_the_folders_are(files, folders):
+    one, other = (painted(model["sdxl"], precision="int8", compute="fp32") for model in (folders, files))
     assert (np.asarray(one.images[0]) == np.asarray(other.images[0])).all()
     assert one.plan.predicted.stages == other.plan.predicted.stages
 
@@ -166,7 +165,6 @@ def in_fp8(state, dtype: torch.dtype, scaled: bool) -> tuple[dict, dict]:
     ("dtype", "scaled", "precision", "residency"),
     [
         (torch.float8_e4m3fn, False, "int8", "staged"),
-        (torch.float8_e4m3fn, True, "int8", "staged"),
         (torch.float8_e4m3fn, True, "fp32", "streamed"),
         (torch.float8_e5m2, False, "fp32", "staged"),
     ],
