@@ -459,8 +459,12 @@ def trained(tmp_path_factory, tiny_models):
 REQUEST = Request("a red heart", num_inference_steps=3, seed=1, width=64, height=64, scheduler="ddim")
 
 
+# Calls of a changed network are followed anew by each pipeline, once for each way.
+ONE_WAY = {"attention": "sdpa", "tiling": "whole", "cfg": "batched"}
+
+
 def painted(spec, **wishes):
-    with Pipeline(spec, Hardware.detect("cpu"), Wishes(**wishes)) as pipeline:
+    with Pipeline(spec, Hardware.detect("cpu"), Wishes(**ONE_WAY, **wishes)) as pipeline:
         return pipeline.generate(REQUEST)
 
 
@@ -563,9 +567,8 @@ def test_another_weight_reads_no_more_than_it_changes(tiny_models, trained, monk
         read_into(tensor, buffer)
 
     monkeypatch.setattr(Tensor, "read_into", counted)
-    with Pipeline(
-        spec, Hardware.detect("cpu"), Wishes(precision=precision, residency="resident")
-    ) as pipeline:
+    wishes = Wishes(**ONE_WAY, precision=precision, residency="resident")
+    with Pipeline(spec, Hardware.detect("cpu"), wishes) as pipeline:
         pictures, counts = [], []
         for adapters in ways:
             bytes_read[0] = 0
@@ -709,7 +712,7 @@ def test_seconds_of_merging_are_predicted(tiny_models, trained):
     for precision, residency in (("fp32", "staged"), ("fp32", "streamed"), ("int4", "staged")):
         seconds = []
         for each in (spec, adapted(spec, twice(trained))):
-            wishes = Wishes(precision=precision, residency=residency, requests=1)
+            wishes = Wishes(**ONE_WAY, precision=precision, residency=residency, requests=1)
             with Pipeline(each, Hardware.detect("cpu"), wishes) as pipeline:
                 seconds.append(pipeline.plans(REQUEST)[0].predicted.seconds)
         more[precision, residency] = seconds[1] - seconds[0]
@@ -731,7 +734,7 @@ def test_seconds_of_merging_into_what_a_streamed_plan_keeps(tmp_path, spec):
     up, down = thin(spec, CONV)
     file = saved(tmp_path, {f"unet.{CONV}.lora_A.weight": down, f"unet.{CONV}.lora_B.weight": up})
     hardware = replace(Hardware.detect("cpu"), moves={})  # which fills memory in no time
-    wishes, seconds = Wishes(precision="fp32", residency="streamed"), []
+    wishes, seconds = Wishes(**ONE_WAY, precision="fp32", residency="streamed"), []
     changed = adapted(spec, [Lora.read(file)])
     for model in (spec, changed):
         job = REQUEST.resolve(model)
@@ -751,7 +754,7 @@ def test_adapting_what_stays_loaded_takes_what_is_predicted(tmp_path, spec, prec
     difference = random_of()(*shape_of(spec, name)) * 0.01
     lora = Lora.read(saved(tmp_path, {f"unet.{name}.diff": difference}))
     wishes = {"precision": precision, "residency": "resident"}
-    with Pipeline(spec, Hardware.detect("cpu"), Wishes(**wishes)) as pipeline:
+    with Pipeline(spec, Hardware.detect("cpu"), Wishes(**ONE_WAY, **wishes)) as pipeline:
         for adapters in ((), (lora,), (), (lora,)):
             result = pipeline.generate(replace(REQUEST, adapters=adapters))
             assert result.peak_bytes == pytest.approx(result.plan.predicted.peak_bytes, rel=0.05)

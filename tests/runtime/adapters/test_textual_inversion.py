@@ -50,8 +50,12 @@ def by_diffusers(folder, load) -> np.ndarray:
     return made.images[0]
 
 
+# Calls of a changed network are followed anew by each pipeline, once for each way.
+ONE_WAY = {"precision": "fp32", "attention": "sdpa", "tiling": "whole"}
+
+
 def painted(folder, adapters=(), **wishes) -> tightfit.Result:
-    with tightfit.load(str(folder), device="cpu", **{"precision": "fp32", **wishes}) as pipeline:
+    with tightfit.load(str(folder), device="cpu", **{**ONE_WAY, **wishes}) as pipeline:
         return pipeline.generate(
             tightfit.Request(PROMPT, NEGATIVE, guidance_scale=5.0, adapters=tuple(adapters), **REQUEST)
         )

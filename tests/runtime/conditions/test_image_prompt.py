@@ -56,9 +56,8 @@ def by_diffusers(folder, file, scale) -> np.ndarray:
 def test_a_picture_as_a_prompt_is_diffusers(family, scale, tiny_models, files):
     theirs = by_diffusers(tiny_models[family], files[family], scale)
     adapters = written({"ip_adapter": [f"{files[family]}:{scale}"]})
-    with tightfit.load(
-        str(tiny_models[family]), device="cpu", precision="fp32", adapters=adapters
-    ) as pipeline:
+    ways = {"precision": "fp32", "attention": "sdpa", "tiling": "whole"}
+    with tightfit.load(str(tiny_models[family]), device="cpu", adapters=adapters, **ways) as pipeline:
         mine = pipeline("a cat", ip_adapter_image=PICTURE, seed=3, scheduler="euler", **WISH)
     assert np.abs(np.asarray(mine).astype(int) - theirs).max() <= 1  # of 255: 48 dB at the worst pixel
     carried = parse(mine.info["parameters"], "x")
