@@ -806,6 +806,7 @@ KINDS = [
     "picture texts",
 ]
 FAST = ("--width", "64", "--height", "64")
+STEPS = ("--steps", "2")  # of one step all 180 ways are costed before it is painted, not a few
 
 
 class Evil:
@@ -854,7 +855,7 @@ def commands(rng: random.Random, kind: str, base: str) -> list[list[str]]:
     """What a person would run on it, in the folder `out` beside it."""
     model = ["--model", "../model"]
     engine = ["--backend", "onnx"] if kind in GRAPHS and rng.random() < 0.8 else []
-    paint = ["a", *model, "--steps", "1", "--seed", "1", *FAST, "-o", "p.png", *engine]
+    paint = ["a", *model, *STEPS, "--seed", "1", *FAST, "-o", "p.png", *engine]
     if kind in PICTURES:
         return [
             [
@@ -864,8 +865,7 @@ def commands(rng: random.Random, kind: str, base: str) -> list[list[str]]:
                 "-o",
                 "p.png",
                 *(FAST if rng.random() < 0.5 else ()),
-                "--steps",
-                "1",
+                *STEPS,
                 "--num-images",
                 "1",
             ]
@@ -1012,8 +1012,7 @@ def work(bases: dict[str, str], place: Path, seed: int, first: int, beyond: int,
                 "a",
                 "--model",
                 bases[base],
-                "--steps",
-                "1",
+                *STEPS,
                 *FAST,
                 "-o",
                 str(place / f"warm-{os.getpid()}.png"),
