@@ -45,9 +45,8 @@ def pipes(tiny_models):
 
     def pipeline(family: str, config: dict) -> Pipeline:
         if family not in made:
-            made[family] = tightfit.load(
-                str(tiny_models[family]), precision="fp32", device="cpu", residency="resident"
-            )
+            ways = {"residency": "resident", "attention": "sdpa", "tiling": "whole"}  # costed for each config
+            made[family] = tightfit.load(str(tiny_models[family]), precision="fp32", device="cpu", **ways)
         made[family].spec = dataclasses.replace(made[family].spec, scheduler=config)
         return made[family]
 
