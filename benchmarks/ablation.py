@@ -115,7 +115,7 @@ def calibrated(
     formats."""
 
     def make() -> Rounding:
-        effort = calibrate.Effort(8, 20, None, 3.0, bits)
+        effort = calibrate.Effort(8, 20, None, bits)
         scheme = calibrate.calibrated(inspect("emoji"), precision, effort, lambda _: None)
 
         def rounding(network: Network, layer: str, weight: torch.Tensor) -> tuple[torch.Tensor, float]:

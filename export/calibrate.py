@@ -1,9 +1,9 @@
 """Measure which layers hurt most when they are quantised, and give these more bits, within a budget.
 
-The U-Net paints a few images with diffusers' own pipeline. The mean of x xᵀ over each layer's inputs x is
-kept. From it follow codes whose errors cancel (kernels/gptq.py), and the error of every format in the layer's
-answers. The U-Net's inputs and answer are kept for some steps. With these each layer is quantised alone, and
-the error in the predicted noise is measured.
+The model paints a few images in fp32. The mean of x xᵀ over the inputs x of each layer of its denoiser is
+kept. From it follow codes whose errors cancel (kernels/gptq.py), and the error of every format in the
+layer's answers. The denoiser's inputs and answer are kept for some steps. With these each layer is quantised
+alone, and the error in the prediction is measured.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,15 @@ from torch import Tensor, nn
 from ..kernels.formats import FORMATS, dequantise
 from ..kernels.quantise import quantise
 from ..kernels.recipe import LEAST, recipe
-from ..runtime.backends.torch import loading as weights
-from ..runtime.backends.torch import networks
-from ..runtime.models import schedulers
-from ..runtime.models.tokenizer import tokenizer_of
-from ..runtime.placement import Placement
-from .torch_model import Scheme, energy
+from ..runtime.backends.torch.tf32 import tf32_off
+from ..runtime.errors import TightfitError
+from ..runtime.machine.hardware import Hardware
+from ..runtime.pipeline import Pipeline
+from ..runtime.planner.choose import NoneFitsError
+from ..runtime.planner.wishes import Wishes
+from ..runtime.request import Request, together
+from ..runtime.units import shown
+from .torch_model import Scheme, energy, layers
 
 if TYPE_CHECKING:
     from ..runtime.models.spec import ModelSpec
@@ -47,47 +50,82 @@ LADDER = {
     "int8": ("int8", "int8-g64", None),
     "int4": ("int4-g64", "int4-g32", "int8", "int8-g64", None),
 }
-BITS = {"int8": 8.15, "int4": 5.0}  # per value of the U-Net, on average
+BITS = {"int8": 8.15, "int4": 5.0}  # per value of the denoiser, on average
 MOST_BITS = {"int8": 12, "int4": 8}  # with more, the precision's name would mislead
 _ROWS = 4096  # the most of a layer's inputs that one call adds to its moment
-_STATES = 8  # calls of the U-Net that layers are judged by
-_PLAINLY = Placement("torch", "fp32", "fp32", "resident", "sdpa", "whole")
+_STATES = 8  # calls of the denoiser that layers are judged by
+# Inputs of wider layers are taken by so many channels, each part by itself: as one, the last layer of a
+# single block of Flux.1 would have a moment of 0.9 GiB.
+_WIDEST = 4096
 
 
 @dataclass(frozen=True)
 class State:
-    """One call of the U-Net and its answer."""
+    """One call of the denoiser and its answer."""
 
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    inputs: Mapping[str, Any]
     answer: Tensor
 
 
+class Moments(Mapping[str, Tensor]):
+    """The mean of x xᵀ (in, in) over the inputs x of each layer, zero between parts of wide inputs."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[list[Tensor], int]] = {}
+
+    def add(self, path: str, x: Tensor) -> None:
+        """`x`: (rows, in)."""
+        parts = [(part.T @ part).cpu() for part in x.split(_WIDEST, 1)]
+        sums, count = self._sums.get(path, (parts, 0))
+        if count:
+            for total, part in zip(sums, parts, strict=True):
+                total += part
+        self._sums[path] = sums, count + len(x)
+
+    def __getitem__(self, path: str) -> Tensor:
+        sums, count = self._sums[path]
+        return torch.block_diag(*sums).div_(count)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sums)
+
+    def __len__(self) -> int:
+        return len(self._sums)
+
+
 class Calibration:
-    """A U-Net (diffusers' module), the moments of its layers' inputs, and states to judge it by."""
+    """A denoiser, the moments of its layers' inputs, and states to judge it by: those of the calls by
+    `watched`, until `stop`."""
 
     def __init__(
-        self, unet: nn.Module, paint: Callable[[str], object], prompts: int, tell: Callable[[str], object]
+        self, network: nn.Module, call: Callable[..., tuple[Any, ...]], tell: Callable[[str], object]
     ) -> None:
-        """`paint` paints a prompt with `unet`. Half of the states are held out to measure the result."""
-        self.unet, self.tell = unet, tell
+        """`call` takes the network and its inputs by name; it answers with the prediction first."""
+        self.network, self.call, self.tell = network, call, tell
         self.layers: dict[str, Any] = {
             path: part
-            for path, part in unet.named_modules()
+            for path, part in network.named_modules()
             if isinstance(part, nn.Linear | nn.Conv2d) and part.weight.numel() >= LEAST
         }
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self.moments = Moments()
         self._calls: list[State] = []
-        hooks = [part.register_forward_pre_hook(self._watch(path)) for path, part in self.layers.items()]
-        hooks.append(unet.register_forward_hook(self._keep, with_kwargs=True))
-        for prompt in PROMPTS[:prompts]:
-            paint(prompt)
-            tell(f"calibrating: painted '{prompt}'")
-        for hook in hooks:
+        self._hooks = [
+            part.register_forward_pre_hook(self._watch(path)) for path, part in self.layers.items()
+        ]
+
+    def watched(self, network: nn.Module, **inputs: Any) -> tuple[Any, ...]:
+        """A call that is remembered."""
+        answers = self.call(network, **inputs)
+        self._calls.append(State(inputs, answers[0]))
+        return answers
+
+    def stop(self) -> None:
+        """What was seen is all there is. Half of the states are held out to measure the result."""
+        for hook in self._hooks:
             hook.remove()
-        self.moments = {path: total / count for path, (total, count) in self._sums.items()}
         stride = max(1, len(self._calls) // (2 * _STATES))
-        self.states, self.held_out = self._calls[::stride][0::2], self._calls[::stride][1::2]
+        self.states = self._calls[::stride][0::2]
+        self.held_out = self._calls[::stride][1::2] or self.states  # of one call
 
     def _watch(self, path: str) -> Callable[[nn.Module, Any], None]:
         def add(layer: nn.Module, args: Any) -> None:
@@ -95,20 +133,15 @@ class Calibration:
             x = (x.permute(0, 2, 3, 1) if isinstance(layer, nn.Conv2d) else x).flatten(0, -2)
             if isinstance(layer, nn.Conv2d) and layer.groups > 1:
                 return
-            x = x[:: -(-len(x) // _ROWS)].float()
-            total, count = self._sums.get(path, (torch.zeros(()), 0))
-            self._sums[path] = total + (x.T @ x).cpu(), count + len(x)
+            self.moments.add(path, x[:: -(-len(x) // _ROWS)].float())
 
         return add
 
-    def _keep(self, _: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        self._calls.append(State(args, kwargs, out[0]))
-
     def snr(self, states: list[State]) -> float:
-        """Decibels of the states' answers against the error of the U-Net's present answers."""
+        """Decibels of the states' answers against the error of the denoiser's present answers."""
         signal = noise = 0.0
         for state in states:
-            wrong = self.unet(*state.args, **state.kwargs)[0] - state.answer
+            wrong = self.call(self.network, **state.inputs)[0] - state.answer
             signal, noise = signal + energy(state.answer), noise + energy(wrong)
         return 10 * math.log10(signal / noise) if noise else math.inf
 
@@ -121,7 +154,7 @@ class Calibration:
         return dequantise(parts, FORMATS[form], weight.shape).to(weight)
 
     def damage(self, precision: str) -> dict[str, dict[str | None, float]]:
-        """The share of the predicted noise that each layer in each format gets wrong.
+        """The share of the prediction that each layer in each format gets wrong.
 
         Measured for the lowest format. Other formats are in proportion to the errors of the layer's answers.
         """
@@ -157,7 +190,7 @@ class Calibration:
         states that were held out."""
         damage = self.damage(precision)
         shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
-        values = sum(parameter.numel() for parameter in self.unet.parameters())
+        values = sum(parameter.numel() for parameter in self.network.parameters())
         rest = values - sum(math.prod(shape) for shape in shapes.values())
         chosen = allocate(damage, shapes, LADDER[precision], bits * values / 8 - 2 * rest)
         formats = {path: form for path, form in chosen.items() if form}
@@ -171,7 +204,7 @@ class Calibration:
         return Scheme(formats, self.moments, measured)
 
     def _snr_of(self, formats: Mapping[str, str | None]) -> float:
-        """Of the whole U-Net in these formats, in decibels, on the states that were held out."""
+        """Of the whole denoiser in these formats, in decibels, on the states that were held out."""
         kept = {path: layer.weight.data for path, layer in self.layers.items()}
         for path, layer in self.layers.items():
             layer.weight.data = self.rounded(path, formats[path])
@@ -232,66 +265,62 @@ class Effort:
     prompts: int
     steps: int
     size: int | None
-    guidance: float
     bits: float
-
-
-def pipeline(spec: ModelSpec, steps: int) -> Any:
-    """diffusers' pipeline for the family, in fp32 on the CPU. It paints latents; its VAE has no weights.
-
-    It is made of classes named here, not by DiffusionPipeline.from_pretrained. Before diffusers 0.38 that ran
-    Python code of the folder if model_index.json named some, and it opens a safety checker's pickle.
-    """
-    import diffusers
-    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-
-    parts: dict[str, Any] = {"scheduler": schedulers.make(schedulers.default(spec), spec, steps)}
-    with torch.device("meta"):
-        parts[spec.denoiser.network.folder] = UNet2DConditionModel.from_config(dict(spec.unet))
-        vae: Any = AutoencoderKL.from_config(dict(spec.vae))
-        for encoder in spec.text_encoders:
-            parts[encoder.network.folder] = networks.build(encoder, _PLAINLY, "cpu")
-    # No page of it is touched, so that it takes no memory.
-    parts[spec.decoder.network.folder] = vae.to_empty(device="cpu")
-    for component in (spec.denoiser, *spec.text_encoders):
-        module = parts[component.network.folder].eval().requires_grad_(False)
-        weights.fill(module, weights.match(component, module), torch.float32, torch.device("cpu"))
-    for encoder in spec.text_encoders:
-        parts[encoder.network.tokenizer] = tokenizer_of(spec, encoder)
-    if len(spec.text_encoders) > 1:
-        return diffusers.StableDiffusionXLPipeline(
-            **parts, force_zeros_for_empty_prompt=spec.force_zeros, add_watermarker=False
-        )
-    kind: Any = (
-        diffusers.LatentConsistencyModelPipeline
-        if spec.latent_consistency
-        else diffusers.StableDiffusionPipeline
-    )
-    return kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 @torch.inference_mode()
 def calibrated(spec: ModelSpec, precision: str, effort: Effort, tell: Callable[[str], object]) -> Scheme:
-    """The scheme for the U-Net of the model, measured by running it in fp32. Raises TightfitError for a
-    broken model."""
-    from diffusers.utils import logging as of_diffusers
+    """The scheme for the denoiser of the model, measured by running it in fp32. Raises TightfitError for a
+    broken model, and where there is no room for that."""
+    side, steps, hardware = effort.size, effort.steps, _machine(spec)
+    requests = (
+        Request(prompt, width=side, height=side, num_inference_steps=steps, seed=len(prompt))
+        for prompt in PROMPTS[: effort.prompts]
+    )
+    job = together([request.resolve(spec) for request in requests])
+    wishes = Wishes(precision="fp32", residency="staged")
+    with Pipeline(spec, hardware, wishes) as pipe, tf32_off(torch.device(hardware.device)):
+        try:
+            plan = pipe.plan(job)
+        except NoneFitsError as error:
+            raise TightfitError(
+                f"--calibrate paints in fp32, and {error}; or leave out --calibrate"
+            ) from None
+        events = pipe.run(job)
+        next(event for event in events if event.stage == "encode")
+        session: Any = pipe.loaded.session(job.spec.denoiser, plan.denoiser)
+        found = Calibration(session.module, session.forward, tell)
+        session.forward = found.watched
+        for engine in pipe.loaded.backends.values():
+            engine.meter.limit(None)  # what is kept of the calls is beside what was planned
+        for event in events:
+            if event.step % job.steps_taken == 0:
+                tell(f"calibrating: painted '{PROMPTS[event.image]}'")
+            if event.step == event.steps:
+                break
+        if session.module is not found.network:
+            raise TightfitError(
+                "memory ran out while a calibration painted: make --size smaller, or leave it out"
+            )
+        found.stop()
+        return found.scheme(precision, effort.bits)
 
-    of_diffusers.set_verbosity_error()
-    pipe = pipeline(spec, effort.steps)
-    pipe.set_progress_bar_config(disable=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe.to(device)
-    unet = pipe.unet
 
-    def paint(prompt: str) -> None:
-        generator = torch.Generator("cpu").manual_seed(len(prompt))
-        options = {
-            "num_inference_steps": effort.steps,
-            "guidance_scale": effort.guidance,
-            "height": effort.size,
-            "width": effort.size,
-        }
-        pipe(prompt, **options, output_type="latent", generator=generator)
+def _machine(spec: ModelSpec) -> Hardware:
+    """Where to paint: the GPU if the denoiser has room there in fp32, else the CPU. Raises TightfitError
+    where the host has no room for what is kept."""
+    weight_bytes = 4 * sum(tensor.count for tensor in spec.denoiser.tensors.values())
+    host, best = Hardware.detect("cpu"), Hardware.detect()
+    here = best if best.free_bytes > weight_bytes else host
+    host_bytes = _moment_bytes(spec) + (weight_bytes if here.device == "cpu" else 0)
+    if host_bytes > host.free_bytes:
+        needs = (
+            f"{shown(host_bytes)} of the host's memory for {spec.name}, and {shown(host.free_bytes)} are free"
+        )
+        raise TightfitError(f"--calibrate needs {needs}: leave it out")
+    return here
 
-    return Calibration(unet, paint, effort.prompts, tell).scheme(precision, effort.bits)
+
+def _moment_bytes(spec: ModelSpec) -> int:
+    widths = (shape[1] for shape in layers(spec.denoiser.tensors).values() if math.prod(shape) >= LEAST)
+    return sum(4 * (width // _WIDEST * _WIDEST**2 + (width % _WIDEST) ** 2) for width in widths)

@@ -27,8 +27,8 @@ _To = typer.Option(help=f"{' or '.join(exporter.PRECISIONS)}.", metavar="ENGINE"
 _Compute = typer.Option(help="With --to onnx: what int8 and int4 compute in.", metavar="NAME")
 _Calibrate = typer.Option(help="Paint N prompts to find which layers need more bits.", metavar="N")
 _Control = typer.Option(help="With --to onnx: ControlNets beside it.", metavar="FILE")
-_Bits = typer.Option(help="With --calibrate: of a U-Net weight on average.", metavar="B")
-_Steps = typer.Option(help="With --calibrate: steps of each picture; default: 20.", metavar="N")
+_Bits = typer.Option(help="With --calibrate: of a weight, on average.", metavar="B")
+_Steps = typer.Option(help="With --calibrate: steps of each picture; at most 20 by default.", metavar="N")
 _Size = typer.Option(help="With --calibrate: pixels; default: model's.", metavar="N")
 
 

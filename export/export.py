@@ -13,10 +13,9 @@ from .. import __version__
 from ..runtime import adapters as kinds_of_adapters
 from ..runtime import interrupts
 from ..runtime.conditions.controlnet import MOST, opened
-from ..runtime.errors import TightfitError, explained, first_line
+from ..runtime.errors import TightfitError, first_line
 from ..runtime.files import read_json
 from ..runtime.machine.providers import CPU_PROVIDER, PROVIDERS, providers
-from ..runtime.models.families.networks import UNET
 from ..runtime.models.reading import read_source
 from ..runtime.placement import DYNAMIC, STORED, Placement
 
@@ -255,13 +254,11 @@ def _scheme(network: Network, tensors: Tensors, precision: str) -> Scheme:
 
 
 def _calibrated(export: _Export, options: Options, listener: Listener) -> _Export:
-    """The same export with more bits for the layers of the U-Net that need them."""
+    """The same export with more bits for the layers of the denoiser that need them."""
     from . import calibrate as calibration
     from .torch_model import layers
 
     spec, precision, bits, size = export.spec, export.precision, options.bits, options.size
-    if spec.denoiser.network.build is not UNET.build:
-        raise TightfitError(f"--calibrate is for U-Nets, and {spec.name} has none: leave it out")
     denoiser = spec.denoiser.network.folder
     values = spec.denoiser.tensors.values()
     least = calibration.least_bits(layers(export.tensors[denoiser]), values, precision)
@@ -269,14 +266,13 @@ def _calibrated(export: _Export, options: Options, listener: Listener) -> _Expor
     if bits is not None and not least <= bits <= most:
         bounds = f"from {math.ceil(least * 100) / 100} to {most}"
         raise TightfitError(f"--bits must be {bounds} for this model in {precision}, not {bits:g}")
-    side = 8 * spec.latents.multiple
+    side = spec.latents.multiple
     if size is not None and (size < side or size % side):
         raise TightfitError(f"--size must be a multiple of {side} pixels, not {size}")
     average = max(least, bits or calibration.BITS[precision])
-    effort = calibration.Effort(options.calibrate, options.steps or 20, size, spec.default_guidance, average)
-    cure = "copy or download it again, or leave out --calibrate"
-    with explained(f"{spec.name} cannot be run by diffusers", cure):
-        scheme = calibration.calibrated(spec, precision, effort, listener.line)
+    steps = options.steps or min(20, spec.default_steps)
+    effort = calibration.Effort(options.calibrate, steps, size, average)
+    scheme = calibration.calibrated(spec, precision, effort, listener.line)
     return replace(export, schemes={**export.schemes, denoiser: scheme})
 
 

@@ -1,10 +1,10 @@
-"""The pipeline that a calibration runs: diffusers' own, of classes by name, that runs no code of the folder
-and opens no pickle."""
+"""What a calibration sees of each family, beside diffusers' pipelines; and that no code of a folder runs."""
 
 from __future__ import annotations
 
 import json
 import pickle
+from typing import Any
 
 import diffusers
 import pytest
@@ -14,27 +14,56 @@ from tightfit.__main__ import app
 from tightfit.export import calibrate
 from typer.testing import CliRunner
 
-PIPELINES = {"sd1": diffusers.StableDiffusionPipeline, "sdxl": diffusers.StableDiffusionXLPipeline}
+GUIDED = {"sd3": {"guidance_scale": 4.5}}  # as here by default
 
 
-@pytest.mark.parametrize("family", PIPELINES)
-def test_it_is_diffusers_own(tiny_models, family):
-    """Latents as those of the pipeline that diffusers reads from the folder."""
-    theirs = PIPELINES[family].from_pretrained(tiny_models[family], dtype=torch.float32)
-    ours = calibrate.pipeline(tightfit.inspect(tiny_models[family]), 2)
-    latents = []
-    for pipe in (theirs, ours):
-        pipe.set_progress_bar_config(disable=True)
-        generator = torch.Generator().manual_seed(1)
-        options = {
-            "height": 64,
-            "width": 64,
-            "num_inference_steps": 2,
-            "output_type": "latent",
-            "generator": generator,
-        }
-        latents.append(pipe("a red heart", **options).images)
-    torch.testing.assert_close(latents[1], latents[0], rtol=0, atol=1e-4)  # another seed is 1 off, and more
+def theirs(family: str, model, prompt: str) -> dict[str, torch.Tensor]:
+    """The mean of x xᵀ over the inputs of each layer of the denoiser, as diffusers' own pipeline paints."""
+    pipe: Any = diffusers.DiffusionPipeline.from_pretrained(model, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    network = getattr(pipe, "unet", None) or pipe.transformer
+    sums, counts = {}, {}
+
+    def watch(name):
+        def add(layer, args):
+            x = args[0].movedim(1, -1) if isinstance(layer, torch.nn.Conv2d) else args[0]
+            x = x.flatten(0, -2).double()
+            sums[name] = sums.get(name, 0) + x.T @ x
+            counts[name] = counts.get(name, 0) + len(x)
+
+        return add
+
+    for name, part in network.named_modules():
+        if isinstance(part, torch.nn.Linear | torch.nn.Conv2d):
+            part.register_forward_pre_hook(watch(name))
+    options = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+    with torch.inference_mode():
+        pipe(
+            prompt=prompt,
+            **options,
+            **GUIDED.get(family, {}),
+            generator=torch.Generator().manual_seed(len(prompt)),
+        )
+    return {name: total / counts[name] for name, total in sums.items()}
+
+
+@pytest.mark.parametrize("family", ["sdxl", "flux2-klein", "sd3", "flux1-dev"])
+def test_layers_see_what_diffusers_show_them(tiny_models, tiny_model, family, monkeypatch):
+    """Of every layer of a denoiser. Inputs are taken by 96 channels."""
+    model = tiny_models[family] if family in tiny_models else tiny_model(family)
+    monkeypatch.setattr(calibrate, "_WIDEST", 96)
+    monkeypatch.setattr(calibrate.Calibration, "scheme", lambda found, *_: found)
+    told = []
+    found: Any = calibrate.calibrated(
+        tightfit.inspect(model), "int4", calibrate.Effort(1, 2, 64, 5.0), told.append
+    )
+    expected = theirs(family, model, calibrate.PROMPTS[0])
+    assert told == [f"calibrating: painted '{calibrate.PROMPTS[0]}'"]
+    assert {*found.moments} == {*found.layers} <= {*expected}
+    for name, moment in found.moments.items():
+        parts = [part.split(96, 1)[n] for n, part in enumerate(expected[name].split(96))]
+        whole = torch.block_diag(*parts).float()
+        assert (moment - whole).norm() <= 1e-3 * whole.norm(), name
 
 
 class Evil:
@@ -122,3 +151,23 @@ def test_classes_of_the_folder_are_refused(sd1_copy, tmp_path, changes):
     assert "code" in f"{done.exception} {done.output}"
     assert not ran.exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_transformer_is_written_with_what_its_layers_need(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate, "LEAST", 4_097)  # only a few layers are measured, as each takes its time
+    model, out = tiny_model("flux2-klein"), tmp_path / "out"
+    options = {"calibrate": 2, "steps": 1, "size": 64, "bits": 8.0}
+    tightfit.export_model(str(model), out, "int4", **options)
+    measured = json.loads((out / "tightfit.json").read_text())["components"]["transformer"]["measured"]
+    assert measured["snr"]["calibrated"] > measured["snr"]["recipe"]
+    with tightfit.load(str(out), device="cpu") as pipe:
+        pipe("a cat", width=64, height=64, seed=1)
+
+
+def test_what_a_calibration_has_no_room_for(tiny_model, monkeypatch):
+    monkeypatch.setattr(calibrate, "_moment_bytes", lambda _: 2**60)
+    spec, effort = tightfit.inspect(tiny_model("flux1-dev")), calibrate.Effort(1, 1, 64, 5.0)
+    with pytest.raises(
+        tightfit.TightfitError, match=r"--calibrate needs 1073741824.00 GiB .* are free: leave it out"
+    ):
+        calibrate.calibrated(spec, "int4", effort, print)

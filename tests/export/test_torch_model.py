@@ -291,9 +291,10 @@ def test_a_calibration_finds_what_hurts():
     network = Stack().requires_grad_(False)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     drawn = torch.Generator().manual_seed(1)
-    found = calibrate.Calibration(
-        network, lambda _: [network(torch.randn(200, 80, generator=drawn)) for _ in range(8)], 2, SILENT
-    )
+    found = calibrate.Calibration(network, lambda module, x: module(x), SILENT)
+    for _ in range(16):
+        found.watched(network, x=torch.randn(200, 80, generator=drawn))
+    found.stop()
     assert len(found.states) == len(found.held_out) == 8
     torch.testing.assert_close(found.moments["quiet"], torch.eye(80), rtol=0, atol=0.2)
     scheme = found.scheme("int4", 6.6)
