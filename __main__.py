@@ -51,8 +51,10 @@ def main() -> None:
     app()
     if is_short:
         from .runtime.costs.known import KNOWN
+        from .runtime.machine.remembered import TORCH
 
         KNOWN.keep()
+        TORCH.keep()
     try:
         run()
     except SystemExit as end:

@@ -10,9 +10,9 @@ from .protocol import Backend, Engine, GraphEngine
 def engine(name: str) -> type[Engine]:
     """The engine called `name`, imported on the first call. Raises TightfitError for an unknown name."""
     if name == "torch":
-        from .torch.backend import TorchBackend
+        from .torch.engine import TorchEngine
 
-        return TorchBackend
+        return TorchEngine
     if name in GRAPHS:
         return graph_engine(name)
     if name == "bitsandbytes":
@@ -38,4 +38,8 @@ def graph_engine(name: str) -> type[GraphEngine]:
 def backend(name: str, device: str) -> Backend:
     """The engine called `name` on a device of this machine."""
     make: type = engine(name)
+    if name == "torch":
+        from .torch.backend import TorchBackend
+
+        make = TorchBackend
     return make(device)

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 
+from ...kernels.blocks import block, slice_rows
 from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER
 from ..models.tensors import Tensor
@@ -226,8 +227,6 @@ def _share_of_start(placement: Placement, shape: Shape) -> float:
 
 def _starts(kind: str, shape: Shape, size: int) -> int:
     """Operators that an attention starts: four per slice, twelve per block."""
-    from ...kernels.attention import block, slice_rows
-
     batch, heads, n, m, d = shape
     if kind == "sliced":
         return 4 * batch * heads * -(-n // slice_rows(m, size))

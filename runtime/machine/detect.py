@@ -17,7 +17,15 @@ import psutil
 from ..errors import TightfitError, first_line
 from ..files import cache_folder, parsed, read_bytes
 from .hardware import CUDA_CONTEXT, DEVICES, GIB, ROCM_CONTEXT, Hardware, half_is_broken, workspaces_of
-from .process import check_address_space, cores, cpu_memory, process_context, resident
+from .process import (
+    check_address_space,
+    cores,
+    cpu_flags,
+    cpu_memory,
+    cpu_name,
+    process_context,
+    resident,
+)
 from .profiles import (
     OPERATOR_SECONDS,
     PROFILES,
@@ -28,6 +36,7 @@ from .profiles import (
     with_int8,
     with_origin,
 )
+from .remembered import TORCH
 
 
 def detect(device: str = "auto") -> Hardware:
@@ -57,6 +66,8 @@ _FULL = re.compile("out of memory|ALLOC_FAILED|STATUS_NOT_INITIALIZED")
 def _is_there(device: str, notes: list[str]) -> bool:
     """Whether torch can use the device. A failing driver, or a build without kernels for the card, is noted,
     not raised."""
+    if TORCH.only_cpu:
+        return False
     import torch
 
     try:
@@ -411,21 +422,3 @@ def _scale(fields: dict[str, Any], share: float) -> None:
     """Rates that were measured with more cores, or fewer, than this process has now."""
     for name in fields.keys() & {"rates", "attention_rates", "moves"}:
         fields[name] = {kind: rate * share for kind, rate in fields[name].items()}
-
-
-def cpu_name() -> str:
-    """The processor's own name, such as 'AMD EPYC'."""
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
-
-
-def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags by Linux's names; empty on systems that do not report them."""
-    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
-
-
-def _cpuinfo(field: str) -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -1,10 +1,11 @@
-"""Memory of this process: held now, and at its peak since a reset."""
+"""Memory of this process, held now and at its peak since a reset; and the processor that it runs on."""
 
 from __future__ import annotations
 
 import ctypes
 import math
 import os
+import platform
 import re
 import sys
 from collections.abc import Iterator
@@ -148,6 +149,24 @@ def _quota(group: Path) -> float:
             if quota not in ("max", "-1"):
                 return int(quota) / int(period)
     return math.inf
+
+
+def cpu_name() -> str:
+    """The processor's own name, such as 'AMD EPYC'."""
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags by Linux's names; empty on systems that do not report them."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def _cpuinfo(field: str) -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def cpu_memory() -> tuple[int, int]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tightfit.kernels import attention
+from tightfit.kernels import attention, blocks
 
 KINDS = {**attention.VARIANTS, "plain": attention.plain}
 TOLERANCES = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
@@ -100,7 +100,7 @@ def test_a_maximum_that_moves_from_block_to_block(end):
 @pytest.mark.parametrize("count", [1, 3000, 40000])
 @pytest.mark.parametrize("kind", ["sliced", "chunked"])
 def test_many_blocks(kind, count, dtype, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_BYTES", count)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", count)
     q, k, v = made(2, 2, 83, 77, 40, dtype)
     assert error(KINDS[kind](q, k, v), formula(q, k, v)) < TOLERANCES[dtype]
 
@@ -117,7 +117,7 @@ def test_bf16_is_as_near_as_the_formula_in_bf16(shape, scale):
 
 @pytest.mark.parametrize("count", [1, 3000, 40000])
 def test_many_blocks_in_bf16(count, monkeypatch):
-    monkeypatch.setattr(attention, "BF16_BYTES", count)
+    monkeypatch.setattr(blocks, "BF16_BYTES", count)
     q, k, v = made(2, 5, 83, 77, 40, torch.bfloat16)
     assert error(attention.sliced(q, k, v), formula(q, k, v)) < TOLERANCES[torch.bfloat16]
 
@@ -133,14 +133,14 @@ def test_many_blocks_in_bf16(count, monkeypatch):
 )
 def test_chunked_in_blocks_of_any_size(batch, heads, n, m, d, rows):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK_BYTES", rows * 4 * batch * heads * (min(m, 1024) + 3 * d))
-        assert attention.block(batch * heads, m, d)[0] == rows
+        patch.setattr(blocks, "BLOCK_BYTES", rows * 4 * batch * heads * (min(m, 1024) + 3 * d))
+        assert blocks.block(batch * heads, m, d)[0] == rows
         q, k, v = made(batch, heads, n, m, d)
         assert error(attention.chunked(q, k, v), formula(q, k, v)) < 1e-5
 
 
 def test_twice_the_tokens_take_no_more_memory_in_chunks(monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 2**20)
     chunked, plain = (
         [peak(call, *made(1, 2, n, n, 40)) for n in (1024, 2048)]
         for call in (attention.chunked, attention.plain)

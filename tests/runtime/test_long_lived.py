@@ -12,6 +12,7 @@ import pytest
 import tightfit
 from tightfit.runtime.backends.torch import dryrun
 from tightfit.runtime.backends.torch.backend import TorchSession
+from tightfit.runtime.costs import known
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine import detect, process
 from tightfit.runtime.machine.hardware import GIB, Hardware
@@ -34,7 +35,7 @@ def traced(monkeypatch):
     before."""
     followed, trace = [], dryrun._trace
     dryrun._traces.clear()
-    monkeypatch.setattr(dryrun.KNOWN, "_folder", None)
+    monkeypatch.setattr(known.KNOWN, "_folder", None)
 
     def note(module, call, inputs, *others):
         followed.append(inputs.get("sample", inputs.get("latents", (0, 0, 0, 0)))[2:])

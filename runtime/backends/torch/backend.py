@@ -8,177 +8,35 @@ import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import psutil
 import torch
 
-from ....kernels import onednn
 from ....kernels.dequantise import triton_problem
-from ...costs.footprint import Footprint
 from ...errors import OutOfMemoryError, TightfitError, first_line, out_of_memory
 from ...machine.detect import pinnable
-from ...machine.hardware import Hardware
 from ...machine.process import release
-from ...models.families.family import FULL, STEPPING, Extent, Role
-from ...models.spec import Component, ModelSpec
+from ...models.families.family import FULL
+from ...models.spec import Component
 from ...models.tensors import Tensor
-from ...placement import DYNAMIC, QUANTISED, Placement
-from ...rules import Rule, first_broken
+from ...placement import QUANTISED, Placement
 from ...units import shown
 from ..sent import Sent
 from . import dryrun, networks, quantised, streaming
 from . import loading as weights
+from .engine import TorchEngine, call_order
 from .meter import Meter, meter
 from .packed import packing_bytes
 from .tf32 import tf32_off
 
 
-@dataclass(frozen=True)
-class _Case:
-    """What the rules below look at: a component, its placement and the hardware."""
-
-    component: Component
-    placement: Placement
-    hardware: Hardware
-
-    @property
-    def dynamic(self) -> bool:
-        return self.placement.precision == DYNAMIC
-
-    @property
-    def streamed(self) -> bool:
-        return self.placement.residency == "streamed"
-
-    @property
-    def quantised(self) -> bool:
-        return self.placement.precision in QUANTISED or self.component.formats is not None
-
-    @property
-    def compute(self) -> str:
-        return self.placement.compute
-
-    @functools.cached_property
-    def triton_problem(self) -> str | None:
-        return _triton_problem(self.hardware)
-
-
-_REFUSALS: tuple[Rule[_Case], ...] = (
-    Rule(
-        lambda case: not case.component.tensors,
-        lambda case: (
-            f"the {case.component.name} is here as ONNX only: "
-            "use --backend onnx, or the model it was exported from"
-        ),
-    ),
-    Rule(
-        lambda case: case.dynamic and "int8" not in case.hardware.rates,
-        "this device has no fast 8-bit integer products that tightfit can use: choose int8",
-    ),
-    Rule(
-        lambda case: case.dynamic and case.triton_problem,
-        lambda case: (
-            f"int8-dynamic needs Triton, which does not run here ({case.triton_problem}): choose int8"
-        ),
-    ),
-    Rule(
-        lambda case: (
-            case.dynamic and case.hardware.device == "cpu" and case.compute not in case.hardware.precisions
-        ),
-        lambda case: f"oneDNN turns integer sums into {case.compute} only by a slow loop here: choose int8",
-    ),
-    Rule(
-        lambda case: case.dynamic and case.streamed,
-        "int8-dynamic packs its weights once, so they cannot stream: choose int8",
-    ),
-    Rule(
-        lambda case: case.dynamic and case.component.role not in STEPPING,
-        lambda case: f"int8-dynamic is for U-Nets: choose int8 for the {case.component.name}",
-    ),
-    Rule(
-        lambda case: case.dynamic and not all(patch.low_rank for patch in case.component.patches),
-        "int8-dynamic dequantises no weight, into which an adapter of this form is merged: choose int8",
-    ),
-    Rule(
-        lambda case: case.quantised and any(patch.whole for patch in case.component.patches),
-        lambda case: (
-            "an adapter that scales columns (a DoRA over inputs) needs all of a weight at once, "
-            f"and quantised ones are dequantised in parts: choose {case.hardware.precisions[0]}"
-        ),
-    ),
-    Rule(
-        lambda case: (
-            case.streamed and case.placement.precision in QUANTISED and case.component.formats is None
-        ),
-        "weights that are quantised while they load cannot stream: export the model first",
-    ),
-    Rule(
-        lambda case: case.streamed and case.component.role is Role.DECODER,
-        "a VAE's weights, a hundredth of a U-Net's, must stay loaded: each strip reads them again",
-    ),
-    Rule(
-        lambda case: (
-            case.compute == "bf16" and case.hardware.capability and case.hardware.capability < (8, 0)
-        ),
-        lambda case: (
-            f"cuDNN has no bf16 convolutions below compute capability 8.0: choose {_instead(case.hardware)}"
-        ),
-    ),
-    Rule(
-        lambda case: case.compute == "fp16" and case.hardware.half_is_broken,
-        lambda case: (
-            f"fp16 convolutions return NaN on {case.hardware.name}: choose {_instead(case.hardware)}"
-        ),
-    ),
-    Rule(
-        lambda case: case.placement.packed and not onednn.multiplies(torch.float32),
-        "torch has no products by packed weights for this processor: make a plan without --prefer",
-    ),
-    Rule(
-        lambda case: case.streamed and case.hardware.unified and case.hardware.device == "cuda",
-        "GPU and host share one memory: streamed weights would be in it twice",
-    ),
-    Rule(
-        lambda case: (
-            case.hardware.device == "cpu" and case.compute == "fp16" and case.placement.attention == "sliced"
-        ),
-        "torch multiplies fp16 matrices 30 times slower than fp32 ones on a CPU",
-    ),
-)
-
-
-class TorchBackend:
+class TorchBackend(TorchEngine):
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         self.meter = meter(self.device)
         self._stores: dict[str, tuple[Component, Placement, streaming.HostStore]] = {}
-
-    @staticmethod
-    def refuses(
-        spec: ModelSpec,  # noqa: ARG004
-        component: Component,
-        placement: Placement,
-        hardware: Hardware,
-        extent: Extent,  # noqa: ARG004
-    ) -> str | None:
-        """Why the component cannot run with this placement on that hardware, or None if it can."""
-        return first_broken(_REFUSALS, _Case(component, placement, hardware))
-
-    @staticmethod
-    def check(spec: ModelSpec, component: Component) -> None:
-        """A module's needs are checked when it is built."""
-
-    @staticmethod
-    def footprint(
-        spec: ModelSpec,
-        component: Component,
-        placement: Placement,
-        hardware: Hardware,
-        extent: Extent,
-    ) -> Footprint:
-        return dryrun.footprint(spec, component, placement, hardware, extent)
 
     def load(self, component: Component, placement: Placement) -> TorchSession:
         """Build the module on meta, then fill it at once or stream its weights as it runs."""
@@ -198,7 +56,7 @@ class TorchBackend:
                     stored,
                     placement.kept_bytes,
                     lane,
-                    dryrun.call_order(component, placement, self.device.type),
+                    call_order(component, placement, self.device.type),
                 )
             else:
                 session.load(stored)
@@ -261,18 +119,6 @@ class TorchBackend:
     def trim(self, peak_bytes: int) -> tuple[str, ...]:  # noqa: ARG002
         """Closes nothing: torch's cache is emptied at the start of each stage."""
         return ()
-
-
-def _triton_problem(hardware: Hardware) -> str | None:
-    """Why Triton fails on the GPU of this machine; None for a GPU that is only planned for."""
-    is_here = hardware.device == "cuda" and hardware.providers is None and torch.cuda.is_available()
-    return triton_problem(torch.device("cuda")) if is_here else None
-
-
-def _instead(hardware: Hardware) -> str:
-    """A precision that works, to name in place of the refused one."""
-    best = hardware.precisions[0]
-    return f"{best}, or int8 or int4, which compute in {best} here"
 
 
 class Residual:

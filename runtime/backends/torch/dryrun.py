@@ -6,26 +6,26 @@ import functools
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import astuple, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
 
 from ....kernels import attention, onednn
 from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
-from ...costs.known import KNOWN
 from ...costs.latency import converted_values, patching_seconds, read_bytes
 from ...errors import explained
 from ...lean import have_meta_kernels
 from ...machine.hardware import Hardware
-from ...models.families.family import KEPT, RESIDUAL, SHALLOW, Extent, Role
+from ...models.families.family import KEPT, RESIDUAL, Extent, Role
 from ...models.spec import Component, ModelSpec
 from ...models.tensors import Tensor
-from ...placement import QUANTISED, Placement
+from ...placement import Placement
 from ...recent import Recent
 from . import loading as weights
 from . import networks, streaming
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
+from .engine import module_key
 from .meter import LiveBytes, tensors_in
 from .packed import packed_layers
 from .quantised import CONV2D_INT8, DEQUANTISE, LINEAR_INT8, LINEAR_NF4, quantised_layers, workspace
@@ -36,7 +36,6 @@ T = TypeVar("T")
 _modules: Recent[tuple[torch.nn.Module, Mapping[str, Tensor], str]] = Recent(16)
 _sizes_of: Recent[Any] = Recent(256)
 _traces: Recent[Trace] = Recent(64)
-_orders: Recent[tuple[str, ...]] = Recent(64)
 # An operator's output layout and cost, by its arguments' shapes. A network makes the same calls again and
 # again, and torch's meta kernels are Python: planning SD 1.5 meets 700 signatures in 28,000 calls.
 _answers: dict[Any, tuple[Any, Operation]] = {}
@@ -210,37 +209,8 @@ def footprint(
     hardware: Hardware,
     extent: Extent,
 ) -> Footprint:
-    """Memory of the component called at `extent`: batch, and the picture's height and width in pixels.
-
-    Weights come from the files' headers, the call from a dry run on `meta`, which is cached, by commands also
-    for the next process.
-    """
-    environment = (
-        spec.family, hardware.device, hardware.name, hardware.capability, hardware.fused_attention,
-        torch.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability(),
-        *extent[1:3],
-    )  # fmt: skip
-    of_module = _of_module(component, placement, hardware.device)
-    way = (astuple(placement), of_module, extent.cache, *spec.inputs(component, *extent).items())
-    known = KNOWN.get(
-        component, environment, way, lambda: _followed(spec, component, placement, hardware, extent)
-    )
-    if extent.cache != SHALLOW:
-        _orders.get(
-            of_module,
-            lambda: tuple(path for path, *_ in known.trace.calls),
-            component,
-        )
-    return known
-
-
-def _followed(
-    spec: ModelSpec,
-    component: Component,
-    placement: Placement,
-    hardware: Hardware,
-    extent: Extent,
-) -> Footprint:
+    """Of the component called at `extent`. Weights come from the files' headers, the call from a dry run on
+    `meta`."""
     dtype, device = weights.DTYPES[placement.compute], torch.device(hardware.device)
     shapes = spec.inputs(component, *extent)
     module, stored, identity = _module(component, placement, device.type)
@@ -274,12 +244,6 @@ def _followed(
     patching = _kept(module, dtype, device, "patching", lambda: patching_seconds(stored.values()))
     held = (*held, *_beside(module, dtype, device))
     return Footprint(held, loading, trace, scratch, patching_seconds=patching, modules=_working(module))
-
-
-def call_order(component: Component, placement: Placement, device: str) -> tuple[str, ...]:
-    """Paths of the component's parts in call order, from the dry run at any size; empty if it was never
-    planned."""
-    return _orders.get(_of_module(component, placement, device), tuple, component)
 
 
 def _streamed(
@@ -358,15 +322,7 @@ def _module(
             json.dumps([dict(component.config), layers, words], sort_keys=True, default=str),
         )
 
-    return _modules.get(_of_module(component, placement, device), built, component)
-
-
-def _of_module(component: Component, placement: Placement, device: str) -> tuple[str, str, str]:
-    """What a component's module depends on."""
-    weights_are = placement.precision if placement.precision in QUANTISED else ""
-    if device == "cpu" and networks.packs(component, placement):
-        weights_are = "packed"
-    return placement.backend, weights_are, device
+    return _modules.get(module_key(component, placement, device), built, component)
 
 
 def _trace(

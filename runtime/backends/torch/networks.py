@@ -18,6 +18,7 @@ from ...models.tensors import Patch
 from ...placement import DYNAMIC, QUANTISED, Placement
 from . import packed, quantised
 from .adapted import Adapted
+from .engine import packs
 from .patches import (
     FEED_BYTES,
     GPU_FEED_BYTES,
@@ -85,15 +86,6 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
 def channels_last(module: torch.nn.Module) -> bool:
     """Whether its convolutions get inputs with channels last on a CPU."""
     return bool(quantised.workspace(module).layers or packed.packed_layers(module))
-
-
-def packs(component: Component, placement: Placement) -> bool:
-    """Whether a CPU packs the component's plain weights: of those that stay loaded while they are used many
-    times."""
-    plain = component.formats is None and placement.precision == placement.compute
-    stays = component.role in (Role.DENOISER, Role.CONTROL) and placement.residency != "streamed"
-    asked = placement.packed or placement.compute == "bf16"
-    return plain and stays and asked and onednn.multiplies(DTYPES[placement.compute])
 
 
 def _in_nf4(module: torch.nn.Module, formats: Mapping[str, str]) -> dict[str, str]:

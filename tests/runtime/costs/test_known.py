@@ -8,7 +8,7 @@ import sys
 
 import pytest
 from tightfit import Request, Wishes, inspect, plan, profile
-from tightfit.runtime.backends.torch import dryrun
+from tightfit.runtime.backends.torch import dryrun, engine
 from tightfit.runtime.costs import known
 from tightfit.runtime.costs.known import Known
 from tightfit.runtime.planner import estimate
@@ -26,7 +26,7 @@ def planned(monkeypatch, tmp_path):
         if keep:
             kept.keep()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(dryrun, "KNOWN", kept)
+            patch.setattr(engine, "KNOWN", kept)
             patch.setattr(dryrun, "_trace", lambda *a: calls.append(1) or trace(*a))
             for cache in (dryrun._traces, dryrun._modules, estimate.ESTIMATOR.costs):
                 cache.clear()

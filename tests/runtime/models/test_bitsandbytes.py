@@ -277,10 +277,11 @@ def test_every_precision_is_predicted_and_near(folders, pictures, kind, precisio
 @pytest.mark.parametrize(("kind", "precision"), [("nf4-nested", "int4"), ("int8", "int8")])
 def test_kept_codes_are_the_stored_values(folders, pictures, monkeypatch, kind, precision):
     """Where all else stays plain, the picture is that of the dequantised weights."""
-    from tightfit.runtime.backends.torch import dryrun, networks
+    from tightfit.runtime.backends.torch import networks
+    from tightfit.runtime.costs import known
 
     monkeypatch.setattr(networks, "recipe", lambda *given: given[-1] or None)
-    monkeypatch.setattr(dryrun.KNOWN, "_folder", None)  # which others are not to plan by
+    monkeypatch.setattr(known.KNOWN, "_folder", None)  # which others are not to plan by
     picture = painted(inspect(str(folders[kind][0])), precision=precision, compute="fp32")
     assert psnr(picture, pictures[kind]) > 75
 

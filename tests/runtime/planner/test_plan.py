@@ -8,6 +8,7 @@ import random
 
 import pytest
 from tightfit.runtime.backends.torch import dryrun
+from tightfit.runtime.costs import known
 from tightfit.runtime.costs.footprint import Footprint, Operation, Trace
 from tightfit.runtime.costs.latency import call_seconds
 from tightfit.runtime.errors import TightfitError
@@ -224,7 +225,7 @@ def test_random_requests_and_budgets(tiny_models):
 
 def test_the_first_plan_takes_a_few_dry_runs(sd1, monkeypatch):
     trace, taken = dryrun._trace, []
-    monkeypatch.setattr(dryrun.KNOWN, "_folder", None)
+    monkeypatch.setattr(known.KNOWN, "_folder", None)
     monkeypatch.setattr(dryrun, "_traces", Recent(64))
     monkeypatch.setattr(dryrun, "_trace", lambda *given: (taken.append(given), trace(*given))[1])
     spec = inspect(sd1)
