@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from tightfit.runtime.machine import remembered
 
 BEGIN = "from tightfit.runtime import lean; lean.begin(); import sys\n"
 
@@ -18,7 +19,10 @@ def ran(code: str) -> str:
     return done.stdout.strip()
 
 
-def test_painting_imports_no_compiler_and_nothing_distributed(tmp_path):
+def test_painting_imports_no_compiler_and_planning_again_no_torch(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ways = "--precision fp32 --residency staged --attention sdpa --tiling whole"
+    asked = f"--width 64 --height 64 --guidance-scale 1 {ways}"
     code = (
         "import atexit, sys\n"
         "def tell(): print(sorted({'torch._dynamo.eval_frame', 'torch.distributed.tensor', "
@@ -26,15 +30,23 @@ def test_painting_imports_no_compiler_and_nothing_distributed(tmp_path):
         "'torch.distributions.normal', 'transformers.image_processing_utils', 'requests.api', 'sympy', "
         "'torch._refs', 'jinja2', 'unittest.case', 'torch.utils.data.dataloader', "
         "'diffusers.hooks.faster_cache', 'diffusers.quantizers.base', 'transformers.quantizers.base', "
-        "'transformers.models.auto.modeling_auto', 'transformers.loss.loss_for_object_detection'} "
+        "'transformers.models.auto.modeling_auto', 'transformers.loss.loss_for_object_detection', "
+        "'huggingface_hub.community'} "
         "& sys.modules.keys()))\n"
         "atexit.register(tell)\n"
-        "sys.argv[1:] = ['a', '--steps', '2', '--width', '64', '--height', '64', '-o', "
-        f"{str(tmp_path / 'a.png')!r}]\n"
+        f"sys.argv[1:] = ['a', '--steps', '2', '-o', {str(tmp_path / 'a.png')!r}, *{asked.split()}]\n"
         "from tightfit.__main__ import main; main()"
     )
     assert ran(code).splitlines()[-1] == "[]"
     assert (tmp_path / "a.png").stat().st_size
+    code = (
+        "import atexit, sys; atexit.register(lambda: print('torch' in sys.modules))\n"
+        f"sys.argv[1:] = ['plan', *{asked.split()}]\n"
+        "from tightfit.__main__ import main; main()"
+    )
+    said = ran(code)
+    assert "fp32, staged" in said
+    assert said.splitlines()[-1] == str(not remembered._only_cpu())  # asked for the GPU that may be there
 
 
 def test_what_was_put_off_comes_when_it_is_looked_for():
@@ -64,6 +76,10 @@ def test_what_was_put_off_comes_when_it_is_looked_for():
         "import diffusers, transformers; assert diffusers.StableDiffusionPipeline\n"
         "assert transformers.__version__ and transformers.AutoImageProcessor.from_pretrained\n"
         "from transformers.processing_utils import ProcessorMixin; import requests; assert requests.get\n"
+        "from huggingface_hub import HfApi, snapshot_download; import huggingface_hub.hf_api as hub\n"
+        "assert not hasattr(HfApi, 'model_info') and isinstance(HfApi(), hub.HfApi)\n"
+        "try: snapshot_download('no/model', local_files_only=True); assert False\n"
+        "except OSError: assert hub.HfApi.model_info\n"
         "assert not hasattr(sys.modules['diffusers.models.unets'], 'NoSuchNet')\n"
         "assert torch._dynamo.allow_in_graph(len) is not None and 'torch._dynamo.eval_frame' in sys.modules"
     )
