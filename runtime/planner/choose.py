@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gc
 import math
+import threading
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -277,7 +278,7 @@ def _costed(
                     return found
                 if matters(*way):
                     found += estimate.plans(*way, budget)
-            if time.perf_counter() - start > _LONG_SECONDS:
+            if time.perf_counter() - start > _LONG_SECONDS and threading.active_count() > 1:
                 time.sleep(_YIELD_SECONDS)  # who takes a lock again at once takes it from all who wait
 
 
