@@ -309,9 +309,8 @@ def start_rows() -> Iterator[tuple[str, str, str, str]]:
     line = recorded("start")[-1]
     run = line["results"]
     rows = {row["what"]: row for row in run["rows"]}
-    ours = [
-        f"{name} {rows[name]['ratio']:.2f}" for name in (start.PAINT, start.PLANNED, start.PLAN, start.HELP)
-    ]
+    names = start.PAINT, start.PLANNED, start.CONNECTED, start.PLAN, start.HELP
+    ours = [f"{name} {rows[name]['ratio']:.2f}" for name in names]
     torch = f"{rows[start.TORCH]['seconds']:.2f} s"
     title = (
         f"a process, of one that imports torch and ends ({torch}){elsewhere(line)}; plans of {run['model']}"

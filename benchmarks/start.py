@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ ROUNDS = 5
 PAINTED = ("a red heart", "--seed", "0", "--overwrite", "--json")
 HELP, IMPORT, TORCH = "tightfit --help", "import tightfit", "import torch"
 PAINT, PLAN, THEIRS = 'tightfit "a red heart"', "tightfit plan", "diffusers"
-PLANNED = f"{PAINT} --plan FILE"
+PLANNED, CONNECTED = f"{PAINT} --plan FILE", f"{PAINT} --connect URL"
 PROCESS = "process"
 DIFFUSERS = """
 import sys, torch
@@ -35,9 +38,12 @@ pipe("a red heart", num_inference_steps=20, generator=seed).images[0].save(sys.a
 """
 
 
-def commands(model: str, work: Path) -> dict[str, list[str]]:
-    """What is started, by its name in the table."""
-    tightfit, saved = [sys.executable, "-m", "tightfit"], str(work / "plan.json")
+TIGHTFIT = [sys.executable, "-m", "tightfit"]
+
+
+def commands(model: str, work: Path, url: str) -> dict[str, list[str]]:
+    """What is started, by its name in the table. A server is at `url`."""
+    tightfit, saved = TIGHTFIT, str(work / "plan.json")
     seconds([*tightfit, "plan", "--save", saved])
     return {
         TORCH: [sys.executable, "-c", "import torch"],
@@ -46,8 +52,21 @@ def commands(model: str, work: Path) -> dict[str, list[str]]:
         PLAN: [*tightfit, "plan", "--model", model],
         PAINT: [*tightfit, *PAINTED, "-o", str(work / "ours.png")],
         PLANNED: [*tightfit, *PAINTED, "--plan", saved, "-o", str(work / "planned.png")],
+        CONNECTED: [*tightfit, *PAINTED, "--connect", url, "-o", str(work / "connected.png")],
         THEIRS: [sys.executable, "-c", DIFFUSERS, str(BUILT_IN["emoji"]), str(work / "theirs.png")],
     }
+
+
+@contextmanager
+def server(work: Path) -> Iterator[str]:
+    """The address of one that runs until the end."""
+    serve = [*TIGHTFIT, "serve", "--port", "0", "--state", str(work / "state")]
+    with subprocess.Popen(serve, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout
+        try:
+            yield re.findall(r"http://[\w.:]+", process.stdout.readline())[0]
+        finally:
+            process.terminate()
 
 
 def seconds(command: list[str]) -> float:
@@ -61,8 +80,8 @@ def seconds(command: list[str]) -> float:
 def measure(model: str, rounds: int = ROUNDS) -> list[dict[str, Any]]:
     """A row for each command: the median of its seconds, and its ratio to importing torch. One round goes
     before, after which files are in memory, and dry runs in the cache folder."""
-    with tempfile.TemporaryDirectory() as folder:
-        every = commands(model, Path(folder))
+    with tempfile.TemporaryDirectory() as folder, server(Path(folder)) as url:
+        every = commands(model, Path(folder), url)
         taken: dict[str, list[float]] = {name: [] for name in every}
         for number in range(rounds + 1):
             for name, command in every.items():
