@@ -58,8 +58,11 @@ class OpenModels:
         for name, value in asked.items():
             if name not in ASKABLE:
                 raise TightfitError(f"unknown wish {shortened(name)}: choose {', '.join(ASKABLE)}")
-            takes = (str, int, float) if name == "budget" else (int, float) if ASKABLE[name] is float else str
-            if value is not None and (isinstance(value, bool) or not isinstance(value, takes)):
+            kind = ASKABLE[name]
+            takes = (str, int, float) if name == "budget" else (int, float) if kind is float else kind
+            if value is not None and (
+                isinstance(value, bool) != (kind is bool) or not isinstance(value, takes)
+            ):
                 raise TightfitError(f"{name} cannot be {shortened(value)}: leave it out, or give another")
         given = {name: value for name, value in asked.items() if value is not None}
         wishes, most = replace(self.wishes, **given), self.wishes.budget

@@ -38,7 +38,8 @@ class Placement:
     the stage). attention: torch's `sdpa`, or ours in kernels/attention.py. tiling, of the VAE: `whole`, or
     `tiled`, in strips of rows (kernels/strips.py). provider: ONNX Runtime's, empty for torch. packed: weights
     in fp32 lie as oneDNN multiplies by them on a CPU, which is faster and rounds otherwise than diffusers; in
-    bf16 they always do.
+    bf16 they always do, unless compiled. compiled: of the denoiser, blocks that repeat are compiled by torch,
+    each kind once. captured: calls of the denoiser are CUDA graphs.
     """
 
     backend: str
@@ -50,6 +51,8 @@ class Placement:
     provider: str = ""
     kept_bytes: int = 0
     packed: bool = False
+    compiled: bool = False
+    captured: bool = False
 
     @property
     def arithmetic(self) -> str:

@@ -477,7 +477,7 @@ class Run:
         session = self.loaded.session(self.spec.components[name], self.plan.placements[name])
         if is_new:
             self._load_seconds += time.perf_counter() - start
-            self._note(*session.notices)
+        self._note(*session.notices)  # one may come with a call
         return session
 
     @contextmanager

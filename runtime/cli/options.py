@@ -45,7 +45,12 @@ NO_TEXT_CACHE = typer.Option("--no-text-cache", help="Encode anew, keep nothing.
 WILDCARDS = typer.Option(
     help="Of files for __name__.", metavar="DIR", readable=False, rich_help_panel="Words"
 )
-MODEL = typer.Option(help="emoji, file, folder, name, hub id.", metavar="MODEL", rich_help_panel="Model")
+MODEL = typer.Option(
+    help="emoji (default), file, folder, name, hub id.",
+    metavar="MODEL",
+    show_default=False,
+    rich_help_panel="Model",
+)
 
 HARDWARE = typer.Option(
     help="A card that is not here: rtx-2060.", metavar="NAME", show_default=False, rich_help_panel="Machine"

@@ -59,13 +59,14 @@ class Options:
     device: Device = "auto"
     every: Annotated[bool, typer.Option("--all", help="Also what others beat.")] = False
     save: Annotated[Path | None, typer.Option(help="Write the chosen plan.", metavar="FILE")] = None
-    as_json: Annotated[bool, typer.Option("--json", help="Print every candidate as JSON.")] = False
+    as_json: Annotated[bool, typer.Option("--json", help="Every one, as JSON.")] = False
 
 
 _ORDER = f"""
 model models_dirs prompt negative_prompt {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
 width height num_inference_steps step_cache guidance_scale {SECOND_PASS} hardware
-device budget precision compute backend provider residency attention tiling prefer min_psnr
+device budget precision compute backend provider residency attention tiling prefer min_psnr compile
+cuda_graphs
 no_text_cache every save as_json
 """
 
@@ -269,7 +270,8 @@ def _cells(p: Plan) -> list[str]:
     unet, vae = p.denoiser, p.decoder
     precision = unet.precision if unet.compute == vae.compute else f"{unet.precision}, VAE {vae.compute}"
     precision += ("" if unet.backend == "torch" else f", {unet.backend}") + p.elsewhere
-    precision += ", packed" if unet.packed else ""
+    faster = {"packed": unet.packed, "compiled": unet.compiled, "graphs": unet.captured}
+    precision += "".join(f", {how}" for how, is_so in faster.items() if is_so)
     precision += f", 1 of {p.step_cache}" if p.step_cache > 1 else ""  # what of, its reason says
     stages = [_cell(count) for count in p.predicted.stages.values()]
     figures = f"{p.predicted.seconds:.1f}", f"{p.predicted.psnr:.0f}"
@@ -315,6 +317,7 @@ def _of_seconds(plan: Plan) -> str:
     parts = {
         "to read the weights": predicted.reading_seconds,
         f"to quantise them to {precision}": predicted.quantising_seconds,
+        "to compile blocks, once": predicted.compiling_seconds,
         "to paint": predicted.painting_seconds,
     }
     said = ", ".join(f"{seconds:.1f} {what}" for what, seconds in parts.items() if seconds >= 0.05)

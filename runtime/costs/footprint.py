@@ -32,13 +32,14 @@ class Trace:
     `events` are (storage, bytes) for an allocation, (storage, END) when it is freed, (i, ATTENTION) when
     `attentions[i]` runs, with its output already allocated, and (bytes, MOMENT) for scratch that a kernel
     allocates and frees. `calls` are the modules in the order they begin: path, and how many operations and
-    attentions came before.
+    attentions came before. `kinds`: of blocks that torch's compiler would tell apart.
     """
 
     events: tuple[tuple[int, int], ...]
     attentions: tuple[Shape, ...]
     operations: tuple[Operation, ...]
     calls: tuple[tuple[str, int, int], ...] = ()
+    kinds: int = 0
 
     def alive_bytes(self, scratch: tuple[int, ...]) -> int:
         """Peak bytes alive in the call, beside what was there before. `scratch` of each attention."""
@@ -52,6 +53,9 @@ class Trace:
     def _alive(self) -> dict[tuple[int, ...], int]:
         """Candidates share traces: 58 of 228 calls that are compared for SD 1.5."""
         return {}
+
+
+NO_CALL = Trace((), (), ())
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,7 +124,7 @@ def _encoded(known: Mapping[str, Footprint]) -> dict[str, Any]:
     return {
         "operations": [(one.flops, one.bytes, one.kind, one.packed) for one in operations],
         "traces": [
-            (one.events, one.attentions, [places[each] for each in one.operations], one.calls)
+            (one.events, one.attentions, [places[each] for each in one.operations], one.calls, one.kinds)
             for one in traces
         ],
         "footprints": {
@@ -141,8 +141,8 @@ def _encoded(known: Mapping[str, Footprint]) -> dict[str, Any]:
 def _decoded(stored: Mapping[str, Any]) -> dict[str, Footprint]:
     operations = [Operation(*one) for one in stored["operations"]]
     traces = [
-        Trace(_rows(events), _rows(attentions), tuple(operations[place] for place in places), _rows(calls))
-        for events, attentions, places, calls in stored["traces"]
+        Trace(_rows(events), _rows(attentions), tuple(operations[p] for p in places), _rows(calls), kinds)
+        for events, attentions, places, calls, kinds in stored["traces"]
     ]
     return {
         way: Footprint(

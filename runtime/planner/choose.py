@@ -198,6 +198,8 @@ def _wider(narrow: Plan, estimate: Estimate) -> Iterator[Plan]:
     most = min(estimate.wishes.images_per_call, job.num_images, MOST_PER_CALL)
     if job.conditions or job.whole is not job or narrow.denoiser.backend in GRAPHS:
         return  # what conditions do to a step is of one picture
+    if narrow.denoiser.captured:
+        return  # a last call of fewer would be one more graph
 
     def better(calls: int, decoded: int) -> Plan | None:
         wider = replace(estimate, images_per_call=calls, images_per_decode=decoded)

@@ -13,8 +13,9 @@ from typing import Any, TypeVar
 from ...kernels.recipe import recipe
 from ..backends import engine, graph_engine
 from ..budget import BUILDING
-from ..costs.footprint import Footprint, peak
+from ..costs.footprint import NO_CALL, Footprint, peak
 from ..costs.latency import (
+    COMPILE_SECONDS,
     PACK_SECONDS,
     PICTURE_SECONDS,
     PIN_SECONDS,
@@ -290,15 +291,17 @@ class Estimate:
             stages[stage] = max(stages[stage], self._peak(name, cfg, placements))
         painting = self._calling_seconds(cfg, placements)
         reading, quantising = self._preparing_seconds(placements, footprints)
+        compiling = self._compiling_seconds(cfg, placements)
         return Predicted(
             peak_bytes=max(stages.values()),
             stages=stages,
             context_bytes=self.hardware.context_bytes,
             host_bytes=_host_bytes(needed, footprints),
-            seconds=painting + reading + quantising,
+            seconds=painting + reading + quantising + compiling,
             psnr=self._quality(placements),
             reading_seconds=reading,
             quantising_seconds=quantising,
+            compiling_seconds=compiling,
         )
 
     def _quality(self, placements: Mapping[str, Placement]) -> float:
@@ -326,22 +329,36 @@ class Estimate:
         def compute() -> int:
             footprint = {n: self._footprint(n, placements[n], cfg) for n in (name, *others)}
             held, later = (
-                [count for n in group for count in (*footprint[n].held, footprint[n].kept)]
+                [count for n in group for count in (*footprint[n].held, *self._kept(n, placements[n], cfg))]
                 for group in groups
             )
             ways = [footprint[name]]
-            if self._caches(name):  # another path through the layers, with another peak
+            if (
+                own.captured
+            ):  # each kind of call runs as it is once, but its graph takes as much then, and more
+                later += self._kept(name, own, cfg)
+                ways = [replace(footprint[name], trace=NO_CALL, scratch=())]
+            elif self._caches(name):  # another path through the layers, with another peak
                 ways.append(self._footprint(name, own, cfg, SHALLOW))
             loaded = [*self.hardware.workspaces, *held]
             return max(peak(self.hardware.device, loaded, one, [*later, *features]) for one in ways)
 
         beside = tuple(
-            (n, p.backend, p.provider, p.precision, p.compute, p.residency, p.kept_bytes)
+            (n, p.backend, p.provider, p.precision, p.compute, p.residency, p.kept_bytes, p.compiled)
             for n in others
             for p in [placements[n]]
         )
-        way = (cfg, is_new, self._pictures(self._role(name)), self._caches(name), tuple(features))
+        graphs = tuple(
+            kind for n in (name, *others) if placements[n].captured for kind in self._kinds(n, cfg)
+        )
+        way = (cfg, is_new, self._pictures(self._role(name)), self._caches(name), tuple(features), graphs)
         return self._once(("peak", name, own, beside, *way), compute)
+
+    def _kept(self, name: str, placement: Placement, cfg: str) -> list[int]:
+        """Bytes that its calls leave behind, as long as it is loaded: CUDA graphs of each kind of call."""
+        if not placement.captured:
+            return [self._footprint(name, placement, cfg).kept]
+        return [self._footprint(name, placement, *way).kept for way in self._kinds(name, cfg)]
 
     def _features(self, name: str, placements: Mapping[str, Placement], cfg: str) -> list[int]:
         """Bytes of each array that is kept from step to step while a network is called, but for its own."""
@@ -352,7 +369,8 @@ class Estimate:
         shape = self.spec.inputs(self.spec.denoiser, *extent).get(KEPT, (0,))
         kept_bytes = math.prod(shape) * (4 if placements[denoiser].compute == "fp32" else 2)
         calls = self.job.branches * self.images_per_call // extent.batch
-        return [kept_bytes] * (calls - (name == denoiser))
+        is_own = name == denoiser and not placements[denoiser].captured  # else a copy of what the graph has
+        return [kept_bytes] * (calls - is_own)
 
     def _calling_seconds(self, cfg: str, placements: Mapping[str, Placement]) -> float:
         """With all that is needed loaded."""
@@ -386,6 +404,20 @@ class Estimate:
             for component, placement, _ in parts
         )
         return loading - quantising, quantising
+
+    def _compiling_seconds(self, cfg: str, placements: Mapping[str, Placement]) -> float:
+        """Of each kind of blocks that the denoiser's calls have. A pass before it was of another size."""
+        name = self.spec.denoiser.name
+        placement = placements[name]
+        if not placement.compiled or placement.backend in GRAPHS:
+            return 0.0
+        kinds = (self._footprint(name, placement, *way).trace.kinds for way in self._kinds(name, cfg))
+        return self._for_one(placement, sum(kinds) * COMPILE_SECONDS[self.hardware.device == "cpu"])
+
+    def _kinds(self, name: str, cfg: str) -> list[tuple[str, str]]:
+        """How a network is called, by guidance and cache: other inputs each."""
+        caches = CACHES if self._caches(name) else CACHES[:1]
+        return [(mode, c) for c in caches for mode, calls in self._calls(name, cfg, c).items() if calls]
 
     def _beside_seconds(self) -> float:
         """Of all pictures, what is not in a network."""
@@ -498,6 +530,13 @@ class Estimate:
         """Why an engine cannot run its component so, or None."""
         if self.step_cache > 1 and self.spec.denoiser.network.call_cached is None:
             return "its denoiser keeps nothing from step to step: leave out --step-cache"
+        unet = placements[self.spec.denoiser.name]
+        if (unet.compiled or unet.captured) and unet.backend != "torch":
+            return (
+                "torch alone has its blocks compiled, and CUDA graphs: leave out --compile and --cuda-graphs"
+            )
+        if unet.captured and not self.job.prompting.is_even:
+            return "prompt and negative prompt differ in length, CUDA graphs do not: leave out --cuda-graphs"
         for name, placement in self._needed(placements).items():
             component = self.spec.components[name]
             for mode, cache in product(self._calls(name, cfg), CACHES if self._caches(name) else CACHES[:1]):

@@ -41,8 +41,8 @@ class Predicted:
     """What a plan will take: bytes that torch's allocator reserves on a GPU, or bytes of tensors alive on a
     CPU, at most in each of STAGES and in all; `context_bytes` of the same memory before any tensor (the CUDA
     context, or the process); `host_bytes` that wait in the host's memory; seconds of one request, of which
-    `reading_seconds` load the weights but for `quantising_seconds`; decibels of PSNR against fp32 (99 is the
-    same)."""
+    `reading_seconds` load the weights but for `quantising_seconds`, and `compiling_seconds` compile blocks;
+    decibels of PSNR against fp32 (99 is the same)."""
 
     peak_bytes: int
     stages: Mapping[str, int]
@@ -52,10 +52,11 @@ class Predicted:
     psnr: float
     reading_seconds: float = 0.0
     quantising_seconds: float = 0.0
+    compiling_seconds: float = 0.0
 
     @property
     def painting_seconds(self) -> float:
-        return self.seconds - self.reading_seconds - self.quantising_seconds
+        return self.seconds - self.reading_seconds - self.quantising_seconds - self.compiling_seconds
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Plan:
         at_once = f", {self.images_per_call} pictures a call" if self.images_per_call > 1 else ""
         at_once += f", {self.images_per_decode} decoded at once" if self.images_per_decode > 1 else ""
         packed = ", packed" if unet.packed else ""
-        return f"{how}{packed}, VAE {vaes}{self.elsewhere}{at_once}{self.cached}{self.knowing}"
+        faster = (", blocks compiled" if unet.compiled else "") + (", CUDA graphs" if unet.captured else "")
+        return f"{how}{packed}{faster}, VAE {vaes}{self.elsewhere}{at_once}{self.cached}{self.knowing}"
 
     @property
     def cached(self) -> str:
@@ -260,6 +262,7 @@ def _problem(plan: Plan) -> str | None:
         plan.predicted.seconds,
         plan.predicted.reading_seconds,
         plan.predicted.quantising_seconds,
+        plan.predicted.compiling_seconds,
         *plan.predicted.stages.values(),
     )
     return None if all(isinstance(number, int | float) for number in numbers) else "it has no figures"
@@ -279,6 +282,9 @@ def _problem_of(placement: Placement) -> str | None:
     may_pack = (placement.backend, placement.precision) == ("torch", "fp32") and not streams
     if type(placement.packed) is not bool or (placement.packed and not may_pack):
         return f"packed of {placement.residency} {placement.precision} is {placement.packed!r}"
+    for field in ("compiled", "captured"):
+        if type(value := getattr(placement, field)) is not bool:
+            return f"it has {field} {value!r}"
     if bool(placement.provider) != (placement.backend == "onnx"):
         return f"it has the provider {placement.provider!r} for {placement.backend}"
     return None

@@ -45,6 +45,8 @@ class _Saved:
             "tiling": self.vae.tiling,
             "cfg": self.plan.cfg,
         }
+        faster = {"compile": self.unet.compiled, "cuda_graphs": self.unet.captured}
+        chosen |= {name: has for name, has in faster.items() if getattr(self.wishes, name)}
         wished = {name: getattr(self.wishes, name) for name in chosen}
         pairs = ((name, wished[name], value) for name, value in chosen.items())
         return next(((name, wish, value) for name, wish, value in pairs if wish not in ("auto", value)), None)

@@ -28,11 +28,13 @@ class Wishes:
     `backend` is of every component that is there for it, `provider` ONNX Runtime's, by its name or a part of
     that such as cuda. `budget` is bytes or text such as "4GiB", context included; `min_psnr` decibels against
     fp32. `prefer` says how much quality may go for speed, by the caching of steps where a request leaves it
-    open, and by fp32 in oneDNN's order: none, hardly any, or some. `requests` says how many will run with the
-    components that stay loaded, which share the time of loading them; `images_per_call` how many pictures may
-    go through the U-Net at once; `cache_every` of how many steps one is taken in full, where a request leaves
-    that open; `loaded` how those are placed that a pass before leaves loaded, by name; `after` how the U-Net
-    ran in that pass, in whose precision this one runs if it fits.
+    open, and by fp32 in oneDNN's order: none, hardly any, or some. `compile` has the denoiser's repeated
+    blocks compiled by torch, which takes seconds once; `cuda_graphs` has its calls recorded. `requests` says
+    how many will run with the components that stay loaded, which share the time of loading them;
+    `images_per_call` how many pictures may go through the U-Net at once; `cache_every` of how many steps one
+    is taken in full, where a request leaves that open; `loaded` how those are placed that a pass before
+    leaves loaded, by name; `after` how the U-Net ran in that pass, in whose precision this one runs if it
+    fits.
     """
 
     backend: str = _word(f"auto, {', '.join(BACKENDS)}.", BACKENDS)
@@ -50,6 +52,8 @@ class Wishes:
     prefer: str = option(
         "quality", f"{', '.join(PREFERENCES)}.", "NAME", choices=tuple(PREFERENCES), panel=_PANEL
     )
+    compile: bool = option(False, "Blocks, by torch.", options=("--compile",), panel=_PANEL)
+    cuda_graphs: bool = option(False, "Of the denoiser.", options=("--cuda-graphs",), panel=_PANEL)
     requests: int = 1
     images_per_call: int = 1
     cache_every: int | None = None

@@ -7,7 +7,7 @@ import functools
 import re
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,9 @@ from ...models.tensors import Tensor
 from ...placement import QUANTISED, Placement
 from ...units import shown
 from ..sent import Sent
-from . import dryrun, networks, quantised, streaming
+from . import compiled, dryrun, networks, quantised, streaming
 from . import loading as weights
+from .captured import Captured
 from .engine import TorchEngine, call_order
 from .meter import Meter, meter
 from .packed import packing_bytes
@@ -37,6 +38,8 @@ class TorchBackend(TorchEngine):
         self.device = torch.device(device)
         self.meter = meter(self.device)
         self._stores: dict[str, tuple[Component, Placement, streaming.HostStore]] = {}
+        self._captured: weakref.WeakSet[Captured] = weakref.WeakSet()
+        self._planned_bytes = 0
 
     def load(self, component: Component, placement: Placement) -> TorchSession:
         """Build the module on meta, then fill it at once or stream its weights as it runs."""
@@ -60,6 +63,11 @@ class TorchBackend(TorchEngine):
                 )
             else:
                 session.load(stored)
+        if placement.compiled:
+            session.compile()
+        if placement.captured:
+            session.captured = Captured()
+            self._captured.add(session.captured)
         if problem:
             session.notices += (
                 f"Triton does not run here ({problem}): "
@@ -116,8 +124,12 @@ class TorchBackend(TorchEngine):
             del self._stores[name]
             _empty_cache(self.device)
 
-    def trim(self, peak_bytes: int) -> tuple[str, ...]:  # noqa: ARG002
-        """Closes nothing: torch's cache is emptied at the start of each stage."""
+    def trim(self, peak_bytes: int) -> tuple[str, ...]:
+        """Closes nothing: torch's cache is emptied at the start of each stage. CUDA graphs of another plan
+        go, as they keep what that one's calls take."""
+        for graphs in self._captured if peak_bytes != self._planned_bytes else ():
+            graphs.clear()
+        self._planned_bytes = peak_bytes
         return ()
 
 
@@ -138,6 +150,7 @@ class TorchSession:
     answers is on the host, or `stays` on the device."""
 
     notices: tuple[str, ...] = ()
+    captured: Captured | None = None
     stays: int | None = None  # answers from that number on
     cached: tuple[networks.Forward | None, int | None] = None, None  # forward and stays, where steps are
 
@@ -153,7 +166,8 @@ class TorchSession:
         self.forward, self.dtype, self.device, self.meter = forward, dtype, device, meter
         self.streamer: streaming.Streamer | None = None
         self._stored: Mapping[str, Tensor] = {}
-        self._held = 0
+        self._held = self._compiler_bytes = 0
+        self._is_compiled = False
         self._calls: dict[Any, int] = {}
         self._sent = None if device.type == "cpu" else Sent()
 
@@ -166,6 +180,14 @@ class TorchSession:
                 weights.fill(module, stored, self.dtype, self.device)
             self._stored = stored
 
+    def compile(self) -> None:
+        """Compile its blocks as they are called. The compiler's own memory is a CPU's."""
+        self._compiler_bytes = compiled.COMPILER_BYTES if self.device.type == "cpu" else 0
+        with self._nothing_behind():
+            self._hold(self._compiler_bytes)
+            compiled.compile_blocks(self._module())
+        self._is_compiled = True
+
     def adapt(self, like: torch.nn.Module, stored: Mapping[str, Tensor]) -> bool:
         """Take the adapters' parts of `like`, a module on `meta`, and read what is `stored` otherwise than
         it was loaded. False, with nothing changed, if more differs than that."""
@@ -173,6 +195,8 @@ class TorchSession:
         changed = weights.changed(module, like, self._stored, stored)
         if changed is None:
             return False
+        if self.captured:
+            self.captured.clear()
         with self._holding(weights.checking_bytes(like)):
             weights.check_adapted(like)
         with self._nothing_behind():
@@ -180,7 +204,7 @@ class TorchSession:
             reading_bytes = scratch_bytes + weights.patching_bytes(changed) + packing_bytes(like, self.dtype)
             weights.exchange_adapted(module, like)
             held_bytes = sum(weights.beside(module, self.dtype)) + sum(weights.held(module, self.dtype))
-            self._hold(held_bytes - self._held)
+            self._hold(held_bytes + self._compiler_bytes - self._held)
             with self._holding(reading_bytes):
                 weights.refill(module, changed, self.dtype, self.device, scratch_bytes)
         self._stored = stored
@@ -236,15 +260,23 @@ class TorchSession:
         module, key = self._module(), (caching, *((name, array.shape) for name, array in arrays.items()))
         forward, stays = self.cached if caching else (self.forward, self.stays)
         assert forward
-        with tf32_off(self.device), _memory_errors_explained(self.device):
+        # The first call of a size is counted operator by operator where there is no allocator to ask.
+        counts = self._is_compiled and self.device.type in ("cpu", "mps") and key not in self._calls
+        plainly = compiled.as_they_are() if counts else nullcontext()
+        with tf32_off(self.device), _memory_errors_explained(self.device), plainly:
             tensors = {name: self._input(name, array) for name, array in arrays.items()}
             if self.streamer:
                 self.streamer.begin((caching, *arrays))
+
+            def run(given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+                return dryrun.run(module, forward, given, self.dtype, self.device, stays)
+
+            graphs = self.captured
             outs = self.meter.during(
-                self._calls,
-                key,
-                lambda: dryrun.run(module, forward, tensors, self.dtype, self.device, stays),
+                self._calls, key, lambda: graphs.call(tensors, run, stays) if graphs else run(tensors)
             )
+            if graphs and graphs.notice:
+                self.notices = (*dict.fromkeys((*self.notices, graphs.notice)),)
             count = len(outs) if stays is None else stays
             stayed = [Residual(out, self.meter) for out in outs[count:]]
             return (*(out.cpu().numpy() for out in outs[:count]), *stayed)
@@ -266,6 +298,8 @@ class TorchSession:
             self._let_go()
 
     def _let_go(self) -> None:
+        if self.captured:
+            self.captured.clear()
         if self.module:
             quantised.workspace(self.module).free()
         for part in self.module.modules() if self.module else ():

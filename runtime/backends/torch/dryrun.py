@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ....kernels import attention, onednn
-from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace
+from ...costs.footprint import ATTENTION, END, MOMENT, Arrival, Footprint, Operation, Shape, Trace, peak
 from ...costs.latency import converted_values, patching_seconds, read_bytes
 from ...errors import explained
 from ...lean import have_meta_kernels
@@ -24,6 +25,7 @@ from ...placement import Placement
 from ...recent import Recent
 from . import loading as weights
 from . import networks, streaming
+from .compiled import COMPILER_BYTES, kinds_counted
 from .cpu_kernels import CONVOLUTION, GROUP_NORM, SDPA, channels_last
 from .engine import module_key
 from .meter import LiveBytes, tensors_in
@@ -242,8 +244,17 @@ def footprint(
         module, dtype, device, "loading", lambda: weights.loading_bytes(module, stored, dtype, device)
     )
     patching = _kept(module, dtype, device, "patching", lambda: patching_seconds(stored.values()))
-    held = (*held, *_beside(module, dtype, device))
-    return Footprint(held, loading, trace, scratch, patching_seconds=patching, modules=_working(module))
+    compiler = [COMPILER_BYTES] if placement.compiled and device.type == "cpu" else []
+    held = (*held, *_beside(module, dtype, device), *compiler)
+    plain = Footprint(held, loading, trace, scratch, patching_seconds=patching, modules=_working(module))
+    return replace(plain, kept=_captured_bytes(plain, shapes, hardware)) if placement.captured else plain
+
+
+def _captured_bytes(footprint: Footprint, shapes: Mapping[str, tuple[int, ...]], hardware: Hardware) -> int:
+    """Bytes that a CUDA graph of the call keeps: its inputs, at most in fp32, and a pool of its own, in which
+    a library's workspace is there once more."""
+    inputs = [4 * math.prod(shape) for shape in shapes.values()]
+    return peak(hardware.device, [*hardware.workspaces, *inputs], replace(footprint, held=()))
 
 
 def _streamed(
@@ -352,6 +363,7 @@ def _trace(
     with (
         torch.inference_mode(),
         Recorder(device, device == "cpu" and networks.channels_last(module)) as recorder,
+        kinds_counted(module) as kinds,
         followed_once(module, blocks, recorder, calls),
     ):
         # Alive all the time, which what the host sends is not.
@@ -359,7 +371,8 @@ def _trace(
         run(module, call, tensors, dtype, torch.device("meta"), stays)
     for hook in hooks:
         hook.remove()
-    return Trace(tuple(recorder.events), tuple(recorder.attentions), tuple(recorder.operations), tuple(calls))
+    recorded = recorder.events, recorder.attentions, recorder.operations, calls
+    return Trace(*map(tuple, recorded), kinds=len(kinds))
 
 
 def run(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import astuple, dataclass
+from typing import Any
 
 from ...costs.footprint import Footprint
 from ...costs.known import KNOWN
@@ -42,6 +43,14 @@ class _Case:
     @property
     def compute(self) -> str:
         return self.placement.compute
+
+    @property
+    def compiled(self) -> bool:
+        return self.placement.compiled
+
+    @functools.cached_property
+    def compiler_problem(self) -> str | None:
+        return _compiler_problem(self.hardware)
 
     @functools.cached_property
     def triton_problem(self) -> str | None:
@@ -118,6 +127,36 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
     Rule(
         lambda case: case.placement.packed and "fp32" not in TORCH.said().packs,
         "torch has no products by packed weights for this processor: make a plan without --prefer",
+    ),
+    Rule(
+        lambda case: case.placement.captured and case.hardware.device != "cuda",
+        lambda case: f"CUDA has graphs, {case.hardware.device} has none: leave out --cuda-graphs",
+    ),
+    Rule(
+        lambda case: case.placement.captured and case.streamed,
+        "weights that stream are copied by the host, call by call, which no CUDA graph does: "
+        "leave out --cuda-graphs",
+    ),
+    Rule(
+        lambda case: case.compiled and case.streamed,
+        "weights that stream are put in place by hooks, which a compiled block would not call: "
+        "leave out --compile",
+    ),
+    Rule(
+        lambda case: case.compiled and case.quantised,
+        lambda case: (
+            "8- and 4-bit weights are dequantised into a buffer that layers share, which torch's compiler "
+            f"does not follow: leave out --compile, or choose {case.hardware.precisions[0]}"
+        ),
+    ),
+    Rule(
+        lambda case: case.compiled and case.placement.attention != "sdpa",
+        "attention in parts is a loop that torch's compiler would write out: leave out --compile, "
+        "or choose --attention sdpa",
+    ),
+    Rule(
+        lambda case: case.compiled and case.compiler_problem,
+        lambda case: f"torch's compiler does not run here ({case.compiler_problem}): leave out --compile",
     ),
     Rule(
         lambda case: case.streamed and case.hardware.unified and case.hardware.device == "cuda",
@@ -198,7 +237,8 @@ def packs(component: Component, placement: Placement) -> bool:
     times."""
     plain = component.formats is None and placement.precision == placement.compute
     stays = component.role in (Role.DENOISER, Role.CONTROL) and placement.residency != "streamed"
-    asked = placement.packed or placement.compute == "bf16"
+    # The compiler takes no opaque weights.
+    asked = placement.packed or (placement.compute == "bf16" and not placement.compiled)
     return plain and stays and asked and placement.compute in TORCH.said().packs
 
 
@@ -211,6 +251,18 @@ def _triton_problem(hardware: Hardware) -> str | None:
     from ....kernels.dequantise import triton_problem
 
     return triton_problem(torch.device("cuda")) if torch.cuda.is_available() else None
+
+
+def _compiler_problem(hardware: Hardware) -> str | None:
+    """Why torch's compiler fails on this machine; None for a device that is only planned for."""
+    if hardware.providers is not None:
+        return None
+    import torch
+
+    from . import compiled
+
+    part: Any = torch.backends.mps if hardware.device == "mps" else getattr(torch, hardware.device)
+    return compiled.compiler_problem(torch.device(hardware.device)) if part.is_available() else None
 
 
 def _instead(hardware: Hardware) -> str:

@@ -164,7 +164,8 @@ def normed(norm: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         how = norm.num_groups, norm.weight, norm.bias, norm.eps
-        if not (x.is_cuda and _is_dense(x) and fused_runs(x.device)):
+        compiling = torch.compiler.is_compiling()  # which joins them with what is around them
+        if compiling or not (x.is_cuda and _is_dense(x) and fused_runs(x.device)):
             return group_norm_silu(x, how)
         from ....kernels.triton_norms import group_norm_silu_triton  # importing triton costs memory
 

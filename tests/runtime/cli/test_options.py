@@ -90,8 +90,8 @@ def test_names_of_options_stay():
         --prediction --unet --text-encoder --models-dir --json --image --strength --resize --mask-image --mask
         --mask-blur --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale --ip-adapter
         --ip-image --control --reference --hires --hires-size --hires-strength --hires-steps --hires-upscaler
-        --hires-prompt --hires-scheduler --refiner --refiner-start --step-cache --prefer --negative-prompt
-        --no-text-cache"""
+        --hires-prompt --hires-scheduler --refiner --refiner-start --step-cache --prefer --compile
+        --cuda-graphs --negative-prompt --no-text-cache"""
     of_generate = """\
 prompt --prompt-file --from --seed --scheduler --num-images --plan --connect -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise

@@ -1,0 +1,145 @@
+"""Repeated blocks, compiled: each kind once, with the answers and within the bytes of the same as they are;
+in plans where it is asked for, refused where it cannot run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tightfit.runtime.backends.torch import compiled
+from tightfit.runtime.backends.torch.backend import TorchSession
+from tightfit.runtime.backends.torch.meter import CountingMeter
+from tightfit.runtime.costs.latency import COMPILE_SECONDS
+from tightfit.runtime.errors import TightfitError
+from tightfit.runtime.machine.hardware import Hardware
+from tightfit.runtime.machine.profiles import profile
+from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.planner.choose import plan
+from tightfit.runtime.planner.plan import Plan
+from tightfit.runtime.planner.wishes import Wishes
+from tightfit.runtime.request import Request
+from torch import nn
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
+
+REQUEST = Request("a red heart", num_inference_steps=4, width=64, height=64)
+ONE_WAY: dict[str, Any] = {
+    "precision": "fp32",
+    "residency": "resident",
+    "attention": "sdpa",
+    "tiling": "whole",
+}
+
+
+class OwnTransformerBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.wide, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return x + scale * self.narrow(nn.functional.silu(self.wide(x)).sin())
+
+
+class Net(nn.Module):
+    """Three blocks that are alike, the last with another input; and one beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(OwnTransformerBlock(64) for _ in range(3))
+        self.other = OwnTransformerBlock(32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.blocks[1](self.blocks[0](x))
+        return self.other(self.blocks[2](y[:, :8])[..., :32])
+
+
+def most_allocated(call) -> int:
+    with profiled(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = call()
+    now = most = 0
+    for event in seen.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    del kept
+    return most
+
+
+def test_kinds_are_compiled_once_and_answer_alike():
+    """By torch's compiler. The first call runs as it is, and is counted; compiled ones take no more."""
+    if problem := compiled.compiler_problem(torch.device("cpu")):
+        pytest.skip(problem)
+    from torch._dynamo.utils import counters
+
+    torch.manual_seed(0)
+    module, x = Net().eval().requires_grad_(False), torch.randn(2, 64, 64)
+    with torch.inference_mode(), compiled.kinds_counted(module) as kinds:
+        right = module.double()(x.double()).float()
+    module.float()
+    meter = CountingMeter("cpu")
+    session = TorchSession(
+        module, lambda module, sample: (module(sample),), torch.float32, torch.device("cpu"), meter
+    )
+    session.compile()
+    counters.clear()
+    first = session(sample=x.numpy())[0]
+    assert not counters["stats"]["unique_graphs"]
+    counted = meter.bytes() - compiled.COMPILER_BYTES
+    second = session(sample=x.numpy())[0]
+    assert counters["stats"]["unique_graphs"] == len(kinds) == 3
+    assert not counters["graph_break"]
+    for answer in (first, second):
+        assert torch.allclose(torch.from_numpy(answer), right, atol=1e-5)
+    assert 0 < most_allocated(lambda: session(sample=x.numpy())) <= counted
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    monkeypatch.setattr(compiled, "compiler_problem", lambda _: None)
+
+
+def test_plans_have_it_where_it_is_asked_for(sd1, compiles):
+    """With a CPU's bytes for the compiler, and seconds by kinds of blocks, which many requests share."""
+    machine, spec = Hardware("cpu", "a machine", 2**34, 2**34, ("fp32",)), inspect(sd1)
+    plain, fast = (plan(machine, spec, REQUEST, Wishes(compile=on, **ONE_WAY))[0] for on in (False, True))
+    assert "blocks compiled" in fast.summary()
+    assert "compiled" not in plain.summary()
+    assert [name for name, own in fast.placements.items() if own.compiled] == [spec.denoiser.name]
+    assert fast.predicted.peak_bytes == plain.predicted.peak_bytes + compiled.COMPILER_BYTES
+    seconds = fast.predicted.compiling_seconds
+    assert seconds and seconds % COMPILE_SECONDS[True] == 0
+    assert fast.predicted.seconds == pytest.approx(plain.predicted.seconds + seconds, rel=0.2)
+    assert plain.predicted.compiling_seconds == 0
+    many = Wishes(compile=True, requests=10, **ONE_WAY)
+    assert plan(machine, spec, REQUEST, many)[0].predicted.compiling_seconds == pytest.approx(seconds / 10)
+    assert Plan.from_json(json.dumps(fast.to_json())) == fast
+    with pytest.raises(TightfitError, match="it has compiled 1"):
+        Plan.from_json(json.dumps(fast.to_json()).replace('"compiled": true', '"compiled": 1'))
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ({"residency": "streamed"}, "put in place by hooks"),
+        ({"precision": "int8"}, "a buffer that layers share"),
+        ({"attention": "chunked"}, "a loop that torch's compiler would write out"),
+    ],
+)
+def test_what_it_cannot_run_is_refused(sd1, compiles, asked, why):
+    card = profile("rtx-3060-12gb")
+    wishes = Wishes(compile=True, **{"precision": "fp16"} | asked)
+    plans = plan(card, inspect(sd1), REQUEST, wishes)
+    assert not any(each.fits for each in plans)
+    assert why in plans[0].cause
+
+
+def test_a_machine_without_a_compiler_says_so(sd1, monkeypatch):
+    monkeypatch.setattr(compiled, "compiler_problem", lambda _: "no working C++ compiler found")
+    machine = replace(Hardware.detect("cpu"), free_bytes=2**33)
+    (cause,) = {each.cause for each in plan(machine, inspect(sd1), REQUEST, Wishes(compile=True, **ONE_WAY))}
+    assert cause == (
+        "torch's compiler does not run here (no working C++ compiler found): leave out --compile"
+    )
