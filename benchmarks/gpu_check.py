@@ -17,12 +17,12 @@ with .whl listed in .git/info/exclude; then on the other machine, in the checkou
 
 Sections, the most important first: the probe (gpu_probe.py); a full-size random SD 1.5 in fp16 by eight
 different plans, under caps of 2 to 8 GB; against diffusers' best; in int8, int4 and integer arithmetic; norms
-in one kernel and calls as CUDA graphs; the GPU tests; kernels and single layers; SDXL; how much of streaming
-is hidden; blocks compiled, and diffusers compiled; ONNX Runtime. Each section has its own process
-and time limit. One that fails, hangs or crashes does not stop the others, and its rows so far are kept.
-Models are written once, by other processes during the probe and the tests. Pictures are compared with
-fp32's, bytes with the driver's count, so close other programs that use the card. One screen shows what was
-wrong, worst first; everything is in gpu_check.jsonl under $OUT, else in benchmarks/results.
+in one kernel; channels last and fused projections; calls as CUDA graphs; the GPU tests; kernels and single
+layers; SDXL; how much of streaming is hidden; blocks compiled, and diffusers compiled; ONNX Runtime. Each
+section has its own process and time limit. One that fails, hangs or crashes does not stop the others, and its
+rows so far are kept. Models are written once, by other processes during the probe and the tests. Pictures are
+compared with fp32's, bytes with the driver's count, so close other programs that use the card. One screen
+shows what was wrong, worst first; everything is in gpu_check.jsonl under $OUT, else in benchmarks/results.
 `--tiny --device cpu` rehearses it anywhere and writes to the cache folder.
 """
 
@@ -72,6 +72,7 @@ def sections(half: str) -> tuple[Section, ...]:
         Section("speed", 50),
         Section("few bits", 100),
         Section("norms", 30),
+        Section("layouts", 30),
         Section("graphs", 30),
         Section("GPU tests", 60, ("sdxl",)),
         Section("kernels and layers", 60),

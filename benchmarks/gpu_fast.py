@@ -1,7 +1,7 @@
 """What a GPU's own fast paths give a U-Net, each beside what runs today: group norm and SiLU in one kernel,
 the whole call as a CUDA graph, repeated blocks compiled, weights that stream while others compute.
 
-No plan takes the graph or the compiled blocks: no GPU has run them yet. Each function yields rows as the
+No plan takes any of it unasked (--cuda-graphs, --compile): no GPU has run it yet. Each yields rows as the
 sections of gpu_sections.py do, with `wrong` answers, `seconds`, and `predicted` beside `measured` bytes.
 """
 
@@ -22,6 +22,7 @@ from ..runtime.backends.torch import dryrun
 from ..runtime.backends.torch.backend import TorchSession
 from ..runtime.backends.torch.patches import BLOCKS
 from ..runtime.backends.torch.tf32 import tf32_off
+from ..runtime.errors import first_line
 from .gpu_card import Card
 from .gpu_probe import SUMMED, _judged, off
 from .layers import microseconds
@@ -31,7 +32,6 @@ Row = dict[str, Any]
 MAPS = ((2, 320, 64, 64), (2, 960, 64, 64), (2, 1280, 16, 16), (1, 512, 128, 128), (1, 128, 512, 512))
 LAYOUTS = {"first": torch.contiguous_format, "last": torch.channels_last}
 _TURNS = 3
-_RECOMPILED = 64  # a block is compiled once for each shape, and torch gives up after 8
 
 
 @torch.inference_mode()
@@ -65,80 +65,128 @@ def norms(card: Card) -> Iterator[Row]:
 
 
 def graphs(
-    card: Card, session: TorchSession, arrays: Mapping[str, Any], predicted_bytes: int
+    card: Card, plain: TorchSession, recorded: TorchSession, arrays: Mapping[str, Any], predicted_bytes: int
 ) -> Iterator[Row]:
-    """A call as a CUDA graph beside the same call operator by operator. `predicted_bytes` is what the call
-    takes beside the weights: a graph keeps as much for itself."""
-    if card.device != "cuda":
-        yield {"pipeline": "CUDA graph", "skipped": "CUDA alone has graphs of what was launched"}
-        return
-    if session.streamer:
-        yield {
-            "pipeline": "CUDA graph",
-            "skipped": "weights that stream are copied by the host, call by call",
-        }
-        return
-    call = calling(session, arrays)
+    """A call as a CUDA graph, as plans with --cuda-graphs have it, beside the same call operator by operator.
+    `predicted_bytes` is what plans count of a graph, which keeps what its call takes."""
+    right, seconds_plain = plain(**arrays)[0], _seconds(card, lambda: plain(**arrays))
+    recorded(**arrays)  # as it is
+    card.clear()
+    before = torch.cuda.memory_reserved()
+    recorded(**arrays)
+    card.clear()
+    row: Row = {
+        "pipeline": "CUDA graph",
+        "predicted": predicted_bytes,
+        "measured": (kept := torch.cuda.memory_reserved() - before),
+        "error": predicted_bytes / kept - 1 if kept else 0.0,
+        **({"failed": recorded.notices[-1]} if recorded.notices else {}),
+    }
+    answer = recorded(**arrays)[0]
+    row |= _judged([off(torch.from_numpy(answer), torch.from_numpy(right))], SUMMED[plain.dtype])
+    seconds = _seconds(card, lambda: recorded(**arrays))
+    yield row | {
+        "seconds": seconds,
+        "times": round(seconds / seconds_plain, 3),
+        "of": "each operator launched",
+    }
+
+
+def compiled(
+    card: Card, plain: TorchSession, blocks: TorchSession, arrays: Mapping[str, Any], predicted_seconds: float
+) -> Iterator[Row]:
+    """Repeated blocks compiled, as plans with --compile have them, beside the same call as it is: seconds,
+    and those that compiling took."""
+    right, seconds_plain = plain(**arrays)[0], _seconds(card, lambda: plain(**arrays))
+    start = time.perf_counter()
+    if not card.is_gpu:  # whose first call is counted, operator by operator
+        blocks(**arrays)
+    answer = blocks(**arrays)[0]
+    took = time.perf_counter() - start
+    seconds = _seconds(card, lambda: blocks(**arrays))
+    row: Row = {"pipeline": "blocks compiled", "compiling s": (round(predicted_seconds, 1), round(took, 1))}
+    row |= _judged([off(torch.from_numpy(answer), torch.from_numpy(right))], SUMMED[plain.dtype])
+    yield row | {
+        "seconds": seconds,
+        "times": round(seconds / seconds_plain, 3),
+        "of": "the same blocks as they are",
+    }
+
+
+def layouts(card: Card, session: TorchSession, arrays: Mapping[str, Any]) -> Iterator[Row]:
+    """A U-Net's call as it is, with channels last, with q, k and v in one product, and with both: ms, bytes
+    that the call takes, and decibels beside the first. No plan takes any but the first on a GPU."""
+    module, call, right = session.module, calling(session, arrays), None
+    assert module is not None
+    move: Any = module.to
     with torch.inference_mode(), tf32_off(session.device):
-        right, plain = call().clone(), _seconds(card, call)
-        card.clear()
-        before = torch.cuda.memory_reserved()
-        graph, answer = captured(call)
-        card.clear()  # what warming up has left
-        row: Row = {
-            "pipeline": "CUDA graph",
-            "predicted": predicted_bytes,
-            "measured": (kept := torch.cuda.memory_reserved() - before),
-            "error": predicted_bytes / kept - 1 if kept else 0.0,
-        }
-        graph.replay()
-        row |= _judged([off(answer, right)], SUMMED[session.dtype])
-        seconds = _seconds(card, graph.replay)
-    yield row | {"seconds": seconds, "times": round(seconds / plain, 3), "of": "each operator launched"}
+        for name in ("as it is", "channels last", "q, k, v fused", "both"):
+            try:
+                if name == "channels last":
+                    move(memory_format=torch.channels_last)
+                elif name == "q, k, v fused":
+                    move(memory_format=torch.contiguous_format)
+                    fuse(module)
+                elif name == "both":
+                    move(memory_format=torch.channels_last)
+                answer = call()
+                right = answer.clone() if right is None else right
+                row: Row = {"pipeline": f"U-Net, {name}", "ms": round(1e3 * _seconds(card, call), 3)}
+                if card.is_gpu:
+                    row["bytes"] = card.most(call)[0]
+                if name != "as it is":
+                    bound = SUMMED[session.dtype]
+                    row |= _judged([off(answer, right)], bound) | {"dB": _decibels(answer, right)}
+                yield row
+            except Exception as error:  # one way that fails leaves the others
+                yield {"pipeline": f"U-Net, {name}", "failed": f"{type(error).__name__}: {first_line(error)}"}
 
 
-def captured(call: Callable[[], Tensor]) -> tuple[Any, Tensor]:
-    """The graph of a call, and the answer that it writes anew each time it is replayed. Three calls before
-    choose kernels, which may allocate and wait."""
-    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.empty_cache()
-    with torch.cuda.graph(graph):
-        answer = call()
-    return graph, answer
+def fuse(module: torch.nn.Module) -> None:
+    """Let each attention multiply by the weights of q, k and v at once, of k and v where it reads texts."""
+    for part in module.modules():
+        if type(part).__name__ == "Attention" and not hasattr(part, "to_k_ip"):
+            names = ("to_q", "to_k", "to_v")
+            layers = [getattr(part, name) for name in names]
+            is_own = len({layer.in_features for layer in layers}) == 1 and not part.is_cross_attention
+            joined = _Joined(layers if is_own else layers[1:])
+            for number, name in enumerate(names if is_own else names[1:]):
+                setattr(part, name, _PartOf(joined, number))
 
 
-def compiled(card: Card, session: TorchSession, arrays: Mapping[str, Any]) -> Iterator[Row]:
-    """Repeated blocks compiled, each once for all that are alike, beside the same call as it is: seconds, and
-    those that compiling took."""
-    call = calling(session, arrays)
-    blocks = repeated(session.module)
-    with torch.inference_mode(), tf32_off(session.device):
-        right, plain = call().clone(), _seconds(card, call)
-        torch._dynamo.config.recompile_limit = _RECOMPILED
-        for block in blocks:
-            block.compile(dynamic=False)
-        try:
-            start = time.perf_counter()
-            answer = call()
-            took = time.perf_counter() - start
-            seconds = _seconds(card, call)
-        finally:
-            for block in blocks:
-                block._compiled_call_impl = None
-    row = {"pipeline": f"{len(blocks)} blocks compiled", "compiling s": round(took, 1)}
-    row |= _judged([off(answer, right)], SUMMED[session.dtype])
-    yield row | {"seconds": seconds, "times": round(seconds / plain, 3), "of": "the same blocks as they are"}
+class _Joined:
+    """Linears of one input as one product; what they answer is kept until the last was asked for."""
+
+    def __init__(self, layers: list[Any]) -> None:
+        self.count = len(layers)
+        self.weight = torch.cat([layer.weight for layer in layers])
+        biases = [layer.bias for layer in layers]
+        self.bias = None if biases[0] is None else torch.cat(biases)
+        self._answers: tuple[Tensor, ...] = ()
+
+    def answer(self, x: Tensor, number: int) -> Tensor:
+        if number == 0:
+            self._answers = functional.linear(x, self.weight, self.bias).chunk(self.count, -1)
+        answer = self._answers[number]
+        if number == self.count - 1:
+            self._answers = ()
+        return answer
 
 
-def repeated(module: Any) -> list[Any]:
-    """The blocks that diffusers says a network repeats, and its ResNet blocks."""
-    names = {*getattr(module, "_repeated_blocks", ()), "ResnetBlock2D"}
-    return [part for part in module.modules() if type(part).__name__ in names]
+class _PartOf(torch.nn.Module):
+    def __init__(self, joined: _Joined, number: int) -> None:
+        super().__init__()
+        self._joined, self._number = joined, number
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, n, width) → (batch, n, out)."""
+        return self._joined.answer(x, self._number)
+
+
+def _decibels(answer: Tensor, right: Tensor) -> float:
+    """Of the largest value, 99 at most."""
+    error = (answer.double() - right.double()).square().mean().sqrt()
+    return round(min(99.0, float(20 * torch.log10(right.double().abs().max() / error.clamp(min=1e-30)))), 1)
 
 
 def overlap(

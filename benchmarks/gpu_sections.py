@@ -26,7 +26,7 @@ import torch
 from .. import Hardware, Pipeline, Plan, Request, TightfitError, Wishes, inspect, load, plan
 from ..export import random_model
 from ..runtime.backends.torch.backend import TorchBackend
-from ..runtime.costs.footprint import peak
+from ..runtime.costs.latency import COMPILE_SECONDS
 from ..runtime.errors import first_line
 from ..runtime.machine.providers import CPU_PROVIDER
 from ..runtime.models.families.family import Extent
@@ -71,6 +71,7 @@ class Check:
             "speed": lambda: chain(self.speed(["diffusers", ("sd1", self.half)]), self.speed([streamed])),
             "few bits": self.few_bits,
             "norms": lambda: gpu_fast.norms(self.card),
+            "layouts": lambda: self.fast("layouts"),
             "graphs": lambda: self.fast("graphs"),
             "GPU tests": self.tests,
             "kernels and layers": self.kernels,
@@ -343,15 +344,26 @@ class Check:
         size = spec.native_size[0]
         session, arrays = backend.load(unet, placement), noise(spec, 2, size)
         if path == "graphs":
-            footprint = backend.footprint(spec, unet, placement, hardware, Extent(2, size, size))
-            call_bytes = peak(hardware.device, [], replace(footprint, held=()))  # a pool of its own
-            yield from gpu_fast.graphs(self.card, session, arrays, call_bytes)
+            how = replace(placement, captured=True)
+            if why := backend.refuses(spec, unet, how, hardware, Extent(2, size, size)):
+                yield {"pipeline": "CUDA graph", "skipped": why}
+                return
+            graph_bytes = backend.footprint(spec, unet, how, hardware, Extent(2, size, size)).kept
+            yield from gpu_fast.graphs(self.card, session, backend.load(unet, how), arrays, graph_bytes)
+        elif path == "layouts":
+            yield from gpu_fast.layouts(self.card, session, arrays)
         elif path == "overlap":
             streamed = backend.load(unet, replace(placement, residency="streamed"))
             moved_bytes = session.dtype.itemsize * sum(tensor.count for tensor in unet.tensors.values())
             yield from gpu_fast.overlap(self.card, session, streamed, arrays, moved_bytes)
         else:
-            yield from gpu_fast.compiled(self.card, session, arrays)
+            how = replace(placement, compiled=True)
+            if why := backend.refuses(spec, unet, how, hardware, Extent(2, size, size)):
+                yield {"pipeline": "blocks compiled", "skipped": why}
+                return
+            kinds = backend.footprint(spec, unet, how, hardware, Extent(2, size, size)).trace.kinds
+            seconds = kinds * COMPILE_SECONDS[not self.card.is_gpu]
+            yield from gpu_fast.compiled(self.card, session, backend.load(unet, how), arrays, seconds)
 
     def onnx(self) -> Iterator[Row]:
         """ONNX Runtime, if it has a provider for this device."""
