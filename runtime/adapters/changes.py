@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..models.layouts.renames import split
+from ..models.layouts.renames import rows as some_rows
+from ..models.layouts.renames import turned
 from ..models.tensors import Patch, Tensor
 
 _EPSILON = 2**-23  # beside a norm, as LyCORIS has it
@@ -36,24 +37,25 @@ class Change(Patch):
         """Whether it is for a weight of that shape."""
         return len(shape) > 1 and self.sides == (shape[0], math.prod(shape[1:]))
 
-    def part(self, number: int, count: int) -> Change:
-        """What it does to one of so many equal parts of the rows. ValueError where there are none."""
-        return Part(self.tensors, self.scale, self, number, count)
+    def part(self, first: int, rows: int) -> Change:
+        """What it does to so many rows from `first` on, or to all from the middle on, after the last of which
+        row 0 is next. ValueError where it has no parts."""
+        return Part(self.tensors, self.scale, self, first, rows)
 
 
 @dataclass(frozen=True)
 class Part(Change):
-    """What another change does to one of `count` equal parts of the rows."""
+    """What another change does to some rows."""
 
     of: Change
-    number: int
-    count: int
+    first: int
+    rows: int
 
     def _sides(self) -> tuple[int, int]:
         rows, row = self.of.sides
-        if self.of.whole or not rows or rows % self.count:
-            raise ValueError("a change of no equal parts")
-        return rows // self.count, row
+        if self.of.whole or not rows:
+            raise ValueError("a change of no parts")
+        return self.rows, row
 
     @property
     def flops(self) -> int:
@@ -63,7 +65,11 @@ class Part(Change):
         return self.of.prepared(parts)
 
     def apply(self, rows: Any, start: int, parts: Parts) -> None:
-        self.of.apply(rows, start + self.number * self.sides[0], parts)
+        start = (start + self.first) % self.of.sides[0]
+        before_end = self.of.sides[0] - start
+        self.of.apply(rows[:before_end], start, parts)
+        if len(rows) > before_end:
+            self.of.apply(rows[before_end:], 0, parts)
 
 
 class LowRank(Change):
@@ -73,11 +79,10 @@ class LowRank(Change):
     def low_rank(self) -> bool:
         return len(self.tensors) == 2
 
-    def part(self, number: int, count: int) -> Change:
+    def part(self, first: int, rows: int) -> Change:
         up, *others = self.tensors
-        if up.shape[0] % count:
-            raise ValueError("a change of no equal parts")
-        return LowRank((split(up, count)[number], *others), self.scale)
+        cut = turned(up) if rows == up.shape[0] else some_rows(up, first, rows)
+        return LowRank((cut, *others), self.scale)
 
     def _sides(self) -> tuple[int, int]:
         up, down, *middle = self.tensors

@@ -6,7 +6,7 @@ import functools
 import math
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +19,12 @@ from ..models.families import reads_texts
 from ..models.families.family import Role
 from ..models.layouts import foreign
 from ..models.layouts.scales import FLOATS
+from ..models.layouts.transformer_names import Place
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 from .changes import Added, Change, Decomposed, Hadamard, Kronecker, LowRank, Scaled
 from .header import Stamp, a1111_hash, contents, exists, located, stamp
-from .names import Paths, Places, split
+from .names import Places, split
 
 _NUMBERS = {
     "F64": "<d",
@@ -49,10 +50,13 @@ _FAST = (
 _STEPS = re.compile(r"(\d{1,2})[ _-]?steps?\b")
 # Layers by how they begin in files for models of other kinds.
 _FOREIGN = (
+    (re.compile(r"double_stream_mod|to_qkv_mlp_proj|ff(_context)?[._]linear_"), "Flux.2"),
+    (re.compile(r"(img|txt)_mod|modulation[._]lin|proj_mlp"), "Flux.1"),
     (re.compile(r"(double|single)_blocks|single_transformer_blocks"), "Flux"),
     (re.compile(r"joint_blocks|lora_te3|text_encoder_3"), "SD 3"),
     (re.compile(r"lora_transformer|transformer[._]transformer_blocks"), "a diffusion transformer"),
 )
+_OF_TEXT = re.compile(r"(base_model\.model\.)?(lora_|lycoris_)?(te\d?_|text_encoders?[._\d])")
 _READS = re.compile(r"attn2[._](processor[._])?to_[kv]$")  # what of a U-Net reads texts
 _PATTERNS = "alpha_pattern"
 _ALONE = {"diff": "weight", "w_norm": "weight", "diff_b": "bias", "b_norm": "bias", "up_bias": "bias"}
@@ -117,43 +121,37 @@ class Lora:
     def apply(self, spec: ModelSpec) -> ModelSpec:
         layers, places = self._layers, Places(spec)
         changed = {name: dict(component.tensors) for name, component in spec.components.items()}
-        left, applied = [*layers.unknown], 0
         placed = {layer: place for layer in layers.by_name if (place := places.find(layer))}
-        repeated = _repeated(placed, layers.by_name)
-        for layer, stored in layers.by_name.items():
-            if layer in repeated:
-                continue
-            if layer not in placed:
-                left += stored.values()
-                continue
-            component, paths = placed[layer]
-            self._check_family(spec, layer, component, paths[0])
-            try:
-                applied += self._change(layer, stored, component, paths, changed[component.name])
-            except ValueError:
-                left += stored.values()
-        if not applied:
-            raise self._for_others(spec, [*layers.by_name, *layers.unknown])
+        repeated, fitting = _repeated(placed, layers.by_name), set[str]()
+        for layer, (component, place) in placed.items():
+            self._check_width(spec, layer, component, place)
+            paths = repeated.get(layer, frozenset())
+            with suppress(ValueError):
+                if self._change(layer, component, place, changed[component.name], paths):
+                    fitting.add(layer)
+        twice = {layer for layer, paths in repeated.items() if paths.issuperset(placed[layer][1].paths)}
+        self._check_model(spec, placed, fitting)
         components = {
             name: component
             if changed[name] == component.tensors
             else replace(component, tensors=changed[name])
             for name, component in spec.components.items()
         }
-        twice = sum(len(layers.by_name[layer]) for layer in repeated)
-        return replace(spec, components=components, notes=(*spec.notes, *self._notes(left, applied, twice)))
+        notes = self._notes(fitting, twice)
+        return replace(spec, components=components, notes=(*spec.notes, *notes))
 
     def _change(
         self,
         layer: str,
-        stored: Mapping[str, str],
         component: Component,
-        paths: Paths,
+        place: Place,
         tensors: dict[str, Tensor],
-    ) -> int:
-        """Patch one layer's tensors, and count the keys of the file that did it. `paths` are of parts of its
-        rows, most often of all. ValueError where a shape does not fit, before anything is patched."""
-        contents = self._layers
+        left_out: Collection[str],
+    ) -> bool:
+        """Patch one layer's tensors but those of the paths `left_out`, and say whether there is anything to
+        patch. ValueError where a shape does not fit, before anything is patched."""
+        contents, paths = self._layers, place.paths
+        stored = contents.by_name[layer]
         strength = self.text_weight if component.role is Role.TEXT else self.weight
         patches: list[tuple[str, Change]] = []
         weight = "weight" if f"{paths[0]}.weight" in tensors else "packed"
@@ -166,36 +164,50 @@ class Lora:
                 scale = contents.scale(layer, stored) if kind == "up_bias" else 1.0
                 added = Added(contents.parts(stored, kind), strength * scale)
                 patches.append((weight if leaf == "weight" else leaf, added))
-        places = [
-            (f"{path}.{leaf}", leaf, patch if len(paths) == 1 else patch.part(number, len(paths)))
+        parts = [
+            (path, f"{path}.{leaf}", part)
             for leaf, patch in patches
-            for number, path in enumerate(paths)
+            for path, part in zip(paths, _parts(patch, place, leaf, tensors), strict=True)
         ]
-        for name, leaf, patch in places:
-            if name not in tensors or not _fits(patch, tensors[name], leaf):
-                raise ValueError(f"{layer} does not fit {name}")
-        for name, _, patch in places if strength else ():
-            tensors[name] = replace(tensors[name], patches=(*tensors[name].patches, patch))
-        return len(stored) if patches else 0
+        for path, name, part in parts if strength else ():
+            if path not in left_out:
+                tensors[name] = replace(tensors[name], patches=(*tensors[name].patches, part))
+        return bool(patches)
 
-    def _check_family(self, spec: ModelSpec, layer: str, component: Component, path: str) -> None:
-        """Raise TightfitError if it is what reads texts in a denoiser, of another width."""
-        if component.role is Role.DENOISER and path.endswith(("attn2.to_k", "attn2.to_v")):
+    def _check_width(self, spec: ModelSpec, layer: str, component: Component, place: Place) -> None:
+        """Raise TightfitError if it is what reads texts in a U-Net, of another width."""
+        if "cross_attention_dim" in component.config and place.paths[0].endswith(
+            ("attn2.to_k", "attn2.to_v")
+        ):
             width = self._layers.inputs(layer)
             if width and width != spec.text_width:
                 raise self._other_family(spec, f"is for {reads_texts(width)}")
 
-    def _for_others(self, spec: ModelSpec, layers: list[str]) -> TightfitError:
+    def _check_model(
+        self, spec: ModelSpec, placed: Mapping[str, tuple[Component, Place]], fitting: Collection[str]
+    ) -> None:
+        """Raise TightfitError if less than half of the layers are this model's, those of texts aside: of two
+        transformers of one width some layers have one shape."""
+        of_text = {layer for layer in self._layers.by_name if _OF_TEXT.match(layer)}
+        layers = self._layers.by_name.keys() - of_text
+        if not fitting or 2 * len(layers.intersection(fitting)) < len(layers):
+            raise self._for_others(spec, placed.keys())
+
+    def _for_others(self, spec: ModelSpec, placed: Set[str]) -> TightfitError:
         if not spec.denoiser.tensors:
             return TightfitError(
                 f"{self.title} changes weights, and {spec.name} is here as ONNX only: "
                 "use the model that it was exported from"
             )
-        # Before widths: SD 3.5 has an attn2, too, which reads no texts.
-        if kind := next((kind for pattern, kind in _FOREIGN if any(map(pattern.search, layers))), None):
-            return self._other_family(spec, f"is for {kind}")
+        layers = [*self._layers.by_name, *self._layers.unknown]
         reading = (layer for layer in self._layers.by_name if _READS.search(layer))
-        if width := next(filter(None, map(self._layers.inputs, reading)), None):
+        width = next(filter(None, map(self._layers.inputs, reading)), None)
+        for pattern, kind in _FOREIGN:  # before widths: SD 3.5 has an attn2, too, which reads no texts
+            if of_kind := [*filter(pattern.search, layers)]:
+                here = not placed.isdisjoint(of_kind)
+                other = "a larger or a smaller model, or another with such layers"
+                return self._other_family(spec, f"is for {other if here else kind}")
+        if width:
             return self._other_family(spec, f"is for {reads_texts(width)}")
         example = f"such as {layers[0][:80]}" if layers else "as it holds nothing"
         return self._other_family(spec, f"fits nothing of the model, {example}")
@@ -204,8 +216,12 @@ class Lora:
         family = f"{spec.design.title or spec.family}, with texts {spec.text_width} wide"
         return TightfitError(f"{self.title} {what}; {spec.name} is {family}: take an adapter made for that")
 
-    def _notes(self, left: list[str], applied: int, twice: int) -> Iterator[str]:
-        count = len(left) + applied + twice
+    def _notes(self, fitting: Collection[str], repeated: Collection[str]) -> Iterator[str]:
+        by_name = self._layers.by_name
+        left = [*self._layers.unknown]
+        left += (key for layer in by_name if layer not in fitting for key in by_name[layer].values())
+        twice = sum(len(by_name[layer]) for layer in repeated)
+        count = len(self._layers.unknown) + sum(map(len, by_name.values()))
         if twice:
             yield f"{self.title}: {twice} of {count} keys are of layers that it has under another name too"
         if left:
@@ -278,19 +294,38 @@ class _Layers:
 
 
 def _repeated(
-    placed: Mapping[str, tuple[Component, Paths]], stored: Mapping[str, Mapping[str, str]]
-) -> set[str]:
-    """Layers that the file has under another name too. Some trainers write one under two, and joined rows
-    beside their parts, which are taken."""
+    placed: Mapping[str, tuple[Component, Place]], stored: Mapping[str, Mapping[str, str]]
+) -> dict[str, frozenset[str]]:
+    """Layers that the file has under another name too, and which of their paths. Some trainers write one
+    under two, and joined rows beside their parts, which are taken."""
     seen: set[tuple[str, str, str]] = set()
-    repeated = set()
-    for layer in sorted(placed, key=lambda one: len(placed[one][1])):
-        component, paths = placed[layer]
-        changed = {(component.name, path, kind) for path in paths for kind in stored[layer]}
-        if changed & seen:
-            repeated.add(layer)
+    repeated = {}
+    for layer in sorted(placed, key=lambda one: len(placed[one][1].paths)):
+        component, place = placed[layer]
+        changed = {(component.name, path, kind) for path in place.paths for kind in stored[layer]}
+        if again := changed & seen:
+            repeated[layer] = frozenset(path for _, path, _ in again)
         seen |= changed
     return repeated
+
+
+def _parts(change: Change, place: Place, leaf: str, tensors: Mapping[str, Tensor]) -> Sequence[Change]:
+    """What a change of one layer does to each of those that have its rows. ValueError where one does not
+    fit."""
+    targets = [tensors.get(f"{path}.{leaf}") for path in place.paths]
+    if None in targets:
+        raise ValueError(f"no {leaf} there")
+    rows = [target.shape[0] if target.shape else 0 for target in filter(None, targets)]
+    if len(rows) == 1:
+        changes = [change.part(rows[0] // 2, rows[0]) if place.turned else change]
+    elif sum(rows) == change.sides[0]:
+        starts = (sum(rows[:number]) for number in range(len(rows)))
+        changes = [change.part(start, count) for start, count in zip(starts, rows, strict=True)]
+    else:
+        raise ValueError("rows of other layers")
+    if not all(_fits(one, target, leaf) for one, target in zip(changes, filter(None, targets), strict=True)):
+        raise ValueError("another shape")
+    return changes
 
 
 def _of_weight(

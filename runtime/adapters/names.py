@@ -8,13 +8,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..models.families.family import Role
-from ..models.layouts.renames import bfl_layers, z_image_layers
+from ..models.layouts.renames import z_image_layers
+from ..models.layouts.transformer_names import OWN_NAMES, Place
 from ..models.spec import Component, ModelSpec
 
 # What is stored for a layer, by how its key ends.
 _ENDS = {
-    "up": r"[._]lora(?:_linear_layer)?[._]up\.weight|\.lora_B(?:\.\w+)?\.weight",
-    "down": r"[._]lora(?:_linear_layer)?[._]down\.weight|\.lora_A(?:\.\w+)?\.weight",
+    "up": r"(?:[._]lora(?:_linear_layer)?[._]|(?<=_lora[12])\.)up\.weight|\.lora_B(?:\.\w+)?\.weight",
+    "down": r"(?:[._]lora(?:_linear_layer)?[._]|(?<=_lora[12])\.)down\.weight|\.lora_A(?:\.\w+)?\.weight",
     "middle": r"\.lora_mid\.weight",
     "up_bias": r"\.lora_up\.bias|\.lora_B(?:\.\w+)?\.bias",
     "length": r"\.lora_magnitude_vector(?:\.\w+){0,2}",
@@ -56,14 +57,11 @@ def split(key: str) -> tuple[str, str] | None:
     return None
 
 
-Paths = tuple[str, ...]
-
-
 class Places:
     """The layers of a model by the names that adapters' files have for them."""
 
     def __init__(self, spec: ModelSpec) -> None:
-        self._layers: list[tuple[Component, tuple[str, ...], Mapping[str, Paths]]] = []
+        self._layers: list[tuple[Component, tuple[str, ...], Mapping[str, Place]]] = []
         texts = 0
         for component in spec.components.values():
             texts += component.role is Role.TEXT
@@ -71,17 +69,16 @@ class Places:
             if prefixes:
                 self._layers.append((component, prefixes, _aliases(component)))
 
-    def find(self, layer: str) -> tuple[Component, Paths] | None:
-        """The component and the path of a layer there, as that component's own files spell it; several paths
-        where the file has their rows in one."""
+    def find(self, layer: str) -> tuple[Component, Place] | None:
+        """The component and the place of a layer there, as that component's own files spell it."""
         name = _squashed(layer.replace(".processor", ""))
         name = name[match.end() :] if (match := _OUTER.match(name)) else name
         named = [entry for entry in self._layers if name.startswith(entry[1])]
         for component, prefixes, aliases in named or self._layers:
             prefix = max((each for each in prefixes if name.startswith(each)), key=len, default="")
             for known in (name.removeprefix(prefix), name):  # some layers are called as the prefix
-                if paths := aliases.get(_bare(known)):
-                    return component, paths
+                if place := aliases.get(_bare(known)):
+                    return component, place
         return None
 
 
@@ -91,20 +88,23 @@ def _prefixes(component: Component, number: int) -> tuple[str, ...]:
     if component.role is Role.DENOISER:
         return own, "unet_"
     if component.role is Role.TEXT:
-        return (own, f"te{number}_", "te_") if number == 1 else (own, f"te{number}_")
+        numbered = (f"te{number}_", "te_") if number == 1 else (f"te{number}_",)
+        return own, *numbered, *component.network.adapted_as
     return ()
 
 
-def _aliases(component: Component) -> dict[str, Paths]:
+def _aliases(component: Component) -> dict[str, Place]:
     paths = {name.rpartition(".")[0] for name in component.tensors}
-    spelled: dict[str, Paths] = {_bare(_squashed(path)): (path,) for path in paths if path}
+    spelled = {_bare(_squashed(path)): Place((path,)) for path in paths if path}
     for path in paths:
         if path.endswith("to_out.0"):  # the processors of diffusers 0.1x
-            spelled.setdefault(_bare(_squashed(path))[: -len("_0")], (path,))
+            spelled.setdefault(_bare(_squashed(path))[: -len("_0")], Place((path,)))
     if component.role is Role.DENOISER:
-        theirs = {name: (path,) for name, path in _sgm(paths, component.config)}
-        theirs |= bfl_layers(paths) | z_image_layers(paths)
-        spelled = {_squashed(name): found for name, found in theirs.items()} | spelled
+        theirs = {name: Place((path,)) for name, path in _sgm(paths, component.config)}
+        theirs |= {name: Place(parts) for name, parts in z_image_layers(paths).items()}
+        for names in OWN_NAMES:
+            theirs |= names.layers(paths)
+        spelled = {_squashed(name): place for name, place in theirs.items()} | spelled
     return spelled
 
 

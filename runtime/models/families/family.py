@@ -182,6 +182,8 @@ class Network:
     exported to ONNX. adds: shapes of the inputs that the denoiser has of it. skip: the network read so many
     layers from its end, 1 being the last. call_cached: calls the module of a denoiser that caches steps: it
     answers what is kept, too, or is handed that as KEPT; and that of a control network beside a shallow call.
+    adapted_as: how names of its layers begin in adapters' files, beside its folder, and its number among text
+    encoders.
     """
 
     name: str
@@ -208,6 +210,7 @@ class Network:
     tracing: Tracing | None = None
     adds: Callable[[ModelSpec, Extent], Mapping[str, Shape]] = lambda _spec, _extent: {}
     call_cached: Callable[..., tuple[Any, ...]] | None = None
+    adapted_as: tuple[str, ...] = ()
 
 
 class Family:

@@ -454,6 +454,7 @@ TEXT_ENCODER = Network(
     vocabulary="token_embedding",
     tracing=TEXT_TRACING,
     skip=_skip,
+    adapted_as=("text_encoders_clip_l_transformer_",),
 )
 UNET = Network(
     name="unet",

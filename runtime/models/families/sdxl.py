@@ -79,7 +79,13 @@ _FIRST = replace(
     graph=replace(TEXT_ENCODER.graph, answers=_answers),
     tracing=replace(TEXT_TRACING, outputs=_outputs),
 )
-_SECOND = replace(_FIRST, name="text_encoder_2", folder="text_encoder_2", tokenizer="tokenizer_2")
+_SECOND = replace(
+    _FIRST,
+    name="text_encoder_2",
+    folder="text_encoder_2",
+    tokenizer="tokenizer_2",
+    adapted_as=("text_encoders_clip_g_transformer_",),
+)
 
 
 class SDXL(Family):

@@ -73,6 +73,7 @@ def text_encoder(place: str, length: int) -> Network:
             closed=True,
         ),
         vocabulary="shared",
+        adapted_as=("te3_", "text_encoders_t5xxl_transformer_"),  # kohya's, whichever it is, and ComfyUI's
     )
 
 

@@ -1,5 +1,5 @@
-"""Names of CompVis's, Stability's, Black Forest Labs', open_clip's and llama.cpp's code, as diffusers and
-transformers spell them.
+"""Names of CompVis's, Stability's, open_clip's, Z-Image's and llama.cpp's code, as diffusers and transformers
+spell them.
 
 Each function takes the tensors of one network by their original names, and answers them by the new ones.
 Names that the network does not have are left out: averages, positions, what training left there.
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from ...errors import TightfitError
@@ -89,50 +89,6 @@ _OPEN_CLIP_LAYER: Words = (
     ("mlp.c_proj.", "mlp.fc2."),
 )
 _RESBLOCK = re.compile(r"transformer\.resblocks\.(\d{1,4})\.(.+)")
-# Black Forest Labs' layers of Flux.2. Of several, each has as many rows of the one there.
-_BFL = {
-    "img_in": "x_embedder",
-    "txt_in": "context_embedder",
-    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
-    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
-    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
-    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
-    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
-    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
-    "single_stream_modulation.lin": "single_stream_modulation.linear",
-    "final_layer.linear": "proj_out",
-}
-_BFL_LAST = "final_layer.adaLN_modulation.1", "norm_out.linear"  # shifts before scales, and after them
-_BFL_BLOCKS = {
-    "double": (
-        "transformer_blocks",
-        {
-            "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
-            "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
-            "img_attn.norm.query_norm": ("attn.norm_q",),
-            "img_attn.norm.key_norm": ("attn.norm_k",),
-            "img_attn.proj": ("attn.to_out.0",),
-            "img_mlp.0": ("ff.linear_in",),
-            "img_mlp.2": ("ff.linear_out",),
-            "txt_attn.norm.query_norm": ("attn.norm_added_q",),
-            "txt_attn.norm.key_norm": ("attn.norm_added_k",),
-            "txt_attn.proj": ("attn.to_add_out",),
-            "txt_mlp.0": ("ff_context.linear_in",),
-            "txt_mlp.2": ("ff_context.linear_out",),
-        },
-    ),
-    "single": (
-        "single_transformer_blocks",
-        {
-            "linear1": ("attn.to_qkv_mlp_proj",),
-            "linear2": ("attn.to_out",),
-            "norm.query_norm": ("attn.norm_q",),
-            "norm.key_norm": ("attn.norm_k",),
-        },
-    ),
-}
-_BFL_BLOCK = re.compile(r"(double|single)_blocks\.(\d{1,4})\.(.+)")
-_TRANSFORMER_BLOCK = re.compile(r"(?:single_)?transformer_blocks\.(\d{1,4})\.")
 # Z-Image's own layers where diffusers has others; what else it has begins so.
 _Z_IMAGE = {
     "x_embedder": "all_x_embedder.2-1",
@@ -210,10 +166,15 @@ def vae(tensors: Tensors) -> dict[str, Tensor]:
     last = max((int(found[2]) for found in blocks if found and found[1] == "up"), default=0)
     renamed = _renamed(tensors, lambda name: _of_vae(name, last))
     return {
-        # attention was a convolution of one pixel
-        name: _part(tensor, tensor.shape[:2]) if ".attentions." in name else tensor
-        for name, tensor in renamed.items()
+        name: _without_pixel(tensor) if ".attentions." in name else tensor for name, tensor in renamed.items()
     }
+
+
+def _without_pixel(tensor: Tensor) -> Tensor:
+    """A linear layer's, which was a convolution of one pixel."""
+    if math.prod(tensor.shape[2:]) != 1:
+        raise _damaged(tensor, "a convolution of one pixel")
+    return replace(tensor, shape=tensor.shape[:2])
 
 
 def open_clip(tensors: Tensors) -> dict[str, Tensor]:
@@ -268,47 +229,6 @@ def resampler(tensors: Tensors) -> dict[str, Tensor]:
     return renamed
 
 
-def bfl(tensors: Tensors) -> dict[str, Tensor]:
-    """A transformer's of Flux.2, of whose joint blocks queries, keys and values are rows of one tensor."""
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        layer, _, leaf = name.rpartition(".")
-        if leaf not in ("weight", "bias", "scale"):
-            continue
-        if layer == _BFL_LAST[0]:
-            half = split(tensor, 2)[1]  # which diffusers has first
-            turned = replace(tensor, turned_bytes=half.stored_bytes, encoding=half.encoding)
-            renamed[f"{_BFL_LAST[1]}.{leaf}"] = turned
-        elif places := _of_bfl(layer):
-            parts = split(tensor, len(places)) if places[1:] else (tensor,)
-            leaf = "weight" if leaf == "scale" else leaf
-            renamed |= {f"{place}.{leaf}": part for place, part in zip(places, parts, strict=True)}
-    return renamed
-
-
-def bfl_layers(paths: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """The layers of a transformer of Flux.2 by Black Forest Labs' names, but the one whose rows lie otherwise
-    there; empty for other networks."""
-    known = {*paths}
-    blocks = {int(found[1]) for path in paths if (found := _TRANSFORMER_BLOCK.match(path))}
-    names = (
-        f"{kind}_blocks.{block}.{layer}"
-        for kind, (_, layers) in _BFL_BLOCKS.items()
-        for block in blocks
-        for layer in layers
-    )
-    return {name: places for name in (*_BFL, *names) if known.issuperset(places := _of_bfl(name))}
-
-
-def _of_bfl(layer: str) -> tuple[str, ...]:
-    if layer in _BFL:
-        return (_BFL[layer],)
-    if not (found := _BFL_BLOCK.fullmatch(layer)):
-        return ()
-    blocks, layers = _BFL_BLOCKS[found[1]]
-    return tuple(f"{blocks}.{int(found[2])}.{place}" for place in layers.get(found[3], ()))
-
-
 def z_image(tensors: Tensors) -> dict[str, Tensor]:
     """A transformer's of Z-Image, by the names of its own code or diffusers'. stable-diffusion.cpp writes the
     tokens that pad without their side of 1."""
@@ -361,28 +281,44 @@ def thirds(tensor: Tensor) -> tuple[Tensor, ...]:
     return split(tensor, 3)
 
 
-def split(tensor: Tensor, count: int) -> tuple[Tensor, ...]:
-    """The tensor's rows in so many equal parts."""
-    rows = tensor.shape[0] // count if tensor.shape else 0
-    return tuple(_part(tensor, (rows, *tensor.shape[1:]), number, count) for number in range(count))
+def split(tensor: Tensor, shares: int | Sequence[int]) -> tuple[Tensor, ...]:
+    """The tensor's rows in so many equal parts, or in parts of these shares."""
+    shares = (1,) * shares if isinstance(shares, int) else shares
+    count, whole = tensor.shape[0] if tensor.shape else 0, sum(shares)
+    if not tensor.shape or count % whole:
+        raise _damaged(tensor, f"{len(shares)} in one")
+    starts = (sum(shares[:number]) for number in range(len(shares)))
+    each = count // whole
+    return tuple(
+        rows(tensor, each * start, each * share) for share, start in zip(shares, starts, strict=True)
+    )
 
 
-def _part(tensor: Tensor, shape: tuple[int, ...], number: int = 0, parts: int = 1) -> Tensor:
-    """One of so many equal parts of a tensor's bytes, of that shape. Raises TightfitError if these have
-    another size, or are no whole blocks."""
-    count, encoding = math.prod(shape), tensor.encoding
+def rows(tensor: Tensor, first: int, count: int) -> Tensor:
+    """So many of the tensor's rows, from `first` on. Raises TightfitError if these are no whole blocks."""
+    encoding, row = tensor.encoding, math.prod(tensor.shape[1:])
     try:
-        if parts * count != tensor.count or (encoding and parts > 1 and count % encoding.values):
+        if encoding and count * row % encoding.values and count < tensor.shape[0]:
             raise ValueError
-        encoding = encoding and encoding.begun(number * count)
+        encoding = encoding and encoding.begun(first * row)
     except ValueError:
-        raise TightfitError(
-            f"{tensor.file} has a tensor of shape {list(tensor.shape)} in place of {parts} of shape "
-            f"{list(shape)}: copy or download it again"
-        ) from None
-    size = tensor.stored_bytes // parts
-    offset = tensor.offset + number * size
-    return replace(tensor, shape=shape, offset=offset, stored_bytes=size, encoding=encoding)
+        raise _damaged(tensor, f"several, of which one has {count} rows") from None
+    size, offset = (tensor.stored_bytes * some // max(1, tensor.shape[0]) for some in (count, first))
+    shape = count, *tensor.shape[1:]
+    return replace(tensor, shape=shape, offset=tensor.offset + offset, stored_bytes=size, encoding=encoding)
+
+
+def turned(tensor: Tensor) -> Tensor:
+    """The tensor with its second half of rows first."""
+    half = split(tensor, 2)[1]
+    return replace(tensor, turned_bytes=half.stored_bytes, encoding=half.encoding)
+
+
+def _damaged(tensor: Tensor, meant: str) -> TightfitError:
+    return TightfitError(
+        f"{tensor.file} has a tensor of shape {list(tensor.shape)} in place of {meant}: "
+        "copy or download it again"
+    )
 
 
 def transposed(tensor: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from . import renames
 from .library import Kind, near
 from .scales import scaled
 from .single_file import Config, Shapes, Tensors, vae_config
+from .transformer_names import KLEIN
 from .weights import read_file
 
 _BEFORE = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
@@ -178,7 +179,7 @@ def _of_z_image(tensors: Tensors) -> Config:
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
 _KLEIN = Published(
     names={
-        "single_stream_modulation.lin.weight": renames.bfl,
+        "single_stream_modulation.lin.weight": KLEIN.renamed,
         "single_stream_modulation.linear.weight": dict,
     },
     config=_of_flux2,

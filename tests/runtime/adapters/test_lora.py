@@ -25,6 +25,7 @@ from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.models.layouts.transformer_names import Place
 from tightfit.runtime.models.tensors import Tensor
 from tightfit.runtime.pipeline import Pipeline
 from tightfit.runtime.planner import choose as planner
@@ -128,8 +129,8 @@ def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, deep_models):
     places = Places(spec)
     for number, name in ((1, "text_encoder"), (2, "text_encoder_2")):
         for prefix in (f"lora_te{number}_", f"{name}."):
-            component, (path,) = places.find(f"{prefix}text_model.encoder.layers.0.mlp.fc1") or (None, ("",))
-            assert (component and component.name, path) == (name, "text_model.encoder.layers.0.mlp.fc1")
+            layer = "text_model.encoder.layers.0.mlp.fc1"
+            assert places.find(f"{prefix}{layer}") == (spec.components[name], Place((layer,)))
     config = type("Config", (), {**spec.unet})()
     stability = [
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q",
@@ -142,7 +143,7 @@ def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, deep_models):
     )
     assert len(mapped) == len(stability)
     for key, name in mapped.items():
-        component, (path,) = places.find(name) or (None, ("",))
+        component, ((path,), _) = places.find(name) or (None, Place(("",)))
         assert component is spec.denoiser
         blocks = {"input_blocks": "down_blocks", "middle_block": "mid_block", "output_blocks": "up_blocks"}
         theirs = re.sub(
@@ -158,7 +159,7 @@ def test_sdxl_has_two_text_encoders_and_stabilitys_names(tmp_path, deep_models):
         ("time_embed_2", "time_embedding.linear_2"),
         ("label_emb_0_0", "add_embedding.linear_1"),
     ):
-        assert places.find(f"lora_unet_{name}") == (spec.denoiser, (path,)), name
+        assert places.find(f"lora_unet_{name}") == (spec.denoiser, Place((path,))), name
     assert places.find("lora_unet_middle_block_9_emb_layers_1") is None
 
 
@@ -173,7 +174,7 @@ def test_every_layer_of_a_unet_is_found_by_both_names(deep_models):
         assert len({*stability.values()}) == len(stability) == len(paths)
         for name, path in stability.items():
             for spelled in (f"lora_unet_{name.replace('.', '_')}", f"unet.{path}"):
-                assert places.find(spelled) == (spec.denoiser, (path,)), spelled
+                assert places.find(spelled) == (spec.denoiser, Place((path,))), spelled
 
 
 def test_every_form_is_read(tmp_path, spec):
@@ -309,14 +310,16 @@ def test_shapes_that_cannot_be_are_left_out(tmp_path, spec, what):
 
 
 def test_keys_that_fit_nothing_are_counted_and_named(tmp_path, spec):
-    up, down = thin(spec, QUERY)
-    tensors = {f"unet.{QUERY}.lora_A.weight": down, f"unet.{QUERY}.lora_B.weight": up}
-    others = {f"unet.elsewhere.{n}.lora_A.weight": down.clone() for n in range(5)} | {
+    tensors = {}
+    for layer in (QUERY, KEY, CONV):
+        up, down = thin(spec, layer)
+        tensors |= {f"unet.{layer}.lora_A.weight": down, f"unet.{layer}.lora_B.weight": up}
+    others = {f"unet.elsewhere.{n}.lora_A.weight": down.clone() for n in range(3)} | {
         "bundle_emb.x.string_to_param.*": up.clone()
     }
     made = Lora.read(saved(tmp_path, tensors | others)).apply(spec)
-    assert made.notes[0].startswith("a: 6 of 8 keys fit nothing and do nothing: bundle_emb.x")
-    assert made.notes[0].endswith("and 3 more")
+    assert made.notes[0].startswith("a: 4 of 10 keys fit nothing and do nothing: bundle_emb.x")
+    assert made.notes[0].endswith("and 1 more")
 
 
 @pytest.mark.parametrize(
