@@ -16,7 +16,7 @@ from .flow import even, mu_of_tokens, shifted
 from .networks import TEXT_ENCODER
 from .parts import in_parts, parts
 from .t5 import text_encoder
-from .wide_vae import OfWideVae, wide_vae
+from .wide_vae import FLUX1_RGB, OfWideVae, wide_vae
 
 if TYPE_CHECKING:
     import numpy as np
@@ -222,7 +222,8 @@ class Flux1(OfWideVae):
     name, title, reads = "flux1-dev", "Flux.1", 4096
     networks = (_CLIP, text_encoder("_2", 512), _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
-    takes = frozenset()
+    takes = frozenset({"lora", "vae"})
+    tiny_decoder, latent_rgb = "taef1", FLUX1_RGB
 
     def claims(self, source: Source) -> bool:
         return source.config(_TRANSFORMER).get("_class_name") == "FluxTransformer2DModel"

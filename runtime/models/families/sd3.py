@@ -15,7 +15,7 @@ from .family import NO_GRAPH, SHARED, Extent, Network, Role, Shape
 from .flow import shifted
 from .sdxl import SDXL
 from .t5 import text_encoder
-from .wide_vae import OfWideVae, wide_vae
+from .wide_vae import SD3_RGB, OfWideVae, wide_vae
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,7 +190,8 @@ class SD3WithoutT5(OfWideVae):
     name, title, reads = "sd3-without-t5", "SD 3.5", 4096
     networks = (*_CLIPS, _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
-    takes = frozenset()
+    takes = frozenset({"lora", "vae"})
+    tiny_decoder, latent_rgb = "taesd3", SD3_RGB
 
     def claims(self, source: Source) -> bool:
         return source.config(_TRANSFORMER).get("_class_name") == "SD3Transformer2DModel"

@@ -14,7 +14,7 @@ from .family import Extent, Network, Role, Shape
 from .flow import even, mu_of_tokens, shifted
 from .parts import in_parts
 from .qwen3 import AROUND, built, encoded_by, text_encoder
-from .wide_vae import OfWideVae, wide_vae
+from .wide_vae import FLUX1_RGB, OfWideVae, wide_vae
 
 if TYPE_CHECKING:
     import numpy as np
@@ -217,7 +217,7 @@ class ZImage(OfWideVae):
     name, title, reads = "z-image", "Z-Image", 2560
     networks = (_TEXT_ENCODER, _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
-    tiny_decoder = "taef1"  # its VAE is Flux.1's
+    tiny_decoder, latent_rgb = "taef1", FLUX1_RGB  # its VAE is Flux.1's
     takes = frozenset({"lora", "text_encoder", "unet", "vae"})
 
     def claims(self, source: Source) -> bool:
