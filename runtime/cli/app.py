@@ -24,6 +24,7 @@ from .generate import generate
 from .grid import grid
 from .machine import calibrate, info
 from .models import models
+from .options import as_typed
 from .output import say
 from .plan import show_plan
 from .serve import serve
@@ -128,7 +129,11 @@ def _run() -> Any:
     try:
         return app(as_command(sys.argv[1:]), standalone_mode=False)
     except TightfitError as error:
-        _fail(_no_memory(error) if isinstance(error, OutOfMemoryError) and not error.complete else str(error))
+        _fail(
+            _no_memory(error)
+            if isinstance(error, OutOfMemoryError) and not error.complete
+            else as_typed(str(error))
+        )
     except usage_error as error:
         if not (message := usage(error)):  # of a command of commands, whose help is printed
             return 0

@@ -41,6 +41,7 @@ from .options import (
     Asking,
     Device,
     ModelsDirs,
+    as_typed,
     taking,
     wishes,
     with_paths,
@@ -164,7 +165,7 @@ def generate(
     fields = wishes(wished, _carried_precision(options, carried, wished))
     with load(model, device=options.device, plan=plan, local_files_only=offline, **fields) as pipeline:
         for note in (*pipeline.hardware.passed_over, *pipeline.spec.notes):
-            say(f"note: {note}", err=True)
+            say(as_typed(f"note: {note}"), err=True)
         try:
             result = _run(pipeline, requests, saver)
         except BaseException:
@@ -235,7 +236,7 @@ def _without_idle(carried: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[
     void = [name for name in idle({**carried, **asked}) if name in carried and name not in asked]
     void += [name for name, other in _INSTEAD.items() if name in carried and other in asked]
     if void:
-        say(f"note: not honoured beside these options: {', '.join(void)}", err=True)
+        say(as_typed(f"note: not honoured beside these options: {', '.join(void)}"), err=True)
     return {name: value for name, value in carried.items() if name not in void}
 
 
@@ -300,7 +301,8 @@ def _run(
                 lean.settle()  # all is imported, or nearly
                 unsaved = event if event.picture else None
                 for notice in event.notices:
-                    bar.console.print(printable(f"note: {notice}"), markup=False, emoji=False, soft_wrap=True)
+                    note = printable(as_typed(f"note: {notice}"))
+                    bar.console.print(note, markup=False, emoji=False, soft_wrap=True)
                 bar.update(task, description=event.stage, completed=event.step, total=event.steps)
                 unsaved = _save(unsaved, save)
                 result, advance = event.result, lambda: next(events)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, make_dataclass
-from functools import wraps
+from functools import cache, wraps
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -94,6 +95,24 @@ Asking = make_dataclass(
 )
 SECOND_PASS = " ".join(name for name in described(Request) if name.startswith(("hires", "refiner")))
 ASKING_IN_ORDER = " ".join(name for name, known in described(Asking).items() if known.help)
+
+
+@cache
+def _spelled() -> dict[str, str]:
+    """Options of two words or more by the names of their fields."""
+    every = {name: known for group in (Request, Asking, Wishes) for name, known in described(group).items()}
+    return {
+        name: next(iter(known.options), f"--{name.replace('_', '-')}")
+        for name, known in every.items()
+        if known.help and "_" in name
+    }
+
+
+def as_typed(message: str) -> str:
+    """A message of the runtime, with options as they are typed in place of Python's names."""
+    names = "|".join(sorted(_spelled(), key=len, reverse=True))
+    word = rf"(?<![\w./\\'\"-])({names})(?![\w/\\'\"=-]|\.\w)"
+    return re.sub(word, lambda match: _spelled()[match[1]], message)
 
 
 def taking(own: type, *groups: type, order: str = "...") -> Callable[[Command], Command]:

@@ -8,7 +8,7 @@ from typing import Annotated
 import pytest
 import typer
 from tightfit.__main__ import app
-from tightfit.runtime.cli.options import taking, wishes
+from tightfit.runtime.cli.options import as_typed, taking, wishes
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.fields import described, option
 from tightfit.runtime.planner.wishes import Wishes
@@ -110,3 +110,24 @@ def test_wishes_are_those_that_were_typed():
         wishes({"budget": "much"})
     with pytest.raises(TightfitError, match="unknown attention"):
         wishes({"attention": "x"})
+
+
+@pytest.mark.parametrize(
+    ("said", "typed"),
+    [
+        ("tiny takes no negative_prompt: leave it out", "tiny takes no --negative-prompt: leave it out"),
+        ("hires_steps must be 1 to 9, not 0", "--hires-steps must be 1 to 9, not 0"),
+        ("num_inference_steps 0", "--num-inference-steps 0"),
+        ("mask_content is of a mask", "--mask-content is of a mask"),
+        ("guidance_scale and step_cache.", "--guidance-scale and --step-cache."),
+        *(
+            (as_it_is, as_it_is)
+            for as_it_is in (
+                "--negative-prompt is no text", "'negative_prompt' is", "/a/negative_prompt/b.png",
+                "negative_prompt.csv is no table", "pipe(prompt, guidance_scale=2)", "my_negative_prompts",
+            )
+        ),
+    ],
+)  # fmt: skip
+def test_messages_name_options_as_they_are_typed(said, typed):
+    assert as_typed(said) == typed
