@@ -7,7 +7,7 @@ import math
 import operator
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -141,6 +141,14 @@ def check_taken(model: Callable[[], ModelSpec], options: Mapping[str, Any]) -> N
         spec = model()
         for option in limited:
             spec.check_takes(option)
+
+
+def untaken(model: Callable[[], ModelSpec], options: Collection[str]) -> list[str]:
+    """Options of conditions that are not for models of that family, of those that a picture carries."""
+    limited = [kind for kind in conditions.CONDITIONS if {*options} & {*kind.limited}]
+    others = [kind for kind in limited if not model().design.is_taken(kind.limited[0])]
+    fields = {field.name for kind in others if kind.options for field in dataclasses.fields(kind.options)}
+    return [name for name in options if name in fields.union(*(kind.limited for kind in others))]
 
 
 def seeded(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import typer
 from .. import interrupts, lean
 from ..adapters import written
 from ..adapters.prompt import WORD, from_words
-from ..asking import check_taken
+from ..asking import check_taken, untaken
 from ..conditions import asked as conditions_of
 from ..conditions.controlnet import CONTROL, again
 from ..conditions.reference import OPTION as REFERENCE
@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from ..infotext import Carried
+    from ..models.spec import ModelSpec
     from ..pipeline import Pipeline
 
 _Prompt = typer.Argument(help="What to paint; - reads standard input.", show_default=False)
@@ -143,9 +144,12 @@ def generate(
     carried = _carried(options, adapting)
     plan = Plan.read(options.plan_file) if options.plan_file else None
     model, offline = _model(options, carried, plan)
-    check_taken(partial(inspect, model, local_files_only=offline), {**carried.asking, **adapting, **asking})
+    read = partial(inspect, model, local_files_only=offline)
+    check_taken(read, {**adapting, **asking})
+    carried = _taken(carried, read)
     said = carried.request.get("prompt") if prompt is None else prompt
-    check_carried(carried.asking.get(REFERENCE, ()), asking.get(REFERENCE, ()), options.source)
+    for note in check_carried(carried.asking.get(REFERENCE, ()), asking.get(REFERENCE, ()), options.source):
+        say(f"note: {note}", err=True)
     if carried.asking.keys() - {CONTROL, REFERENCE} and "image" not in asking:
         painted = f"{options.source} was painted over another picture, which it does not carry"
         raise TightfitError(f"{painted}: give that by --image, and a mask by --mask")
@@ -238,6 +242,14 @@ def _without_idle(carried: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[
     if void:
         say(as_typed(f"note: not honoured beside these options: {', '.join(void)}"), err=True)
     return {name: value for name, value in carried.items() if name not in void}
+
+
+def _taken(carried: Carried, read: Callable[[], ModelSpec]) -> Carried:
+    """What a picture carries, without the conditions that are not for models of this family."""
+    void = untaken(read, carried.asking)
+    if void:
+        say(as_typed(f"note: {read().name} takes no {', '.join(void)}, by which it was painted"), err=True)
+    return replace(carried, asking={name: one for name, one in carried.asking.items() if name not in void})
 
 
 def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequence[Path]) -> Request:

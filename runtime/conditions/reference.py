@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -132,10 +132,13 @@ class Referring(Steering):
         return {**arrays, **self._latents}
 
 
-def check_carried(said: Sequence[str], given: Sequence[str], source: object) -> None:
-    """Raise TightfitError where a picture was painted after others, and none is given."""
-    if said and not given:
-        count = "a reference picture" if len(said) == 1 else f"{len(said)} reference pictures"
-        raise TightfitError(
-            f"{source} was painted after {count} it does not carry: give each by --{OPTION}, in their order"
-        )
+def check_carried(said: Sequence[str], given: Sequence[str], source: object) -> Iterator[str]:
+    """What to say where fewer pictures are given than a picture was painted after. Raises TightfitError where
+    none is."""
+    if len(given) >= len(said):
+        return
+    count = "a reference picture" if len(said) == 1 else f"{len(said)} reference pictures"
+    painted = f"{source} was painted after {count}"
+    if not given:
+        raise TightfitError(f"{painted} it does not carry: give each by --{OPTION}, in their order")
+    yield f"{painted}, and {len(given)} {'is' if len(given) == 1 else 'are'} given"

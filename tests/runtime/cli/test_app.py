@@ -59,6 +59,19 @@ def test_another_models_precision_is_not_carried(call, tiny_models, tmp_path):
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] != "int8"
 
 
+def test_what_another_family_takes_not_is_not_carried(call, sd1, tiny_model, tmp_path, monkeypatch):
+    Image.new("RGB", (64, 64)).save("a.png")
+    klein, sized = tiny_model("flux2-klein"), ("--width", "64", "--height", "64", *FAST)
+    one = ("x", "--model", str(klein), *sized, "--reference", "a.png", "--reference", "a.png", "-o", "b.png")
+    assert call(*one)[0] == 0
+    code, _, err = call("--from", "b.png", "--model", str(sd1), *FAST, "-o", "c.png")
+    assert code == 0
+    assert f"{sd1.name} takes no reference, by which it was painted" in err
+    code, _, err = call("--from", "b.png", "--model", str(sd1), "--reference", "a.png", *FAST)
+    assert code == 2
+    assert "--reference is not for SD 1.x" in err
+
+
 def test_a_device_that_was_passed_over_is_said(call, monkeypatch, sd1):
     """On standard error, before a picture takes its time on a processor."""
 

@@ -171,7 +171,10 @@ def test_reference_pictures_are_read_as_diffusers_does(klein, pipe, decibels, ch
     assert "Reference pictures: 2" in result.images[0].info["parameters"]
     assert not carried.notices
     with pytest.raises(TightfitError, match=r"a\.png was painted after 2 reference pictures"):
-        check_carried(carried.asking["reference"], (), "a.png")
+        [*check_carried(carried.asking["reference"], (), "a.png")]
+    assert not [*check_carried(carried.asking["reference"], "ab", "a.png")]
+    (note,) = check_carried(carried.asking["reference"], "a", "a.png")
+    assert note == "a.png was painted after 2 reference pictures, and 1 is given"
 
 
 @pytest.mark.parametrize("sides", [(70, 100), (900, 1300), (64, 64)])
