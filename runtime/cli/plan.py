@@ -320,11 +320,23 @@ def _of_seconds(plan: Plan) -> str:
         "to compile blocks, once": predicted.compiling_seconds,
         "to paint": predicted.painting_seconds,
     }
-    said = ", ".join(f"{seconds:.1f} {what}" for what, seconds in parts.items() if seconds >= 0.05)
+    shares = tenths(predicted.seconds, [*parts.values()])
+    said = ", ".join(f"{share:.1f} {what}" for what, share in zip(parts, shares, strict=True) if share)
     said = f"{predicted.seconds:.1f} s{': ' if said else ''}{said}"
     if predicted.quantising_seconds <= predicted.seconds / 2:
         return said
     return f"{said}; {exporting(plan.model, precision.partition('-')[0])} quantises them once"
+
+
+def tenths(whole: float, parts: Sequence[float]) -> list[float]:
+    """Parts in tenths that add up to the whole in tenths, where they are all of it: those that lose most by
+    that are rounded up."""
+    counts = [int(10 * part) for part in parts]
+    more = round(10 * whole) - sum(counts)
+    if not 0 <= more <= len(parts):
+        return [round(part, 1) for part in parts]
+    by_loss = sorted(range(len(parts)), key=lambda number: counts[number] - 10 * parts[number])
+    return [(count + (number in by_loss[:more])) / 10 for number, count in enumerate(counts)]
 
 
 def _sized(request: Request) -> dict[str, Any]:

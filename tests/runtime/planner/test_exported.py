@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import tightfit
-from tightfit.runtime.cli.plan import _of_seconds
+from tightfit.runtime.cli.plan import _of_seconds, tenths
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.planner.choose import none_fits, plan
 from tightfit.runtime.planner.exported import exported, may_export
@@ -83,3 +83,17 @@ def test_seconds_are_split_and_the_export_is_named_where_quantising_is_most(klei
     assert "export" not in _of_seconds(once)
     few = replace(once.predicted, seconds=0.04, reading_seconds=0.02)
     assert _of_seconds(replace(once, predicted=few)) == "0.0 s"
+
+
+@pytest.mark.parametrize(
+    ("whole", "parts", "wanted"),
+    [
+        (0.24, (0.16, 0.0, 0.08), [0.1, 0.0, 0.1]),
+        (10.0, (3.34, 3.33, 3.33), [3.4, 3.3, 3.3]),
+        (0.0, (0.0, 0.0), [0.0, 0.0]),
+        (1.04, (1.04,), [1.0]),
+        (5.0, (1.0, 2.0), [1.0, 2.0]),  # not all of it
+    ],
+)
+def test_parts_in_tenths_add_up(whole, parts, wanted):
+    assert tenths(whole, parts) == wanted
