@@ -474,6 +474,9 @@ class Job(Request):
                 f"{self.spec.name} is not guided by default, so the negative prompt changes nothing: "
                 "give --guidance-scale above 1"
             )
+        encoders, count = self.model.text_encoders, self.clip_skip
+        if count > 1 and all(encoder.network.skip(encoder, count) is encoder for encoder in encoders):
+            yield f"{self.spec.name} reads texts as --clip-skip 1 has it: --clip-skip {count} changes nothing"
 
     @property
     def tuning(self) -> Tuning:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
@@ -89,6 +89,15 @@ class Spreading(Service):
         about = ("device", "folder", "shelves", "limits", "budget")  # each machine has its own budget
         self._wishes = {name: value for name, value in given.items() if name not in about}
         super().__init__(**given)
+
+    def submit(self, model: str, asked: Request | Mapping[str, Any], **about: Any) -> Ticket:
+        """As a service has it, but for a Request with adapters or conditions, whose files are here."""
+        if isinstance(asked, Request) and (asked.adapters or asked.conditions):
+            raise TightfitError(
+                "adapters and pictures of a Request are of this machine, and others paint: submit options by "
+                'their names, as {"prompt": "a cat", "lora": ["ink:0.8"], "image": picture}'
+            )
+        return super().submit(model, asked, **about)
 
     @property
     def at_work(self) -> list[Ticket]:

@@ -17,6 +17,8 @@ from tightfit.runtime.batch.painting import Encoded, Failed, Predicted, Stepped,
 from tightfit.runtime.batch.serving import Spreading, foremost
 from tightfit.runtime.batch.spread import Foreseen, Joined, Lost, Told
 from tightfit.runtime.batch.worker import About, versions
+from tightfit.runtime.conditions.image import ImageToImage
+from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.events import Event
 from tightfit.runtime.jobs import State
@@ -137,6 +139,9 @@ def test_a_request_of_python_is_painted_as_it_was_asked(served):
     ]
     crew.done(node, items)
     assert ticket.wait(20) is State.DONE
+    over = ImageToImage(open_picture(Image.new("RGB", (64, 64))), 0.5)
+    with pytest.raises(TightfitError, match="others paint: submit options by their names"):
+        service.submit("emoji", replace(asked, conditions=(over,)))
 
 
 def test_the_foremost_machine_is_the_soonest_then_the_roomiest():
