@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tightfit
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tightfit.export import random_model
 from tightfit.runtime.models import vocabulary
@@ -249,5 +250,29 @@ def check_pictures():
                     assert _decibels(result.images[0], wanted[name]) >= 75, (name, residency)
                     _check_predicted(result)
                     assert any("too long" in notice for notice in result.notices) == (name == "cut")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def check_painted_over():
+    """Called with a folder, an oblong request, and what paints one by diffusers over a picture under a mask:
+    there ours is the same, within what was predicted."""
+
+    def check(folder, request, theirs) -> None:
+        from tightfit.runtime.conditions.input_pictures import open_picture
+        from tightfit.runtime.conditions.mask import Inpainting
+
+        picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8))
+        white = np.zeros((96, 64), np.uint8)
+        white[16:50, 8:40] = 255
+        mask, request = Image.fromarray(white), replace(request, num_inference_steps=4)
+        over = Inpainting(open_picture(picture), mask=open_picture(mask), strength=0.5, blur=0)
+        way = {"device": "cpu", "attention": "sdpa", "tiling": "whole"}
+        with tightfit.load(str(folder), precision="fp32", residency="staged", **way) as ours:
+            result = ours.generate(replace(request, conditions=(over,)))
+        _check_predicted(result)
+        wanted = theirs(request, image=picture, mask_image=mask, strength=0.5)
+        assert _decibels(np.asarray(result.images[0])[white > 0], wanted[white > 0]) >= 75
 
     return check

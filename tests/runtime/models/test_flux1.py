@@ -11,9 +11,6 @@ import numpy as np
 import pytest
 import tightfit
 import torch
-from PIL import Image
-from tightfit.runtime.conditions.image import ImageToImage
-from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import schedulers
 from tightfit.runtime.models.families import parts
@@ -74,16 +71,9 @@ def test_schnell_has_shorter_texts_and_no_guidance(decibels, check_predicted, ti
     check_predicted(result)
 
 
-def test_image_to_image_is_diffusers(dev, pipe, decibels, check_predicted, opened):
-    pixels = np.random.default_rng(0).integers(0, 256, (96, 64, 3), np.uint8)
-    picture = Image.fromarray(pixels)
-    request = replace(OBLONG, num_inference_steps=4)
-    painted = replace(request, conditions=(ImageToImage(open_picture(picture), strength=0.5),))
-    with tightfit.load(str(dev), precision="fp32", residency="staged", **WAY) as ours:
-        result = ours.generate(painted)
-    check_predicted(result)
-    theirs = opened("FluxImg2ImgPipeline", **pipe.components)
-    assert decibels(result.images[0], reference(theirs, request, image=picture, strength=0.5)) >= 75
+def test_painting_over_is_diffusers(dev, pipe, check_painted_over, opened):
+    theirs = opened("FluxInpaintPipeline", **pipe.components)
+    check_painted_over(dev, OBLONG, lambda request, **given: reference(theirs, request, **given))
 
 
 @pytest.mark.parametrize(("name", "mu"), [("dev", 1.15), ("schnell", 0.0)])
