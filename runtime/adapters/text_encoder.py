@@ -1,17 +1,20 @@
-"""Another text encoder in place of the model's own, or where its file has none: a language model's."""
+"""Another text encoder in place of one of the model's own, or where its files have none."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from ..errors import TightfitError
 from ..models.families.networks import check_config
-from ..models.layouts import split_file
+from ..models.layouts.published import published_of
+from ..models.layouts.text_encoders import TextEncoder as Kind
 from ..models.spec import Component, ModelSpec
+from ..models.tensors import Tensor
 from .header import OfFile, contents, located, stamp
 
+Tensors = Mapping[str, Tensor]
 IN_FOLDERS = ("model.safetensors",)  # as transformers names a file that is not in parts
 
 
@@ -22,45 +25,72 @@ class TextEncoder(OfFile):
     option: ClassVar = "text_encoder"
 
     def apply(self, spec: ModelSpec) -> ModelSpec:
-        """The model with it. Raises TightfitError for another kind than the model's, and where there is no
-        tokenizer."""
-        own = spec.text_encoders[0]
-        if own.network.reading is None or own.patches:
-            what = "reads texts by CLIP" if own.network.reading is None else "has a LoRA in its text encoder"
-            raise TightfitError(f"{self.path} is a language model, and {spec.name} {what}: leave it out")
+        """The model with it, in the place of one of its kind and width. Raises TightfitError where the model
+        reads texts by no such, and where there is no tokenizer."""
+        published = published_of(spec.denoiser.config)
+        if published is None:
+            raise TightfitError(
+                f"{self.path} is a text encoder, and {spec.name} reads texts by CLIP of its own: leave it out"
+            )
+        stored, refused = contents(self.path, self.written)[0], ""
+        widths = published.widths(spec.denoiser.config)
+        for (folder, kind), wanted in zip(published.encoders.items(), widths, strict=True):
+            config, tensors = kind.read(stored)
+            if not config:
+                continue
+            if (given := config[kind.widths[0]]) == wanted:
+                return self._taken(spec, folder, kind, (config, tensors))
+            refused = f"is a {kind.title} {given} wide, and {spec.name} reads texts of one {wanted} wide"
+        titles = " or ".join(dict.fromkeys(kind.title for kind in published.encoders.values()))
+        raise TightfitError(
+            f"{self.path} {refused or f'holds no {titles}'}: name such a text encoder, or leave it out"
+        )
+
+    def _taken(self, spec: ModelSpec, folder: str, kind: Kind, read: tuple[Any, Tensors]) -> ModelSpec:
+        """The model with a text encoder of this kind, which was read, in this folder's place."""
+        (config, tensors), design = read, spec.design.fuller
+        network = next(network for network in design.networks if network.folder == folder)
+        own = spec.components.get(network.name) or Component(network, spec.folder, {}, {})
+        if own.patches:
+            raise TightfitError(f"{self.path} replaces what adapters changed: name it before them")
         if own.formats is not None:
             raise TightfitError(
                 f"{self.path} cannot replace the text encoder of {spec.name}, which is stored in "
                 f"{spec.precision}: name {spec.source or 'the model'}, from which that was made, by --model"
             )
-        config, tensors = split_file.text_encoder(contents(self.path, self.written)[0])
-        if not config:
-            raise TightfitError(f"{self.path} holds no Qwen3: name such a text encoder, or leave it out")
-        network = own.network
-        made = Component(
-            network,
-            self.path,
-            {**network.defaults, **config},
-            {name: tensor for name, tensor in tensors.items() if network.uses(name)},
-            tokenizer=self._tokenizer(spec, own),
-        )
-        if (width := made.config["hidden_size"]) != own.config["hidden_size"]:
-            raise TightfitError(
-                f"{self.path} is {width} wide, and {spec.name} reads texts of one "
-                f"{own.config['hidden_size']} wide: take that"
-            )
+        used = {name: tensor for name, tensor in tensors.items() if network.uses(name)}
+        made = Component(network, self.path, {**network.defaults, **config}, used)
+        made = self._reading(made, spec, own, kind)
         check_config(made)
-        return replace(spec, components={**spec.components, own.name: made})
+        return _with(spec, made)
 
-    def _tokenizer(self, spec: ModelSpec, own: Component) -> Path:
-        """The one beside the file, or the model's."""
+    def _reading(self, made: Component, spec: ModelSpec, own: Component, kind: Kind) -> Component:
+        """With the tokenizer of the model, or beside the file."""
         files = () if spec.folder.is_dir() else (spec.folder,)
-        folder, lacking = split_file.tokenizer_for(self.path, *files)
-        if not lacking:
-            return folder
-        if own.engines:
-            return own.tokenizer or spec.folder / own.network.tokenizer
-        raise TightfitError(lacking)
+        if kind.pad is None:
+            folder, lacking = kind.tokenizer(self.path, *files)
+            if not lacking:
+                return replace(made, tokenizer=folder)
+            if not own.engines:
+                raise TightfitError(lacking)
+        elif not own.engines:
+            return replace(made, pad=kind.pad)
+        words, ours = (one.setting("vocab_size") for one in (made, own))
+        if words != ours:
+            raise TightfitError(
+                f"{self.path} has {words} words, and that of {spec.name} {ours}: take one of the same kind"
+            )
+        return replace(made, pad=own.pad, tokenizer=own.tokenizer)
+
+
+def _with(spec: ModelSpec, made: Component) -> ModelSpec:
+    """The model with one of its own text encoders, or with one more, as a fuller family has it."""
+    design = spec.design if made.name in spec.components else spec.design.fuller
+    components = {**spec.components, made.name: made}
+    in_order = {one.name: components[one.name] for one in design.networks}
+    changed = replace(spec, design=design, components={**in_order, **components})
+    design.check(changed)
+    return changed
 
 
 def written(text: str) -> TextEncoder:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from ..errors import TightfitError
 from ..models.families import known_by
-from ..models.layouts import single_file, split_file
+from ..models.layouts import published, single_file
 from ..models.spec import ModelSpec
 from ..models.tensors import Tensor
 from .header import OfFile, contents, located, stamp
@@ -38,7 +38,7 @@ class Unet(OfFile):
                 f"name {spec.source or 'the model'}, from which that was made, by --model"
             )
         stored, metadata = contents(self.path, stamp(self.path))
-        tensors = split_file.transformer(stored) or single_file.denoiser(stored)
+        tensors = published.transformer(stored) or single_file.denoiser(stored)
         self._check(spec, tensors)
         denoiser = replace(own, folder=self.path, tensors=tensors, graph=None, unreadable="")
         trained = single_file.told(self.path, stored, metadata)

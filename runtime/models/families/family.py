@@ -245,6 +245,11 @@ class Family:
         """Whether the model is of this family. The first of FAMILIES that claims it has it."""
         raise NotImplementedError
 
+    @property
+    def fuller(self) -> Family:
+        """That of the same models with a text encoder more, which these were made to do without."""
+        return self
+
     def check(self, spec: ModelSpec) -> None:
         """Raise TightfitError for networks that do not belong together, or do what is not run."""
 

@@ -1,14 +1,13 @@
-"""A transformer that takes noise out, alone in a file, as it is published for ComfyUI: the text encoder and
-the VAE lie in files of their own, which are found in the folders of models or named.
+"""A transformer that takes noise out, alone in a file, as it is published for ComfyUI: the text encoders and
+the VAE lie in files of their own, which are found in the folders of models or named; or all in one file.
 
-Which model it is, and its config, are told from names and shapes. What no shape tells is the model's own.
+Which model it is, and the configs, are told from names and shapes. What no shape tells is the model's own.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -21,91 +20,20 @@ from ..spec import Component
 from ..tensors import Tensor
 from . import renames
 from .library import Kind, near
-from .scales import scaled
+from .published import Published, told, transformer
 from .single_file import Config, Shapes, Tensors, vae_config
-from .transformer_names import KLEIN
+from .text_encoders import TextEncoder
 from .weights import read_file
 
-_BEFORE = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
-_IN_CHECKPOINT = re.compile(r"text_encoders\.\w+\.transformer\.")  # of ComfyUI, with all networks inside
 _BEFORE_VAE = ("first_stage_model.", "vae.", "")
-_BASE = r"(?:^|[\W_])base(?:[\W_]|$)"
-_PATCH = 4  # latents that are one of the transformer's
-TOKENIZER = "tokenizer"
-_QUERY_NORM = "model.layers.0.self_attn.q_norm.weight"
 
 
 class SplitLayout:
     def claims(self, path: Path) -> bool:
-        return path.suffix.lower() in SINGLE and path.is_file() and any(_told(read_file(path)[0]))
+        return path.suffix.lower() in SINGLE and path.is_file() and any(told(read_file(path)[0]))
 
     def read(self, path: Path) -> SplitFile:
-        return SplitFile(path, *next(_told(read_file(path)[0])))
-
-
-@dataclass(frozen=True)
-class Published:
-    """A transformer as it is published, alone in a file.
-
-    names: by a tensor that it alone has, how its names become diffusers'. config: of its tensors. reads: the
-    text encoder's width. beside: what the VAE's config has. vae: how its file is called. base: what is in the
-    names of files with the model that was not distilled, which no tensor says. settings, scheduler: the
-    model's, by whether it was.
-    """
-
-    names: Mapping[str, Callable[[Tensors], dict[str, Tensor]]]
-    config: Callable[[Tensors], Config]
-    reads: Callable[[Config], int]
-    beside: Callable[[Config], Config]
-    vae: str
-    pipeline: str
-    base: re.Pattern[str]
-    settings: Callable[[bool], Mapping[str, Any]]
-    scheduler: Callable[[bool], Mapping[str, Any]]
-
-
-# ------------------------------------------------------------------------------ networks by diffusers' names
-
-
-def transformer(tensors: Tensors) -> dict[str, Tensor]:
-    """One that is published alone, empty for a file of another network."""
-    return next((named for _, named in _told(tensors)), {})
-
-
-def _told(tensors: Tensors) -> Iterator[tuple[Published, dict[str, Tensor]]]:
-    """Which one it is, and its tensors; nothing for a file of another network."""
-    for start in _BEFORE:
-        own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
-        for kind in PUBLISHED:
-            for mark, renamed in kind.names.items():
-                if mark in own:
-                    yield kind, renamed(scaled(own))
-
-
-def text_encoder(tensors: Tensors) -> tuple[Config, dict[str, Tensor]]:
-    """The config and the tensors of Qwen3, both empty for a file of another network."""
-    inside = {name[found.end() :]: tensors[name] for name in tensors if (found := _IN_CHECKPOINT.match(name))}
-    named = renames.llama_cpp(tensors) if "token_embd.weight" in tensors else scaled(inside or tensors)
-    if _QUERY_NORM not in named:
-        return {}, {}
-    shapes, layer = Shapes(named), "model.layers.0"
-    vocabulary, width = (shapes.side("model.embed_tokens.weight", side) for side in (0, 1))
-    head = shapes.side(_QUERY_NORM)
-    config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "tokenizer_class": "Qwen2Tokenizer",
-        "rope_theta": 1_000_000.0,
-        "tie_word_embeddings": True,
-        "vocab_size": vocabulary,
-        "hidden_size": width,
-        "intermediate_size": shapes.side(f"{layer}.mlp.gate_proj.weight"),
-        "num_hidden_layers": shapes.count(r"model\.layers\.(\d+)\."),
-        "num_attention_heads": shapes.side(f"{layer}.self_attn.q_proj.weight") // max(1, head),
-        "num_key_value_heads": shapes.side(f"{layer}.self_attn.k_proj.weight") // max(1, head),
-        "head_dim": head,
-    }
-    return config, named
+        return SplitFile(path, *next(told(read_file(path)[0])))
 
 
 def vae(tensors: Tensors) -> tuple[Config, dict[str, Tensor]]:
@@ -137,151 +65,70 @@ def _of_flux2_vae(tensors: Tensors) -> Config:
     }
 
 
-def _of_flux2(tensors: Tensors) -> Config:
-    shapes = Shapes(tensors)
-    width = shapes.side("x_embedder.weight")
-    head = shapes.side("single_transformer_blocks.0.attn.norm_q.weight")
-    return {
-        "_class_name": "Flux2Transformer2DModel",
-        "patch_size": 1,
-        "in_channels": shapes.side("x_embedder.weight", 1),
-        "out_channels": shapes.side("proj_out.weight"),
-        "num_layers": shapes.count(r"transformer_blocks\.(\d+)\."),
-        "num_single_layers": shapes.count(r"single_transformer_blocks\.(\d+)\."),
-        "attention_head_dim": head,
-        "num_attention_heads": width // max(1, head),
-        "joint_attention_dim": shapes.side("context_embedder.weight", 1),
-        "timestep_guidance_channels": shapes.side("time_guidance_embed.timestep_embedder.linear_1.weight", 1),
-        "mlp_ratio": shapes.side("transformer_blocks.0.ff.linear_out.weight", 1) / max(1, width),
-        "axes_dims_rope": [max(1, head // 4)] * 4,
-        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in tensors,
-    }
-
-
-def _of_z_image(tensors: Tensors) -> Config:
-    shapes, attention = Shapes(tensors), "layers.0.attention"
-    width, head = shapes.side("cap_embedder.1.weight"), shapes.side(f"{attention}.norm_q.weight")
-    reads_pictures = any(name.startswith("siglip_") for name in tensors)
-    return {
-        "_class_name": "ZImageTransformer2DModel",
-        "in_channels": shapes.side("all_x_embedder.2-1.weight", 1) // _PATCH,
-        "dim": width,
-        "n_layers": shapes.count(r"layers\.(\d+)\."),
-        "n_refiner_layers": shapes.count(r"noise_refiner\.(\d+)\."),
-        "n_heads": width // max(1, head),
-        "n_kv_heads": shapes.side(f"{attention}.to_k.weight") // max(1, head),
-        "cap_feat_dim": shapes.side("cap_embedder.1.weight", 1),
-        "axes_dims": [max(1, head // 4), *[max(1, 3 * head // 8)] * 2],
-        "siglip_feat_dim": shapes.side("siglip_embedder.1.weight", 1) if reads_pictures else None,
-    }
-
-
-_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
-_KLEIN = Published(
-    names={
-        "single_stream_modulation.lin.weight": KLEIN.renamed,
-        "single_stream_modulation.linear.weight": dict,
-    },
-    config=_of_flux2,
-    reads=lambda config: config["joint_attention_dim"] // 3,  # the states after three layers, side by side
-    beside=lambda config: {
-        "_class_name": "AutoencoderKLFlux2",
-        "latent_channels": config["in_channels"] // _PATCH,
-    },
-    vae="flux2-vae.safetensors",
-    pipeline="Flux2KleinPipeline",
-    base=re.compile(_BASE, re.IGNORECASE),
-    settings=lambda is_distilled: {"is_distilled": is_distilled},
-    scheduler=lambda _: {
-        **_FLOW,
-        "base_image_seq_len": 256,
-        "base_shift": 0.5,
-        "max_image_seq_len": 4096,
-        "max_shift": 1.15,
-        "shift": 3.0,
-        "time_shift_type": "exponential",
-        "use_dynamic_shifting": True,
-    },
-)
-_Z_IMAGE = Published(
-    names={"layers.0.adaLN_modulation.0.weight": renames.z_image},
-    config=_of_z_image,
-    reads=lambda config: config["cap_feat_dim"],
-    beside=lambda config: {"_class_name": "AutoencoderKL", "latent_channels": config["in_channels"]},
-    vae="ae.safetensors",
-    pipeline="ZImagePipeline",
-    base=re.compile(rf"{_BASE}|^(?!.*turbo).*z[-_ ]?image", re.IGNORECASE),
-    settings=lambda _: {},
-    scheduler=lambda is_distilled: {
-        **_FLOW,
-        "shift": 3.0 if is_distilled else 6.0,
-        "use_dynamic_shifting": False,
-    },
-)
-PUBLISHED = _KLEIN, _Z_IMAGE
-
-
 # ---------------------------------------------------------------------------------- files beside
 
 
 class _Part(NamedTuple):
-    """A network of the model from a file beside: that, its config and tensors, or why there are none."""
+    """A network of the model from a file: that, its config and tensors, or why there are none. is_nowhere:
+    that is so because no file has one."""
 
     file: Path
     config: Config
     tensors: Tensors
     lacking: str = ""
+    is_nowhere: bool = False
 
 
 _Reads = Callable[[Tensors], tuple[Config, dict[str, Tensor]]]
 
 
-def _found(file: Path, kind: Kind, reads: _Reads, usual: Config, needs: str) -> _Part:
-    """What is inside `file`, or the one file of a kind near it, whose config has what `usual` has, which the
-    transformer needs."""
-    fitting: list[_Part] = []
-    unread = ""
-    for path in _places(file, kind):
-        try:
-            stored = read_file(path)[0]
-            is_beside = path == file or not transformer(stored)  # else it is another whole model's
-            config, tensors = reads(stored) if is_beside else ({}, {})
-        except TightfitError as error:  # of a file that nobody named: it may be of another model
-            unread = unread or f" ({error})"
-            continue
-        if config and all(config[name] == usual[name] for name in usual):
-            fitting.append(_Part(path, config, tensors))
-            if path == file:
-                break
-    if len(fitting) == 1:
-        return fitting[0]
-    option = kind.name.lower().replace("_", "-")
-    if not fitting:
-        said = f"{file} is a denoiser alone, and {needs} is neither beside it nor in the folders of models"
-        return _Part(file, usual, {}, f"{said}: name one by --{option} FILE{unread}")
-    names = " and ".join(str(part.file) for part in fitting[:2])
-    return _Part(file, usual, {}, f"{names} are both for {file}: name one by --{option} FILE")
+@dataclass(frozen=True)
+class _Places:
+    """Where a model's networks are: in its file, or in one near it, of which each is read once."""
 
+    file: Path
+    contents: dict[Path, Tensors | TightfitError] = field(default_factory=dict)
 
-def _places(file: Path, kind: Kind) -> Iterator[Path]:
-    """Where a network may be: folders are looked through only if it is not in `file` itself."""
-    yield file
-    yield from near(file, kind)
+    def found(self, kind: Kind, reads: _Reads, usual: Config, needs: str) -> _Part:
+        """What is inside the file, or the one file of a kind near it, whose config has what `usual` has."""
+        fitting: list[_Part] = []
+        unread = ""
+        for path in self._of(kind):
+            try:
+                config, tensors = reads(self._contents(path))
+            except TightfitError as error:  # of a file that nobody named: it may be of another model
+                unread = unread or f" ({error})"
+                continue
+            if config and all(config[name] == usual[name] for name in usual):
+                fitting.append(_Part(path, config, tensors))
+                if path == self.file:
+                    break
+        if len(fitting) == 1:
+            return fitting[0]
+        option = kind.name.lower().replace("_", "-")
+        if not fitting:
+            places = "is neither in it nor beside it nor in the folders of models"
+            said = f"{self.file} needs {needs}, which {places}: name one by --{option} FILE{unread}"
+            return _Part(self.file, usual, {}, said, True)
+        names = " and ".join(str(part.file) for part in fitting[:2])
+        return _Part(self.file, usual, {}, f"{names} are both for {self.file}: name one by --{option} FILE")
 
+    def _of(self, kind: Kind) -> Iterator[Path]:
+        """Folders are looked through only for what is not in the file itself."""
+        yield self.file
+        yield from near(self.file, kind)
 
-def tokenizer_for(encoder: Path, *others: Path) -> tuple[Path, str]:
-    """The folder of a text encoder's tokenizer: called as that or "tokenizer", beside its file or one of the
-    others; and what to do where there is none."""
-    places = [encoder.with_suffix(""), *(file.parent / TOKENIZER for file in (encoder, *others))]
-    for place in places:
-        if (place / "tokenizer.json").is_file() or (
-            (place / "vocab.json").is_file() and (place / "merges.txt").is_file()
-        ):
-            return place, ""
-    return places[0], (
-        f"{encoder} has no tokenizer beside it: put tokenizer.json of its model, "
-        f"such as Qwen/Qwen3-4B, into the folder {places[0]}"
-    )
+    def _contents(self, path: Path) -> Tensors:
+        """Nothing of another whole model. Raises TightfitError."""
+        if path not in self.contents:
+            try:
+                stored = read_file(path)[0]
+                self.contents[path] = stored if path == self.file or not transformer(stored) else {}
+            except TightfitError as error:
+                self.contents[path] = error
+        if isinstance(known := self.contents[path], TightfitError):
+            raise known
+        return known
 
 
 # --------------------------------------------------------------------------------------- the source
@@ -304,7 +151,7 @@ class SplitFile:
 
     @property
     def is_distilled(self) -> bool:
-        return not self.kind.base.search(self.folder.stem)
+        return self.kind.is_distilled(self.folder.stem)
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -312,41 +159,53 @@ class SplitFile:
 
     @property
     def listed(self) -> Mapping[str, Any]:
-        return {name: part.tensors for name, part in self._parts.items() if part.tensors}
+        return {name: part.tensors for name, part in self._parts.items()}
 
     @property
     def notes(self) -> tuple[str, ...]:
-        kind = "distilled" if self.is_distilled else "the base model"
-        own = f"{self.folder.name} is taken for {kind}, by its name: no tensor says it"
-        beside = (
-            part.file.name for part in self._parts.values() if part.tensors and part.file != self.folder
-        )
-        files = " and ".join(beside)
-        return (own, *([f"beside {self.folder.name} were found {files}"] if files else []))
+        return (*self._told_by_name, *self._found_beside, *self._left_out)
+
+    @property
+    def _told_by_name(self) -> Iterator[str]:
+        if self.kind.base:
+            kind = "distilled" if self.is_distilled else "the base model"
+            yield f"{self.folder.name} is taken for {kind}, by its name: no tensor says it"
+
+    @property
+    def _found_beside(self) -> Iterator[str]:
+        parts = (part for part in self._parts.values() if part.tensors and part.file != self.folder)
+        if files := " and ".join(dict.fromkeys(part.file.name for part in parts)):
+            yield f"beside {self.folder.name} were found {files}"
+
+    @property
+    def _left_out(self) -> Iterator[str]:
+        for name in self.kind.encoders.keys() - self._parts.keys():
+            yield f"{self._everywhere[name].lacking}; it paints without"
+
+    @property
+    def _parts(self) -> Mapping[str, _Part]:
+        """By the folder that each would have, without what a model is run without."""
+        optional = self.kind.optional
+        return {n: p for n, p in self._everywhere.items() if not (p.is_nowhere and n in optional)}
 
     @cached_property
-    def _parts(self) -> Mapping[str, _Part]:
-        """By the folder that each would have."""
-        config = self.kind.config(self.tensors)
-        width, of_vae = self.kind.reads(config), self.kind.beside(config)
-        encoder = _found(
-            self.folder,
-            Kind.TEXT_ENCODER,
-            text_encoder,
-            {"hidden_size": width},
-            f"its text encoder, a Qwen3 {width} wide (such as qwen_3_4b.safetensors),",
-        )
-        if encoder.tensors and (lacking := tokenizer_for(encoder.file, self.folder)[1]):
-            encoder = encoder._replace(tensors={}, lacking=lacking)
-        decoder = _found(
-            self.folder,
-            Kind.VAE,
-            vae,
-            of_vae,
-            f"its VAE, of {of_vae['latent_channels']} channels ({self.kind.vae}),",
-        )
-        own = _Part(self.folder, config, self.tensors)
-        return {"transformer": own, "text_encoder": encoder, "vae": decoder}
+    def _everywhere(self) -> Mapping[str, _Part]:
+        config, places = self.kind.config(self.tensors), _Places(self.folder)
+        parts = {"transformer": _Part(self.folder, config, self.tensors)}
+        widths = zip(self.kind.encoders.items(), self.kind.widths(config), strict=True)
+        parts |= {name: self._encoder(places, encoder, width) for (name, encoder), width in widths}
+        of_vae = self.kind.beside(config)
+        needs = f"a VAE of {of_vae['latent_channels']} channels ({self.kind.vae})"
+        return {**parts, "vae": places.found(Kind.VAE, vae, of_vae, needs)}
+
+    def _encoder(self, places: _Places, encoder: TextEncoder, width: int) -> _Part:
+        usual = dict.fromkeys(encoder.widths, width)
+        needs = f"a {encoder.title} {width} wide (such as {encoder.file})"
+        part = places.found(Kind.TEXT_ENCODER, encoder.read, usual, needs)
+        if not part.tensors:
+            return part._replace(config=encoder.wide(width))
+        lacking = "" if encoder.pad else encoder.tokenizer(part.file, self.folder)[1]
+        return part._replace(tensors={}, lacking=lacking) if lacking else part
 
     def config(self, network: Network) -> Mapping[str, Any]:
         return self._parts[network.folder].config if network.folder in self._parts else {}
@@ -356,13 +215,13 @@ class SplitFile:
         tensors = {k: t for k, t in self.whole(network).items() if k.startswith(network.prefixes)}
         config = {**network.defaults, **part.config}
         made = Component(network, part.file, config, tensors, unreadable=part.lacking)
-        if not network.tokenizer:
+        if (encoder := self.kind.encoders.get(network.folder)) is None:
             return made
-        return replace(made, tokenizer=tokenizer_for(part.file, self.folder)[0])
+        return encoder.with_tokenizer(made, self.folder)
 
     def whole(self, network: Network) -> Mapping[str, Tensor]:
         tensors = self._parts[network.folder].tensors
         return {name: tensor for name, tensor in tensors.items() if network.uses(name)}
 
     def scheduler(self) -> Mapping[str, Any]:
-        return self.kind.scheduler(self.is_distilled)
+        return self.kind.scheduler(self._parts["transformer"].config, self.is_distilled)
