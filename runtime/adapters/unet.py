@@ -3,7 +3,7 @@ a checkpoint."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -38,16 +38,42 @@ class Unet(OfFile):
                 f"name {spec.source or 'the model'}, from which that was made, by --model"
             )
         stored, metadata = contents(self.path, stamp(self.path))
-        tensors = published.transformer(stored) or single_file.denoiser(stored)
+        named = published.transformer(stored)
+        tensors = named or single_file.denoiser(stored)
         self._check(spec, tensors)
+        if more := next((name for name in named if name not in own.tensors), ""):
+            raise TightfitError(f"{self.path} has {more}, and {spec.name} none: name a model of its kind")
         denoiser = replace(own, folder=self.path, tensors=tensors, graph=None, unreadable="")
         trained = single_file.told(self.path, stored, metadata)
         return replace(
             spec,
             components={**spec.components, own.name: denoiser},
             scheduler={**spec.scheduler, **trained},
-            notes=(*spec.notes, *(f"{self.path.name} has {key} {value}" for key, value in trained.items())),
+            notes=(
+                *spec.notes,
+                *(f"{self.path.name} has {key} {value}" for key, value in trained.items()),
+                *self._of_another_kind(spec),
+            ),
         )
+
+    def _of_another_kind(self, spec: ModelSpec) -> Iterator[str]:
+        """A note on one that was distilled, by its name, for a model that was not; or the other way round."""
+        config, known = spec.denoiser.config, published.published_of(spec.denoiser.config)
+        if known is None or not known.base:
+            return
+        is_distilled = known.is_distilled(self.path.stem)
+        own, other = (
+            {**known.scheduler(config, each), **known.settings(each)}
+            for each in (is_distilled, not is_distilled)
+        )
+        said = {**spec.scheduler, **spec.settings}
+        if any(said.get(key) == value != own[key] for key, value in other.items()):
+            kinds = ("distilled", "the base model")
+            kind, model = kinds if is_distilled else kinds[::-1]
+            yield (
+                f"{self.path.name} is taken for {kind}, by its name, and {spec.name} is {model}: "
+                "steps, guidance and noise levels are still that's"
+            )
 
     def _check(self, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> None:
         """Raise TightfitError unless they are the tensors of a U-Net like the model's own."""
