@@ -222,7 +222,7 @@ class Flux1(OfWideVae):
     name, title, reads = "flux1-dev", "Flux.1", 4096
     networks = (_CLIP, text_encoder("_2", 512), _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
-    takes = frozenset({"lora", "vae"})
+    takes = frozenset({"lora", "text_encoder", "unet", "vae"})
     tiny_decoder, latent_rgb = "taef1", FLUX1_RGB
 
     def claims(self, source: Source) -> bool:

@@ -13,7 +13,7 @@ from ..cures import of_mixed
 from ..tensors import Tensor
 from .family import NO_GRAPH, SHARED, Extent, Network, Role, Shape
 from .flow import shifted
-from .sdxl import SDXL
+from .sdxl import SDXL, encode_and_pool, skip_but_read_all
 from .t5 import text_encoder
 from .wide_vae import SD3_RGB, OfWideVae, wide_vae
 
@@ -28,7 +28,11 @@ _TEXT_TOKENS = 256  # of T5's, to which each text is padded, or cut; as many zer
 
 # --------------------------------------------------------------------------------------- the text encoders
 
-_CLIPS = tuple(replace(network, graph=NO_GRAPH, tracing=None) for network in SDXL.networks[:2])
+# CLIP-L's projection is the identity as published, and in Stability's files there is none.
+_CLIPS = tuple(
+    replace(network, call=encode_and_pool, skip=skip_but_read_all, graph=NO_GRAPH, tracing=None)
+    for network in SDXL.networks[:2]
+)
 _T5 = text_encoder("_3", _TEXT_TOKENS)
 
 # -------------------------------------------------------------------------------------------- the denoiser
@@ -190,8 +194,12 @@ class SD3WithoutT5(OfWideVae):
     name, title, reads = "sd3-without-t5", "SD 3.5", 4096
     networks = (*_CLIPS, _TRANSFORMER, _DECODER)
     on_demand = (_ENCODER,)
-    takes = frozenset({"lora", "vae"})
+    takes = frozenset({"lora", "text_encoder", "unet", "vae"})
     tiny_decoder, latent_rgb = "taesd3", SD3_RGB
+
+    @property
+    def fuller(self) -> SD3:
+        return _WITH_T5
 
     def claims(self, source: Source) -> bool:
         return source.config(_TRANSFORMER).get("_class_name") == "SD3Transformer2DModel"
@@ -225,11 +233,10 @@ class SD3WithoutT5(OfWideVae):
                 f"{pooled}, and latents of {channels} channels, and a transformer for {reads}, "
                 f"{config['pooled_projection_dim']} and {config['in_channels']}"
             )
-        for clip in clips:
-            if "CLIPTextModelWithProjection" not in clip.config["architectures"]:
-                raise TightfitError(
-                    f"{clip.folder} has no projection, which SD 3.5 needs: copy or download the model again"
-                )
+        if "CLIPTextModelWithProjection" not in (clip := clips[1]).config["architectures"]:
+            raise TightfitError(
+                f"{clip.folder} has no projection, which SD 3.5 needs: copy or download the model again"
+            )
 
     def text_width(self, spec: ModelSpec) -> int:
         """CLIP's texts are padded to T5's width, and come before them."""
@@ -287,3 +294,6 @@ class SD3(SD3WithoutT5):
 
     def claims(self, source: Source) -> bool:
         return _T5.folder in source.listed and super().claims(source)
+
+
+_WITH_T5 = SD3()

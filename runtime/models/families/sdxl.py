@@ -30,14 +30,29 @@ def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
     return (states, out.text_embeds) if "text_embeds" in out else (states,)
 
 
+def encode_and_pool(module: Any, tokens: Any) -> tuple[Any, ...]:
+    """The layer before the last, without the final norm, and the pooled text, projected where the model has
+    such a layer."""
+    out = module(tokens, output_hidden_states=True)
+    states = out.hidden_states[-getattr(module.config, _SKIPPED, 2)]
+    return states, out.text_embeds if "text_embeds" in out else out.pooler_output
+
+
 def _skip(component: Component, count: int) -> Component:
     """Of the first the layers are left out that are not read. The second reads all, for the pooled text."""
-    from ..clip_skip import check, without_layers
+    from ..clip_skip import without_layers
+
+    if count > 2 and "WithProjection" not in str(component.config.get("architectures")):
+        return without_layers(component, count - 2)
+    return skip_but_read_all(component, count)
+
+
+def skip_but_read_all(component: Component, count: int) -> Component:
+    """A text encoder whose last layers are read for the pooled text alone."""
+    from ..clip_skip import check
 
     if count <= 2:  # as Forge: SDXL reads the layer before the last anyway
         return component
-    if "WithProjection" not in str(component.config.get("architectures")):
-        return without_layers(component, count - 2)
     check(component, count - 1)
     return replace(component, config={**component.config, _SKIPPED: count}, graph=None)
 

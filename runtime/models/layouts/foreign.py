@@ -20,7 +20,7 @@ _MODELS = (
     (r"edm_vpred\.", "CosXL"),
     (r"cc_projection\.", "Zero-1-to-3"),
     (r"(?:model\.diffusion_model\.label_emb\.weight$|low_scale_model\.)", "SD's x4 upscaler"),
-    (rf"{_IN}joint_blocks\.", "SD 3"),
+    (rf"{_IN}joint_blocks\.", "a part of SD 3's transformer"),
     (rf"{_IN}early_stream_modulations\.", "Flux 3"),
     (rf"{_IN}distilled_guidance_layer\.", "Chroma"),
     (rf"{_IN}txt_in\.individual_token_refiner\.", "HunyuanVideo"),
@@ -43,6 +43,7 @@ _WHOLE = "name a checkpoint that has all networks inside, or a diffusers folder"
 _BESIDE = "name the model that it is for"
 _CONTROL = f"{_BESIDE}, and this by --control PICTURE:model=FILE"
 _WORD, _VAE = f"{_BESIDE}, and this by --embedding", f"{_BESIDE}, and this by --vae"
+_TEXTS = f"{_BESIDE}, and this by --text-encoder"
 UNET = f"{_BESIDE}, and this by --unet (--model MODEL --unet FILE)"
 _PARTS = (
     (r"(?:.*\.)?motion_modules\.", "a motion module of AnimateDiff", _BESIDE, None),
@@ -73,16 +74,22 @@ _PARTS = (
     ),
     (r"(?:(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?)?\d+\.", "a tiny autoencoder", _VAE, Kind.VAE),
     (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _VAE, Kind.VAE),
-    (r"(?:text_model|transformer\.resblocks|encoder\.block)\.", "a text encoder alone", _WHOLE, None),
+    (r"transformer\.resblocks\.", "a text encoder of open_clip", _WHOLE, None),
+    (
+        r"(?:text_model\.(?:embeddings|encoder)|(?:encoder|enc)\.(?:block|blk)\.\d+)\.",
+        "a text encoder alone",
+        _TEXTS,
+        Kind.TEXT_ENCODER,
+    ),
     (
         r"(?:model\.layers\.\d+\.self_attn|blk\.\d+\.attn_q)\.",
         "a language model",
-        f"{_BESIDE}, and this by --text-encoder",
+        _TEXTS,
         Kind.TEXT_ENCODER,
     ),
     (r"(?:input_blocks|output_blocks|(?:down|up)_blocks)\.\d+\.", "a U-Net alone", UNET, Kind.UNET),
 )
-OURS = "of files tightfit runs SD 1.x, SD 2.x, SDXL, Flux.2 klein and Z-Image"
+OURS = "of files tightfit runs SD 1.x, SD 2.x, SDXL, SD 3.5, Flux.1, Flux.2 klein and Z-Image"
 _WORDS = (
     *((pattern, f"is {name}: {OURS}") for pattern, name in _MODELS),
     *((pattern, f"is {name}, which is no whole model: {cure}") for pattern, name, cure, _ in _PARTS),

@@ -3,21 +3,23 @@ model no shape tells. A new one is one line in PUBLISHED."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ..tensors import Tensor
 from . import renames
 from .scales import scaled
 from .single_file import Config, Shapes, Tensors
-from .text_encoders import QWEN3, TextEncoder
-from .transformer_names import KLEIN
+from .text_encoders import CLIP_G, CLIP_L, QWEN3, T5, TextEncoder
+from .transformer_names import FLUX1, KLEIN, SD3
 
 _BEFORE = ("model.diffusion_model.", "diffusion_model.", "transformer.", "")
 _BASE = r"(?:^|[\W_])base(?:[\W_]|$)"
 _PATCH = 4  # latents that are one of the transformer's
+_HEAD_WIDTH = 64  # of SD 3, where no norm of a head's values says it
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,56 @@ def _of_z_image(tensors: Tensors) -> Config:
     }
 
 
+def _of_flux1(tensors: Tensors) -> Config:
+    shapes = Shapes(tensors)
+    width, head = shapes.side("x_embedder.weight"), shapes.side("transformer_blocks.0.attn.norm_q.weight")
+    return {
+        "patch_size": 1,
+        "in_channels": shapes.side("x_embedder.weight", 1),
+        "out_channels": shapes.side("proj_out.weight"),
+        "num_layers": shapes.count(r"transformer_blocks\.(\d+)\."),
+        "num_single_layers": shapes.count(r"single_transformer_blocks\.(\d+)\."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // max(1, head),
+        "joint_attention_dim": shapes.side("context_embedder.weight", 1),
+        "pooled_projection_dim": shapes.side("time_text_embed.text_embedder.linear_1.weight", 1),
+        "axes_dims_rope": [max(1, head // 8), *[max(1, 7 * head // 16)] * 2],
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in tensors,
+    }
+
+
+def _of_sd3(tensors: Tensors) -> Config:
+    shapes, first, norm = Shapes(tensors), "pos_embed.proj.weight", "transformer_blocks.0.attn.norm_q.weight"
+    width, patch = shapes.side(first), shapes.side(first, 2)
+    head = shapes.side(norm) if norm in tensors else _HEAD_WIDTH
+    places = math.isqrt(shapes.side("pos_embed.pos_embed", 1))
+    second = (re.match(r"transformer_blocks\.(\d{1,4})\.attn2\.", name) for name in tensors)
+    return {
+        "sample_size": min(128, places * patch),
+        "patch_size": patch,
+        "in_channels": shapes.side(first, 1),
+        "out_channels": shapes.side("proj_out.weight") // max(1, patch**2),
+        "num_layers": shapes.count(r"transformer_blocks\.(\d+)\."),
+        "attention_head_dim": head,
+        "num_attention_heads": width // max(1, head),
+        "joint_attention_dim": shapes.side("context_embedder.weight", 1),
+        "caption_projection_dim": shapes.side("context_embedder.weight"),
+        "pooled_projection_dim": shapes.side("time_text_embed.text_embedder.linear_1.weight", 1),
+        "pos_embed_max_size": places,
+        "dual_attention_layers": sorted({int(found[1]) for found in second if found}),
+        "qk_norm": "rms_norm" if norm in tensors else None,
+    }
+
+
+def _sd3(tensors: Tensors) -> dict[str, Tensor]:
+    """The table of places is no layer. Some GGUF files have it without its side of 1."""
+    named = SD3.renamed(tensors)
+    if table := tensors.get("pos_embed"):
+        shape = (1, *table.shape) if len(table.shape) == 2 else table.shape
+        named["pos_embed.pos_embed"] = replace(table, shape=shape)
+    return named
+
+
 # ------------------------------------------------------------------------------------------------ all of them
 
 _FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
@@ -160,4 +212,40 @@ _Z_IMAGE = Published(
     },
     base=re.compile(rf"{_BASE}|^(?!.*turbo).*z[-_ ]?image", re.IGNORECASE),
 )
-PUBLISHED = _KLEIN, _Z_IMAGE
+_FLUX1 = Published(
+    denoiser="FluxTransformer2DModel",
+    pipeline="FluxPipeline",
+    # Chroma has no such layer, and HunyuanVideo calls it otherwise.
+    names={"single_blocks.0.modulation.lin.weight": FLUX1.renamed},
+    shapes=_of_flux1,
+    encoders={"text_encoder": CLIP_L, "text_encoder_2": T5},
+    widths=lambda config: (config["pooled_projection_dim"], config["joint_attention_dim"]),
+    beside=lambda config: {
+        "_class_name": "AutoencoderKL",
+        "latent_channels": config["in_channels"] // _PATCH,
+    },
+    vae="ae.safetensors",
+    scheduler=lambda config, _: (
+        _BY_SIZE
+        if config["guidance_embeds"]  # dev
+        else {**_BY_SIZE, "shift": 1.0, "use_dynamic_shifting": False}
+    ),
+)
+_SD3 = Published(
+    denoiser="SD3Transformer2DModel",
+    pipeline="StableDiffusion3Pipeline",
+    names={"joint_blocks.0.x_block.attn.qkv.weight": _sd3},
+    shapes=_of_sd3,
+    encoders={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5},
+    # Pooled texts are 768 and 1280 wide, side by side.
+    widths=lambda config: (
+        3 * config["pooled_projection_dim"] // 8,
+        5 * config["pooled_projection_dim"] // 8,
+        config["joint_attention_dim"],
+    ),
+    optional=frozenset({"text_encoder_3"}),
+    beside=lambda config: {"_class_name": "AutoencoderKL", "latent_channels": config["in_channels"]},
+    vae="sd3_vae.safetensors",
+    scheduler=lambda _, __: {**_FLOW, "shift": 3.0, "use_dynamic_shifting": False},
+)
+PUBLISHED = _KLEIN, _Z_IMAGE, _FLUX1, _SD3

@@ -120,6 +120,19 @@ _LLAMA_CPP_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_LLAMA_CPP_T5 = {"token_embd": "shared", "enc.output_norm": "encoder.final_layer_norm"}
+_LLAMA_CPP_T5_LAYER = {
+    "attn_norm": "0.layer_norm",
+    "attn_q": "0.SelfAttention.q",
+    "attn_k": "0.SelfAttention.k",
+    "attn_v": "0.SelfAttention.v",
+    "attn_o": "0.SelfAttention.o",
+    "attn_rel_b": "0.SelfAttention.relative_attention_bias",
+    "ffn_norm": "1.layer_norm",
+    "ffn_gate": "1.DenseReluDense.wi_0",
+    "ffn_up": "1.DenseReluDense.wi_1",
+    "ffn_down": "1.DenseReluDense.wo",
+}
 _LLAMA_CPP_BLOCK = re.compile(r"blk\.(\d{1,4})\.(\w+)")
 _JOINED = "attn.in_proj_"  # weight or bias of queries, keys and values, one below the other
 
@@ -272,6 +285,19 @@ def llama_cpp(tensors: Tensors) -> dict[str, Tensor]:
             place = _LLAMA_CPP_LAYER.get(found[2])
             return f"model.layers.{int(found[1])}.{place}.{leaf}" if place else ""
         return f"model.{_LLAMA_CPP[layer]}.{leaf}" if layer in _LLAMA_CPP else ""
+
+    return _renamed(tensors, renamed)
+
+
+def llama_cpp_t5(tensors: Tensors) -> dict[str, Tensor]:
+    """Of T5's encoder."""
+
+    def renamed(name: str) -> str:
+        layer, _, leaf = name.rpartition(".")
+        if found := _LLAMA_CPP_BLOCK.fullmatch(layer.removeprefix("enc.")):
+            place = _LLAMA_CPP_T5_LAYER.get(found[2])
+            return f"encoder.block.{int(found[1])}.layer.{place}.{leaf}" if place else ""
+        return f"{_LLAMA_CPP_T5[layer]}.{leaf}" if layer in _LLAMA_CPP_T5 else ""
 
     return _renamed(tensors, renamed)
 

@@ -357,22 +357,29 @@ class Shapes:
 
 
 def _text(tensors: Tensors, name: str, original: Original) -> Config:
+    projected = name != "text_encoder"
+    config = clip_config(tensors, projected)
+    layers = config["num_hidden_layers"]
+    return config | {
+        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
+        "num_hidden_layers": min(layers, original.layers or layers),
+        "hidden_act": original.texts[name][0],
+    }
+
+
+def clip_config(tensors: Tensors, projected: bool) -> Config:
+    """What the shapes of a text encoder of CLIP say of it."""
     shapes = Shapes(tensors)
-    layer = "text_model.encoder.layers.0"
     tokens = "text_model.embeddings.token_embedding.weight"
     width = shapes.side(tokens, 1)
-    layers = shapes.count(r"text_model\.encoder\.layers\.(\d+)\.")
-    projected = name != "text_encoder"
     return {
-        "architectures": ["CLIPTextModelWithProjection" if projected else "CLIPTextModel"],
         "hidden_size": width,
-        "intermediate_size": shapes.side(f"{layer}.mlp.fc1.weight"),
-        "num_hidden_layers": min(layers, original.layers or layers),
+        "intermediate_size": shapes.side("text_model.encoder.layers.0.mlp.fc1.weight"),
+        "num_hidden_layers": shapes.count(r"text_model\.encoder\.layers\.(\d+)\."),
         "num_attention_heads": max(1, width // _HEAD_WIDTH),
         "max_position_embeddings": shapes.side("text_model.embeddings.position_embedding.weight"),
         "vocab_size": shapes.side(tokens),
         "projection_dim": shapes.side("text_projection.weight") if projected else width,
-        "hidden_act": original.texts[name][0],
         "bos_token_id": 49406,
         "eos_token_id": 49407,
         "pad_token_id": 1,

@@ -11,11 +11,14 @@ from typing import Any
 
 from ..spec import Component
 from ..tensors import Tensor
+from ..vocabulary import END
 from . import renames
 from .scales import scaled
-from .single_file import Config, Shapes, Tensors
+from .single_file import Config, Shapes, Tensors, clip_config
 
 _QUERY_NORM = "model.layers.0.self_attn.q_norm.weight"
+_DISTANCES = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+_CLIP_HAS = r"text_model\.(?:embeddings|encoder|final_layer_norm)\."
 _OWN_NAME = "tokenizer"
 
 
@@ -96,6 +99,34 @@ def _of_qwen3(tensors: Tensors) -> Config:
     }
 
 
+def _clip(tensors: Tensors, projected: bool) -> dict[str, Tensor]:
+    """SD 3's and Flux.1's own code projects no text of CLIP-L, whatever its file has."""
+    if "text_model.embeddings.token_embedding.weight" not in tensors:
+        return {}
+    named = renames.clip(scaled(tensors))
+    used = re.compile(rf"{_CLIP_HAS}{r'|text_projection.' if projected else ''}")
+    return {n: t for n, t in named.items() if used.match(n) and not n.endswith(".position_ids")}
+
+
+def _t5(tensors: Tensors) -> dict[str, Tensor]:
+    """T5's encoder. Wan's umT5 is as wide, and has a table of distances in each block."""
+    named = renames.llama_cpp_t5(tensors) if "enc.output_norm.weight" in tensors else scaled(tensors)
+    return named if _DISTANCES.format(0) in named and _DISTANCES.format(1) not in named else {}
+
+
+def _of_t5(tensors: Tensors) -> Config:
+    shapes, layer = Shapes(tensors), "encoder.block.0.layer"
+    heads = shapes.side(_DISTANCES.format(0), 1)
+    return {
+        "vocab_size": shapes.side("shared.weight"),
+        "d_model": shapes.side("shared.weight", 1),
+        "d_kv": shapes.side(f"{layer}.0.SelfAttention.q.weight") // max(1, heads),
+        "d_ff": shapes.side(f"{layer}.1.DenseReluDense.wi_0.weight"),
+        "num_layers": shapes.count(r"encoder\.block\.(\d+)\."),
+        "num_heads": heads,
+    }
+
+
 QWEN3 = TextEncoder(
     title="Qwen3",
     file="qwen_3_4b.safetensors",
@@ -110,4 +141,36 @@ QWEN3 = TextEncoder(
         "tie_word_embeddings": True,
     },
     tokenizer_of="Qwen/Qwen3-4B",
+)
+CLIP_L = TextEncoder(
+    title="CLIP-L",
+    file="clip_l.safetensors",
+    called="clip_l",
+    named=lambda tensors: _clip(tensors, projected=False),
+    shapes=lambda tensors: clip_config(tensors, projected=False),
+    known={"architectures": ["CLIPTextModel"], "hidden_act": "quick_gelu"},
+    widths=("hidden_size", "projection_dim"),
+    pad=END,
+)
+CLIP_G = TextEncoder(
+    title="CLIP-G",
+    file="clip_g.safetensors",
+    called="clip_g",
+    named=lambda tensors: _clip(tensors, projected=True),
+    shapes=lambda tensors: clip_config(tensors, projected=True),
+    known={"architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu"},
+    widths=("hidden_size", "projection_dim"),
+    pad="!",
+)
+T5 = TextEncoder(
+    title="T5",
+    file="t5xxl_fp16.safetensors",
+    called="t5xxl",
+    named=_t5,
+    shapes=_of_t5,
+    known={"architectures": ["T5EncoderModel"], "model_type": "t5", "tokenizer_class": "T5Tokenizer"},
+    widths=("d_model",),
+    # The second is where ComfyUI has it, beside its folder of models. A "tokenizer" there is Qwen3's.
+    tokenizers=("t5_tokenizer", "comfy/text_encoders/t5_tokenizer"),
+    tokenizer_of="the folder tokenizer_2 of black-forest-labs/FLUX.1-schnell",
 )

@@ -219,7 +219,7 @@ def test_what_it_does_not_do_is_refused(sd3, asked, why):
         ("transformer/config.json", {"joint_attention_dim": 96}, "files of different models were mixed"),
         ("transformer/config.json", {"pos_embed_max_size": 23}, "not of one width"),
         ("text_encoder/config.json", {"projection_dim": 16}, "files of different models were mixed"),
-        ("model_index.json", {"text_encoder": ["transformers", "CLIPTextModel"]}, "no projection"),
+        ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "no projection"),
         ("text_encoder_3/config.json", {"feed_forward_proj": "relu"}, "impossible feed_forward_proj"),
         ("text_encoder_3/config.json", {"relative_attention_max_distance": 8}, "impossible relative_att"),
         ("vae/config.json", {"_class_name": "AutoencoderKLFlux2"}, r"not SD 3\.5's AutoencoderKL"),
