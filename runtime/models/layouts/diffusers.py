@@ -106,6 +106,11 @@ def _classes() -> dict[str, str]:
     }
 
 
+def _is_spared(network: Network) -> bool:
+    """Whether there are models of some family without it."""
+    return any(network in family.fuller.networks and network not in family.networks for family in FAMILIES)
+
+
 def _tokenizer(network: Network) -> str:
     return network.reading.listed if network.reading else _CLIP
 
@@ -139,6 +144,11 @@ class DiffusersFolder:
     def component(self, network: Network) -> Component:
         """Tensors as diffusers keeps them, a graph as Optimum does, or both."""
         folder, file = self.folder / network.folder, self.folder / network.name / "model.onnx"
+        if not folder.exists() and _is_spared(network):
+            raise TightfitError(
+                f"{folder} is missing: copy or download it again, or to paint without, let model_index.json "
+                f"say [null, null] of {network.folder} and {network.tokenizer}"
+            )
         if file.exists() and not any(folder.glob("*.safetensors")):
             beside = next((f for f in (folder, file.parent) if (f / "config.json").exists()), file.parent)
             config = self._full_config(network, beside / "config.json")

@@ -71,6 +71,16 @@ def test_without_t5_its_tokens_are_zeros(without_t5, pipe, decibels, check_predi
     check_predicted(result)
 
 
+def test_who_deletes_t5_is_told_how_to_paint_without(sd3, tmp_path):
+    shutil.copytree(sd3, folder := tmp_path / "sd3", ignore=shutil.ignore_patterns("*_3"))
+    with pytest.raises(TightfitError, match=r"say \[null, null\] of text_encoder_3 and tokenizer_3"):
+        tightfit.inspect(str(folder))
+    index = json.loads((folder / "model_index.json").read_text())
+    nothing = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+    (folder / "model_index.json").write_text(json.dumps(index | nothing))
+    assert tightfit.inspect(str(folder)).family == "sd3-without-t5"
+
+
 def test_an_export_without_t5_stays_without(without_t5, tmp_path):
     exported = tightfit.inspect(str(tightfit.export_model(str(without_t5), tmp_path / "int8", "int8")))
     assert (exported.family, len(exported.text_encoders)) == ("sd3-without-t5", 2)
