@@ -89,6 +89,9 @@ def described(spec: ModelSpec) -> Iterator[Path]:
             else:
                 index[name] = ["diffusers", config["_class_name"]]
             _write_json(folder / name / "config.json", config)
+        for network in spec.design.fuller.networks:
+            if network.name not in spec.components:
+                index |= {part: [None, None] for part in (network.folder, network.tokenizer)}
         _write_json(folder / "model_index.json", index | dict(spec.settings))
         yield folder
 

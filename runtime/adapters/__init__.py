@@ -58,7 +58,7 @@ ADAPTERS = (
     Kind(
         text_encoder.TextEncoder.option,
         text_encoder.written,
-        "In place of the model's.",
+        "In place of the model's; repeatable.",
         library.Kind.TEXT_ENCODER,
     ),
     Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable.", library.Kind.LORA, in_weights=True),

@@ -53,7 +53,7 @@ class TextEncoder(OfFile):
         own = spec.components.get(network.name) or Component(network, spec.folder, {}, {})
         if own.patches:
             raise TightfitError(f"{self.path} replaces what adapters changed: name it before them")
-        if own.formats is not None:
+        if spec.precision is not None:
             raise TightfitError(
                 f"{self.path} cannot replace the text encoder of {spec.name}, which is stored in "
                 f"{spec.precision}: name {spec.source or 'the model'}, from which that was made, by --model"

@@ -132,9 +132,10 @@ class Tensor:
         import torch
 
         kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+        kinds |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
         if not self.as_stored or self.turned_bytes or self.dtype not in kinds:
             raise TightfitError(
-                f"{self.file} has a table as {self.dtype}, which is read from 16 or 32 bits alone: "
+                f"{self.file} has a table as {self.dtype}, which is read from floats alone: "
                 "take another copy of it"
             )
         size = STORED_BYTES[self.dtype]

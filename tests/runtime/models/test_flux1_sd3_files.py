@@ -15,6 +15,7 @@ import tightfit
 import torch
 from safetensors.torch import load_file, save_file
 from tightfit.export import random_model
+from tightfit.export.folder import described as described_folder
 from tightfit.runtime import adapters
 from tightfit.runtime.catalogue import described
 from tightfit.runtime.errors import TightfitError
@@ -265,6 +266,18 @@ def test_files_are_named_by_options(family, comfy_of, folder_of, tmp_path):
     assert painted(folder, request).images[0].tobytes() == painted(folder, REQUEST).images[0].tobytes()
 
 
+def test_an_export_is_that_of_the_folder(comfy_of, folder_of, tmp_path):
+    models = {"split": file_of(comfy_of("sd3"), "sd3", "transformer"), "whole": folder_of("sd3")}
+    made = [tightfit.export_model(str(model), tmp_path / name, "int8") for name, model in models.items()]
+    for part in ("text_encoder_2", "text_encoder_3", "transformer", "vae"):
+        one, other = (load_file(next((out / part).glob("*.safetensors"))) for out in made)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
+    assert painted(made[0], REQUEST, "int8").images[0].tobytes() == (
+        painted(made[1], REQUEST, "int8").images[0].tobytes()
+    )
+
+
 def test_sd3_without_t5_is_that_and_says_so(comfy_of, tmp_path):
     shutil.copytree(comfy_of("sd3"), models := tmp_path / "models")
     t5 = file_of(models, "sd3", "text_encoder_3")
@@ -275,6 +288,9 @@ def test_sd3_without_t5_is_that_and_says_so(comfy_of, tmp_path):
     spec = tightfit.inspect(str(file_of(models, "sd3", "transformer")))
     assert (spec.family, len(spec.text_encoders)) == ("sd3-without-t5", 2)
     assert any("needs a T5 128 wide" in note and "paints without" in note for note in spec.notes)
+    with described_folder(spec) as folder:
+        index = json.loads((folder / "model_index.json").read_text())
+    assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]  # as diffusers wants it
 
 
 @pytest.mark.parametrize(
