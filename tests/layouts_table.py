@@ -3,8 +3,8 @@ measured ones.
 
     python tests/layouts_table.py [FAMILY…] > docs/layouts.md
 
-Families are SD 1.x, SD 2.x and SDXL, and by name flux2-klein and z-image, of which files of ComfyUI are
-written.
+Families are SD 1.x, SD 2.x and SDXL, and by name flux2-klein, z-image, flux1-dev, flux1-schnell and sd3, of
+which files of ComfyUI are written.
 
 Models are narrow and random; they are written with the tests' own writers.
 """
@@ -37,13 +37,21 @@ from tightfit.runtime.files import read_json
 from tightfit.runtime.units import shown
 
 HERE = Path(__file__).parent / "runtime/models"
-_TESTS = "test_gguf", "test_bitsandbytes", "test_single_file", "test_split_file", "test_z_image_files"
-NARROW, GGUF, BNB, SINGLE, SPLIT, Z_IMAGE = (
+_TESTS = (
+    "test_gguf",
+    "test_bitsandbytes",
+    "test_single_file",
+    "test_split_file",
+    "test_z_image_files",
+    "test_flux1_sd3_files",
+)
+NARROW, GGUF, BNB, SINGLE, SPLIT, Z_IMAGE, WIDE = (
     runpy.run_path(str(HERE / f"{name}.py")) for name in ("conftest", *_TESTS)
 )
 # By family: how its files are called and written, what these stand for, and GGUF's word for it.
 SPLITS = {"flux2-klein": (SPLIT, "flux"), "z-image": (Z_IMAGE, "lumina2")}
 FROM_NONE = {"z-image": 1.0}  # of guidance: what diffusers calls 0
+TOKENS = {"flux1-schnell": {"max_sequence_length": 256}}  # which diffusers is told
 OPTIONS: dict[str, Any] = {"num_inference_steps": 3, "width": 64, "height": 64, "guidance_scale": 6.0}
 PRECISIONS = {
     "fp32": {"precision": "fp32"},
@@ -128,7 +136,7 @@ def split_cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Ca
         "bf16": SPLIT["in_bf16"](state),
         "fp8 with scales": own["in_fp8"](state),
     }
-    yield from others_of_klein(folder, parts, state, root)
+    yield from others_of_split(family, folder, parts, state, root)
     for name, (written, meant) in stored.items():
         file = SPLIT["write_comfy"](root / name, folder, written, own["NAMES"])
         theirs = partial(of_folder, folder, {"transformer": own["converted"](meant)})
@@ -146,20 +154,67 @@ def split_cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Ca
         )
 
 
-def others_of_klein(folder: Path, parts: Parts, state: State, root: Path) -> Iterator[tuple[str, Case]]:
+def wide_cases(family: str, folder: Path, root: Path) -> Iterator[tuple[str, Case]]:
+    """Of a model with CLIP and T5 that is published as files side by side, or as one."""
+    yield "diffusers folder, fp32", Case(folder, partial(of_folder, folder))
+    plain, parts = WIDE["parts_of"](folder), WIDE["published_parts"](folder)
+    t5, tokenizer = WIDE["T5"][family], WIDE["tokenizer_of"](family)
+    state = parts["transformer"]
+    ways = {
+        "fp32": lambda state: (state, state),
+        "bf16": SPLIT["in_bf16"],
+        "fp8": WIDE["in_fp8_alone"],
+        "fp8 with scales": SPLIT["in_fp8"],
+        "bitsandbytes' nf4": WIDE["in_nf4"],
+    }
+    for name, way in ways.items():
+        written, meant = way(state)
+        file = WIDE["write_comfy"](root / name, folder, family, lambda _, written=written: written)
+        values = {"transformer": WIDE["unpublished"](meant, plain["transformer"])}
+        theirs = partial(of_folder, folder, values)
+        yield f"files of ComfyUI, {name}", Case(file, theirs)
+    for kind in ("Q8_0", "Q4_K"):
+        (place := root / kind).mkdir()
+        values = {
+            "transformer": WIDE["denoiser_gguf"](folder, place / "denoiser.gguf", kind),
+            t5: WIDE["t5_gguf"](parts[t5], place / "t5.gguf", kind),
+        }
+        others = [WIDE["file_of"](root / "fp32", family, part) for part in plain]
+        texts = [str(file) for file in others if file.stem.startswith("clip")]
+        vae = [str(file) for file in others if file.parent.name == "vae"]
+        beside = adapters.written({"text_encoder": [*texts, str(place / "t5.gguf")], "vae": vae})
+        shutil.copytree(folder / tokenizer, place / "t5_tokenizer")
+        theirs = partial(of_folder, folder, values)
+        yield f"files of ComfyUI, GGUF, {kind}", Case(place / "denoiser.gguf", theirs, beside)
+    inside = (
+        ("fp8", WIDE["in_fp8_alone"], SPLIT["in_bf16"], "vae."),
+        ("nf4, T5 in fp8", WIDE["in_nf4"], WIDE["in_fp8_alone"], "vae."),
+        ("bf16, T5 in fp8 with scales", SPLIT["in_bf16"], SPLIT["in_fp8"], "first_stage_model."),
+    )
+    (place := root / "inside").mkdir()
+    shutil.copytree(folder / tokenizer, place / "t5_tokenizer")
+    for name, way, of_texts, before in inside:
+        stored, values = WIDE["in_one"](folder, family, way, of_texts, before)
+        file = saved(stored, place / f"{name}.safetensors")
+        yield f"checkpoint of ComfyUI, {name}", Case(file, partial(of_folder, folder, values))
+
+
+def others_of_split(
+    family: str, folder: Path, parts: Parts, state: State, root: Path
+) -> Iterator[tuple[str, Case]]:
     """Checkpoints with all networks inside, and what bitsandbytes quantised."""
-    if "single_blocks.0.linear1.weight" not in state:
-        return
+    own = SPLITS[family][0]
     (place := root / "inside").mkdir()
     shutil.copytree(folder / "tokenizer", place / "tokenizer")
     for name, way, before in (("bf16", "in_bf16", "vae."), ("fp8", "in_fp8", "first_stage_model.")):
-        stored, meant = SPLIT["in_one"](parts, SPLIT[way], before)
-        file = saved(stored, place / f"{name}.safetensors")
+        names = own["published"], own["converted"]
+        stored, meant = SPLIT["in_one"](parts, SPLIT[way], before, names)
+        file = saved(stored, place / f"{own['DENOISER'].split('.')[0]}-{name}.safetensors")
         yield f"checkpoint of ComfyUI, {name}", Case(file, partial(of_folder, folder, meant))
     for kind in ("nf4", "nf4-nested", "int8"):
         stored, meant = BNB["quantised"](state, kind, BNB["linears"](state))
-        file = SPLIT["write_comfy"](root / kind, folder, stored)
-        values = {"transformer": SPLIT["converted"](state | meant)}
+        file = SPLIT["write_comfy"](root / kind, folder, stored, own["NAMES"])
+        values = {"transformer": own["converted"](state | meant)}
         yield f"files of ComfyUI, bitsandbytes' {kind}", Case(file, partial(of_folder, folder, values))
     copy, values = Path(shutil.copytree(folder, root / "bnb-nf4")), {}
     for part in ("transformer", "text_encoder"):
@@ -230,7 +285,8 @@ def by_diffusers(case: Case, family: str) -> np.ndarray:
     pipe = case.theirs()
     pipe.set_progress_bar_config(disable=True)
     options = OPTIONS | {"guidance_scale": OPTIONS["guidance_scale"] - FROM_NONE.get(family, 0)}
-    answer = pipe(prompt="a cat", generator=torch.Generator().manual_seed(3), output_type="np", **options)
+    options |= {"generator": torch.Generator().manual_seed(3), **TOKENS.get(family, {})}
+    answer = pipe(prompt="a cat", output_type="np", **options)
     return (answer.images[0] * 255).round().astype(float)
 
 
@@ -277,8 +333,9 @@ def main() -> None:
                 NARROW["written"](family, folder)
                 found = cases(family, folder, root)
             else:
-                SPLIT["write_folder"](folder, family)
-                found = split_cases(family, folder, root)
+                own, found = (WIDE, wide_cases) if family in WIDE["NAMES"] else (SPLIT, split_cases)
+                own["write_folder"](folder, family)
+                found = found(family, folder, root)
             for name, case in found:
                 say(row(name, family, case))
 

@@ -416,16 +416,17 @@ def test_other_forms_change_parts_of_rows(folder, parts, tmp_path):
 BITSANDBYTES = runpy.run_path(str(Path(__file__).with_name("test_bitsandbytes.py")))  # its writer
 
 
-def in_one(parts, written, before_vae) -> tuple[dict, dict]:
-    """All three in one file, as ComfyUI saves a checkpoint; what each stands for."""
-    state, meant = written(published(parts["transformer"]))
+def in_one(parts, written, before_vae, names=(published, converted)) -> tuple[dict, dict]:
+    """All three in one file, as ComfyUI saves a checkpoint; what each stands for. names: of a transformer, to
+    those of its own code and back."""
+    state, meant = written(names[0](parts["transformer"]))
     texts, said = written(parts["text_encoder"])
     vae, seen = in_bf16(parts["vae"])
     stored = {f"model.diffusion_model.{name}": tensor for name, tensor in state.items()}
     stored |= {f"text_encoders.qwen3_4b.transformer.{name}": tensor for name, tensor in texts.items()}
     stored |= {f"{before_vae}{name}": tensor for name, tensor in published_vae(vae).items()}
     stored |= {"text_encoders.qwen3_4b.logit_scale": torch.ones(())}
-    return stored, {"transformer": converted(meant), "text_encoder": said, "vae": seen}
+    return stored, {"transformer": names[1](meant), "text_encoder": said, "vae": seen}
 
 
 @pytest.mark.parametrize(("written", "before"), [(in_bf16, "vae."), (in_fp8, "first_stage_model.")])
