@@ -486,13 +486,13 @@ def quantise_layers(
     `dynamic`: layers that can also quantise their inputs. `kinds`: of layers in some formats.
     Raises TightfitError for an unknown layer or format.
     """
-    shared = Workspace(device)
+    shared, parts = Workspace(device), dict(module.named_modules(remove_duplicate=False))
     for path, name in formats.items():
         parent, _, leaf = path.rpartition(".")
         try:
-            layer = module.get_submodule(path)
+            layer = parts[path]
             kind, form = KINDS[type(layer)], FORMATS[name]
-        except (AttributeError, KeyError):
+        except KeyError:
             raise TightfitError(
                 f"the manifest has the layer {path} as {name}, which there is not: export the model again"
             ) from None
@@ -502,7 +502,7 @@ def quantise_layers(
         made = kind(layer, form, shared, whole)
         # As a family packs latents behind its VAE's last convolution, and unpacks them before the first.
         made._forward_hooks, made._forward_pre_hooks = layer._forward_hooks, layer._forward_pre_hooks
-        setattr(module.get_submodule(parent), leaf, made)
+        setattr(parts[parent], leaf, made)
     if formats and device == "cpu":
         for part in module.modules():
             if type(part) is nn.Conv2d:
