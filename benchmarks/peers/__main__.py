@@ -7,7 +7,7 @@ MODEL is a diffusers folder. WORK gets the peers' environments, made once (compi
 takes six minutes), and the exports, ours and Optimum's, each timed in its own process. Then each contender
 paints one picture in its own process, one after another, repeated in rounds, so that a slow spell of the
 machine slows all. Least seconds and most bytes count; decibels are against the contender whose picture it
-should be. `--make` stops before painting; `--only` takes names of contenders, or their beginnings. With
+should be. `--make` stops before painting; `--only` takes names of contenders, or beginnings of names. With
 `--ask` a picture is given too, and diffusers and our torch engine alone take part.
 """
 
@@ -127,6 +127,13 @@ def contenders(device: str) -> list[Contender]:
     return chosen
 
 
+def named(every: list[Contender], only: list[str]) -> list[Contender]:
+    """Those that are called so, or whose names begin so where none is."""
+    whole = {one.name for one in every} & {*only}
+    beginnings = tuple({*only} - whole)
+    return [one for one in every if one.name in whole or one.name.startswith(beginnings)]
+
+
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parse.add_argument("model", type=Path)
@@ -145,11 +152,11 @@ def main() -> None:
         parse.error("--steps: a step is timed from the end of the one before, so at least 2")
     inspect(args.model)  # refuses a model that names its own classes: other programs would run their code
     model, work = args.model.absolute(), args.work.absolute()
+    every = contenders(Hardware.detect().device)
     chosen = [
         contender
-        for contender in contenders(Hardware.detect().device)
-        if (not args.only or contender.name.startswith(tuple(args.only)))
-        and (not args.ask or contender.takes_pictures)
+        for contender in (named(every, args.only) if args.only else every)
+        if not args.ask or contender.takes_pictures
     ]
     if missing := [package for package in OPENVINO if find_spec(package) is None]:
         print(f"OpenVINO is left out: pip install {' '.join(missing)}")
