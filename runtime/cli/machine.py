@@ -46,5 +46,5 @@ def calibrate(device: Device = "auto") -> None:
         f"{kind or 'light'} {seconds * 1e6:.0f}" for kind, seconds in measured["starts"].items()
     )
     others = f"others {measured['call_seconds'] * 1e6:.1f}"
-    say(f"GB/s: {speeds}; µs to start an operator: {starts}, {others}")
+    say(f"GB/s: {speeds}; µs to start an operator, or once for a network's parts: {starts}, {others}")
     say(f"kept in {calibration.save(hardware, measured)}")

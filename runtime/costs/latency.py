@@ -12,22 +12,31 @@ from ...kernels.blocks import block, slice_rows
 from ..machine.hardware import Hardware
 from ..machine.providers import CPU_PROVIDER
 from ..models.tensors import Tensor
-from ..placement import COMPUTES, GRAPHS, Placement
+from ..placement import COMPUTES, DYNAMIC, GRAPHS, Placement
 from ..ring import Ring, ahead
 from .footprint import Footprint, Shape
 
 _HOST_BANDWIDTH = 2e10  # bytes/s; one channel of DDR4-2400
 SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, read
-# Per weight, on two cores: quantising at load (kernels/quantise.py), and then packing by oneDNN (SD 1.5: 3.4
-# s).
-QUANTISE_SECONDS = {"int8": 3e-9, "int8-dynamic": 3e-9, "int4": 12e-9}
-PACK_SECONDS = 4e-9
+# Of a machine that was not calibrated, as measured on two cores: weights/s that are quantised at load
+# (kernels/quantise.py); and seconds, most of them Python's, of a module that is called, one that is built, a
+# tensor that is filled, one more in a packed network, a layer that is quantised, an operator of the first
+# call of a size, which is counted, and of oneDNN to make a product ready, by Trace.readying.
+_QUANTISED = {"int8": 3.3e8, "int4": 5.5e7}
+_FIRSTS = {
+    "module": 5e-5,
+    "build": 2.5e-4,
+    "fill": 2e-4,
+    "pack": 1.2e-4,
+    "int8/quantise": 4e-4,
+    "int4/quantise": 1e-3,
+    "count": 5e-5,
+    "first": 2e-5,
+}
+PACK_SECONDS = 4e-9  # per weight on two cores, by oneDNN for products of integers (SD 1.5: 3.4 s)
 # To compile one kind of block, by whether that is for a CPU: 19 of SD 1.5 took 115 s on two cores. For a GPU
 # Flux's two took 9.6 s on an H100 (torch's devlog "torch.compile and Diffusers", May 2026).
 COMPILE_SECONDS = {True: 6.0, False: 4.8}
-# Of Python, per module that is built and meets its first input; and per operator of the first call of a size,
-# which is counted.
-BUILD_SECONDS, COUNT_SECONDS = 6e-4, 3e-5
 # Per weight that adapters change, on two cores: into fp32 and back; and per operation on it.
 PATCH_SECONDS, PATCHED_FLOP_SECONDS = 0.3e-9, 1.2e-11
 DECODE_SECONDS = 5e-9  # per weight that is stored encoded
@@ -46,6 +55,9 @@ BLOCK_PASSES = 6  # over a block's fp32 scores in `chunked`: maximum, difference
 def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
     """Seconds of one call, with weights loaded or streamed."""
     head, spans = arrival_spans(hardware, placement, footprint)
+    if hardware.device == "cpu" and placement.backend not in GRAPHS:
+        modules, filled = len(footprint.trace.calls), footprint.flowing
+        head += modules * first_seconds(hardware, "module") + filled * first_seconds(hardware, "fill")
     if not spans:
         return head
     if hardware.device != "cuda":  # read from files between operators
@@ -59,13 +71,35 @@ def reading_seconds(hardware: Hardware, stored_bytes: int, converted: int, compu
     return stored_bytes / hardware.read + converted / hardware.moves.get(compute, math.inf)
 
 
-def filling_seconds(hardware: Hardware, placement: Placement, footprint: Footprint) -> float:
-    """Beside reading: to build a network, to take memory for it, and to count its first call's bytes."""
+def filling_seconds(
+    hardware: Hardware, placement: Placement, footprint: Footprint, tensors: int, packed: bool
+) -> float:
+    """Beside reading: to build a network, to take memory for it, to fill `tensors` of its own, some of which
+    are `packed`, and what a first call takes more than others, as its bytes are counted and its products made
+    ready."""
     if hardware.device != "cpu" or placement.backend in GRAPHS:
         return 0.0
-    operations = len(footprint.trace.operations)
-    building = footprint.modules * BUILD_SECONDS + operations * COUNT_SECONDS
-    return building + footprint.held_bytes / hardware.moves.get("fresh", math.inf)
+    filling = first_seconds(hardware, "fill") + (first_seconds(hardware, "pack") if packed else 0.0)
+    return (
+        footprint.modules * first_seconds(hardware, "build")
+        + tensors * filling
+        + footprint.held_bytes / hardware.moves.get("fresh", math.inf)
+        + len(footprint.trace.operations) * first_seconds(hardware, "count")
+        + footprint.trace.readying * first_seconds(hardware, "first", placement.compute)
+    )
+
+
+def first_seconds(hardware: Hardware, kind: str, compute: str = "") -> float:
+    """Of one of _FIRSTS on a CPU, in `compute` if that matters."""
+    return hardware.starts.get(f"{compute}/{kind}" if compute else kind, _FIRSTS[kind])
+
+
+def quantising_seconds(hardware: Hardware, precision: str, layers: int, weights: int) -> float:
+    """To quantise plain weights at load, which the host does."""
+    kind = f"{'int8' if precision == DYNAMIC else precision}/quantise"
+    return layers * first_seconds(hardware, kind) + weights / hardware.moves.get(
+        kind, _QUANTISED[kind.partition("/")[0]]
+    )
 
 
 def converted_values(tensors: Iterable[Tensor], compute: str) -> int:

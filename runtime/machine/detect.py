@@ -343,6 +343,8 @@ _MOVES = {
     "fp32": 2e9,
     "bf16/light": 5e9,
     "fp32/light": 8e9,
+    "int8/quantise": 1.65e8,
+    "int4/quantise": 2.8e7,
 }
 _STARTS = {"": 1.5e-5, "product": 6e-5, "int8": 4e-4, "unpack": 1e-4}
 _STARTS |= {"bf16/plain": 2e-4, "fp32/plain": 1e-4, "fp32/product": 2e-5}

@@ -45,10 +45,11 @@ class Hardware:
     FLOP/s by precision (a multiply-add is two); 'bf16/plain' is of convolutions whose weights a CPU packs in
     each call, 'fp32/packed' of weights that are packed once; `unpack` and `unpack4` are values/s dequantised.
     `moves` are bytes/s of that packing ('bf16/order'), of norms and the like ('bf16/light') and of filling
-    new memory (`fresh`), and values/s made another type while they are read (`bf16`). `bandwidth`, `bus` and
-    `read` are bytes/s: of the memory, from the host, and from files in the page cache. `call_seconds` is the
-    start of one operator, `starts` of the kinds (Operation.kind) that take longer, by what is computed in
-    ('bf16/product'), and of attentions ('bf16/sdpa'). `attention_rates` are measured FLOP/s by
+    new memory (`fresh`), and values/s made another type while they are read (`bf16`) or quantised
+    ('int8/quantise'). `bandwidth`, `bus` and `read` are bytes/s: of the memory, from the host, and from files
+    in the page cache. `call_seconds` is the start of one operator, `starts` of the kinds (Operation.kind)
+    that take longer, by what is computed in ('bf16/product'), of attentions ('bf16/sdpa'), and of what is
+    done once for a network (costs/latency.py, _FIRSTS). `attention_rates` are measured FLOP/s by
     'precision/kind'. `fused_attention`: torch has a kernel here that never stores the scores. `providers` are
     ONNX Runtime's, or None until asked, which takes time. `host_rate` is FLOP/s in fp32 of the processor
     beside a GPU. `workspaces` are bytes that libraries take from torch's allocator once and keep.

@@ -20,11 +20,11 @@ from ..costs.latency import (
     PICTURE_SECONDS,
     PIN_SECONDS,
     PIXEL_SECONDS,
-    QUANTISE_SECONDS,
     STEP_SECONDS,
     call_seconds,
     converted_values,
     filling_seconds,
+    quantising_seconds,
     read_bytes,
     reading_seconds,
 )
@@ -484,20 +484,25 @@ class Estimate:
             kept, pinned = _read_bytes(component) - footprint.stored, footprint.host
             converted = _converted(component, placement.compute) - footprint.converted
             loading = reading_seconds(self.hardware, kept, converted, placement.compute)
-            loading += footprint.kept_patching_seconds + filling_seconds(self.hardware, placement, footprint)
+            loading += footprint.kept_patching_seconds + self._filling_seconds(
+                component, placement, footprint
+            )
             reading = footprint.stored / self.hardware.read + footprint.patching_seconds
             once = reading + pinned * PIN_SECONDS if pinned else 0.0
             return loading + once / self.wishes.requests
         loading = self._reading_seconds(component, placement) + footprint.patching_seconds
-        loading += filling_seconds(self.hardware, placement, footprint)
+        loading += self._filling_seconds(component, placement, footprint)
         return self._for_one(placement, loading)
+
+    def _filling_seconds(self, component: Component, placement: Placement, footprint: Footprint) -> float:
+        tensors = len(component.tensors) - footprint.flowing
+        return filling_seconds(self.hardware, placement, footprint, tensors, _is_packed(component, placement))
 
     def _for_one(self, placement: Placement, seconds: float) -> float:
         """Of one request's, what loading takes."""
         return seconds / (self.wishes.requests if placement.residency == "resident" else 1)
 
-    @staticmethod
-    def _quantising_seconds(component: Component, placement: Placement) -> float:
+    def _quantising_seconds(self, component: Component, placement: Placement) -> float:
         """As it is loaded. What streams is not."""
         if (
             placement.precision not in QUANTISED
@@ -506,8 +511,8 @@ class Estimate:
             or placement.residency == "streamed"
         ):
             return 0.0
-        kept, _ = _kept_values(component, placement.precision)
-        return (_count(component) - kept) * QUANTISE_SECONDS[placement.precision]
+        kept, every, layers = _kept_values(component, placement.precision)
+        return quantising_seconds(self.hardware, placement.precision, layers, every - kept)
 
     def _reading_seconds(self, component: Component, placement: Placement) -> float:
         if placement.backend in GRAPHS:
@@ -521,9 +526,9 @@ class Estimate:
         count = _count(component)
         if placement.precision == DYNAMIC and self.hardware.device == "cpu":
             loading += count * PACK_SECONDS
-        if placement.precision == compute and (placement.packed or compute == "bf16"):
+        if _is_packed(component, placement):
             size, order = 4 if compute == "fp32" else 2, self.hardware.moves.get(f"{compute}/order", math.inf)
-            loading += size * count / order if component.role in STEPPING else 0.0
+            loading += size * count / order
         return loading
 
     def refusal(self, cfg: str, placements: Mapping[str, Placement]) -> str | None:
@@ -607,13 +612,20 @@ def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Fo
     return sum(footprint.host for footprint in footprints.values()) - sum(staged) + max(staged, default=0)
 
 
-def _kept_values(component: Component, precision: str) -> tuple[int, int]:
-    """Of the values that are quantised in `precision`: how many keep the codes of the files, and all."""
+def _is_packed(component: Component, placement: Placement) -> bool:
+    """Whether a CPU packs the plain weights of those that are called many times."""
+    plain = placement.precision == placement.compute and (placement.packed or placement.compute == "bf16")
+    return plain and component.role in STEPPING
 
-    def counted() -> tuple[int, int]:
+
+def _kept_values(component: Component, precision: str) -> tuple[int, int, int]:
+    """Of the values that are quantised in `precision`: how many keep the codes of the files, and all; and how
+    many layers do not."""
+
+    def counted() -> tuple[int, int, int]:
         quantised = [(tensor, form) for tensor, form in _forms(component, precision) if form]
-        kept = (tensor.count for tensor, form in quantised if form == tensor.form)
-        return sum(kept), sum(tensor.count for tensor, _ in quantised)
+        kept = [tensor.count for tensor, form in quantised if form == tensor.form]
+        return sum(kept), sum(tensor.count for tensor, _ in quantised), len(quantised) - len(kept)
 
     return component.once(("kept", precision), counted)
 
@@ -647,7 +659,7 @@ def _psnr(component: Component, placement: Placement) -> float:
     exact."""
     if placement.precision == placement.compute:
         return PSNR["packed" if placement.packed else placement.precision]
-    kept, every = _kept_values(component, placement.precision)
+    kept, every, _ = _kept_values(component, placement.precision)
     rounded = 1 - kept / every if every else 1.0
     shares = {placement.precision: rounded, placement.compute: 1.0}
     return -10 * math.log10(sum(share * 10 ** (-PSNR[each] / 10) for each, share in shares.items()))

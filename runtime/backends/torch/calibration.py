@@ -4,36 +4,57 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ....kernels import onednn
+from ...costs.latency import call_seconds
 from ...errors import TightfitError
 from ...files import parsed, read_bytes, replacing
 from ...machine.detect import calibration_file
 from ...machine.hardware import Hardware
 from ...machine.process import cores
-from ...placement import ATTENTIONS
+from ...placement import ATTENTIONS, STORED
+from . import dryrun, firsts
 from .autotune import turn_seconds
+from .networks import DTYPES
 
-_LEAST_SECONDS = 0.3  # for which one measurement is repeated; the fastest turn counts
+_TURNS = 2
+_LEAST_SECONDS = 0.15  # for which one measurement is repeated; the fastest turn counts
 
 
 def calibrate(hardware: Hardware) -> dict[str, Any]:
-    """Measured rates of `hardware`'s device, as fields of Hardware. Takes about half a minute on an idle
-    machine."""
-    import torch
+    """Measured rates of `hardware`'s device, as fields of Hardware: the means of two turns, as a host that
+    others use is faster or slower from one quarter of a minute to the next. Takes about half a minute."""
+    fields = _mean([_measured(hardware) for _ in range(_TURNS)])
+    if hardware.device == "cpu":  # once, as later calls are not the first
+        with torch.inference_mode():
+            firsts_of = {f"{kind}/first": firsts.readying(DTYPES[kind]) for kind in hardware.precisions}
+        fields["starts"] |= firsts_of
+    return fields
 
-    from ....kernels import onednn
 
-    device, rates, moves = torch.device(hardware.device), {}, {}
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-    preferred, attentions, on_cpu = dtypes[hardware.precisions[0]], {}, device.type == "cpu"
+def _mean(turns: Sequence[Any]) -> Any:
+    """Of numbers, or of dictionaries of them."""
+    if isinstance(turns[0], dict):
+        return {kind: _mean([turn[kind] for turn in turns]) for kind in turns[0]}
+    return mean(turns)
+
+
+def _measured(hardware: Hardware) -> dict[str, Any]:
+    device, rates, moves, calling = torch.device(hardware.device), {}, {}, 0.0
+    preferred, attentions, on_cpu = DTYPES[hardware.precisions[0]], {}, device.type == "cpu"
     with torch.inference_mode():
         starts = _starts(hardware, device, preferred)
         for precision in hardware.precisions:
-            dtype = dtypes[precision]
+            dtype = DTYPES[precision]
             packs = on_cpu and onednn.multiplies(dtype)
             rates[precision] = _mixed_rate(device, dtype, packs and precision == "bf16")
             if packs and precision == "fp32":
@@ -46,6 +67,11 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
                 starts[f"{precision}/product"] = _product_start(dtype)
                 starts |= {f"{precision}/{kind}": seconds for kind, seconds in _attention_starts(dtype)}
         if on_cpu:
+            packs = "bf16" in hardware.precisions and onednn.multiplies(torch.bfloat16)
+            of_network, calling = firsts.network_starts(packs)
+            starts |= of_network
+            for kind in STORED:
+                starts[f"{kind}/quantise"], moves[f"{kind}/quantise"] = firsts.quantising(kind)
             rates |= _unpacking_rates(preferred, starts["unpack"])
             rates |= {"int8": _int8_rate()} if "int8" in hardware.rates else {}
             moves["fresh"] = _fresh_rate()
@@ -61,7 +87,7 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
         operators: dict[str, Any] = {"cores": cores()} if on_cpu else {}
         if device.type in ("cuda", "xpu"):
             operators = {"operator_seconds": operator_seconds(device, preferred)}
-    return {
+    fields = {
         "rates": rates,
         "attention_rates": attentions,
         "bandwidth": 2.0 * block.nbytes / copy,
@@ -70,13 +96,23 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
         "starts": starts,
         "moves": moves,
         "read": _read_rate(),
-    } | operators
+    }
+    if on_cpu:
+        starts["module"] = _module_start(replace(hardware, **fields | {"efficiency": {}}), calling)
+    return fields | operators
+
+
+def _module_start(hardware: Hardware, calling: float) -> float:
+    """Seconds of Python for each module of a call, of the emoji's U-Net that took `calling`: what the other
+    rates of `hardware` do not explain."""
+    spec, component, extent = firsts.network()
+    own = dryrun.footprint(spec, component, firsts.place("fp32"), hardware, extent)
+    bare = replace(hardware, starts={**hardware.starts, "module": 0.0})
+    return max(0.0, calling - call_seconds(bare, firsts.place("fp32"), own)) / len(own.trace.calls)
 
 
 def _attention_rates(device: Any, dtype: Any) -> Iterator[tuple[str, float]]:
     """FLOP/s of each attention: half of SD 1.5's largest at 512x512."""
-    import torch
-
     from ....kernels.attention import VARIANTS
 
     q, k, v = (torch.randn(1, 4096, 8, 40, device=device).to(dtype).transpose(1, 2) for _ in range(3))
@@ -87,8 +123,6 @@ def _attention_rates(device: Any, dtype: Any) -> Iterator[tuple[str, float]]:
 
 def _attention_starts(dtype: Any) -> Iterator[tuple[str, float]]:
     """Seconds of each attention on a CPU where there is next to nothing to do."""
-    import torch
-
     from ....kernels.attention import VARIANTS
 
     q, k, v = (torch.randn(2, 16, 8, 40).to(dtype).transpose(1, 2) for _ in range(3))
@@ -131,9 +165,6 @@ def _read_rate() -> float:
 
 def _mixed_rate(device: Any, dtype: Any, packs: bool) -> float:
     """FLOP/s over a linear layer and two convolutions of SD 1.5's U-Net at 512x512, timed together."""
-    import torch
-    from torch import nn
-
     from .packed import pack
 
     convolutions = (nn.Conv2d(channels, channels, 3, padding=1, bias=False) for channels in (320, 1280))
@@ -153,8 +184,6 @@ def _plain_rates(dtype: Any) -> tuple[float, float, float]:
     """Of a convolution on a CPU by weights that are packed in each call: FLOP/s, bytes/s of packing, and the
     seconds of one with next to nothing to do. Timed are large maps of a U-Net and of a VAE, many weights for
     a small map, and few for a small one."""
-    import torch
-    from torch.nn import functional
 
     def flops(batch: int, channels: int, side: int) -> float:
         return 2.0 * 9 * batch * side * side * channels * channels
@@ -172,9 +201,6 @@ def _plain_rates(dtype: Any) -> tuple[float, float, float]:
 
 def _light_rate(dtype: Any) -> float:
     """Bytes/s of what a VAE does between convolutions, read and written."""
-    import torch
-    from torch import nn
-
     block = nn.Sequential(nn.GroupNorm(32, 128), nn.SiLU()).to(dtype).requires_grad_(False)
     x = torch.randn(1, 128, 128, 128).to(dtype)
     return (4 + 3) * x.nbytes / _fastest(lambda: block(x) + x, None)
@@ -182,25 +208,18 @@ def _light_rate(dtype: Any) -> float:
 
 def _product_start(dtype: Any) -> float:
     """Seconds of a linear layer with next to nothing to do."""
-    import torch
-    from torch import nn
-
     layer, x = nn.Linear(64, 64).to(dtype).requires_grad_(False), torch.randn(2, 64, 64).to(dtype)
     return _fastest(lambda: [layer(x) for _ in range(100)], None) / 100
 
 
 def _conversion_rate(dtype: Any) -> float:
     """Values/s of fp16 that become another type."""
-    import torch
-
     stored, held = torch.ones(2**24).half(), torch.ones(2**24).to(dtype)
     return len(held) / _fastest(lambda: held.copy_(stored), None)
 
 
 def _fresh_rate() -> float:
     """Bytes/s of filling memory that the process has not had before, beyond those of writing it."""
-    import torch
-
     count = 2**24
     held, values = torch.ones(count), torch.ones(count)
     fresh = _fastest(lambda: torch.empty(count).copy_(values), None)
@@ -209,9 +228,6 @@ def _fresh_rate() -> float:
 
 def _unpacking_rates(dtype: Any, start: float) -> dict[str, float]:
     """Values/s of dequantising weights of 8 and of 4 bits."""
-    import torch
-    from torch import nn
-
     from .quantised import filled
 
     rates = {}
@@ -224,9 +240,6 @@ def _unpacking_rates(dtype: Any, start: float) -> dict[str, float]:
 
 def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
     """Seconds that a layer with almost no work takes: the mean of a convolution and a linear layer."""
-    import torch
-    from torch import nn
-
     from .quantised import filled
 
     def seconds(form: str, dynamic: bool = False) -> list[float]:
@@ -246,19 +259,26 @@ def _starts(hardware: Hardware, device: Any, dtype: Any) -> dict[str, float]:
     plain = seconds("")
     starts = {"product": mean(plain)}
     if device.type == "cpu":
-        starts[""] = max(0.0, (10 * operator_seconds(device, dtype) - 4 * starts["product"]) / 6)
+        starts[""] = _light_start(dtype)
     starts["unpack"] = max(0.0, mean(seconds("int4-g64")) - mean(plain))
     if device.type == "cpu":
         starts |= {"int8": mean(seconds("int8", dynamic=True))} if "int8" in hardware.rates else {}
     return starts
 
 
+def _light_start(dtype: Any) -> float:
+    """Seconds of a norm, an activation or an addition with next to nothing to do."""
+    x = torch.randn(2, 32, 8, 8).to(dtype)
+
+    def four() -> None:
+        functional.layer_norm(functional.silu(functional.group_norm(x, 8)) + x, (8,))
+
+    return _fastest(lambda: [four() for _ in range(25)], None) / 100
+
+
 def operator_seconds(device: Any, dtype: Any) -> float:
     """Seconds that the host needs to issue one operator of a network, module overhead included. Measured on a
     residual block and a transformer block so small that the device waits for the host."""
-    import torch
-    from torch import nn
-
     from .dryrun import Recorder
 
     conv, linear = (
@@ -274,8 +294,6 @@ def operator_seconds(device: Any, dtype: Any) -> float:
 
 def _int8_rate() -> float:
     """Operations/s of the same convolutions in int8, quantising the inputs included."""
-    import torch
-
     from ....kernels import int8
 
     runs, flops = [], 0.0

@@ -246,7 +246,7 @@ def footprint(
     patching = _kept(module, dtype, device, "patching", lambda: patching_seconds(stored.values()))
     compiler = [COMPILER_BYTES] if placement.compiled and device.type == "cpu" else []
     held = (*held, *_beside(module, dtype, device), *compiler)
-    plain = Footprint(held, loading, trace, scratch, patching_seconds=patching, modules=_working(module))
+    plain = Footprint(held, loading, trace, scratch, patching_seconds=patching, modules=working(module))
     return replace(plain, kept=_captured_bytes(plain, shapes, hardware)) if placement.captured else plain
 
 
@@ -290,13 +290,14 @@ def _streamed(
     sizes = tuple(sorted((unit.bytes for unit in streamed.values()), reverse=True))
     streams = {"arrivals": arrivals, "units": sizes, "ring": ring, "stored": read_bytes(flowing)}
     return Footprint(
-        tuple(held), 0, trace, scratch, host, **streams, converted=converted_values(flowing, _NAMES[dtype]),
+        tuple(held), 0, trace, scratch, host, **streams, flowing=len(flowing),
+        converted=converted_values(flowing, _NAMES[dtype]),
         patching_seconds=patching_seconds(flowing), kept_patching_seconds=patching_seconds(staying),
-        modules=_working(module),
+        modules=working(module),
     )  # fmt: skip
 
 
-def _working(module: torch.nn.Module) -> int:
+def working(module: torch.nn.Module) -> int:
     """How many of its modules do something, which lists of others do not."""
     return sum(type(part).forward is not torch.nn.Module.forward for part in module.modules())
 

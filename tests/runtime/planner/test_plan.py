@@ -9,8 +9,8 @@ import random
 import pytest
 from tightfit.runtime.backends.torch import dryrun
 from tightfit.runtime.costs import known
-from tightfit.runtime.costs.footprint import Footprint, Operation, Trace
-from tightfit.runtime.costs.latency import call_seconds
+from tightfit.runtime.costs.footprint import Arrival, Footprint, Operation, Trace
+from tightfit.runtime.costs.latency import call_seconds, filling_seconds, quantising_seconds
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.machine.profiles import cards, profile
@@ -457,6 +457,25 @@ def test_a_saved_plan_is_checked(tiny_models):
 def test_unknown_choices(field):
     with pytest.raises(TightfitError, match=f"unknown {field} 'int9': choose auto, "):
         Wishes(**{field: "int9"})
+
+
+def test_what_a_network_takes_once():
+    """By hand: 10 modules, 5 tensors, of which 2 stream, four operators, two of them the same product of 16
+    operations and one of 81."""
+    small, large = (Operation(flops, 0.0, "product") for flops in (16.0, 81.0))
+    trace = Trace((), (), (small, large, Operation(16.0, 0.0, "product"), Operation(0.0, 0.0)))
+    own = Footprint((600,), 0, trace, (), modules=10, flowing=2, arrivals=(Arrival("a", 1, 0, 0),))
+    bf16 = Placement("torch", "bf16", "bf16", "staged", "sdpa", "whole")
+    starts = {"build": 1.0, "fill": 10.0, "pack": 100.0, "count": 1e3, "bf16/first": 1e4}
+    cpu = dataclasses.replace(OLD_CPU, starts=starts | {"product": 0.0, "": 0.0}, moves={"fresh": 6.0})
+    once = 10 * 1 + 600 / 6 + 4 * 1e3 + (2 + 3) * 1e4
+    assert filling_seconds(cpu, bf16, own, 3, False) == pytest.approx(once + 3 * 10)
+    assert filling_seconds(cpu, bf16, own, 3, True) == pytest.approx(once + 3 * 110)
+    assert filling_seconds(dataclasses.replace(cpu, device="cuda"), bf16, own, 3, True) == 0
+    still = dataclasses.replace(own, flowing=0)
+    assert call_seconds(cpu, bf16, own) - call_seconds(cpu, bf16, still) == pytest.approx(2 * 10)
+    quick = dataclasses.replace(cpu, starts={"int8/quantise": 2.0}, moves={"int8/quantise": 4.0})
+    assert quantising_seconds(quick, "int8-dynamic", 3, 8) == pytest.approx(3 * 2 + 8 / 4)
 
 
 def test_starts_of_operators():
