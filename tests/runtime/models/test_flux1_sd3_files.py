@@ -436,10 +436,13 @@ def test_gguf_is_read_as_what_it_stands_for(family, arch, folder_of, tmp_path):
         assert spec.denoiser.tensors["single_transformer_blocks.1.proj_mlp.weight"].form == "int8-b32"
 
 
-def test_a_table_without_its_side_of_1_is_read(folder_of):
-    """As stable-diffusion.cpp drops it."""
+def test_tables_of_places_are_read(folder_of, tmp_path):
+    """In fp8, and without the side of 1 that stable-diffusion.cpp drops."""
     tensors = read_file(next((folder_of("sd3") / "transformer").glob("*.safetensors")))[0]
     table = tensors["pos_embed.pos_embed"]
     own = {"joint_blocks.0.x_block.attn.qkv.weight": replace(table, shape=(3, 4), stored_bytes=48)}
     named = transformer(own | {"pos_embed": replace(table, shape=table.shape[1:])})
     assert named["pos_embed.pos_embed"] == table
+    rough = torch.randn(2, 8).to(torch.float8_e4m3fn)
+    save_file({"table": rough}, file := tmp_path / "table.safetensors")
+    assert read_file(file)[0]["table"].floats(3, 9).tolist() == rough.flatten()[3:12].float().tolist()
