@@ -273,7 +273,9 @@ class TorchSession:
 
             graphs = self.captured
             outs = self.meter.during(
-                self._calls, key, lambda: graphs.call(tensors, run, stays) if graphs else run(tensors)
+                self._calls,
+                key,
+                lambda: graphs.call(tensors, run, stays, caching) if graphs else run(tensors),
             )
             if graphs and graphs.notice:
                 self.notices = (*dict.fromkeys((*self.notices, graphs.notice)),)

@@ -3,7 +3,7 @@ on. Only for plans that ask for it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -43,10 +43,12 @@ class Captured:
         self._cuda = cuda
         self._graphs: dict[Any, _Graph | None] = {}
 
-    def call(self, tensors: Tensors, run: Run, stays: int | None = None) -> list[torch.Tensor]:
+    def call(
+        self, tensors: Tensors, run: Run, stays: int | None = None, kind: Hashable = None
+    ) -> list[torch.Tensor]:
         """What `run` answers of tensors that are on the device, until the next call; answers from number
-        `stays` on for longer."""
-        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+        `stays` on for longer. `kind`: of what `run` does."""
+        key = kind, tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
         self._make_way(tensors)
         if self.notice or key not in self._graphs:
             self._graphs.setdefault(key, None)
@@ -62,8 +64,8 @@ class Captured:
         """Free the graphs if they are of another size of picture, or length of text: in rows alone they may
         differ, as calls of a batch and of one branch do."""
         sizes = {name: tensor.shape[1:] for name, tensor in tensors.items()}
-        for key in self._graphs:
-            if any(sizes.get(name, shape[1:]) != shape[1:] for name, shape, _ in key):
+        for _, shapes in self._graphs:
+            if any(sizes.get(name, shape[1:]) != shape[1:] for name, shape, _ in shapes):
                 self.clear()
                 return
 
@@ -72,7 +74,8 @@ class Captured:
         self._cuda.empty_cache()  # a graph has memory of its own, beside what the call before has left
         try:
             inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-            with self._cuda.graph(graph := self._cuda.CUDAGraph()):
+            # What other threads do on the device meanwhile is theirs.
+            with self._cuda.graph(graph := self._cuda.CUDAGraph(), capture_error_mode="thread_local"):
                 answers = run(inputs)
             return _Graph(graph, inputs, answers)
         except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is one

@@ -372,8 +372,8 @@ def _trace(
         run(module, call, tensors, dtype, torch.device("meta"), stays)
     for hook in hooks:
         hook.remove()
-    recorded = recorder.events, recorder.attentions, recorder.operations, calls
-    return Trace(*map(tuple, recorded), kinds=len(kinds))
+    events, attentions, operations = (*recorder.events,), (*recorder.attentions,), (*recorder.operations,)
+    return Trace(events, attentions, operations, (*calls,), len(kinds))
 
 
 def run(

@@ -24,7 +24,7 @@ from . import dryrun, loading, networks
 from .backend import TorchBackend
 from .meter import LiveBytes
 
-_TURNS = 4  # the fastest counts
+_TURNS = 4  # of each measurement
 # Channels and side of maps, and rows, inputs and outputs, that nothing else here has: small as the emoji's,
 # and as large as SD 1.5's.
 _MAPS = (96, 12), (160, 10), (224, 24), (352, 28), (672, 20)
@@ -55,12 +55,17 @@ def place(compute: str) -> Placement:
 def _turn(packs: bool) -> dict[str, float]:
     """What `network_starts` has the medians of; "" is a call."""
     spec, component, extent = network()
-    engine, seconds = TorchBackend("cpu"), {}
-    for compute in ("bf16", "fp32") if packs else ("fp32",):
+    engine = TorchBackend("cpu")
+
+    def filled(compute: str) -> tuple[torch.nn.Module, int, float]:
+        """A module, its count of tensors, and the seconds of filling it."""
         module = networks.build(component, place(compute), "cpu")
         stored = loading.match(component, module)
         fill = partial(loading.fill, module, stored, loading.DTYPES[compute], engine.device)
-        seconds[compute] = _seconds(fill)
+        return module, len(stored), _seconds(fill)
+
+    packed = filled("bf16")[-1] if packs else 0.0
+    module, tensors, plain = filled("fp32")
     loaded = _seconds(lambda: engine.load(component, place("fp32")).close())
     inputs = {name: torch.zeros(shape) for name, shape in spec.inputs(component, *extent).items()}
     call = partial(networks.forward(component, place("fp32")), module, **inputs)
@@ -68,13 +73,11 @@ def _turn(packs: bool) -> dict[str, float]:
         call()
     call()
     calling, counted = _seconds(call), _seconds(partial(_counted, call))
-    tensors = len(stored)
-    plain = seconds["fp32"]
     return {
         "": calling,
         "build": max(0.0, loaded - plain) / dryrun.working(module),
         "fill": plain / tensors,
-        "pack": max(0.0, seconds.get("bf16", plain) - plain) / tensors,
+        "pack": max(0.0, packed - plain) / tensors,
         "count": max(0.0, counted - calling) / len(seen.operations),
     }
 

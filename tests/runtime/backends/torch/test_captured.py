@@ -47,7 +47,7 @@ class Cuda:
                 answer.copy_(2 * given)
 
     @contextmanager
-    def graph(self, graph: Cuda.Graph):
+    def graph(self, graph: Cuda.Graph, capture_error_mode: str):
         self.recording = True
         try:
             yield
@@ -83,9 +83,11 @@ def test_the_second_call_is_recorded_and_the_others_replayed():
     graphs.call(given(7.0, side=8), cuda.run, 1)
     graphs.call(given(8.0), cuda.run, 1)
     assert (cuda.calls, cuda.recorded) == (6, 2)  # those of another size are freed
+    graphs.call(given(9.0), cuda.run, 1, "another run")
+    assert (cuda.calls, cuda.recorded) == (7, 2)
     graphs.clear()
     graphs.call(given(9.0), cuda.run, 1)
-    assert (cuda.calls, cuda.recorded) == (7, 2)
+    assert (cuda.calls, cuda.recorded) == (8, 2)
 
 
 def test_without_room_for_a_graph_calls_go_on_as_they_are():

@@ -4,6 +4,8 @@ in plans where it is asked for, refused where it cannot run."""
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -44,16 +46,14 @@ class OwnTransformerBlock(nn.Module):
 
 
 class Net(nn.Module):
-    """Three blocks that are alike, the last with another input; and one beside."""
+    """Three blocks that are alike, the last with another input."""
 
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(OwnTransformerBlock(64) for _ in range(3))
-        self.other = OwnTransformerBlock(32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.blocks[1](self.blocks[0](x))
-        return self.other(self.blocks[2](y[:, :8])[..., :32])
+        return self.blocks[2](self.blocks[1](self.blocks[0](x))[:, :8])
 
 
 def most_allocated(call) -> int:
@@ -68,10 +68,9 @@ def most_allocated(call) -> int:
     return most
 
 
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="without a compiler of C++")
 def test_kinds_are_compiled_once_and_answer_alike():
     """By torch's compiler. The first call runs as it is, and is counted; compiled ones take no more."""
-    if problem := compiled.compiler_problem(torch.device("cpu")):
-        pytest.skip(problem)
     from torch._dynamo.utils import counters
 
     torch.manual_seed(0)
@@ -89,7 +88,7 @@ def test_kinds_are_compiled_once_and_answer_alike():
     assert not counters["stats"]["unique_graphs"]
     counted = meter.bytes() - compiled.COMPILER_BYTES
     second = session(sample=x.numpy())[0]
-    assert counters["stats"]["unique_graphs"] == len(kinds) == 3
+    assert counters["stats"]["unique_graphs"] == len(kinds) == 2
     assert not counters["graph_break"]
     for answer in (first, second):
         assert torch.allclose(torch.from_numpy(answer), right, atol=1e-5)
