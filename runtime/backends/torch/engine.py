@@ -145,8 +145,8 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
     Rule(
         lambda case: case.compiled and case.quantised,
         lambda case: (
-            "8- and 4-bit weights are dequantised into a buffer that layers share, which torch's compiler "
-            f"does not follow: leave out --compile, or choose {case.hardware.precisions[0]}"
+            "8- and 4-bit weights are dequantised into a buffer that layers share, from which compiled "
+            f"blocks answer wrongly: leave out --compile, or choose {case.hardware.precisions[0]}"
         ),
     ),
     Rule(

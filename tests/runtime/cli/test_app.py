@@ -379,7 +379,7 @@ def test_plan(call, tiny_models):
         assert each["predicted"]["stages"].keys() == {"encode", "denoise", "decode"}
         assert each["placements"]["unet"].keys() == {
             "backend", "precision", "compute", "residency", "attention", "tiling", "provider", "kept_bytes",
-            "packed",
+            "packed", "compiled", "captured",
         }  # fmt: skip
 
 

@@ -424,10 +424,11 @@ def test_without_triton_a_notice_and_torchs_path(sd1, monkeypatch, precision):
 def test_whole_numbers_are_refused_where_triton_does_not_run(sd1, monkeypatch):
     """Of the card that is here; a card that is planned for is taken to have it."""
     import torch
-    from tightfit.runtime.backends.torch import backend as engine
+    from tightfit.kernels import dequantise
+    from tightfit.runtime.backends.torch.engine import TorchEngine
 
     monkeypatch.setattr(
-        engine, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler; install one"
+        dequantise, "triton_problem", lambda _: "RuntimeError: Failed to find C compiler; install one"
     )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     spec, placement = inspect(str(sd1)), Placement("torch", "int8-dynamic", "fp16", "staged", "sdpa", "whole")
@@ -435,5 +436,5 @@ def test_whole_numbers_are_refused_where_triton_does_not_run(sd1, monkeypatch):
     card = Hardware("cuda", "NVIDIA GeForce RTX 3060", 2**33, 2**33, ("fp16", "fp32"), (8, 6), rates)
     for providers, words in ((None, "Failed to find C compiler; install one): choose int8"), ((), None)):
         there = replace(card, providers=providers)
-        why = engine.TorchBackend.refuses(spec, spec.components["unet"], placement, there, Extent(1, 64, 64))
+        why = TorchEngine.refuses(spec, spec.components["unet"], placement, there, Extent(1, 64, 64))
         assert why is None if words is None else words in str(why)
