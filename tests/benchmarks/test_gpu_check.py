@@ -57,11 +57,9 @@ def test_a_section_that_fails_or_dies_keeps_its_rows(tmp_path, then, why):
 def test_a_section_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     child = (
         "import subprocess; subprocess.Popen("
-        "[sys.executable, '-c', 'import time; time.sleep(60)', 'child of ' + sys.argv[1]])"
+        "[sys.executable, '-c', 'import time; time.sleep(600)', 'child of ' + sys.argv[1]])"
     )
-    start = time.perf_counter()
-    rows = apart(tmp_path, f"{child}; time.sleep(60)", seconds=1)
-    assert time.perf_counter() - start < 30
+    rows = apart(tmp_path, f"{child}; time.sleep(600)", seconds=1)
     assert rows[:2] == [{"n": 1}, {"failed": "ended after 1 s"}]
     import psutil
 
@@ -74,7 +72,7 @@ def test_a_section_that_hangs_is_ended_with_all_that_it_started(tmp_path):
 
 
 def test_the_end_of_all_time_is_no_failure(tmp_path):
-    assert apart(tmp_path, "time.sleep(60)", seconds=60, left=1) == [
+    assert apart(tmp_path, "time.sleep(600)", seconds=60, left=1) == [
         {"n": 1},
         {"left": "when the time was over"},
     ]
