@@ -180,7 +180,7 @@ class SplitFile:
     @property
     def _left_out(self) -> Iterator[str]:
         for name in self.kind.encoders.keys() - self._parts.keys():
-            yield f"{self._everywhere[name].lacking}; it paints without"
+            yield f"{self._everywhere[name].lacking}; else it paints without"
 
     @property
     def _parts(self) -> Mapping[str, _Part]:

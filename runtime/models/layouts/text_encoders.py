@@ -30,7 +30,8 @@ class TextEncoder:
     a regular expression. named: its tensors by transformers' names, none of another network's. shapes: what
     these say of its config, and known, what they do not. widths: the fields that say how wide its texts are.
     pad: the token that fills up its texts, of CLIP's own vocabulary. tokenizers: without that, how folders of
-    its tokenizer are called beside its file, or any number of folders above. tokenizer_of: whose that is.
+    its tokenizer are called beside its file; all but the first also up to three folders above. tokenizer_of:
+    whose that is.
     """
 
     title: str
@@ -100,11 +101,14 @@ def _of_qwen3(tensors: Tensors) -> Config:
 
 
 def _clip(tensors: Tensors, projected: bool) -> dict[str, Tensor]:
-    """SD 3's and Flux.1's own code projects no text of CLIP-L, whatever its file has."""
+    """SD 3's and Flux.1's own code projects no text of CLIP-L, whatever its file has. What has no projection
+    is no CLIP-G."""
     if "text_model.embeddings.token_embedding.weight" not in tensors:
         return {}
     named = renames.clip(scaled(tensors))
-    used = re.compile(rf"{_CLIP_HAS}{r'|text_projection.' if projected else ''}")
+    if projected and "text_projection.weight" not in named:
+        return {}
+    used = re.compile(_CLIP_HAS + (r"|text_projection\." if projected else ""))
     return {n: t for n, t in named.items() if used.match(n) and not n.endswith(".position_ids")}
 
 

@@ -286,7 +286,7 @@ def test_sd3_without_t5_is_that_and_says_so(comfy_of, tmp_path):
     save_file(wide, t5.with_name("umt5_xxl_fp16.safetensors"))  # Wan's
     spec = tightfit.inspect(str(file_of(models, "sd3", "transformer")))
     assert (spec.family, len(spec.text_encoders)) == ("sd3-without-t5", 2)
-    assert any("needs a T5 128 wide" in note and "paints without" in note for note in spec.notes)
+    assert any("needs a T5 128 wide" in note and "else it paints without" in note for note in spec.notes)
     with described_folder(spec) as folder:
         index = json.loads((folder / "model_index.json").read_text())
     assert index["text_encoder_3"] == index["tokenizer_3"] == [None, None]  # as diffusers wants it
@@ -312,7 +312,7 @@ def test_what_is_missing_is_one_line(family, change, why, comfy_of, tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_text_encoders_of_other_kinds_are_refused(comfy_of, folder_of, folders):
+def test_text_encoders_of_other_kinds_are_refused(comfy_of, folder_of, folders, tmp_path):
     """folders: SD 1.x's have one of their own."""
     comfy = comfy_of("sd3")
     wide = file_of(comfy, "sd3", "text_encoder_2")
@@ -320,10 +320,23 @@ def test_text_encoders_of_other_kinds_are_refused(comfy_of, folder_of, folders):
                        (folders["sd1"], "reads texts by CLIP")):  # fmt: skip
         with pytest.raises(TightfitError, match=why):
             replace(REQUEST, adapters=given(text_encoder=wide)).resolve(tightfit.inspect(str(model)))
+    bare = {name: tensor for name, tensor in load_file(wide).items() if "projection" not in name}
+    save_file(bare, file := tmp_path / "clip_h.safetensors")
+    with pytest.raises(TightfitError, match=r"is a CLIP-L 40 wide, and .* one 24 wide"):
+        replace(REQUEST, adapters=given(text_encoder=file)).resolve(tightfit.inspect(str(folder_of("sd3"))))
     with pytest.raises(TightfitError, match="holds no CLIP-L or T5"):
         replace(REQUEST, adapters=given(text_encoder=file_of(comfy, "sd3", "vae"))).resolve(
             tightfit.inspect(str(folder_of("flux1-dev")))
         )
+
+
+def test_a_transformer_without_second_attentions_is_refused_by_them(comfy_of, folder_of, tmp_path):
+    """SD 3 Medium's over SD 3.5's: no texts go through them."""
+    stored = load_file(file_of(comfy_of("sd3"), "sd3", "transformer"))
+    kept = {name: tensor for name, tensor in stored.items() if "attn2" not in name}
+    save_file(kept, file := tmp_path / "sd3_medium.safetensors")
+    with pytest.raises(TightfitError, match=r"sd3_medium.safetensors has \S+\.attn2\.\S+ nowhere"):
+        replace(REQUEST, adapters=given(unet=file)).resolve(tightfit.inspect(str(folder_of("sd3"))))
 
 
 def test_guidance_is_of_one_kind_alone(comfy_of, folder_of):
