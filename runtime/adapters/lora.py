@@ -316,13 +316,15 @@ def _parts(change: Change, place: Place, leaf: str, tensors: Mapping[str, Tensor
     if None in targets:
         raise ValueError(f"no {leaf} there")
     rows = [target.shape[0] if target.shape else 0 for target in filter(None, targets)]
-    if len(rows) == 1:
-        changes = [change.part(rows[0] // 2, rows[0]) if place.turned else change]
-    elif sum(rows) == change.sides[0]:
+    if len(rows) == 1 and not place.turned:
+        changes = [change]
+    elif sum(rows) != change.sides[0]:  # parts of it are cut out of the file, whatever they are for
+        raise ValueError("rows of other layers")
+    elif place.turned:
+        changes = [change.part(rows[0] // 2, rows[0])]
+    else:
         starts = (sum(rows[:number]) for number in range(len(rows)))
         changes = [change.part(start, count) for start, count in zip(starts, rows, strict=True)]
-    else:
-        raise ValueError("rows of other layers")
     if not all(_fits(one, target, leaf) for one, target in zip(changes, filter(None, targets), strict=True)):
         raise ValueError("another shape")
     return changes

@@ -272,6 +272,19 @@ def test_other_forms_change_parts_of_rows(layer, form, tiny_model, tmp_path):
     check(spec, state, flux_by_diffusers(published | {f"{layer}.weight": whole}))
 
 
+@pytest.mark.parametrize("rows", [4, 384], ids=["fewer", "more"])
+def test_turned_rows_of_another_count_fit_nothing(rows, tiny_model, tmp_path):
+    """The last block's layer has 128 rows; the same of other blocks has 384."""
+    layer = "diffusion_model.joint_blocks.2.context_block.adaLN_modulation.1"
+    proj = "diffusion_model.joint_blocks.1.context_block.attn.proj"
+    stored = {f"{layer}.lora_A.weight": torch.ones(2, 64), f"{layer}.lora_B.weight": torch.ones(rows, 2)}
+    stored |= {f"{proj}.lora_A.weight": torch.ones(2, 64), f"{proj}.lora_B.weight": torch.ones(64, 2)}
+    save_file(stored, file := tmp_path / "style.safetensors")
+    spec = changed_by(tiny_model("sd3"), file)
+    assert any("2 of 4 keys fit nothing" in note for note in spec.notes)
+    assert not spec.denoiser.tensors["transformer_blocks.2.norm1_context.linear.weight"].patches
+
+
 def test_anothers_are_refused_by_name(model, tiny_model, tmp_path):
     """Though some layers of klein's fit, where both are as wide."""
     folder, state, published, _ = model
