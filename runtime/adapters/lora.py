@@ -154,18 +154,17 @@ class Lora:
         stored = contents.by_name[layer]
         strength = self.text_weight if component.role is Role.TEXT else self.weight
         patches: list[tuple[str, Change]] = []
-        weight = "weight" if f"{paths[0]}.weight" in tensors else "packed"
-        target = tensors.get(f"{paths[0]}.{weight}")
+        target = tensors.get(_leaf_at(paths[0], "weight", tensors))
         change = _of_weight(contents, layer, stored, strength, target)
         if change:
-            patches.append((weight, change))
+            patches.append(("weight", change))
         for kind, leaf in _ALONE.items():
             if kind in stored:
                 scale = contents.scale(layer, stored) if kind == "up_bias" else 1.0
                 added = Added(contents.parts(stored, kind), strength * scale)
-                patches.append((weight if leaf == "weight" else leaf, added))
+                patches.append((leaf, added))
         parts = [
-            (path, f"{path}.{leaf}", part)
+            (path, _leaf_at(path, leaf, tensors), part)
             for leaf, patch in patches
             for path, part in zip(paths, _parts(patch, place, leaf, tensors), strict=True)
         ]
@@ -312,10 +311,10 @@ def _repeated(
 def _parts(change: Change, place: Place, leaf: str, tensors: Mapping[str, Tensor]) -> Sequence[Change]:
     """What a change of one layer does to each of those that have its rows. ValueError where one does not
     fit."""
-    targets = [tensors.get(f"{path}.{leaf}") for path in place.paths]
-    if None in targets:
+    names = [_leaf_at(path, leaf, tensors) for path in place.paths]
+    if not tensors.keys() >= {*names}:
         raise ValueError(f"no {leaf} there")
-    rows = [target.shape[0] if target.shape else 0 for target in filter(None, targets)]
+    rows = [(*tensors[name].shape, 0)[0] for name in names]
     if len(rows) == 1 and not place.turned:
         changes = [change]
     elif sum(rows) != change.sides[0]:  # parts of it are cut out of the file, whatever they are for
@@ -325,9 +324,15 @@ def _parts(change: Change, place: Place, leaf: str, tensors: Mapping[str, Tensor
     else:
         starts = (sum(rows[:number]) for number in range(len(rows)))
         changes = [change.part(start, count) for start, count in zip(starts, rows, strict=True)]
-    if not all(_fits(one, target, leaf) for one, target in zip(changes, filter(None, targets), strict=True)):
+    if not all(_fits(one, tensors[name], name) for one, name in zip(changes, names, strict=True)):
         raise ValueError("another shape")
     return changes
+
+
+def _leaf_at(path: str, leaf: str, tensors: Mapping[str, Tensor]) -> str:
+    """The name of a layer's tensor. A weight may be quantised, whatever those beside it are."""
+    name = f"{path}.{leaf}"
+    return f"{path}.packed" if leaf == "weight" and name not in tensors else name
 
 
 def _of_weight(
@@ -390,9 +395,9 @@ _Form = Callable[[_Layers, Mapping[str, str], float], "Change | None"]
 _FORMS: tuple[_Form, ...] = (_low_rank, _hadamard, _kronecker, _scaled)
 
 
-def _fits(change: Change, tensor: Tensor, leaf: str) -> bool:
+def _fits(change: Change, tensor: Tensor, name: str) -> bool:
     """Whether a change is for a tensor of that shape; `packed` is a quantised weight."""
-    if leaf != "packed":
+    if not name.endswith(".packed"):
         return bool(tensor.shape) and change.fits(tensor.shape)
     (rows, row), (count, columns) = change.sides, tensor.shape  # a byte for each value, or for two
     return rows in (0, count) and (not rows or row in (0, columns, 2 * columns, 2 * columns - 1))

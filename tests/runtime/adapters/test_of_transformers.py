@@ -272,6 +272,22 @@ def test_other_forms_change_parts_of_rows(layer, form, tiny_model, tmp_path):
     check(spec, state, flux_by_diffusers(published | {f"{layer}.weight": whole}))
 
 
+def test_joined_rows_change_layers_in_formats_of_their_own(tiny_model, tmp_path):
+    """A calibrated export has one part of a joined layer in 16 bits, and others quantised."""
+    spec, place = tightfit.inspect(str(tiny_model("flux1-dev"))), "transformer_blocks.0.attn"
+    tensors = dict(spec.denoiser.tensors)
+    tensors[f"{place}.to_q.packed"] = tensors.pop(f"{place}.to_q.weight")
+    mixed = replace(spec.denoiser, tensors=tensors)
+    layer = "diffusion_model.double_blocks.0.img_attn.qkv"
+    save_file({f"{layer}.lora_A.weight": torch.ones(2, 64), f"{layer}.lora_B.weight": torch.ones(192, 2)},
+              file := tmp_path / "style.safetensors")  # fmt: skip
+    of_mixed = replace(spec, components={**spec.components, mixed.name: mixed})
+    changed = adapters.read_adapter(file).apply(of_mixed).denoiser.tensors
+    assert {name for name, tensor in changed.items() if tensor.patches} == {
+        f"{place}.{part}" for part in ("to_q.packed", "to_k.weight", "to_v.weight")
+    }
+
+
 @pytest.mark.parametrize("rows", [4, 384], ids=["fewer", "more"])
 def test_turned_rows_of_another_count_fit_nothing(rows, tiny_model, tmp_path):
     """The last block's layer has 128 rows; the same of other blocks has 384."""
