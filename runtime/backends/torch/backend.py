@@ -262,7 +262,9 @@ class TorchSession:
         assert forward
         # The first call of a size is counted operator by operator where there is no allocator to ask.
         counts = self._is_compiled and self.device.type in ("cpu", "mps") and key not in self._calls
-        plainly = compiled.as_they_are() if counts else nullcontext()
+        plainly = compiled.as_they_are(module) if counts else nullcontext()
+        if self._is_compiled:
+            compiled.allow_kinds()
         with tf32_off(self.device), _memory_errors_explained(self.device), plainly:
             tensors = {name: self._input(name, array) for name, array in arrays.items()}
             if self.streamer:

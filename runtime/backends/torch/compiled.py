@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,17 +35,31 @@ def blocks(module: nn.Module) -> list[nn.Module]:
 
 def compile_blocks(module: nn.Module) -> None:
     """Let its blocks run compiled from now on; each kind is compiled when it is first called."""
-    from torch import _dynamo
-
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(_dynamo.config, name, max(_MOST_KINDS, getattr(_dynamo.config, name)))
     for block in blocks(module):
         block.compile(dynamic=False, fullgraph=True, options=_OPTIONS)
 
 
-def as_they_are() -> AbstractContextManager[Any]:
-    """While this lasts, blocks that are to be compiled run operator by operator, so that they are counted."""
-    return torch.compiler.set_stance("force_eager")
+def allow_kinds() -> None:
+    """Let this thread compile all kinds: torch keeps settings for each thread."""
+    from torch import _dynamo
+
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        if getattr(_dynamo.config, name) < _MOST_KINDS:
+            setattr(_dynamo.config, name, _MOST_KINDS)
+
+
+@contextmanager
+def as_they_are(module: nn.Module) -> Iterator[None]:
+    """While this lasts, its blocks run operator by operator, so that they are counted. torch's own stance is
+    the whole process's, where other threads paint."""
+    calls = {block: block._compiled_call_impl for block in blocks(module)}
+    for block in calls:
+        block._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for block, call in calls.items():
+            block._compiled_call_impl = call
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ from tightfit.runtime.planner.choose import plan
 from tightfit.runtime.planner.plan import Plan
 from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.request import Request
-from torch import nn
+from torch import _dynamo, nn
 from torch.profiler import ProfilerActivity
 from torch.profiler import profile as profiled
 
@@ -93,6 +94,38 @@ def test_kinds_are_compiled_once_and_answer_alike():
     for answer in (first, second):
         assert torch.allclose(torch.from_numpy(answer), right, atol=1e-5)
     assert 0 < most_allocated(lambda: session(sample=x.numpy())) <= counted
+
+
+def test_threads_have_the_limit_of_kinds_and_do_not_stop_one_another():
+    """By blocks whose compiled calls are noted alone. What one session counts, another's are compiled in."""
+    called: list[str] = []
+
+    def made(name: str, forward) -> TorchSession:
+        module = Net().requires_grad_(False)
+        session = TorchSession(module, forward, torch.float32, torch.device("cpu"), CountingMeter("cpu"))
+        session.compile()
+        for block in module.blocks:
+            block._compiled_call_impl = lambda x, b=block: called.append(name) or b._call_impl(x)
+        return session
+
+    x = torch.zeros(1, 64, 64).numpy()
+    inner = made("inner", lambda module, sample: (module(sample),))
+    inner(sample=x)
+    assert not called
+
+    def outer(module: nn.Module, sample: torch.Tensor):
+        inner(sample=x)
+        return (module(sample),)
+
+    made("outer", outer)(sample=x)
+    assert called == ["inner"] * 3
+
+    limits: list[int] = []
+    limited = made("limited", lambda _, sample: limits.append(_dynamo.config.recompile_limit) or (sample,))
+    thread = threading.Thread(target=lambda: limited(sample=x))
+    thread.start()
+    thread.join()
+    assert limits == [compiled._MOST_KINDS]
 
 
 @pytest.fixture
