@@ -58,3 +58,10 @@ class Placement:
     def arithmetic(self) -> str:
         """'bf16', or, of quantised weights, 'int8 in bf16'."""
         return self.precision if self.precision == self.compute else f"{self.precision} in {self.compute}"
+
+    @property
+    def ordered(self) -> bool:
+        """Whether plain weights that stay loaded lie as oneDNN multiplies by them, where a CPU calls them
+        many times. The compiler takes no such weights."""
+        is_plain = self.precision == self.compute and self.residency != "streamed"
+        return is_plain and (self.packed or (self.compute == "bf16" and not self.compiled))

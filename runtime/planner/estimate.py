@@ -333,9 +333,8 @@ class Estimate:
                 for group in groups
             )
             ways = [footprint[name]]
-            if (
-                own.captured
-            ):  # each kind of call runs as it is once, but its graph takes as much then, and more
+            if own.captured:
+                # Each kind of call runs as it is once, but its graph takes as much then, and more.
                 later += self._kept(name, own, cfg)
                 ways = [replace(footprint[name], trace=NO_CALL, scratch=())]
             elif self._caches(name):  # another path through the layers, with another peak
@@ -614,8 +613,8 @@ def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Fo
 
 def _is_packed(component: Component, placement: Placement) -> bool:
     """Whether a CPU packs the plain weights of those that are called many times."""
-    plain = placement.precision == placement.compute and (placement.packed or placement.compute == "bf16")
-    return plain and component.role in STEPPING
+    is_plain = component.formats is None and component.role in (Role.DENOISER, Role.CONTROL)
+    return is_plain and placement.ordered
 
 
 def _kept_values(component: Component, precision: str) -> tuple[int, int, int]:

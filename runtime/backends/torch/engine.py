@@ -155,6 +155,10 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         "or choose --attention sdpa",
     ),
     Rule(
+        lambda case: case.compiled and case.placement.packed,
+        "torch's compiler takes no weights in oneDNN's order: leave out --compile, or --prefer",
+    ),
+    Rule(
         lambda case: case.compiled and case.compiler_problem,
         lambda case: f"torch's compiler does not run here ({case.compiler_problem}): leave out --compile",
     ),
@@ -235,11 +239,8 @@ def module_key(component: Component, placement: Placement, device: str) -> tuple
 def packs(component: Component, placement: Placement) -> bool:
     """Whether a CPU packs the component's plain weights: of those that stay loaded while they are used many
     times."""
-    plain = component.formats is None and placement.precision == placement.compute
-    stays = component.role in (Role.DENOISER, Role.CONTROL) and placement.residency != "streamed"
-    # The compiler takes no opaque weights.
-    asked = placement.packed or (placement.compute == "bf16" and not placement.compiled)
-    return plain and stays and asked and placement.compute in TORCH.said().packs
+    is_plain = component.formats is None and component.role in (Role.DENOISER, Role.CONTROL)
+    return is_plain and placement.ordered and placement.compute in TORCH.said().packs
 
 
 def _triton_problem(hardware: Hardware) -> str | None:

@@ -19,6 +19,7 @@ from tightfit.runtime.costs.latency import COMPILE_SECONDS
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.machine.profiles import profile
+from tightfit.runtime.machine.remembered import TORCH, Said
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.planner.choose import plan
 from tightfit.runtime.planner.plan import Plan
@@ -150,6 +151,22 @@ def test_plans_have_it_where_it_is_asked_for(sd1, compiles):
     assert Plan.from_json(json.dumps(fast.to_json())) == fast
     with pytest.raises(TightfitError, match="it has compiled 1"):
         Plan.from_json(json.dumps(fast.to_json()).replace('"compiled": true', '"compiled": 1'))
+
+
+def test_weights_in_onednns_order_are_not_compiled(sd1, compiles, monkeypatch):
+    """So no plan counts the seconds of ordering them, or takes them."""
+    said = Said("2", 2, "AVX512", ("fp32", "bf16"), True)
+    monkeypatch.setattr(TORCH, "said", lambda: said)
+    moves = {"bf16/order": 1e6}  # 1 s for each MB
+    machine = Hardware("cpu", "a machine", 2**34, 2**34, ("fp32", "bf16"), moves=moves)
+    asked = Wishes(prefer="balanced", compile=True, **ONE_WAY)
+    (packed,) = {one.cause for one in plan(machine, inspect(sd1), REQUEST, asked) if one.denoiser.packed}
+    assert packed == "torch's compiler takes no weights in oneDNN's order: leave out --compile, or --prefer"
+    in_bf16 = replace(Wishes(**ONE_WAY), precision="bf16")
+    plain, fast = (
+        plan(machine, inspect(sd1), REQUEST, replace(in_bf16, compile=on))[0] for on in (False, True)
+    )
+    assert fast.predicted.reading_seconds < plain.predicted.reading_seconds / 2
 
 
 @pytest.mark.parametrize(
