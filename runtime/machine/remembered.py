@@ -27,6 +27,8 @@ _SETTINGS = (
     *("ATEN_", "GOMP_", "KMP_", "MKL_", "OMP_", "DNNL_", "ONEDNN_", "PYTORCH_", "TORCH_", "LD_"),
     *("CUDA_", "NVIDIA_", "HIP_", "HSA_", "ROCR_", "ONEAPI_", "SYCL_", "ZE_"),
 )
+# What asks torch: an answer is none to the question that another version of this package has.
+_ASKING = Path(__file__), Path(__file__).parents[2] / "kernels/onednn.py"
 # Where Linux shows an accelerator: NVIDIA's, its Jetsons', Windows' of WSL, AMD's, any GPU, NPUs.
 _NODES = (
     *("dev/nvidia*", "proc/driver/nvidia*", "dev/nvhost*", "dev/nvmap", "dev/nvgpu*", "dev/dxg"),
@@ -52,8 +54,8 @@ class Torch:
     """What torch says, for who asks and need not compute.
 
     Nothing is remembered before `keep`, which commands call. What it said is taken for the same circumstances
-    alone: its build, the processor, the environment, and what looks like an accelerator. Where anything does,
-    and torch is built for one, torch is asked.
+    alone: its build, who asks, the processor, the environment, and what looks like an accelerator. Where
+    anything does, and torch is built for one, torch is asked.
     """
 
     def __init__(self) -> None:
@@ -133,7 +135,8 @@ def _circumstances() -> str:
     settings = sorted(item for item in os.environ.items() if item[0].startswith(_SETTINGS))
     processor = cpu_name(), sorted(cpu_flags()), count, psutil.cpu_count(logical=False)
     build = str(version), version.stat().st_mtime_ns, version.read_bytes()
-    said = (build, processor, settings, sorted(_accelerators(Path("/"))))
+    asking = [file.read_bytes() for file in _ASKING]
+    said = (build, asking, processor, settings, sorted(_accelerators(Path("/"))))
     return hashlib.sha256(repr(said).encode()).hexdigest()
 
 

@@ -41,8 +41,10 @@ def test_torch_is_asked_once(told):
     assert told(keep=False) == (SAID, 1)
 
 
-@pytest.mark.parametrize("change", ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "accelerator", "processor"])
-def test_it_is_asked_again_where_its_answer_may_be_another(told, monkeypatch, change):
+@pytest.mark.parametrize(
+    "change", ["OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "accelerator", "processor", "package"]
+)
+def test_it_is_asked_again_where_its_answer_may_be_another(told, monkeypatch, change, tmp_path):
     told()
     monkeypatch.setenv("ANYTHING_ELSE", "1")
     assert told() == (KNOWN, 0)
@@ -51,6 +53,9 @@ def test_it_is_asked_again_where_its_answer_may_be_another(told, monkeypatch, ch
             patch.setattr(remembered, "_accelerators", lambda _: ["/dev/nvidia0"])
         elif change == "processor":
             patch.setattr(remembered, "cpu_flags", lambda: frozenset({"sse2"}))
+        elif change == "package":
+            (other := tmp_path / "onednn.py").write_text("")
+            patch.setattr(remembered, "_ASKING", (other,))
         else:
             patch.setenv(change, "7")
         assert told() == (SAID, 1)
