@@ -133,6 +133,10 @@ class Condition:
         for a network that is none of its own."""
         return None
 
+    def varies(self, job: Job) -> bool:  # noqa: ARG002
+        """Whether some calls of the denoiser have inputs that others of as many rows have not."""
+        return False
+
     def encodings(self, name: str, job: Job) -> int:  # noqa: ARG002
         """How often it calls the encoder of that name: once, if it has it."""
         return sum(network.name == name for network in self.networks)

@@ -291,6 +291,13 @@ class ControlNets(Condition):
         pairs = zip(CONTROLNETS, self.controls, strict=False)
         return next((control.acting(calls) for network, control in pairs if network.name == name), None)
 
+    def varies(self, job: Job) -> bool:
+        calls, nets = job.scheduled_calls, job.spec.of_role(Role.CONTROL)
+        on_one_branch = any(not MODES[control.mode].everywhere for control in self.controls) or any(
+            net.config.get("global_pool_conditions") for net in nets
+        )
+        return on_one_branch or any(len(control.acting(calls)) < calls for control in self.controls)
+
     def prepare(self, job: Job, call: Call) -> Steering:
         return Controlled(self, job, call)
 

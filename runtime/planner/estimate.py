@@ -541,6 +541,11 @@ class Estimate:
             )
         if unet.captured and not self.job.prompting.is_even:
             return "prompt and negative prompt differ in length, CUDA graphs do not: leave out --cuda-graphs"
+        if unet.captured and any(condition.varies(self.job) for condition in self.job.conditions):
+            return (
+                "a control acts in some steps or on one branch, and would take CUDA graphs for both kinds of "
+                "calls: leave out --cuda-graphs, or let it act in all"
+            )
         for name, placement in self._needed(placements).items():
             component = self.spec.components[name]
             for mode, cache in product(self._calls(name, cfg), CACHES if self._caches(name) else CACHES[:1]):

@@ -4,14 +4,20 @@ recorded when, what is freed, and the bytes that plans count."""
 from __future__ import annotations
 
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tightfit.runtime.backends.torch.backend import TorchSession
 from tightfit.runtime.backends.torch.captured import Captured
 from tightfit.runtime.backends.torch.meter import CountingMeter
+from tightfit.runtime.conditions.condition import Condition
+from tightfit.runtime.conditions.controlnet import Control, ControlNets
+from tightfit.runtime.conditions.input_pictures import open_picture
 from tightfit.runtime.costs.footprint import peak
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.machine.profiles import profile
@@ -132,8 +138,6 @@ def test_a_plan_counts_what_graphs_keep(sd1):
 
 def held(card: Hardware, spec, best) -> int:
     """Of all that is loaded while the denoiser runs."""
-    from dataclasses import replace
-
     from tightfit.runtime.backends.torch.dryrun import footprint
     from tightfit.runtime.costs.footprint import NO_CALL
     from tightfit.runtime.models.families.family import Extent
@@ -157,3 +161,28 @@ def test_what_has_no_graphs_is_refused(sd1, machine, asked, why):
     plans = plan(card, inspect(sd1), REQUEST, Wishes(cuda_graphs=True, **asked))
     assert not any(each.fits for each in plans)
     assert why in plans[0].cause
+
+
+class Flickering(Condition):
+    def varies(self, job) -> bool:
+        return job.num_inference_steps == REQUEST.num_inference_steps
+
+
+def test_inputs_that_some_calls_have_are_refused(sd1):
+    """Each of both kinds would have a graph, and a plan counts one."""
+    card, of = profile("rtx-3060-12gb"), replace(REQUEST, conditions=(Flickering(),))
+    plans = plan(card, inspect(sd1), of, Wishes(cuda_graphs=True, residency="resident", **ONE_WAY))
+    assert not any(each.fits for each in plans)
+    assert "for both kinds of calls: leave out --cuda-graphs" in plans[0].cause
+
+
+@pytest.mark.parametrize(
+    ("how", "varies"),
+    [({}, False), ({"start": 0.1}, True), ({"end": 0.9}, True), ({"mode": "prompt"}, False),
+     ({"mode": "control"}, True)],
+)  # fmt: skip
+def test_controls_that_act_in_some_calls(sd1, how, varies):
+    job: Any = SimpleNamespace(scheduled_calls=10, spec=inspect(sd1))
+    picture = open_picture(Image.new("RGB", (64, 64)))
+    controls = Control(picture), Control(picture, **how)
+    assert ControlNets(controls).varies(job) == varies
