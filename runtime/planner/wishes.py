@@ -72,6 +72,9 @@ class Wishes:
         if self.cache_every is not None and self.cache_every not in range(1, MOST_CACHED + 1):
             said = f"a whole number from 1 to {MOST_CACHED}, of how many steps one is taken in full"
             raise TightfitError(f"cache_every must be {said}, not {self.cache_every!r}")
+        for name in ("compile", "cuda_graphs"):
+            if not isinstance(value := getattr(self, name), bool):  # "no" would be true
+                raise TightfitError(f"{name} must be true or false, not {value!r}")
         for name, words in ((name, of.choices) for name, of in known.items() if of.choices):
             if (value := getattr(self, name)) not in ("auto", *words):
                 raise TightfitError(f"unknown {name} '{value}': choose auto, {', '.join(words)}")

@@ -459,6 +459,13 @@ def test_unknown_choices(field):
         Wishes(**{field: "int9"})
 
 
+@pytest.mark.parametrize("field", ["compile", "cuda_graphs"])
+@pytest.mark.parametrize("value", ["no", 1, None])
+def test_a_truth_is_no_text(field, value):
+    with pytest.raises(TightfitError, match=f"{field} must be true or false, not {value!r}"):
+        Wishes(**{field: value})
+
+
 def test_what_a_network_takes_once():
     """By hand: 10 modules, 5 tensors, of which 2 stream, four operators, two of them the same product of 16
     operations and one of 81."""
