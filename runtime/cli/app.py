@@ -90,6 +90,15 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
+def _said(error: TightfitError) -> str:
+    """Its line, in which options are called as they are typed; in a row of a table as its columns are."""
+    from ..batch.table import RowError
+
+    if isinstance(error, OutOfMemoryError) and not error.complete:
+        return _no_memory(error)
+    return str(error) if isinstance(error, RowError) else as_typed(str(error))
+
+
 def _no_memory(error: Exception) -> str:
     return f"out of memory ({first_line(error)}): close what else uses the memory, or paint a smaller picture"
 
@@ -129,11 +138,7 @@ def _run() -> Any:
     try:
         return app(as_command(sys.argv[1:]), standalone_mode=False)
     except TightfitError as error:
-        _fail(
-            _no_memory(error)
-            if isinstance(error, OutOfMemoryError) and not error.complete
-            else as_typed(str(error))
-        )
+        _fail(_said(error))
     except usage_error as error:
         if not (message := usage(error)):  # of a command of commands, whose help is printed
             return 0

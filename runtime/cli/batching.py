@@ -143,7 +143,7 @@ def refuse(errors: Sequence[RowError]) -> None:
         say(f"tightfit: {error}", err=True)
     if len(errors) >= 20:
         say("tightfit: … these are the first that are wrong", err=True)
-    raise TightfitError(str(last))
+    raise last
 
 
 class Places:

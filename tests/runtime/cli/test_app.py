@@ -59,6 +59,12 @@ def test_another_models_precision_is_not_carried(call, tiny_models, tmp_path):
     assert json.loads(out)["plan"]["placements"]["unet"]["precision"] != "int8"
 
 
+def test_rows_are_answered_in_their_columns_names(call):
+    Path("rows.jsonl").write_text('{"prompt": "a", "num_inference_steps": -3}\n')
+    code, _, err = call("batch", "rows.jsonl", "-o", "out")
+    assert (code, err.startswith("tightfit: row 1: num_inference_steps must be")) == (2, True), err
+
+
 def test_what_another_family_takes_not_is_not_carried(call, sd1, tiny_model, tmp_path, monkeypatch):
     Image.new("RGB", (64, 64)).save("a.png")
     klein, sized = tiny_model("flux2-klein"), ("--width", "64", "--height", "64", *FAST)
