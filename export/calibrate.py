@@ -57,6 +57,8 @@ _STATES = 8  # calls of the denoiser that layers are judged by
 # Inputs of wider layers are taken by so many channels, each part by itself: as one, the last layer of a
 # single block of Flux.1 would have a moment of 0.9 GiB.
 _WIDEST = 4096
+# Of the widest layer's whole moment: that itself, and its factors while they are made (3.2, measured).
+_COPIES = 4.2
 
 
 @dataclass(frozen=True)
@@ -322,5 +324,7 @@ def _machine(spec: ModelSpec) -> Hardware:
 
 
 def _moment_bytes(spec: ModelSpec) -> int:
-    widths = (shape[1] for shape in layers(spec.denoiser.tensors).values() if math.prod(shape) >= LEAST)
-    return sum(4 * (width // _WIDEST * _WIDEST**2 + (width % _WIDEST) ** 2) for width in widths)
+    """What is kept of all layers, and what the widest takes at once as it is quantised."""
+    widths = [shape[1] for shape in layers(spec.denoiser.tensors).values() if math.prod(shape) >= LEAST]
+    kept = sum(4 * (width // _WIDEST * _WIDEST**2 + (width % _WIDEST) ** 2) for width in widths)
+    return kept + int(4 * _COPIES * max(widths, default=0) ** 2)
