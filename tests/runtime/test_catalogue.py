@@ -161,7 +161,7 @@ def test_thirty_files_and_what_each_is(store, monkeypatch):
     place = store / "models/Stable-diffusion"
     assert "truncated" in rows[f"{place}/cut.safetensors"]["problem"]
     assert "tightfit convert" in rows[f"{place}/old.ckpt"]["problem"]
-    assert "is Flux" in rows[f"{place}/flux-dev.safetensors"]["problem"]
+    assert "is a part of Flux's transformer" in rows[f"{place}/flux-dev.safetensors"]["problem"]
     assert any(note.startswith(f"{place / 'folder'} leads out") for note in told["notes"])
     families = {name: rows[f"{place}/{name}.safetensors"] for name in ("one", "two", "sub/three", "big")}
     assert {name: (row["name"], row["kind"], row["problem"]) for name, row in families.items()} == {

@@ -24,7 +24,7 @@ _MODELS = (
     (rf"{_IN}early_stream_modulations\.", "Flux 3"),
     (rf"{_IN}distilled_guidance_layer\.", "Chroma"),
     (rf"{_IN}txt_in\.individual_token_refiner\.", "HunyuanVideo"),
-    (rf"{_IN}double_blocks\.\d+\.img_attn\.", "Flux"),
+    (rf"{_IN}double_blocks\.\d+\.img_attn\.", "a part of Flux's transformer"),
     (rf"{_IN}(?:double_layers|cond_seq_linear)\b", "AuraFlow"),
     (rf"{_IN}double_stream_blocks\.", "HiDream"),
     (rf"{_IN}layers\.\d+\.adaLN_modulation\.0\.", "a part of Z-Image's transformer"),

@@ -353,7 +353,7 @@ def test_layers_of_many_digits(files, tmp_path):
 NAMES = {
     "model.diffusion_model.input_blocks.1.0.time_stack.emb_layers.1.bias": "Stable Video Diffusion",
     "model.diffusion_model.joint_blocks.0.context_block.adaLN_modulation.1.bias": "SD 3",
-    "double_blocks.0.img_attn.norm.key_norm.scale": "Flux",
+    "double_blocks.0.img_attn.norm.key_norm.scale": "a part of Flux's transformer",
     "model.diffusion_model.distilled_guidance_layer.in_proj.bias": "Chroma",
     "model.layers.0.self_attn.q_proj.weight": "a language model",
     "double_layers.0.attn.w2q.weight": "AuraFlow",
