@@ -15,6 +15,7 @@ import linecache
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import partial
 from importlib import import_module, metadata
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
@@ -33,7 +34,7 @@ class _Unused:
     """A class that others of their package name, and that no picture needs."""
 
 
-def _by_call(module: str, *names: str) -> Callable[[], Mapping[str, Any]]:
+def _by_call(module: str, names: Sequence[str]) -> Mapping[str, Any]:
     """Names of a module, of classes or functions, that read it once one is called."""
 
     def standing_in(name: str) -> type:
@@ -45,11 +46,10 @@ def _by_call(module: str, *names: str) -> Callable[[], Mapping[str, Any]]:
 
         return type(name, (), {"__new__": call})  # a class, as annotations name them
 
-    return lambda: {name: standing_in(name) for name in names}
+    return {name: standing_in(name) for name in names}
 
 
 _COMPILER = "torch._dynamo"
-_HUB, _SNAPSHOT = "huggingface_hub.hf_api", "huggingface_hub._snapshot_download"
 _META = "torch._meta_registrations"  # kernels for `meta` that are Python: of the dry run alone
 # What takes for granted that they are there, with the operators that they are made of: as a module, or as a
 # face that is read.
@@ -57,6 +57,17 @@ _ON_META = {"torch._decomp.decompositions", "torch._inductor", "torch._refs"}
 _ON_META_READ = {_COMPILER, "torch._export", "torch.export"}
 _ALONE = f"{_COMPILER}._trace_wrapped_higher_order_op"  # transformers', which imports nothing of the compiler
 _MARKS = "allow_in_graph", "assume_constant_result", "disable", "forbid_in_graph"
+# Names that are called where anything is. The hub's client, 3.9 MiB and 0.14 s, and who imports it: what a
+# folder is read by is in modules beside it.
+_CALLED = {
+    "huggingface_hub.hf_api": (
+        *("HfApi", "create_repo", "model_info"),
+        *("resolve_revision", "upload_file", "upload_folder"),
+    ),
+    "huggingface_hub._snapshot_download": ("snapshot_download",),
+    "transformers.safetensors_conversion": ("auto_conversion",),
+    "httpx._main": ("main",),  # its command, with pygments, 0.06 s
+}
 # Packages of which one or two modules are needed, but whose __init__ looks for or imports all of them, and
 # modules that others import and a picture has no use for. In seconds of a core, beside 1.3 for torch: torch's
 # compiler (1.1), diffusers' networks (0.5), the list of transformers' models (0.6), and scipy, for samplers
@@ -65,6 +76,7 @@ _MARKS = "allow_in_graph", "assume_constant_result", "disable", "forbid_in_graph
 # of their models, are 9 MiB more, and 130 modules. Each with what others of these files ask of it: of the
 # compiler what diffusers has where there is none.
 FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
+    **{module: partial(_by_call, module, names) for module, names in _CALLED.items()},
     "pynvml": dict,
     "requests": dict,
     "unittest": dict,
@@ -74,11 +86,6 @@ FACES: Mapping[str, Callable[[], Mapping[str, Any]]] = {
     "diffusers.models.controlnets": dict,
     "diffusers.models.transformers": dict,
     "diffusers.models.unets": dict,
-    # The hub's client is 3.9 MiB and 0.14 s. What a folder is read by comes from the module beside it.
-    _HUB: _by_call(
-        _HUB, "HfApi", "create_repo", "model_info", "resolve_revision", "upload_file", "upload_folder"
-    ),
-    _SNAPSHOT: _by_call(_SNAPSHOT, "snapshot_download"),
     "diffusers.quantizers": lambda: {"DiffusersAutoQuantizer": _Unused, "DiffusersQuantizer": _Unused},
     "scipy.integrate": dict,
     "scipy.stats": dict,

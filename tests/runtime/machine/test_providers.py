@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -73,3 +75,13 @@ def test_the_graph_that_is_tried_is_one():
 def test_without_onnx_runtime(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert hardware.providers() == ()
+
+
+def test_nothing_is_sent_or_kept_by_its_maker(tmp_path):
+    """ONNX Runtime 1.32 keeps an id and events in the cache folder, unless it is told not to."""
+    code = "from tightfit.runtime.machine.providers import providers; assert providers()"
+    environment = {**os.environ, "HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not [*tmp_path.rglob("*onnxruntime*")]
