@@ -171,6 +171,8 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
 
     spec = inspect(model)
     if without := [name for name, component in spec.components.items() if not component.tensors]:
+        if why := spec.components[without[0]].unreadable:
+            raise TightfitError(why)
         cure = "export the model that it was made from"
         there = "as ONNX only" if spec.components[without[0]].graph else "in no file"
         raise TightfitError(f"{model} has its {without[0]} {there}: {cure}")

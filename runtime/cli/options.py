@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, make_dataclass
@@ -20,6 +21,7 @@ from ..errors import TightfitError
 from ..fields import About, described, kinds, option
 from ..machine.hardware import Hardware
 from ..models.hub import located
+from ..models.layouts.library import ENVIRONMENT
 from ..planner.wishes import Wishes
 from ..request import Request
 from ..units import parse_bytes
@@ -31,10 +33,21 @@ Device = Annotated[
         help="auto, cuda, xpu, mps, cpu.", metavar="NAME", show_default=False, rich_help_panel="Machine"
     ),
 ]
+
+
+def _looked_through(given: list[Path] | None) -> list[Path] | None:
+    """The folders are the user's for this command: a file's other networks may be there, too."""
+    if given:
+        known = os.environ.get(ENVIRONMENT)
+        os.environ[ENVIRONMENT] = os.pathsep.join((*map(str, given), *([known] if known else [])))
+    return given
+
+
 ModelsDirs = Annotated[
     list[Path] | None,
     typer.Option(
         "--models-dir",
+        callback=_looked_through,
         help="Where models are; repeatable.",
         metavar="DIR",
         show_default=False,

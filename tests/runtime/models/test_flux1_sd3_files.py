@@ -14,6 +14,7 @@ import pytest
 import tightfit
 import torch
 from safetensors.torch import load_file, save_file
+from tightfit.__main__ import app
 from tightfit.export import random_model
 from tightfit.export.folder import described as described_folder
 from tightfit.runtime import adapters
@@ -23,6 +24,7 @@ from tightfit.runtime.models import vocabulary
 from tightfit.runtime.models.layouts import library, split_file
 from tightfit.runtime.models.layouts.published import transformer
 from tightfit.runtime.models.layouts.weights import read_file
+from typer.testing import CliRunner
 
 SPLIT = runpy.run_path(str(Path(__file__).with_name("test_split_file.py")))
 REQUEST, given, painted, values = (SPLIT[name] for name in ("REQUEST", "given", "painted", "values"))
@@ -216,6 +218,18 @@ def comfy_of(folder_of, made_once):
 def check_values(component, meant) -> None:
     for name, tensor in component.tensors.items():
         torch.testing.assert_close(values(tensor).flatten(), meant[name].float().flatten(), rtol=0, atol=0)
+
+
+def test_a_folder_that_a_command_names_has_the_other_files(comfy_of, tmp_path, monkeypatch):
+    """Also for a denoiser that lies elsewhere."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("TIGHTFIT_MODELS", str(tmp_path / "empty"))
+    models = comfy_of("flux1-schnell")
+    file = shutil.copy(file_of(models, "flux1-schnell", "transformer"), tmp_path / "alone.safetensors")
+    asked = ("plan", "--model", str(file), "--hardware", "gtx-1650", "--width", "64", "--height", "64")
+    assert "--text-encoder FILE" in str(CliRunner().invoke(app(), asked).exception)
+    done = CliRunner().invoke(app(), (*asked, "--models-dir", str(models)))
+    assert done.exit_code == 0, done.exception or done.output
 
 
 @pytest.mark.parametrize("family", NAMES)
