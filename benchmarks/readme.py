@@ -115,7 +115,9 @@ def beside_openvino() -> str:
     with_it = (line for line in recorded("peers") if "OpenVINO" in "".join(line["results"]["rows"]))
     newest = {elsewhere(line): line["results"] for line in with_it}
     runs = ((machine, run) for machine, run in newest.items() if run != whole_peers())
-    return "".join(f"Beside OpenVINO{machine}: {peers(run=run)}\n" for machine, run in runs)
+    tables = "".join(f"Beside OpenVINO{machine}: {peers(run=run)}\n" for machine, run in runs)
+    said = "One round ranks nothing on a host whose speed changes by two within the hour"
+    return f"{tables}{said}: [decisions.md](decisions.md) has a second one.\n"
 
 
 def peers(names: Collection[str] | None = None, run: Row | None = None) -> str:

@@ -27,7 +27,7 @@ from ..runtime.machine.hardware import Hardware
 from ..runtime.pipeline import Pipeline
 from ..runtime.planner.choose import NoneFitsError
 from ..runtime.planner.wishes import Wishes
-from ..runtime.request import Request, together
+from ..runtime.request import Request, in_common, together
 from ..runtime.units import shown
 from .torch_model import Scheme, energy, layers
 
@@ -279,7 +279,9 @@ def calibrated(spec: ModelSpec, precision: str, effort: Effort, tell: Callable[[
         Request(prompt, width=side, height=side, num_inference_steps=steps, seed=len(prompt))
         for prompt in PROMPTS[: effort.prompts]
     )
-    job = together([request.resolve(spec) for request in requests])
+    jobs = [request.resolve(spec) for request in requests]
+    # Of one plan: a family whose texts vary in length is shown those that are as long as the first.
+    job = together([one for one in jobs if in_common(one) == in_common(jobs[0])])
     wishes = Wishes(precision="fp32", residency="staged")
     with Pipeline(spec, hardware, wishes) as pipe, tf32_off(torch.device(hardware.device)):
         try:
@@ -297,7 +299,7 @@ def calibrated(spec: ModelSpec, precision: str, effort: Effort, tell: Callable[[
             engine.meter.limit(None)  # what is kept of the calls is beside what was planned
         for event in events:
             if event.step % job.steps_taken == 0:
-                tell(f"calibrating: painted '{PROMPTS[event.image]}'")
+                tell(f"calibrating: painted '{job.prompted_pictures[event.image].prompt}'")
             if event.step == event.steps:
                 break
         if session.module is not found.network:

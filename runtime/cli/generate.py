@@ -313,8 +313,8 @@ def _run(
                 lean.settle()  # all is imported, or nearly
                 unsaved = event if event.picture else None
                 for notice in event.notices:
-                    note = printable(as_typed(f"note: {notice}"))
-                    bar.console.print(note, markup=False, emoji=False, soft_wrap=True)
+                    text = printable(as_typed(f"note: {notice}"))
+                    bar.console.print(text, markup=False, emoji=False, soft_wrap=True)
                 bar.update(task, description=event.stage, completed=event.step, total=event.steps)
                 unsaved = _save(unsaved, save)
                 result, advance = event.result, lambda: next(events)

@@ -405,6 +405,8 @@ def _calibrated(hardware: Hardware) -> Hardware:
         if not fields:
             return hardware
         notes = tuple(note for note in hardware.notes if "tightfit calibrate" not in note)
+        if hardware.device == "cpu" and "module" not in fields.get("starts", {}):
+            notes += ("calibrated by an older tightfit: run 'tightfit calibrate' again",)
         known = fields.get("rates", {}).items()
         measured = {kind: rate for kind, rate in known if kind.partition("/")[0] in hardware.rates}
         # Rates that were not measured scale with fp32's ratio of measured to estimated.

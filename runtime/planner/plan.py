@@ -248,6 +248,9 @@ def _problem(plan: Plan) -> str | None:
     of_parts = (found for placement in plan.placements.values() if (found := _problem_of(placement)))
     if problem := next(of_parts, None):
         return problem
+    others = (one for one in plan.placements.values() if one is not plan.denoiser)
+    if any(one.compiled or one.captured for one in others):
+        return "it compiles, or captures, what is no denoiser"
     for count in (plan.images_per_call, plan.images_per_decode):
         if type(count) is not int or not 1 <= count <= MOST_PER_CALL:
             return f"it has {count!r} pictures a call"

@@ -52,8 +52,8 @@ class Wishes:
     prefer: str = option(
         "quality", f"{', '.join(PREFERENCES)}.", "NAME", choices=tuple(PREFERENCES), panel=_PANEL
     )
-    compile: bool = option(False, "Blocks, by torch.", options=("--compile",), panel=_PANEL)
-    cuda_graphs: bool = option(False, "Of the denoiser.", options=("--cuda-graphs",), panel=_PANEL)
+    compile: bool = option(False, "Compile blocks.", options=("--compile",), panel=_PANEL)
+    cuda_graphs: bool = option(False, "Replay its calls.", options=("--cuda-graphs",), panel=_PANEL)
     requests: int = 1
     images_per_call: int = 1
     cache_every: int | None = None

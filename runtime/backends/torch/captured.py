@@ -67,6 +67,7 @@ class Captured:
         for _, shapes in self._graphs:
             if any(sizes.get(name, shape[1:]) != shape[1:] for name, shape, _ in shapes):
                 self.clear()
+                self._cuda.empty_cache()  # a graph's memory is its own: another's is beside it
                 return
 
     def _captured(self, tensors: Tensors, run: Run) -> _Graph | None:

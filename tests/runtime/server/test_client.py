@@ -153,7 +153,7 @@ def test_a_picture_is_sent_by_the_command(pipes, call, server, tmp_path):
         (("--plan", "plan.json"), "--plan is of this machine"),
         (("--device", "cpu"), "--device is of this machine"),
         (("--model", "nosuch"), "nosuch"),
-        (("--num-images", "0"), "num_images"),
+        (("--num-images", "0"), "--num-images must"),
     ],
 )
 def test_what_cannot_be_painted_there_is_one_line(call, server, options, said):
