@@ -156,6 +156,8 @@ class Run:
         """Plan this pass and those that follow, and find out whatever else can fail, before anything is
         loaded."""
         self._plan, whole = self._ways.first(self.job), self.job.whole
+        if seconds := self.plan.predicted.compiling_seconds:
+            self._note(f"compiling blocks takes about {seconds:.0f} s, once")
         self._prepare()
         infotext.write(whole, whole.spec.name, self.plan.precision)  # hashes adapters while they are there
         if self._after:
@@ -184,8 +186,6 @@ class Run:
         """Find out whatever else can fail before any weight is read."""
         job = self.job
         schedulers.rehearse(job.scheduler, self.spec, job.num_inference_steps, job.tuning, job.size)
-        if seconds := self.plan.predicted.compiling_seconds:
-            self._note(f"compiling blocks takes about {seconds:.0f} s, once")
         of_adapters = job.spec.notes[len(job.model.notes) :]
         pictures = job.pictures or (job,)
         of_words = (notice for picture in pictures for notice in picture.prompting.notices())

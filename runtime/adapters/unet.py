@@ -34,11 +34,16 @@ class Unet(OfFile):
         if own.formats is not None or not own.tensors:
             state = f"stored in {spec.precision}" if own.formats is not None else "there as ONNX alone"
             raise TightfitError(
-                f"{self.path} cannot replace the U-Net of {spec.name}, which is {state}: "
+                f"{self.path} cannot replace the denoiser of {spec.name}, which is {state}: "
                 f"name {spec.source or 'the model'}, from which that was made, by --model"
             )
         stored, metadata = contents(self.path, stamp(self.path))
-        named = published.transformer(stored)
+        kind, named = next(published.told(stored), (None, {}))
+        if kind and kind is not published.published_of(own.config):
+            ours = spec.design.title or spec.family
+            raise TightfitError(
+                f"{self.path} is of a {kind.pipeline}, and {spec.name} is {ours}: name one of its kind"
+            )
         tensors = named or single_file.denoiser(stored)
         self._check(spec, tensors)
         if more := next((name for name in named if name not in own.tensors), ""):
@@ -79,7 +84,9 @@ class Unet(OfFile):
         """Raise TightfitError unless they are the tensors of a U-Net like the model's own."""
         own = spec.denoiser.tensors
         if not tensors:
-            raise TightfitError(f"{self.path} holds no U-Net of SD: name one, in GGUF or safetensors")
+            raise TightfitError(
+                f"{self.path} holds no denoiser that tightfit knows: name one, in GGUF or safetensors"
+            )
         width, ours = _text_width(tensors), _text_width(own)
         if "cross_attention_dim" in spec.denoiser.config and ours != width:  # SD 3.5's attn2 reads no texts
             kind, other = (known_by(side) or f"texts {side} wide" for side in (width, ours))
@@ -92,7 +99,7 @@ class Unet(OfFile):
             there = f"of shape {list(tensors[wrong].shape)}" if wrong in tensors else "nowhere"
             raise TightfitError(
                 f"{self.path} has {wrong} {there}, and {spec.name} of shape {list(own[wrong].shape)}: "
-                "take a U-Net of the same kind"
+                "take one of the same kind"
             )
 
 

@@ -291,7 +291,7 @@ def _carried_precision(options: Options, carried: Carried, wished: Mapping[str, 
         return carried.precision
     if carried.precision and not wished.get("precision"):
         painted = f"{options.source} was painted in {carried.precision}, by another model"
-        say(f"note: {painted}: --precision says if in that", err=True)
+        say(f"note: {painted}: --precision {carried.precision} paints in that", err=True)
     return None
 
 

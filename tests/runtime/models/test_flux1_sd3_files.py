@@ -353,6 +353,14 @@ def test_a_transformer_without_second_attentions_is_refused_by_them(comfy_of, fo
         replace(REQUEST, adapters=given(unet=file)).resolve(tightfit.inspect(str(folder_of("sd3"))))
 
 
+def test_anothers_transformer_is_called_so(comfy_of, folder_of, tiny_models):
+    sd3 = file_of(comfy_of("sd3"), "sd3", "transformer")
+    for model, title in ((folder_of("flux1-dev"), "Flux.1"), (tiny_models["sd1"], "SD 1.x")):
+        said = rf"is of a StableDiffusion3Pipeline, and .* is {title}: name one of its kind"
+        with pytest.raises(TightfitError, match=said):
+            replace(REQUEST, adapters=given(unet=sd3)).resolve(tightfit.inspect(str(model)))
+
+
 def test_guidance_is_of_one_kind_alone(comfy_of, folder_of):
     """dev's is more than schnell's."""
     dev = file_of(comfy_of("flux1-dev"), "flux1-dev", "transformer")
