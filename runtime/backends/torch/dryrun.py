@@ -68,7 +68,8 @@ class Recorder(LiveBytes):
             batch, heads, n, d = args[0].shape
             return args[0].new_empty(batch, n, heads, d).transpose(1, 2)
         new = not (func.is_view or func._schema.is_mutable)
-        key = (func, self._channels_last, *signature((*args, *kwargs.items()))) if new else None
+        how = func, self.device, self._channels_last
+        key = (*how, *signature((*args, *kwargs.items()))) if new else None
         if key in _answers:
             outs, operation = _answers[key]
             self.operations.append(operation)

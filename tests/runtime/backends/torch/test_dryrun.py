@@ -47,6 +47,25 @@ def test_remembered_operators_leave_the_same_trace(monkeypatch, tiny_models, mac
     assert once == again == traces()
 
 
+def test_what_a_card_answers_is_no_processors(monkeypatch, tiny_models):
+    """A convolution's weights are packed in each call on a CPU, and nowhere else."""
+    spec, way = (
+        inspect(str(tiny_models["sd1"])),
+        Placement("torch", "fp32", "fp32", "resident", "sdpa", "whole"),
+    )
+
+    def traced(machine):
+        dryrun._traces.clear()
+        return dryrun.footprint(spec, spec.denoiser, way, profile(machine), Extent(1, 64, 64)).trace
+
+    monkeypatch.setattr(dryrun, "_answers", {})
+    alone = traced("cpu-8gb")
+    monkeypatch.setattr(dryrun, "_answers", {})
+    card, after = traced("gtx-1650"), traced("cpu-8gb")
+    assert after == alone
+    assert sum(one.packed for one in after.operations) > sum(one.packed for one in card.operations) == 0
+
+
 def test_channels_are_last_where_torch_says_so():
     draw, seen = random.Random(0), set()
     for _ in range(1000):
