@@ -26,7 +26,7 @@ import torch
 from .. import Hardware, Pipeline, Plan, Request, TightfitError, Wishes, inspect, load, plan
 from ..export import random_model
 from ..runtime.backends.torch.backend import TorchBackend
-from ..runtime.costs.latency import COMPILE_SECONDS
+from ..runtime.costs.latency import compiling_seconds
 from ..runtime.errors import first_line
 from ..runtime.machine.providers import CPU_PROVIDER
 from ..runtime.models.families.family import Extent
@@ -362,7 +362,7 @@ class Check:
                 yield {"pipeline": "blocks compiled", "skipped": why}
                 return
             kinds = backend.footprint(spec, unet, how, hardware, Extent(2, size, size)).trace.kinds
-            seconds = kinds * COMPILE_SECONDS[not self.card.is_gpu]
+            seconds = compiling_seconds(hardware.device, kinds)
             yield from gpu_fast.compiled(self.card, session, backend.load(unet, how), arrays, seconds)
 
     def onnx(self) -> Iterator[Row]:

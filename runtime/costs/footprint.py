@@ -32,7 +32,8 @@ class Trace:
     `events` are (storage, bytes) for an allocation, (storage, END) when it is freed, (i, ATTENTION) when
     `attentions[i]` runs, with its output already allocated, and (bytes, MOMENT) for scratch that a kernel
     allocates and frees. `calls` are the modules in the order they begin: path, and how many operations and
-    attentions came before. `kinds`: of blocks that torch's compiler would tell apart.
+    attentions came before. `kinds`: of blocks that torch's compiler
+    tells apart, where they are compiled.
     """
 
     events: tuple[tuple[int, int], ...]

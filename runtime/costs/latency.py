@@ -34,9 +34,6 @@ _FIRSTS = {
     "first": 2e-5,
 }
 PACK_SECONDS = 4e-9  # per weight on two cores, by oneDNN for products of integers (SD 1.5: 3.4 s)
-# To compile one kind of block, by whether that is for a CPU: 19 of SD 1.5 took 115 s on two cores. For a GPU
-# Flux's two took 9.6 s on an H100 (torch's devlog "torch.compile and Diffusers", May 2026).
-COMPILE_SECONDS = {True: 6.0, False: 4.8}
 # Per weight that adapters change, on two cores: into fp32 and back; and per operation on it.
 PATCH_SECONDS, PATCHED_FLOP_SECONDS = 0.3e-9, 1.2e-11
 DECODE_SECONDS = 5e-9  # per weight that is stored encoded
@@ -100,6 +97,12 @@ def quantising_seconds(hardware: Hardware, precision: str, layers: int, weights:
     return layers * first_seconds(hardware, kind) + weights / hardware.moves.get(
         kind, _QUANTISED[kind.partition("/")[0]]
     )
+
+
+def compiling_seconds(device: str, kinds: int) -> float:
+    """To compile so many kinds of blocks: 19 of SD 1.5 took 115 s on two cores. For a GPU Flux's two took
+    9.6 s on an H100 (torch's devlog "torch.compile and Diffusers", May 2026)."""
+    return kinds * (6.0 if device == "cpu" else 4.8)
 
 
 def converted_values(tensors: Iterable[Tensor], compute: str) -> int:

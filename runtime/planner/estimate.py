@@ -15,13 +15,13 @@ from ..backends import engine, graph_engine
 from ..budget import BUILDING
 from ..costs.footprint import NO_CALL, Footprint, peak
 from ..costs.latency import (
-    COMPILE_SECONDS,
     PACK_SECONDS,
     PICTURE_SECONDS,
     PIN_SECONDS,
     PIXEL_SECONDS,
     STEP_SECONDS,
     call_seconds,
+    compiling_seconds,
     converted_values,
     filling_seconds,
     quantising_seconds,
@@ -411,7 +411,7 @@ class Estimate:
         if not placement.compiled or placement.backend in GRAPHS:
             return 0.0
         kinds = (self._footprint(name, placement, *way).trace.kinds for way in self._kinds(name, cfg))
-        return self._for_one(placement, sum(kinds) * COMPILE_SECONDS[self.hardware.device == "cpu"])
+        return self._for_one(placement, compiling_seconds(self.hardware.device, sum(kinds)))
 
     def _kinds(self, name: str, cfg: str) -> list[tuple[str, str]]:
         """How a network is called, by guidance and cache: other inputs each."""

@@ -7,6 +7,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -218,7 +219,7 @@ def footprint(
     shapes = spec.inputs(component, *extent)
     module, stored, identity = _module(component, placement, device.type)
     half = dtype.itemsize == 2  # fp16 and bf16 need the same bytes
-    of_call = (placement.tiling, extent.cache, device.type, tuple(shapes.items()))
+    of_call = (placement.tiling, extent.cache, device.type, placement.compiled, tuple(shapes.items()))
     key = (component.name, identity, spec.family, half, *of_call)
 
     def traced() -> Trace:
@@ -227,8 +228,10 @@ def footprint(
         call, stays = networks.forward(component, placement, extent.cache), staying(component, extent.cache)
         inspect.signature(call).bind(module, **shapes)  # a TypeError of ours is not the file's
         problem = f"{component.config_file} describes no model that can be run"
-        with explained(problem, "copy or download it again"):
-            return _trace(module, call, shapes, dtype, device.type, stays)
+        counted = kinds_counted(module) if placement.compiled else nullcontext(())
+        with explained(problem, "copy or download it again"), counted as kinds:
+            trace = _trace(module, call, shapes, dtype, device.type, stays)
+        return replace(trace, kinds=len(kinds))
 
     trace = _traces.get(key, traced)
     kind, fused = placement.attention, hardware.fused_attention
@@ -365,7 +368,6 @@ def _trace(
     with (
         torch.inference_mode(),
         Recorder(device, device == "cpu" and networks.channels_last(module)) as recorder,
-        kinds_counted(module) as kinds,
         followed_once(module, blocks, recorder, calls),
     ):
         # Alive all the time, which what the host sends is not.
@@ -374,7 +376,7 @@ def _trace(
     for hook in hooks:
         hook.remove()
     events, attentions, operations = (*recorder.events,), (*recorder.attentions,), (*recorder.operations,)
-    return Trace(events, attentions, operations, (*calls,), len(kinds))
+    return Trace(events, attentions, operations, (*calls,))
 
 
 def run(

@@ -15,7 +15,7 @@ import torch
 from tightfit.runtime.backends.torch import compiled
 from tightfit.runtime.backends.torch.backend import TorchSession
 from tightfit.runtime.backends.torch.meter import CountingMeter
-from tightfit.runtime.costs.latency import COMPILE_SECONDS
+from tightfit.runtime.costs.latency import compiling_seconds
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.machine.profiles import profile
@@ -143,7 +143,7 @@ def test_plans_have_it_where_it_is_asked_for(sd1, compiles):
     assert [name for name, own in fast.placements.items() if own.compiled] == [spec.denoiser.name]
     assert fast.predicted.peak_bytes == plain.predicted.peak_bytes + compiled.COMPILER_BYTES
     seconds = fast.predicted.compiling_seconds
-    assert seconds and seconds % COMPILE_SECONDS[True] == 0
+    assert seconds and seconds % compiling_seconds("cpu", 1) == 0
     assert fast.predicted.seconds == pytest.approx(plain.predicted.seconds + seconds, rel=0.2)
     assert plain.predicted.compiling_seconds == 0
     many = Wishes(compile=True, requests=10, **ONE_WAY)
