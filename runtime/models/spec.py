@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import TightfitError
+from ..placement import Placement
 from ..recent import Recent
 from .families.family import Extent, Family, Latents, Network, Role
 from .graph import Graph
@@ -63,6 +64,12 @@ class Component:
     def stored_bytes(self) -> int:
         """Of its weights in the safetensors files."""
         return sum(tensor.stored_bytes for tensor in self.tensors.values())
+
+    def is_ordered(self, placement: Placement) -> bool:
+        """Whether a CPU that can puts its plain weights into the order that oneDNN multiplies by: those that
+        stay loaded while they are used many times."""
+        is_plain = self.formats is None and self.role in (Role.DENOISER, Role.CONTROL)
+        return is_plain and placement.ordered
 
     def adapts(self, other: Component) -> bool:
         """Whether it is the same as `other`, but for what adapters change in their tensors."""

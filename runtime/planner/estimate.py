@@ -495,7 +495,7 @@ class Estimate:
 
     def _filling_seconds(self, component: Component, placement: Placement, footprint: Footprint) -> float:
         tensors = len(component.tensors) - footprint.flowing
-        return filling_seconds(self.hardware, placement, footprint, tensors, _is_packed(component, placement))
+        return filling_seconds(self.hardware, placement, footprint, tensors, component.is_ordered(placement))
 
     def _for_one(self, placement: Placement, seconds: float) -> float:
         """Of one request's, what loading takes."""
@@ -525,7 +525,7 @@ class Estimate:
         count = _count(component)
         if placement.precision == DYNAMIC and self.hardware.device == "cpu":
             loading += count * PACK_SECONDS
-        if _is_packed(component, placement):
+        if component.is_ordered(placement):
             size, order = 4 if compute == "fp32" else 2, self.hardware.moves.get(f"{compute}/order", math.inf)
             loading += size * count / order
         return loading
@@ -614,12 +614,6 @@ def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Fo
         footprints[name].host for name, placement in placements.items() if placement.residency == "staged"
     ]
     return sum(footprint.host for footprint in footprints.values()) - sum(staged) + max(staged, default=0)
-
-
-def _is_packed(component: Component, placement: Placement) -> bool:
-    """Whether a CPU packs the plain weights of those that are called many times."""
-    is_plain = component.formats is None and component.role in (Role.DENOISER, Role.CONTROL)
-    return is_plain and placement.ordered
 
 
 def _kept_values(component: Component, precision: str) -> tuple[int, int, int]:

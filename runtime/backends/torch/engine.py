@@ -237,10 +237,8 @@ def module_key(component: Component, placement: Placement, device: str) -> tuple
 
 
 def packs(component: Component, placement: Placement) -> bool:
-    """Whether a CPU packs the component's plain weights: of those that stay loaded while they are used many
-    times."""
-    is_plain = component.formats is None and component.role in (Role.DENOISER, Role.CONTROL)
-    return is_plain and placement.ordered and placement.compute in TORCH.said().packs
+    """Whether this CPU packs the component's plain weights."""
+    return component.is_ordered(placement) and placement.compute in TORCH.said().packs
 
 
 def _triton_problem(hardware: Hardware) -> str | None:
