@@ -26,8 +26,6 @@ from tightfit.runtime.planner.plan import Plan
 from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.request import Request
 from torch import _dynamo, nn
-from torch.profiler import ProfilerActivity
-from torch.profiler import profile as profiled
 
 REQUEST = Request("a red heart", num_inference_steps=4, width=64, height=64)
 ONE_WAY: dict[str, Any] = {
@@ -58,20 +56,8 @@ class Net(nn.Module):
         return self.blocks[2](self.blocks[1](self.blocks[0](x))[:, :8])
 
 
-def most_allocated(call) -> int:
-    with profiled(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        kept = call()
-    now = most = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    del kept
-    return most
-
-
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="without a compiler of C++")
-def test_kinds_are_compiled_once_and_answer_alike():
+def test_kinds_are_compiled_once_and_answer_alike(allocated):
     """By torch's compiler. The first call runs as it is, and is counted; compiled ones take no more."""
     from torch._dynamo.utils import counters
 
@@ -94,7 +80,7 @@ def test_kinds_are_compiled_once_and_answer_alike():
     assert not counters["graph_break"]
     for answer in (first, second):
         assert torch.allclose(torch.from_numpy(answer), right, atol=1e-5)
-    assert 0 < most_allocated(lambda: session(sample=x.numpy())) <= counted
+    assert 0 < allocated(lambda: session(sample=x.numpy())) <= counted
 
 
 def test_threads_have_the_limit_of_kinds_and_do_not_stop_one_another():

@@ -20,23 +20,9 @@ from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.families.family import Extent
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.placement import Placement
-from torch.profiler import ProfilerActivity, profile
 
 CPU = Hardware("cpu", "here", 2**34, 2**34, ("fp32",))
 MIB = 2**20
-
-
-def profiled(call) -> int:
-    """Most bytes that torch's allocator had handed out at once during `call`, beyond those before it."""
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        kept = call()
-    now = most = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    del kept
-    return most
 
 
 ARITHMETIC = (
@@ -69,7 +55,9 @@ TILES = "oneDNN's scratch for AMX's tiles, 0.1 to 2.2 MiB a convolution, is in n
         if called[0] == "unet" or arithmetic[0] != "int8-dynamic"  # only U-Nets run so
     ],
 )
-def test_against_the_profiler(tiny_models, model, component, attention, tiling, batch, precision, compute):
+def test_against_the_profiler(
+    allocated, tiny_models, model, component, attention, tiling, batch, precision, compute
+):
     if precision == "int8-dynamic" and "int8" not in Hardware.detect("cpu").rates:
         pytest.skip("this processor has no VNNI")
     if (
@@ -93,7 +81,7 @@ def test_against_the_profiler(tiny_models, model, component, attention, tiling, 
         n: torch.zeros(s, dtype=torch.int64 if n == "tokens" else torch.float32) for n, s in shapes.items()
     }
     run = lambda: dryrun.run(module, call, tensors, dtype, cpu)  # noqa: E731
-    seen = profiled(run)
+    seen = allocated(run)
     with torch.inference_mode(), LiveBytes("cpu") as live:
         run()
     parts = (*module.parameters(), *module.buffers(), workspace(module).buffer)
@@ -107,11 +95,11 @@ def test_against_the_profiler(tiny_models, model, component, attention, tiling, 
         assert count + held == pytest.approx(seen + held, rel=0.05)
 
 
-def answer_and_own(func, *args):
+def answer_and_own(allocated, func, *args):
     """Bytes by the profiler beside the answer, and by our formula."""
     with torch.inference_mode():
         out = func(*args)
-    return profiled(lambda: func(*args)) - out.nbytes, own_bytes(func, args, out)
+    return allocated(lambda: func(*args)) - out.nbytes, own_bytes(func, args, out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -123,12 +111,13 @@ def answer_and_own(func, *args):
         ((1, 16, 64, 64), (3, 16, 3, 3)),
     ],
 )
-def test_convolutions(x, weight, dtype):
+def test_convolutions(allocated, x, weight, dtype):
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         pytest.skip("the formula was found on AVX-512")
     if onednn.in_tiles(dtype):
         pytest.skip(TILES)
     seen, formula = answer_and_own(
+        allocated,
         torch.ops.aten.conv2d.default,
         torch.randn(x).to(dtype),
         torch.randn(weight).to(dtype),
@@ -140,9 +129,9 @@ def test_convolutions(x, weight, dtype):
 
 
 @pytest.mark.parametrize("size", [(32, 32), (32, 33), (64, 64), (16, 8), (8, 64)])
-def test_upsampling(size):
+def test_upsampling(allocated, size):
     x = torch.randn(1, 32, *size)
-    seen, formula = answer_and_own(torch.ops.aten.upsample_nearest2d.vec, x, None, [2.0, 2.0])
+    seen, formula = answer_and_own(allocated, torch.ops.aten.upsample_nearest2d.vec, x, None, [2.0, 2.0])
     assert seen == pytest.approx(formula, abs=0.01 * x.nbytes * 5)
 
 

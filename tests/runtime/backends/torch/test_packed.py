@@ -22,7 +22,6 @@ from tightfit.runtime.planner.choose import plan
 from tightfit.runtime.planner.wishes import Wishes
 from tightfit.runtime.request import Request
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 DTYPES = [dtype for dtype in (torch.float32, torch.bfloat16) if onednn.multiplies(dtype)]
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -39,19 +38,6 @@ LAYERS = {
 _TILES = 5 * 2**19 if torch.cpu._is_amx_tile_supported() else 0
 
 pytestmark = pytest.mark.skipif(not DTYPES, reason="torch has no oneDNN for this processor")
-
-
-def allocated(call) -> int:
-    """Most bytes that torch's allocator had handed out at once during `call`."""
-    with torch.inference_mode(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
-        kept = call()
-    now = most = 0
-    for event in seen.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    del kept
-    return most
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -75,7 +61,7 @@ def test_answers(kind, dtype):
 @pytest.mark.parametrize(
     ("shape", "stride"), [((320, 320, 3, 3), 1), ((640, 320, 3, 3), 2), ((320, 640, 1, 1), 1)]
 )
-def test_a_convolution_packs_nothing_again(shape, stride, dtype):
+def test_a_convolution_packs_nothing_again(allocated, shape, stride, dtype):
     """It takes what its formula says; for a small map oneDNN may want the weight in another order."""
     out_channels, channels, side, _ = shape
     network = nn.Sequential(nn.Conv2d(channels, out_channels, side, stride, side // 2)).to(dtype)
