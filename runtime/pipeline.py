@@ -337,7 +337,7 @@ def _costs_of(estimate: Estimate) -> tuple[Any, ...]:
     encodings = (job.text_encodings, *(job.encodings(name) for name in job.spec.components))
     calls = [job.calls_with(name) for name in job.spec.components]
     previews = job.previews if job.spec.of_role(Role.PREVIEW) else 0
-    counts = (*calls, len(job.prompted), words.lengths, *encodings, previews)
+    counts = (*calls, job.skipping_calls, len(job.prompted), words.lengths, *encodings, previews)
     parts = (share.encodes, share.decodes, job.whole.refiner is None, job.whole is job)
     full = job.full_calls(job.step_cache or 2, job.spec.denoiser.name)
     cached = (job.step_cache, job.steps_taken, *full, job.is_steady)

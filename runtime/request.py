@@ -29,7 +29,9 @@ from .models.schedulers import Tuning
 from .models.spec import ModelSpec
 from .noise import CPU, SOURCES, Noise
 
-_GUIDANCE = "guidance_rescale", "guidance_start", "guidance_end"
+SKIPPING = "skip_layer_guidance_scale", "skip_layer_guidance_start", "skip_layer_guidance_stop"
+_LAYERS = "skip_guidance_layers"
+_GUIDANCE = "guidance_rescale", "guidance_start", "guidance_end", _LAYERS
 _HIRES = "hires_size", "hires_strength", "hires_steps", "hires_upscaler", "hires_prompt", "hires_scheduler"
 _RESIZED = "seed_resize's width", "seed_resize's height"
 RANDOM_SEED = -1  # as A1111 has it: the seed that is drawn is told, and written into the picture
@@ -104,6 +106,22 @@ class Request:
     guidance_rescale: float = _tuning(0.0, "Against burnt colours: 0.7.", "X", bounds=(0, 1))
     guidance_start: float = _tuning(0.0, "Guided from there: 0 to 1.", "X", bounds=(0, 1))
     guidance_end: float = _tuning(1.0, "Guided until there: 0 to 1.", "X", bounds=(0, 1))
+    skip_guidance_layers: str | None = _tuning(
+        None,
+        "Guided from them: 7,8,9.",
+        "N,N",
+        options=("--skip-layers",),
+        costs=True,
+    )
+    skip_layer_guidance_scale: float = _tuning(
+        2.8, "How much; 2.8.", "X", bounds=(0, 100), options=("--skip-layer-scale",)
+    )
+    skip_layer_guidance_start: float = _tuning(
+        0.01, "From there: 0 to 1.", "X", bounds=(0, 1), options=("--skip-layer-start",)
+    )
+    skip_layer_guidance_stop: float = _tuning(
+        0.2, "Until there: 0 to 1.", "X", bounds=(0, 1), options=("--skip-layer-end",)
+    )
     step_cache: int | None = _tuning(
         None, "1 step of N in full; 1 to 10.", "N", bounds=(1, MOST_CACHED), costs=True
     )
@@ -129,7 +147,8 @@ class Request:
             raise TightfitError(
                 'no prompt was given: say what to paint, for example "a red heart"; "" is an empty prompt'
             )
-        for name in (name for name, kind in _KINDS.items() if kind is str):
+        listed = {_LAYERS} if isinstance(self.skip_guidance_layers, list | tuple) else {}
+        for name in (name for name, kind in _KINDS.items() if kind is str and name not in listed):
             _check_text(name, getattr(self, name))
         check(self.adapters)
         given = {name: getattr(self, name) for name in _WHOLE}
@@ -153,6 +172,7 @@ class Request:
             **{name: _choice(name, getattr(self, name), known) for name, known in _CHOICES.items()},
             **{name: _shown(sides_of(name, getattr(self, name))) for name in ("seed_resize", "hires_size")},
             "hires_upscaler": way_placed(self.hires_upscaler or _DEFAULTS["hires_upscaler"]),
+            _LAYERS: ",".join(map(str, layers_of(self.skip_guidance_layers))) or None,
         }
         return dataclasses.replace(self, **texts, **numbers, **whole)
 
@@ -260,8 +280,8 @@ class Share:
 class Job(Request):
     """A request with everything decided for one model. Only a job is planned and run; no field is None but
     the negative prompt; eta and zero_snr, which then are as the scheduler and the model have them;
-    step_cache, which then is the plan's; and what of the seeds, and of a second pass, is not asked for. The
-    scheduler's name has its schedule.
+    step_cache, which then is the plan's; and what of the seeds, of layers that are skipped, and of a second
+    pass, is not asked for. The scheduler's name has its schedule.
 
     `model` is the model that it was resolved for; `spec` is that with the adapters, and with the networks of
     the conditions.
@@ -338,6 +358,30 @@ class Job(Request):
         if self.share.begin is not None:
             return self.share.begin
         return max((condition.skipped(self.num_inference_steps) for condition in self.conditions), default=0)
+
+    @functools.cached_property
+    def skipped_layers(self) -> tuple[int, ...]:
+        """Numbers, from 0, of the denoiser's layers that a call more does without."""
+        return layers_of(self.skip_guidance_layers)
+
+    @functools.cached_property
+    def skipping(self) -> frozenset[int]:
+        """The steps, from 1, that take a call more, of the prompt alone: those between the bounds, as
+        diffusers counts them, in which guidance acts."""
+        before, count = len(self._earlier), len(self._schedule)
+        first, last = (
+            part * count for part in (self.skip_layer_guidance_start, self.skip_layer_guidance_stop)
+        )
+        steps = (step for step in self.guided if first < step + before - 1 < last)
+        return frozenset(steps if self.skipped_layers else ())
+
+    @property
+    def skipping_calls(self) -> float:
+        """Of one picture: as many whole calls of the denoiser as those without some of its layers take."""
+        if not self.skipping:
+            return 0.0
+        share = 1 - len(self.skipped_layers) / _layers(self.spec)
+        return share * sum(self._calls_by_step[step - 1] for step in self.skipping)
 
     @property
     def references(self) -> tuple[tuple[int, int], ...]:
@@ -473,6 +517,12 @@ class Job(Request):
             yield (
                 f"{self.spec.name} is not guided by default, so the negative prompt changes nothing: "
                 "give --guidance-scale above 1"
+            )
+        if self.skipped_layers and not self.skipping:
+            yield (
+                f"no step of {self.steps_taken} is between --skip-layer-start "
+                f"{self.skip_layer_guidance_start:g} and --skip-layer-end "
+                f"{self.skip_layer_guidance_stop:g}: --skip-layers changes nothing"
             )
         encoders, count = self.model.text_encoders, self.clip_skip
         if count > 1 and all(encoder.network.skip(encoder, count) is encoder for encoder in encoders):
@@ -690,8 +740,42 @@ def _check_passes(request: Request) -> None:
         raise TightfitError("hires and refiner are both second passes: leave one of them out")
 
 
+def layers_of(given: str | Sequence[int] | None) -> tuple[int, ...]:
+    """Numbers of layers in "7,8,9", or in a list as diffusers takes them, the least first. Raises
+    TightfitError for what is none."""
+    if given is None:
+        return ()
+    words = re.split(r"[\s,]+", given.strip(" []")) if isinstance(given, str) else given
+    if not all(re.fullmatch(r"\d{1,3}", str(word)) for word in words):
+        raise TightfitError(f"{_LAYERS} must be numbers of layers such as 7,8,9, not {given!r}")
+    return tuple(sorted({*map(int, words)}))
+
+
+def _layers(spec: ModelSpec) -> int:
+    """Of the denoiser."""
+    return sum(spec.denoiser.network.layers(spec.denoiser.config).values())
+
+
+def _check_skipping(job: Job) -> None:
+    """Raise TightfitError for options of guidance by layers that are skipped which cannot be, or change
+    nothing."""
+    asked = next((name for name in SKIPPING if getattr(job, name) != _DEFAULTS[name]), None)
+    if not job.skipped_layers:
+        if asked:
+            raise TightfitError(f"{asked} changes nothing without layers: give --skip-layers 7,8,9 too")
+        return
+    if not job.spec.denoiser.network.skips_layers:
+        raise TightfitError(f"{job.spec.name} is not guided by its layers: leave --skip-layers out")
+    if job.skipped_layers[-1] >= (count := _layers(job.spec)):
+        raise TightfitError(
+            f"{job.spec.name} has layers 0 to {count - 1}, no {job.skipped_layers[-1]}: "
+            "give others by --skip-layers"
+        )
+
+
 def _check_guidance(job: Job) -> None:
     """Raise TightfitError for options of guidance that change nothing."""
+    _check_skipping(job)
     if job.guidance_start >= job.guidance_end:
         raise TightfitError(
             f"guidance_start {job.guidance_start:g} must be below guidance_end {job.guidance_end:g}: "

@@ -40,11 +40,13 @@ CURE = "make the picture smaller, or close what else uses the memory"
 
 class Call(NamedTuple):
     """A call of the U-Net: its number in the schedule, whether it is of the conditioned branches `alone`, in
-    steps without guidance, and of a step that is taken in `full`, where steps are cached."""
+    steps without guidance, and of a step that is taken in `full`, where steps are cached. `without`: layers
+    that one of these alone leaves out; a guided one is followed by such a call."""
 
     number: int
     alone: bool = False
     full: bool = True
+    without: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,8 @@ class Run:
         def predict(samples: Sequence[np.ndarray], timestep: float, step: int) -> list[np.ndarray]:
             alone = is_guided and step not in guided
             full = step in job.full_steps(self.plan.step_cache)
-            return self._predict_all(samples, timestep, indices, Call(next(calls), alone, full))
+            without = job.skipped_layers if step in job.skipping else ()
+            return self._predict_all(samples, timestep, indices, Call(next(calls), alone, full, without))
 
         pictures = [self._sampled(job.alone(index)) for index in indices]
         total, done = sum(map(self._steps_of, (self._before, self, self._after))), None
@@ -334,19 +337,30 @@ class Run:
             arrays = {"sample": samples, "timestep": time_step, **part}
             rows = range(row, row + count)
             beside = self._steering.beside(arrays, rows)
-            return self._denoised({**self._steering.inputs(arrays, rows), **beside}, features, row)
+            inputs = {**self._steering.inputs(arrays, rows), **beside}
+            return self._denoised(inputs, features, row, how.without if alone else ())
 
         answers = [denoised(part, row) for part, row in zip(parts, first, strict=True)]
         rows = [slice(place * count, (place + 1) * count) for place in range(len(pictures))]
         whole = [np.concatenate([answer[own] for answer in answers]) for own in rows]
-        return [self._combined(one, index, alone) for one, index in zip(whole, indices, strict=True)]
+        combined = [self._combined(one, index, alone) for one, index in zip(whole, indices, strict=True)]
+        if alone or not how.without:
+            return combined
+        less, own = self._predict(pictures, timestep, indices, how._replace(alone=True)), self.job.prompted
+        scale = np.float32(self.job.skip_layer_guidance_scale)
+        return [
+            guided + scale * (self._combined(one[own.start : own.stop], index, alone=True) - without)
+            for guided, one, without, index in zip(combined, whole, less, indices, strict=True)
+        ]
 
-    def _denoised(self, inputs: Mapping[str, Any], features: dict[int, Any], row: int) -> np.ndarray:
-        """What the U-Net answers; where steps are cached, around what is kept of the branches from `row` on,
-        or all of it, which is kept then."""
+    def _denoised(
+        self, inputs: Mapping[str, Any], features: dict[int, Any], row: int, without: tuple[int, ...]
+    ) -> np.ndarray:
+        """What the U-Net answers `without` some layers; where steps are cached, around what is kept of the
+        branches from `row` on, or all of it, which is kept then."""
         session = self._session(self.spec.denoiser.name)
         if self.plan.step_cache == 1:
-            return session(**inputs)[0]
+            return session(**inputs, **({"without": without} if without else {}))[0]
         known = {KEPT: features[row]} if self._shallow else {}
         predicted, *kept = session(caching=True, **inputs, **known)
         if kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from .kept import Hashes
 from .models.samplers.names import OWN, a1111_fields, of_a1111, schedule_of, split
 from .models.schedulers import Tuning, draws
 from .models.upscalers import a1111_name
-from .request import PLAIN, Request
+from .request import PLAIN, SKIPPING, Request
 
 _CHEAP_BYTES = 2**26  # hashed in a tenth of a second, where the hash of a model is not known
 DIGITS = 10  # of a model's hash, as A1111 shows it
@@ -66,6 +67,13 @@ def _size(text: str) -> str:
     return f"{width}x{height}"
 
 
+def _layers(text: str) -> str:
+    """Of stable-diffusion.cpp's "[7, 8, 9, ]" there is "[7" here, and its scale is that of all guidance."""
+    if not re.fullmatch(r"\d{1,3}(,\d{1,3})*", text):
+        raise ValueError(f"{text[:20]} are no layers")
+    return text
+
+
 def _strength(text: str) -> float:
     if not 0 < (number := float(text)) <= 1:
         raise ValueError(f"{text[:20]} is no strength")
@@ -105,6 +113,10 @@ SETTINGS = (
     Setting("Skip Early CFG", "guidance_start", float),
     Setting("CFG end", "guidance_end", float),
     Setting("CFG rescale", "guidance_rescale", float),
+    Setting("Skip layers", "skip_guidance_layers", _layers),
+    Setting("Skip layer scale", "skip_layer_guidance_scale", float),
+    Setting("Skip layer start", "skip_layer_guidance_start", float),
+    Setting("Skip layer end", "skip_layer_guidance_stop", float),
     Setting("Step cache", "step_cache", whole),
     Setting("Hires upscale", "hires", float, "{:g}".format),
     Setting("Hires resize", "hires_size", _size),
@@ -121,6 +133,7 @@ _FIELDS = {field.name: field for field in dataclasses.fields(Request) if field.n
 _TUNING = "eta", "s_churn", "s_noise"
 _MAY_BE_IDLE = (
     *_TUNING, "ensd", "subseed", "guidance_start", "guidance_end", "guidance_rescale", "refiner_start",
+    "skip_guidance_layers", *SKIPPING,
 )  # fmt: skip
 _ALWAYS = ("Steps", "CFG scale", "Seed")
 _OF_PASSES = {"hires_upscaler": "hires", "hires_strength": "hires", "refiner_start": "refiner"}
@@ -206,6 +219,8 @@ def idle(fields: Mapping[str, Any]) -> list[str]:
     unguided = (scale is not None and scale <= 1) or begin >= end
     found = [name for name in asked if name == "subseed" and not share]
     found += [name for name in asked if name.startswith("guidance_") and unguided]
+    skips = not unguided and fields.get("skip_guidance_layers")
+    found += [name for name in asked if name.startswith("skip_") and not skips]
     found += [name for name in asked if name == "refiner_start" and not fields.get("refiner")]
     try:
         sampler, _ = split(fields.get("scheduler") or OWN)

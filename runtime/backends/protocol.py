@@ -31,6 +31,8 @@ class Session(Protocol):
     A denoiser that caches steps is called with `caching` besides (torch alone): a full call answers a second
     array, which stays on its device, and a shallow one is handed that as `kept`. Beside that a controlnet,
     called so, answers residual_0 alone.
+
+    One that can leave layers out is called `without` their numbers (torch alone).
     """
 
     notices: tuple[str, ...]

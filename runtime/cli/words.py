@@ -38,6 +38,8 @@ _OPTIONS = {
     **dict.fromkeys(("ckpt-dir", "models-path", "base-directory", "extra-model-paths-config"), _DIRS),
     **dict.fromkeys(("sampler", "sampling-method", "sampler-name"), "it is --scheduler"),
     **dict.fromkeys(("cfg", "cfg-scale", "guidance"), "it is --guidance-scale"),
+    "skip-guidance-layers": "it is --skip-layers",
+    "slg-scale": "it is --skip-layer-scale",
     **dict.fromkeys(("n", "n-iter", "batch-size", "batch-count", "count"), "it is --num-images"),
     **dict.fromkeys(("size", "resolution"), "it is --width and --height"),
     **dict.fromkeys(("prompt", "p"), "the prompt comes without an option, in quotes"),

@@ -473,6 +473,7 @@ class Estimate:
         if branches == 1:
             guided = calls
         alone, times = (calls - guided) * len(job.prompted), job.num_images / self.images_per_call
+        alone += job.skipping_calls * len(job.prompted) if role is Role.DENOISER else 0
         if cfg == "sequential" or not alone:
             return {cfg: (guided * (branches if cfg == "sequential" else 1) + alone) * times}
         return {cfg: guided * times, "sequential": alone * times}
@@ -545,6 +546,10 @@ class Estimate:
             return (
                 "a control acts in some steps or on one branch, and would take CUDA graphs for both kinds of "
                 "calls: leave out --cuda-graphs, or let it act in all"
+            )
+        if self.job.skipping and (unet.captured or unet.backend in GRAPHS):
+            return "a graph has all of its layers: leave out --skip-layers" + (
+                ", or --cuda-graphs" if unet.captured else ""
             )
         for name, placement in self._needed(placements).items():
             component = self.spec.components[name]

@@ -148,6 +148,7 @@ def test_steps_have_all_calls(sd1):
         ({"guidance_rescale": 0.5, "guidance_scale": 1.0}, ["guidance_rescale changes nothing", "above 1"]),
         ({"guidance_end": 0.5, "guidance_scale": 0.0}, ["guidance_end changes nothing"]),
         ({"guidance_start": float("nan")}, ["guidance_start must be a number from 0 to 1"]),
+        ({"skip_guidance_layers": "1"}, ["is not guided by its layers: leave --skip-layers out"]),
         ({"guidance_rescale": 2}, ["guidance_rescale must be a number from 0 to 1"]),
     ],
 )

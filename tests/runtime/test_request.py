@@ -20,7 +20,7 @@ def spec(sd1):
 # None is an answer: nothing asked, so as the scheduler, the model or the plan has it.
 AS_THEY_ARE = {
     "negative_prompt", "eta", "zero_snr", "subseed", "seed_resize", "hires", "hires_size", "hires_prompt",
-    "hires_scheduler", "refiner", "step_cache",
+    "hires_scheduler", "refiner", "step_cache", "skip_guidance_layers",
 }  # fmt: skip
 
 

@@ -256,10 +256,14 @@ class TorchSession:
             raise
 
     @torch.inference_mode()
-    def __call__(self, *, caching: bool = False, **arrays: Any) -> tuple[Any, ...]:
-        module, key = self._module(), (caching, *((name, array.shape) for name, array in arrays.items()))
+    def __call__(
+        self, *, caching: bool = False, without: tuple[int, ...] = (), **arrays: Any
+    ) -> tuple[Any, ...]:
+        module, way = self._module(), (caching, without)
+        key = (*way, *((name, array.shape) for name, array in arrays.items()))
         forward, stays = self.cached if caching else (self.forward, self.stays)
         assert forward
+        forward = functools.partial(forward, skipped=without) if without else forward
         # The first call of a size is counted operator by operator where there is no allocator to ask.
         counts = self._is_compiled and self.device.type in ("cpu", "mps") and key not in self._calls
         plainly = compiled.as_they_are(module) if counts else nullcontext()
@@ -268,7 +272,7 @@ class TorchSession:
         with tf32_off(self.device), _memory_errors_explained(self.device), plainly:
             tensors = {name: self._input(name, array) for name, array in arrays.items()}
             if self.streamer:
-                self.streamer.begin((caching, *arrays))
+                self.streamer.begin((*way, *arrays))
 
             def run(given: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
                 return dryrun.run(module, forward, given, self.dtype, self.device, stays)
@@ -277,7 +281,7 @@ class TorchSession:
             outs = self.meter.during(
                 self._calls,
                 key,
-                lambda: graphs.call(tensors, run, stays, caching) if graphs else run(tensors),
+                lambda: graphs.call(tensors, run, stays, way) if graphs else run(tensors),
             )
             if graphs and graphs.notice:
                 self.notices = (*dict.fromkeys((*self.notices, graphs.notice)),)

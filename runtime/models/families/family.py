@@ -183,7 +183,7 @@ class Network:
     layers from its end, 1 being the last. call_cached: calls the module of a denoiser that caches steps: it
     answers what is kept, too, or is handed that as KEPT; and that of a control network beside a shallow call.
     adapted_as: how names of its layers begin in adapters' files, beside its folder, and its number among text
-    encoders.
+    encoders. skips_layers: whether `call` can be told by `skipped`, from 0, to leave layers out.
     """
 
     name: str
@@ -213,6 +213,7 @@ class Network:
     adapted_as: tuple[str, ...] = ()
 
 
+    skips_layers: bool = False
 class Family:
     """Which models belong to it, and how its networks work together. Stateless. What is not overridden is as
     most have it.

@@ -138,7 +138,13 @@ def _fill(qkv: Any, states: Any, linears: Sequence[Any], norms: Sequence[Any]) -
 
 
 def _predict(
-    module: Any, sample: Any, timestep: Any, hidden: Any, pooled: Any, shared_places: Any
+    module: Any,
+    sample: Any,
+    timestep: Any,
+    hidden: Any,
+    pooled: Any,
+    shared_places: Any,
+    skipped: tuple[int, ...] = (),
 ) -> tuple[Any, ...]:
     """Of latents (batch, channels, height, width), as diffusers' transformer does."""
     patch, (batch, channels, height, width) = module.config.patch_size, sample.shape
@@ -146,8 +152,9 @@ def _predict(
     picture = module.pos_embed["proj"](sample).flatten(2).transpose(1, 2) + shared_places
     time = module.time_text_embed(timestep.expand(batch), pooled)
     text = module.context_embedder(hidden)
-    for block in module.transformer_blocks:
-        text, picture = block(picture, text, time)
+    for number, block in enumerate(module.transformer_blocks):
+        if number not in skipped:
+            text, picture = block(picture, text, time)
     predicted = module.proj_out(module.norm_out(picture, time))
     predicted = predicted.view(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
     return (predicted.reshape(batch, -1, height, width)[:, :channels],)
@@ -169,6 +176,7 @@ _TRANSFORMER = Network(
     inputs=_inputs,
     build=_build_denoiser,
     call=_predict,
+    skips_layers=True,
 )
 
 

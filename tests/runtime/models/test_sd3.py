@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import tightfit
 import torch
 from safetensors.torch import load_file
+from tightfit.runtime import infotext
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.machine.profiles import profile
 from tightfit.runtime.models import schedulers
@@ -28,6 +30,9 @@ CASES = {
     ),
     "empty": tightfit.Request("", width=64, height=64, num_inference_steps=1, seed=1, guidance_scale=1.0),
     "negative": replace(OBLONG, negative_prompt="ugly, and blurred", num_inference_steps=2),
+    "layers": replace(
+        OBLONG, num_inference_steps=2, skip_guidance_layers="0,2", skip_layer_guidance_stop=1.0
+    ),
 }
 
 
@@ -42,6 +47,9 @@ def pipe(sd3, opened):
 
 
 def reference(pipe, request, **options):
+    if layers := request.skip_guidance_layers:
+        options |= {"skip_guidance_layers": [*map(int, layers.split(","))]}
+        options |= {"skip_layer_guidance_stop": request.skip_layer_guidance_stop}
     image = pipe(
         prompt=request.prompt, negative_prompt=request.negative_prompt, output_type="np",
         num_inference_steps=request.num_inference_steps, guidance_scale=request.guidance_scale or 4.5,
@@ -53,6 +61,39 @@ def reference(pipe, request, **options):
 
 def test_pictures_are_diffusers(sd3, pipe, check_pictures):
     check_pictures(sd3, CASES, lambda request: reference(pipe, request))
+
+
+def test_calls_without_layers_are_counted(sd3):
+    """As shares of calls with all three; no more bytes."""
+    spec, machine = tightfit.inspect(str(sd3)), profile("rtx-3060-12gb")
+    ways: Any = {"residency": "resident", "attention": "sdpa", "tiling": "whole", "cfg": "sequential"}
+
+    def predicted(steps, **asked):
+        request = replace(OBLONG, num_inference_steps=steps, **asked)
+        return tightfit.plan(machine, spec, request, tightfit.Wishes(precision="bf16", **ways))[0].predicted
+
+    ten = predicted(10)
+    call = (predicted(20).seconds - ten.seconds) / 20
+    for layers, stop, calls in (("1", 0.2, 1), ("[0, 2]", 0.21, 2), ("1", 0.05, 0)):
+        less = predicted(10, skip_guidance_layers=layers, skip_layer_guidance_stop=stop)
+        share = 1 - len(layers.strip("[]").split(",")) / 3
+        assert less.seconds - ten.seconds == pytest.approx(calls * share * call, rel=0.05)
+        assert less.peak_bytes == ten.peak_bytes
+    [refused, *_] = tightfit.plan(
+        machine, spec, replace(CASES["layers"]), tightfit.Wishes(cuda_graphs=True, **ways)
+    )
+    assert "leave out --skip-layers, or --cuda-graphs" in refused.reason
+
+
+def test_layers_that_are_skipped_are_in_the_text(sd3):
+    job = replace(OBLONG, skip_guidance_layers="2 0").resolve(tightfit.inspect(str(sd3)))
+    assert any("no step of 3 is between" in notice for notice in job.notices())
+    text = infotext.write(job, "sd3", "fp32")
+    assert infotext.parse(text, "it").request["skip_guidance_layers"] == "0,2"
+    theirs = text.partition(", tightfit:")[0]
+    assert infotext.parse(theirs, "it").request["skip_guidance_layers"] == "0,2"
+    of_stable_diffusion_cpp = theirs.replace('"0,2"', "[7, 8, 9, ], Skip layer end: 0.3")
+    assert not [name for name in infotext.parse(of_stable_diffusion_cpp, "it").request if "skip_" in name[:5]]
 
 
 @pytest.fixture(scope="module")
@@ -179,11 +220,12 @@ def test_what_another_precision_takes_is_known(sd3, check_predicted):
 def test_pictures_of_one_call_share_places(sd3, monkeypatch, check_predicted):
     monkeypatch.setattr(choose, "WIDER", 0.0)  # however fast it is predicted to be
     way = {**WAY, "precision": "fp32", "residency": "staged", "cfg": "batched"}
+    asked = replace(OBLONG, skip_guidance_layers=[1], skip_layer_guidance_stop=1.0)
     with tightfit.load(str(sd3), images_per_call=2, **way) as ours:
-        together = ours.generate(replace(OBLONG, num_images=2))
+        together = ours.generate(replace(asked, num_images=2))
         assert together.plan.images_per_call == 2
         check_predicted(together)
-        second = ours.generate(replace(OBLONG, seed=OBLONG.seed + 1)).images[0]
+        second = ours.generate(replace(asked, seed=OBLONG.seed + 1)).images[0]
     assert np.abs(np.asarray(together.images[1], int) - np.asarray(second, int)).max() <= 1
 
 
@@ -216,6 +258,11 @@ def test_fp16_is_taken_where_there_is_no_bf16(sd3):
         ({"width": 72}, "not a multiple of 16"),
         ({"width": 400}, "pictures up to 384 pixels a side, not 400x96"),
         ({"scheduler": "ddim"}, "trained by flow matching"),
+        ({"skip_guidance_layers": "2,3"}, "has layers 0 to 2, no 3"),
+        ({"skip_guidance_layers": "7;8"}, "must be numbers of layers such as 7,8,9, not '7;8'"),
+        ({"skip_guidance_layers": [1, 7.5]}, r"must be numbers of layers such as 7,8,9, not \[1, 7.5\]"),
+        ({"skip_guidance_layers": "1", "guidance_scale": 1.0}, "skip_guidance_layers changes nothing where"),
+        ({"skip_layer_guidance_scale": 3.0}, "skip_layer_guidance_scale changes nothing without layers"),
     ],
 )
 def test_what_it_does_not_do_is_refused(sd3, asked, why):
