@@ -20,6 +20,7 @@ from ..runtime.files import JSON_BYTES, inside, open_regular, read_bytes, read_j
 from ..runtime.models import vocabulary
 from ..runtime.models.families import FAMILIES
 from ..runtime.models.families.family import Role
+from ..runtime.models.layouts import pieces
 from ..runtime.models.tokenizer import NAMES
 from .safetensors_file import Promised, SafetensorsFile
 
@@ -97,8 +98,12 @@ def described(spec: ModelSpec) -> Iterator[Path]:
 
 
 def _copy_tokenizer(tokenizer: Path, folder: Path) -> None:
-    """Raises TightfitError for a file that is not regular, or too large."""
+    """Or write it, where it is in a file of weights. Raises TightfitError for a file that is not regular, or
+    too large."""
     folder.mkdir()
+    if tokenizer.is_file():
+        vocabulary.write_t5(folder, *pieces.read(tokenizer))
+        return
     for name in NAMES:
         if (tokenizer / name).exists():
             with open_regular(tokenizer / name, JSON_BYTES) as stream:

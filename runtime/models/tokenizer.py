@@ -14,6 +14,7 @@ from ..budget import BUILDING
 from ..errors import TightfitError, explained
 from ..files import JSON_BYTES, open_regular, plain_name, read_json, readable
 from . import vocabulary
+from .layouts import pieces
 
 if TYPE_CHECKING:
     from .spec import Component, ModelSpec
@@ -25,6 +26,7 @@ NAMES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    pieces.OF_SENTENCEPIECE,
 )
 _ARGUMENTS = {"vocab_file": "vocab.json", "merges_file": "merges.txt", "tokenizer_file": "tokenizer.json"}
 
@@ -39,6 +41,10 @@ def tokenizer_of(spec: ModelSpec, encoder: Component) -> Any:
     if encoder.pad is None:
         reading = encoder.network.reading
         folder = folder_of(spec, encoder)
+        if reading and reading.in_pieces and (file := pieces.place(folder)):
+            with TemporaryDirectory(prefix="tightfit-") as made:
+                vocabulary.write_t5(Path(made), *pieces.read(file))
+                return read_tokenizer(Path(made), reading.open_tokenizer)
         return read_tokenizer(folder, reading.open_tokenizer) if reading else read_tokenizer(folder)
     return copy.deepcopy(_clip(encoder.pad))  # words may be added to it
 

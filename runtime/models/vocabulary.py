@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from base64 import b64encode
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -48,20 +49,27 @@ def write(folder: Path, merges: Sequence[tuple[str, str]], length: int, pad: str
 _T5_MARKS = {"<pad>": 0.0, "</s>": 0.0, "<unk>": 0.0, "▁": -2.0}
 
 
-def write_t5(folder: Path) -> None:
-    """Write the file of a tokenizer as T5 has it, in which each printable letter of ASCII is a token."""
+EXTRA = "<extra_id_"  # how tokens of T5 begin that no word has
+_T5_LETTERS = [*_T5_MARKS.items(), *((letter, -3.0) for letter in map(chr, range(33, 127)))]
+
+
+def write_t5(folder: Path, pieces: Sequence[tuple[str, float]] = _T5_LETTERS, charsmap: bytes = b"") -> None:
+    """Write the files of a tokenizer as T5 has it, of these pieces, with the logarithm of how likely each is:
+    the printable letters of ASCII if nothing is said. charsmap: what normalises a text before."""
     folder.mkdir(parents=True, exist_ok=True)
-    letters = [(letter, -3.0) for letter in map(chr, range(33, 127))]
+    marks = {n: piece for n, (piece, _) in enumerate(pieces) if n < 3 or piece.startswith(EXTRA)}
     spaces = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
     plain = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     ends = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
     described = {
         "version": "1.0",
         "added_tokens": [
-            {"id": number, "content": mark, "special": True, **plain}
-            for number, mark in enumerate([*_T5_MARKS][:3])
+            {"id": number, "content": mark, "special": True, **plain} for number, mark in marks.items()
         ],
-        "pre_tokenizer": spaces,
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": b64encode(charsmap).decode()}
+        if charsmap
+        else None,
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, spaces]},
         "decoder": spaces,
         "post_processor": {
             "type": "TemplateProcessing",
@@ -69,13 +77,13 @@ def write_t5(folder: Path) -> None:
             "pair": ends,
             "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
         },
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": [*_T5_MARKS.items(), *letters]},
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": [*pieces]},
     }
     (folder / "tokenizer.json").write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
     config = {
         "tokenizer_class": "T5Tokenizer",
         "model_max_length": 512,
-        "extra_ids": 0,
+        "extra_ids": len(marks) - 3,
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "pad_token": "<pad>",

@@ -98,6 +98,7 @@ class Reading:
     folder whose files were looked at, with these arguments in place of what they name; the only place that
     imports its class. listed: what model_index.json may say that it is made by. width: of what is answered
     for a token. closed: whether a text that is cut keeps its last tokens, those after the text.
+    in_pieces: whether its tokenizer may lie there as pieces of words alone: see layouts/pieces.py.
     """
 
     around: tuple[str, str]
@@ -107,6 +108,7 @@ class Reading:
     listed: str
     width: Callable[[Mapping[str, Any]], int]
     closed: bool = False
+    in_pieces: bool = False
 
     @property
     def varies(self) -> bool:
@@ -211,9 +213,9 @@ class Network:
     adds: Callable[[ModelSpec, Extent], Mapping[str, Shape]] = lambda _spec, _extent: {}
     call_cached: Callable[..., tuple[Any, ...]] | None = None
     adapted_as: tuple[str, ...] = ()
-
-
     skips_layers: bool = False
+
+
 class Family:
     """Which models belong to it, and how its networks work together. Stateless. What is not overridden is as
     most have it.

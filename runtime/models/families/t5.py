@@ -71,6 +71,7 @@ def text_encoder(place: str, length: int) -> Network:
             listed=r"transformers T5Tokenizer(Fast)?",
             width=lambda config: config["d_model"],
             closed=True,
+            in_pieces=True,
         ),
         vocabulary="shared",
         adapted_as=("te3_", "text_encoders_t5xxl_transformer_"),  # kohya's, whichever it is, and ComfyUI's

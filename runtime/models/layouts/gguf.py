@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -143,23 +144,41 @@ def _parts(kind: str, blocks: Any, rows: int) -> dict[str, Any]:
 
 def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors that a GGUF file promises, checked against its length, and what is said of them."""
+    with _explained(file):
+        status, end, words, infos = _header(file)
+        tensors = _placed(file, end, words, infos, status.st_mtime_ns)
+    _check_places(file, tensors, status.st_size, end, _alignment(words))
+    return tensors, {key: value for key, value in words.items() if isinstance(value, str)}
+
+
+def said(file: Path, names: Collection[str]) -> dict[str, Any]:
+    """What a GGUF file says by these names, lists of any length too."""
+    with _explained(file):
+        *_, words, _ = _header(file, names)
+    return {name: words[name] for name in names if words.get(name) is not None}
+
+
+@contextmanager
+def _explained(file: Path) -> Iterator[None]:
     try:
-        with open_regular(file, WEIGHTS_BYTES) as stream:
-            status = os.fstat(stream.fileno())
-            begin = stream.read(4)
-            if begin != _MAGIC:
-                check_begin(file, begin + stream.read(12))
-                raise TightfitError(f"{file} is no GGUF file: {_AGAIN}")
-            header = _Header(stream)
-            words, infos = _contents(header)
-        tensors = _placed(file, header.at, words, infos, status.st_mtime_ns)
+        yield
     except OSError as error:
         raise TightfitError(f"{file} cannot be read: {error.strerror}; {_AGAIN}") from None
     except ValueError as error:
         said = error if type(error) is ValueError else "text that is no UTF-8"
         raise TightfitError(f"{file} has a broken GGUF header ({said}): {_AGAIN}") from None
-    _check_places(file, tensors, status.st_size, header.at, _alignment(words))
-    return tensors, {key: value for key, value in words.items() if isinstance(value, str)}
+
+
+def _header(file: Path, whole: Collection[str] = ()) -> tuple[os.stat_result, int, dict, dict]:
+    """Size and time, where the header ends, what it says in all, and of each tensor."""
+    with open_regular(file, WEIGHTS_BYTES) as stream:
+        begin = stream.read(4)
+        if begin != _MAGIC:
+            check_begin(file, begin + stream.read(12))
+            raise TightfitError(f"{file} is no GGUF file: {_AGAIN}")
+        header = _Header(stream)
+        words, infos = _contents(header, whole)
+        return os.fstat(stream.fileno()), header.at, words, infos
 
 
 class _Header:
@@ -192,9 +211,9 @@ class _Header:
             raise ValueError("a name that cannot be printed")
         return name
 
-    def value(self) -> Any:
+    def value(self, whole: bool = False) -> Any:
         """A number, a text, or a list of at most `_SIDES` numbers; None for longer lists and of other
-        values."""
+        values, unless they are wanted `whole`."""
         kind = self.number("I")
         if kind == _TEXT:
             return self.text()
@@ -202,10 +221,14 @@ class _Header:
             return self.number(_scalar(kind))
         kind, count = self.number("I"), self.number("Q")
         if kind == _TEXT:
+            texts = []
             for _ in range(count):  # of which each takes bytes
-                self.take(self.number("Q"))
-            return None
+                text = self.take(self.number("Q"))
+                texts += [text.decode()] if whole else []
+            return texts if whole else None
         spelled = _scalar(kind)
+        if whole:
+            return struct.unpack(f"<{count}{spelled}", self.take(count * struct.calcsize(f"<{spelled}")))
         if count <= _SIDES:
             return tuple(self.number(spelled) for _ in range(count))
         self.take(count * struct.calcsize(f"<{spelled}"))
@@ -227,8 +250,8 @@ class _Info:
     place: int
 
 
-def _contents(header: _Header) -> tuple[dict[str, Any], dict[str, _Info]]:
-    """What is said in all, and of each tensor."""
+def _contents(header: _Header, whole: Collection[str]) -> tuple[dict[str, Any], dict[str, _Info]]:
+    """What is said in all, lists of these names `whole`, and of each tensor."""
     version = header.number("I")
     if version not in _VERSIONS:
         raise ValueError(f"version {version}, where 2 and 3 are read")
@@ -238,7 +261,7 @@ def _contents(header: _Header) -> tuple[dict[str, Any], dict[str, _Info]]:
     words, infos = {}, {}
     for _ in range(field_count):
         name = header.name()
-        words[name] = header.value()
+        words[name] = header.value(name in whole)
     for _ in range(tensor_count):
         name = header.name()
         infos[name] = _info(header)

@@ -12,7 +12,7 @@ from typing import Any
 from ..spec import Component
 from ..tensors import Tensor
 from ..vocabulary import END
-from . import renames
+from . import pieces, renames
 from .scales import scaled
 from .single_file import Config, Shapes, Tensors, clip_config
 
@@ -31,7 +31,7 @@ class TextEncoder:
     these say of its config, and known, what they do not. widths: the fields that say how wide its texts are.
     pad: the token that fills up its texts, of CLIP's own vocabulary. tokenizers: without that, how folders of
     its tokenizer are called beside its file; all but the first also up to three folders above. tokenizer_of:
-    whose that is.
+    whose that is. in_pieces: whether its pieces do, in such a folder, or beside or inside its file.
     """
 
     title: str
@@ -44,6 +44,7 @@ class TextEncoder:
     pad: str | None = None
     tokenizers: tuple[str, ...] = (_OWN_NAME,)
     tokenizer_of: str = ""
+    in_pieces: bool = False
 
     def read(self, tensors: Tensors) -> tuple[Config, dict[str, Tensor]]:
         """Its config and its tensors, both empty for a file without one. Raises TightfitError for one of
@@ -70,6 +71,8 @@ class TextEncoder:
                 return place, ""
         return places[0], (
             f"{encoder} has no tokenizer beside it: put tokenizer.json of its model, "
+        if self.in_pieces and (of := next(filter(pieces.place, (*places, encoder.parent, encoder)), None)):
+            return of, ""
             f"such as {self.tokenizer_of}, into the folder {places[0]}"
         )
 
@@ -178,3 +181,4 @@ T5 = TextEncoder(
     tokenizers=("t5_tokenizer", "comfy/text_encoders/t5_tokenizer"),
     tokenizer_of="the folder tokenizer_2 of black-forest-labs/FLUX.1-schnell",
 )
+    in_pieces=True,
