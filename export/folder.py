@@ -63,7 +63,7 @@ def write_component(
 def described(spec: ModelSpec) -> Iterator[Path]:
     """A folder that has what a diffusers folder has beside its weights: the model's own, or one that is made
     of what a checkpoint's names and shapes say."""
-    if spec.folder.is_dir():
+    if (spec.folder / "model_index.json").is_file():
         yield spec.folder
         return
     with TemporaryDirectory(prefix="tightfit-") as made:

@@ -184,7 +184,9 @@ def _shelved(options: Mapping[str, Any], shelves: Shelves) -> dict[str, Any]:
     for adapter in ADAPTERS:
         if given.get(adapter.option) and adapter.shelf:
             texts = _texts(given[adapter.option])
-            given[adapter.option] = [_with_path(text, adapter.shelf, shelves) for text in texts]
+            given[adapter.option] = [
+                text if text == adapter.word else _with_path(text, adapter.shelf, shelves) for text in texts
+            ]
         elif given.get(adapter.option) and adapter.metavar == "FILE":
             raise TightfitError(f"{adapter.option} is not taken from a client")
     return given

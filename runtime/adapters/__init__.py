@@ -41,13 +41,14 @@ class Adapter(Protocol):
 @dataclass(frozen=True)
 class Kind:
     """A kind of adapter: how its option is called and explained, what a text after it means, and in which of
-    the folders of models a name is looked for, if it is a file."""
+    the folders of models a name is looked for, if it is a file, and not this `word`."""
 
     option: str
     written: Callable[[str], Adapter]
     help: str
     shelf: library.Kind | None = None
     metavar: str = "FILE"
+    word: str = ""
     in_weights: bool = False
     """Whether all that it changes are weights, so that an export may hold it."""
 
@@ -60,6 +61,7 @@ ADAPTERS = (
         text_encoder.written,
         "In place of the model's; repeatable.",
         library.Kind.TEXT_ENCODER,
+        word=text_encoder.NONE,
     ),
     Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable.", library.Kind.LORA, in_weights=True),
     Kind(
@@ -81,7 +83,7 @@ def written(
     or with a name in a folder of models. Raises TightfitError for a text that means none."""
     check_count(sum(map(len, texts.values())))
     return tuple(
-        kind.written(_placed(text, kind.shelf, models_dirs) if kind.shelf else text)
+        kind.written(_placed(text, kind.shelf, models_dirs) if kind.shelf and text != kind.word else text)
         for kind in ADAPTERS
         for text in texts.get(kind.option, ())
     )

@@ -7,15 +7,18 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from ..errors import TightfitError
+from ..models.families import FAMILIES
 from ..models.families.networks import check_config
 from ..models.layouts.published import published_of
 from ..models.layouts.text_encoders import TextEncoder as Kind
+from ..models.layouts.weights import INDEX
 from ..models.spec import Component, ModelSpec
 from ..models.tensors import Tensor
 from .header import OfFile, contents, located, stamp
 
 Tensors = Mapping[str, Tensor]
-IN_FOLDERS = ("model.safetensors",)  # as transformers names a file that is not in parts
+IN_FOLDERS = "model.safetensors", f"model{INDEX}"  # as transformers names a file, or one in parts
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,33 @@ class TextEncoder(OfFile):
         return replace(made, pad=own.pad, tokenizer=own.tokenizer)
 
 
+@dataclass(frozen=True)
+class Fewer:
+    """No text encoder where there is one that the model can do without."""
+
+    option: ClassVar = TextEncoder.option
+
+    @property
+    def name(self) -> str:
+        return NONE
+
+    def apply(self, spec: ModelSpec) -> ModelSpec:
+        """Raises TightfitError for a model that needs all of its text encoders."""
+        own = spec.design
+        if own.fuller.name != own.name:
+            return spec
+        design = next((one for one in FAMILIES if one.fuller.name == own.name != one.name), None)
+        if design is None:
+            raise TightfitError(
+                f"{spec.name} needs all of its text encoders: leave --text-encoder {NONE} out"
+            )
+        spared = {network.name for network in own.networks} - {network.name for network in design.networks}
+        components = {name: one for name, one in spec.components.items() if name not in spared}
+        changed = replace(spec, design=design, components=components)
+        design.check(changed)
+        return changed
+
+
 def _with(spec: ModelSpec, made: Component) -> ModelSpec:
     """The model with one of its own text encoders, or with one more, as a fuller family has it."""
     design = spec.design if made.name in spec.components else spec.design.fuller
@@ -93,7 +123,9 @@ def _with(spec: ModelSpec, made: Component) -> ModelSpec:
     return changed
 
 
-def written(text: str) -> TextEncoder:
-    """The text encoder in a file, or in a folder as transformers writes it."""
+def written(text: str) -> TextEncoder | Fewer:
+    """The text encoder in a file, or in a folder as transformers writes it; or none."""
+    if text == NONE:
+        return Fewer()
     path = located(text, IN_FOLDERS)
     return TextEncoder(path, stamp(path))

@@ -9,13 +9,12 @@ from typing import Any, ClassVar
 
 from ..errors import TightfitError
 from ..models.families import known_by
-from ..models.layouts import published, single_file
+from ..models.layouts import published, single_file, weights
 from ..models.spec import ModelSpec
 from ..models.tensors import Tensor
 from .header import OfFile, contents, located, stamp
 
-# As diffusers names the file in a network's folder.
-IN_FOLDERS = tuple(f"diffusion_pytorch_model{variant}.safetensors" for variant in ("", ".fp16"))
+IN_FOLDERS = weights.DENOISERS
 _READS = ".attn2.to_k.weight"  # its rows are as wide as texts
 
 

@@ -39,7 +39,6 @@ _MODELS = (
     (r"net\.(?:x_embedder|blocks)\.", "Cosmos"),
     (rf"{_IN}(?:clip_\w*mapper|down_blocks\.\d+\.\d+\.channelwise)\.", "Stable Cascade"),
 )
-_WHOLE = "name a checkpoint that has all networks inside, or a diffusers folder"
 _BESIDE = "name the model that it is for"
 _CONTROL = f"{_BESIDE}, and this by --control PICTURE:model=FILE"
 _WORD, _VAE = f"{_BESIDE}, and this by --embedding", f"{_BESIDE}, and this by --vae"
@@ -74,9 +73,8 @@ _PARTS = (
     ),
     (r"(?:(?:taesd_)?(?:encoder|decoder)\.(?:layers\.)?)?\d+\.", "a tiny autoencoder", _VAE, Kind.VAE),
     (r"(?:encoder|decoder)\.(?:conv_in|mid|mid_block)\.", "a VAE alone", _VAE, Kind.VAE),
-    (r"transformer\.resblocks\.", "a text encoder of open_clip", _WHOLE, None),
     (
-        r"(?:text_model\.(?:embeddings|encoder)|(?:encoder|enc)\.(?:block|blk)\.\d+)\.",
+        r"(?:text_model\.(?:embeddings|encoder)|transformer\.resblocks|(?:encoder|enc)\.(?:block|blk)\.\d+)\.",
         "a text encoder alone",
         _TEXTS,
         Kind.TEXT_ENCODER,

@@ -25,7 +25,7 @@ _ENDINGS = (*SINGLE, *_PICKLES)
 _MOST_FILES, _MOST_DEPTH = 50_000, 8  # entries of all folders, and folders in folders
 _TEXT_BYTES = 2**16  # limit of a config; ComfyUI's example has 1 kB
 _WHOLE, _PART = "model_index.json", "diffusion_pytorch_model*.safetensors"
-_PART_OF = re.compile(r"-\d{5}-of-\d{5}$")  # how names end of files that hold a part of one network
+PART_OF = re.compile(r"-\d{5}-of-\d{5}$")  # how names end of files that hold a part of one network
 _COMFY = "extra_model_paths.yaml"
 
 
@@ -322,7 +322,7 @@ def near(file: Path, kind: Kind) -> list[Path]:
     entries = [entry for library in (beside, scan(folders())) for entry in library.entries]
     there = [path for path in file.parent.iterdir() if path.suffix.lower() in SINGLE and path.is_file()]
     named = [*there, *(entry.path for entry in entries if entry.shelf is kind)]
-    whole = (path for path in named if path.suffix.lower() in SINGLE and not _PART_OF.search(path.stem))
+    whole = (path for path in named if path.suffix.lower() in SINGLE and not PART_OF.search(path.stem))
     files = {path.resolve(): path for path in whole}
     return sorted(path for real, path in files.items() if real != file.resolve())
 

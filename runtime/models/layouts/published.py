@@ -26,7 +26,7 @@ _HEAD_WIDTH = 64  # of SD 3, where no norm of a head's values says it
 class Published:
     """A transformer and its model.
 
-    denoiser, pipeline: diffusers' classes. names: by a tensor that it alone has, how its names become
+    denoiser, pipeline: diffusers' classes. names: by tensors that it alone has all, how its names become
     diffusers'. shapes: what those say of its config. encoders: the text encoders, by the folder that each
     would have. widths: of what each answers, in that order. optional: those without which the model is
     another that is run too. beside: what the VAE's config has. vae: how its file is called. scheduler: by the
@@ -36,7 +36,7 @@ class Published:
 
     denoiser: str
     pipeline: str
-    names: Mapping[str, Callable[[Tensors], dict[str, Tensor]]]
+    names: Mapping[tuple[str, ...], Callable[[Tensors], dict[str, Tensor]]]
     shapes: Callable[[Tensors], Config]
     encoders: Mapping[str, TextEncoder]
     widths: Callable[[Mapping[str, Any]], tuple[int, ...]]
@@ -64,8 +64,8 @@ def told(tensors: Tensors) -> Iterator[tuple[Published, dict[str, Tensor]]]:
     for start in _BEFORE:
         own = {key.removeprefix(start): tensor for key, tensor in tensors.items() if key.startswith(start)}
         for kind in PUBLISHED:
-            for mark, renamed in kind.names.items():
-                if mark in own:
+            for marks, renamed in kind.names.items():
+                if own.keys() >= {*marks}:
                     yield kind, renamed(scaled(own))
 
 
@@ -181,8 +181,8 @@ _KLEIN = Published(
     denoiser="Flux2Transformer2DModel",
     pipeline="Flux2KleinPipeline",
     names={
-        "single_stream_modulation.lin.weight": KLEIN.renamed,
-        "single_stream_modulation.linear.weight": dict,
+        ("single_stream_modulation.lin.weight",): KLEIN.renamed,
+        ("single_stream_modulation.linear.weight",): dict,
     },
     shapes=_of_flux2,
     encoders={"text_encoder": QWEN3},
@@ -199,7 +199,7 @@ _KLEIN = Published(
 _Z_IMAGE = Published(
     denoiser="ZImageTransformer2DModel",
     pipeline="ZImagePipeline",
-    names={"layers.0.adaLN_modulation.0.weight": renames.z_image},
+    names={("layers.0.adaLN_modulation.0.weight",): renames.z_image},
     shapes=_of_z_image,
     encoders={"text_encoder": QWEN3},
     widths=lambda config: (config["cap_feat_dim"],),
@@ -215,8 +215,17 @@ _Z_IMAGE = Published(
 _FLUX1 = Published(
     denoiser="FluxTransformer2DModel",
     pipeline="FluxPipeline",
-    # Chroma has no such layer, and HunyuanVideo calls it otherwise.
-    names={"single_blocks.0.modulation.lin.weight": FLUX1.renamed},
+    # Chroma has no such modulation, HunyuanVideo another name for it, and no linear layer for texts; others
+    # read no pooled text, and a ControlNet makes no prediction.
+    names={
+        ("single_blocks.0.modulation.lin.weight",): FLUX1.renamed,
+        (
+            "single_transformer_blocks.0.norm.linear.weight",
+            "context_embedder.weight",
+            "time_text_embed.text_embedder.linear_1.weight",
+            "proj_out.weight",
+        ): dict,
+    },
     shapes=_of_flux1,
     encoders={"text_encoder": CLIP_L, "text_encoder_2": T5},
     widths=lambda config: (config["pooled_projection_dim"], config["joint_attention_dim"]),
@@ -234,7 +243,10 @@ _FLUX1 = Published(
 _SD3 = Published(
     denoiser="SD3Transformer2DModel",
     pipeline="StableDiffusion3Pipeline",
-    names={"joint_blocks.0.x_block.attn.qkv.weight": _sd3},
+    names={
+        ("joint_blocks.0.x_block.attn.qkv.weight",): _sd3,
+        ("pos_embed.pos_embed", "transformer_blocks.0.attn.add_q_proj.weight", "proj_out.weight"): dict,
+    },
     shapes=_of_sd3,
     encoders={"text_encoder": CLIP_L, "text_encoder_2": CLIP_G, "text_encoder_3": T5},
     # Pooled texts are 768 and 1280 wide, side by side.

@@ -19,21 +19,36 @@ from ..families.family import Network
 from ..spec import Component
 from ..tensors import Tensor
 from . import renames
-from .library import Kind, near
+from .library import PART_OF, Kind, near
 from .published import Published, told, transformer
 from .single_file import Config, Shapes, Tensors, vae_config
 from .text_encoders import TextEncoder
-from .weights import read_file
+from .weights import DENOISERS, INDEX, read_file
 
 _BEFORE_VAE = ("first_stage_model.", "vae.", "")
 
 
 class SplitLayout:
     def claims(self, path: Path) -> bool:
-        return path.suffix.lower() in SINGLE and path.is_file() and any(told(read_file(path)[0]))
+        file = _weights(path)
+        of_kind = file.suffix.lower() in SINGLE or file.name.endswith(INDEX)
+        return of_kind and file.is_file() and any(told(read_file(file)[0]))
 
     def read(self, path: Path) -> SplitFile:
-        return SplitFile(path, *next(told(read_file(path)[0])))
+        return SplitFile(path, *next(told(_stored(path))))
+
+
+def _weights(path: Path) -> Path:
+    """What says where all weights of a denoiser are: a file, or that in its folder as diffusers writes it, or
+    the index of which it is a part."""
+    if path.is_dir():
+        return next((file for name in DENOISERS if (file := path / name).is_file()), path)
+    index = path.with_name(f"{PART_OF.sub('', path.stem)}{INDEX}")
+    return index if PART_OF.search(path.stem) and index.is_file() else path
+
+
+def _stored(path: Path) -> dict[str, Tensor]:
+    return read_file(_weights(path))[0]
 
 
 def vae(tensors: Tensors) -> tuple[Config, dict[str, Tensor]]:
@@ -122,7 +137,7 @@ class _Places:
         """Nothing of another whole model. Raises TightfitError."""
         if path not in self.contents:
             try:
-                stored = read_file(path)[0]
+                stored = _stored(path)
                 self.contents[path] = stored if path == self.file or not transformer(stored) else {}
             except TightfitError as error:
                 self.contents[path] = error

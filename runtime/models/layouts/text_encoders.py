@@ -60,19 +60,21 @@ class TextEncoder:
 
     def tokenizer(self, encoder: Path, *others: Path) -> tuple[Path, str]:
         """The folder of its tokenizer: called as its file, or as such folders are, beside that or one of the
-        others; and what to do where there is none."""
+        others, or beside its own folder in a model's; and what to do where there is none."""
         beside = [file.parent / name for file in (encoder, *others) for name in self.tokenizers]
         above = [folder / name for folder in encoder.absolute().parents[:4] for name in self.tokenizers[1:]]
-        places = [encoder.with_suffix(""), *beside, *above]
+        own = re.fullmatch(r"text_encoder(_\d)?", encoder.parent.name)
+        in_model = [encoder.parent.with_name(f"{_OWN_NAME}{own[1] or ''}")] if own else []
+        places = [encoder.with_suffix(""), *beside, *above, *in_model]
         for place in places:
             if (place / "tokenizer.json").is_file() or (
                 (place / "vocab.json").is_file() and (place / "merges.txt").is_file()
             ):
                 return place, ""
-        return places[0], (
-            f"{encoder} has no tokenizer beside it: put tokenizer.json of its model, "
         if self.in_pieces and (of := next(filter(pieces.place, (*places, encoder.parent, encoder)), None)):
             return of, ""
+        return places[0], (
+            f"{encoder} has no tokenizer beside it: put tokenizer.json of its model, "
             f"such as {self.tokenizer_of}, into the folder {places[0]}"
         )
 
@@ -106,9 +108,12 @@ def _of_qwen3(tensors: Tensors) -> Config:
 def _clip(tensors: Tensors, projected: bool) -> dict[str, Tensor]:
     """SD 3's and Flux.1's own code projects no text of CLIP-L, whatever its file has. What has no projection
     is no CLIP-G."""
-    if "text_model.embeddings.token_embedding.weight" not in tensors:
+    if "transformer.resblocks.0.ln_1.weight" in tensors:
+        named = renames.open_clip(scaled(tensors))
+    elif "text_model.embeddings.token_embedding.weight" in tensors:
+        named = renames.clip(scaled(tensors))
+    else:
         return {}
-    named = renames.clip(scaled(tensors))
     if projected and "text_projection.weight" not in named:
         return {}
     used = re.compile(_CLIP_HAS + (r"|text_projection\." if projected else ""))
@@ -180,5 +185,5 @@ T5 = TextEncoder(
     # The second is where ComfyUI has it, beside its folder of models. A "tokenizer" there is Qwen3's.
     tokenizers=("t5_tokenizer", "comfy/text_encoders/t5_tokenizer"),
     tokenizer_of="the folder tokenizer_2 of black-forest-labs/FLUX.1-schnell",
-)
     in_pieces=True,
+)

@@ -7,9 +7,19 @@ from pathlib import Path
 from ..tensors import Tensor
 from . import bitsandbytes, gguf, safetensors
 
+INDEX = ".safetensors.index.json"
+"""How the file is called that says in which files one network's weights are."""
+# As diffusers names the file in a denoiser's folder.
+DENOISERS = tuple(
+    f"diffusion_pytorch_model{ending}" for ending in (".safetensors", ".fp16.safetensors", INDEX)
+)
+
 
 def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What its header promises, and what it says of it. Raises TightfitError."""
+    """What its header promises, or those of all files of an index, and what it says of it. Raises
+    TightfitError."""
+    if file.name.endswith(INDEX):
+        return bitsandbytes.joined(safetensors.all_tensors(file.parent)), {}
     if file.suffix.lower() == ".gguf":
         return gguf.read_file(file)
     tensors, said = safetensors.read_file(file)

@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 from tightfit.__main__ import app
 from tightfit.export import random_model
 from tightfit.export.folder import described as described_folder
-from tightfit.runtime import adapters
+from tightfit.runtime import adapters, infotext
 from tightfit.runtime.catalogue import described
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models import vocabulary
 from tightfit.runtime.models.layouts import library, split_file
-from tightfit.runtime.models.layouts.published import transformer
+from tightfit.runtime.models.layouts.published import told, transformer
 from tightfit.runtime.models.layouts.weights import read_file
+from tightfit.runtime.models.tensors import Tensor
 from typer.testing import CliRunner
 
 SPLIT = runpy.run_path(str(Path(__file__).with_name("test_split_file.py")))
@@ -291,6 +292,82 @@ def test_an_export_is_that_of_the_folder(comfy_of, folder_of, tmp_path):
     assert REQUEST.resolve(check[0]).prompting.encodings == REQUEST.resolve(check[1]).prompting.encodings
 
 
+def in_parts(folder, name, into) -> Path:
+    """One network's weights in two files, with an index, as diffusers and transformers write large ones."""
+    into.mkdir(parents=True)
+    state, places = load_file(folder / f"{name}.safetensors"), {}
+    for number, keys in enumerate((sorted(state)[::2], sorted(state)[1::2]), 1):
+        part = f"{name}-{number:05}-of-00002.safetensors"
+        save_file({key: state[key] for key in keys}, into / part)
+        places |= dict.fromkeys(keys, part)
+    index = into / f"{name}.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    return index
+
+
+@pytest.mark.parametrize("family", ["flux1-dev", "sd3"])
+def test_diffusers_names_are_read_in_parts_too(family, comfy_of, folder_of, tmp_path):
+    """By the folder, its index and each of its files; T5 by its folder, with the tokenizer beside that."""
+    shutil.copytree(comfy_of(family), models := tmp_path / "models")
+    for part in ("transformer", T5[family]):
+        file_of(models, family, part).unlink()
+    folder, meant = folder_of(family), parts_of(folder_of(family))
+    unet = models / "diffusion_models" / "mine"
+    index = in_parts(folder / "transformer", "diffusion_pytorch_model", unet)
+    texts = tmp_path / "repo" / T5[family]
+    in_parts(folder / T5[family], "model", texts)
+    shutil.copytree(folder / tokenizer_of(family), tmp_path / "repo" / tokenizer_of(family))
+    named, over = given(text_encoder=texts), given(unet=unet)
+    for model in (unet, index, unet / "diffusion_pytorch_model-00002-of-00002.safetensors"):
+        spec = replace(REQUEST, adapters=named).resolve(tightfit.inspect(str(model))).spec
+        assert (spec.family, spec.denoiser.tensors.keys()) == (family, meant["transformer"].keys())
+    check_values(spec.denoiser, meant["transformer"])
+    check_values(spec.text_encoders[-1], meant[T5[family]])
+    with described_folder(spec) as made:
+        assert (made / "model_index.json").is_file()
+    spec = replace(REQUEST, adapters=over).resolve(tightfit.inspect(str(folder))).spec
+    assert spec.denoiser.folder == index
+
+
+def test_others_with_such_names_are_not_taken_for_them():
+    """diffusers' own classes, of one block of each kind."""
+    import diffusers
+
+    layers = {"num_layers": 1}
+    both = layers | {"num_single_layers": 1}
+    others = {
+        "HunyuanVideoTransformer3DModel": both | {"num_refiner_layers": 1},
+        "ChromaTransformer2DModel": both,
+        "BriaTransformer2DModel": both,
+        "FluxControlNetModel": both,
+        "SD3ControlNetModel": layers,
+        "AuraFlowTransformer2DModel": {"num_mmdit_layers": 1, "num_single_dit_layers": 1},
+    }
+    ours = {"FluxTransformer2DModel": both, "SD3Transformer2DModel": layers}
+    taken = []
+    for kind, config in (others | ours).items():
+        with torch.device("meta"):
+            state = getattr(diffusers, kind)(**config).state_dict()
+        tensors = {name: Tensor("F32", tuple(value.shape), Path("x"), 0, 0) for name, value in state.items()}
+        taken += [kind for _ in told(tensors)]
+    assert taken == [*ours]
+
+
+def test_sd3_paints_without_its_t5_if_asked(folder_of, folders, comfy_of):
+    whole, named = tightfit.inspect(str(folder_of("sd3"))), given(text_encoder="none")
+    spec = replace(REQUEST, adapters=named).resolve(whole).spec
+    assert (spec.family, len(spec.text_encoders)) == ("sd3-without-t5", 2)
+    assert replace(REQUEST, adapters=named).resolve(spec).spec.family == spec.family
+    clip = given(text_encoder=file_of(comfy_of("sd3"), "sd3", "text_encoder"))
+    assert len(replace(REQUEST, adapters=(*clip, *named)).resolve(whole).spec.text_encoders) == 2
+    text = infotext.write(replace(REQUEST, adapters=named).resolve(whole), "sd3", "fp32")
+    assert infotext.parse(text, "it").request["adapters"] == named
+    with pytest.raises(TightfitError, match="needs all of its text encoders: leave --text-encoder none out"):
+        replace(REQUEST, adapters=named).resolve(tightfit.inspect(str(folder_of("flux1-dev"))))
+    with pytest.raises(TightfitError, match=r"--text-encoder"):
+        replace(REQUEST, adapters=named).resolve(tightfit.inspect(str(folders["sd1"])))
+
+
 def test_sd3_without_t5_is_that_and_says_so(comfy_of, tmp_path):
     shutil.copytree(comfy_of("sd3"), models := tmp_path / "models")
     t5 = file_of(models, "sd3", "text_encoder_3")
@@ -450,6 +527,21 @@ def denoiser_gguf(folder, file, kind, arch="flux") -> dict[str, torch.Tensor]:
     return unpublished(SPLIT["in_gguf"](published(state), file, kind, arch=arch, plain=PLAIN), state)
 
 
+def pieces_gguf(state, file) -> None:
+    """With the tokenizer of tiny models, as llama.cpp writes it."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 24)
+    writer = gguf.GGUFWriter(str(file), "t5encoder")
+    writer.add_tokenizer_model("t5")
+    writer.add_token_list([piece for piece, _ in vocabulary._T5_LETTERS])
+    writer.add_token_scores([score for _, score in vocabulary._T5_LETTERS])
+    writer.add_token_types([1] * len(vocabulary._T5_LETTERS))
+    for name, tensor in state.items():
+        writer.add_tensor(names.get_name(name, (".weight",)) or "", tensor.numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
 def t5_gguf(state, file, kind) -> dict[str, torch.Tensor]:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.T5ENCODER, 24)
     return SPLIT["in_gguf"](
@@ -463,11 +555,40 @@ def test_gguf_is_read_as_what_it_stands_for(family, arch, folder_of, tmp_path):
     meant = denoiser_gguf(folder, tmp_path / "denoiser.gguf", "Q8_0", arch)
     texts = t5_gguf(parts_of(folder)[T5[family]], tmp_path / "t5.gguf", "Q8_0")
     named = given(unet=tmp_path / "denoiser.gguf", text_encoder=tmp_path / "t5.gguf")
+    clip = published_parts(folder)["text_encoder"]  # stable-diffusion.cpp keeps the names of a file
+    clip = SPLIT["in_gguf"](clip, tmp_path / "clip_l.gguf", "Q8_0", plain=("position",))
+    named += given(text_encoder=tmp_path / "clip_l.gguf")
     spec = replace(REQUEST, adapters=named).resolve(tightfit.inspect(str(folder))).spec
+    check_values(spec.text_encoders[0], clip)
     check_values(spec.denoiser, meant)
     check_values(spec.text_encoders[-1], texts)
     if family == "flux1-dev":  # layers keep these codes, of parts of joined tensors too
         assert spec.denoiser.tensors["single_transformer_blocks.1.proj_mlp.weight"].form == "int8-b32"
+
+
+def test_a_t5_in_gguf_brings_its_tokenizer(comfy_of, folder_of, tmp_path):
+    shutil.copytree(comfy_of("flux1-schnell"), models := tmp_path / "models")
+    t5 = file_of(models, "flux1-schnell", "text_encoder_2")
+    shutil.rmtree(t5.with_suffix(""))
+    state = load_file(t5)
+    t5.unlink()
+    pieces_gguf(state, gguf_file := t5.with_suffix(".gguf"))
+    spec, whole = (tightfit.inspect(str(one)) for one in (
+        file_of(models, "flux1-schnell", "transformer"), folder_of("flux1-schnell")))  # fmt: skip
+    assert spec.text_encoders[1].tokenizer == gguf_file
+    rows = [REQUEST.resolve(one).prompting.rows["text_encoder_2"][0].tolist() for one in (spec, whole)]
+    assert rows[0] == rows[1]
+
+
+def test_clip_is_read_in_open_clips_names(folder_of, tmp_path):
+    named = runpy.run_path(str(Path(__file__).with_name("conftest.py")))["open_clip"]
+    state = parts_of(folder_of("sd3"))["text_encoder_2"]
+    theirs = {name: tensor.contiguous() for name, tensor in named(state, "").items()}
+    save_file(theirs, file := tmp_path / "open_clip_g.safetensors")
+    named = given(text_encoder=file)
+    spec = replace(REQUEST, adapters=named).resolve(tightfit.inspect(str(folder_of("sd3")))).spec
+    assert spec.text_encoders[1].folder == file
+    check_values(spec.text_encoders[1], state)
 
 
 def test_tables_of_places_are_read(folder_of, tmp_path):
