@@ -740,6 +740,13 @@ def _check_passes(request: Request) -> None:
         raise TightfitError("hires and refiner are both second passes: leave one of them out")
 
 
+def of_others(fields: Mapping[str, Any], spec: ModelSpec) -> list[str]:
+    """Which fields, as a picture by another model carries them, this one would refuse."""
+    names = [] if spec.denoiser.network.skips_layers else [_LAYERS, *SKIPPING]
+    names += ["negative_prompt", *_GUIDANCE] if spec.is_distilled else []
+    return [name for name in dict.fromkeys(names) if fields.get(name) not in (None, "", _DEFAULTS[name])]
+
+
 def layers_of(given: str | Sequence[int] | None) -> tuple[int, ...]:
     """Numbers of layers in "7,8,9", or in a list as diffusers takes them, the least first. Raises
     TightfitError for what is none."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +26,7 @@ from ..models.samplers.names import AUTOMATIC, schedule_of, split
 from ..pictures import METADATA
 from ..planner.plan import Plan
 from ..planner.wishes import Wishes
-from ..request import Request
+from ..request import Request, of_others
 from ..settings import idle
 from ..texts import TEXTS
 from ..units import shown
@@ -144,7 +144,7 @@ def generate(
     carried = _carried(options, adapting)
     plan = Plan.read(options.plan_file) if options.plan_file else None
     model, offline = _model(options, carried, plan)
-    read = partial(inspect, model, local_files_only=offline)
+    read = cache(partial(inspect, model, local_files_only=offline))
     check_taken(read, {**adapting, **asking})
     carried = _taken(carried, read)
     said = carried.request.get("prompt") if prompt is None else prompt
@@ -158,6 +158,8 @@ def generate(
     asked = with_paths(asked, models_dirs)
     _check_schedules(asked)
     kept = _without_idle(carried.request, asked)
+    if note := _guided_otherwise(kept, asked, read()) if kept else "":
+        say(f"note: {note}", err=True)
     if "prefer" in wished:  # which decides anew
         kept.pop("step_cache", None)
     wanted = Request(**{**kept, **asked, "prompt": said, "conditions": conditions}).checked()
@@ -245,11 +247,26 @@ def _without_idle(carried: Mapping[str, Any], asked: Mapping[str, Any]) -> dict[
 
 
 def _taken(carried: Carried, read: Callable[[], ModelSpec]) -> Carried:
-    """What a picture carries, without the conditions that are not for models of this family."""
-    void = untaken(read, carried.asking)
+    """What a picture carries, without what is not for models of this kind."""
+    fields = of_others(carried.request, read()) if carried.request else []
+    void = [*untaken(read, carried.asking), *fields]
     if void:
         say(as_typed(f"note: {read().name} takes no {', '.join(void)}, by which it was painted"), err=True)
-    return replace(carried, asking={name: one for name, one in carried.asking.items() if name not in void})
+    request = {name: value for name, value in carried.request.items() if name not in void}
+    asking = {name: value for name, value in carried.asking.items() if name not in void}
+    return replace(carried, request=request, asking=asking)
+
+
+def _guided_otherwise(kept: Mapping[str, Any], asked: Mapping[str, Any], spec: ModelSpec) -> str:
+    """A note where a picture's guidance, which is kept, is that of a distilled model, and this is none; or
+    the other way round."""
+    scale, steps, usual = kept.get("guidance_scale"), kept.get("num_inference_steps"), spec.default_guidance
+    if scale is None or "guidance_scale" in asked or (scale <= 1) == (usual <= 1) or spec.takes_no_guidance:
+        return ""
+    return (
+        f"the guidance scale of the picture, {scale:g} in {steps} steps, is kept; {spec.name} has "
+        f"{usual:g} in {spec.default_steps}: --guidance-scale {usual:g} --steps {spec.default_steps}"
+    )
 
 
 def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequence[Path]) -> Request:

@@ -16,10 +16,12 @@ import pytest
 from PIL import Image
 from tightfit.__main__ import app
 from tightfit.runtime import pictures
+from tightfit.runtime.cli import generate, saving
 from tightfit.runtime.cli import plan as cli_plan
-from tightfit.runtime.cli import saving
 from tightfit.runtime.cli.app import main
 from tightfit.runtime.machine import detect
+from tightfit.runtime.models.hub import inspect
+from tightfit.runtime.request import of_others
 
 STEP = ("--steps", "1")
 # One way to run each precision, and one in all, so that little is planned.
@@ -63,6 +65,20 @@ def test_rows_are_answered_in_their_columns_names(call):
     Path("rows.jsonl").write_text('{"prompt": "a", "num_inference_steps": -3}\n')
     code, _, err = call("batch", "rows.jsonl", "-o", "out")
     assert (code, err.startswith("tightfit: row 1: num_inference_steps must be")) == (2, True), err
+
+
+def test_guidance_of_another_kind_of_model_is_said(tiny_model, sd1):
+    klein, base = inspect(str(tiny_model("flux2-klein"))), inspect(str(sd1))
+    kept = {"guidance_scale": 1.0, "num_inference_steps": 4}
+    said = generate._guided_otherwise(kept, {}, base)
+    assert said.startswith("the guidance scale of the picture, 1 in 4 steps, is kept; ")
+    assert said.endswith("has 7.5 in 20: --guidance-scale 7.5 --steps 20")
+    assert not generate._guided_otherwise(kept, {"guidance_scale": 1.0}, base)
+    for spec, scale in ((base, 3.0), (klein, 1.0)):
+        assert not generate._guided_otherwise(kept | {"guidance_scale": scale}, {}, spec)
+    carried = {"negative_prompt": "ugly", "guidance_rescale": 0.5, "skip_guidance_layers": "1", "seed": 3}
+    assert of_others(carried, base) == ["skip_guidance_layers"]
+    assert {*of_others(carried, klein)} == {*carried} - {"seed"}
 
 
 def test_what_another_family_takes_not_is_not_carried(call, sd1, tiny_model, tmp_path, monkeypatch):
