@@ -551,8 +551,10 @@ class Estimate:
             return "a graph has all of its layers: leave out --skip-layers" + (
                 ", or --cuda-graphs" if unet.captured else ""
             )
-        for name, placement in self._needed(placements).items():
-            component = self.spec.components[name]
+        needed = self._needed(placements)
+        # What was asked for is the denoiser's, and the others follow it.
+        for name in sorted(needed, key=lambda name: self._role(name) is not Role.DENOISER):
+            component, placement = self.spec.components[name], needed[name]
             for mode, cache in product(self._calls(name, cfg), CACHES if self._caches(name) else CACHES[:1]):
                 extent = self._extent(name, mode, cache)
                 why = engine(placement.backend).refuses(

@@ -65,6 +65,27 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
             "use --backend onnx, or the model it was exported from"
         ),
     ),
+    # One message for all, as a cure for one of them alone would be refused for the next. Streamed weights are
+    # put in place by hooks, which a compiled block does not call; quantised ones are dequantised into a
+    # buffer that layers share, from which blocks answered wrongly; attention in parts is a loop that would be
+    # written out.
+    Rule(
+        lambda case: (
+            case.compiled
+            and (
+                case.streamed or case.quantised or case.placement.packed or case.placement.attention != "sdpa"
+            )
+        ),
+        lambda case: (
+            "compiled blocks need plain weights that stay loaded, in torch's order, and attention as one: "
+            f"leave out --compile, or choose --precision {case.hardware.precisions[0]} --attention sdpa, "
+            "without --prefer and streaming"
+        ),
+    ),
+    Rule(
+        lambda case: case.compiled and case.compiler_problem,
+        lambda case: f"torch's compiler does not run here ({case.compiler_problem}): leave out --compile",
+    ),
     Rule(
         lambda case: case.dynamic and "int8" not in case.hardware.rates,
         "this device has no fast 8-bit integer products that tightfit can use: choose int8",
@@ -136,31 +157,6 @@ _REFUSALS: tuple[Rule[_Case], ...] = (
         lambda case: case.placement.captured and case.streamed,
         "weights that stream are copied by the host, call by call, which no CUDA graph does: "
         "leave out --cuda-graphs",
-    ),
-    Rule(
-        lambda case: case.compiled and case.streamed,
-        "weights that stream are put in place by hooks, which a compiled block would not call: "
-        "leave out --compile",
-    ),
-    Rule(
-        lambda case: case.compiled and case.quantised,
-        lambda case: (
-            "8- and 4-bit weights are dequantised into a buffer that layers share, from which compiled "
-            f"blocks answer wrongly: leave out --compile, or choose {case.hardware.precisions[0]}"
-        ),
-    ),
-    Rule(
-        lambda case: case.compiled and case.placement.attention != "sdpa",
-        "attention in parts is a loop that torch's compiler would write out: leave out --compile, "
-        "or choose --attention sdpa",
-    ),
-    Rule(
-        lambda case: case.compiled and case.placement.packed,
-        "torch's compiler takes no weights in oneDNN's order: leave out --compile, or --prefer",
-    ),
-    Rule(
-        lambda case: case.compiled and case.compiler_problem,
-        lambda case: f"torch's compiler does not run here ({case.compiler_problem}): leave out --compile",
     ),
     Rule(
         lambda case: case.streamed and case.hardware.unified and case.hardware.device == "cuda",
