@@ -14,7 +14,7 @@ from .. import __version__
 from . import pictures, png, programs, settings
 from .adapters import ADAPTERS, MOST, Adapter, written
 from .adapters.lora import Lora
-from .adapters.prompt import WORD, places
+from .adapters.prompt import WORD
 from .adapters.textual_inversion import TextualInversion
 from .adapters.vae import Vae
 from .conditions import CONDITIONS, carried
@@ -24,7 +24,7 @@ from .fields import kinds
 from .files import SINGLE, shortened
 from .kept import Hashes
 from .models.hub import BUILT_IN
-from .models.layouts.library import Kind, Library, called, scan
+from .models.layouts.library import Kind, Library, called, folders, scan
 from .models.prompt_syntax import matters
 from .models.samplers.names import a1111_fields
 from .models.upscalers import file_of
@@ -380,7 +380,7 @@ class _Named:
 
     @classmethod
     def among(cls, said: Said, models_dirs: Sequence[str | Path]) -> _Named:
-        roots = places(models_dirs)
+        roots = folders(models_dirs, Kind.LORA)
         return cls(said.settings, scan(roots) if roots else None)
 
     def path(self, name: str, kind: Kind) -> Path | None:

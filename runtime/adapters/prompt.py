@@ -3,7 +3,6 @@ weight."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from ..errors import TightfitError
 from ..models.layouts import library
 from . import Adapter, read_adapter
 
-FOLDER = "TIGHTFIT_LORAS"  # of the environment: one folder beside those of models
 # With the spaces before it, from the first of them: tried at each, a long row would take its square.
 WORD = re.compile(r"(?<!\s)\s*+<(?:lora|lyco):([^:<>]{1,200})((?::[^:<>]{0,40}){0,2})>")
 
@@ -26,16 +24,11 @@ def from_words(
     Raises TightfitError for a name that no file has, or two have, and for a weight that is no number.
     """
     words = WORD.findall(prompt)
-    roots = places(models_dirs) if words and not find else ()
+    roots = library.folders(models_dirs, library.Kind.LORA) if words and not find else ()
     if not words or not (roots or find):
         return prompt, ()
     located = find or (lambda name: _located(roots, name))
     return WORD.sub("", prompt).strip(), tuple(_adapter(located(name), name, text) for name, text in words)
-
-
-def places(models_dirs: Sequence[str | Path] = ()) -> tuple[Path, ...]:
-    """The folders in which names of a prompt, or of a picture, are looked for."""
-    return library.folders((*models_dirs, *filter(None, [os.environ.get(FOLDER)])))
 
 
 def _located(roots: Sequence[Path], name: str) -> Path:

@@ -18,10 +18,12 @@ from ...errors import TightfitError
 from ...files import PICKLES, SINGLE, config_folder, inside, read_bytes, readable, shortened
 
 ENVIRONMENT = "TIGHTFIT_MODELS"
+LORAS = "TIGHTFIT_LORAS"  # a folder of LoRAs beside those
 CONFIG = "config.toml"
 _PICKLES = tuple(pattern[1:] for pattern in PICKLES)
 # Of two files that differ in their ending alone, the first is meant: who converts a file may keep both.
 _ENDINGS = (*SINGLE, *_PICKLES)
+_MOST_NAMED = 2  # folders in a message
 _MOST_FILES, _MOST_DEPTH = 50_000, 8  # entries of all folders, and folders in folders
 _TEXT_BYTES = 2**16  # limit of a config; ComfyUI's example has 1 kB
 _WHOLE, _PART = "model_index.json", "diffusion_pytorch_model*.safetensors"
@@ -98,11 +100,14 @@ class Entry:
         return path.with_suffix("") if is_file else path
 
 
-def folders(named: Sequence[str | Path] = (), *, alone: bool = False) -> tuple[Path, ...]:
-    """Where models are: in the folders that are `named`, and unless they stand `alone` in those of
-    TIGHTFIT_MODELS and of the config file."""
-    of_environment = filter(None, os.environ.get(ENVIRONMENT, "").split(os.pathsep))
-    places = named if alone else (*named, *of_environment, *_configured())
+def folders(
+    named: Sequence[str | Path] = (), kind: Kind | None = None, *, alone: bool = False
+) -> tuple[Path, ...]:
+    """Where models are, or those of a `kind`: in the folders that are `named`, and unless they stand `alone`
+    in those of TIGHTFIT_MODELS and of the config file, LoRAs in that of TIGHTFIT_LORAS too."""
+    of_environment = os.environ.get(ENVIRONMENT, "").split(os.pathsep)
+    of_loras = [os.environ.get(LORAS, "")] if kind is Kind.LORA else []
+    places = named if alone else (*named, *filter(None, of_loras + of_environment), *_configured())
     return tuple(dict.fromkeys(map(_expanded, places)))
 
 
@@ -272,7 +277,7 @@ def located(name: str, kind: Kind, models_dirs: Sequence[str | Path] = (), *, or
 
     Raises TightfitError for a name that two have, or none, unless `or_name`.
     """
-    roots = folders(models_dirs)
+    roots = folders(models_dirs, kind)
     if not roots or name.startswith((".", "~")) or Path(name).is_absolute() or exists(name):
         return name
     if path := find(name, kind, roots):
@@ -348,7 +353,8 @@ def _asked_by(shelf: Kind) -> str:
 def missing(name: str, kind: Kind, roots: Sequence[Path], library: Library | None = None) -> TightfitError:
     """The error for a name that `find` finds nothing for, or that is not in what was scanned."""
     library = library or scan(roots)
-    places = ", ".join(map(str, roots))
+    more = f" and {len(roots) - _MOST_NAMED} more" if roots[_MOST_NAMED:] else ""
+    places = ", ".join(map(str, roots[:_MOST_NAMED])) + more
     said = f"no {kind.value} in {places} is called {shortened(name)}"
     if link := next((link for link in library.links if link.is_called(name)), None):
         return TightfitError(f"{said}: {_left_out(link.path)}")

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tightfit.runtime.adapters import adapted, read_adapter
+from tightfit.runtime.adapters import written as adapters_of
 from tightfit.runtime.adapters.changes import Added, Decomposed, Hadamard, Kronecker, LowRank, Scaled
 from tightfit.runtime.adapters.lora import Lora, written
 from tightfit.runtime.adapters.names import Places
@@ -659,6 +660,10 @@ def test_words_of_a_prompt(tmp_path, monkeypatch, spec):
     prompt, adapters = from_words(text)
     assert prompt == "a cat, sleeping"
     assert adapters == (Lora.read(red, 0.8), Lora.read(blue, 0.5, 0.25), Lora.read(blue))
+    assert adapters_of({"lora": ["blue:0.5:0.25", "styles/red ink"]}) == (
+        Lora.read(blue, 0.5, 0.25),
+        Lora.read(red),
+    )  # as --lora names them
     for words, message in (
         ("<lora:blu:1>", r"is called 'blu' \(did you mean blue\?\)"), ("<lora:blue:much>", "no number"),
     ):  # fmt: skip
