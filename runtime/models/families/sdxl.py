@@ -109,7 +109,8 @@ class SDXL(Family):
     on_demand = (ENCODER,)
     first_step_is_known = True
     tiny_decoder = r"taesdxl"
-    # As SD 1.x's. Timothy Alexis Vass, "Explaining the SDXL latent space", has it in 0..255.
+    # As SD 1.x's. Timothy Alexis Vass, "Explaining the SDXL latent space", has it in 0..255, and diffusers'
+    # documentation (Apache-2.0), using-diffusers/callback.md.
     latent_rgb = tuple(
         tuple(value / 127.5 for value in (*channels, constant - 127.5))
         for channels, constant in (

@@ -31,12 +31,12 @@ class StableDiffusion(Family):
     networks = (TEXT_ENCODER, UNET, DECODER)
     on_demand = (ENCODER,)
     tiny_decoder = r"taesd(?!xl|\d)"
-    # Of latents' channels, and a constant: red, green and blue in -1..1. Fitted to pictures of SD 1.4 by
-    # keturn (discuss.huggingface.co, "Decoding latents to RGB without upscaling").
+    # Of latents' channels, and a constant: red, green and blue in -1..1. As stable-diffusion.cpp has them in
+    # latent-preview.h (MIT), where stduhpf fitted them.
     latent_rgb = (
-        (0.298, 0.187, -0.158, -0.184, 0),
-        (0.207, 0.286, 0.189, -0.271, 0),
-        (0.208, 0.173, 0.264, -0.473, 0),
+        (0.337, 0.166, -0.268, -0.178, -0.017),
+        (0.216, 0.387, 0.237, -0.201, -0.056),
+        (0.257, 0.047, 0.224, -0.679, -0.106),
     )
     # Sabour et al. 2024, "Align Your Steps", for SD 1.5.
     align_your_steps = 14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152, 0.029
