@@ -526,7 +526,8 @@ class Job(Request):
             )
         encoders, count = self.model.text_encoders, self.clip_skip
         if count > 1 and all(encoder.network.skip(encoder, count) is encoder for encoder in encoders):
-            yield f"{self.spec.name} reads texts as --clip-skip 1 has it: --clip-skip {count} changes nothing"
+            same = f"{self.spec.name} reads texts by the same layers without it"
+            yield f"{same}: --clip-skip {count} changes nothing"
 
     @property
     def tuning(self) -> Tuning:

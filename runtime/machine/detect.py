@@ -417,6 +417,12 @@ def _calibrated(hardware: Hardware) -> Hardware:
         return replace(hardware, **fields | origin, calibrated=True, notes=notes)
     except FileNotFoundError:
         return hardware
+    except NotADirectoryError:
+        file = next(path for path in calibration_file().parents if path.exists())
+        note = (
+            f"{file} is no folder, so nothing is remembered there: give XDG_CACHE_HOME another, or remove it"
+        )
+        return replace(hardware, notes=(*hardware.notes, note))
     except (OSError, TightfitError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         note = f"{calibration_file()} cannot be read ({first_line(error)}): run 'tightfit calibrate' again"
         return replace(hardware, notes=(*hardware.notes, note))

@@ -235,6 +235,10 @@ def test_rates_that_were_not_measured_follow_those_that_were(tmp_path, monkeypat
     assert found.rates == pytest.approx({kind: 2 * rate for kind, rate in estimated.rates.items()})
     file.write_text(json.dumps({f"cpu {estimated.name}": {"read": 1e9}}))
     assert Hardware.detect("cpu").rates == estimated.rates
+    (plain := tmp_path / "file").touch()
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(plain))
+    assert f"{plain} is no folder" in Hardware.detect("cpu").notes[-1]
 
 
 class FakeCard:
