@@ -126,7 +126,8 @@ def _fetch(repository: str, local_files_only: bool) -> ModelSpec:
             raise
         # The hub's HTTP library has changed before, and every failure has the same cure.
         except Exception as error:
-            problem = " ".join(str(error).split())[:300] or type(error).__name__
+            said = " ".join(re.sub(r"\(Request ID: [^)]*\)", "", str(error)).split())
+            problem = said[:120] or type(error).__name__
             cure = "check the name and the connection, or give --model a file or folder on this machine"
         else:
             return read_model(folder, repository)

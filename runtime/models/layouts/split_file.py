@@ -122,8 +122,7 @@ class _Places:
             return fitting[0]
         option = kind.name.lower().replace("_", "-")
         if not fitting:
-            places = "is neither in it nor beside it nor in the folders of models"
-            said = f"{self.file} needs {needs}, which {places}: name one by --{option} FILE{unread}"
+            said = f"{self.file.name} needs {needs}, and none is near it{unread}: name it by --{option} FILE"
             return _Part(self.file, usual, {}, said, True)
         names = " and ".join(str(part.file) for part in fitting[:2])
         return _Part(self.file, usual, {}, f"{names} are both for {self.file}: name one by --{option} FILE")
