@@ -12,15 +12,17 @@ from typing import Annotated, Any
 import typer
 
 from ..runtime.adapters import ADAPTERS, written
-from ..runtime.cli.options import adapting, taking
+from ..runtime.cli.options import ModelsDirs, adapting, taking
 from ..runtime.cli.output import progress_bar, say
 from ..runtime.errors import printable
+from ..runtime.models.hub import located
+from ..runtime.models.layouts import library
 from ..runtime.units import shown
 from . import export as exporter
 
 app = typer.Typer()
 
-_Model = typer.Argument(help="emoji, file, folder, hub id.", metavar="MODEL")
+_Model = typer.Argument(help="emoji, file, folder, name, hub id.", metavar="MODEL")
 _Output = typer.Option("-o", "--output", help="A folder that is not there yet.", metavar="DIR")
 _Precision = typer.Option(help="int8 or int4; with --to onnx fp32 and fp16 too.", metavar="NAME")
 _To = typer.Option(help=f"{' or '.join(exporter.PRECISIONS)}.", metavar="ENGINE")
@@ -39,6 +41,7 @@ class Arguments:
     model: Annotated[str, _Model]
     output: Annotated[Path, _Output]
     precision: Annotated[str, _Precision]
+    models_dirs: ModelsDirs = None
     to: Annotated[str, _To] = "torch"
     compute: Annotated[str, _Compute] = "auto"
     control: Annotated[list[str] | None, _Control] = None
@@ -49,14 +52,17 @@ class Arguments:
 
 
 @app.command()
-@taking(Arguments, adapting([kind for kind in ADAPTERS if kind.in_weights]))
+@taking(Arguments, adapting([kind for kind in ADAPTERS if kind.in_weights or kind.is_network]))
 def export(typed: Arguments, adapters: Mapping[str, Any]) -> None:
     """Write a model with its weights in 8 or 4 bits, or as ONNX, to be run from then on with --model DIR."""
     known = {field.name for field in fields(exporter.Options)}
     options = {name: value for name, value in vars(typed).items() if name in known}
-    options |= {"adapters": written(adapters), "control": typed.control or ()}
+    models_dirs = typed.models_dirs or ()
+    controls = [library.located(name, library.Kind.CONTROLNET) for name in typed.control or ()]
+    options |= {"adapters": written(adapters, models_dirs), "control": controls}
+    model = located(typed.model, models_dirs)
     with _listener() as listener:
-        exporter.export_model(typed.model, typed.output, typed.precision, typed.to, listener, **options)
+        exporter.export_model(model, typed.output, typed.precision, typed.to, listener, **options)
     patterns = "*.safetensors", "*.onnx*"
     total = sum(file.stat().st_size for pattern in patterns for file in typed.output.rglob(pattern))
     say(f"{typed.output} · {typed.precision} · {shown(total)}")

@@ -14,15 +14,19 @@ from ..runtime import adapters as kinds_of_adapters
 from ..runtime import interrupts
 from ..runtime.conditions.controlnet import MOST, opened
 from ..runtime.errors import TightfitError, first_line
+from ..runtime.fields import described
 from ..runtime.files import read_json
 from ..runtime.machine.providers import CPU_PROVIDER, PROVIDERS, providers
+from ..runtime.models.families.tiny import TINY_DECODER
 from ..runtime.models.reading import read_source
 from ..runtime.placement import DYNAMIC, STORED, Placement
+from ..runtime.request import Request
 
 if TYPE_CHECKING:
     from ..runtime.adapters import Adapter
     from ..runtime.models.families.family import Network
     from ..runtime.models.spec import Component, ModelSpec
+    from .calibrate import Effort
     from .torch_model import Scheme, Tensors
 
 PRECISIONS = {"torch": STORED, "onnx": ("fp32", "fp16", *STORED)}
@@ -35,8 +39,9 @@ class Options:
 
     compute: with "onnx", arithmetic for int8 and int4 weights. calibrate: prompts to paint, to find the
     layers that need more bits. bits: per U-Net weight on average. steps and size: of each image. adapters:
-    LoRAs, or another U-Net, that the weights are written with. control: with "onnx", ControlNets that are
-    exported beside the model, in its precision; its U-Net then has a second graph, which follows any.
+    LoRAs, or another U-Net, that the weights are written with; of a file another VAE and text encoders too.
+    control: with "onnx", ControlNets that are exported beside the model, in its precision; its U-Net then
+    has a second graph, which follows any.
     """
 
     compute: str = "auto"
@@ -82,8 +87,11 @@ class Options:
             raise TightfitError(f"a calibration is of {' or '.join(STORED)}: leave out --calibrate")
         if not self.calibrate and any(value is not None for value in (self.bits, self.steps, self.size)):
             raise TightfitError("--bits, --steps and --size are of a calibration: add --calibrate 8")
-        if self.calibrate < 0 or (self.steps is not None and self.steps < 1):
-            raise TightfitError("--calibrate counts from 0 up, --steps from 1")
+        if self.calibrate < 0:
+            raise TightfitError(f"--calibrate must be 0 or more, not {self.calibrate}")
+        least, most = described(Request)["num_inference_steps"].bounds or (1, 1)
+        if self.steps is not None and not least <= self.steps <= most:
+            raise TightfitError(f"--steps must be from {least} to {most}, not {self.steps}")
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,10 @@ def export_model(
     for note in export.spec.notes:
         listener.line(note)
     interrupts.tidily()
-    if chosen.calibrate:
-        export = _calibrated(export, chosen, listener)
+    effort = _effort(export, chosen) if chosen.calibrate else None
+    _check_weights(export)
+    if effort:
+        export = _calibrated(export, effort, listener)
     with _failures_explained(str(model), target):
         if to == "torch":
             _to_torch(export, target, listener)
@@ -170,19 +180,16 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
     from ..runtime.models.hub import inspect
 
     spec = inspect(model)
-    if without := [name for name, component in spec.components.items() if not component.tensors]:
-        if why := spec.components[without[0]].unreadable:
-            raise TightfitError(why)
+    if only := [name for name, component in spec.components.items() if component.engines == ("onnx",)]:
         cure = "export the model that it was made from"
-        there = "as ONNX only" if spec.components[without[0]].graph else "in no file"
-        raise TightfitError(f"{model} has its {without[0]} {there}: {cure}")
+        raise TightfitError(f"{model} has its {only[0]} as ONNX only: {cure}")
     if spec.precision and (to == "torch" or options.calibrate or spec.precision != precision):
         raise TightfitError(f"{model} is stored in {spec.precision} already: export the original")
     source, changed = read_source(spec.folder), _adapted(spec, options.adapters)
     tensors = {
         component.network.folder: source.whole(component.network)
-        if component is spec.components[name]
-        else component.tensors
+        if component is spec.components.get(name)
+        else _whole(changed, component)
         for name, component in changed.components.items()
     }
     schemes = _schemes(changed, precision, tensors)
@@ -190,14 +197,15 @@ def _read(model: str, precision: str, to: str, options: Options) -> _Export:
     for net in controls:
         folder = net.network.folder
         tensors[folder], schemes[folder] = net.tensors, _scheme(net.network, net.tensors, precision)
-    export = _Export(changed, precision, tensors, schemes, options.adapters, controls)
-    _check_weights(export)
-    return export
+    return _Export(changed, precision, tensors, schemes, options.adapters, controls)
 
 
 def _adapted(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
-    """The model that is written. Raises TightfitError for adapters that change more than weights."""
-    kept = {kind.option for kind in kinds_of_adapters.ADAPTERS if kind.in_weights}
+    """The model that is written, which is whole. Raises TightfitError for adapters that change more than
+    weights; other networks are held by exports of files alone, as a folder has configs of its own."""
+    is_file = spec.folder.is_file()
+    kinds = kinds_of_adapters.ADAPTERS
+    kept = {kind.option for kind in kinds if kind.in_weights or (kind.is_network and is_file)}
     kinds_of_adapters.check(adapters)
     if beside := [adapter for adapter in adapters if adapter.option not in kept]:
         raise TightfitError(
@@ -209,7 +217,22 @@ def _adapted(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
             f"{spec.name} is stored in {spec.precision}, and no weight is rounded twice: "
             f"export {spec.source or 'the original'} with its adapters"
         )
-    return kinds_of_adapters.adapted(spec, adapters)
+    changed = kinds_of_adapters.adapted(spec, adapters)
+    kinds_of_adapters.check_whole(changed)
+    if changed.decoder.network is TINY_DECODER:
+        raise TightfitError(
+            f"{changed.decoder.folder} is a tiny VAE: leave it out, and give it to the export by --vae "
+            "when it paints"
+        )
+    return changed
+
+
+def _whole(spec: ModelSpec, component: Component) -> Tensors:
+    """Also what of its files not every picture needs, as a VAE's encoder."""
+    beside = [network for network in spec.design.on_demand if network.folder == component.network.folder]
+    return dict(component.tensors) | {
+        name: tensor for network in beside for name, tensor in spec.on_demand(network).tensors.items()
+    }
 
 
 def _picked(component: Component, network: Network, tensors: Tensors, scheme: Scheme) -> Component:
@@ -255,8 +278,8 @@ def _scheme(network: Network, tensors: Tensors, precision: str) -> Scheme:
     return default_scheme(network, tensors, precision) if precision in STORED else Scheme({})
 
 
-def _calibrated(export: _Export, options: Options, listener: Listener) -> _Export:
-    """The same export with more bits for the layers of the denoiser that need them."""
+def _effort(export: _Export, options: Options) -> Effort:
+    """What a calibration is to do. Raises TightfitError for what it cannot, of this model."""
     from . import calibrate as calibration
     from .torch_model import layers
 
@@ -270,11 +293,22 @@ def _calibrated(export: _Export, options: Options, listener: Listener) -> _Expor
         raise TightfitError(f"--bits must be {bounds} for this model in {precision}, not {bits:g}")
     side = spec.latents.multiple
     if size is not None and (size < side or size % side):
-        raise TightfitError(f"--size must be a multiple of {side} pixels, not {size}")
+        raise TightfitError(f"--size must be a multiple of {side} pixels, from {side} up, not {size}")
+    if options.calibrate > len(calibration.PROMPTS):
+        raise TightfitError(
+            f"--calibrate paints at most {len(calibration.PROMPTS)} prompts, not {options.calibrate}"
+        )
     average = max(least, bits or calibration.BITS[precision])
     steps = options.steps or min(20, spec.default_steps)
-    effort = calibration.Effort(options.calibrate, steps, size, average)
-    scheme = calibration.calibrated(spec, precision, effort, listener.line)
+    return calibration.Effort(options.calibrate, steps, size, average)
+
+
+def _calibrated(export: _Export, effort: Effort, listener: Listener) -> _Export:
+    """The same export with more bits for the layers of the denoiser that need them."""
+    from .calibrate import calibrated
+
+    denoiser = export.spec.denoiser.network.folder
+    scheme = calibrated(export.spec, export.precision, effort, listener.line)
     return replace(export, schemes={**export.schemes, denoiser: scheme})
 
 

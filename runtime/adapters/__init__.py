@@ -51,6 +51,8 @@ class Kind:
     word: str = ""
     in_weights: bool = False
     """Whether all that it changes are weights, so that an export may hold it."""
+    is_network: bool = False
+    """Whether it is a whole network, which an export of a file, that may lack one, holds in its place."""
 
 
 # In the order in which they are applied: a LoRA changes networks that take the place of the model's own.
@@ -62,6 +64,7 @@ ADAPTERS = (
         "In place of the model's; repeatable.",
         library.Kind.TEXT_ENCODER,
         word=text_encoder.NONE,
+        is_network=True,
     ),
     Kind(lora.Lora.option, lora.written, "As FILE:0.8; repeatable.", library.Kind.LORA, in_weights=True),
     Kind(
@@ -70,7 +73,7 @@ ADAPTERS = (
         "A word, as FILE:word.",
         library.Kind.EMBEDDING,
     ),
-    Kind(vae.Vae.option, vae.written, "In place of the model's.", library.Kind.VAE),
+    Kind(vae.Vae.option, vae.written, "In place of the model's.", library.Kind.VAE, is_network=True),
     Kind(ip_adapter.IPAdapter.option, ip_adapter.written, "As FILE:0.6.", library.Kind.IP_ADAPTER),
     Kind(prediction.Prediction.option, prediction.written, "Epsilon or v, of U-Nets.", metavar="KIND"),
 )

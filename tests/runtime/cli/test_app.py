@@ -573,8 +573,8 @@ def test_export(call, sd1, tmp_path):
             "--bits must be from",
         ),
         (
-            (str(sd1), "--precision", "int8", "--size", "60", "--calibrate", "1", "-o", "x"),
-            "--size must be a multiple of",
+            (str(sd1), "--precision", "int8", "--size", "0", "--calibrate", "1", "-o", "x"),
+            "--size must be a multiple of 8 pixels, from 8 up, not 0",
         ),
         ((str(sd1), "--precision", "int8", "--steps", "5", "-o", "x"), "--calibrate"),
         ((str(sd1), "--precision", "int8-dynamic", "-o", "x"), "export --precision int8"),

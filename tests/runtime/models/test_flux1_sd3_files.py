@@ -281,8 +281,11 @@ def test_files_are_named_by_options(family, comfy_of, folder_of, tmp_path):
 
 
 def test_an_export_is_that_of_the_folder(comfy_of, folder_of, tmp_path):
-    models = {"split": file_of(comfy_of("sd3"), "sd3", "transformer"), "whole": folder_of("sd3")}
-    made = [tightfit.export_model(str(model), tmp_path / name, "int8") for name, model in models.items()]
+    """Of names in folders of models, some of networks that were named by themselves."""
+    named = ["--models-dir", str(comfy_of("sd3")), "--text-encoder", "clip_g", "--vae", "sd3_vae"]
+    split = ["export", "sd3.5_medium", *named, "--precision", "int8", "-o", str(tmp_path / "split")]
+    CliRunner().invoke(app(), split, catch_exceptions=False)
+    made = tmp_path / "split", tightfit.export_model(str(folder_of("sd3")), tmp_path / "whole", "int8")
     for part in ("text_encoder_2", "text_encoder_3", "transformer", "vae"):
         one, other = (load_file(next((out / part).glob("*.safetensors"))) for out in made)
         assert one.keys() == other.keys()

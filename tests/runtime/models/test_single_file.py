@@ -421,8 +421,13 @@ def test_a_vae_beside_a_checkpoint_without(files, folders, tmp_path):
         tightfit.load(str(tmp_path / "x.safetensors"), device="cpu") as pipeline,
     ):
         pipeline.generate(request)
-    with pytest.raises(TightfitError, match="vae_decoder in no file"):
+    with pytest.raises(TightfitError, match="without a VAE: name one by --vae"):
         tightfit.export_model(tmp_path / "x.safetensors", tmp_path / "made", "int8")
+    named = [Vae(tmp_path / "vae.safetensors")]
+    made = tightfit.export_model(tmp_path / "x.safetensors", tmp_path / "made", "int8", adapters=named)
+    (stored,) = map(load_file, (made / "vae").glob("*.safetensors"))
+    assert {name.partition(".")[0] for name in stored} >= {"encoder", "decoder"}  # both halves
+    assert tightfit.inspect(str(made)).decoder.tensors
     whole = np.asarray(painted(files["sd1"], precision="fp32").images[0])
     for vae in (tmp_path / "vae.safetensors", folders["sd1"] / "vae"):
         beside = painted(tmp_path / "x.safetensors", precision="fp32", adapters=[Vae(vae)])
