@@ -23,8 +23,17 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's: a flash, memory-efficient or cuDNN kernel where the device has one, otherwise the formula."""
-    return functional.scaled_dot_product_attention(q, k, v)
+    """torch's: a flash, memory-efficient or cuDNN kernel where the device has one, otherwise the formula.
+
+    On a CPU in bf16 a few keys are made a whole number of vectors, by keys that a mask takes out.
+    """
+    keys = k.shape[2]
+    if not q.is_cpu or (more := _whole_vectors(keys, q.dtype) - keys) == 0:
+        return functional.scaled_dot_product_attention(q, k, v)
+    mask = q.new_zeros(1, 1, 1, keys + more)
+    mask[..., keys:] = -math.inf
+    k, v = (functional.pad(x, (0, 0, 0, more)) for x in (k, v))
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def sliced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -100,6 +109,24 @@ def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 VARIANTS = {"sdpa": sdpa, "sliced": sliced, "chunked": chunked}
 
 
+# Values in a vector register of AVX-512, and keys that torch's CPU kernel takes at a time.
+_VECTOR, _COLUMNS = 16, 512
+
+
+def _whole_vectors(m: int, dtype: torch.dtype) -> int:
+    """Keys that `sdpa` gives torch's CPU kernel for `m`. It takes exponentials past the last whole vector one
+    by one: of 77 keys, 13 took half of the time. In fp32 answers stay diffusers' to the last bit."""
+    return -(-m // _VECTOR) * _VECTOR if dtype is torch.bfloat16 and m < _COLUMNS else m
+
+
+def sdpa_on_cpu_bytes(heads: int, n: int, m: int, d: int, dtype: torch.dtype, threads: int) -> int:
+    """Bytes that `sdpa` allocates on a CPU beside its answer: what torch's kernel does, and a mask and copies
+    of keys and values where these are made whole vectors. `heads` counts those of the whole batch."""
+    whole = _whole_vectors(m, dtype)
+    beside = dtype.itemsize * (whole + 2 * heads * whole * d) if whole > m else 0
+    return beside + sdpa_cpu_bytes(heads, n, whole, d, dtype, threads)
+
+
 # Queries, and keys, from which on torch has these in an order for tiles.
 _LEAST_PACKED = 64
 
@@ -113,7 +140,7 @@ def sdpa_cpu_bytes(heads: int, n: int, m: int, d: int, dtype: torch.dtype, threa
     aten/src/ATen/native/cpu/FlashAttentionKernel.cpp (torch 2.13); the order was found by measuring.
     """
     rows = min(256 if n >= 768 else 64 if n >= 192 else 32, n)
-    columns = min(512, m)
+    columns = min(_COLUMNS, m)
     per_thread = 4 * rows * (columns + 2 + d)
     packed = 0
     if dtype.itemsize == 2:

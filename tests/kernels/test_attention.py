@@ -169,5 +169,5 @@ def test_twice_the_tokens_take_no_more_memory_in_chunks(monkeypatch):
 def test_what_the_cpu_kernel_takes_is_foretold(shape, dtype):
     batch, heads, n, m, d = shape
     q, k, v = made(*shape, dtype)
-    foretold = attention.sdpa_cpu_bytes(batch * heads, n, m, d, dtype, torch.get_num_threads())
+    foretold = attention.sdpa_on_cpu_bytes(batch * heads, n, m, d, dtype, torch.get_num_threads())
     assert peak(attention.sdpa, q, k, v) == foretold

@@ -43,6 +43,8 @@ _traces: Recent[Trace] = Recent(64)
 # again, and torch's meta kernels are Python: planning SD 1.5 meets 700 signatures in 28,000 calls.
 _answers: dict[Any, tuple[Any, Operation]] = {}
 _MOST_ANSWERS = 4096
+# Attention that a library calls torch's for, as transformers' encoders do.
+_LIBRARYS = "library's"
 
 
 class Recorder(LiveBytes):
@@ -234,7 +236,8 @@ def footprint(
         return replace(trace, kinds=len(kinds))
 
     trace = _traces.get(key, traced)
-    kind, fused = placement.attention, hardware.fused_attention
+    own = _kept(module, dtype, device, "own", lambda: networks.has_own_attention(module))
+    kind, fused = placement.attention if own else _LIBRARYS, hardware.fused_attention
     flash = (hardware.capability or (0, 0)) >= (8, 0)
     scratch = tuple(
         attention_bytes(kind, shape, dtype, device.type, fused, flash) for shape in trace.attentions
@@ -415,7 +418,8 @@ def _unfused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
 def attention_bytes(
     kind: str, shape: Shape, dtype: torch.dtype, device: str, fused: bool, flash: bool = False
 ) -> int:
-    """Peak scratch bytes of an attention, beside its output.
+    """Peak scratch bytes of an attention, beside its output: of one of ours, or of a library's own call of
+    torch's.
 
     Our own variants run on `meta`, one repetition only. torch's CPU kernel has a formula. torch's fused GPU
     kernels keep one fp32 log-sum for each query (flash attention always writes it). CUDA's memory-efficient
@@ -424,12 +428,13 @@ def attention_bytes(
     sdp_utils.cpp). Without a fused kernel torch stores the scores.
     """
     batch, heads, n, m, d = shape
-    if kind == "sdpa" and device == "cpu":
-        return attention.sdpa_cpu_bytes(batch * heads, n, m, d, dtype, torch.get_num_threads())
-    if kind == "sdpa" and fused:
+    if kind in ("sdpa", _LIBRARYS) and device == "cpu":
+        count = attention.sdpa_on_cpu_bytes if kind == "sdpa" else attention.sdpa_cpu_bytes
+        return count(batch * heads, n, m, d, dtype, torch.get_num_threads())
+    if kind in ("sdpa", _LIBRARYS) and fused:
         wide = device == "cuda" and dtype.itemsize == 2 and d > (256 if flash else 128)
         return 4 * batch * heads * n * (1 + d if wide else 1)
-    attend = _unfused if kind == "sdpa" else attention.VARIANTS[kind]
+    attend = _unfused if kind in ("sdpa", _LIBRARYS) else attention.VARIANTS[kind]
     if kind == "sliced" and device == "cpu" and dtype is torch.bfloat16:
         attend, batch, heads = attention.sliced_bf16, 1, attention.slice_shape(heads, n, m)[0]
     elif kind == "sliced":

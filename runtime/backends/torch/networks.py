@@ -88,6 +88,16 @@ def channels_last(module: torch.nn.Module) -> bool:
     return bool(quantised.workspace(module).layers or packed.packed_layers(module))
 
 
+def has_own_attention(module: torch.nn.Module) -> bool:
+    """Whether `build` has put one of kernels/attention.py into the module; transformers' encoders have their
+    own."""
+    processors = (getattr(part, "processor", None) for part in module.modules())
+    return any(
+        isinstance(one, Processor) or getattr(one, "_attention_backend", None) is not None
+        for one in processors
+    )
+
+
 def _in_nf4(module: torch.nn.Module, formats: Mapping[str, str]) -> dict[str, str]:
     """The formats with that of bitsandbytes for the linears whose rows are whole groups."""
     group = FORMATS[_NF4].group
