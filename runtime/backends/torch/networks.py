@@ -22,6 +22,7 @@ from .engine import packs
 from .patches import (
     FEED_BYTES,
     GPU_FEED_BYTES,
+    PACKED_FEED_BYTES,
     Processor,
     activate,
     dispatched,
@@ -59,8 +60,10 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     quantised.quantise_layers(
         module, formats, device, used_often, dynamic=placement.precision == DYNAMIC, kinds=kinds
     )
+    feed_bytes = FEED_BYTES if device == "cpu" else GPU_FEED_BYTES
     if device == "cpu" and packs(component, placement):
         packed.pack_layers(module)
+        feed_bytes = PACKED_FEED_BYTES
     for path, stride in strides.items():
         if stride > 1 and device == "cpu" and onednn.has_tiles():
             layer = module.get_submodule(path)
@@ -73,7 +76,7 @@ def build(component: Component, placement: Placement, device: str) -> torch.nn.M
     for part in [*module.modules()]:
         activate(part)
         if type(part).__name__ == "FeedForward" and hasattr(part, "net"):
-            part.forward = feed_forward(part, FEED_BYTES if device == "cpu" else GPU_FEED_BYTES)
+            part.forward = feed_forward(part, feed_bytes)
         if hasattr(own := getattr(part, "processor", None), "_attention_backend"):
             own._attention_backend = dispatched(placement.attention)  # pyright: ignore[reportOptionalMemberAccess]
         elif hasattr(part, "set_processor"):

