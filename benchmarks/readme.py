@@ -22,6 +22,7 @@ from ..runtime.units import shown
 from . import start, suite
 from .compare import seconds, spread
 from .peers.__main__ import REFERENCE, contenders
+from .steps import middle
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).with_name("results")
@@ -80,7 +81,8 @@ def summary() -> str:
 
 def tables() -> str:
     """docs/results.md's section: all tables."""
-    return f"{peers()}\n{beside_openvino()}{plans()}\n{cached_pictures()}\n{cached_calls()}\n{details()}"
+    of_contenders = f"{peers()}\n{beside_openvino()}\n{in_turns()}"
+    return f"{of_contenders}\n{plans()}\n{cached_pictures()}\n{cached_calls()}\n{details()}"
 
 
 def results(name: str, contains: str = "") -> list[Any]:
@@ -116,8 +118,8 @@ def beside_openvino() -> str:
     newest = {elsewhere(line): line["results"] for line in with_it}
     runs = ((machine, run) for machine, run in newest.items() if run != whole_peers())
     tables = "".join(f"Beside OpenVINO{machine}: {peers(run=run)}\n" for machine, run in runs)
-    said = "One round ranks nothing on a host whose speed changes by two within the hour"
-    return f"{tables}{said}: [decisions.md](decisions.md) has a second one.\n"
+    said = "One round ranks nothing on a host whose speed changes by two within the hour; calls in turns do"
+    return f"{tables}{said}:\n"
 
 
 def peers(names: Collection[str] | None = None, run: Row | None = None) -> str:
@@ -145,6 +147,31 @@ def peers(names: Collection[str] | None = None, run: Row | None = None) -> str:
     head = f"| | process peak, ratio to {peer} | a step, ratio | start to picture "
     head += f"| PSNR to {REFERENCE} |"
     return f"{title}\n\n{table(head, rows)}"
+
+
+def in_turns() -> str:
+    """Single calls beside those of one contender, in turns in one process: the newest of each pair."""
+    groups: dict[tuple[str, ...], dict[str, Row]] = {}
+    for line in recorded("steps"):
+        run = line["results"]
+        if "first" in run:
+            key = run["first"], f"{run['size']}×{run['size']}", elsewhere(line), run["isa"]
+            groups.setdefault(key, {}).update(run["rows"])
+    return "\n".join(_turns(key, rows) for key, rows in groups.items())
+
+
+def _turns(key: tuple[str, ...], rows: dict[str, Row]) -> str:
+    first, size, machine, isa = key
+    lines, pairs = [], {name: middle(row["ratios"]) for name, row in rows.items() if name != first}
+    for name, (low, median, high) in sorted(pairs.items(), key=lambda item: item[1][1]):
+        bold = "**" if name.startswith("tightfit") else ""
+        least, count = min(rows[name]["seconds"]), len(rows[name]["ratios"])
+        middle_half = f"{median:.2f}, {low:.2f} to {high:.2f}"
+        lines.append(f"| {bold}{name}{bold} | {middle_half} | {count} | {least:.2f} s |")
+    kept = f", `ONEDNN_MAX_CPU_ISA={isa}`" if isa else ""
+    title = f"One U-Net call of two rows of {size}{machine}{kept}, in turns with {first}"
+    head = f"| | of {first}'s time: median, quartiles | pairs | the fastest |"
+    return f"{title} (`python -m tightfit.benchmarks.steps …`):\n\n{table(head, lines)}"
 
 
 def plans() -> str:
@@ -247,7 +274,7 @@ def torch_rows() -> Iterator[tuple[str, str, str, str]]:
         fp16, nf4 = (sizes[name, kind]["unet disk"] for kind in ("fp16", "bitsandbytes nf4"))
         rivals = f"{fp16:.2f} GB fp16, {nf4:.2f} bitsandbytes NF4"
         yield f"U-Net of {name} on disk, int8, int4", f"{' and '.join(kinds)} GB", rivals, "`… sizes FOLDER…`"
-    steps = dict(results("steps")[-1]["rows"])
+    steps = dict([run for run in results("steps") if "first" not in run][-1]["rows"])
     bf16 = f"bf16 {steps.pop('sd15')['seconds']:.2f} s"
     kinds = [f"{name.split(':')[-1].removeprefix('sd15_')} {row['ratio']:.2f}" for name, row in steps.items()]
     yield "a U-Net call of sd15, 512×512, of our bf16's", ", ".join(kinds), bf16, "`… steps FOLDER…`"
