@@ -7,7 +7,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -402,19 +402,7 @@ def _calibrated(hardware: Hardware) -> Hardware:
     """`hardware` with the rates that `tightfit calibrate` measured here, if any."""
     try:
         fields = parsed(read_bytes(calibration_file())).get(f"{hardware.device} {hardware.name}")
-        if not fields:
-            return hardware
-        notes = tuple(note for note in hardware.notes if "tightfit calibrate" not in note)
-        if hardware.device == "cpu" and "module" not in fields.get("starts", {}):
-            notes += ("calibrated by an older tightfit: run 'tightfit calibrate' again",)
-        known = fields.get("rates", {}).items()
-        measured = {kind: rate for kind, rate in known if kind.partition("/")[0] in hardware.rates}
-        # Rates that were not measured scale with fp32's ratio of measured to estimated.
-        faster = measured["fp32"] / hardware.rates["fp32"] if "fp32" in measured else 1.0
-        fields["rates"] = {kind: rate * faster for kind, rate in hardware.rates.items()} | measured
-        _scale(fields, cores() / fields.pop("cores", cores()))
-        origin = {"efficiency": {}, "seconds_from": "rates measured here"}
-        return replace(hardware, **fields | origin, calibrated=True, notes=notes)
+        return with_rates(hardware, fields) if fields else hardware
     except FileNotFoundError:
         return hardware
     except NotADirectoryError:
@@ -426,6 +414,22 @@ def _calibrated(hardware: Hardware) -> Hardware:
     except (OSError, TightfitError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         note = f"{calibration_file()} cannot be read ({first_line(error)}): run 'tightfit calibrate' again"
         return replace(hardware, notes=(*hardware.notes, note))
+
+
+def with_rates(hardware: Hardware, fields: Mapping[str, Any]) -> Hardware:
+    """`hardware` with what `calibrate` measured, on as many cores as this process has now."""
+    fields = dict(fields)
+    notes = tuple(note for note in hardware.notes if "tightfit calibrate" not in note)
+    if hardware.device == "cpu" and "fp32/module" not in fields.get("starts", {}):
+        notes += ("calibrated by an older tightfit: run 'tightfit calibrate' again",)
+    known = fields.get("rates", {}).items()
+    measured = {kind: rate for kind, rate in known if kind.partition("/")[0] in hardware.rates}
+    # Rates that were not measured scale with fp32's ratio of measured to estimated.
+    faster = measured["fp32"] / hardware.rates["fp32"] if "fp32" in measured else 1.0
+    fields["rates"] = {kind: rate * faster for kind, rate in hardware.rates.items()} | measured
+    _scale(fields, cores() / fields.pop("cores", cores()))
+    origin = {"efficiency": {}, "seconds_from": "rates measured here"}
+    return replace(hardware, **fields | origin, calibrated=True, notes=notes)
 
 
 def _scale(fields: dict[str, Any], share: float) -> None:
