@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any, TypeVar
 
+from ...kernels.formats import FORMATS
 from ...kernels.recipe import recipe
 from ..backends import engine, graph_engine
 from ..budget import BUILDING
@@ -511,8 +512,8 @@ class Estimate:
             or placement.residency == "streamed"
         ):
             return 0.0
-        kept, every, layers = _kept_values(component, placement.precision)
-        return quantising_seconds(self.hardware, placement.precision, layers, every - kept)
+        made = _made_values(component, placement.precision)
+        return sum(quantising_seconds(self.hardware, kind, *counts) for kind, counts in made.items())
 
     def _reading_seconds(self, component: Component, placement: Placement) -> float:
         if placement.backend in GRAPHS:
@@ -623,16 +624,31 @@ def _host_bytes(placements: Mapping[str, Placement], footprints: Mapping[str, Fo
     return sum(footprint.host for footprint in footprints.values()) - sum(staged) + max(staged, default=0)
 
 
-def _kept_values(component: Component, precision: str) -> tuple[int, int, int]:
-    """Of the values that are quantised in `precision`: how many keep the codes of the files, and all; and how
-    many layers do not."""
+def _kept_values(component: Component, precision: str) -> tuple[int, int]:
+    """Of the values that are quantised in `precision`: how many keep the codes of the files, and all."""
 
-    def counted() -> tuple[int, int, int]:
+    def counted() -> tuple[int, int]:
         quantised = [(tensor, form) for tensor, form in _forms(component, precision) if form]
         kept = [tensor.count for tensor, form in quantised if form == tensor.form]
-        return sum(kept), sum(tensor.count for tensor, _ in quantised), len(quantised) - len(kept)
+        return sum(kept), sum(tensor.count for tensor, _ in quantised)
 
     return component.once(("kept", precision), counted)
+
+
+def _made_values(component: Component, precision: str) -> Mapping[str, tuple[int, int]]:
+    """Layers and values that are quantised at load, by int8 and int4: a layer may have more bits than
+    `precision`."""
+
+    def counted() -> dict[str, tuple[int, int]]:
+        made: dict[str, tuple[int, int]] = {}
+        for tensor, form in _forms(component, precision):
+            if form and form != tensor.form:
+                kind = "int8" if FORMATS[form].bits == 8 else "int4"
+                layers, values = made.get(kind, (0, 0))
+                made[kind] = layers + 1, values + tensor.count
+        return made
+
+    return component.once(("made", precision), counted)
 
 
 def _forms(component: Component, precision: str) -> Iterator[tuple[Tensor, str | None]]:
@@ -664,7 +680,7 @@ def _psnr(component: Component, placement: Placement) -> float:
     exact."""
     if placement.precision == placement.compute:
         return PSNR["packed" if placement.packed else placement.precision]
-    kept, every, _ = _kept_values(component, placement.precision)
+    kept, every = _kept_values(component, placement.precision)
     rounded = 1 - kept / every if every else 1.0
     shares = {placement.precision: rounded, placement.compute: 1.0}
     return -10 * math.log10(sum(share * 10 ** (-PSNR[each] / 10) for each, share in shares.items()))
