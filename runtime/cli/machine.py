@@ -30,7 +30,7 @@ def info(device: Device = "auto") -> None:
 
 
 def calibrate(device: Device = "auto") -> None:
-    """Measure this machine once (half a minute), so that predicted seconds are its own."""
+    """Measure this machine once (under a minute), so that predicted seconds are its own."""
     from ..backends.torch import calibration
 
     hardware = Hardware.detect(device)

@@ -58,6 +58,11 @@ class Trace:
         return sum(one.flops**0.25 for one in different)
 
     @cached_property
+    def unpacks(self) -> int:
+        """How many weights of 8 or 4 bits it dequantises."""
+        return sum(one.kind.startswith("unpack") for one in self.operations)
+
+    @cached_property
     def _alive(self) -> dict[tuple[int, ...], int]:
         """Candidates share traces: 58 of 228 calls that are compared for SD 1.5."""
         return {}

@@ -21,7 +21,8 @@ SCORE_PASSES = 4  # over stored scores: written, read and written by softmax, re
 # Of a machine that was not calibrated, as measured on two cores: weights/s that are quantised at load
 # (kernels/quantise.py); and seconds, most of them Python's, of a module that is called, one that is built, a
 # tensor that is filled, one more in a packed network, a layer that is quantised, an operator of the first
-# call of a size, which is counted, and of oneDNN to make a product ready, by Trace.readying.
+# call of a size, which is counted, more of one that dequantises, and of oneDNN to make a product ready, by
+# Trace.readying.
 _QUANTISED = {"int8": 3.3e8, "int4": 5.5e7}
 _FIRSTS = {
     "module": 5e-5,
@@ -31,6 +32,7 @@ _FIRSTS = {
     "int8/quantise": 4e-4,
     "int4/quantise": 1e-3,
     "count": 5e-5,
+    "unpack/count": 3e-4,
     "first": 2e-5,
 }
 PACK_SECONDS = 4e-9  # per weight on two cores, by oneDNN for products of integers (SD 1.5: 3.4 s)
@@ -53,8 +55,8 @@ def call_seconds(hardware: Hardware, placement: Placement, footprint: Footprint)
     """Seconds of one call, with weights loaded or streamed."""
     head, spans = arrival_spans(hardware, placement, footprint)
     if hardware.device == "cpu" and placement.backend not in GRAPHS:
-        modules, filled = len(footprint.trace.calls), footprint.flowing
-        head += modules * first_seconds(hardware, "module") + filled * first_seconds(hardware, "fill")
+        head += len(footprint.trace.calls) * first_seconds(hardware, "module", placement.compute)
+        head += footprint.flowing * first_seconds(hardware, "fill")
     if not spans:
         return head
     if hardware.device != "cuda":  # read from files between operators
@@ -82,6 +84,7 @@ def filling_seconds(
         + tensors * filling
         + footprint.held_bytes / hardware.moves.get("fresh", math.inf)
         + len(footprint.trace.operations) * first_seconds(hardware, "count")
+        + footprint.trace.unpacks * first_seconds(hardware, "unpack/count")
         + footprint.trace.readying * first_seconds(hardware, "first", placement.compute)
     )
 
@@ -179,7 +182,7 @@ def _operation_seconds(
         rates, bandwidth = dict.fromkeys(rates, hardware.host_rate), _HOST_BANDWIDTH
     torchs = placement.backend not in GRAPHS
     starts = {
-        kind: hardware.start(kind.rstrip("4")) if torchs else hardware.call_seconds
+        kind: hardware.starts.get(kind, hardware.start(kind.rstrip("4"))) if torchs else hardware.call_seconds
         for kind in ("", "product", "int8", "unpack", "unpack4")
     }
     if torchs:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -15,25 +15,24 @@ from torch import nn
 from torch.nn import functional
 
 from ....kernels import onednn
-from ...costs.latency import call_seconds
 from ...errors import TightfitError
 from ...files import parsed, read_bytes, replacing
 from ...machine.detect import calibration_file
 from ...machine.hardware import Hardware
 from ...machine.process import cores
 from ...placement import ATTENTIONS, STORED
-from . import dryrun, firsts
+from . import firsts
 from .autotune import turn_seconds
 from .networks import DTYPES
 
-_TURNS = 2
-_LEAST_SECONDS = 0.15  # for which one measurement is repeated; the fastest turn counts
+_TURNS = 3
+_LEAST_SECONDS = 0.1  # for which one measurement is repeated; the fastest turn counts
 
 
 def calibrate(hardware: Hardware) -> dict[str, Any]:
-    """Measured rates of `hardware`'s device, as fields of Hardware: the means of two turns, as a host that
-    others use is faster or slower from one quarter of a minute to the next. Takes about half a minute."""
-    fields = _mean([_measured(hardware) for _ in range(_TURNS)])
+    """Measured rates of `hardware`'s device, as fields of Hardware: the medians of three turns, as a host
+    that others use is faster or slower from one quarter of a minute to the next. Takes under a minute."""
+    fields = _median([_measured(hardware) for _ in range(_TURNS)])
     if hardware.device == "cpu":  # once, as later calls are not the first
         with torch.inference_mode():
             firsts_of = {f"{kind}/first": firsts.readying(DTYPES[kind]) for kind in hardware.precisions}
@@ -41,15 +40,15 @@ def calibrate(hardware: Hardware) -> dict[str, Any]:
     return fields
 
 
-def _mean(turns: Sequence[Any]) -> Any:
+def _median(turns: Sequence[Any]) -> Any:
     """Of numbers, or of dictionaries of them."""
     if isinstance(turns[0], dict):
-        return {kind: _mean([turn[kind] for turn in turns]) for kind in turns[0]}
-    return mean(turns)
+        return {kind: _median([turn[kind] for turn in turns]) for kind in turns[0]}
+    return median(turns)
 
 
 def _measured(hardware: Hardware) -> dict[str, Any]:
-    device, rates, moves, calling = torch.device(hardware.device), {}, {}, 0.0
+    device, rates, moves = torch.device(hardware.device), {}, {}
     preferred, attentions, on_cpu = DTYPES[hardware.precisions[0]], {}, device.type == "cpu"
     with torch.inference_mode():
         starts = _starts(hardware, device, preferred)
@@ -67,11 +66,7 @@ def _measured(hardware: Hardware) -> dict[str, Any]:
                 starts[f"{precision}/product"] = _product_start(dtype)
                 starts |= {f"{precision}/{kind}": seconds for kind, seconds in _attention_starts(dtype)}
         if on_cpu:
-            packs = "bf16" in hardware.precisions and onednn.multiplies(torch.bfloat16)
-            of_network, calling = firsts.network_starts(packs)
-            starts |= of_network
-            for kind in STORED:
-                starts[f"{kind}/quantise"], moves[f"{kind}/quantise"] = firsts.quantising(kind)
+            moves |= {f"{kind}/quantise": firsts.quantising(kind) for kind in STORED}
             rates |= _unpacking_rates(preferred, starts["unpack"])
             rates |= {"int8": _int8_rate()} if "int8" in hardware.rates else {}
             moves["fresh"] = _fresh_rate()
@@ -98,17 +93,8 @@ def _measured(hardware: Hardware) -> dict[str, Any]:
         "read": _read_rate(),
     }
     if on_cpu:
-        starts["module"] = _module_start(replace(hardware, **fields | {"efficiency": {}}), calling)
+        starts |= firsts.network_starts(replace(hardware, **fields | {"efficiency": {}}))
     return fields | operators
-
-
-def _module_start(hardware: Hardware, calling: float) -> float:
-    """Seconds of Python for each module of a call, of the emoji's U-Net that took `calling`: what the other
-    rates of `hardware` do not explain."""
-    spec, component, extent = firsts.network()
-    own = dryrun.footprint(spec, component, firsts.place("fp32"), hardware, extent)
-    bare = replace(hardware, starts={**hardware.starts, "module": 0.0})
-    return max(0.0, calling - call_seconds(bare, firsts.place("fp32"), own)) / len(own.trace.calls)
 
 
 def _attention_rates(device: Any, dtype: Any) -> Iterator[tuple[str, float]]:

@@ -445,12 +445,10 @@ def test_info(call):
 
 
 def test_calibrate(call, monkeypatch):
-    from tightfit.runtime.backends.torch import calibration, firsts
+    from tightfit.runtime.backends.torch import calibration
 
     monkeypatch.setattr(calibration, "_fastest", lambda work, _: (work(), 1e-3)[1])  # each once
-    monkeypatch.setattr(firsts, "_least", lambda work: (work(), 1e-3)[1])
-    for module in (calibration, firsts):
-        monkeypatch.setattr(module, "_TURNS", 1)
+    monkeypatch.setattr(calibration, "_TURNS", 1)
     assert call("calibrate", "--device", "cpu")[0] == 0
     assert "measured here" in call("info", "--device", "cpu")[1]
     calibration.calibration_file().write_text("[")

@@ -335,8 +335,9 @@ os.environ.pop("HOME", None)
 from tightfit.__main__ import app
 from tightfit.runtime.cli.app import main
 from tightfit.runtime.backends.torch import calibration, firsts
-calibration._fastest = firsts._least = lambda *_: 1e-3  # test_calibrate measures
-calibration._TURNS = firsts._TURNS = 1
+calibration._fastest = lambda *_: 1e-3  # test_calibrate measures
+firsts.network_starts, firsts.quantising = lambda _: {}, lambda _: 1e8
+calibration._TURNS = 1
 app()
 for words in COMMANDS:
     sys.argv = ["tightfit", *words]

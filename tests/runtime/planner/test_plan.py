@@ -468,7 +468,7 @@ def test_a_truth_is_no_text(field, value):
 
 def test_what_a_network_takes_once():
     """By hand: 10 modules, 5 tensors, of which 2 stream, four operators, two of them the same product of 16
-    operations and one of 81."""
+    operations and one of 81; then a call of three modules that dequantises once."""
     small, large = (Operation(flops, 0.0, "product") for flops in (16.0, 81.0))
     trace = Trace((), (), (small, large, Operation(16.0, 0.0, "product"), Operation(0.0, 0.0)))
     own = Footprint((600,), 0, trace, (), modules=10, flowing=2, arrivals=(Arrival("a", 1, 0, 0),))
@@ -481,6 +481,13 @@ def test_what_a_network_takes_once():
     assert filling_seconds(dataclasses.replace(cpu, device="cuda"), bf16, own, 3, True) == 0
     still = dataclasses.replace(own, flowing=0)
     assert call_seconds(cpu, bf16, own) - call_seconds(cpu, bf16, still) == pytest.approx(2 * 10)
+    unpacking = Trace((), (), (Operation(0.0, 0.0, "unpack4"),), (("", 0, 0),) * 3)
+    eight = dataclasses.replace(own, trace=unpacking, flowing=0, arrivals=())
+    slow = dataclasses.replace(
+        cpu, starts=starts | {"unpack/count": 0.5, "unpack4": 0.25, "bf16/module": 7.0}
+    )
+    assert filling_seconds(slow, bf16, eight, 0, False) == pytest.approx(10 * 1 + 600 / 6 + 1e3 + 0.5)
+    assert call_seconds(slow, bf16, eight) == pytest.approx(3 * 7 + 0.25)
     quick = dataclasses.replace(cpu, starts={"int8/quantise": 2.0}, moves={"int8/quantise": 4.0})
     assert quantising_seconds(quick, "int8-dynamic", 3, 8) == pytest.approx(3 * 2 + 8 / 4)
 
