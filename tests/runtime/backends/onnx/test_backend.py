@@ -375,9 +375,8 @@ def test_residents_by_hand(onnx_models, monkeypatch):
 def test_a_text_encoder_on_the_host_takes_nothing_of_the_gpu(mixed):
     """On a machine with a GPU and ONNX Runtime for the CPU only."""
     card = replace(tightfit.profile("rtx-2060"), providers=("CPUExecutionProvider",))
-    plans = planner.plan(
-        card, tightfit.inspect(str(mixed)), tightfit.Request("a"), Wishes(backend="onnx", precision="fp16")
-    )
+    wishes = Wishes(backend="onnx", precision="fp16", residency="staged")
+    plans = planner.plan(card, tightfit.inspect(str(mixed)), tightfit.Request("a"), wishes)
     assert plans[0].placements["text_encoder"].provider == "CPUExecutionProvider"
     assert plans[0].placements["unet"].backend == "torch"
     nothing = peak("cuda", card.workspaces, Footprint((), 0, Trace((), (), ()), ()))
