@@ -63,12 +63,23 @@ class Shapes:
     def bytes(self, name: str) -> int:
         kind = self.kinds[name]
         bits = 4 if kind in (onnx.TensorProto.UINT4, onnx.TensorProto.INT4) else 8 * _itemsize(kind)
-        if self.wide and kind == onnx.TensorProto.FLOAT16:
+        if self.is_widened(name):
             bits = 32
         return math.ceil(math.prod(self.shapes[name]) * bits / 8)
 
     def count(self, name: str) -> int:
         return math.prod(self.shapes[name])
+
+    def is_bool(self, name: str) -> bool:
+        return self.kinds[name] == onnx.TensorProto.BOOL
+
+    def is_widened(self, name: str) -> bool:
+        """Whether it is fp16 and counted as fp32."""
+        return self.wide and self.kinds[name] == onnx.TensorProto.FLOAT16
+
+    def know_like(self, name: str, other: str, shape: Shape | None = None) -> None:
+        """Add a value that an engine makes on its way, of another's type, and of its shape or this one."""
+        self._know(name, self.kinds[other], self.shapes[other] if shape is None else shape)
 
     def _know(self, name: str, kind: int, shape: Shape) -> None:
         if len(shape) > MOST_SIDES or any(side < 0 for side in shape):
@@ -303,36 +314,45 @@ def trace(
     return trace_of(Shapes(model, inputs, wide), scratch)
 
 
-def trace_of(shapes: Shapes, scratch: Callable[[Any, Shapes], Steps], in_place: Container[str] = ()) -> Trace:
+def trace_of(
+    shapes: Shapes,
+    scratch: Callable[[Any, Shapes], Steps],
+    in_place: Container[str] = (),
+    nodes: Sequence[Any] | None = None,
+    over_last: Container[str] = (),
+) -> Trace:
     """One call, with the shapes already inferred. Operators `in_place` write over an input of their answer's
-    size."""
-    graph = shapes.graph
-    weights = {tensor.name for tensor in graph.initializer}
-    live = _Live(shapes, {value.name for value in graph.output}, in_place)
-    operations = []
-    last = {name: i for i, node in enumerate(graph.node) for name in node.input}
-    for i, node in enumerate(graph.node):
+    size, those `over_last` over one that nothing reads afterwards. `nodes`: what an engine runs in place of
+    the graph's operators, whose arithmetic counts all the same."""
+    run = shapes.graph.node if nodes is None else nodes
+    live = _Live(shapes, run, in_place, over_last)
+    last = {name: i for i, node in enumerate(run) for name in node.input}
+    for i, node in enumerate(run):
         if all(name in shapes.values for name in node.output):
             continue  # computed with the shapes
-        ends = {name for name in node.input if name and last[name] == i and name not in weights}
+        ends = {name for name in node.input if name and last[name] == i}
         live.run(node, ends, scratch(node, shapes))
-        operations.append(_operation(node, shapes))
+    counted = (node for node in shapes.graph.node if any(name not in shapes.values for name in node.output))
+    operations = (_operation(node, shapes) for node in counted)
     return Trace(tuple(live.events), (), tuple(operation for operation in operations if operation))
 
 
 class _Live:
-    def __init__(self, shapes: Shapes, kept: set[str], in_place: Container[str]) -> None:
-        self.shapes, self.events, self._in_place = shapes, list[tuple[int, int]](), in_place
+    def __init__(
+        self, shapes: Shapes, nodes: Sequence[Any], in_place: Container[str], over_last: Container[str]
+    ) -> None:
+        self.shapes, self.events = shapes, list[tuple[int, int]]()
+        self._in_place, self._over_last = in_place, over_last
         self._storage: dict[str, int] = {}  # of each value
         self._users: dict[int, int] = {}  # values of a storage that are alive
-        self._kept, self._made = kept, 0
-        self._used = {name for node in shapes.graph.node for name in node.input}
+        self._kept, self._made = {value.name for value in shapes.graph.output}, 0
+        self._used = {name for node in nodes for name in node.input}
 
     def run(self, node: Any, ends: set[str], steps: Steps) -> None:
         outs = [name for name in node.output if name]
         slots: dict[int, int] = {}
         for slot, count in steps:
-            if slot == OUT and (source := self._source(node)):
+            if slot == OUT and (source := self._source(node, ends)):
                 self._share(outs[0], source)
             elif slot == OUT:
                 for name in outs:
@@ -346,12 +366,15 @@ class _Live:
             if name in self._storage:
                 self._leave(name)
 
-    def _source(self, node: Any) -> str | None:
+    def _source(self, node: Any, ends: set[str]) -> str | None:
         """The input whose storage is the answer's, too."""
         inputs = [name for name in node.input if name in self._storage]
         if node.op_type in _VIEWS:
-            return node.input[0] if node.input[0] in inputs else None
-        if node.op_type not in self._in_place:
+            is_view = node.input[0] in inputs and node.output[0] not in self._kept  # an answer is a copy
+            return node.input[0] if is_view else None
+        if node.op_type in self._over_last and not self._kept.issuperset(node.output):
+            inputs = [name for name in inputs if name in ends and self._users[self._storage[name]] == 1]
+        elif node.op_type not in self._in_place:
             return None
         count = self.shapes.bytes(node.output[0])
         return next((name for name in inputs if self.shapes.bytes(name) == count), None)

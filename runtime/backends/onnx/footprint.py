@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,13 +11,14 @@ import numpy as np
 import onnx
 
 from ...costs.allocator import OnnxArena
-from ...costs.footprint import END, Footprint, Trace, replay
+from ...costs.footprint import Footprint, Trace, replay
 from ...errors import TightfitError, first_line
 from ...models.families.family import Extent, Role
 from ...models.graph import Graph
 from ...models.spec import Component, ModelSpec
 from . import dryrun
 from .call import Inputs, answers, even_step, halves_evenly, input_shapes, once, runtime_model
+from .optimised import OVER_LAST, executed, folded
 
 _PACKED = {"Conv", "MatMul", "Gemm"}
 # Bytes on a CPU, measured on SD 1.5: ONNX Runtime itself, and each operator of a session's graph.
@@ -54,11 +55,13 @@ def call_of(graph: Graph, on_cpu: bool, shapes: Inputs) -> _Call | str:
 
 
 def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]]) -> _Call:
-    scratch = functools.partial(_scratch, graph.tensors.keys(), on_cpu)
+    scratch = functools.partial(_scratch, on_cpu)
     shapes = dryrun.Shapes(runtime_model(graph), inputs, wide=on_cpu)
-    call = dryrun.trace_of(shapes, scratch)
+    nodes = executed(shapes, on_cpu)
+    call = dryrun.trace_of(shapes, scratch, nodes=nodes, over_last=OVER_LAST)
     arena, held = OnnxArena(exact=not on_cpu), [PER_NODE_BYTES * len(graph.model.graph.node)]
-    for i, count in enumerate(weight_bytes(graph, on_cpu)):
+    constant = [shapes.bytes(name) for name in _computed_once(graph, shapes, nodes)]
+    for i, count in enumerate((*weight_bytes(graph, on_cpu), *constant)):
         if on_cpu:
             held.append(count)
         else:  # a GPU's arena holds the weights too
@@ -72,6 +75,14 @@ def _followed(graph: Graph, on_cpu: bool, inputs: Mapping[str, tuple[int, ...]])
         tuple(held), _SESSION + loading_bytes(graph) if on_cpu else 0, trace, (), kept=call_bytes
     )
     return _Call(footprint, {value.name: shapes.shapes[value.name] for value in graph.model.graph.output})
+
+
+def _computed_once(graph: Graph, shapes: dryrun.Shapes, nodes: Iterable[Any]) -> set[str]:
+    """Values that a call reads, which are computed when the graph is loaded. Those of weights that are cast
+    count as weights."""
+    read = {name for node in nodes for name in node.input}
+    casts = (node for node in shapes.graph.node if node.op_type == "Cast" and node.input[0] in graph.tensors)
+    return (folded(shapes) & read).difference(node.output[0] for node in casts)
 
 
 def call_problem(spec: ModelSpec, component: Component, on_cpu: bool, extent: Extent) -> str | None:
@@ -121,45 +132,33 @@ _ANSWER_SHAPES: Mapping[
 }
 
 
-def _scratch(weights: Any, on_cpu: bool, node: Any, shapes: dryrun.Shapes) -> dryrun.Steps:
+def _scratch(on_cpu: bool, node: Any, shapes: dryrun.Shapes) -> dryrun.Steps:
     """Scratch that ONNX Runtime's kernels allocate beside their outputs, measured kernel by kernel
     (docs/decisions.md)."""
     ins, together = [name for name in node.input if name], dryrun.together
-    if node.op_type == "GroupNormalization":
-        return _function(shapes.bytes(ins[0]))
     if not on_cpu:
         return together()
     if node.op_type == "MultiHeadAttention":  # a copy of each operand, split into heads
         return together(*(shapes.bytes(name) for name in ins[:3]))
-    if node.op_type == "Attention":  # the scores
+    if node.op_type == "Attention":  # the scores, and a mask in floating point
         q, k = (shapes.shapes[name] for name in ins[:2])
         heads = dryrun.attribute(node, "q_num_heads") or q[1]
-        return together(4 * q[0] * heads * q[-2] * k[-2])
-    if node.op_type == "Conv" and ins[1] in weights:  # in blocks of channels (NCHWc)
-        return together(shapes.bytes(ins[0]))
+        mask = shapes.count(ins[3]) if len(ins) > 3 and shapes.is_bool(ins[3]) else 0
+        if dryrun.attribute(node, "is_causal", 0):
+            mask = max(mask, q[-2] * k[-2])
+        return together(4 * q[0] * heads * q[-2] * k[-2], 4 * mask)
+    if node.op_type == "Where":  # what is taken of either
+        return together(*[shapes.bytes(node.output[0])] * 2)
+    if node.op_type == "BiasGelu":
+        return together(shapes.bytes(node.output[0]))
+    if node.op_type == "ScatterElements":
+        return together(8 * shapes.count(ins[1]))  # indices
     if node.op_type == "Conv":
         filters, *patch = shapes.shapes[ins[1]]
         spatial = int(np.prod(shapes.shapes[node.output[0]][2:]))
         if filters > spatial and int(np.prod(patch[1:])) > 1:  # im2col of one picture
             return together(4 * int(np.prod(patch)) * spatial)
     return together()
-
-
-def _function(count: int) -> dryrun.Steps:
-    """GroupNormalization runs as the operators that define it: cast, square, centre, divide, cast back,
-    scale, shift. Each writes a buffer of its own."""
-    cast, squared, centred, normal, back, scaled = range(6)
-    steps = [
-        (cast, count),
-        (squared, count),
-        (squared, END),
-        (centred, count),
-        (cast, END),
-        (normal, count),
-        (centred, END),
-    ]
-    steps += [(back, count), (normal, END), (scaled, count), (back, END), (dryrun.OUT, 0), (scaled, END)]
-    return steps
 
 
 def weight_bytes(graph: Graph, on_cpu: bool) -> Iterator[int]:
