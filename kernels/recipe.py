@@ -33,10 +33,11 @@ def recipe(
     made of them.
     """
     made = _made(precision, layer, shape, least_bits)
-    return stored if stored and made and _bits(stored) <= _bits(made) else made
+    return stored if stored and made and bits_of(stored) <= bits_of(made) else made
 
 
-def _bits(form: str) -> int:
+def bits_of(form: str) -> int:
+    """Of a code in the format of this name."""
     return 8 if form.startswith("int8") else 4
 
 

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, product
 from typing import Any, TypeVar
 
-from ...kernels.formats import FORMATS
-from ...kernels.recipe import recipe
+from ...kernels.recipe import bits_of, recipe
 from ..backends import engine, graph_engine
 from ..budget import BUILDING
 from ..costs.footprint import NO_CALL, Footprint, peak
@@ -643,7 +642,7 @@ def _made_values(component: Component, precision: str) -> Mapping[str, tuple[int
         made: dict[str, tuple[int, int]] = {}
         for tensor, form in _forms(component, precision):
             if form and form != tensor.form:
-                kind = "int8" if FORMATS[form].bits == 8 else "int4"
+                kind = f"int{bits_of(form)}"
                 layers, values = made.get(kind, (0, 0))
                 made[kind] = layers + 1, values + tensor.count
         return made
