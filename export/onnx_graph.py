@@ -84,17 +84,22 @@ def cast_concatenated(graph: ir.Graph) -> None:
 
 
 def merge_heads(graph: ir.Graph) -> None:
-    """Attention on (batch, n, heads x d), as opset 23 allows. Operands are no longer reshaped and transposed
-    to (batch, heads, n, d), nor the answer back."""
+    """Attention on (batch, n, heads x d), as opset 23 allows. Operands are no longer transposed to
+    (batch, heads, n, d), nor reshaped before if nothing else is done to heads, nor the answer back. Qwen3's,
+    whose heads are turned after they are transposed, stays as it is."""
     for node in [node for node in graph if node.op_type == "Attention"]:
-        operands = [_made_by(_made_by(x, "Transpose").inputs[0], "Reshape") for x in node.inputs[:3]]
+        unused = [x.producer() for x in node.inputs[:3] if x is not None]
+        if not all(made is not None and made.op_type == "Transpose" for made in unused):
+            continue
+        in_heads = [made.inputs[0] for made in unused if made is not None]
+        operands = [_in_rows(graph, node, value) for value in in_heads]
         after = [_only(node.outputs[0])]
         while len(after) < 4 and (after[-1].op_type, len(after[-1].outputs[0].shape or ())) != ("Reshape", 3):
             after.append(_only(after[-1].outputs[0]))
         kinds = [follower.op_type for follower in after]  # before these two may be one to the same shape
         if kinds[-2:] != ["Transpose", "Reshape"]:
             raise GraphError(f"attention is followed by {', '.join(kinds)}")
-        query, key = (operand.outputs[0].shape for operand in operands[:2])
+        query, key = (value.shape if value is not None else None for value in in_heads[:2])
         if query is None or key is None:
             raise GraphError("the shapes of attention's operands are not known")
         heads = {"q_num_heads": query[2], "kv_num_heads": key[2]}
@@ -104,13 +109,26 @@ def merge_heads(graph: ir.Graph) -> None:
             name: attribute for name, attribute in node.attributes.items() if name in ("is_causal", "scale")
         }
         kept |= {name: ir.AttrInt64(name, count) for name, count in heads.items() if isinstance(count, int)}
-        inputs = [operand.inputs[0] for operand in operands] + list(node.inputs[3:])
-        whole = ir.Node("", "Attention", inputs, list(kept.values()))
-        unused = [_made_by(x, "Transpose") for x in node.inputs[:3]]
+        whole = ir.Node("", "Attention", [*operands, *node.inputs[3:]], list(kept.values()))
         _replace(graph, [node, *after], [whole], after[-1].outputs[0], whole.outputs[0])
-        for gone in (*unused, *operands):
-            if not any(list(out.uses()) for out in gone.outputs) and gone.graph is not None:
+        for gone in (*unused, *(value.producer() for value in in_heads if value is not None)):
+            if (
+                gone is not None
+                and not any(list(out.uses()) for out in gone.outputs)
+                and gone.graph is not None
+            ):
                 graph.remove(gone, safe=True)
+
+
+def _in_rows(graph: ir.Graph, before: ir.Node, heads: ir.Value | None) -> ir.Value | None:
+    """(batch, n, heads x d) of (batch, n, heads, d): what that was made of, where it was reshaped alone."""
+    node = heads.producer() if heads is not None else None
+    flat = node.inputs[0] if node is not None and node.op_type == "Reshape" else None
+    if flat is not None and flat.shape is not None and len(flat.shape) == 3:
+        return flat
+    rows = ir.Node("", "Reshape", [heads, _constant(graph, "in_rows", [0, 0, -1])])
+    graph.insert_before(before, [rows])
+    return rows.outputs[0]
 
 
 def transposed_weights(graph: ir.Graph) -> set[str]:

@@ -72,9 +72,12 @@ def write(
 ) -> None:
     """Write the model to `target`, which must not exist. `tensors` and `schemes` are by stored folder.
 
-    Raises ValueError for weights that do not fit, and onnx_check.DepartureError for a network whose answers
+    Raises TightfitError for a network that no graph can be made of, before anything is traced, ValueError for
+    weights that do not fit, and onnx_check.DepartureError for a network whose answers
     are not torch's.
     """
+    for component in job.networks:
+        onnx_networks.check(spec, component)
     folders: dict[str, list[str]] = {}  # by the stored one that they come from
     for component in job.networks:
         folders.setdefault(component.network.folder, []).append(component.name)

@@ -117,7 +117,7 @@ def test_the_encoder_is_diffusers(shallow_models):
 def test_a_network_that_is_not_traced_is_refused(shallow_models):
     spec = tightfit.inspect(str(shallow_models["sd1"]))
     component = replace(spec.denoiser, network=replace(spec.denoiser.network, tracing=None))
-    with pytest.raises(TightfitError, match="a unet, which has no ONNX layout: leave out --to onnx"):
+    with pytest.raises(TightfitError, match="whose unet cannot be written as ONNX: leave out --to onnx"):
         onnx_trace.subject(spec, component)
 
 

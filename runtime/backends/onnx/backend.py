@@ -28,7 +28,7 @@ from ...placement import Placement
 from ...rules import Rule, first_broken
 from ..protocol import Session
 from ..sent import Sent
-from .call import answers, check_types, feeds_of, for_runtime, input_shapes, newest_opset
+from .call import answers, check_types, feeds_of, for_runtime, input_shapes, newest_opset, taken_shapes
 from .footprint import PER_NODE_BYTES, call_footprint, call_of, call_problem, loading_bytes, weight_bytes
 from .meters import DeviceMeter, ProcessMeter
 
@@ -195,7 +195,7 @@ class OnnxBackend:
         assert component.graph is not None
         file, given = component.graph.file, component.graph.inputs.keys()
         names = component.network.graph
-        wanted = {names.names.get(name, name) for name in spec.inputs(component, 1, *spec.some_size)}
+        wanted = taken_shapes(spec, component, Extent(1, *spec.some_size)).keys()
         if given - names.zeros != wanted - names.zeros or not wanted <= given:
             raise TightfitError(
                 f"{file} has the inputs {', '.join(sorted(given))}, "
@@ -280,7 +280,7 @@ class OnnxSession:
     stays = False
 
     def __init__(self, graph: Graph, provider: str, meter: ProcessMeter, names: GraphNames) -> None:
-        self.graph, self.provider, self.meter, self._names = graph, provider, meter, names.names
+        self.graph, self.provider, self.meter, self._names = graph, provider, meter, names
         self._zeros = {
             name: np.zeros((1,) * len(sides), onnx.helper.tensor_dtype_to_np_dtype(kind))
             for name, (kind, sides) in graph.inputs.items()
@@ -323,9 +323,9 @@ class OnnxSession:
     def __call__(self, **arrays: Any) -> tuple[Any, ...]:
         if self.session is None:
             raise TightfitError("the pipeline was closed while it was painting")
-        given = {**self._zeros, **{self._names.get(name, name): array for name, array in arrays.items()}}
+        given = {**self._zeros, **self._names.named(arrays)}
         sent = {name: one for name, one in given.items() if not (self._on_cuda and isinstance(one, Residual))}
-        feeds = given | feeds_of(self.graph, {}, sent)
+        feeds = given | feeds_of(self.graph, sent)
         shapes = {name: feeds[name].shape for name in self.graph.inputs if name in feeds}
         call_bytes = call_footprint(self.graph, self.provider == CPU_PROVIDER, tuple(shapes.items())).kept
         if call_bytes > self._arena:
@@ -335,7 +335,10 @@ class OnnxSession:
         with errors_explained(self.graph):
             # On a CPU answers are arrays over ONNX Runtime's own memory, which another session reads there.
             outs = self._on_device(given, feeds) if self._on_cuda else self.session.run(self.outputs, feeds)
-        return tuple(outs) if self.stays else tuple(np.asarray(out, np.float32) for out in outs)
+        if self.stays:
+            return tuple(outs)
+        first, *others = (np.asarray(out, np.float32) for out in outs)
+        return self._names.gives(first, arrays), *others
 
     @property
     def _on_cuda(self) -> bool:

@@ -22,7 +22,8 @@ from . import dryrun
 _FLOAT = onnx.TensorProto.FLOAT
 _INTEGER = {onnx.TensorProto.INT32, onnx.TensorProto.INT64}
 _REAL = {_FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.DOUBLE}
-_ANSWERS = {"out_sample", "sample", "last_hidden_state", "text_embeds"}
+_ANSWERS = {"out_sample", "out_hidden_states", "sample", "last_hidden_state", "text_embeds"}
+_NUMBERS = "timestep", "time_ids", "img_ids", "txt_ids", "attention_mask"
 
 
 def answers(graph: Graph, names: GraphNames) -> list[str]:
@@ -115,13 +116,10 @@ def for_runtime(graph: Graph) -> tuple[bytes, Path] | None:
     return None if model is graph.model else (model.SerializeToString(), folder.absolute())
 
 
-def feeds_of(
-    graph: Graph, names: Mapping[str, str], arrays: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """What the graph is called with for a session's arrays, in its types and by its names."""
+def feeds_of(graph: Graph, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """What the graph is called with for arrays by its names, in its types."""
     feeds = {}
-    for own, array in arrays.items():
-        name = names.get(own, own)
+    for name, array in arrays.items():
         kind, sides = graph.inputs[name]
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind)
         feeds[name] = np.asarray(array if array.ndim else array.reshape([1] * len(sides)), dtype, "C")
@@ -135,9 +133,7 @@ def check_types(graph: Graph) -> None:
     """Raise TightfitError for an input or output that is no tensor, or whose element type its name does not
     allow."""
     for name, (kind, _) in (graph.inputs | graph.outputs).items():
-        allowed = {"input_ids": _INTEGER, "timestep": _INTEGER | _REAL, "time_ids": _INTEGER | _REAL}.get(
-            name, _REAL
-        )
+        allowed = {"input_ids": _INTEGER, **dict.fromkeys(_NUMBERS, _INTEGER | _REAL)}.get(name, _REAL)
         if kind not in allowed and (name in graph.inputs or name in _ANSWERS):
             words = {value: key.lower() for key, value in onnx.TensorProto.DataType.items()}
             words[0] = "no tensor"
@@ -156,12 +152,18 @@ def halves_evenly(spec: ModelSpec, component: Component, extent: Extent) -> bool
     )
 
 
+def taken_shapes(spec: ModelSpec, component: Component, extent: Extent) -> dict[str, tuple[int, ...]]:
+    """Shapes of what a graph takes of a session's arrays, by its names."""
+    names = component.network.graph
+    shapes = names.shapes(spec.inputs(component, *extent))
+    return {names.names.get(name, name): shape for name, shape in shapes.items()}
+
+
 def input_shapes(spec: ModelSpec, component: Component, extent: Extent) -> Inputs:
     """Shapes of the graph's inputs by their names in the graph. `extent`: batch, and the picture's height and
     width in pixels."""
     assert component.graph is not None
-    names = component.network.graph.names
-    shapes = {names.get(name, name): shape for name, shape in spec.inputs(component, *extent).items()}
+    shapes = taken_shapes(spec, component, extent)
     return tuple(  # of a scalar, and of what is not there, one number
         (name, shapes.get(name) or (1,) * len(sides)) for name, (_, sides) in component.graph.inputs.items()
     )

@@ -100,7 +100,7 @@ def call_problem(spec: ModelSpec, component: Component, on_cpu: bool, extent: Ex
             f"ask for {near}, or export the model again, with --to onnx"
         )
     name, *_ = answers(graph, component.network.graph)
-    wanted = _ANSWER_SHAPES[component.role](spec, dict(inputs))
+    wanted = _wanted(spec, component, dict(inputs))
     sides = call.answers[name]
     if len(sides) != len(wanted) or any(
         need not in (None, side) for need, side in zip(wanted, sides, strict=True)
@@ -108,6 +108,14 @@ def call_problem(spec: ModelSpec, component: Component, on_cpu: bool, extent: Ex
         shown_wanted = [side or "any" for side in wanted]
         return f"{graph.file} answers {name} of {list(sides)}, not of {shown_wanted}: export the model again"
     return None
+
+
+def _wanted(
+    spec: ModelSpec, component: Component, inputs: Mapping[str, tuple[int, ...]]
+) -> tuple[int | None, ...]:
+    if component.role is Role.DENOISER:  # whose latents may be called otherwise
+        return inputs[component.network.graph.names.get("sample", "sample")]
+    return _ANSWER_SHAPES[component.role](spec, inputs)
 
 
 def _picture_shape(spec: ModelSpec, inputs: Mapping[str, tuple[int, ...]]) -> tuple[int | None, ...]:
@@ -127,7 +135,6 @@ _ANSWER_SHAPES: Mapping[
     Role.TEXT: lambda _, inputs: (*inputs["input_ids"], None),
     Role.ENCODER: _latent_shape,
     Role.CONTROL: lambda _, inputs: (inputs["sample"][0], None, *inputs["sample"][2:]),
-    Role.DENOISER: lambda _, inputs: inputs["sample"],
     Role.DECODER: _picture_shape,
 }
 

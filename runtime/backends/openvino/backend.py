@@ -130,7 +130,7 @@ class OpenVinoSession:
         self, graph: Graph, device: str, compute: str, meter: ProcessMeter, names: GraphNames
     ) -> None:
         self.graph, self.meter, self._device, self._compute = graph, meter, device, compute
-        self._names, self.notices = names.names, ()
+        self._names, self.notices = names, ()
         self.outputs = answers(graph, names)
         self._compiled: Compiled | None = None
         self._shapes: Inputs = ()
@@ -139,12 +139,13 @@ class OpenVinoSession:
     def __call__(self, **arrays: np.ndarray) -> tuple[np.ndarray, ...]:
         if not self._open:
             raise TightfitError("the pipeline was closed while it was painting")
-        feeds = feeds_of(self.graph, self._names, arrays)
+        feeds = feeds_of(self.graph, self._names.named(arrays))
         shapes = tuple((name, array.shape) for name, array in feeds.items())
         with errors_explained(self.graph, "engine"):
             if self._compiled is None or shapes != self._shapes:
                 self._compiled = self._compile(shapes)
-            return self._compiled(feeds, self.outputs)
+            first, *others = self._compiled(feeds, self.outputs)
+        return self._names.gives(first, arrays), *others
 
     def _compile(self, shapes: Inputs) -> Compiled:
         self._let_go()

@@ -123,7 +123,9 @@ class GraphNames:
     `needed` and `optional` are names of inputs. `sides` are (value, count of sides, number of one of them,
     field of the config that says how long it is). `answers` picks from a graph's outputs those that a session
     answers with; it raises ValueError with what is missing. `names` are the graph's names for a session's
-    arrays, where they differ. `zeros` are inputs that are added to something, and may be one zero.
+    arrays, where they differ. `zeros` are inputs that are added to something, and may be one zero. `takes`
+    makes arrays of the graph's shapes of a session's, before they are renamed, and `gives` the session's
+    first answer of the graph's and of those arrays, where these are not the same.
     """
 
     needed: frozenset[str]
@@ -132,6 +134,19 @@ class GraphNames:
     sides: tuple[tuple[str, int, int, str], ...] = ()
     names: Mapping[str, str] = field(default_factory=dict)
     zeros: frozenset[str] = frozenset()
+    takes: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda arrays: arrays
+    gives: Callable[[Any, Mapping[str, Any]], Any] = lambda answer, _arrays: answer
+
+    def named(self, arrays: Mapping[str, Any]) -> dict[str, Any]:
+        """A session's arrays, as a graph takes them, by its names."""
+        return {self.names.get(name, name): array for name, array in self.takes(arrays).items()}
+
+    def shapes(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Of what `takes` makes of a session's arrays of these shapes."""
+        import numpy as np
+
+        arrays = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+        return {name: array.shape for name, array in self.takes(arrays).items()}
 
 
 def _of_no_graph(_: Sequence[str]) -> list[str]:
@@ -144,14 +159,17 @@ NO_GRAPH = GraphNames(frozenset(), _of_no_graph)
 
 @dataclass(frozen=True)
 class Tracing:
-    """How a network becomes a graph of Optimum's layout. Its inputs are those of a session.
+    """How a network becomes a graph of Optimum's layout. Its inputs are those of a session, as GraphNames
+    takes them.
 
     sides: for each of these, the names of its sides; "" for one whose length never varies. outputs: what the
     graph answers. size: lengths of named sides to trace at. checked: sizes at which the graph must answer
     what torch answers. "sequence_length" is the model's, where a size does not say it. tokens: inputs that
-    are integers, below vocab_size. counts: inputs that are positive, and up to some hundreds. call: calls the
-    module for all `outputs`, where a graph answers more than a session does. following: shapes of inputs that
-    follow from the config and the lengths of named sides.
+    are integers, below vocab_size. counts: inputs that are positive, and up to some hundreds. exact: inputs
+    that are in fp32 whatever the rest computes in. multiples: of which number a side is a multiple. build:
+    makes the module that is traced, where a session's is another. call: calls that module for all `outputs`,
+    where a session's call is of other arrays or answers less. following: shapes of inputs that follow from
+    the config and the lengths of named sides.
     """
 
     sides: Mapping[str, tuple[str, ...]]
@@ -160,6 +178,9 @@ class Tracing:
     checked: tuple[Mapping[str, int], ...]
     tokens: frozenset[str] = frozenset()
     counts: frozenset[str] = frozenset()
+    exact: frozenset[str] = frozenset()
+    multiples: Mapping[str, int] = field(default_factory=dict)
+    build: Callable[[Component], Any] | None = None
     call: Callable[..., tuple[Any, ...]] | None = None
     following: Callable[[Mapping[str, Any], Mapping[str, int]], Mapping[str, Shape]] = lambda *_: {}
 

@@ -208,7 +208,9 @@ def _unet_layers(config: Mapping[str, Any]) -> dict[str, int]:
     return blocks | {"transformer_layers_per_block": blocks["layers_per_block"] * inner}
 
 
-def _one_answer(name: str) -> Callable[[Sequence[str]], list[str]]:
+def one_answer(name: str) -> Callable[[Sequence[str]], list[str]]:
+    """Picks that answer of a graph's."""
+
     def answers(outputs: Sequence[str]) -> list[str]:
         if name not in outputs:
             raise ValueError(name)
@@ -446,7 +448,7 @@ TEXT_ENCODER = Network(
     call=_encode,
     graph=GraphNames(
         needed=frozenset({"input_ids"}),
-        answers=_one_answer("last_hidden_state"),
+        answers=one_answer("last_hidden_state"),
         sides=(("input_ids", 2, 0, ""), ("last_hidden_state", 3, 2, "hidden_size")),
         names={"tokens": "input_ids"},
     ),
@@ -471,7 +473,7 @@ UNET = Network(
     call_cached=partial(predict, _predict),
     graph=GraphNames(
         needed=frozenset({"sample", "timestep", "encoder_hidden_states"}),
-        answers=_one_answer("out_sample"),
+        answers=one_answer("out_sample"),
         optional=frozenset({"timestep_cond", "text_embeds", "time_ids"}),
         sides=(("sample", 4, 1, "in_channels"), ("encoder_hidden_states", 3, 2, "cross_attention_dim")),
         names={"hidden": "encoder_hidden_states", "time_condition": "timestep_cond"},
@@ -503,7 +505,7 @@ DECODER = Network(
     call=_decode,
     graph=GraphNames(
         needed=frozenset({"latent_sample"}),
-        answers=_one_answer("sample"),
+        answers=one_answer("sample"),
         sides=(("latent_sample", 4, 1, "latent_channels"),),
         names={"latents": "latent_sample"},
     ),
@@ -527,7 +529,7 @@ ENCODER = replace(
     call=_moments,
     graph=GraphNames(
         needed=frozenset({"sample"}),
-        answers=_one_answer("latent_parameters"),
+        answers=one_answer("latent_parameters"),
         sides=(("sample", 4, 1, "in_channels"),),
         names={"pixels": "sample"},
     ),

@@ -11,9 +11,11 @@ from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_layers, many, or_none, whole
 from ..cures import of_mixed
 from ..tensors import Tensor
-from .family import NO_GRAPH, SHARED, Extent, Network, Role, Shape
+from .family import SHARED, Extent, GraphNames, Network, Role, Shape, Tracing
 from .flow import shifted
-from .sdxl import SDXL, encode_and_pool, skip_but_read_all
+from .networks import one_answer
+from .parts import is_traced
+from .sdxl import SDXL, encode_and_pool, last_but_one, skip_but_read_all
 from .t5 import text_encoder
 from .wide_vae import SD3_RGB, OfWideVae, wide_vae
 
@@ -28,9 +30,22 @@ _TEXT_TOKENS = 256  # of T5's, to which each text is padded, or cut; as many zer
 
 # --------------------------------------------------------------------------------------- the text encoders
 
+
+def _answers(outputs: Sequence[str]) -> list[str]:
+    pooled = "text_embeds" if "text_embeds" in outputs else "pooler_output"
+    if pooled not in outputs:
+        raise ValueError(pooled)
+    return [last_but_one(outputs), pooled]
+
+
 # CLIP-L's projection is the identity as published, and in Stability's files there is none.
 _CLIPS = tuple(
-    replace(network, call=encode_and_pool, skip=skip_but_read_all, graph=NO_GRAPH, tracing=None)
+    replace(
+        network,
+        call=encode_and_pool,
+        skip=skip_but_read_all,
+        graph=replace(network.graph, answers=_answers),
+    )
     for network in SDXL.networks[:2]
 )
 _T5 = text_encoder("_3", _TEXT_TOKENS)
@@ -102,6 +117,17 @@ def _build_denoiser(component: Component) -> Any:
     return module
 
 
+def _build_traced(component: Component) -> Any:
+    """With the table of places, as Optimum's graphs have it."""
+    import torch
+
+    module, config = _build_denoiser(component), component.config
+    side, width = config["pos_embed_max_size"], config["num_attention_heads"] * config["attention_head_dim"]
+    table = torch.nn.Parameter(torch.empty(1, side**2, width))
+    module.pos_embed.register_parameter("pos_embed", table)
+    return module
+
+
 class _Joint:
     """The attention of a picture's tokens to themselves and, if there are any, to those of the text, which
     attend to the same."""
@@ -113,15 +139,14 @@ class _Joint:
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         picture, text = hidden_states, encoder_hidden_states
-        batch, count, _width = picture.shape
-        length = count + (0 if text is None else text.shape[1])
-        qkv = picture.new_empty(batch, length, 3, attn.heads, attn.inner_dim // attn.heads)
-        norms = attn.norm_q, attn.norm_k, None
-        _fill(qkv[:, :count], picture, (attn.to_q, attn.to_k, attn.to_v), norms)
+        count, heads = picture.shape[1], (attn.heads, attn.inner_dim // attn.heads)
+        own = (attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)
+        rows: list[tuple[Any, _Layers]] = [(picture, own)]
         if text is not None:
-            norms = attn.norm_added_q, attn.norm_added_k, None
-            _fill(qkv[:, count:], text, (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), norms)
-        answer = dispatch_attention_fn(*qkv.unbind(2), backend=self._attention_backend).flatten(2)
+            added = (attn.add_q_proj, attn.norm_added_q), (attn.add_k_proj, attn.norm_added_k)
+            rows.append((text, (*added, (attn.add_v_proj, None))))
+        qkv = _qkv(rows, heads)
+        answer = dispatch_attention_fn(*qkv, backend=self._attention_backend).flatten(2)
         del qkv
         of_picture = attn.to_out[0](answer[:, :count])
         if text is None:
@@ -130,11 +155,27 @@ class _Joint:
         return of_picture, of_text if attn.context_pre_only else attn.to_add_out(of_text)
 
 
-def _fill(qkv: Any, states: Any, linears: Sequence[Any], norms: Sequence[Any]) -> None:
-    """Queries, keys and values of some tokens, (batch, tokens, 3, heads, a head's width)."""
-    for number, (linear, norm) in enumerate(zip(linears, norms, strict=True)):
-        made = linear(states).unflatten(-1, qkv.shape[-2:])
-        qkv[:, :, number] = made if norm is None else norm(made)
+_Layers = Sequence[tuple[Any, Any]]  # a linear and a norm, or None, for each of queries, keys and values
+
+
+def _qkv(rows: Sequence[tuple[Any, _Layers]], heads: tuple[int, int]) -> Sequence[Any]:
+    """Queries, keys and values of all tokens, (batch, tokens, heads, a head's width)."""
+    import torch
+
+    def made(row: tuple[Any, _Layers], number: int) -> Any:
+        states, (linear, norm) = row[0], row[1][number]
+        heads_of = linear(states).unflatten(-1, heads)
+        return heads_of if norm is None else norm(heads_of)
+
+    if is_traced():
+        return [torch.cat([made(row, number) for row in rows], 1) for number in range(3)]
+    first, length = rows[0][0], sum(states.shape[1] for states, _ in rows)
+    qkv, start = first.new_empty(len(first), length, 3, *heads), 0
+    for row in rows:
+        some = slice(start, start := start + row[0].shape[1])
+        for number in range(3):
+            qkv[:, some, number] = made(row, number)
+    return qkv.unbind(2)
 
 
 def _predict(
@@ -143,13 +184,18 @@ def _predict(
     timestep: Any,
     hidden: Any,
     pooled: Any,
-    shared_places: Any,
+    shared_places: Any = None,
     skipped: tuple[int, ...] = (),
 ) -> tuple[Any, ...]:
-    """Of latents (batch, channels, height, width), as diffusers' transformer does."""
-    patch, (batch, channels, height, width) = module.config.patch_size, sample.shape
-    rows, columns = height // patch, width // patch
-    picture = module.pos_embed["proj"](sample).flatten(2).transpose(1, 2) + shared_places
+    """Of latents (batch, channels, height, width), as diffusers' transformer does. Without places a module
+    that is traced takes those of its table."""
+    patch, channels = module.config.patch_size, sample.shape[1]
+    patches = module.pos_embed["proj"](sample)
+    batch, _, rows, columns = patches.shape
+    if shared_places is None:
+        shared_places = _cropped(module, rows, columns)
+    picture = patches.flatten(2).transpose(1, 2) + shared_places
+    del patches
     time = module.time_text_embed(timestep.expand(batch), pooled)
     text = module.context_embedder(hidden)
     for number, block in enumerate(module.transformer_blocks):
@@ -157,14 +203,35 @@ def _predict(
             text, picture = block(picture, text, time)
     predicted = module.proj_out(module.norm_out(picture, time))
     predicted = predicted.view(batch, rows, columns, patch, patch, -1).permute(0, 5, 1, 3, 2, 4)
-    return (predicted.reshape(batch, -1, height, width)[:, :channels],)
+    return (predicted.reshape(batch, -1, rows * patch, columns * patch)[:, :channels],)
+
+
+def _cropped(module: Any, rows: int, columns: int) -> Any:
+    """(1, tokens, width): the middle of the table, whose rows are looked up one by one, so that ONNX Runtime
+    reads no more of it."""
+    import torch
+
+    side, device = module.config.pos_embed_max_size, module.pos_embed.pos_embed.device
+    down = (side - rows) // 2 + torch.arange(rows, device=device)
+    across = (side - columns) // 2 + torch.arange(columns, device=device)
+    return module.pos_embed.pos_embed.index_select(1, (down[:, None] * side + across).flatten())
+
+
+def _taken(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """As a graph takes them: a timestep for each row, and no places, of which it has the table."""
+    import numpy as np
+
+    rows = arrays["sample"].shape[:1]
+    taken = {**arrays, "timestep": np.broadcast_to(arrays["timestep"], rows)}
+    taken.pop(_PLACES, None)
+    return taken
 
 
 _TRANSFORMER = Network(
     name="transformer",
     folder="transformer",
     role=Role.DENOISER,
-    listed=r"diffusers SD3Transformer2DModel",
+    listed=r"diffusers SD3Transformer2DModel|optimum\S* ORT\w+",
     fields=_FIELDS,
     defaults=_DEFAULTS,
     layers=lambda config: {"num_layers": config["num_layers"]},
@@ -177,6 +244,32 @@ _TRANSFORMER = Network(
     build=_build_denoiser,
     call=_predict,
     skips_layers=True,
+    graph=GraphNames(
+        needed=frozenset({"hidden_states", "encoder_hidden_states", "pooled_projections", "timestep"}),
+        answers=one_answer("out_hidden_states"),
+        sides=(
+            ("hidden_states", 4, 1, "in_channels"),
+            ("encoder_hidden_states", 3, 2, "joint_attention_dim"),
+            ("pooled_projections", 2, 1, "pooled_projection_dim"),
+        ),
+        names={"sample": "hidden_states", "hidden": "encoder_hidden_states", "pooled": "pooled_projections"},
+        takes=_taken,
+    ),
+    tracing=Tracing(
+        sides={
+            "sample": ("batch_size", "", "height", "width"),
+            "timestep": ("batch_size",),
+            "hidden": ("batch_size", "", ""),
+            "pooled": ("batch_size", ""),
+        },
+        outputs=lambda _: ("out_hidden_states",),
+        size={"batch_size": 2, "height": 16, "width": 24},
+        checked=({"batch_size": 1, "height": 32, "width": 16},),
+        counts=frozenset({"timestep"}),
+        exact=frozenset({"timestep"}),
+        multiples={"height": 2, "width": 2},
+        build=_build_traced,
+    ),
 )
 
 
@@ -220,7 +313,8 @@ class SD3WithoutT5(OfWideVae):
             config["pos_embed_max_size"],
         )
         table = spec.denoiser.tensors.get(_TABLE)
-        if config["caption_projection_dim"] != width or not table or table.shape != (1, side * side, width):
+        is_placed = spec.denoiser.graph or (table and table.shape == (1, side * side, width))
+        if config["caption_projection_dim"] != width or not is_placed:
             raise TightfitError(
                 f"{folder} has a transformer whose blocks, text and table of places are not of one width: "
                 "copy or download it again"
@@ -287,12 +381,13 @@ class SD3WithoutT5(OfWideVae):
         texts = [states for (states,) in others] or [
             np.zeros((rows, _TEXT_TOKENS, hidden.shape[-1]), np.float32)
         ]
-        patch, table = job.spec.latents.multiple, job.spec.denoiser.tensors[_TABLE]
-        places = _middle(table, config["pos_embed_max_size"], job.height // patch, job.width // patch)
+        patch, table = job.spec.latents.multiple, job.spec.denoiser.tensors.get(_TABLE)
+        rows, columns = job.height // patch, job.width // patch
         return {
             "hidden": np.concatenate([hidden, *texts], 1),
             "pooled": np.concatenate([pooled for _, pooled in clips], -1),
-            _PLACES: places,
+            # a graph has the table itself
+            **({_PLACES: _middle(table, config["pos_embed_max_size"], rows, columns)} if table else {}),
         }
 
 

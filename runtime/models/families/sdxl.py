@@ -58,11 +58,15 @@ def skip_but_read_all(component: Component, count: int) -> Component:
 
 
 def _answers(outputs: Sequence[str]) -> list[str]:
-    """Of states before and after each layer, the last but one."""
+    return [last_but_one(outputs), *(["text_embeds"] if "text_embeds" in outputs else [])]
+
+
+def last_but_one(outputs: Sequence[str]) -> str:
+    """Of the states before and after each layer that a graph answers. Raises ValueError without them."""
     states = [name for name in outputs if name.startswith("hidden_states.")]
     if len(states) < 2:
         raise ValueError("hidden_states.0 and so on")
-    return [f"hidden_states.{len(states) - 2}", *(["text_embeds"] if "text_embeds" in outputs else [])]
+    return f"hidden_states.{len(states) - 2}"
 
 
 def _inputs(spec: ModelSpec, extent: Extent) -> Mapping[str, Shape]:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checks import MOST_LAYERS, MOST_WIDTH, Check, is_count, is_positive, or_none, whole
-from .family import Network, Reading, Role
+from .family import GraphNames, Network, Reading, Role, Tracing
+from .networks import one_answer
 
 if TYPE_CHECKING:
     from ..spec import Component
@@ -50,7 +51,7 @@ def text_encoder(place: str, length: int) -> Network:
         name=f"text_encoder{place}",
         folder=f"text_encoder{place}",
         role=Role.TEXT,
-        listed=r"transformers T5EncoderModel",
+        listed=r"transformers T5EncoderModel|optimum\S* ORT\w+",
         fields=FIELDS,
         defaults=DEFAULTS,
         layers=lambda config: {"num_layers": config["num_layers"]},
@@ -61,6 +62,20 @@ def text_encoder(place: str, length: int) -> Network:
         inputs=lambda _spec, _extent: {"tokens": (1, length)},  # texts are encoded one by one
         build=_build,
         call=_encode,
+        graph=GraphNames(
+            needed=frozenset({"input_ids"}),
+            answers=one_answer("last_hidden_state"),
+            sides=(("input_ids", 2, 0, ""), ("last_hidden_state", 3, 2, "d_model")),
+            names={"tokens": "input_ids"},
+            takes=_taken,
+        ),
+        tracing=Tracing(
+            sides={"tokens": ("batch_size", "")},
+            outputs=lambda _: ("last_hidden_state",),
+            size={"batch_size": 2},
+            checked=({"batch_size": 1},),
+            tokens=frozenset({"tokens"}),
+        ),
         uses=lambda name: name.startswith(_USED),
         tokenizer=f"tokenizer{place}",
         reading=Reading(
@@ -144,6 +159,14 @@ def _feed_forward(own: Any) -> Callable[[Any], Any]:
         return own.wo(hidden)
 
     return forward
+
+
+def _taken(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens without the mark of those that pad, which a graph would count from the table's end."""
+    import numpy as np
+
+    tokens = arrays["tokens"]
+    return {"tokens": np.where(tokens >= 0, tokens, -1 - tokens)}
 
 
 def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:

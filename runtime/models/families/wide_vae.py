@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...errors import TightfitError
-from .family import NO_GRAPH, Family, Latents, Network
+from .family import Family, Latents, Network
 from .networks import DECODER, ENCODER
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ FLUX1_RGB = (
 
 
 def wide_vae(scale: float, shift: float) -> tuple[Network, Network]:
-    """The decoder and the encoder; no ONNX graph. Latents are (encoded - shift) * scale."""
+    """The decoder and the encoder. Latents are (encoded - shift) * scale."""
     config = {
         **DECODER.defaults,
         "latent_channels": 16,
@@ -55,8 +55,7 @@ def wide_vae(scale: float, shift: float) -> tuple[Network, Network]:
         "scaling_factor": scale,
         "shift_factor": shift,
     }
-    changed = {"defaults": config, "graph": NO_GRAPH, "tracing": None}
-    return replace(DECODER, **changed), replace(ENCODER, **changed)
+    return replace(DECODER, defaults=config), replace(ENCODER, defaults=config)
 
 
 class OfWideVae(Family):
