@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_truth, many, or_none, whole
 from ..cures import of_mixed
-from .family import NO_GRAPH, Extent, Network, Role, Shape
+from .family import Extent, GraphNames, Network, Role, Shape, Tracing
 from .flow import even, mu_of_tokens, shifted
-from .networks import TEXT_ENCODER
-from .parts import in_parts, parts
+from .networks import TEXT_ENCODER, one_answer
+from .parts import in_parts, is_traced, parts
 from .t5 import text_encoder
 from .wide_vae import FLUX1_RGB, OfWideVae, wide_vae
 
@@ -43,7 +43,14 @@ def _skip(component: Component, _count: int) -> Component:
     )
 
 
-_CLIP = replace(TEXT_ENCODER, call=_sum_up, graph=NO_GRAPH, tracing=None, skip=_skip)
+def _answers(outputs: Sequence[str]) -> list[str]:
+    if missing := [name for name in _SUMMED_UP if name not in outputs]:
+        raise ValueError(missing[0])
+    return [*_SUMMED_UP]
+
+
+_SUMMED_UP = "last_hidden_state", "pooler_output"
+_CLIP = replace(TEXT_ENCODER, call=_sum_up, graph=replace(TEXT_ENCODER.graph, answers=_answers), skip=_skip)
 
 # -------------------------------------------------------------------------------------------- the denoiser
 
@@ -110,7 +117,11 @@ class _Attention:
     def __call__(self, attn: Any, states: Any, text: Any, _mask: Any, places: Sequence[Any]) -> Any:
         """(batch, tokens, width) of each, text first among `places`. There is no mask."""
         from diffusers.models.attention_dispatch import dispatch_attention_fn
+        from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
+        if is_traced():
+            plain: Any = FluxAttnProcessor()
+            return plain(attn, states, text, image_rotary_emb=places)
         length = 0 if text is None else text.shape[1]
         qkv = states.new_empty(len(states), length + states.shape[1], 3, attn.heads, attn.head_dim)
         own = (attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k), (attn.to_v, None)
@@ -133,10 +144,17 @@ def _single(block: Any) -> Callable[..., Any]:
         import torch
 
         normed, gate = block.norm(states, emb=time)
-        answer, out = block.attn(normed, image_rotary_emb=places), torch.empty_like(states)
-        for some in parts(states, states.shape[-1] + 3 * block.mlp_hidden_dim):
-            fed = block.act_mlp(block.proj_mlp(normed[:, some]))
-            out[:, some] = block.proj_out(torch.cat([answer[:, some], fed], 2))
+        answer = block.attn(normed, image_rotary_emb=places)
+
+        def added_up(answer: Any, normed: Any) -> Any:
+            return block.proj_out(torch.cat([answer, block.act_mlp(block.proj_mlp(normed))], 2))
+
+        if is_traced():
+            out = added_up(answer, normed)
+        else:
+            out = torch.empty_like(states)
+            for some in parts(states, states.shape[-1] + 3 * block.mlp_hidden_dim):
+                out[:, some] = added_up(answer[:, some], normed[:, some])
         out = states + gate[:, None] * out
         return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
 
@@ -160,24 +178,74 @@ def _predict(
     module: Any, sample: Any, timestep: Any, hidden: Any, pooled: Any, guidance: Any = None
 ) -> tuple[Any, ...]:
     """Of latents (batch, channels, height, width), as diffusers' transformer does of their patches."""
-    import torch
-
     batch, channels, height, width = sample.shape
     rows, columns, length = height // _PATCH, width // _PATCH, hidden.shape[1]
     patches = sample.view(batch, channels, rows, _PATCH, columns, _PATCH).permute(0, 2, 4, 1, 3, 5)
-    picture = module.x_embedder(patches.reshape(batch, rows * columns, -1))
+    patches = patches.reshape(batch, rows * columns, -1)
     told = (timestep.expand(batch), *([] if guidance is None else [guidance.float() * 1000]))
     time = module.time_text_embed(*told, pooled)
-    text, places = module.context_embedder(hidden), _places(module, rows, columns, length, sample.device)
+    places = _places(module, rows, columns, length, sample.device)
+    predicted = _through(module, module.x_embedder(patches), module.context_embedder(hidden), time, places)
+    predicted = predicted.view(batch, rows, columns, channels, _PATCH, _PATCH).permute(0, 3, 1, 4, 2, 5)
+    return (predicted.reshape(sample.shape),)
+
+
+def _through(module: Any, picture: Any, text: Any, time: Any, places: Any) -> Any:
+    """What is predicted of a picture's tokens, (batch, tokens, width)."""
+    import torch
+
+    length = text.shape[1]
     for block in module.transformer_blocks:
         text, picture = block(picture, text, time, places)
     tokens = torch.cat([text, picture], 1)
     del text, picture
     for block in module.single_transformer_blocks:
         tokens = block(tokens, time, places)
-    predicted = module.proj_out(module.norm_out(tokens[:, length:], time))
-    predicted = predicted.view(batch, rows, columns, channels, _PATCH, _PATCH).permute(0, 3, 1, 4, 2, 5)
-    return (predicted.reshape(sample.shape),)
+    return module.proj_out(module.norm_out(tokens[:, length:], time))
+
+
+def _predict_tokens(
+    module: Any,
+    outputs: Sequence[str],  # noqa: ARG001
+    sample: Any,
+    timestep: Any,
+    hidden: Any,
+    pooled: Any,
+    **given: Any,
+) -> tuple[Any, ...]:
+    """As a graph is called: of a picture's patches, with the places of all tokens. Times count up to 1."""
+    import torch
+
+    told = timestep, *([given["guidance"]] if "guidance" in given else [])
+    time = module.time_text_embed(*(1000 * number for number in told), pooled)
+    places = module.pos_embed(torch.cat([given["txt_ids"], given["img_ids"]]))
+    return (_through(module, module.x_embedder(sample), module.context_embedder(hidden), time, places),)
+
+
+def _taken(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A session's arrays, as a graph takes them."""
+    import numpy as np
+
+    sample = arrays["sample"]
+    batch, channels, height, width = sample.shape
+    rows, columns = height // _PATCH, width // _PATCH
+    patches = np.reshape(sample, (batch, channels, rows, _PATCH, columns, _PATCH)).transpose(0, 2, 4, 1, 3, 5)
+    places = np.zeros((rows, columns, _PLACES), np.float32)
+    places[..., 1], places[..., 2] = np.arange(rows)[:, None], np.arange(columns)
+    return {
+        **arrays,
+        "sample": patches.reshape(batch, rows * columns, -1),
+        "timestep": np.broadcast_to(arrays["timestep"] / np.float32(1000), batch),
+        "img_ids": places.reshape(-1, _PLACES),
+        "txt_ids": np.zeros((arrays["hidden"].shape[1], _PLACES), np.float32),
+    }
+
+
+def _given(answer: Any, arrays: Mapping[str, Any]) -> Any:
+    """Latents of the tokens that a graph answers."""
+    batch, channels, height, width = shape = arrays["sample"].shape
+    tokens = answer.reshape(batch, height // _PATCH, width // _PATCH, channels, _PATCH, _PATCH)
+    return tokens.transpose(0, 3, 1, 4, 2, 5).reshape(shape)
 
 
 def _places(module: Any, rows: int, columns: int, length: int, device: Any) -> Any:
@@ -191,11 +259,12 @@ def _places(module: Any, rows: int, columns: int, length: int, device: Any) -> A
     return module.pos_embed(ids)
 
 
+_NAMES = {"sample": "hidden_states", "hidden": "encoder_hidden_states", "pooled": "pooled_projections"}
 _TRANSFORMER = Network(
     name="transformer",
     folder="transformer",
     role=Role.DENOISER,
-    listed=r"diffusers FluxTransformer2DModel",
+    listed=r"diffusers FluxTransformer2DModel|optimum\S* ORT\w+",
     fields=_FIELDS,
     defaults=_DEFAULTS,
     layers=lambda config: {name: config[name] for name in ("num_layers", "num_single_layers")},
@@ -207,6 +276,34 @@ _TRANSFORMER = Network(
     inputs=_inputs,
     build=_build_denoiser,
     call=_predict,
+    graph=GraphNames(
+        needed=frozenset({*_NAMES.values(), "timestep", "img_ids", "txt_ids"}),
+        answers=one_answer("out_hidden_states"),
+        optional=frozenset({"guidance"}),
+        sides=(
+            ("hidden_states", 3, 2, "in_channels"),
+            ("encoder_hidden_states", 3, 2, "joint_attention_dim"),
+            ("pooled_projections", 2, 1, "pooled_projection_dim"),
+        ),
+        names=_NAMES,
+        takes=_taken,
+        gives=_given,
+    ),
+    tracing=Tracing(
+        sides={
+            "sample": ("batch_size", "packed_height_width", ""),
+            "hidden": ("batch_size", "", ""),
+            "pooled": ("batch_size", ""),
+            **dict.fromkeys(("timestep", "guidance"), ("batch_size",)),
+            "img_ids": ("packed_height_width", ""),
+            "txt_ids": ("", ""),
+        },
+        outputs=lambda _: ("out_hidden_states",),
+        size={"batch_size": 2, "packed_height_width": 96},
+        checked=({"batch_size": 1, "packed_height_width": 77},),
+        exact=frozenset({"timestep", "guidance", "img_ids", "txt_ids"}),
+        call=_predict_tokens,
+    ),
 )
 
 # ------------------------------------------------------------------------------------------------- the VAE
