@@ -112,7 +112,7 @@ def subject(spec: ModelSpec, component: Component) -> Subject:
     """The component, built without memory. Raises TightfitError for one that no graph can be made of."""
     network, tracing = component.network, check(spec, component)
     with torch.device("meta"):
-        module = (tracing.build or network.build)(component)
+        module = (tracing.build or network.build)(component).eval()  # T5 has dropout
     for part in module.modules():  # buffers made on meta have no values, so that nothing may read them
         part._buffers.update(dict.fromkeys(part._buffers))
     shapes, zeros = (
