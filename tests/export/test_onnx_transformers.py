@@ -16,6 +16,7 @@ from tightfit.runtime.backends.onnx.call import input_shapes
 from tightfit.runtime.backends.torch.networks import current_name
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models.families.family import Extent
+from tightfit.runtime.models.families.flux2_klein import Flux2Klein
 from tightfit.runtime.models.layouts.optimum import read_network
 from tightfit.runtime.placement import Placement
 
@@ -131,6 +132,27 @@ def test_what_a_call_takes_is_known(flux, exported):
     assert shapes["img_ids"] == (24, 3)
 
 
+def test_reference_pictures_are_more_tokens():
+    """Of klein, whose graph takes any number of them, as diffusers' pipeline lays them out."""
+    from diffusers import Flux2KleinPipeline as Theirs
+
+    (graph,) = (one.graph for one in Flux2Klein.networks if one.name == "transformer")
+    sample, first, second = noise(2, 8, 4, 6), noise(1, 8, 2, 5), noise(1, 8, 3, 3)
+    taken = graph.named(
+        {"sample": sample, "timestep": np.float32(500), "hidden": noise(2, 7, 16)}
+        | {"reference_0": first, "reference_1": second}
+    )
+    pictures = [torch.from_numpy(array) for array in (sample, first, second)]
+    ids = torch.cat([Theirs._prepare_latent_ids(pictures[0])[:1], Theirs._prepare_image_ids(pictures[1:])], 1)
+    tokens = torch.cat([Theirs._pack_latents(one).expand(2, -1, -1) for one in pictures], 1)
+    np.testing.assert_array_equal(taken["hidden_states"], tokens.numpy())
+    np.testing.assert_array_equal(taken["img_ids"], ids[0].numpy())
+    text = Theirs._prepare_text_ids(torch.zeros(1, 7, 16))[0]
+    np.testing.assert_array_equal(taken["txt_ids"], text.numpy())
+    assert taken["timestep"].tolist() == [0.5, 0.5]
+    np.testing.assert_array_equal(graph.gives(taken["hidden_states"], {"sample": sample}), sample)
+
+
 def test_the_table_of_places_is_cut_in_the_graph(tiny_model):
     """Of SD 3.5, as diffusers cuts it."""
     from diffusers import SD3Transformer2DModel
@@ -152,6 +174,17 @@ def test_tokens_that_pad_are_marked_for_torch_alone(tiny_model):
     assert {name: array.tolist() for name, array in t5.named({"tokens": tokens}).items()} == {
         "input_ids": [[5, 1, 0, 0]]
     }
+    (qwen,) = (one.graph for one in Flux2Klein.networks if one.name == "text_encoder")
+    assert {name: array.tolist() for name, array in qwen.named({"tokens": tokens}).items()} == {
+        "input_ids": [[5, 1, 0, 0]],
+        "attention_mask": [[1, 1, 0, 0]],
+    }
+
+
+def test_what_is_traced_drops_nothing(tiny_model):
+    """T5 is built to be trained, where a tenth of its states are dropped: a check would be chance."""
+    spec = tightfit.inspect(str(tiny_model("sd3")))
+    assert not onnx_networks.subject(spec, spec.text_encoders[2]).module.training
 
 
 def test_attention_whose_heads_are_turned_last_stays_as_it_is():
@@ -172,7 +205,7 @@ def test_z_image_is_refused_by_name(tiny_model, tmp_path):
 
 
 @pytest.mark.slow  # minutes each: all networks are traced
-@pytest.mark.parametrize("family", ["sd3", "flux1-dev"])
+@pytest.mark.parametrize("family", ["sd3", "flux1-dev", "flux2-klein"])
 def test_pictures_are_torchs(tiny_model, tmp_path, family):
     tightfit.export_model(tiny_model(family), tmp_path / "onnx", "fp32", to="onnx")
     wish = {"seed": 3, "num_inference_steps": 3, "width": 96, "height": 64}

@@ -20,11 +20,11 @@ from ..checks import (
     whole,
 )
 from ..cures import of_mixed
-from .family import NO_GRAPH, REFERENCE, Extent, Family, Latents, Network, Role, Shape
+from .family import REFERENCE, Extent, Family, GraphNames, Latents, Network, Role, Shape, Tracing
 from .flow import even, shifted
-from .networks import DECODER, ENCODER
-from .parts import in_parts, parts
-from .qwen3 import WITHOUT_THINKING, built, encoded_by, text_encoder
+from .networks import DECODER, ENCODER, one_answer
+from .parts import in_parts, is_traced, parts
+from .qwen3 import WITHOUT_THINKING, as_graph, built, encoded_by, text_encoder
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,6 +51,7 @@ def _encode(module: Any, tokens: Any) -> tuple[Any, ...]:
 _TEXT_ENCODER = text_encoder(
     _READ, _build_text_encoder, _encode, WITHOUT_THINKING, length=_TEXT_TOKENS, most=_TEXT_TOKENS
 )
+_TEXT_ENCODER = replace(_TEXT_ENCODER, **as_graph(_READ))
 
 # -------------------------------------------------------------------------------------------- the denoiser
 
@@ -126,7 +127,11 @@ class _InParts:
         """(batch, tokens, width). There is no mask."""
         from diffusers.models.attention_dispatch import dispatch_attention_fn
         from diffusers.models.embeddings import apply_rotary_emb
+        from diffusers.models.transformers.transformer_flux2 import Flux2ParallelSelfAttnProcessor
 
+        if is_traced():
+            plain = Flux2ParallelSelfAttnProcessor()
+            return plain(attn, hidden_states, attention_mask, image_rotary_emb)
         batch, length, _ = hidden_states.shape
         heads, width = attn.heads, attn.inner_dim
         qkv = hidden_states.new_empty(batch, length, 3, heads, attn.head_dim)
@@ -185,11 +190,71 @@ def _places(picture: Any, number: int) -> Any:
     return places
 
 
+def _predict_tokens(
+    module: Any,
+    outputs: Sequence[str],  # noqa: ARG001
+    sample: Any,
+    timestep: Any,
+    hidden: Any,
+    img_ids: Any,
+    txt_ids: Any,
+) -> tuple[Any, ...]:
+    """As a graph is called: of all pictures' tokens, with the places of all tokens. Times count up to 1."""
+    return module(
+        sample,
+        encoder_hidden_states=hidden,
+        timestep=timestep,
+        img_ids=img_ids,
+        txt_ids=txt_ids,
+        return_dict=False,
+    )
+
+
+def _taken(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """A session's arrays, as a graph takes them."""
+    import numpy as np
+
+    references = [array for name, array in arrays.items() if name.startswith(REFERENCE)]
+    pictures, batch, length = (
+        [arrays["sample"], *references],
+        len(arrays["sample"]),
+        arrays["hidden"].shape[1],
+    )
+    tokens, every = [], []
+    for number, picture in enumerate(pictures):
+        _, channels, height, width = picture.shape
+        rows = np.reshape(picture, (-1, channels, height * width)).transpose(0, 2, 1)
+        tokens.append(np.broadcast_to(rows, (batch, height * width, channels)))
+        places = np.zeros((height, width, 4), np.float32)
+        places[..., 0], places[..., 1], places[..., 2] = (
+            _BETWEEN * number,
+            np.arange(height)[:, None],
+            np.arange(width),
+        )
+        every.append(places.reshape(-1, 4))
+    text = np.zeros((length, 4), np.float32)
+    text[:, 3] = np.arange(length)
+    return {
+        "sample": np.concatenate(tokens, 1),
+        "timestep": np.broadcast_to(arrays["timestep"] / np.float32(1000), batch),
+        "hidden": arrays["hidden"],
+        "img_ids": np.concatenate(every),
+        "txt_ids": text,
+    }
+
+
+def _given(answer: Any, arrays: Mapping[str, Any]) -> Any:
+    """Latents of the picture's tokens among those that a graph answers."""
+    *_, height, width = shape = arrays["sample"].shape
+    return answer[:, : height * width].transpose(0, 2, 1).reshape(shape)
+
+
+_NAMES = {"sample": "hidden_states", "hidden": "encoder_hidden_states"}
 _TRANSFORMER = Network(
     name="transformer",
     folder="transformer",
     role=Role.DENOISER,
-    listed=r"diffusers Flux2Transformer2DModel",
+    listed=r"diffusers Flux2Transformer2DModel|optimum\S* ORT\w+",
     fields=_FIELDS,
     defaults=_DEFAULTS,
     layers=_layers,
@@ -197,6 +262,31 @@ _TRANSFORMER = Network(
     inputs=_inputs,
     build=_build_denoiser,
     call=_predict,
+    graph=GraphNames(
+        needed=frozenset({*_NAMES.values(), "timestep", "img_ids", "txt_ids"}),
+        answers=one_answer("out_hidden_states"),
+        sides=(
+            ("hidden_states", 3, 2, "in_channels"),
+            ("encoder_hidden_states", 3, 2, "joint_attention_dim"),
+        ),
+        names=_NAMES,
+        takes=_taken,
+        gives=_given,
+    ),
+    tracing=Tracing(
+        sides={
+            "sample": ("batch_size", "packed_height_width", ""),
+            "timestep": ("batch_size",),
+            "hidden": ("batch_size", "", ""),
+            "img_ids": ("packed_height_width", ""),
+            "txt_ids": ("", ""),
+        },
+        outputs=lambda _: ("out_hidden_states",),
+        size={"batch_size": 2, "packed_height_width": 96},
+        checked=({"batch_size": 1, "packed_height_width": 77},),
+        exact=frozenset({"timestep", "img_ids", "txt_ids"}),
+        call=_predict_tokens,
+    ),
 )
 
 # ------------------------------------------------------------------------------------------------- the VAE
@@ -217,9 +307,7 @@ _OF_VAE = {
         "batch_norm_eps": 1e-4,
         "patch_size": (2, 2),
     },
-    "listed": r"diffusers AutoencoderKLFlux2",
-    "graph": NO_GRAPH,
-    "tracing": None,
+    "listed": r"diffusers AutoencoderKLFlux2|optimum\S* ORT\w+",
 }
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import TightfitError
 from ..checks import MOST_LAYERS, MOST_WIDTH, Check, is_count, is_positive, is_text, is_truth, or_none, whole
-from .family import Extent, Network, Reading, Role, Shape
+from .family import Extent, GraphNames, Network, Reading, Role, Shape, Tracing
+from .networks import one_answer
 
 if TYPE_CHECKING:
     from ..spec import Component, ModelSpec
@@ -76,7 +77,7 @@ def text_encoder(
         name="text_encoder",
         folder="text_encoder",
         role=Role.TEXT,
-        listed=r"transformers Qwen3ForCausalLM",
+        listed=r"transformers Qwen3ForCausalLM|optimum\S* ORT\w+",
         fields=FIELDS,
         defaults=DEFAULTS,
         layers=lambda config: {"num_hidden_layers": config["num_hidden_layers"]},
@@ -142,9 +143,48 @@ def encoded_by(module: Any, tokens: Any, read: Sequence[int]) -> tuple[Any, ...]
     read all the same."""
     import torch
 
-    model, length = module["model"], tokens.shape[1]
     known = tokens >= 0
-    states = model.embed_tokens(torch.where(known, tokens, ~tokens))
+    return _states(module, torch.where(known, tokens, ~tokens), known, read)
+
+
+def as_graph(read: Sequence[int]) -> dict[str, Any]:
+    """What makes a text encoder one that is exported to ONNX: transformers' names for its inputs."""
+
+    def call(module: Any, outputs: Sequence[str], tokens: Any, attention_mask: Any) -> tuple[Any, ...]:  # noqa: ARG001
+        return _states(module, tokens, attention_mask > 0, read)
+
+    graph = GraphNames(
+        needed=frozenset({"input_ids", "attention_mask"}),
+        answers=one_answer("last_hidden_state"),
+        sides=(("input_ids", 2, 0, ""), ("attention_mask", 2, 0, "")),
+        names={"tokens": "input_ids"},
+        takes=_taken,
+    )
+    tracing = Tracing(
+        sides=dict.fromkeys(("tokens", "attention_mask"), ("batch_size", "")),
+        outputs=lambda _: ("last_hidden_state",),
+        size={"batch_size": 2},
+        checked=({"batch_size": 1},),
+        tokens=frozenset({"tokens", "attention_mask"}),
+        call=call,
+    )
+    return {"graph": graph, "tracing": tracing}
+
+
+def _taken(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens, and which of them do not pad."""
+    import numpy as np
+
+    tokens = arrays["tokens"]
+    known = tokens >= 0
+    return {"tokens": np.where(known, tokens, -1 - tokens), "attention_mask": known.astype(np.int64)}
+
+
+def _states(module: Any, tokens: Any, known: Any, read: Sequence[int]) -> tuple[Any, ...]:
+    import torch
+
+    model, length = module["model"], tokens.shape[1]
+    states = model.embed_tokens(tokens)
     sees = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril() & known[:, None, None]
     mask = torch.zeros(sees.shape, dtype=states.dtype, device=tokens.device)
     mask.masked_fill_(~sees, torch.finfo(states.dtype).min)
