@@ -372,7 +372,13 @@ def unpack(latents: Any, patch: Sequence[int]) -> Any:
     return parts.permute(0, 1, 4, 2, 5, 3).reshape(batch, -1, height * tall, width * wide)
 
 
-_DECODER = replace(DECODER, **_OF_VAE, build=_build_decoder, prefixes=("decoder.", "post_quant_conv.", "bn."))
+_DECODER = replace(
+    DECODER,
+    **_OF_VAE,
+    build=_build_decoder,
+    prefixes=("decoder.", "post_quant_conv.", "bn."),
+    graph=replace(DECODER.graph, sides=()),  # of patches, which are wider than its config says of latents
+)
 _ENCODER = replace(ENCODER, **_OF_VAE, build=_build_encoder, prefixes=("encoder.", "quant_conv.", "bn."))
 
 # ---------------------------------------------------------------------------------------------- the family
