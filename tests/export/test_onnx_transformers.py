@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_it_answers_what_diffusers_answers(flux, session, batch, height, width):
     (got,) = session(**arrays)
     latents = torch.from_numpy(arrays["sample"])
     _, channels, down, across = latents.shape
-    model = FluxTransformer2DModel.from_pretrained(flux.denoiser.folder)
+    model: Any = FluxTransformer2DModel.from_pretrained(flux.denoiser.folder)
     with torch.inference_mode():
         expected = model(
             FluxPipeline._pack_latents(latents, batch, channels, down, across),
@@ -95,7 +96,7 @@ def test_it_answers_what_diffusers_answers(flux, session, batch, height, width):
             img_ids=FluxPipeline._prepare_latent_image_ids(
                 batch, down // 2, across // 2, "cpu", torch.float32
             ),
-            txt_ids=torch.zeros(arrays["hidden"].shape[1], 3),
+            txt_ids=torch.zeros(shapes["hidden"][1], 3),
             return_dict=False,
         )[0]
     expected = FluxPipeline._unpack_latents(expected, height, width, flux.downsampling)
@@ -161,7 +162,7 @@ def test_the_table_of_places_is_cut_in_the_graph(tiny_model):
     spec = tightfit.inspect(str(tiny_model("sd3")))
     with torch.device("meta"):
         module = sd3._build_traced(spec.denoiser)
-    theirs = SD3Transformer2DModel.from_pretrained(spec.denoiser.folder).pos_embed
+    theirs: Any = SD3Transformer2DModel.from_pretrained(spec.denoiser.folder).pos_embed
     module.pos_embed.pos_embed = torch.nn.Parameter(theirs.pos_embed, requires_grad=False)
     for rows, columns in ((5, 8), (24, 3)):
         cut = sd3._cropped(module, rows, columns)

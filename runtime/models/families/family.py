@@ -189,12 +189,12 @@ class Tracing:
 class Network:
     """One network of a family, for every engine and for the exporter alike.
 
-    name: of the component and of its placement in a plan; a graph lies in the folder called so. folder:
-    of its config and weights in a diffusers folder. listed: what model_index.json may say that it is made
-    by, a library and a class, as a regular expression. fields and defaults: what a field of its config
-    may be, and is where it is missing. layers: how many layers a config asks for, by the field that says
-    so. prefixes: of the names of stored tensors, those that are used. uses: whether a stored tensor is, where
-    not all are. decided_by: which field of the config decides whether there is a tensor, by a
+    name: of the component and of its placement in a plan; a graph lies in the folder called so, or in
+    graph_folder. folder: of its config and weights in a diffusers folder. listed: what model_index.json may
+    say that it is made by, a library and a class, as a regular expression. fields and defaults: what a field
+    of its config may be, and is where it is missing. layers: how many layers a config asks for, by the field
+    that says so. prefixes: of the names of stored tensors, those that are used. uses: whether a stored tensor
+    is, where not all are. decided_by: which field of the config decides whether there is a tensor, by a
     pattern of its name. inputs: shapes of one call, by a session's names. build: its torch module; called
     where tensors are made on meta, and the only place that imports a class of a library. call: calls that
     module with a session's arrays. tokenizer: the folder of a text
@@ -221,6 +221,7 @@ class Network:
     build: Callable[[Component], Any]
     call: Callable[..., tuple[Any, ...]]
     graph: GraphNames = NO_GRAPH
+    graph_folder: str = ""
     prefixes: tuple[str, ...] = ("",)
     uses: Callable[[str], bool] = lambda _: True
     tokenizer: str = ""

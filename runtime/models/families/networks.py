@@ -522,6 +522,7 @@ DECODER = Network(
 ENCODER = replace(
     DECODER,
     name="vae_encoder",
+    graph_folder="vae_encoder",  # whatever it is called
     role=Role.ENCODER,
     decided_by=_ENCODER_DECIDED_BY,
     inputs=_encoder_inputs,

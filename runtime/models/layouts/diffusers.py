@@ -143,7 +143,8 @@ class DiffusersFolder:
 
     def component(self, network: Network) -> Component:
         """Tensors as diffusers keeps them, a graph as Optimum does, or both."""
-        folder, file = self.folder / network.folder, self.folder / network.name / "model.onnx"
+        folder = self.folder / network.folder
+        file = self.folder / (network.graph_folder or network.name) / "model.onnx"
         if not folder.exists() and _is_spared(network):
             raise TightfitError(
                 f"{folder} is missing: copy or download it again, or to paint without, let model_index.json "
