@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from .. import Pipeline, Request, Wishes, inspect, plan
+from .. import Pipeline, Request, Wishes, plan
 from ..runtime.backends.torch.calibration import calibrate
 from ..runtime.costs.known import KNOWN
 from ..runtime.events import Result
@@ -31,7 +31,8 @@ from ..runtime.models.spec import ModelSpec
 from ..runtime.placement import STAGES
 from ..runtime.planner.estimate import ESTIMATOR, Estimate
 from ..runtime.planner.plan import Plan
-from .record import named, record
+from .plans import sized
+from .record import record
 
 Row = dict[str, Any]
 CLOSE = 0.25  # of the truth: what is promised of a machine that was calibrated
@@ -39,7 +40,7 @@ CLOSE = 0.25  # of the truth: what is promised of a machine that was calibrated
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("models", nargs="+", metavar="MODEL:SIZE")
+    parse.add_argument("models", nargs="+", type=sized, metavar="MODEL:SIZE")
     parse.add_argument("--steps", type=int, default=1)
     parse.add_argument("--plans", type=int, default=10_000, help="of each model, at most")
     parse.add_argument("--precision", default="auto")
@@ -50,19 +51,18 @@ def main() -> None:
     args = parse.parse_args()
     KNOWN.keep()
     hardware = Hardware.detect(args.device)
-    results = [of_model(text, args, hardware) for text in args.models]
+    results = [of_model(spec, side, args, hardware) for spec, side in args.models]
     record(
         "seconds",
         {"calibrated": args.calibrate or hardware.calibrated, "steps": args.steps, "models": results},
     )
 
 
-def of_model(text: str, args: argparse.Namespace, hardware: Hardware) -> Row:
+def of_model(spec: ModelSpec, side: int, args: argparse.Namespace, hardware: Hardware) -> Row:
     """Rows of one model at one size, and what they come to."""
-    name, _, side = text.rpartition(":")
     before = calibrate(hardware) if args.calibrate else None
     hardware = with_rates(hardware, before) if before else hardware
-    spec, request = inspect(name), Request("a red heart", None, int(side), int(side), args.steps, seed=0)
+    request = Request("a red heart", None, side, side, args.steps, seed=0)
     plans = [one for one in plan(hardware, spec, request, Wishes(precision=args.precision)) if one.fits]
     drawn = random.Random(args.draw).sample(plans, min(args.plans, len(plans)))
     paint(spec, hardware, plans[0], request)
@@ -73,7 +73,7 @@ def of_model(text: str, args: argparse.Namespace, hardware: Hardware) -> Row:
         estimate = ESTIMATOR.estimate(with_rates(hardware, after), request.resolve(spec), Wishes())
         for row, one in zip(rows, drawn, strict=False):
             row["afterwards"] = round(predicted_seconds(estimate, one), 3)
-    summary = {"model": named(text), "plans": len(plans), **summed(rows)}
+    summary = {"model": f"{spec.name}:{side}", "plans": len(plans), **summed(rows)}
     print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n", flush=True)
     return summary | {"rows": rows}
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,10 +29,11 @@ import psutil
 
 from .. import inspect
 from ..runtime.backends import backend
+from ..runtime.errors import TightfitError
 from ..runtime.machine.hardware import Hardware
 from ..runtime.machine.providers import CPU_PROVIDER
 from ..runtime.models.spec import ModelSpec
-from ..runtime.placement import COMPUTES, GRAPHS, Placement
+from ..runtime.placement import COMPUTES, GRAPHS, PRECISIONS, Placement
 from ..runtime.units import shown
 from .peers.programs import quiet_openvino
 from .record import named, record
@@ -41,7 +41,9 @@ from .record import named, record
 Arrays = dict[str, Any]
 Call = Callable[[], np.ndarray]
 Row = dict[str, Any]
-PROGRAMS = ("torch", *GRAPHS, "diffusers", "converted")
+PEERS = ("diffusers", "converted")
+PROGRAMS = ("torch", *GRAPHS, *PEERS)
+KINDS = (*PRECISIONS, "packed")
 # Share of the cores that other processes have in a round that counts.
 _QUIET = 0.05
 # Without AMX: oneDNN's own variable, which OpenVINO obeys, and torch's products do.
@@ -50,7 +52,7 @@ ISA = "ONEDNN_MAX_CPU_ISA"
 
 def main() -> None:
     parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parse.add_argument("contenders", nargs="+", metavar="MODEL[:PRECISION[:PROGRAM]]")
+    parse.add_argument("contenders", nargs="+", type=contender, metavar="MODEL[:PRECISION[:PROGRAM]]")
     parse.add_argument("--size", type=int, default=512)
     parse.add_argument("--rounds", type=int, default=6)
     parse.add_argument("--device", default="auto")
@@ -59,11 +61,13 @@ def main() -> None:
         "--seconds", type=float, default=float("inf"), help="begin no further round after as many"
     )
     args = parse.parse_args()
+    if args.size < 64 or args.size % 64:
+        parse.error(f"--size is a multiple of 64, not {args.size}")
     began, hardware = time.perf_counter(), Hardware.detect(args.device)
     calls: dict[str, Call] = {}
     rows: dict[str, Row] = {}
-    for text in args.contenders:
-        title, calls[title], rows[title] = loaded(text, hardware, args)
+    for who in args.contenders:
+        title, calls[title], rows[title] = loaded(who, hardware, args)
     answers = {title: np.asarray(call(), np.float32) for title, call in calls.items()}
     seconds: dict[str, list[float]] = {title: [] for title in calls}
     others: dict[str, list[float]] = {title: [] for title in calls}
@@ -90,21 +94,40 @@ def main() -> None:
     record("steps", setup | {"rounds": len(seconds[first]) - 1, "rows": rows})
 
 
-def loaded(contender: str, hardware: Hardware, args: Any) -> tuple[str, Call, Row]:
+def contender(text: str) -> tuple[str, str, str]:
+    """Model, precision and program; argparse reports what is wrong with any other text."""
+    model, precision, program, *_ = [*text.split(":"), "", ""]
+    kinds = ("fp32", "bf16") if program in PEERS else ("", *KINDS)
+    for what, word, known in (("program", program, ("", *PROGRAMS)), ("precision", precision, kinds)):
+        if word not in known:
+            raise argparse.ArgumentTypeError(
+                f"unknown {what} {word!r}: choose {', '.join(filter(None, known))}"
+            )
+    if program != "converted":
+        try:
+            inspect(model)
+        except TightfitError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    elif not Path(model, "unet.xml").is_file():
+        raise argparse.ArgumentTypeError(
+            f"{model} has no unet.xml: python -m tightfit.benchmarks.peers writes it"
+        )
+    return model, precision, program
+
+
+def loaded(who: tuple[str, str, str], hardware: Hardware, args: Any) -> tuple[str, Call, Row]:
     """A contender's name in tables, its call, and what is known of it."""
-    model, precision, program = [*contender.split(":"), "", ""][:3]
-    if program not in ("", *PROGRAMS):
-        sys.exit(f"steps: unknown program '{program}': choose {', '.join(PROGRAMS)}")
+    model, precision, program = who
     if program == "converted":
         call, row = converted(model, precision, args.size), {}
     elif program == "diffusers":
         call, row = by_diffusers(inspect(model), precision, args.size), {}
     else:
         precision, call, row = ours(inspect(model), precision, program or "torch", hardware, args)
-    who = {"converted": "OpenVINO", "diffusers": "diffusers"}.get(program, "tightfit")
+    whose = {"converted": "OpenVINO", "diffusers": "diffusers"}.get(program, "tightfit")
     by = {"onnx": ", ONNX", "openvino": ", OpenVINO"}.get(program, "")
     precision = "fp32, packed" if precision == "packed" else precision
-    return f"{who} {precision}{by}", call, {"model": named(model), **row}
+    return f"{whose} {precision}{by}", call, {"model": named(model), **row}
 
 
 def ours(

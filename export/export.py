@@ -209,8 +209,8 @@ def _adapted(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
     kinds_of_adapters.check(adapters)
     if beside := [adapter for adapter in adapters if adapter.option not in kept]:
         raise TightfitError(
-            f"{beside[0].name} is not of the weights that are exported: "
-            f"leave it out, and give it to the export by --{beside[0].option} when it paints"
+            f"{beside[0].option} {beside[0].name} is not of the weights that are exported: "
+            "leave it out, and give it when the export paints"
         )
     if adapters and spec.precision:
         raise TightfitError(

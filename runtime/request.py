@@ -117,10 +117,10 @@ class Request:
         2.8, "How much; 2.8.", "X", bounds=(0, 100), options=("--skip-layer-scale",)
     )
     skip_layer_guidance_start: float = _tuning(
-        0.01, "From there: 0 to 1.", "X", bounds=(0, 1), options=("--skip-layer-start",)
+        0.01, "From there: 0 to 1.", "X", bounds=(0, 1), options=("--skip-layer-start",), costs=True
     )
     skip_layer_guidance_stop: float = _tuning(
-        0.2, "Until there: 0 to 1.", "X", bounds=(0, 1), options=("--skip-layer-end",)
+        0.2, "Until there: 0 to 1.", "X", bounds=(0, 1), options=("--skip-layer-end",), costs=True
     )
     step_cache: int | None = _tuning(
         None, "1 step of N in full; 1 to 10.", "N", bounds=(1, MOST_CACHED), costs=True

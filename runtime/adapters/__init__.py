@@ -61,7 +61,7 @@ ADAPTERS = (
     Kind(
         text_encoder.TextEncoder.option,
         text_encoder.written,
-        "In place of the model's; repeatable.",
+        "In place of the model's, or none.",
         library.Kind.TEXT_ENCODER,
         word=text_encoder.NONE,
         is_network=True,

@@ -64,7 +64,8 @@ class Options:
 
 _ORDER = f"""
 model models_dirs prompt negative_prompt {ADAPTERS_IN_ORDER} {ASKING_IN_ORDER}
-width height num_inference_steps step_cache guidance_scale skip_guidance_layers {SECOND_PASS} hardware
+width height num_inference_steps step_cache guidance_scale skip_guidance_layers
+skip_layer_guidance_start skip_layer_guidance_stop {SECOND_PASS} hardware
 device budget precision compute backend provider residency attention tiling prefer min_psnr compile
 cuda_graphs
 no_text_cache every save as_json

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
 import json
-from typing import Any
 
 import pytest
 from tightfit.benchmarks import readme, steps
@@ -23,10 +23,16 @@ def test_rounds_that_others_disturbed_are_left_out():
     assert steps.beside(row, first) == [1.0, 9.0, 9.0, 1.1, 1.2]  # too few are left
 
 
-def test_an_unknown_program_is_refused():
-    nothing: Any = None
-    with pytest.raises(SystemExit, match="unknown program 'openvin': choose torch"):
-        steps.loaded("sd15:bf16:openvin", nothing, nothing)
+def test_what_is_no_contender_is_refused():
+    for text, said in {
+        "emoji:bf16:openvin": "unknown program 'openvin': choose torch, onnx, openvino",
+        "emoji:bf99": "unknown precision 'bf99': choose fp32, bf16",
+        "emoji::diffusers": "unknown precision '': choose fp32, bf16$",
+        "nosuch:fp32": "nosuch",
+        "emoji:fp32:converted": "emoji has no unet.xml",
+    }.items():
+        with pytest.raises(argparse.ArgumentTypeError, match=said):
+            steps.contender(text)
 
 
 def test_lost_turns_stay_in_the_table(tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ def _starts(root: Path) -> Iterator[tuple[Path, Kind | None]]:
     if not root.is_dir():
         raise TightfitError(
             f"models are to be in {root}, which is no folder: "
-            f"--models-dir, {ENVIRONMENT} and {CONFIG} take folders"
+            f"--models-dir, {ENVIRONMENT}, {LORAS} and {CONFIG} take folders"
         )
     models = root if root.name.lower() == "models" else root / "models"
     if _is_model(root) or not _has_shelves(models):
