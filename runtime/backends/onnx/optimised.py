@@ -263,15 +263,16 @@ def _of(graph: _Graph, node: Any, kind: str) -> Any:
 
 
 def _silu(graph: _Graph, node: Any) -> _Fused | None:
-    """x sigmoid(a x)."""
+    """x sigmoid(a x), of a constant a."""
     for states, other in _both_ways(node, "Mul"):
         if (sigmoid := graph.made(other, "Sigmoid")) is None:
             continue
         if sigmoid.input[0] == states:
             return _fused("QuickGelu", (states,), node, sigmoid)
         scaled = graph.made(sigmoid.input[0], "Mul")
-        if scaled and states in scaled.input:
-            return _fused("QuickGelu", (states,), node, sigmoid, scaled)
+        for again, factor in _both_ways(scaled, "Mul"):
+            if again == states and factor in graph.constant:
+                return _fused("QuickGelu", (states,), node, sigmoid, scaled)
     return None
 
 

@@ -96,6 +96,22 @@ def test_operators_and_their_order_are_onnx_runtimes(tmp_path, sides):
     assert [each.output[0] for each in ours][-1] == "y"
 
 
+def kinds_that_run(nodes, inputs, constants):
+    return [
+        each.op_type for each in executed(dryrun.Shapes(model_of(nodes, inputs, ["y"], constants), inputs))
+    ]
+
+
+def test_a_gate_is_no_factor():
+    """x sigmoid(g x) of a g that is computed is not fused: g lives until then."""
+    nodes = [
+        node("Mul", ["g", "x"], ["a"]), node("Sigmoid", ["a"], ["s"]), node("Mul", ["x", "s"], ["y"]),
+    ]  # fmt: skip
+    sides = (2, 8)
+    assert kinds_that_run(nodes, {"x": sides, "g": sides}, {}) == ["Mul", "Sigmoid", "Mul"]
+    assert kinds_that_run(nodes, {"x": sides}, {"g": one(1.702)}) == ["QuickGelu"]
+
+
 def a_residual():
     """Convolution, norm, SiLU, convolution, and the first's answer added."""
     return [
