@@ -183,10 +183,12 @@ class _Blocked:
             names, out = list(node.input), node.output[0]
             if self._is_blocked(node):
                 if self.shapes.shapes[names[1]][1] >= self._CHANNELS:
-                    if names[0] not in blocks | copies:
+                    if names[0] not in blocks and names[0] not in copies:
                         copies[names[0]] = self._in_blocks(names[0])
                         steps.append(helper.make_node("ReorderInput", names[:1], [copies[names[0]]]))
-                    names[0] = (blocks | copies)[names[0]]
+                    names[0] = blocks.get(names[0]) or copies[names[0]]
+                else:
+                    steps += self._in_rows(names[:1], blocks)
             elif node.op_type == "Add" and blocks.keys() >= {*names}:
                 names = [blocks[name] for name in names]
             else:

@@ -112,6 +112,16 @@ def test_a_gate_is_no_factor():
     assert kinds_that_run(nodes, {"x": sides}, {"g": one(1.702)}) == ["QuickGelu"]
 
 
+def test_a_convolution_of_few_channels_reads_rows():
+    """Of a convolution's answer, too, which is in blocks: a copy comes before."""
+    nodes = [
+        node("Conv", ["x", "w"], ["few"], pads=[1] * 4), node("Conv", ["few", "w2"], ["y"], pads=[1] * 4),
+    ]  # fmt: skip
+    constants = {"w": weight(3, 32, 3, 3), "w2": weight(32, 3, 3, 3)}
+    kinds = kinds_that_run(nodes, {"x": (1, 32, 16, 16)}, constants)
+    assert kinds == ["ReorderInput", "BlockedConv", "ReorderOutput", "BlockedConv", "ReorderOutput"]
+
+
 def a_residual():
     """Convolution, norm, SiLU, convolution, and the first's answer added."""
     return [
