@@ -17,7 +17,7 @@ from tightfit.runtime import backends
 from tightfit.runtime.errors import OutOfMemoryError, TightfitError
 from tightfit.runtime.machine.hardware import Hardware
 from tightfit.runtime.models.families.family import Extent
-from tightfit.runtime.models.graph import Graph
+from tightfit.runtime.models.graph import Graph, read_graph
 from tightfit.runtime.placement import Placement
 from tightfit.runtime.planner import choose as planner
 from tightfit.runtime.planner.wishes import Wishes
@@ -136,6 +136,37 @@ def test_the_process_grows_as_predicted(tmp_path, compute):
     assert took > 200 * MIB
     assert predicted == pytest.approx(took, rel=0.1)
     assert left < 90 * MIB
+
+
+@needs_openvino
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_angles_are_exact(tmp_path, compute):
+    """Of timesteps that bf16 has no number for, beside numpy's in fp64."""
+    from tightfit.runtime.backends.openvino.compiled import Compiled
+
+    if compute not in Hardware.detect("cpu").precisions:
+        pytest.skip(f"this processor has no {compute}")
+    rates, weight = np.exp(-np.arange(32) / 4), np.random.default_rng(0).normal(size=(64, 64))
+    nodes = [
+        helper.make_node("Unsqueeze", ["t", "axis"], ["rows"]),
+        helper.make_node("Mul", ["rows", "rates"], ["angles"]),
+        *(helper.make_node(kind, ["angles"], [kind]) for kind in ("Sin", "Cos")),
+        helper.make_node("Concat", ["Sin", "Cos"], ["both"], axis=1),
+        helper.make_node("MatMul", ["both", "w"], ["y"]),
+    ]
+    arrays = {"rates": rates.astype(np.float32), "w": weight.astype(np.float32), "axis": np.array([1])}
+    ends = [helper.make_tensor_value_info(name, 1, sides) for name, sides in (("t", ["b"]), ("y", ["b", 64]))]
+    stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], stored)
+    opsets = [helper.make_opsetid("", 21)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "model.onnx")
+    times = np.array([731.5, 981], np.float32)
+    compiled = Compiled(read_graph(tmp_path / "model.onnx"), "CPU", compute, (("t", times.shape),))
+    angles = times[:, None] * rates
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], 1) @ weight
+    for _ in range(2):
+        (got,) = compiled({"t": times}, ["y"])
+        assert np.linalg.norm(got - expected) < 0.01 * np.linalg.norm(expected)
 
 
 @needs_openvino
