@@ -65,7 +65,9 @@ def _rewritten(model: Any) -> Any:
     changed = False
     for node in copy.graph.node:
         heads = dryrun.attribute(node, "q_num_heads")
-        plain = len(node.input) == 3 and heads and not dryrun.attribute(node, "is_causal", 0)
+        is_grouped = heads != dryrun.attribute(node, "kv_num_heads")
+        changes_scores = any(dryrun.attribute(node, name, 0) for name in ("is_causal", "softcap"))
+        plain = len(node.input) == 3 and heads and not is_grouped and not changes_scores
         if node.op_type == "Attention" and node.domain in ("", "ai.onnx") and plain:
             scale = dryrun.attribute(node, "scale")
             del node.attribute[:]

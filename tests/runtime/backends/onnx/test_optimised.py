@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from tightfit.runtime.backends.onnx import dryrun
+from tightfit.runtime.backends.onnx.call import _rewritten
 from tightfit.runtime.backends.onnx.footprint import call_footprint
 from tightfit.runtime.backends.onnx.optimised import executed
 from tightfit.runtime.models.graph import read_graph
@@ -120,6 +121,13 @@ def test_a_convolution_of_few_channels_reads_rows():
     constants = {"w": weight(3, 32, 3, 3), "w2": weight(32, 3, 3, 3)}
     kinds = kinds_that_run(nodes, {"x": (1, 32, 16, 16)}, constants)
     assert kinds == ["ReorderInput", "BlockedConv", "ReorderOutput", "BlockedConv", "ReorderOutput"]
+
+
+@pytest.mark.parametrize("others", [{"kv_num_heads": 2}, {"kv_num_heads": 8, "softcap": 30.0}])
+def test_attention_that_multi_head_attention_cannot_do_stays(others):
+    attention = node("Attention", ["x", "k", "v"], ["y"], q_num_heads=8, **others)
+    model = model_of([attention], dict.fromkeys("xkv", (1, 4, WIDTH)), ["y"], {})
+    assert _rewritten(model) is model
 
 
 def a_residual():
