@@ -48,7 +48,7 @@ class Kind:
     help: str
     shelf: library.Kind | None = None
     metavar: str = "FILE"
-    word: str = ""
+    word: str | None = None
     in_weights: bool = False
     """Whether all that it changes are weights, so that an export may hold it."""
     is_network: bool = False

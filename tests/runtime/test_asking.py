@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tightfit
-from tightfit.runtime.asking import request_of
+from tightfit.runtime.asking import Shelves, request_of
 from tightfit.runtime.batch.requests import Reading
 from tightfit.runtime.cli import app
 from tightfit.runtime.errors import TightfitError
@@ -45,3 +45,11 @@ def test_the_familys_refusal_comes_first(klein, typed, name, capsys, monkeypatch
 def test_references_are_refused_before_they_are_opened():
     with pytest.raises(TightfitError, match="--reference is not for SD 1"):
         request_of({"prompt": "a", "reference": ["missing.png"]}, model=lambda: tightfit.inspect("emoji"))
+
+
+@pytest.mark.parametrize("name", ["lora", "vae"])
+def test_a_clients_empty_name_is_not_the_folder_that_serves(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TightfitError) as refused:
+        request_of({"prompt": "a", name: [""]}, Shelves([]), model=lambda: tightfit.inspect("emoji"))
+    assert str(tmp_path) not in str(refused.value)
