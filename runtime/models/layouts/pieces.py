@@ -76,7 +76,7 @@ def _of_gguf(file: Path) -> Pieces:
     while kinds and kinds[-1] == _UNUSED:
         kinds.pop()
     pieces = zip(tokens[: len(kinds)], map(float, scores), strict=False)
-    return Pieces([*pieces], bytes(said.get("precompiled_charsmap") or ()))
+    return Pieces([*pieces], bytes([*(said.get("precompiled_charsmap") or ())]))
 
 
 def _of_sentencepiece(file: Path) -> Pieces:

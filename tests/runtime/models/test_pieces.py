@@ -79,7 +79,7 @@ def spiece(vocab, kind=1) -> bytes:
     return made + field(2, field(1, b"x.txt") + field(3, kind) + field(4, 32000)) + field(3, normaliser)
 
 
-def in_gguf(vocab, file) -> None:
+def in_gguf(vocab, file, normalises=lambda writer: writer.add_precompiled_charsmap(charsmap())) -> None:
     """As llama.cpp does, with rows that are not used."""
     writer = gguf.GGUFWriter(str(file), "t5encoder")
     unused = [f"[PAD{number}]" for number in range(28)]
@@ -87,7 +87,7 @@ def in_gguf(vocab, file) -> None:
     writer.add_token_list([name.encode() for name, _ in vocab] + [name.encode() for name in unused])
     writer.add_token_scores([score for _, score in vocab] + [-10000.0] * len(unused))
     writer.add_token_types([1] * len(vocab) + [5] * len(unused))
-    writer.add_precompiled_charsmap(charsmap())
+    normalises(writer)
     writer.add_tensor("enc.output_norm.weight", np.zeros(8, np.float32))
     for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
         write()
@@ -136,3 +136,11 @@ def test_what_is_no_such_file_is_one_line(trained, tmp_path):
             assert "has no T5 tokenizer" in str(error)
             assert "\n" not in str(error)
     assert refused >= 10
+
+
+def test_a_number_is_no_table_that_normalises(tmp_path):
+    """bytes(2**62) would be memory, not a table."""
+    file, name = tmp_path / "t5.gguf", "tokenizer.ggml.precompiled_charsmap"
+    in_gguf([(mark, 0.0) for mark in MARKS], file, lambda writer: writer.add_uint64(name, 2**62))
+    with pytest.raises(TightfitError, match="has no T5 tokenizer that can be read"):
+        pieces.read(file)
