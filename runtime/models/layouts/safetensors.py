@@ -47,11 +47,7 @@ def weight_files(folder: Path) -> list[Path]:
         for variant in ("", ".fp16"):
             index = folder / f"{stem}.safetensors.index{variant}.json"
             if index.exists():
-                places = read_json(index).get("weight_map")
-                names = set(map(str, places.values())) if isinstance(places, dict) else set()
-                if not 0 < len(names) <= _SHARDS or not all(map(plain_name, names)):
-                    raise TightfitError(f"{index} does not list plain file names: copy or download it again")
-                shards = [folder / shard for shard in sorted(names)]
+                shards = indexed(index)
                 if all(shard.exists() for shard in shards):
                     return shards
                 promised = promised or shards  # another variant may be whole
@@ -70,10 +66,19 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
-def all_tensors(folder: Path) -> dict[str, Tensor]:
-    """What the safetensors files of one component's folder hold, by name."""
+def indexed(index: Path) -> list[Path]:
+    """The files that it lists."""
+    places = read_json(index).get("weight_map")
+    names = set(map(str, places.values())) if isinstance(places, dict) else set()
+    if not 0 < len(names) <= _SHARDS or not all(map(plain_name, names)):
+        raise TightfitError(f"{index} does not list plain file names: copy or download it again")
+    return [index.with_name(name) for name in sorted(names)]
+
+
+def all_tensors(place: Path) -> dict[str, Tensor]:
+    """What the safetensors files of one component's folder hold, or those of an index, by name."""
     found: dict[str, Tensor] = {}
-    for file in weight_files(folder):
+    for file in indexed(place) if place.suffix == ".json" else weight_files(place):
         more = read_header(file)
         if twice := next((name for name in more if name in found), None):
             raise TightfitError(
@@ -82,7 +87,7 @@ def all_tensors(folder: Path) -> dict[str, Tensor]:
         found |= more
         if len(found) > MOST_TENSORS:
             raise TightfitError(
-                f"{folder} promises more than {MOST_TENSORS} tensors, as no SD model has: "
+                f"{place} promises more than {MOST_TENSORS} tensors, as no SD model has: "
                 "copy or download it again"
             )
     return found

@@ -19,7 +19,7 @@ def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What its header promises, or those of all files of an index, and what it says of it. Raises
     TightfitError."""
     if file.name.endswith(INDEX):
-        return bitsandbytes.joined(safetensors.all_tensors(file.parent)), {}
+        return bitsandbytes.joined(safetensors.all_tensors(file)), {}
     if file.suffix.lower() == ".gguf":
         return gguf.read_file(file)
     tensors, said = safetensors.read_file(file)

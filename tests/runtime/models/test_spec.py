@@ -8,12 +8,15 @@ import os
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import save_file
 from tightfit.runtime.errors import TightfitError
 from tightfit.runtime.models.hub import inspect
 from tightfit.runtime.models.layouts.safetensors import read_header, weight_files
+from tightfit.runtime.models.layouts.weights import read_file
 from tightfit.runtime.models.tokenizer import read_tokenizer
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -190,6 +193,15 @@ def test_shards_and_variants(sd1_copy):
         index.write_text(json.dumps({"weight_map": places}))
         with pytest.raises(TightfitError, match="plain file names"):
             weight_files(folder)
+
+
+def test_an_index_is_of_the_files_that_it_lists(tmp_path):
+    """Whatever it is called, and whatever lies beside it."""
+    for name in ("diffusion_pytorch_model", "mine"):
+        save_file({name: np.zeros(1)}, tmp_path / f"{name}.safetensors")
+    index = tmp_path / "mine.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"mine": "mine.safetensors"}}))
+    assert [*read_file(index)[0]] == ["mine"]
 
 
 @pytest.mark.parametrize(
