@@ -260,13 +260,14 @@ def _taken(carried: Carried, read: Callable[[], ModelSpec]) -> Carried:
 def _guided_otherwise(kept: Mapping[str, Any], asked: Mapping[str, Any], spec: ModelSpec) -> str:
     """A note where a picture's guidance, which is kept, is that of a distilled model, and this is none; or
     the other way round."""
-    scale, steps, usual = kept.get("guidance_scale"), kept.get("num_inference_steps"), spec.default_guidance
+    scale, usual = kept.get("guidance_scale"), spec.default_guidance
     if scale is None or "guidance_scale" in asked or (scale <= 1) == (usual <= 1) or spec.takes_no_guidance:
         return ""
-    return (
-        f"the guidance scale of the picture, {scale:g} in {steps} steps, is kept; {spec.name} has "
-        f"{usual:g} in {spec.default_steps}: --guidance-scale {usual:g} --steps {spec.default_steps}"
-    )
+    said, its_own, cure = f"{scale:g}", f"{usual:g}", f"--guidance-scale {usual:g}"
+    if (steps := kept.get("num_inference_steps")) and "num_inference_steps" not in asked:
+        said, its_own = f"{said} in {steps} steps", f"{its_own} in {spec.default_steps}"
+        cure += f" --steps {spec.default_steps}"
+    return f"the guidance scale of the picture, {said}, is kept; {spec.name} has {its_own}: {cure}"
 
 
 def _adapted(request: Request, adapting: Mapping[str, Any], models_dirs: Sequence[Path]) -> Request:

@@ -73,6 +73,10 @@ def test_guidance_of_another_kind_of_model_is_said(tiny_model, sd1):
     said = generate._guided_otherwise(kept, {}, base)
     assert said.startswith("the guidance scale of the picture, 1 in 4 steps, is kept; ")
     assert said.endswith("has 7.5 in 20: --guidance-scale 7.5 --steps 20")
+    for picture, typed in ((kept, {"num_inference_steps": 8}), ({"guidance_scale": 1.0}, {})):
+        said = generate._guided_otherwise(picture, typed, base)
+        assert "picture, 1, is kept" in said
+        assert said.endswith("has 7.5: --guidance-scale 7.5")
     assert not generate._guided_otherwise(kept, {"guidance_scale": 1.0}, base)
     for spec, scale in ((base, 3.0), (klein, 1.0)):
         assert not generate._guided_otherwise(kept | {"guidance_scale": scale}, {}, spec)
