@@ -55,6 +55,7 @@ def read(file: Path) -> Pieces:
             raise ValueError("a vocabulary that is not T5's")
         if not isinstance(found.charsmap, bytes):
             raise TypeError
+        _check_table(found.charsmap)
         extras = [(f"{EXTRA}{number}>", 0.0) for number in reversed(range(_EXTRAS))]
         return Pieces([*found.scores, *(one for one in extras if one[0] not in names)], found.charsmap)
     except (ValueError, TypeError, AttributeError, struct.error) as error:
@@ -63,6 +64,16 @@ def read(file: Path) -> Pieces:
             f"{file} has no T5 tokenizer that can be read ({said}): "
             "put tokenizer.json of its model into a folder called t5_tokenizer beside it"
         ) from None
+
+
+def _check_table(charsmap: bytes) -> None:
+    """Raise an error for what is no size of a tree in bytes, that tree of 32-bit numbers, and text: the
+    tokenizers library panics at it, which ends a process."""
+    if charsmap:
+        size = struct.unpack_from("<I", charsmap)[0]
+        if size % 4 or size > len(charsmap) - 4:
+            raise ValueError("a table that is cut off")
+        charsmap[4 + size :].decode()
 
 
 def _of_gguf(file: Path) -> Pieces:

@@ -144,3 +144,11 @@ def test_a_number_is_no_table_that_normalises(tmp_path):
     in_gguf([(mark, 0.0) for mark in MARKS], file, lambda writer: writer.add_uint64(name, 2**62))
     with pytest.raises(TightfitError, match="has no T5 tokenizer that can be read"):
         pieces.read(file)
+
+
+@pytest.mark.parametrize("table", [b"\1", struct.pack("<I", 8) + bytes(4), bytes(4) + b"\xff"])
+def test_a_table_at_which_the_library_panics_is_refused(table, tmp_path):
+    file = tmp_path / "t5.gguf"
+    in_gguf([(mark, 0.0) for mark in MARKS], file, lambda writer: writer.add_precompiled_charsmap(table))
+    with pytest.raises(TightfitError, match="has no T5 tokenizer that can be read"):
+        pieces.read(file)
