@@ -19,6 +19,7 @@ from .conditions import Condition
 from .conditions.handed import placed as way_placed
 from .errors import TightfitError
 from .fields import described, kinds, option
+from .files import shortened
 from .models import schedulers
 from .models.clip_skip import skipping
 from .models.families.image_prompt import TOKENS
@@ -755,7 +756,9 @@ def layers_of(given: str | Sequence[int] | None) -> tuple[int, ...]:
         return ()
     words = re.split(r"[\s,]+", given.strip(" []")) if isinstance(given, str) else given
     if not all(re.fullmatch(r"\d{1,3}", str(word)) for word in words):
-        raise TightfitError(f"{_LAYERS} must be numbers of layers such as 7,8,9, not {given!r}")
+        raise TightfitError(
+            f"{_LAYERS} must be numbers of layers such as 7,8,9, not {shortened(repr(given))}"
+        )
     return tuple(sorted({*map(int, words)}))
 
 

@@ -41,7 +41,7 @@ class Adapter(Protocol):
 @dataclass(frozen=True)
 class Kind:
     """A kind of adapter: how its option is called and explained, what a text after it means, and in which of
-    the folders of models a name is looked for, if it is a file, and not this `word`."""
+    the folders of models a name is looked for, unless it is the option's `word`."""
 
     option: str
     written: Callable[[str], Adapter]

@@ -65,7 +65,7 @@ class Unet(OfFile):
         config, known = spec.denoiser.config, published.published_of(spec.denoiser.config)
         if known is None or not known.base:
             return
-        is_distilled = known.is_distilled(self.path.stem)
+        is_distilled = known.is_distilled(name := weights.name_of(self.path))
         own, other = (
             {**known.scheduler(config, each), **known.settings(each)}
             for each in (is_distilled, not is_distilled)
@@ -75,7 +75,7 @@ class Unet(OfFile):
             kinds = ("distilled", "the base model")
             kind, model = kinds if is_distilled else kinds[::-1]
             yield (
-                f"{self.path.name} is taken for {kind}, by its name, and {spec.name} is {model}: "
+                f"{name} is taken for {kind}, by its name, and {spec.name} is {model}: "
                 "steps, guidance and noise levels are still that's"
             )
 

@@ -20,7 +20,7 @@ from . import gguf
 
 OF_SENTENCEPIECE = "spiece.model"
 _MARKS = ["<pad>", "</s>", "<unk>"]  # T5's first three; umT5 has another
-_MOST = 2**18  # pieces; of fields, that are looked at
+_MOST = 2**18  # pieces, and fields of a message that are looked at
 _EXTRAS = 100  # tokens that transformers adds, and SentencePiece's file has not
 _UNIGRAM = 1  # SentencePiece's number of the kind of model
 _UNUSED = 5  # of llama.cpp: what fills a vocabulary up to the rows of the table

@@ -26,7 +26,7 @@ _HEAD_WIDTH = 64  # of SD 3, where no norm of a head's values says it
 class Published:
     """A transformer and its model.
 
-    denoiser, pipeline: diffusers' classes. names: by tensors that it alone has all, how its names become
+    denoiser, pipeline: diffusers' classes. names: by tensors that no other has all of, how its names become
     diffusers'. shapes: what those say of its config. encoders: the text encoders, by the folder that each
     would have. widths: of what each answers, in that order. optional: those without which the model is
     another that is run too. beside: what the VAE's config has. vae: how its file is called. scheduler: by the

@@ -23,7 +23,7 @@ from .library import PART_OF, Kind, near
 from .published import Published, told, transformer
 from .single_file import Config, Shapes, Tensors, vae_config
 from .text_encoders import TextEncoder
-from .weights import DENOISERS, INDEX, read_file
+from .weights import DENOISERS, INDEX, name_of, read_file
 
 _BEFORE_VAE = ("first_stage_model.", "vae.", "")
 
@@ -165,7 +165,7 @@ class SplitFile:
 
     @property
     def is_distilled(self) -> bool:
-        return self.kind.is_distilled(self.folder.stem)
+        return self.kind.is_distilled(name_of(self.folder))
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -183,7 +183,7 @@ class SplitFile:
     def _told_by_name(self) -> Iterator[str]:
         if self.kind.base:
             kind = "distilled" if self.is_distilled else "the base model"
-            yield f"{self.folder.name} is taken for {kind}, by its name: no tensor says it"
+            yield f"{name_of(self.folder)} is taken for {kind}, by its name: no tensor says it"
 
     @property
     def _found_beside(self) -> Iterator[str]:

@@ -15,6 +15,15 @@ DENOISERS = tuple(
 )
 
 
+def name_of(path: Path) -> str:
+    """What a denoiser's file is called; where all names are diffusers', the folder of the whole model."""
+    path = path.absolute()
+    if path.is_file() and not path.name.startswith(DENOISERS[0].partition(".")[0]):
+        return path.stem
+    folder = path if path.is_dir() else path.parent
+    return folder.parent.name if folder.name == "transformer" else folder.name
+
+
 def read_file(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """What its header promises, or those of all files of an index, and what it says of it. Raises
     TightfitError."""

@@ -242,8 +242,10 @@ def test_an_export_is_that_of_the_folder(comfy, folder, tmp_path):
 
 def test_the_base_model_is_known_by_its_name(comfy, folder, tmp_path):
     shutil.copy(comfy / SHELVES[DENOISER] / DENOISER, file := tmp_path / "flux-2-klein-base-4b.safetensors")
-    spec = tightfit.inspect(str(file))
-    assert (spec.is_distilled, spec.default_steps, spec.default_guidance) == (False, 50, 4.0)
+    shutil.copytree(folder / "transformer", parts := tmp_path / "FLUX.2-klein-base-4B/transformer")
+    for model in (file, parts, next(parts.glob("*.safetensors"))):
+        spec = tightfit.inspect(str(model))
+        assert (spec.is_distilled, spec.default_steps, spec.default_guidance) == (False, 50, 4.0)
     for unet, notes in ((file, 1), (comfy / SHELVES[DENOISER] / DENOISER, 0)):  # over one that was distilled
         changed = replace(REQUEST, adapters=given(unet=unet)).resolve(tightfit.inspect(str(folder))).spec
         assert sum("the base model, by its name" in note for note in changed.notes) == notes
