@@ -210,7 +210,7 @@ def _adapted(spec: ModelSpec, adapters: Sequence[Adapter]) -> ModelSpec:
     if beside := [adapter for adapter in adapters if adapter.option not in kept]:
         raise TightfitError(
             f"{beside[0].option} {beside[0].name} is not of the weights that are exported: "
-            "leave it out, and give it when the export paints"
+            f"leave it out, and give it by --{beside[0].option.replace('_', '-')} when the export paints"
         )
     if adapters and spec.precision:
         raise TightfitError(

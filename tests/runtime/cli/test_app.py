@@ -463,7 +463,7 @@ def test_help_fits_a_screen(call):
     for arguments in (["--help"], ["generate", "--help"], ["plan", "--help"]):
         code, out, _ = call(*arguments)
         assert code == 0
-        assert out.count("\n") <= 79 + 32 * (arguments[0] == "generate")  # which has panels
+        assert out.count("\n") <= 82 + 33 * (arguments[0] == "generate")  # which has panels
     assert "0.1.0" in call("--version")[1]
 
 

@@ -91,12 +91,13 @@ def test_names_of_options_stay():
         --mask-blur --mask-padding --mask-content --invert-mask --outpaint --image-guidance-scale --ip-adapter
         --ip-image --control --reference --hires --hires-size --hires-strength --hires-steps --hires-upscaler
         --hires-prompt --hires-scheduler --refiner --refiner-start --step-cache --prefer --compile
-        --cuda-graphs --negative-prompt --no-text-cache --skip-layers"""
+        --cuda-graphs --negative-prompt --no-text-cache --skip-layers
+        --skip-layer-start --skip-layer-end"""
     of_generate = """\
 prompt --prompt-file --from --seed --scheduler --num-images --plan --connect -o --output
         --overwrite --prompt-syntax --emphasis --clip-skip --wildcards --schedule --eta --s-churn --s-noise
         --zero-snr --guidance-rescale --guidance-start --guidance-end --noise-source --subseed
-        --subseed-strength --seed-resize --skip-layer-scale --skip-layer-start --skip-layer-end --ensd
+        --subseed-strength --seed-resize --skip-layer-scale --ensd
         --format --quality --metadata --grid"""
     for command, more in (("generate", of_generate), ("plan", "--prompt --hardware --all --save")):
         names = {name for opts in options_of(command).values() for name in opts}

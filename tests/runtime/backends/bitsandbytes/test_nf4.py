@@ -108,7 +108,7 @@ def test_predicted_in_bf16_and_with_a_lora(shallow_models, tmp_path, residency):
     lora = Lora.read(tmp_path / "lora.safetensors", 0.5)
     how = {"backend": "bitsandbytes", "residency": residency}
     alone, both = (painted(each, **how) for each in (spec, adapted(spec, [lora])))
-    assert psnr(alone, both) < 40
+    assert psnr(alone, both) < 45
 
 
 def test_linears_of_the_denoiser_alone(shallow_models):

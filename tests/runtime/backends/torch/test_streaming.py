@@ -319,7 +319,7 @@ def test_each_call_of_a_session_is_a_pass():
     session.streamer = SimpleNamespace(begin=ways.append)
     for _ in range(2):
         session(sample=np.zeros((1, 2), np.float32))
-    assert ways == [(False, "sample")] * 2
+    assert ways == [(False, (), "sample")] * 2
 
 
 def test_one_store_for_a_pipeline(sd1, monkeypatch):
