@@ -756,9 +756,7 @@ def layers_of(given: str | Sequence[int] | None) -> tuple[int, ...]:
         return ()
     words = re.split(r"[\s,]+", given.strip(" []")) if isinstance(given, str) else given
     if not all(re.fullmatch(r"\d{1,3}", str(word)) for word in words):
-        raise TightfitError(
-            f"{_LAYERS} must be numbers of layers such as 7,8,9, not {shortened(repr(given))}"
-        )
+        raise TightfitError(f"{_LAYERS} must be numbers of layers such as 7,8,9, not {shortened(given)}")
     return tuple(sorted({*map(int, words)}))
 
 

@@ -447,7 +447,7 @@ def test_a_checkpoint_with_all_networks_inside_is_the_model(
         check_values(component, meant[component.network.folder])
     check_predicted(painted(file))
     alone = shutil.copy(comfy / SHELVES[DENOISER] / DENOISER, tmp_path / DENOISER)
-    with pytest.raises(TightfitError, match="nor beside it"):  # what is inside another model is that's
+    with pytest.raises(TightfitError, match="none is near it"):  # what is inside another model is that's
         REQUEST.resolve(tightfit.inspect(str(alone)))
 
 
