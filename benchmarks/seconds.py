@@ -32,7 +32,7 @@ from ..runtime.placement import STAGES
 from ..runtime.planner.estimate import ESTIMATOR, Estimate
 from ..runtime.planner.plan import Plan
 from .plans import sized
-from .record import record
+from .record import named, record
 
 Row = dict[str, Any]
 CLOSE = 0.25  # of the truth: what is promised of a machine that was calibrated
@@ -73,7 +73,7 @@ def of_model(spec: ModelSpec, side: int, args: argparse.Namespace, hardware: Har
         estimate = ESTIMATOR.estimate(with_rates(hardware, after), request.resolve(spec), Wishes())
         for row, one in zip(rows, drawn, strict=False):
             row["afterwards"] = round(predicted_seconds(estimate, one), 3)
-    summary = {"model": f"{spec.name}:{side}", "plans": len(plans), **summed(rows)}
+    summary = {"model": named(f"{spec.name}:{side}"), "plans": len(plans), **summed(rows)}
     print(*(f"{key}: {value}" for key, value in summary.items()), sep="\n", flush=True)
     return summary | {"rows": rows}
 
