@@ -168,13 +168,14 @@ def by_diffusers(spec: ModelSpec, precision: str, size: int) -> Call:
 def converted(folder: str, precision: str, size: int) -> Call:
     """As benchmarks/peers runs it: compiled for one shape."""
     ov = quiet_openvino()
+    from ..runtime.backends.openvino.compiled import HINTS
+
     core = ov.Core()
     network = core.read_model(Path(folder) / "unet.xml")
     width = core.read_model(Path(folder) / "text_encoder.xml").outputs[0].get_partial_shape()[-1].get_length()
     shapes = (2, 4, size // 8, size // 8), (), (2, 77, width)
     network.reshape(dict(zip(network.inputs, map(ov.PartialShape, shapes), strict=True)))
-    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-    options = {"INFERENCE_NUM_THREADS": os.cpu_count(), "INFERENCE_PRECISION_HINT": hint}
+    options = {"INFERENCE_NUM_THREADS": os.cpu_count(), "INFERENCE_PRECISION_HINT": HINTS[precision]}
     compiled = core.compile_model(network, "CPU", options)
     arrays = [*drawn(dict(zip(("sample", "timestep", "hidden"), shapes, strict=True))).values()]
     return lambda: compiled(arrays)[0]

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ...errors import TightfitError
 from ..checks import MOST_LAYERS, Check, is_count, is_truth, many, or_none, whole
 from ..cures import of_mixed
-from .family import Extent, GraphNames, Network, Role, Shape, Tracing
+from .family import Extent, GraphNames, Network, Role, Shape
 from .flow import even, mu_of_tokens, shifted
-from .networks import TEXT_ENCODER, one_answer
+from .networks import PACKED, TEXT_ENCODER, one_answer
 from .parts import in_parts, is_traced, parts
 from .t5 import text_encoder
 from .wide_vae import FLUX1_RGB, OfWideVae, wide_vae
@@ -289,21 +289,7 @@ _TRANSFORMER = Network(
         takes=_taken,
         gives=_given,
     ),
-    tracing=Tracing(
-        sides={
-            "sample": ("batch_size", "packed_height_width", ""),
-            "hidden": ("batch_size", "", ""),
-            "pooled": ("batch_size", ""),
-            **dict.fromkeys(("timestep", "guidance"), ("batch_size",)),
-            "img_ids": ("packed_height_width", ""),
-            "txt_ids": ("", ""),
-        },
-        outputs=lambda _: ("out_hidden_states",),
-        size={"batch_size": 2, "packed_height_width": 96},
-        checked=({"batch_size": 1, "packed_height_width": 77},),
-        exact=frozenset({"timestep", "guidance", "img_ids", "txt_ids"}),
-        call=_predict_tokens,
-    ),
+    tracing=replace(PACKED, call=_predict_tokens),
 )
 
 # ------------------------------------------------------------------------------------------------- the VAE

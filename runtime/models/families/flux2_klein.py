@@ -20,9 +20,9 @@ from ..checks import (
     whole,
 )
 from ..cures import of_mixed
-from .family import REFERENCE, Extent, Family, GraphNames, Latents, Network, Role, Shape, Tracing
+from .family import REFERENCE, Extent, Family, GraphNames, Latents, Network, Role, Shape
 from .flow import even, shifted
-from .networks import DECODER, ENCODER, one_answer
+from .networks import DECODER, ENCODER, PACKED, one_answer
 from .parts import in_parts, is_traced, parts
 from .qwen3 import WITHOUT_THINKING, as_graph, built, encoded_by, text_encoder
 
@@ -273,20 +273,7 @@ _TRANSFORMER = Network(
         takes=_taken,
         gives=_given,
     ),
-    tracing=Tracing(
-        sides={
-            "sample": ("batch_size", "packed_height_width", ""),
-            "timestep": ("batch_size",),
-            "hidden": ("batch_size", "", ""),
-            "img_ids": ("packed_height_width", ""),
-            "txt_ids": ("", ""),
-        },
-        outputs=lambda _: ("out_hidden_states",),
-        size={"batch_size": 2, "packed_height_width": 96},
-        checked=({"batch_size": 1, "packed_height_width": 77},),
-        exact=frozenset({"timestep", "img_ids", "txt_ids"}),
-        call=_predict_tokens,
-    ),
+    tracing=replace(PACKED, call=_predict_tokens),
 )
 
 # ------------------------------------------------------------------------------------------------- the VAE

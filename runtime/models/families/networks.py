@@ -208,6 +208,23 @@ def _unet_layers(config: Mapping[str, Any]) -> dict[str, int]:
     return blocks | {"transformer_layers_per_block": blocks["layers_per_block"] * inner}
 
 
+# Of a transformer whose graph takes a picture's tokens, and the places of all, as Optimum's do of Flux.
+PACKED = Tracing(
+    sides={
+        "sample": ("batch_size", "packed_height_width", ""),
+        "hidden": ("batch_size", "", ""),
+        "pooled": ("batch_size", ""),
+        **dict.fromkeys(("timestep", "guidance"), ("batch_size",)),
+        "img_ids": ("packed_height_width", ""),
+        "txt_ids": ("", ""),
+    },
+    outputs=lambda _: ("out_hidden_states",),
+    size={"batch_size": 2, "packed_height_width": 96},
+    checked=({"batch_size": 1, "packed_height_width": 77},),
+    exact=frozenset({"timestep", "guidance", "img_ids", "txt_ids"}),
+)
+
+
 def one_answer(name: str) -> Callable[[Sequence[str]], list[str]]:
     """Picks that answer of a graph's."""
 
